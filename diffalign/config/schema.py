@@ -1,0 +1,189 @@
+"""A dataclass as the schema of plain values: conversion by annotation, errors that name the dotted key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from diffalign import yaml_dialect
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was given, for messages: a file or the command line, and the dotted path below ``root``."""
+
+    source: str
+    root: type
+    path: str = ""
+
+    def __truediv__(self, name: Any) -> Place:
+        return dataclasses.replace(self, path=f"{self.path}.{name}" if self.path else str(name))
+
+    def error(self, message: str) -> ValueError:
+        """The error to raise about the value here."""
+        return ValueError(f"{self.source}: {self.path}: {message}" if self.path else f"{self.source}: {message}")
+
+    def unknown(self) -> ValueError:
+        """The error to raise where no field has this path; names the closest that exist."""
+        known = [leaf.path for leaf in leaves(self.root)]
+        name = self.path.rpartition(".")[2]
+        close = [path for path in known if path.rpartition(".")[2] == name]
+        close = close or difflib.get_close_matches(self.path, known, 1, 0.5)
+        close = close or [path for path in known if difflib.get_close_matches(name, [path.rpartition(".")[2]], 1, 0.8)]
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known keys: {', '.join(known)}"
+        if self.path in known:
+            hint = "in a file a section stands on its own line, with its keys indented below it"
+        return ValueError(f"{self.source}: unknown key {self.path!r}; {hint}")
+
+
+def _is_config(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def arms_of(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; another annotation stands alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def config_arm(hint: Any) -> Any:
+    """The configuration class of ``C`` or ``C | None``; None for another annotation."""
+    return next((arm for arm in arms_of(hint) if _is_config(arm)), None)
+
+
+def init_fields(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """(field, resolved annotation) of each field that can be given."""
+    hints = typing.get_type_hints(cls)
+    return ((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
+
+
+def default_of(field: dataclasses.Field[Any], base: Any) -> Any:
+    """The value of ``base`` (the default of a whole section) where there is one, else the default of the field."""
+    if base is not None and base is not MISSING:
+        return getattr(base, field.name)
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One option: dotted path, annotation, default (MISSING if required), description."""
+
+    path: str
+    hint: Any
+    default: Any
+    help: str
+
+
+def leaves(cls: Any, base: Any = MISSING, prefix: str = "") -> Iterator[Leaf]:
+    """Every option of a configuration, nested ones with their dotted path and the default they really have."""
+    for field, hint in init_fields(cls):
+        default = default_of(field, base)
+        arm, path = config_arm(hint), prefix + field.name
+        if arm is None or default is None:
+            yield Leaf(path, hint, default, field.metadata.get("help", ""))
+        if arm is not None:
+            yield from leaves(arm, default, path + ".")
+
+
+def type_name(hint: Any) -> str:
+    """An annotation in the words of a message: ``int|null``, ``no|fp16|bf16``, ``list[str]``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if len(arms_of(hint)) > 1:
+        return "|".join(map(type_name, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join('...' if arm is ... else type_name(arm) for arm in arguments)}]"
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
+    """``value`` as the annotation wants it; ValueError naming the key, the value and what is expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if _is_config(hint):
+        return value if isinstance(value, hint) else build(hint, value, place, base)
+    if len(arms := arms_of(hint)) > 1:
+        return _convert_union(arms, value, place, base)
+    if origin is dict and isinstance(value, Mapping):
+        key, item = arguments
+        return {convert(key, name, place): convert(item, entry, place / name) for name, entry in value.items()}
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return _convert_sequence(origin, arguments, hint, value, place)
+    if origin is Literal and any(type(choice) is type(value) and choice == value for choice in arguments):
+        return value
+    if origin is None and (converted := _convert_scalar(hint, value)) is not MISSING:
+        return converted
+    raise place.error(f"expected {type_name(hint)}, got {value!r} ({type(value).__name__})")
+
+
+def _convert_scalar(hint: Any, value: Any) -> Any:
+    """MISSING where the value does not fit. True is no number, and text is none unless it is written as one."""
+    if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
+        return yaml_dialect.load(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, (str, Path)) and str(value):
+        return Path(value)
+    fits = type(value) is hint if hint in (bool, int, float, str, dict, list) else isinstance(value, hint)
+    return value if fits else MISSING
+
+
+def _convert_sequence(origin: type, arguments: Sequence[Any], hint: Any, value: Sequence[Any], place: Place) -> Any:
+    if origin is list or arguments[1:] == (...,):
+        arguments = [arguments[0]] * len(value)
+    if len(arguments) != len(value):
+        raise place.error(f"expected {type_name(hint)}, which has {len(arguments)} items, got {value!r}")
+    return origin(convert(item, entry, place / i) for i, (item, entry) in enumerate(zip(arguments, value, strict=True)))
+
+
+def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> Any:
+    """The arm that takes the value as it is, else the first that can convert it."""
+    if isinstance(value, Mapping) and (arm := next(filter(_is_config, arms), None)):
+        return convert(arm, value, place, base)
+    converted = []
+    for arm in arms:
+        try:
+            converted.append(convert(arm, value, place))
+        except ValueError:
+            continue
+    if not converted:
+        raise place.error(f"expected {' or '.join(map(type_name, arms))}, got {value!r} ({type(value).__name__})")
+    return next((item for item in converted if type(item) is type(value)), converted[0])
+
+
+def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
+    """An instance; what ``mapping`` leaves out comes from ``base`` (the default of the section), else from ``cls``."""
+    if not isinstance(mapping, Mapping):
+        raise place.error(f"expected the fields of {cls.__name__}, got {mapping!r} ({type(mapping).__name__})")
+    found = {field.name: (field, hint) for field, hint in init_fields(cls)}
+    for name in mapping:
+        if name not in found:
+            raise (place / name).unknown()
+    values, missing = {}, []
+    for name, (field, hint) in found.items():
+        default = default_of(field, base)
+        if name in mapping:
+            values[name] = convert(hint, mapping[name], place / name, default)
+        elif default is not MISSING:
+            values[name] = default
+        elif _is_config(hint):
+            values[name] = build(hint, {}, place / name)
+        else:
+            missing.append((place / name).path)
+    if missing:
+        raise ValueError(
+            f"{place.source}: no value for {', '.join(missing)}; give it in a --config file or as --{missing[0]} VALUE"
+        )
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise place.error(str(error)) from error

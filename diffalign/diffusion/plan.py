@@ -1,0 +1,215 @@
+"""What a rollout does at each step: which solver, how much noise, trained or not.
+
+Flow-GRPO and its descendants differ in the steps that draw noise and are trained. That is a table, not a code path: a
+preset names the stochastic steps of an iteration, and every other step follows the ODE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from diffalign.diffusion.steps import transition
+from diffalign.structures import Level
+
+ODE_SOLVERS = ("ode", "dpmpp_2m")
+# The stochastic solvers, each with the noise level that its paper trains with.
+PUBLISHED_NOISE_LEVEL: dict[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a rollout.
+
+    solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: that kind's dial, 0 for an ODE.
+    trained: whether the policy gradient uses the step. weight: factor of its loss. branch: children per sample.
+    """
+
+    solver: str
+    noise_level: float
+    trained: bool
+    weight: float = 1.0
+    branch: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row per step, in the order of the rollout."""
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """The indices of the trained rows, ascending."""
+        return tuple(step for step, row in enumerate(self.rows) if row.trained)
+
+    def validate(self, levels: Level) -> None:
+        """Refuses a plan that cannot be run or trained on these N + 1 levels.
+
+        ValueError: another number of levels; no trained row; an unknown solver, or one that these levels or the noise
+        level rule out; a trained or branching row without noise.
+        """
+        if len(levels) != len(self.rows) + 1:
+            raise ValueError(f"{len(self.rows)} steps need {len(self.rows) + 1} levels, got {len(levels)}")
+        if not self.trained_steps:
+            raise ValueError("the plan trains no step: mark at least one stochastic row as trained")
+        for step, row in enumerate(self.rows):
+            try:
+                _check_row(row, levels[step], levels[step + 1])
+            except ValueError as error:
+                raise ValueError(f"step {step} of the plan ({row.solver!r}): {error}") from error
+
+
+def _check_row(row: Row, level: Level, next_level: Level) -> None:
+    known = (*ODE_SOLVERS, *PUBLISHED_NOISE_LEVEL)
+    if row.solver not in known:
+        raise ValueError(f"unknown solver; known: {', '.join(known)}")
+    if row.branch < 1:
+        raise ValueError(f"a branch factor is at least 1, got {row.branch}")
+    # For noise and density a multistep ODE solver is the ODE: it has neither.
+    std = transition("ode" if row.solver in ODE_SOLVERS else row.solver, level, next_level, row.noise_level).std
+    if std > 0 or not (row.trained or row.branch > 1):
+        return
+    use = f"trained or branching, but draws no noise from sigma {level.sigma:.4g} to {next_level.sigma:.4g}"
+    if row.noise_level == 0:
+        raise ValueError(f"{use}: use a stochastic solver ({', '.join(PUBLISHED_NOISE_LEVEL)}) with a noise level")
+    raise ValueError(f"{use}: leave this step untrained with branch 1, it ends at a level without noise")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A preset and its options; None stands for the preset's own value.
+
+    preset: a key of ``PRESETS``. num_steps: N, at least 2.
+    solver: the stochastic solver. noise_level: its dial; None for the level that the solver's paper trains with.
+    window_size: number of consecutive stochastic steps. window_range: [low, high), where a random window may lie; None
+        for (0, N // 2). shift_every: iterations before a sliding window moves on, by window_stride steps.
+    ode_solver: "ode" or "dpmpp_2m", for the steps outside the window.
+    An option that the preset does not read is refused by ``make_plan``, not ignored.
+    """
+
+    preset: str = "flow_grpo"
+    num_steps: int = 10
+    solver: str | None = None
+    noise_level: float | None = None
+    window_size: int | None = None
+    window_range: tuple[int, int] | None = None
+    shift_every: int | None = None
+    window_stride: int | None = None
+    ode_solver: str | None = None
+
+
+Options = Mapping[str, Any]
+
+
+def _all_but_last(options: Options, iteration: int, seed: int) -> range:
+    """The last step has little noise or none (cps, ddim): its density is degenerate, and it is not trained."""
+    return range(options["num_steps"] - 1)
+
+
+def _first_steps(options: Options, iteration: int, seed: int) -> range:
+    return range(options["window_size"])
+
+
+def _random_window(options: Options, iteration: int, seed: int) -> range:
+    """A start drawn from the address (seed, iteration): the same for every sample, process and resumed run."""
+    size = options["window_size"]
+    low, high = options["window_range"] or (0, options["num_steps"] // 2)
+    if low < 0 or low + size > high:
+        raise ValueError(
+            f"no window of {size} steps fits in window_range [{low}, {high}): widen it or shrink window_size"
+        )
+    address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
+    start = int(torch.randint(low, high - size + 1, (), generator=generator))
+    return range(start, start + size)
+
+
+def _sliding_window(options: Options, iteration: int, seed: int) -> range:
+    """Moves on every ``shift_every`` iterations and, after the last full window, back to the first step."""
+    size, stride = options["window_size"], options["window_stride"]
+    starts = range(0, options["num_steps"] - size, stride)
+    if not starts:
+        raise ValueError(f"window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it")
+    start = starts[iteration // options["shift_every"] % len(starts)]
+    return range(start, start + size)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """steps: (options, iteration, seed) -> the stochastic, trained steps. options: what it reads, with defaults."""
+
+    steps: Callable[[Options, int, int], range]
+    options: Options
+
+
+PRESETS: dict[str, Preset] = {
+    # arXiv 2505.05470.
+    "flow_grpo": Preset(_all_but_last, {"solver": "flow_sde"}),
+    "flow_grpo_fast": Preset(
+        _random_window, {"solver": "flow_sde", "window_size": 2, "window_range": None, "ode_solver": "ode"}
+    ),
+    # arXiv 2507.21802. Departures: 1. windows never reach the last step; 2. after the last window the first follows,
+    # for as long as the training lasts; 3. "dpmpp_2m" serves before the window too, and skips no steps after it.
+    "mix_grpo": Preset(
+        _sliding_window,
+        {"solver": "flow_sde", "window_size": 4, "window_stride": 1, "shift_every": 25, "ode_solver": "ode"},
+    ),
+    # arXiv 2505.07818. Departure: every step is trained at each iteration, not a random 60 %.
+    "dance_grpo": Preset(_all_but_last, {"solver": "dance_sde"}),
+    # arXiv 2509.05952, and with the window that its authors train in.
+    "cps": Preset(_all_but_last, {"solver": "cps"}),
+    "cps_fast": Preset(_random_window, {"solver": "cps", "window_size": 3, "window_range": None, "ode_solver": "ode"}),
+    "first_steps": Preset(_first_steps, {"solver": "flow_sde", "window_size": 2, "ode_solver": "ode"}),
+}
+
+
+def _resolve(config: PlanConfig) -> dict[str, Any]:
+    """The preset's options, overridden by those that are set."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
+    defaults = {"noise_level": None, **PRESETS[config.preset].options}
+    given = {option.name: getattr(config, option.name) for option in fields(config)[2:]}
+    given = {name: value for name, value in given.items() if value is not None}
+    if dead := sorted(given.keys() - defaults.keys()):
+        raise ValueError(f"preset {config.preset!r} does not read {', '.join(dead)}; it reads {', '.join(defaults)}")
+    return {**defaults, **given, "num_steps": config.num_steps}
+
+
+def _check_options(options: Options) -> None:
+    if options["num_steps"] < 2:
+        raise ValueError(f"num_steps must be at least 2 (the last step is not trained), got {options['num_steps']}")
+    if options["solver"] not in PUBLISHED_NOISE_LEVEL:
+        raise ValueError(f"solver must be stochastic ({', '.join(PUBLISHED_NOISE_LEVEL)}), got {options['solver']!r}")
+    if options.get("ode_solver", "ode") not in ODE_SOLVERS:
+        raise ValueError(f"ode_solver must be one of {', '.join(ODE_SOLVERS)}, got {options['ode_solver']!r}")
+    for name in ("window_size", "window_stride", "shift_every"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {options[name]}")
+
+
+def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
+    """The plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
+
+    A function of its arguments alone. ValueError: unknown names, an option that the preset does not read, a window that
+    does not fit before the last step.
+    """
+    options = _resolve(config)
+    _check_options(options)
+    stochastic = PRESETS[config.preset].steps(options, iteration, seed)
+    if not 0 < stochastic.stop < config.num_steps:
+        raise ValueError(
+            f"the last of {config.num_steps} steps is not trained: steps up to {stochastic.stop - 1} asked"
+        )
+    noise_level = options["noise_level"]
+    if noise_level is None:
+        noise_level = PUBLISHED_NOISE_LEVEL[options["solver"]]
+    sde, ode = Row(options["solver"], noise_level, True), Row(options.get("ode_solver", "ode"), 0.0, False)
+    return Plan(tuple(sde if step in stochastic else ode for step in range(config.num_steps)))

@@ -1,0 +1,72 @@
+"""Noise schedules: from a number of steps to the levels that a rollout visits, noisiest first.
+
+N steps visit N + 1 levels. Everything is float64 on the CPU: a schedule is a few numbers that every step's mean and
+standard deviation derive from, and rounding them would change the density of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.structures import Level
+
+
+def _float64(values: Sequence[float] | Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
+def flow_levels(sigmas: Sequence[float] | Tensor, time_scale: float = 1000.0) -> Level:
+    """Levels of a flow model: alpha = 1 - sigma, time = sigma * time_scale.
+
+    sigmas: (N + 1,), strictly decreasing within [0, 1], the last one 0. ValueError otherwise.
+    """
+    sigma = _float64(sigmas)
+    if sigma.ndim != 1 or len(sigma) < 2 or sigma[0] > 1 or sigma[-1] != 0 or not torch.all(sigma.diff() < 0):
+        raise ValueError(f"sigmas must decrease strictly from at most 1 to 0, got {sigma.tolist()}")
+    return Level(1 - sigma, sigma, sigma * time_scale)
+
+
+def shift_sigmas(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
+    """s sigma / (1 + (s - 1) sigma): more of the steps at high noise for s > 1 (SD3, arXiv 2403.03206, eq. 23).
+
+    Keeps 0 and 1. A resolution-dependent shift given as mu is s = exp(mu). ValueError unless shift > 0.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    sigma = _float64(sigmas)
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def uniform_sigmas(num_steps: int) -> Tensor:
+    """N + 1 equally spaced sigmas from 1 to 0."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def flow_match_euler_sigmas(num_steps: int, shift: float, num_train_timesteps: int = 1000) -> Tensor:
+    """The grid of diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift: (N + 1,), from 1 to 0.
+
+    That scheduler shifts the end of its training grid, 1 / num_train_timesteps, when it is built, and shifts the whole
+    grid (so that end a second time) when steps are set; the appended 0 is shifted never. Pretrained models are sampled
+    on this grid, so it is kept. Agrees to float32 rounding, in which diffusers computes it.
+    """
+    last = float(shift_sigmas([1 / num_train_timesteps], shift))
+    grid = torch.linspace(1, last, num_steps, dtype=torch.float64)
+    return torch.cat([shift_sigmas(grid, shift), torch.zeros(1, dtype=torch.float64)])
+
+
+def vp_levels(alphas_cumprod: Tensor, timesteps: Sequence[int] | Tensor, final_alpha_cumprod: float = 1.0) -> Level:
+    """Levels of a variance-preserving model (SD 1.5, SDXL): alpha^2 = abar, sigma^2 = 1 - abar, time = timestep.
+
+    alphas_cumprod: (T,), abar of the training grid. timesteps: (N,), strictly decreasing indices into it.
+    final_alpha_cumprod: abar of the appended last level, whose time is 0. With 1 the rollout ends without noise;
+        a scheduler with ``set_alpha_to_one=False`` (SD 1.5) ends at ``alphas_cumprod[0]`` instead.
+    ValueError where the timesteps do not decrease or leave the grid.
+    """
+    time = torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
+    if time.ndim != 1 or not torch.all(time.diff() < 0) or time[-1] < 0 or time[0] >= len(alphas_cumprod):
+        raise ValueError(f"timesteps must decrease strictly within 0..{len(alphas_cumprod) - 1}, got {time.tolist()}")
+    abar = torch.cat([_float64(alphas_cumprod)[time], _float64([final_alpha_cumprod])])
+    return Level(abar.sqrt(), (1 - abar).sqrt(), torch.cat([time.double(), _float64([0.0])]))

@@ -1,0 +1,24 @@
+"""Diversity of the images of one prompt: reward hacking shows as its collapse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pairwise_distance(images: Tensor, groups: Tensor) -> float:
+    """mean over groups of mean over pairs i < j of sqrt(mean_d (x_i - x_j)^2), d over the 3 H W values of an image.
+
+    images: (N, 3, H, W), [0, 1]. groups: (N,) integers, the prompt of each image. The result is in pixel values: 0 when
+    all images of a prompt are equal, 1 for black against white. A group with one image has no pair and is left out.
+
+    ValueError: lengths that differ, or no group with two images.
+    """
+    if len(images) != len(groups):
+        raise ValueError(f"{len(images)} images for {len(groups)} group ids: pass one id per image")
+    flat = images.detach().flatten(1).double()
+    members = [flat[groups == group] for group in groups.unique()]
+    distances = [torch.pdist(rows).mean() for rows in members if len(rows) > 1]
+    if not distances:
+        raise ValueError("no prompt has two images: draw at least two per prompt to measure diversity")
+    return float(torch.stack(distances).mean()) / flat.shape[1] ** 0.5

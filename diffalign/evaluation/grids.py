@@ -1,0 +1,154 @@
+"""Pictures of many images: a plain grid, and models side by side on the same prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 8  # pixels between cells
+CELL = (128, 256)  # smallest and largest width of an image in a comparison, in pixels
+TEXT_WIDTH = 200
+FONT = 14
+PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322b"
+
+
+def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
+    """Images (N, 3, H, W), [0, 1], row by row in ``columns``, each enlarged ``scale`` times with its label below.
+
+    Labels longer than the cell are cut with an ellipsis. ValueError: no images, a size below 1, not a label per image.
+    """
+    if len(images) == 0 or columns < 1 or scale < 1:
+        raise ValueError(f"{len(images)} images, {columns} columns, scale {scale}: each must be at least 1")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one label per image")
+    width, height = images.shape[3] * scale, images.shape[2] * scale
+    line = FONT + 6 if labels is not None else 0
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + line + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + line + GAP)
+        sheet.paste(_picture(image, width), (x, y))
+        if labels is not None:
+            _centred(draw, labels[i], x, y + height, width)
+    return sheet
+
+
+def compare_grid(
+    columns: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    scores: Mapping[str, Tensor] | None,
+    path: str | Path,
+) -> None:
+    """Writes a table to ``path``: a row per prompt, a column per model, the score under each image.
+
+    columns: model name -> images (P, 3, H, W), [0, 1], one per prompt. scores: model name -> (P,), higher is better, or
+    None. Scores that are all 0 or 1 are drawn as a green tick or a red cross, others as numbers (the best of the row in
+    green), NaN as a dash. The header gives each model's name and the mean of its scores.
+
+    ValueError: no column or prompt, or lengths that differ.
+    """
+    _check(columns, prompts, scores)
+    width = min(max(next(iter(columns.values())).shape[3], CELL[0]), CELL[1])
+    pictures = {name: [_picture(image, width) for image in images] for name, images in columns.items()}
+    foot = FONT + 8 if scores is not None else 0
+    texts = [_wrap(prompt, TEXT_WIDTH) for prompt in prompts]
+    tallest = max(picture.height for row in pictures.values() for picture in row)
+    heights = [max(tallest + foot, len(text) * (FONT + 4)) for text in texts]
+    header = 2 * (FONT + 6)
+    size = (TEXT_WIDTH + 2 * GAP + len(columns) * (width + GAP), header + sum(heights) + GAP * (len(prompts) + 1))
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for j, name in enumerate(columns):
+        x = TEXT_WIDTH + 2 * GAP + j * (width + GAP)
+        _head(draw, name, None if scores is None else scores[name], x, width)
+        y = header + GAP
+        for i, picture in enumerate(pictures[name]):
+            sheet.paste(picture, (x, y))
+            if scores is not None:
+                _mark(draw, scores, name, i, x + width / 2, y + picture.height + foot / 2)
+            y += heights[i] + GAP
+    _write_prompts(draw, texts, heights, header, size[0])
+    sheet.save(Path(path))
+
+
+def _check(columns: Mapping[str, Tensor], prompts: Sequence[str], scores: Mapping[str, Tensor] | None) -> None:
+    if not columns or not prompts:
+        raise ValueError(f"{len(columns)} columns, {len(prompts)} prompts: a comparison needs at least one of each")
+    for name, images in columns.items():
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images of {name!r} for {len(prompts)} prompts: pass one image per prompt")
+        if scores is not None and (name not in scores or len(scores[name]) != len(prompts)):
+            raise ValueError(f"no score per prompt for {name!r}: pass {len(prompts)} scores for each column, or None")
+
+
+def _write_prompts(
+    draw: ImageDraw.ImageDraw, texts: Sequence[Sequence[str]], heights: Sequence[int], header: int, width: int
+) -> None:
+    y = header + GAP
+    for text, height in zip(texts, heights, strict=True):
+        draw.line((GAP, y - GAP / 2, width - GAP, y - GAP / 2), fill="#dddddd")
+        draw.multiline_text((GAP, y), "\n".join(text), fill=INK, font=_font(), spacing=4)
+        y += height + GAP
+
+
+def _head(draw: ImageDraw.ImageDraw, name: str, scores: Tensor | None, x: float, width: int) -> None:
+    _centred(draw, name, x, GAP / 2, width)
+    if scores is not None:
+        _centred(draw, f"mean {float(scores.float().nanmean()):.3g}", x, GAP / 2 + FONT + 6, width, GREY)
+
+
+def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, row: int, x: float, y: float) -> None:
+    """The score of one image, centred at (x, y). Signs are drawn as lines: not every font has them."""
+    value = float(scores[name][row])
+    if math.isnan(value):
+        draw.line((x - 5, y, x + 5, y), fill=GREY, width=2)
+    elif not all(v in (0, 1) or math.isnan(v) for column in scores.values() for v in column.tolist()):
+        others = [v for column in scores.values() if not math.isnan(v := float(column[row]))]
+        best = value == max(others) > min(others)
+        draw.text((x, y), f"{value:.3g}", fill=GREEN if best else INK, font=_font(), anchor="mm")
+    elif value == 1:
+        draw.line((x - 6, y, x - 2, y + 5, x + 7, y - 6), fill=GREEN, width=3, joint="curve")
+    else:
+        draw.line((x - 5, y - 5, x + 5, y + 5), fill=RED, width=3)
+        draw.line((x - 5, y + 5, x + 5, y - 5), fill=RED, width=3)
+
+
+def _picture(image: Tensor, width: int) -> Image.Image:
+    """An image (3, H, W), [0, 1], resized to ``width``; a whole factor repeats pixels, so that nothing is smoothed."""
+    values = image.detach().float().nan_to_num().clamp(0, 1)
+    picture = Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    size = (width, round(picture.height * width / picture.width))
+    return picture.resize(size, Image.Resampling.NEAREST if width % picture.width == 0 else Image.Resampling.LANCZOS)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT)
+
+
+def _centred(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, width: int, fill: str = INK) -> None:
+    """One line in the middle of a cell, cut where it does not fit."""
+    shown = text
+    while shown and draw.textlength(shown, font=_font()) > width:
+        text = text[:-1]
+        shown = f"{text}…" if text else ""
+    draw.text((x + width / 2, y + FONT / 2 + 3), shown, fill=fill, font=_font(), anchor="mm")
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines no wider than ``width`` pixels; a word that is wider by itself is broken."""
+    font = _font()
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while font.getlength(lines[-1]) > width:
+            fits = next(n for n in range(len(lines[-1]) - 1, 0, -1) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines

@@ -1,0 +1,80 @@
+"""The README.md of a run folder, in the format of the Hub's model cards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+REPOSITORY_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a run did, and how to use what it made.
+
+    base_model: a Hub id or a folder. trainer: e.g. "flow_grpo". command: the shell line that started the run.
+    config_yaml: the resolved configuration. load_snippet: Python that loads the LoRA with diffusers.
+    metrics: row name ("base", "tuned") -> metric name -> value; a missing value is shown as a dash.
+    pictures: file names beside the card. tags: added to the default ones.
+    """
+
+    title: str
+    base_model: str
+    trainer: str
+    command: str
+    config_yaml: str
+    load_snippet: str
+    metrics: Mapping[str, Mapping[str, float]]
+    pictures: Sequence[str] = ()
+    tags: Sequence[str] = ()
+
+
+def write_model_card(path: str | Path, card: ModelCard) -> Path:
+    """Writes ``card`` to ``path`` (a file, or a folder that gets a README.md) as UTF-8; returns the file."""
+    path = Path(path)
+    file = path / "README.md" if path.is_dir() else path
+    sections = [
+        f"# {card.title}",
+        f"A LoRA for `{card.base_model}`, trained with diffalign ({card.trainer}).",
+        "## Use",
+        _fenced(card.load_snippet, "python"),
+        *(["## Results", _table(card.metrics)] if card.metrics else []),
+        *(f"![{Path(name).stem}]({name.replace(' ', '%20')})" for name in card.pictures),
+        "## Training",
+        _fenced(card.command, "bash"),
+        _fenced(card.config_yaml, "yaml"),
+    ]
+    file.write_text(_front_matter(card) + "\n" + "\n\n".join(sections) + "\n", encoding="utf-8", newline="\n")
+    return file
+
+
+def _front_matter(card: ModelCard) -> str:
+    fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    # The Hub refuses a card whose base model is a folder of the author's disk.
+    if REPOSITORY_ID.fullmatch(card.base_model) and not Path(card.base_model).exists():
+        fields["base_model"] = card.base_model
+    fields["tags"] = list(dict.fromkeys(["lora", "text-to-image", "diffalign", card.trainer, *card.tags]))
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """A line per metric, a column per row of ``metrics``: models side by side."""
+    names = dict.fromkeys(name for row in metrics.values() for name in row)
+    lines = [["metric", *metrics], ["---", *("---:" for _ in metrics)]]
+    lines += [[name, *(_number(row.get(name)) for row in metrics.values())] for name in names]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"

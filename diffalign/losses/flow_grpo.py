@@ -1,0 +1,85 @@
+"""Flow-GRPO (arXiv 2505.05470): the clipped surrogate on one step's density, and the KL to the reference.
+
+Log-probabilities are means over the D dimensions of a sample (see ``StepResult``). So a log-ratio is in nats per
+dimension, 1 / D of the joint one, and so are the clip range and the KL.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffalign.diffusion.parameterization import expand, widen
+from diffalign.structures import Level
+
+# exp stays finite in float32, also when multiplied with an advantage and squared into a gradient norm's range.
+MAX_LOG_RATIO = 40.0
+
+
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-min(A r, A clip(r, 1 - e, 1 + e)) with r = exp(log_prob - old_log_prob): the loss per sample (B,), and metrics.
+
+    log_prob, old_log_prob: (B,), nats per dimension. advantage: (B,). clip_range: e > 0, on the per-dimension ratio;
+    see ``clip_range_per_dimension``. Only ``log_prob`` receives a gradient, on-policy -A grad log_prob.
+
+    Metrics, detached and 0-dim: ratio_mean; log_ratio_max, the largest |log r|; clip_share, the share of samples whose
+    gradient the clip removes; approx_kl = mean (log r)^2 / 2.
+
+    Departures from the paper:
+    1. clip_share counts A > 0, r > 1 + e and A < 0, r < 1 - e; a ratio off range on the other side is not clipped.
+    2. log r is held within +-40, far beyond any clip range, so that a diverged sample cannot make the loss NaN.
+    """
+    old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
+    log_ratio = (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    return loss, _metrics(log_ratio.detach(), advantage, clip_range)
+
+
+def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[str, Tensor]:
+    ratio = log_ratio.exp()
+    clipped = ((advantage > 0) & (ratio > 1 + clip_range)) | ((advantage < 0) & (ratio < 1 - clip_range))
+    return {
+        "ratio_mean": ratio.mean(),
+        "log_ratio_max": log_ratio.abs().max(),
+        "clip_share": clipped.to(ratio.dtype).mean(),
+        "approx_kl": log_ratio.square().mean() / 2,
+    }
+
+
+def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(reference_mean, std^2)) per dimension: mean_d (mean - reference_mean)^2 / (2 std^2).
+
+    mean, reference_mean: (B, ...), the latter a constant. std: () or (B,), positive, the true one of the step.
+    Returns (B,), float32 or wider, in nats per dimension.
+    """
+    mean = widen(mean)
+    standardised = (mean - reference_mean.detach()) * expand(1 / std, mean)
+    return standardised.square().reshape(len(mean), -1).mean(1) / 2
+
+
+def published_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, level: Level, next_level: Level) -> Tensor:
+    """The KL term of the paper's released code: ``gaussian_kl`` times -dt = sigma - sigma'. (B,).
+
+    That code divides by the diffusion s^2 where the variance of the step is s^2 (-dt). Use it only to reproduce results
+    with published coefficients: it weights a step by its length. Other arguments as in ``gaussian_kl``.
+    """
+    kl = gaussian_kl(mean, reference_mean, std)
+    return kl * expand(level.sigma - next_level.sigma, kl)
+
+
+def clip_range_per_dimension(value: float, unit: str, num_dimensions: int) -> float:
+    """A clip range in nats per dimension, as ``clipped_surrogate`` takes it.
+
+    unit: "per_dim", as it is (the published 1e-4, whose strength depends on the resolution), or "joint", nats of a
+    sample's joint log-ratio, divided by its D = ``num_dimensions``: 6.55 joint nats are 1e-4 at D = 65536.
+    ValueError: another unit, or a value that is not positive.
+    """
+    divisors = {"per_dim": 1, "joint": num_dimensions}
+    if unit not in divisors:
+        raise ValueError(f"unknown unit {unit!r} of the clip range; known: {', '.join(divisors)}")
+    if not value > 0:
+        raise ValueError(f"the clip range must be positive, got {value}")
+    return value / divisors[unit]

@@ -1,0 +1,7 @@
+"""How to drive a diffusers pipeline: one file per family, one interface for every trainer."""
+
+from diffalign.models.base import DiffusionModel
+from diffalign.models.load import FAMILIES, load_model
+from diffalign.models.lora import LoraConfig
+
+__all__ = ["FAMILIES", "DiffusionModel", "LoraConfig", "load_model"]

@@ -1,0 +1,38 @@
+"""From a path or a hub id to a ``DiffusionModel``: the family is read from the pipeline's own index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign.models.base import DiffusionModel
+from diffalign.models.sd3 import SD3Model
+
+FAMILIES: dict[str, Callable[..., DiffusionModel]] = {"StableDiffusion3Pipeline": SD3Model}
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None, **options: Any
+) -> DiffusionModel:
+    """Loads a pipeline with plain diffusers and wraps it.
+
+    path: a folder in diffusers' layout, or a hub id. dtype: of the frozen weights; the VAE stays float32.
+    options: of the family, e.g. ``max_sequence_length`` for SD3.
+    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet.
+    """
+    local = Path(path)
+    if not local.exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/"))):
+        raise FileNotFoundError(f"model {path}: no such folder; give a folder in diffusers' layout, or a hub id 'owner/name'")
+    if local.exists() and not (local / "model_index.json").is_file():
+        raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
+    name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+    if name not in FAMILIES:
+        raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, revision=revision)
+    pipeline.vae.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return FAMILIES[name](pipeline, **options)

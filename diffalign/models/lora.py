@@ -1,0 +1,76 @@
+"""The LoRA: inject it, write it in diffusers' own layout, and check that what was written is what was trained."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from diffalign.config import option
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the denoiser (arXiv 2106.09685): W + alpha / rank * B A, with B starting at 0."""
+
+    rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead")
+    alpha: float | None = option(None, "scale of the update times rank; default: the rank, which every loader agrees on")
+    targets: tuple[str, ...] | None = option(None, "names (or endings) of the layers; default: the family's attention")
+
+    def __post_init__(self) -> None:
+        """ValueError for a negative rank or an alpha without a sign."""
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 (full fine-tuning) or more, got {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha must be positive, got {self.alpha}: leave it out for alpha = rank")
+
+
+def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> None:
+    """Adds a trainable float32 adapter to ``module`` and freezes the rest. ValueError where a target matches no layer."""
+    wanted = config.targets or targets
+    names = [name for name, _ in module.named_modules()]
+    if missing := [t for t in wanted if not any(n == t or n.endswith("." + t) for n in names)]:
+        linear = sorted({n.split(".", 2)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear) and "." in n})
+        raise ValueError(f"lora.targets: no layer is named {', '.join(missing)}; layers of a block: {', '.join(linear)}")
+    module.requires_grad_(False)
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,
+        init_lora_weights="gaussian",
+        target_modules=sorted(wanted),
+    )
+    # peft draws from the global generator; a fork keeps it untouched and the draw a function of the seed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(peft_config)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def export(pipeline: DiffusionPipeline, module: nn.Module, directory: Path) -> Path:
+    """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives)."""
+    layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
+    metadata = module.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(
+        save_directory=directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+    )
+    return directory / WEIGHTS_NAME
+
+
+def learned_nothing(path: Path) -> bool:
+    """True, with a warning, when every B matrix of an exported LoRA is still zero."""
+    weights = load_file(path)
+    idle = not any(bool(t.any()) for name, t in weights.items() if ".lora_B." in name)
+    if idle:
+        warnings.warn(f"{path}: every update is zero, this LoRA changes nothing (did training run?)", stacklevel=2)
+    return idle

@@ -1,0 +1,86 @@
+"""Named sets of weights for one module: the policy that trains, and what it is compared with.
+
+A set holds tensors for exactly the trainable parameters. Switching exchanges storage, so it costs no copy, and leaving the
+context puts back the very tensors and ``requires_grad`` flags that were there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+POLICY = "policy"
+REFERENCE = "reference"
+
+
+class WeightSets:
+    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy of full weights."""
+
+    def __init__(self, module: nn.Module, *, has_adapter: bool) -> None:
+        self.module = module
+        self.has_adapter = has_adapter
+        self.trainable = [p for p in module.parameters() if p.requires_grad]
+        self._sets: dict[str, Sequence[Tensor]] = {}
+
+    def add(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Names a set: one tensor per trainable parameter, shared with the caller (an EMA goes on updating it).
+
+        ValueError where shapes or the reserved name "policy" do not fit.
+        """
+        if name == POLICY:
+            raise ValueError('"policy" names the weights in training: choose another name')
+        if [t.shape for t in tensors] != [p.shape for p in self.trainable]:
+            raise ValueError(f"weight set {name!r} does not match the trainable parameters in number and shape")
+        self._sets[name] = tensors
+
+    def keep_copy(self, name: str) -> None:
+        """Names a frozen copy of the weights as they are now: the reference of full fine-tuning."""
+        self.add(name, [p.detach().clone() for p in self.trainable])
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Runs the module on another set; on leaving, the policy is trained exactly as before (asserted)."""
+        flags = [(p, p.requires_grad) for p in self.module.parameters()]
+        storages = [p.data_ptr() for p in self.trainable]
+        with self._switched(name):
+            yield
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        assert [p.data_ptr() for p in self.trainable] == storages, "the policy's weights were replaced inside using()"
+
+    @contextmanager
+    def _switched(self, name: str) -> Iterator[None]:
+        if name == POLICY:
+            yield
+        elif name in self._sets:
+            with _exchanged(self.trainable, self._sets[name]):
+                yield
+        elif name == REFERENCE and self.has_adapter:
+            with _adapters_off(self.module):
+                yield
+        else:
+            known = [POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]
+            raise ValueError(f"unknown weight set {name!r}; known: {', '.join(known)}")
+
+
+@contextmanager
+def _exchanged(parameters: Sequence[Tensor], replacement: Sequence[Tensor]) -> Iterator[None]:
+    original = [p.data for p in parameters]
+    for parameter, tensor in zip(parameters, replacement, strict=True):
+        parameter.data = tensor.to(parameter.dtype)
+    try:
+        yield
+    finally:
+        for parameter, tensor in zip(parameters, original, strict=True):
+            parameter.data = tensor
+
+
+@contextmanager
+def _adapters_off(module: nn.Module) -> Iterator[None]:
+    module.disable_adapters()
+    try:
+        yield
+    finally:
+        module.enable_adapters()

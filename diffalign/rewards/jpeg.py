@@ -1,0 +1,40 @@
+"""JPEG size as a reward, from DDPO (arXiv 2305.13301): needs no weights, and shows at once whether training works."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.rewards.base import Metadata, register
+
+QUALITY = 95
+
+
+def jpeg_kilobytes(image: Tensor) -> float:
+    """Size of an image (3, H, W), [0, 1], as a JPEG file of quality 95, in kB of 1000 bytes."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, format="JPEG", quality=QUALITY)
+    return file.tell() / 1000
+
+
+@register("jpeg_compressibility", sign=-1, range=(-math.inf, 0.0))
+@register("jpeg_incompressibility", sign=1, range=(0.0, math.inf))
+@dataclass(frozen=True)
+class JpegReward:
+    """``sign`` times the size of the image as a JPEG file, in kB; prompts do not matter."""
+
+    name: str
+    sign: int
+    range: tuple[float, float]
+    differentiable: bool = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+        """(B,) float32, kB, on the CPU."""
+        return torch.tensor([self.sign * jpeg_kilobytes(image) for image in images], dtype=torch.float32)

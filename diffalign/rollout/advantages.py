@@ -1,0 +1,119 @@
+"""Group-relative advantages (GRPO, arXiv 2402.03300; on images Flow-GRPO, arXiv 2505.05470)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Rewards arrive in float32: a spread of a few units in the last place of their magnitude is rounding, not preference.
+FLAT = 4 * torch.finfo(torch.float32).eps
+
+
+def group_advantages(
+    rewards: Mapping[str, Tensor],
+    groups: Tensor,
+    *,
+    weights: Mapping[str, float] | None = None,
+    std: Literal["group", "global"] = "group",
+    aggregate: Literal["rewards", "advantages"] = "rewards",
+    epsilon: float = 1e-4,
+    clip: float | None = 5.0,
+) -> Tensor:
+    """A = (r - mean of its group) / (std + epsilon), held within +-clip: (N,), float32.
+
+    rewards: named, each (N,), of the whole iteration (gathered over processes). groups: (N,) integers, any labels.
+    weights: factor of each reward; 1 for those not named, and a reward of weight 0 plays no part.
+    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global").
+    aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
+    clip: None for no bound.
+
+    A sample with a reward that is not finite gets 0 and is left out of every mean and deviation. A group whose rewards
+    are all equal, or that has one sample left, gets exactly 0.
+
+    ValueError: unknown option or weight, no reward of non-zero weight, lengths that differ.
+    """
+    if std not in ("group", "global") or aggregate not in ("rewards", "advantages"):
+        raise ValueError(f"got std {std!r}, aggregate {aggregate!r}: use group or global, and rewards or advantages")
+    if epsilon < 0 or (clip is not None and not clip > 0):
+        raise ValueError(f"got epsilon {epsilon}, clip {clip}: epsilon must not be negative, clip positive or None")
+    terms, finite = _terms(rewards, groups, weights)
+    if aggregate == "rewards":
+        terms = [(1.0, sum(w * r for w, r, _ in terms), sum(abs(w) * m for w, _, m in terms))]
+    members = _Groups(groups, finite)
+    total = sum(w * members.normalise(r, m, std == "global", epsilon) for w, r, m in terms)
+    return (total if clip is None else total.clamp(-clip, clip)).float()
+
+
+def flat_share(rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[str, float] | None = None) -> float:
+    """The share of groups, in [0, 1], in which no reward of non-zero weight tells two samples apart.
+
+    Such groups teach nothing. Arguments and errors as in ``group_advantages``.
+    """
+    terms, finite = _terms(rewards, groups, weights)
+    members = _Groups(groups, finite)
+    flat = torch.stack([members.flat(r, m) for _, r, m in terms]).all(0)
+    return float(flat.double().mean())
+
+
+Term = tuple[float, Tensor, Tensor]
+
+
+def _terms(
+    rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[str, float] | None
+) -> tuple[list[Term], Tensor]:
+    """(weight, reward, magnitude) of the rewards that count, in float64 with 0 where unusable; usable samples (N,)."""
+    weights = {} if weights is None else weights
+    if unknown := sorted(weights.keys() - rewards.keys()):
+        raise ValueError(f"weights for unknown rewards {', '.join(unknown)}; known: {', '.join(rewards)}")
+    used = {name: reward.double() for name, reward in rewards.items() if weights.get(name, 1.0) != 0}
+    if not used:
+        raise ValueError("no reward of non-zero weight: give at least one")
+    for name, reward in used.items():
+        if groups.ndim != 1 or reward.shape != groups.shape:
+            raise ValueError(f"reward {name!r} of shape {tuple(reward.shape)}, groups {tuple(groups.shape)}: both (N,)")
+    finite = torch.stack([reward.isfinite() for reward in used.values()]).all(0)
+    clean = {name: torch.where(finite, reward, 0.0) for name, reward in used.items()}
+    return [(weights.get(name, 1.0), reward, reward.abs()) for name, reward in clean.items()], finite
+
+
+class _Groups:
+    """Sums and extremes over groups, of usable samples only."""
+
+    def __init__(self, groups: Tensor, finite: Tensor) -> None:
+        labels, self.index = groups.unique(return_inverse=True)
+        self.finite = finite
+        self.num = len(labels)
+        self.count = self.sum(finite.double())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(G,) sums of values (N,) that are 0 where unusable."""
+        return values.new_zeros(self.num).index_add(0, self.index, values)
+
+    def max(self, values: Tensor) -> Tensor:
+        """(G,) largest usable values; -inf for a group without one."""
+        usable = torch.where(self.finite, values, -math.inf)
+        return values.new_full((self.num,), -math.inf).scatter_reduce(0, self.index, usable, "amax")
+
+    def centre(self, values: Tensor) -> Tensor:
+        """(N,) offsets from the group's mean; 0 where unusable."""
+        mean = self.sum(values) / self.count.clamp(min=1)
+        return torch.where(self.finite, values - mean[self.index], 0.0)
+
+    def flat(self, values: Tensor, magnitude: Tensor) -> Tensor:
+        """(G,) bool: the usable values of the group are equal up to rounding, or fewer than two."""
+        spread = self.max(values) + self.max(-values)
+        return (self.count < 2) | (spread <= FLAT * self.max(magnitude))
+
+    def normalise(self, values: Tensor, magnitude: Tensor, over_all: bool, epsilon: float) -> Tensor:
+        """(N,) offsets over (standard deviation + epsilon), exactly 0 in flat groups."""
+        centred = self.centre(values)
+        if over_all:
+            chosen = values[self.finite]
+            std = (chosen - chosen.mean()).square().mean().sqrt()
+        else:
+            std = (self.sum(centred.square()) / self.count.clamp(min=1)).sqrt()[self.index]
+        return torch.where(self.flat(values, magnitude)[self.index], 0.0, centred / (std + epsilon))

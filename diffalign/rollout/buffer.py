@@ -1,0 +1,170 @@
+"""The rollout buffer: what a rollout leaves behind, as a forest of nodes in columns.
+
+A node is a latent at a level. Its parent is the stored node that it came from, and a trained node is one whose transition
+from its parent the policy gradient uses. Only trained nodes, their parents and the final latents are stored, so the bytes
+that an iteration needs are known before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from diffalign.diffusion.plan import Plan
+from diffalign.structures import Prompt
+
+COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
+
+
+def stored_steps(plan: Plan) -> tuple[int, ...]:
+    """The level indices at which nodes are kept, ascending; the last is the final latent."""
+    ends = {end for step in plan.trained_steps for end in (step, step + 1)}
+    return tuple(sorted(ends | {len(plan)}))
+
+
+def bytes_needed(plan: Plan, samples: int, latent_shape: Sequence[int], dtype: torch.dtype, *, means: bool = False) -> int:
+    """The size of the latents that a rollout of ``samples`` samples stores."""
+    latent = torch.Size(latent_shape).numel()
+    stored = len(stored_steps(plan)) * latent * dtype.itemsize
+    return samples * (stored + (len(plan.trained_steps) * latent * 4 if means else 0))
+
+
+@dataclass
+class RolloutBuffer:
+    """N nodes; a sample's nodes lie together, in the order of their steps.
+
+    group, sample: (N,) int64, the prompt's index in the iteration and the sample's index in its group.
+    parent: (N,) int64, a row, -1 for a node without a stored ancestor. step: (N,) int64, the index of its level.
+    trained: (N,) bool. x: (N, C, h, w), in the dtype that the sampler computed with.
+    log_prob: (N,) float32, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
+    mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
+    rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
+    """
+
+    group: Tensor
+    sample: Tensor
+    parent: Tensor
+    step: Tensor
+    trained: Tensor
+    x: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    prompts: list[Prompt]
+    mean: Tensor | None = None
+    rewards: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def allocate(
+        cls,
+        plan: Plan,
+        group: Tensor,
+        sample: Tensor,
+        prompts: list[Prompt],
+        latent_shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        means: bool = False,
+    ) -> RolloutBuffer:
+        """An empty buffer for B samples; ``group`` and ``sample`` are (B,), on the CPU."""
+        steps = torch.tensor(stored_steps(plan))
+        per_sample, count = len(steps), len(group)
+        rows = torch.arange(count * per_sample)
+        step = steps.repeat(count)
+        trained = torch.isin(step - 1, torch.tensor(plan.trained_steps))
+        latents = torch.empty(len(rows), *latent_shape, dtype=dtype, device=device)
+        nan = torch.full((len(rows),), torch.nan, device=device)
+        return cls(
+            group=group.repeat_interleave(per_sample),
+            sample=sample.repeat_interleave(per_sample),
+            parent=torch.where(step == steps[0], -1, rows - 1),
+            step=step,
+            trained=trained,
+            x=latents,
+            log_prob=nan,
+            advantage=torch.zeros_like(nan),
+            prompts=prompts,
+            mean=torch.empty(int(trained.sum()), *latent_shape, device=device) if means else None,
+        )
+
+    @property
+    def leaves(self) -> Tensor:
+        """The rows of final latents, one per sample, in the order of the samples."""
+        return (self.step == self.step.max()).nonzero().flatten()
+
+    @property
+    def nodes_per_sample(self) -> int:
+        """How many nodes each sample has."""
+        return len(self.step) // len(self.leaves)
+
+    def nodes(self, samples: Tensor | slice, step: int) -> Tensor:
+        """The rows, one per sample, that hold the samples (by their order in the buffer) at a stored step."""
+        first = torch.arange(len(self.leaves))[samples] * self.nodes_per_sample
+        offset = (self.step[: self.nodes_per_sample] == step).nonzero()
+        if len(offset) != 1:
+            raise ValueError(f"step {step} is not stored; stored: {self.step[: self.nodes_per_sample].tolist()}")
+        return first + offset.item()
+
+    def trained_rank(self, rows: Tensor) -> Tensor:
+        """The rows of ``mean`` that belong to trained nodes."""
+        return self.trained.cumsum(0)[rows] - 1
+
+    def set_rewards(self, rewards: Mapping[str, Tensor]) -> None:
+        """Stores named rewards (B,) at the leaves."""
+        for name, values in rewards.items():
+            column = torch.full((len(self.step),), torch.nan)
+            column[self.leaves] = values.float().cpu()
+            self.rewards[name] = column
+
+    def set_advantages(self, advantages: Tensor) -> None:
+        """Gives every node of a sample the advantage (B,) of its leaf: the rule of Flow-GRPO."""
+        self.advantage = advantages.to(self.advantage).repeat_interleave(self.nodes_per_sample)
+
+    def save(self, directory: Path, images: Tensor, *, model: str, seed: int) -> None:
+        """Writes the buffer as a preference data set.
+
+        ``nodes.safetensors`` holds the columns; ``images/`` and ``metadata.jsonl`` (file_name, prompt, group, sample,
+        rewards, metadata, model, seed) are what ``datasets.load_dataset("imagefolder", ...)`` reads. images: (B, 3, H, W).
+        """
+        (directory / "images").mkdir(parents=True, exist_ok=True)
+        columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
+        columns |= {f"reward/{name}": values for name, values in self.rewards.items()}
+        columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
+        save_file(columns, directory / "nodes.safetensors")
+        (directory / "prompts.json").write_text(json.dumps([{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts]))
+        lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
+        for line, image in zip(lines, images, strict=True):
+            to_pil_image(image.float().cpu().clamp(0, 1)).save(directory / line["file_name"])
+        (directory / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _describe(self, row: int, model: str, seed: int) -> dict:
+        group, sample = int(self.group[row]), int(self.sample[row])
+        scores = {name: float(values[row]) for name, values in self.rewards.items()}
+        prompt = self.prompts[group]
+        return {
+            "file_name": f"images/{group:05d}-{sample:03d}.png",
+            "prompt": prompt.text,
+            "group": group,
+            "sample": sample,
+            "rewards": {name: value if value == value else None for name, value in scores.items()},
+            "metadata": dict(prompt.metadata),
+            "model": model,
+            "seed": seed,
+        }
+
+    @classmethod
+    def load(cls, directory: Path) -> RolloutBuffer:
+        """Reads what ``save`` wrote. FileNotFoundError where a file of it is missing."""
+        columns = load_file(directory / "nodes.safetensors")
+        prompts = [Prompt(**entry) for entry in json.loads((directory / "prompts.json").read_text())]
+        rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
+        return cls(
+            **{name: columns[name] for name in COLUMNS}, prompts=prompts, mean=columns.get("mean"), rewards=rewards
+        )

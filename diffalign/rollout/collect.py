@@ -1,0 +1,117 @@
+"""Generates the samples of an iteration and fills the buffer, in micro-batches whose size changes no prompt and no noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.models import DiffusionModel
+from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.sampler import Route, micro_batches, sample
+from diffalign.runtime.noise import Noise
+from diffalign.structures import Conditioning, StepResult
+
+# Convolutions at image size fall out of the processor's cache in larger slices, and on a GPU they are what fills memory.
+DECODE_SLICE = 32
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the noise of each sample comes from: (stream, iteration, group, sample, step).
+
+    Samples of a group share their start noise when ``shared_start`` leaves the sample out of its address.
+    """
+
+    noise: Noise
+    stream: str
+    iteration: int
+    group: Tensor
+    sample: Tensor
+    shared_start: bool = False
+
+    def __getitem__(self, rows: slice) -> Addresses:
+        return Addresses(
+            self.noise, self.stream, self.iteration, self.group[rows], self.sample[rows], self.shared_start
+        )
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self.group.tolist(), self.sample.tolist(), strict=True))
+
+    def start(self, shape: tuple[int, ...]) -> Tensor:
+        """The noise at the first level: (B, *shape), float32, CPU."""
+        sample_part = [(group,) if self.shared_start else (group, sample) for group, sample in self._pairs()]
+        return self.noise.normal_batch(shape, f"{self.stream}/start", [(self.iteration, *part) for part in sample_part])
+
+    def step(self, shape: tuple[int, ...], index: int) -> Tensor:
+        """The noise of stochastic step ``index``: (B, *shape), float32, CPU."""
+        addresses = [(self.iteration, *pair, index) for pair in self._pairs()]
+        return self.noise.normal_batch(shape, f"{self.stream}/step", addresses)
+
+
+def decode(model: DiffusionModel, latents: Tensor) -> Tensor:
+    """Images of latents, without gradients, in slices."""
+    with torch.no_grad():
+        return torch.cat([model.decode(part) for part in latents.split(DECODE_SLICE)])
+
+
+def rollouts(
+    model: DiffusionModel, route: Route, conditioning: Conditioning, addresses: Addresses, buffer: RolloutBuffer, size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Fills ``buffer`` micro-batch by micro-batch, and yields each one's samples and images as soon as they are there.
+
+    conditioning: a row per group. size: the micro-batch. Images: (b, 3, H, W).
+    """
+    shape = tuple(buffer.x.shape[1:])
+    for rows in micro_batches(len(addresses.group), size):
+        part = addresses[rows]
+        start = part.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
+        _store_start(buffer, rows, start)
+
+        def observe(index: int, result: StepResult, rows: slice = rows) -> None:
+            _store(buffer, rows, index, result)
+
+        final = sample(
+            model,
+            route,
+            conditioning[part.group],
+            start,
+            draw=lambda index, part=part: part.step(shape, index),
+            observe=observe,
+        )
+        yield rows, decode(model, final)
+
+
+def _store_start(buffer: RolloutBuffer, rows: slice, start: Tensor) -> None:
+    if buffer.step[0] == 0:
+        buffer.x[buffer.nodes(rows, 0)] = start.to(buffer.x.device)
+
+
+def _store(buffer: RolloutBuffer, rows: slice, index: int, result: StepResult) -> None:
+    if not (buffer.step[: buffer.nodes_per_sample] == index + 1).any():
+        return
+    nodes = buffer.nodes(rows, index + 1)
+    buffer.x[nodes] = result.x_next.to(buffer.x.device)
+    if buffer.trained[nodes[0]]:
+        buffer.log_prob[nodes] = result.log_prob.float().to(buffer.x.device)
+        if buffer.mean is not None:
+            buffer.mean[buffer.trained_rank(nodes)] = result.mean.float().to(buffer.x.device)
+
+
+def generate(
+    model: DiffusionModel, route: Route, conditioning: Conditioning, own: Tensor, addresses: Addresses, size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Samples and images of a route that nothing is trained on, e.g. the ODE of an evaluation. See ``rollouts``.
+
+    own: (B,), the row of ``conditioning`` of each sample.
+    """
+    shape = model.latent_shape()
+    for rows in micro_batches(len(own), size):
+        part = addresses[rows]
+        start = part.start(shape).to(model.device, non_blocking=True)
+        final = sample(
+            model, route, conditioning[own[rows]], start, draw=lambda index, part=part: part.step(shape, index)
+        )
+        yield rows, decode(model, final)

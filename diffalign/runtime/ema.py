@@ -1,0 +1,55 @@
+"""The exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """shadow <- decay_t * shadow + (1 - decay_t) * parameters, in float32 whatever the dtype of the parameters.
+
+    decay: in [0, 1). With ``warmup``, decay_t = min(decay, (1 + k) / (10 + k)) after k updates, so that a short run is
+    not dominated by its start. The shadow starts at the parameters and never shares memory with them.
+    ValueError: a decay outside the range, no parameters.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the EMA decay lies in [0, 1), got {decay}; 0.999 is a common value")
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("EMA of no parameters: mark some as trainable first")
+        self.decay, self.warmup = decay, warmup
+        self.updates = 0
+        # copy=True: .float() of a float32 CPU parameter is the parameter itself.
+        self.shadow = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
+
+    def update(self) -> None:
+        """Moves the shadow towards the parameters; call it once after each optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        targets = [p.detach().to(s) for p, s in zip(self.parameters, self.shadow, strict=True)]
+        torch._foreach_lerp_(self.shadow, targets, 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The shadow and the number of updates, as a flat dict of tensors ready for safetensors."""
+        state = {f"shadow.{i}": tensor for i, tensor in enumerate(self.shadow)}
+        return {**state, "updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies a ``state_dict`` in. ValueError: another number or shape of parameters."""
+        own = self.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(own.keys() | shapes.keys()):
+            expected = tuple(own[name].shape) if name in own else None
+            if shapes.get(name) != expected:
+                raise ValueError(
+                    f"EMA state {name!r} has shape {shapes.get(name)}, expected {expected}: "
+                    "resume with the rank and target modules of the saved run"
+                )
+        for i, tensor in enumerate(self.shadow):
+            tensor.copy_(state[f"shadow.{i}"])
+        self.updates = int(state["updates"])

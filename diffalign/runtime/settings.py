@@ -1,0 +1,49 @@
+"""What every training run can be told, whatever it optimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from diffalign.config import option
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Fields that the loop reads. A trainer's own config adds what to collect and how to score it."""
+
+    output_dir: Path = option(Path("runs/default"), "the run folder")
+    seed: int = option(0, "the only source of randomness of a run")
+    max_train_steps: int = option(100, "optimizer steps")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    lr_scheduler: str = option("constant", "constant, linear or cosine, after the warm-up")
+    lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.999, "AdamW")
+    adam_weight_decay: float = option(1e-4, "AdamW")
+    adam_epsilon: float = option(1e-8, "AdamW")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = option(0.0, "decay of the averaged weights, which are evaluated and exported; 0 turns them off")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the denoiser's passes")
+    eval_steps: int = option(0, "optimizer steps between evaluations; 0: at the start and the end only")
+    checkpointing_steps: int = option(0, "optimizer steps between checkpoints; 0: at the end only")
+    checkpoints_total_limit: int = option(2, "checkpoints kept, at least 2")
+    resume_from_checkpoint: str | None = option(None, '"latest", or the path of a checkpoint')
+    report_to: str = option("none", "none, tensorboard, wandb, trackio, or several with commas")
+
+    def validate(self) -> None:
+        """ValueError for a setting that cannot train."""
+        at_least = {"max_train_steps": 1, "eval_steps": 0, "checkpointing_steps": 0, "lr_warmup_steps": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.checkpoints_total_limit < 2:
+            raise ValueError("checkpoints_total_limit must be at least 2: with 1, a crash while saving leaves none")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay lies in [0, 1), got {self.ema_decay}; 0 turns it off, 0.9 to 0.999 are usual")
+        if self.lr_scheduler not in ("constant", "linear", "cosine"):
+            raise ValueError(f"lr_scheduler must be constant, linear or cosine, got {self.lr_scheduler!r}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

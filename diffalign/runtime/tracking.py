@@ -1,0 +1,155 @@
+"""Where numbers go: ``metrics.jsonl`` always, and accelerate's trackers where the user asks for them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def _strict(value: Any) -> Any:
+    """A value of strict JSON: NaN becomes null and infinity text, because neither is a JSON number."""
+    if hasattr(value, "tolist"):  # A number or an array of torch or numpy.
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _strict(entry) for name, entry in value.items()}
+    return [_strict(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _complete_lines(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
+    """(step, line, row) of each row, without a last line cut short by a crash. ValueError: another broken line."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append((int(row["step"]), line.decode(), row))
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is no row of metrics ({error!r}): remove the line") from error
+    return rows
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per line, with ``step``.
+
+    resume_step: the step of the checkpoint that the run goes on from. Rows after it are dropped, and a line that a
+    crash cut short, so the file ends up equal to that of an uninterrupted run, provided that a step's rows are written
+    before its checkpoint. None starts a new file and keeps a former one as ``metrics.jsonl.old``.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self._rewind(resume_step)
+        elif self.path.exists():
+            os.replace(self.path, self.path.with_name(self.path.name + ".old"))
+
+    def _rewind(self, step: int) -> None:
+        kept = [line + "\n" for at, line, _ in _complete_lines(self.path) if at <= step]
+        if not self.path.exists() or "".join(kept).encode() == self.path.read_bytes():
+            return
+        staged = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, self.path)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends a row. Values: numbers, text, lists, dicts, tensors; NaN is written as null, infinity as "inf"."""
+        assert "step" not in metrics, "the step is an argument of its own"
+        line = json.dumps({"step": int(step), **_strict(metrics)}, allow_nan=False) + "\n"
+        # Opened for each row: nothing to close, and the file may be moved or rotated while the run goes on.
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """The rows, without a torn last line. ValueError: a broken line before it."""
+        return [row for _, _, row in _complete_lines(Path(path))]
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """``none`` or a comma list of ``TRACKERS`` -> what ``Accelerator(log_with=...)`` takes.
+
+    ValueError: an unknown name, or one that is not installed (accelerate would leave it out without a word).
+    """
+    names = [name.strip() for name in report_to.split(",")]
+    if names == ["none"]:
+        return []
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"report_to {', '.join(unknown)!r} is unknown; use none, or any of {', '.join(TRACKERS)}")
+    if absent := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"report_to {absent[0]!r} is not installed: pip install {absent[0]}, or report_to none")
+    return list(dict.fromkeys(names))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and plain scalars, the only thing that every tracker takes as hyperparameters."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
+
+class Trackers:
+    """accelerate's trackers, made harmless: one that raises is switched off with one warning, and training goes on.
+
+    accelerator: built with ``log_with=tracker_names(report_to)``.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def start(self, project: str, config: Mapping[str, Any]) -> None:
+        """Starts each tracker with the run's configuration, nested or flat."""
+        chosen, running = list(self.accelerator.log_with), []
+        for tracker in chosen:
+            # One at a time: a failing one must not take the others along.
+            self.accelerator.log_with, self.accelerator.trackers = [tracker], []
+            if _survives(tracker, partial(self.accelerator.init_trackers, project, _flat(config))):
+                running += self.accelerator.trackers
+        self.accelerator.log_with, self.accelerator.trackers = chosen, running
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Sends the numbers of a step from the main process; other values stay in ``metrics.jsonl``."""
+        if not self.accelerator.is_main_process:
+            return
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for tracker in list(self.accelerator.trackers):
+            if not _survives(tracker, partial(tracker.log, numbers, step=step)):
+                self.accelerator.trackers.remove(tracker)
+
+    def finish(self) -> None:
+        """Closes every tracker."""
+        while self.accelerator.trackers:
+            tracker = self.accelerator.trackers.pop()
+            _survives(tracker, tracker.finish)
+
+
+def _survives(tracker: Any, call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except Exception as error:
+        name = str(getattr(tracker, "name", tracker)).lower()
+        warnings.warn(f"tracker {name} failed and is switched off; metrics.jsonl goes on: {error!r}", stacklevel=3)
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Captions in GenEval's six task types, with their specification in GenEval's metadata format.
+
+A specification is ``{"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [...]}``; ``position`` is
+``[relation, index of the other item]``. Single objects, pairs and counts hold out wordings; colours, positions and colour
+attributions hold out whole combinations (``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``).
+Source of tasks and format: GenEval, arXiv 2310.11513.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from diffalign.shapes.scene import COLORS, HELD_OUT_PAIRS, HELD_OUT_RELATIONS, MAX_OBJECTS, RELATIONS, SHAPES, Spec
+from diffalign.structures import Prompt
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+NOUNS = (
+    "a photo", "a picture", "a drawing", "an image", "a painting", "a sketch", "a print", "a poster",
+    "a card", "an icon", "a sign", "a figure", "a graphic", "an illustration", "a sticker", "a diagram",
+)  # fmt: skip
+OPENINGS = ("", *(f"{noun} {link} " for link in ("of", "with", "showing") for noun in NOUNS))
+
+
+def item(shape: str, count: int = 1, color: str | None = None, position: list | None = None) -> dict:
+    """One entry of a specification's ``include`` list."""
+    optional = {"color": color, "position": position}
+    return {"class": shape, "count": count, **{k: v for k, v in optional.items() if v is not None}}
+
+
+def phrase(spec: Spec) -> str:
+    """The plain wording of a specification, e.g. ``a red circle and a blue square``."""
+    first, *rest = spec["include"]
+    if "position" in (rest[0] if rest else {}):
+        return f"{_name(rest[0])} {rest[0]['position'][0]} {_name(first)}"
+    return " and ".join(map(_name, spec["include"]))
+
+
+def _name(entry: Spec) -> str:
+    color = f"{entry['color']} " if "color" in entry else ""
+    if entry["count"] == 1:
+        return f"a {color}{entry['class']}"
+    return f"{NUMBERS[entry['count']]} {color}{entry['class']}s"
+
+
+@cache
+def specs(tag: str) -> tuple[Spec, ...]:
+    """Every specification of one task type."""
+    other = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    pairs = [(c, s) for s in SHAPES for c in COLORS]
+    if tag == "counting":
+        counts = [(s, n) for s in SHAPES for n in range(2, MAX_OBJECTS + 1)]
+        return tuple({"tag": tag, "include": [item(s, n)], "exclude": [item(s, n + 1)]} for s, n in counts)
+    includes = {
+        "single_object": [[item(s)] for s in SHAPES],
+        "two_object": [[item(a), item(b)] for a, b in other],
+        "colors": [[item(s, color=c)] for c, s in pairs],
+        "position": [[item(b), item(a, position=[r, 0])] for a, b in other for r in RELATIONS],
+        "color_attr": [
+            [item(s, color=c), item(t, color=d)] for c, s in pairs for d, t in pairs if c != d and s != t
+        ],
+    }  # fmt: skip
+    return tuple({"tag": tag, "include": include} for include in includes[tag])
+
+
+def is_novel(spec: Spec) -> bool:
+    """True when a specification itself asks for a held-out combination."""
+    if any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in spec["include"]):
+        return True
+    located = [i for i in spec["include"] if "position" in i]
+    return any((i["class"], i["position"][0], spec["include"][i["position"][1]]["class"]) in HELD_OUT_RELATIONS for i in located)
+
+
+def is_held_out(spec: Spec, opening: str) -> bool:
+    """Whether a caption belongs to the held-out side: by its combination where its task has one, else by its wording."""
+    if spec["tag"] in ("colors", "position", "color_attr"):
+        return is_novel(spec)
+    return opening != "" and (specs(spec["tag"]).index(spec) + OPENINGS.index(opening)) % 2 == 0
+
+
+def caption(rng: random.Random, tag: str | None = None, *, held_out: bool = False, plain: float = 0.3) -> Prompt:
+    """A random caption of one side of the split; ``plain`` is the share without an opening such as "a photo of"."""
+    tag = tag or rng.choice(TAGS)
+    while True:
+        spec = rng.choice(specs(tag))
+        opening = "" if rng.random() < plain else rng.choice(OPENINGS[1:])
+        if is_held_out(spec, opening) == held_out:
+            return Prompt(opening + phrase(spec), spec)
+
+
+def prompt_set(per_tag: int, *, held_out: bool, seed: int) -> list[Prompt]:
+    """``per_tag`` distinct captions of every task type, from one side of the split. ValueError: more than there are."""
+    rng = random.Random(seed)
+    found: dict[str, Prompt] = {}
+    for tag in TAGS:
+        available = sum(is_held_out(spec, opening) == held_out for spec in specs(tag) for opening in OPENINGS)
+        if per_tag > available:
+            raise ValueError(f"{tag} has {available} captions on this side, not {per_tag}: ask for fewer per tag")
+        goal = len(found) + per_tag
+        while len(found) < goal:
+            prompt = caption(rng, tag, held_out=held_out)
+            found.setdefault(prompt.text, prompt)
+    return list(found.values())
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold, sorted."""
+    texts = list(OPENINGS) + [phrase(s) for tag in TAGS for s in specs(tag)]
+    return sorted({word for text in texts for word in text.split()})

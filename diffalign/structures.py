@@ -1,0 +1,126 @@
+"""The nouns of the package: small frozen dataclasses that every room shares.
+
+Shapes are written with B samples, C latent channels, H x W latent positions, N buffer nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and what a reward needs to know about it.
+
+    ``metadata`` travels untouched through the rollout buffer to the reward: a GenEval specification, an OCR target,
+    a scene of shapes.
+    """
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A point of a noise schedule: x = alpha * x0 + sigma * noise.
+
+    Variance-preserving models keep alpha^2 + sigma^2 = 1, flow models alpha = 1 - sigma, so one noun serves both.
+    Each field is a float64 CPU tensor, of shape () for one level or (B,) for a level per sample. ``time`` is what the
+    denoiser is told (in the units of its own schedule, e.g. 0 to 1000).
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    time: Tensor
+
+    def __getitem__(self, index: int | slice | Tensor) -> Level:
+        """The level (or levels) at ``index`` of a batch of levels."""
+        return Level(self.alpha[index], self.sigma[index], self.time[index])
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    @property
+    def is_flow(self) -> bool:
+        """True when alpha = 1 - sigma holds for every level."""
+        return bool(torch.all((self.alpha + self.sigma - 1).abs() < 1e-9))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One transition of a sampler.
+
+    x_next: (B, C, H, W), rounded to the dtype in which it is stored.
+    mean: (B, C, H, W), float32 or wider; carries the gradient of the policy.
+    std: () or (B,), float64 on the CPU, the true standard deviation of this step.
+    log_prob: (B,), float32 or wider, the mean over the sample's dimensions of log N(x_next; mean, std);
+        None where std is 0, because then there is no density.
+    """
+
+    x_next: Tensor
+    mean: Tensor
+    std: Tensor
+    log_prob: Tensor | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser sees of a batch of prompts.
+
+    tensors: batch-first tensors, indexed and repeated together, e.g. embeddings (B, L, D) and pooled (B, P).
+    shared: members without a batch axis, e.g. position ids.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
+        """The rows at ``index``."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, self.shared)
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """``Tensor.to`` on every member."""
+        return Conditioning({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()}, self.shared)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Stacks batches one after the other; shared members come from the first."""
+        names = parts[0].tensors
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].shared)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: output = negative + scale * (positive - negative).
+
+    ``negative`` has one row, shared by every sample. Scale 1 needs no negative and costs one evaluation.
+    """
+
+    scale: float = 1.0
+    negative: Conditioning | None = None
+
+    @property
+    def active(self) -> bool:
+        """True when a second evaluation per step is needed."""
+        return self.negative is not None and self.scale != 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Named rewards of B samples: each (B,), float32, NaN where a reward failed on that sample."""
+
+    values: Mapping[str, Tensor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]

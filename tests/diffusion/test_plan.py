@@ -1,0 +1,117 @@
+from dataclasses import replace
+
+import pytest
+
+from diffalign.diffusion.plan import PRESETS, Plan, PlanConfig, Row, make_plan
+from diffalign.diffusion.schedule import flow_levels, flow_match_euler_sigmas, vp_levels
+
+LEVELS = flow_levels(flow_match_euler_sigmas(10, 3.0))
+SDE, ODE = Row("flow_sde", 0.7, True), Row("ode", 0.0, False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_a_valid_plan(preset):
+    for iteration in (0, 1, 999):
+        plan = make_plan(PlanConfig(preset, 10), iteration, seed=0)
+        plan.validate(LEVELS)
+        assert len(plan) == 10
+        assert plan.trained_steps
+        assert 9 not in plan.trained_steps
+
+
+@pytest.mark.parametrize(
+    ("preset", "solver", "noise_level"),
+    [("flow_grpo", "flow_sde", 0.7), ("dance_grpo", "dance_sde", 0.3), ("cps", "cps", 0.8)],
+)
+def test_all_steps_but_the_last(preset, solver, noise_level):
+    plan = make_plan(PlanConfig(preset, 6), 3, seed=1)
+    assert plan == Plan((Row(solver, noise_level, True),) * 5 + (ODE,))
+
+
+def test_options_override_the_preset():
+    plan = make_plan(PlanConfig("first_steps", 5, "cps", 0.5, window_size=3, ode_solver="dpmpp_2m"), 0, seed=0)
+    assert plan.rows == (Row("cps", 0.5, True),) * 3 + (Row("dpmpp_2m", 0.0, False),) * 2
+    assert make_plan(PlanConfig("flow_grpo", 5, "ddim"), 0, 0).rows[0].noise_level == 1.0
+
+
+def starts(config, iterations, seed=0):
+    windows = [make_plan(config, iteration, seed).trained_steps for iteration in iterations]
+    for window in windows:
+        assert window == tuple(range(window[0], window[0] + len(window)))
+    return [window[0] for window in windows], {len(window) for window in windows}
+
+
+def test_random_window_covers_its_range_and_depends_on_seed_and_iteration_alone():
+    config = PlanConfig("flow_grpo_fast", 10, window_size=2, window_range=(1, 6))
+    first, sizes = starts(config, range(200))
+    assert sizes == {2}
+    assert set(first) == {1, 2, 3, 4}
+    assert min(first.count(start) for start in (1, 2, 3, 4)) > 30
+    assert first == starts(config, range(200))[0]
+    assert first != starts(config, range(200), seed=1)[0]
+
+
+def test_random_window_defaults_to_the_first_half():
+    assert set(starts(PlanConfig("flow_grpo_fast", 10), range(100))[0]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("stride", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (9, [0])])
+def test_sliding_window_is_always_full_and_rolls_back(stride, expected):
+    config = PlanConfig("mix_grpo", 10, window_size=4, shift_every=3, window_stride=stride)
+    first, sizes = starts(config, range(40))
+    assert sizes == {4}
+    assert first == [expected[i // 3 % len(expected)] for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PlanConfig("grpo"), "known: flow_grpo"),
+        (PlanConfig("flow_grpo", window_size=2), "does not read window_size; it reads noise_level, solver"),
+        (PlanConfig("flow_grpo_fast", shift_every=5), "does not read shift_every"),
+        (PlanConfig("cps", ode_solver="dpmpp_2m"), "does not read ode_solver"),
+        (PlanConfig("flow_grpo", solver="ode"), "must be stochastic"),
+        (PlanConfig("mix_grpo", ode_solver="cps"), "ode_solver must be"),
+        (PlanConfig("mix_grpo", 4, window_size=4), "shrink it"),
+        (PlanConfig("mix_grpo", shift_every=0), "at least 1"),
+        (PlanConfig("first_steps", 4, window_size=4), "last of 4 steps"),
+        (PlanConfig("flow_grpo_fast", 10, window_size=3, window_range=(4, 6)), "no window of 3 steps"),
+        (PlanConfig("flow_grpo_fast", 4, window_size=4, window_range=(0, 4)), "last of 4 steps"),
+        (PlanConfig("flow_grpo", 1), "at least 2"),
+    ],
+)
+def test_degenerate_settings_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, 0, seed=0)
+
+
+def with_row(step, row):
+    return Plan((SDE,) * step + (row,) + (SDE,) * (8 - step) + (ODE,))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (with_row(3, Row("ode", 0.0, True)), "step 3 .*'ode'.*use a stochastic solver"),
+        (with_row(3, Row("dpmpp_2m", 0.0, True)), "step 3 .*use a stochastic solver"),
+        (with_row(3, Row("flow_sde", 0.0, True)), "step 3 .*with a noise level"),
+        (with_row(3, Row("ode", 0.0, False, branch=2)), "step 3 .*branching"),
+        (with_row(3, Row("flow_sde", 0.7, True, branch=0)), "step 3 .*at least 1"),
+        (with_row(3, Row("dpmpp_2m", 0.5, False)), "step 3 .*lies in"),
+        (with_row(3, Row("euler", 0.0, False)), "step 3 .*known: ode, dpmpp_2m, flow_sde"),
+        (Plan((SDE,) * 9 + (Row("cps", 0.8, True),)), "step 9 .*leave this step untrained"),
+        (Plan((ODE,) * 10), "trains no step"),
+        (Plan((SDE,) * 9), "9 steps need 10 levels, got 11"),
+    ],
+)
+def test_a_plan_that_cannot_be_trained_is_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        plan.validate(LEVELS)
+
+
+def test_a_flow_solver_on_other_levels_is_refused():
+    levels = vp_levels([0.999 - 0.0009 * t for t in range(1000)], [900, 600, 300])
+    plan = make_plan(PlanConfig("flow_grpo", 3), 0, seed=0)
+    with pytest.raises(ValueError, match=r"step 0 .*use 'ddim'"):
+        plan.validate(levels)
+    Plan(tuple(replace(row, solver="ddim") if row.trained else row for row in plan.rows)).validate(levels)

@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard as HubCard
+
+from diffalign.evaluation.model_card import ModelCard, write_model_card
+
+CARD = ModelCard(
+    title="Shapes, tuned",
+    base_model="stabilityai/stable-diffusion-3.5-medium",
+    trainer="flow_grpo",
+    command="accelerate launch scripts/train.py --config a.yaml",
+    config_yaml="seed: 3\nprompt: a `b`\n",
+    load_snippet="pipe.load_lora_weights('out')",
+    metrics={"base": {"accuracy": 0.51, "a|b": 1e-7}, "tuned": {"accuracy": 0.7525, "diversity": 0.1}},
+    pictures=["compare.png", "my curves.png"],
+    tags=["shapes", "lora"],
+)
+
+
+def test_the_hub_reads_the_front_matter(tmp_path):
+    data = HubCard(write_model_card(tmp_path, CARD).read_text(encoding="utf-8")).data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "text-to-image"
+    assert data.base_model == "stabilityai/stable-diffusion-3.5-medium"
+    assert data.tags == ["lora", "text-to-image", "diffalign", "flow_grpo", "shapes"]
+
+
+@pytest.mark.parametrize("base_model", ["/home/me/model", "./model", "a/b/c", "local"])
+def test_a_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch, base_model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local").mkdir()
+    text = write_model_card("card.md", replace(CARD, base_model=base_model)).read_text()
+    assert HubCard(text).data.base_model is None
+    assert f"A LoRA for `{base_model}`" in text
+
+
+def test_the_body_tells_how_to_use_it_what_it_reached_and_how_it_was_made(tmp_path):
+    file = write_model_card(tmp_path / "card.md", CARD)
+    assert file == tmp_path / "card.md"
+    text = file.read_text(encoding="utf-8")
+    for part in (
+        "# Shapes, tuned\n",
+        "```python\npipe.load_lora_weights('out')\n```",
+        "| metric | base | tuned |\n| --- | ---: | ---: |\n| accuracy | 0.51 | 0.7525 |\n",
+        "| a&#124;b | 1e-07 | – |\n| diversity | – | 0.1 |\n",
+        "![compare](compare.png)\n\n![my curves](my%20curves.png)",
+        "```bash\naccelerate launch scripts/train.py --config a.yaml\n```",
+        "```yaml\nseed: 3\nprompt: a `b`\n```",
+    ):
+        assert part in text
+
+
+def test_a_configuration_with_a_fence_inside_stays_whole(tmp_path):
+    config = yaml.safe_dump({"template": "```\ncode\n```"})
+    text = write_model_card(tmp_path, replace(CARD, config_yaml=config)).read_text()
+    assert f"````yaml\n{config.strip()}\n````" in text
+
+
+def test_no_metrics_no_table(tmp_path):
+    assert "## Results" not in write_model_card(tmp_path, replace(CARD, metrics={})).read_text()

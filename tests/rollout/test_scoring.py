@@ -1,0 +1,100 @@
+import math
+import warnings
+
+import pytest
+import torch
+
+from diffalign.rewards import FunctionReward, get_reward
+from diffalign.rollout.scoring import RewardWarning, score
+from diffalign.structures import Prompt
+
+IMAGES = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2) / 4
+PROMPTS = [Prompt(text, {"bonus": i}) for i, text in enumerate(["zero", "one", "two", "three"])]
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3)).double()
+
+
+def with_bonus(images, prompts, metadata):
+    return torch.tensor([len(p) + 10.0 * m["bonus"] for p, m in zip(prompts, metadata, strict=True)])
+
+
+def fails_on_two(images, prompts, metadata):
+    if "two" in prompts:
+        raise RuntimeError("cannot see two")
+    return brightness(images, prompts, metadata)
+
+
+def reward(function, name="mine"):
+    return FunctionReward(name, function)
+
+
+def test_scores_are_float32_and_see_prompts_and_metadata():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = score([get_reward(brightness), get_reward(with_bonus)], IMAGES, PROMPTS)
+    assert list(scores) == ["brightness", "with_bonus"]
+    assert scores["brightness"].dtype == torch.float32
+    assert scores["brightness"].tolist() == [0, 0.25, 0.5, 0.75]
+    assert scores["with_bonus"].tolist() == [4, 13, 23, 35]
+
+
+def test_names_come_from_a_mapping():
+    assert list(score({"a": reward(brightness), "b": reward(brightness)}, IMAGES, PROMPTS)) == ["a", "b"]
+    with pytest.raises(ValueError, match="share a name"):
+        score([reward(brightness), reward(with_bonus)], IMAGES, PROMPTS)
+
+
+def test_a_failure_costs_only_its_sample_and_only_its_reward():
+    with pytest.warns(RewardWarning, match=r"'mine' failed on 1 of 4 .*RuntimeError: cannot see two.*: 'two'$"):
+        scores = score([reward(fails_on_two), reward(brightness, "other")], IMAGES, PROMPTS)
+    assert scores["mine"].isnan().tolist() == [False, False, True, False]
+    keep = torch.tensor([0, 1, 3])
+    assert torch.equal(scores["mine"][keep], scores["other"][keep])
+    assert scores["other"][2] == 0.5
+
+
+def test_what_is_not_finite_is_nan_and_reported():
+    def odd(images, prompts, metadata):
+        return torch.tensor([1.0, math.inf, math.nan, 2.0])
+
+    with pytest.warns(RewardWarning, match="2 of 4 samples .*not finite.*'one', 'two'"):
+        values = score([reward(odd)], IMAGES, PROMPTS)["mine"]
+    assert values.isnan().tolist() == [False, True, True, False]
+
+
+def test_an_image_that_is_not_finite_has_no_score():
+    images = IMAGES.clone()
+    images[3, 1, 0, 0] = math.nan
+    with pytest.warns(RewardWarning, match="'three'"):
+        values = score([reward(with_bonus)], images, PROMPTS)["mine"]
+    assert values.isnan().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), ()])
+def test_a_wrong_shape_is_an_error_that_names_the_reward(shape):
+    with pytest.raises(ValueError, match=r"'mine' returned shape .* for 4 images: return one number each"):
+        score([reward(lambda *_: torch.zeros(shape))], IMAGES, PROMPTS)
+
+
+def test_a_wrong_shape_is_an_error_in_the_retry_too():
+    def two_each(images, prompts, metadata):
+        if len(images) > 1:
+            raise MemoryError
+        return torch.zeros(2)
+
+    with pytest.raises(ValueError, match="'mine' returned shape"):
+        score([reward(two_each)], IMAGES, PROMPTS)
+
+
+def test_no_gradient_is_kept():
+    images = IMAGES.clone().requires_grad_()
+    seen = []
+    score([reward(lambda i, p, m: seen.append(i.mean((1, 2, 3))) or seen[0])], images, PROMPTS)
+    assert not seen[0].requires_grad
+
+
+def test_images_and_prompts_must_match():
+    with pytest.raises(ValueError, match="4 images for 3 prompts"):
+        score([reward(brightness)], IMAGES, PROMPTS[:3])

@@ -1,0 +1,104 @@
+import random
+from itertools import pairwise
+
+import pytest
+
+from diffalign.shapes import TAGS, caption, prompt_set
+from diffalign.shapes.captions import OPENINGS, item, phrase, specs, vocabulary
+from diffalign.shapes.scene import HELD_OUT_PAIRS, HELD_OUT_RELATIONS
+
+# Written out, so that the split is checked on the words themselves.
+HELD_OUT_WORDS = {"red triangle", "green circle", "purple square"}
+HELD_OUT_PHRASES = {f"a {a} {relation} a {b}" for a, relation, b in HELD_OUT_RELATIONS}
+COMBINED = ("colors", "position", "color_attr")
+
+
+def names_held_out(text):
+    return any(words in text for words in HELD_OUT_WORDS | HELD_OUT_PHRASES)
+
+
+@pytest.fixture(scope="module")
+def train():
+    rng = random.Random(0)
+    return [caption(rng, tag) for tag in TAGS for _ in range(400)]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return prompt_set(70, held_out=True, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ({"include": [item("circle")]}, "a circle"),
+        ({"include": [item("circle"), item("square")]}, "a circle and a square"),
+        ({"include": [item("triangle", 3)]}, "three triangles"),
+        ({"include": [item("square", color="cyan")]}, "a cyan square"),
+        ({"include": [item("square"), item("circle", position=["left of", 0])]}, "a circle left of a square"),
+        ({"include": [item("circle", color="red"), item("square", color="blue")]}, "a red circle and a blue square"),
+    ],
+)
+def test_wording_by_hand(spec, text):
+    assert phrase(spec) == text
+
+
+def test_every_specification_has_its_own_wording_in_its_task():
+    for tag, count in zip(TAGS, (3, 6, 9, 18, 24, 180), strict=True):
+        assert len({phrase(spec) for spec in specs(tag)}) == len(specs(tag)) == count
+        assert all(spec["tag"] == tag for spec in specs(tag))
+
+
+def test_a_count_excludes_one_more():
+    for spec in specs("counting"):
+        (wanted,), (unwanted,) = spec["include"], spec["exclude"]
+        assert unwanted == {"class": wanted["class"], "count": wanted["count"] + 1}
+
+
+def test_training_captions_name_nothing_held_out(train):
+    assert not [p.text for p in train if names_held_out(p.text)]
+
+
+def test_held_out_captions_are_on_the_other_side(train, held_out):
+    assert all(names_held_out(p.text) for p in held_out if p.metadata["tag"] in COMBINED)
+    # Their number is small enough for the training draws to have met nearly all wordings of their own side.
+    assert not {p.text for p in train} & {p.text for p in held_out}
+
+
+def test_the_held_out_set_is_large_balanced_distinct_and_repeatable(held_out):
+    assert len(held_out) == len({p.text for p in held_out}) == 420
+    assert [sum(p.metadata["tag"] == tag for p in held_out) for tag in TAGS] == [70] * 6
+    assert held_out == prompt_set(70, held_out=True, seed=3)
+    assert held_out != prompt_set(70, held_out=True, seed=4)
+
+
+def test_all_held_out_combinations_are_asked_for(held_out):
+    text = " / ".join(p.text for p in held_out)
+    assert all(words in text for words in HELD_OUT_WORDS | HELD_OUT_PHRASES)
+    assert {" ".join(pair) for pair in HELD_OUT_PAIRS} == HELD_OUT_WORDS
+
+
+def test_a_caption_is_an_opening_and_the_plain_wording(train):
+    for prompt in train:
+        plain = phrase(prompt.metadata)
+        assert prompt.text.endswith(plain)
+        assert prompt.text.removesuffix(plain) in OPENINGS
+    plain_share = sum(p.text == phrase(p.metadata) for p in train) / len(train)
+    assert 0.25 < plain_share < 0.5
+
+
+def test_plain_chooses_the_share_without_opening():
+    rng = random.Random(0)
+    assert all(p.text == phrase(p.metadata) for p in (caption(rng, plain=1.0) for _ in range(50)))
+    assert all(p.text != phrase(p.metadata) for p in (caption(rng, plain=0.0) for _ in range(50)))
+
+
+def test_more_captions_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="single_object"):
+        prompt_set(80, held_out=True, seed=0)
+
+
+def test_the_vocabulary_holds_every_word_once(train, held_out):
+    words = vocabulary()
+    assert all(a < b for a, b in pairwise(words))
+    assert {word for p in (*train, *held_out) for word in p.text.split()} <= set(words)
