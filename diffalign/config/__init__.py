@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from diffalign import yaml_dialect
-from diffalign.schema import Place, arms_of, build, config_arm, convert, default_of, init_fields, leaves, type_name
+from diffalign.config import yaml_dialect
+from diffalign.config.schema import Place, arms_of, build, config_arm, convert, default_of, init_fields, leaves, type_name
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from diffalign import yaml_dialect
+from diffalign.config import yaml_dialect
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""The maths room: parameterizations, schedules, steps and plans. Tensors only."""

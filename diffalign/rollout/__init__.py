@@ -1,0 +1,1 @@
+"""From prompts to a scored buffer of transitions: sampler, scoring, advantages, buffer."""

@@ -1,0 +1,1 @@
+"""What every run needs, whatever it optimises: the loop, checkpoints, addressed noise, EMA, tracking."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from diffalign.config import to_dict
 from diffalign.runtime import checkpoint
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.settings import TrainingConfig
@@ -83,8 +84,11 @@ class Loop:
     def run(self) -> None:
         """Trains to ``max_train_steps``, from the beginning or from a checkpoint."""
         resumed = self._resume()
-        self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", resume_step=self.step if resumed else None)
         self.trackers = Trackers(self.accelerator)
+        if self.accelerator.is_main_process:
+            checkpoint.sweep(self.args.output_dir)
+            self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", resume_step=self.step if resumed else None)
+            self.trackers.start("diffalign", to_dict(self.args))
         if self.step >= self.args.max_train_steps:
             self._say(f"nothing to do: this run has had its {self.step} steps")
             return
@@ -96,6 +100,7 @@ class Loop:
             self._iterate(bar)
         bar.close()
         self.task.finish()
+        self.trackers.finish()
 
     def _iterate(self, bar: tqdm) -> None:
         begun, before = time.perf_counter(), self.step

@@ -14,13 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WORDS = 624  # Of the Mersenne twister behind torch's CPU generator, 32 bits each.
-
-
-def _words(state: Tensor) -> Tensor:
-    """The twister's words inside ``Generator.get_state()``, as a view: after 24 bytes of counters, 8 bytes each."""
-    return state[24 : 24 + 8 * _WORDS].view(torch.int64)
-
 
 class Noise:
     """Draws float32 and int64 CPU tensors by address; consumes no global generator.
@@ -32,35 +25,26 @@ class Noise:
     def __init__(self, seed: int) -> None:
         self.seed = int(index(seed))
 
-    def generator(self, stream: str, *address: int) -> torch.Generator:
-        """A fresh CPU generator for this address."""
+    def generator(self, stream: str, *address: int) -> np.random.Generator:
+        """A fresh generator for this address."""
         # Integers hold no "|" and the stream comes last, so two addresses never give the same key.
         key = "|".join([str(int(index(number))) for number in (self.seed, *address)] + ["", stream])
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        state = generator.get_state()
-        words = _words(state)
-        assert words[:2].tolist() == [0, 1], "torch lays out its generator differently: adapt _words"
-        # manual_seed keeps 32 bits of a seed: among 100,000 addresses two would most likely draw the same numbers.
-        digest = hashlib.shake_256(key.encode()).digest(4 * _WORDS)
-        words.copy_(torch.from_numpy(np.frombuffer(digest, "<u4").astype(np.int64)))
-        return generator.set_state(state)
+        digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+        # Philox is made for this: 128 bits of key, where torch's CPU generator keeps only 32 bits of a seed and would
+        # most likely repeat itself among 100,000 addresses.
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
     def normal(self, shape: Sequence[int], stream: str, *address: int) -> Tensor:
         """Standard normal numbers of this shape."""
-        generator = self.generator(stream, *address)
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+        return self.normal_batch(shape, stream, [address])[0]
 
     def normal_batch(self, shape: Sequence[int], stream: str, addresses: Sequence[tuple[int, ...]]) -> Tensor:
         """(B, *shape): row i is ``normal(shape, stream, *addresses[i])``, whatever the other rows."""
-        batch = torch.empty((len(addresses), *shape), dtype=torch.float32, device="cpu")
+        batch = np.empty((len(addresses), *shape), dtype=np.float32)
         for row, address in enumerate(addresses):
-            batch[row] = self.normal(shape, stream, *address)
-        return batch
+            batch[row] = self.generator(stream, *address).standard_normal(tuple(shape), dtype=np.float32)
+        return torch.from_numpy(batch)
 
     def permutation(self, n: int, stream: str, *address: int) -> Tensor:
         """(n,) int64: 0 to n - 1 in random order."""
-        return torch.randperm(n, generator=self.generator(stream, *address), device="cpu")
-
-    def integers(self, low: int, high: int, shape: Sequence[int], stream: str, *address: int) -> Tensor:
-        """Uniform int64 numbers in [low, high)."""
-        return torch.randint(low, high, tuple(shape), generator=self.generator(stream, *address), device="cpu")
+        return torch.from_numpy(self.generator(stream, *address).permutation(n))

@@ -1,0 +1,78 @@
+"""What several tests share: the shipped pipeline, loaded once per need, and small runs on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+
+from diffalign import FlowGRPOConfig, LoraConfig, Prompt, load_model
+from diffalign.data.prompts import load_prompts
+from diffalign.diffusion.plan import PlanConfig
+
+ROOT = Path(__file__).parents[1]
+PIPELINE = ROOT / "assets/shapes-sd3"
+PROMPTS = ROOT / "assets/prompts"
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> DiffusionPipeline:
+    """The shipped pipeline, as plain diffusers loads it; no test may change it."""
+    pipe = DiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def frozen():
+    """The shipped pipeline behind the model interface; no test may change it."""
+    return load_model(PIPELINE, max_sequence_length=16)
+
+
+@pytest.fixture
+def model():
+    """A fresh copy, to be trained."""
+    return load_model(PIPELINE, max_sequence_length=16)
+
+
+@pytest.fixture(scope="session")
+def train_prompts() -> list[Prompt]:
+    """Six training prompts, one of each task type."""
+    return load_prompts(PROMPTS / "shapes_train.jsonl")[::70]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A configuration that trains in seconds; keyword arguments override it."""
+
+    def make(**changes) -> FlowGRPOConfig:
+        settings = {
+            "model": str(PIPELINE),
+            "max_sequence_length": 16,
+            "output_dir": tmp_path / "run",
+            "rewards": {"shapes": 1.0},
+            "lora": LoraConfig(rank=4),
+            "plan": PlanConfig(preset="first_steps", num_steps=4, window_size=2),
+            "num_groups": 2,
+            "group_size": 4,
+            "rollout_batch_size": 4,
+            "train_batch_size": 4,
+            "max_train_steps": 2,
+            "learning_rate": 1e-3,
+        }
+        return FlowGRPOConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state per process, which would refuse the next test's precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

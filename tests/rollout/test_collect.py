@@ -1,0 +1,109 @@
+"""Rollouts: what may not depend on how they are cut into micro-batches."""
+
+import pytest
+import torch
+
+from diffalign.diffusion.plan import Plan, Row
+from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.collect import Addresses, generate, rollouts
+from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.rollout.sampler import Route, ode_plan
+from diffalign.runtime.noise import Noise
+from diffalign.structures import Guidance
+
+GROUP, SAMPLE = torch.arange(6) // 3, torch.arange(6) % 3
+SDE, ODE, MULTI = Row("flow_sde", 0.7, True), Row("ode", 0.0, False), Row("dpmpp_2m", 0.0, False)
+
+
+def roll(model, prompts, size, plan=(SDE, SDE, ODE, ODE), shared=False, iteration=0, guidance=None):
+    levels = model.levels(len(plan))
+    route = Route(Plan(plan), levels, guidance)
+    buffer = RolloutBuffer.allocate(route.plan, GROUP, SAMPLE, list(prompts), model.latent_shape(), means=True)
+    addresses = Addresses(Noise(0), "rollout", iteration, GROUP, SAMPLE, shared)
+    conditioning = model.encode([p.text for p in prompts])
+    images = [images for _, images in rollouts(model, route, conditioning, addresses, buffer, size)]
+    return buffer, torch.cat(images), route, conditioning
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_micro_batch_size_changes_nothing(frozen, train_prompts, size):
+    whole, images, *_ = roll(frozen, train_prompts[:2], 6)
+    parts, others, *_ = roll(frozen, train_prompts[:2], size)
+    start = whole.step == 0
+    assert torch.equal(whole.x[start], parts.x[start]), "the noise is the same to the bit"
+    assert (images - others).abs().max() < 1e-5
+    assert (whole.log_prob - parts.log_prob)[whole.trained].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_group_shares_its_start_noise_when_asked(frozen, train_prompts, shared):
+    buffer, *_ = roll(frozen, train_prompts[:2], 6, shared=shared)
+    first, second, *_, other = buffer.x[buffer.step == 0]
+    assert torch.equal(first, second) == shared
+    assert not torch.equal(first, other)
+    step_one = buffer.x[buffer.step == 1]
+    assert not torch.equal(step_one[0], step_one[1]), "the noise of a step is each sample's own"
+
+
+def test_iterations_differ(frozen, train_prompts):
+    first, *_ = roll(frozen, train_prompts[:2], 6)
+    second, *_ = roll(frozen, train_prompts[:2], 6, iteration=1)
+    assert not torch.equal(first.x, second.x)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_replay_is_exact_at_equal_shapes(frozen, train_prompts, guided):
+    guidance = Guidance(3.0, frozen.encode([""])) if guided else None
+    buffer, _, route, conditioning = roll(frozen, train_prompts[:2], 6, guidance=guidance)
+    for step in route.plan.trained_steps:
+        nodes = buffer.nodes(slice(None), step + 1)
+        x, x_next = buffer.x[buffer.parent[nodes]], buffer.x[nodes]
+        with torch.no_grad():
+            result = route.replay(frozen, step, x, conditioning[buffer.group[nodes]], x_next)
+        assert torch.equal(result.log_prob, buffer.log_prob[nodes])
+        assert torch.equal(result.mean, buffer.mean[buffer.trained_rank(nodes)])
+
+
+def test_a_second_order_solver_starts_afresh_after_noise(frozen, train_prompts):
+    """After an SDE row its first step is the Euler step, so a single one changes nothing."""
+    plain, images, *_ = roll(frozen, train_prompts[:2], 6, plan=(SDE, ODE, ODE))
+    multi, same, *_ = roll(frozen, train_prompts[:2], 6, plan=(SDE, MULTI, ODE))
+    assert torch.equal(plain.x, multi.x)
+    assert torch.equal(images, same)
+    _, different, *_ = roll(frozen, train_prompts[:2], 6, plan=(SDE, MULTI, MULTI, ODE))
+    _, euler, *_ = roll(frozen, train_prompts[:2], 6, plan=(SDE, ODE, ODE, ODE))
+    assert not torch.equal(different, euler)
+
+
+def test_rollouts_leave_the_global_generator_alone(frozen, train_prompts):
+    before = torch.random.get_rng_state()
+    roll(frozen, train_prompts[:2], 6)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_generate_is_a_plain_ode(frozen, train_prompts):
+    levels = frozen.levels(4)
+    addresses = Addresses(Noise(0), "evaluation", 0, GROUP, SAMPLE)
+    conditioning = frozen.encode([p.text for p in train_prompts[:2]])
+    runs = [
+        torch.cat([i for _, i in generate(frozen, Route(ode_plan(4), levels), conditioning, GROUP, addresses, size)])
+        for size in (6, 2)
+    ]
+    assert (runs[0] - runs[1]).abs().max() < 1e-5
+
+
+def test_each_distinct_prompt_is_encoded_once(frozen, monkeypatch):
+    asked = []
+    encode = type(frozen).encode
+    monkeypatch.setattr(type(frozen), "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    encoded = EncodedPrompts(frozen)
+    first = encoded(["a red circle", "a blue square", "a red circle"])
+    assert torch.equal(first.tensors["embeds"][0], first.tensors["embeds"][2])
+    encoded(["a blue square", "a circle"])
+    assert asked == ["a red circle", "a blue square", "a circle"]
+
+
+def test_the_memory_of_encoded_prompts_is_bounded(frozen):
+    encoded = EncodedPrompts(frozen, limit=1)
+    encoded(["a red circle", "a blue square"])
+    assert len(encoded._rows) == 1

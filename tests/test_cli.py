@@ -1,0 +1,58 @@
+"""The command line: what it runs and how it says no."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffalign.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs/flow_grpo/shapes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat", "1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--plan.num_step", "4"], "unknown key 'plan.num_step'; did you mean 'plan.num_steps'?"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", QUICKSTART, "--group_size", "1"], "a lone image has no group"),
+        (["--config", QUICKSTART, "--model", "./nowhere"], "model ./nowhere: no such folder"),
+        (["--config", QUICKSTART, "--train_prompts", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_run_is_said_in_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["train", "flow_grpo", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_lists_every_field(capsys):
+    assert main(["train", "flow_grpo", "--help"]) == 0
+    text = capsys.readouterr().out
+    for field in ("--group_size", "--plan.window_size", "--lora.rank", "--resume_from_checkpoint"):
+        assert field in text
+
+
+@pytest.mark.parametrize("argv", [[], ["tune"], ["train"], ["train", "ppo"]])
+def test_unknown_commands_name_the_known(argv, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert "flow_grpo" in captured.out + captured.err
+
+
+def test_the_launcher_trains_through_accelerate(tmp_path):
+    """As the README starts it, with a run folder of its own and two steps."""
+    small = ["--num_groups", "2", "--group_size", "4", "--max_train_steps", "2", "--eval_prompts", "null"]
+    command = ["accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts/train_flow_grpo.py")]
+    run = subprocess.run(
+        [sys.executable, "-m", *command, "--config", QUICKSTART, "--output_dir", str(tmp_path / "run"), *small],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()

@@ -1,0 +1,39 @@
+"""Every configuration that the repository ships resolves."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffalign.cli import TRAINERS
+from diffalign.config import parse
+from diffalign.data.prompts import load_prompts
+from diffalign.models import FAMILIES
+from diffalign.rewards import get_reward
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_training_config_resolves(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
+    args.validate()
+    index = yaml.safe_load((Path(args.model) / "model_index.json").read_text())
+    assert index["_class_name"] in FAMILIES
+    assert all(get_reward(name) for name in (*args.rewards, *args.eval_rewards))
+    train, held_out = load_prompts(args.train_prompts), load_prompts(args.eval_prompts)
+    assert not {p.text for p in train} & {p.text for p in held_out}
+
+
+def test_there_is_a_quickstart():
+    assert any(path.name == "shapes.yaml" for path in FILES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_config_is_read_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1

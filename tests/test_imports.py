@@ -1,0 +1,71 @@
+"""The direction of imports: who may know whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "diffalign"
+
+# Room -> the rooms that it may import besides itself.
+ALLOWED = {
+    "structures": set(),
+    "config": set(),
+    "diffusion": {"structures"},
+    "losses": {"structures", "diffusion"},
+    "shapes": {"structures"},
+    "rewards": {"structures", "shapes"},
+    "data": {"structures"},
+    "models": {"structures", "config", "diffusion"},
+    "runtime": {"structures", "config"},
+    "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
+    "evaluation": {"structures", "models", "rewards"},
+}
+ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
+ALLOWED["cli"] = set(ALLOWED)
+ALLOWED["__init__"] = set(ALLOWED)
+
+# Library -> the rooms that may touch it.
+PRIVATE = {"diffusers": {"models"}, "peft": {"models"}, "accelerate": {"runtime", "trainers"}, "yaml": {"config", "evaluation"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "diffalign"}
+    return names
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield pytest.param(path, id=str(path.relative_to(PACKAGE)))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", files())
+def test_rooms_import_downwards_only(path):
+    known = {name.split(".")[1] for name in imports(path) if name.startswith("diffalign.")}
+    assert known <= ALLOWED[room(path)] | {room(path)}
+
+
+@pytest.mark.parametrize("path", files())
+def test_libraries_stay_in_their_rooms(path):
+    for library, rooms in PRIVATE.items():
+        if room(path) not in rooms:
+            assert not {name for name in imports(path) if name.split(".")[0] == library}, library
+
+
+def test_the_maths_sees_tensors_only():
+    for name in ("diffusion", "losses"):
+        for path in (PACKAGE / name).rglob("*.py"):
+            tops = {imported.split(".")[0] for imported in imports(path)}
+            standard = {"__future__", "collections", "dataclasses", "hashlib", "math", "typing"}
+            assert tops <= standard | {"torch", "diffalign"}, path

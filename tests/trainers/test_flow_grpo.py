@@ -1,0 +1,332 @@
+"""The trainer: exact where it must be, and loud where it cannot be right."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+
+from diffalign import FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign.diffusion.plan import PlanConfig
+from diffalign.runtime.checkpoint import load
+from diffalign.runtime.tracking import MetricsLog
+from diffalign.trainers.flow_grpo import step_weights
+from tests.conftest import PIPELINE, PROMPTS
+
+TIMES = ("time/collect", "time/update", "images_per_second")
+
+
+def collected(args, prompts, **kwargs):
+    trainer = FlowGRPOTrainer(args=args, train_dataset=prompts, **kwargs)
+    trainer.collect(0)
+    return trainer
+
+
+def gradients(trainer):
+    """The gradient of the first update, without taking it."""
+    (micros,) = trainer.updates(0)
+    for micro in micros:
+        micro()[0].backward()
+    return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+
+
+# Exactness --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "cps", "first_steps"])
+def test_the_first_ratio_is_exactly_one(small, train_prompts, preset):
+    window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
+    trainer = collected(small(plan=PlanConfig(preset=preset, num_steps=5, **window)), train_prompts)
+    (micros,) = trainer.updates(0)
+    for micro in micros:
+        _, metrics = micro()
+        assert metrics["ratio_mean"].item() == 1.0
+        assert metrics["log_ratio_max"].item() == 0.0
+
+
+def test_gradient_is_minus_advantage_times_score(small, train_prompts):
+    """On-policy, the gradient of the loss is that of -A log p, averaged over samples and trained steps."""
+    trainer = collected(small(), train_prompts)
+    found = gradients(trainer)
+    samples = torch.arange(8)
+    for parameter in trainer.loop.parameters:
+        parameter.grad = None
+    for step in trainer.route.plan.trained_steps:
+        result, nodes = trainer._replay(samples, step)
+        (-(trainer.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+    assert expected.norm() > 0
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_micro_batch_size_does_not_change_gradients(small, train_prompts, size):
+    plain = gradients(collected(small(rollout_batch_size=8, train_batch_size=4), train_prompts))
+    other = gradients(collected(small(rollout_batch_size=8, train_batch_size=size), train_prompts))
+    assert plain.norm() > 0
+    assert (plain - other).norm() < 1e-5 * plain.norm()
+
+
+def test_a_flat_group_gives_zero_gradient(small, train_prompts):
+    flat = collected(small(), train_prompts, reward_funcs=lambda images, prompts, metadata: torch.ones(len(images)))
+    assert not gradients(flat).any()
+
+
+def test_a_failed_sample_changes_no_other(small, train_prompts):
+    def nearly(images, prompts, metadata):
+        return images.mean((1, 2, 3)) * torch.tensor([torch.nan, 1.0, 1.0, 1.0])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = collected(small(rollout_batch_size=4), train_prompts, reward_funcs=nearly)
+    advantage = trainer.buffer.advantage[trainer.buffer.leaves].view(2, 4)
+    assert (advantage[:, 0] == 0).all()
+    assert advantage[:, 1:].sum(1).abs().max() < 1e-4
+    assert advantage[:, 1:].abs().min() > 0
+
+
+def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_prompts):
+    trainer = collected(small(kl_beta=0.1), train_prompts)
+    samples, step = torch.arange(4), trainer.route.plan.trained_steps[0]
+    result, _ = trainer._replay(samples, step)
+    assert trainer._kl(samples, step, result).abs().max() == 0
+    with torch.no_grad():
+        for parameter in trainer.loop.parameters:
+            parameter.add_(0.01)
+    moved, _ = trainer._replay(samples, step)
+    expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
+    assert torch.allclose(trainer._kl(samples, step, moved), expected.float(), rtol=1e-4)
+    trainer._kl(samples, step, moved).mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in trainer.loop.parameters)
+
+
+def test_tempflow_weights_follow_the_schedule(small, train_prompts):
+    trainer = collected(small(plan=PlanConfig(preset="flow_grpo", num_steps=6), step_weights="tempflow"), train_prompts)
+    weights = step_weights(trainer.route.plan, trainer.levels, "tempflow")
+    assert list(weights) == [0, 1, 2, 3, 4]
+    assert abs(sum(weights.values()) / 5 - 1) < 1e-9
+    assert len(set(weights.values())) > 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"loss": "grpo_guard", "clip_range": 1e-3, "clip_unit": "per_dim"},
+        {"kl_beta": 0.1, "kl_kind": "published"},
+        {"old_log_prob": "recompute", "train_batch_size": 3},
+        {"updates_per_rollout": 2, "max_train_steps": 4},
+        {"guidance_scale": 3.0},
+        {"gradient_checkpointing": True},
+        {"lora": LoraConfig(rank=0), "kl_beta": 0.1},
+        {"aggregate": "advantages", "advantage_std": "global", "shared_start": False},
+        {"mixed_precision": "bf16", "clip_range": 100.0},
+    ],
+)
+def test_options_run_and_learn(small, train_prompts, setting):
+    args = small(**setting)
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts)
+    before = [p.detach().clone() for p in trainer.loop.parameters]
+    trainer.train()
+    rows = MetricsLog.read(args.output_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, args.max_train_steps + 1))
+    assert all(row["grad_norm"] > 0 for row in rows if "loss" in row)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+
+
+# Resume -----------------------------------------------------------------------------------------------------------------
+
+
+def without_times(path):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in MetricsLog.read(path)]
+
+
+def test_resume_is_bit_exact(small, train_prompts, tmp_path):
+    settings = {
+        "ema_decay": 0.9,
+        "checkpointing_steps": 2,
+        "lr_scheduler": "cosine",
+        "updates_per_rollout": 2,
+        "eval_rewards": ("shapes_strict",),
+        "eval_steps": 2,
+    }
+    straight = small(output_dir=tmp_path / "a", max_train_steps=6, **settings)
+    FlowGRPOTrainer(args=straight, train_dataset=train_prompts, eval_dataset=train_prompts).train()
+    broken = small(output_dir=tmp_path / "b", max_train_steps=6, **settings)
+
+    class Stopped(Exception):
+        pass
+
+    trainer = FlowGRPOTrainer(args=broken, train_dataset=train_prompts, eval_dataset=train_prompts)
+    collect = trainer.collect
+
+    def stop_at_third(iteration):
+        if iteration == 2:
+            raise Stopped
+        return collect(iteration)
+
+    trainer.collect = stop_at_third
+    with pytest.raises(Stopped):
+        trainer.train()
+    torch.rand(100)  # what else the process drew must not matter
+    again = dataclasses.replace(broken, resume_from_checkpoint="latest")
+    FlowGRPOTrainer(args=again, train_dataset=train_prompts, eval_dataset=train_prompts).train()
+    (one, state_one), (two, state_two) = load(tmp_path / "a/checkpoint-6"), load(tmp_path / "b/checkpoint-6")
+    assert state_one == state_two
+    assert one.keys() == two.keys() == {"weights", "optimizer", "ema"}
+    for group in one:
+        assert one[group].keys() == two[group].keys()
+        assert all(torch.equal(one[group][name], two[group][name]) for name in one[group]), group
+    assert without_times(tmp_path / "a/metrics.jsonl") == without_times(tmp_path / "b/metrics.jsonl")
+    lora = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "a" / lora).read_bytes() == (tmp_path / "b" / lora).read_bytes()
+
+
+def test_a_finished_run_is_left_alone(small, train_prompts, capsys):
+    args = small()
+    FlowGRPOTrainer(args=args, train_dataset=train_prompts).train()
+    files = {path: path.stat().st_mtime_ns for path in args.output_dir.rglob("*.safetensors")}
+    again = dataclasses.replace(args, resume_from_checkpoint="latest")
+    FlowGRPOTrainer(args=again, train_dataset=train_prompts).train()
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in args.output_dir.rglob("*.safetensors")} == files
+
+
+def test_training_consumes_no_global_generator(small, train_prompts):
+    before = torch.random.get_rng_state()
+    FlowGRPOTrainer(args=small(), train_dataset=train_prompts).train()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Checks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_drift_before_the_first_update_stops_the_run(small, train_prompts):
+    trainer = collected(small(), train_prompts)
+    trainer.before_first_update()
+    trainer.buffer.log_prob += trainer.clip
+    with pytest.raises(RuntimeError, match=r"drift by more than a tenth of the clip range .*step 0: .*recompute"):
+        trainer.before_first_update()
+
+
+def test_an_update_that_changes_nothing_stops_the_run(small, train_prompts):
+    trainer = collected(small(), train_prompts)
+    trainer.before_first_update()
+    with pytest.raises(RuntimeError, match="changed nothing in the denoiser's output"):
+        trainer.after_first_update()
+    with torch.no_grad():
+        for parameter in trainer.loop.parameters:
+            parameter.add_(0.01)
+    trainer.after_first_update()
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(small, train_prompts):
+    trainer = FlowGRPOTrainer(args=small(ema_decay=0.9), train_dataset=train_prompts)
+    before = [p.detach().clone() for p in trainer.loop.parameters]
+    shadow = [t.clone() for t in trainer.loop.ema.shadow]
+
+    def bad():
+        return trainer.loop.parameters[0].sum() * torch.nan, {}
+
+    trainer.loop._update([bad])
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(shadow, trainer.loop.ema.shadow, strict=True))
+    assert not trainer.loop.optimizer.state_dict()["state"]
+    trainer.loop._update([bad])
+    with pytest.raises(FloatingPointError, match="three steps in a row"):
+        trainer.loop._update([bad])
+
+
+REFUSED = [
+    ({"group_size": 1}, "a lone image has no group"),
+    ({"num_groups": 3, "group_size": 3, "updates_per_rollout": 2}, "9 images do not divide"),
+    ({"model": ""}, "model is missing: write model:"),
+    ({"rewards": {}}, "rewards is empty: write rewards:"),
+    ({"rewards": {"shape": 1.0}}, "unknown reward 'shape'.*did you mean 'shapes'"),
+    ({"clip_range": 0.0}, "clip range must be positive"),
+    ({"checkpoints_total_limit": 1}, "must be at least 2"),
+    ({"schedule": "karras"}, "schedule must be one of pipeline, uniform"),
+    ({"plan": PlanConfig(preset="first_steps", num_steps=4, window_size=4)}, "the last of 4 steps is not trained"),
+    ({"ema_decay": 1.0}, "0.9 to 0.999 are usual"),
+    ({"report_to": "notebook"}, "report_to 'notebook' is unknown"),
+    ({"kl_beta": -1.0}, "kl_beta must be 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), REFUSED)
+def test_settings_that_cannot_train_are_refused_before_any_work(small, train_prompts, setting, message, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded before the settings were checked")
+
+    monkeypatch.setattr("diffalign.trainers.flow_grpo.load_model", loaded)
+    with pytest.raises(ValueError, match=message):
+        FlowGRPOTrainer(args=small(**setting), train_dataset=train_prompts)
+
+
+def test_missing_prompts_are_refused(small):
+    with pytest.raises(ValueError, match="train_prompts is missing: write train_prompts: prompts.txt"):
+        FlowGRPOTrainer(args=small())
+    with pytest.raises(ValueError, match="the list of prompts is empty"):
+        FlowGRPOTrainer(args=small(), train_dataset=[])
+
+
+# The run folder ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_answers_by_itself(small, train_prompts):
+    args = small(ema_decay=0.5, eval_rewards=("shapes_strict", "shapes"), save_rollouts=True)
+    FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts).train()
+    folder = args.output_dir
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoint-2/manifest.json",
+        "samples/step-000000.png",
+        "samples/step-000002.png",
+        "curves.png",
+        "compare.png",
+        "pytorch_lora_weights.safetensors",
+        "raw/pytorch_lora_weights.safetensors",
+        "README.md",
+        "rollouts/metadata.jsonl",
+    ):
+        assert (folder / name).is_file(), name
+    card = (folder / "README.md").read_text()
+    assert f'pipe.load_lora_weights("{folder}")' in card
+    assert "| accuracy |" in card
+    evaluations = [row for row in MetricsLog.read(folder / "metrics.jsonl") if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [0, 2]
+    assert {"eval/shapes", "eval/diversity", "eval/accuracy/position"} <= evaluations[0].keys()
+    rollouts = [json.loads(line) for line in (folder / "rollouts/metadata.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 8
+    assert (folder / "rollouts" / rollouts[0]["file_name"]).is_file()
+
+
+def test_averaged_weights_are_evaluated_and_exported(small, train_prompts):
+    args = small(ema_decay=0.999, max_train_steps=3)
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts)
+    trainer.train()
+    from safetensors.torch import load_file
+
+    raw = load_file(args.output_dir / "raw/pytorch_lora_weights.safetensors")
+    averaged = load_file(args.output_dir / "pytorch_lora_weights.safetensors")
+    assert raw.keys() == averaged.keys()
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+    first = next(i for i, (n, p) in enumerate(trainer.model.raw_denoiser.named_parameters()) if p.requires_grad)
+    name = [n for n, _ in trainer.model.raw_denoiser.named_parameters()][first].replace(".default", "")
+    assert torch.equal(averaged[f"transformer.{name}"], trainer.loop.ema.shadow[0])
+
+
+def test_arguments_as_users_of_other_trainers_write_them(small, model):
+    trainer = FlowGRPOTrainer(
+        model=model,
+        args=small(model=""),
+        reward_funcs=["shapes", "jpeg_compressibility"],
+        train_dataset=[Prompt("a circle", {"include": [{"class": "circle", "count": 1}]})],
+    )
+    assert trainer.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
+    metrics = trainer.collect(0)
+    assert {"reward/shapes", "reward/jpeg_compressibility", "flat_groups"} <= metrics.keys()
+    assert trainer.bytes_per_iteration == trainer.buffer.x.nbytes
+    other = FlowGRPOTrainer(PIPELINE, small(model="", train_prompts=PROMPTS / "shapes_train.jsonl"), "shapes")
+    assert other.args.model == str(PIPELINE)
