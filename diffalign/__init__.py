@@ -1,9 +1,9 @@
 """Preference fine-tuning of diffusion and flow models.
 
-    from diffalign import FlowGRPOConfig, FlowGRPOTrainer
+from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 
-    args = FlowGRPOConfig(model="assets/shapes-sd3", train_prompts="assets/prompts/shapes_train.jsonl")
-    FlowGRPOTrainer(args=args, reward_funcs="shapes").train()
+args = FlowGRPOConfig(model="assets/shapes-sd3", train_prompts="assets/prompts/shapes_train.jsonl")
+FlowGRPOTrainer(args=args, reward_funcs="shapes").train()
 """
 
 from diffalign.models import DiffusionModel, LoraConfig, load_model

@@ -94,7 +94,9 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Stacks batches one after the other; shared members come from the first."""
         names = parts[0].tensors
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].shared)
+        return Conditioning(
+            {name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].shared
+        )
 
 
 @dataclass(frozen=True)

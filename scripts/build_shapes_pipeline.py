@@ -2,11 +2,14 @@
 
     python scripts/build_shapes_pipeline.py vae        # about 6 minutes on 2 cores
     python scripts/build_shapes_pipeline.py latents    # about 2 minutes
-    python scripts/build_shapes_pipeline.py denoiser   # about 40 minutes
+    python scripts/build_shapes_pipeline.py denoiser   # about 45 minutes
+    python scripts/build_shapes_pipeline.py denoiser --init runs/shapes-build/fp32 --optimizer muon --steps 1300 \\
+        --warmup 30 --long_every 16                    # about 15 minutes
     python scripts/build_shapes_pipeline.py prompts
 
-Each stage reads what the one before it left in ``--work_dir``; ``denoiser`` writes the finished pipeline. Every file has the
-layout that diffusers saves, so ``DiffusionPipeline.from_pretrained("assets/shapes-sd3")`` loads it with plain defaults.
+Each stage reads what the one before it left in ``--work_dir``; ``denoiser`` writes the finished pipeline, and its
+second run goes on from the first. Every file has the layout that diffusers saves, so
+``DiffusionPipeline.from_pretrained("assets/shapes-sd3")`` loads it with plain defaults.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -41,8 +44,8 @@ from diffalign.shapes.captions import OPENINGS, is_held_out, phrase, vocabulary
 
 CLIP_LENGTH = 16  # tokens; the longest caption has 10 words
 SHORT = 16  # T5 tokens in most batches
-LONG = (64, 256)  # the lengths, one of them the pipeline's default, that every LONG_EVERY-th batch uses
-LONG_EVERY = 12
+LONG = (64, 256)  # the lengths, one of them the pipeline's default, that every --long_every-th batch uses
+BATCH = 256
 TAG_WEIGHTS = {"single_object": 1, "two_object": 3, "counting": 4, "colors": 2, "position": 6, "color_attr": 5}
 
 
@@ -96,7 +99,7 @@ def make_clip_tokenizer() -> CLIPTokenizer:
 
 
 def make_t5_tokenizer() -> T5TokenizerFast:
-    """A Unigram vocabulary of caption words, with single characters below them so that any ASCII text can be spelled."""
+    """A Unigram vocabulary of caption words, and single characters so that any ASCII text can be spelled."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [(f"▁{word}", -3.0) for word in vocabulary()]
     pieces += [(chr(i), -10.0) for i in range(33, 127)]
@@ -231,23 +234,41 @@ def encode_text(pipe: StableDiffusion3Pipeline, texts: list[str], length: int) -
     return embeds, pooled
 
 
+def make_optimizers(modules: torch.nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices inside blocks and AdamW for embeddings, norms, biases and the outer layers."""
+    inside = ("transformer_blocks.", "encoder.layers.", "encoder.block.")
+    named = list(modules.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and any(i in n for i in inside) and "relative" not in n]
+    if args.optimizer == "adamw":
+        matrices = []
+    chosen = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in chosen]
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
 def train_denoiser(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + 2)
     rng = random.Random(args.seed + 2)
     data = load_file(args.work_dir / "latents.safetensors")["latents"]
     specs = json.loads((args.work_dir / "specs.json").read_text())
-    pipe = make_pipeline(AutoencoderKL.from_pretrained(args.work_dir / "vae"))
+    if args.init:
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.init)
+    else:
+        pipe = make_pipeline(AutoencoderKL.from_pretrained(args.work_dir / "vae"))
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     parameters = list(modules.parameters())
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, args.steps, 200))
+    optimizers = make_optimizers(modules, args)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: cosine(s, args.steps, args.warmup)) for o in optimizers]
     order = torch.randperm(len(data))
     cursor, begun = 0, time.time()
     for step in range(args.steps):
-        long = step % LONG_EVERY == LONG_EVERY - 1
-        batch, length = (64, rng.choice(LONG)) if long else (256, SHORT)
+        long = step % args.long_every == args.long_every - 1
+        batch, length = (BATCH // 4, rng.choice(LONG)) if long else (BATCH, SHORT)
         if cursor + batch > len(order):
             cursor, order = 0, torch.randperm(len(data))
         rows = order[cursor : cursor + batch]
@@ -261,11 +282,12 @@ def train_denoiser(args: argparse.Namespace) -> None:
             embeds, pooled = encode_text(pipe, texts, length)
             output = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
         loss = F.mse_loss(output.float(), noise - x0)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if step % 50 == 0:
@@ -279,7 +301,9 @@ def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args
     raw = [p.detach().clone() for p in parameters]
     torch._foreach_copy_([p.data for p in parameters], average)
     pipe.save_pretrained(args.work_dir / "fp32")
-    StableDiffusion3Pipeline.from_pretrained(args.work_dir / "fp32", torch_dtype=torch.float16).save_pretrained(args.output_dir)
+    StableDiffusion3Pipeline.from_pretrained(args.work_dir / "fp32", torch_dtype=torch.float16).save_pretrained(
+        args.output_dir
+    )
     torch._foreach_copy_([p.data for p in parameters], raw)
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -320,8 +344,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=2000)
     parser.add_argument("--scenes", type=int, default=120_000)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--long_every", type=int, default=12)
+    parser.add_argument("--init", type=Path, help="a pipeline to go on from, e.g. runs/shapes-build/fp32")
     parser.add_argument("--export_every", type=int, default=1000)
     parser.add_argument("--check_per_tag", type=int, default=20)
     args = parser.parse_args()

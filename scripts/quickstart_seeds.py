@@ -1,6 +1,6 @@
 """The quickstart on several seeds: what it gains, how fast, and how far seeds differ.
 
-    python scripts/quickstart_seeds.py                        # three runs, one after the other, and the table of the README
+    python scripts/quickstart_seeds.py                        # three runs, one by one, and the README's table
     python scripts/quickstart_seeds.py --check runs/shapes    # exit 1 unless this run gained 15 points
 
 Each run evaluates the base and the tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from diffalign.config import yaml_dialect
-from diffalign.config import describe, from_dict, load_yaml, option, parse, save_yaml, to_dict, to_yaml
+from diffalign.config import describe, from_dict, load_yaml, option, parse, save_yaml, to_dict, to_yaml, yaml_dialect
 from diffalign.diffusion.plan import PlanConfig
 
 

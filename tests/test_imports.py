@@ -26,7 +26,12 @@ ALLOWED["cli"] = set(ALLOWED)
 ALLOWED["__init__"] = set(ALLOWED)
 
 # Library -> the rooms that may touch it.
-PRIVATE = {"diffusers": {"models"}, "peft": {"models"}, "accelerate": {"runtime", "trainers"}, "yaml": {"config", "evaluation"}}
+PRIVATE = {
+    "diffusers": {"models"},
+    "peft": {"models"},
+    "accelerate": {"runtime", "trainers"},
+    "yaml": {"config", "evaluation"},
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -25,7 +25,17 @@ from typing import Any, TypeVar
 import yaml
 
 from diffalign.config import yaml_dialect
-from diffalign.config.schema import Place, arms_of, build, config_arm, convert, default_of, init_fields, leaves, type_name
+from diffalign.config.schema import (
+    Place,
+    arms_of,
+    build,
+    config_arm,
+    convert,
+    default_of,
+    init_fields,
+    leaves,
+    type_name,
+)
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"

@@ -26,7 +26,9 @@ def load_model(
     """
     local = Path(path)
     if not local.exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/"))):
-        raise FileNotFoundError(f"model {path}: no such folder; give a folder in diffusers' layout, or a hub id 'owner/name'")
+        raise FileNotFoundError(
+            f"model {path}: no such folder; give a folder in diffusers' layout, or a hub id 'owner/name'"
+        )
     if local.exists() and not (local / "model_index.json").is_file():
         raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
     name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]

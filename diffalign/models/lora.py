@@ -23,7 +23,9 @@ class LoraConfig:
     """Low-rank adapters on the denoiser (arXiv 2106.09685): W + alpha / rank * B A, with B starting at 0."""
 
     rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead")
-    alpha: float | None = option(None, "scale of the update times rank; default: the rank, which every loader agrees on")
+    alpha: float | None = option(
+        None, "scale of the update times rank; default: the rank, which every loader agrees on"
+    )
     targets: tuple[str, ...] | None = option(None, "names (or endings) of the layers; default: the family's attention")
 
     def __post_init__(self) -> None:
@@ -35,12 +37,16 @@ class LoraConfig:
 
 
 def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> None:
-    """Adds a trainable float32 adapter to ``module`` and freezes the rest. ValueError where a target matches no layer."""
+    """Adds a trainable float32 adapter to ``module``, freezes the rest. ValueError where a target matches no layer."""
     wanted = config.targets or targets
     names = [name for name, _ in module.named_modules()]
     if missing := [t for t in wanted if not any(n == t or n.endswith("." + t) for n in names)]:
-        linear = sorted({n.split(".", 2)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear) and "." in n})
-        raise ValueError(f"lora.targets: no layer is named {', '.join(missing)}; layers of a block: {', '.join(linear)}")
+        linear = sorted(
+            {n.split(".", 2)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear) and "." in n}
+        )
+        raise ValueError(
+            f"lora.targets: no layer is named {', '.join(missing)}; layers of a block: {', '.join(linear)}"
+        )
     module.requires_grad_(False)
     peft_config = PeftLoraConfig(
         r=config.rank,

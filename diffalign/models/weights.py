@@ -1,7 +1,7 @@
 """Named sets of weights for one module: the policy that trains, and what it is compared with.
 
-A set holds tensors for exactly the trainable parameters. Switching exchanges storage, so it costs no copy, and leaving the
-context puts back the very tensors and ``requires_grad`` flags that were there.
+A set holds tensors for exactly the trainable parameters. Switching exchanges storage, so it costs no copy, and leaving
+the context puts back the very tensors and ``requires_grad`` flags that were there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REFERENCE = "reference"
 
 
 class WeightSets:
-    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy of full weights."""
+    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy of it."""
 
     def __init__(self, module: nn.Module, *, has_adapter: bool) -> None:
         self.module = module

@@ -1,8 +1,8 @@
 """The rollout buffer: what a rollout leaves behind, as a forest of nodes in columns.
 
-A node is a latent at a level. Its parent is the stored node that it came from, and a trained node is one whose transition
-from its parent the policy gradient uses. Only trained nodes, their parents and the final latents are stored, so the bytes
-that an iteration needs are known before it starts.
+A node is a latent at a level. Its parent is the stored node that it came from, and a trained node is one whose
+transition from its parent the policy gradient uses. Only trained nodes, their parents and the final latents are stored,
+so the bytes that an iteration needs are known before it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def stored_steps(plan: Plan) -> tuple[int, ...]:
     return tuple(sorted(ends | {len(plan)}))
 
 
-def bytes_needed(plan: Plan, samples: int, latent_shape: Sequence[int], dtype: torch.dtype, *, means: bool = False) -> int:
+def bytes_needed(
+    plan: Plan, samples: int, latent_shape: Sequence[int], dtype: torch.dtype, *, means: bool = False
+) -> int:
     """The size of the latents that a rollout of ``samples`` samples stores."""
     latent = torch.Size(latent_shape).numel()
     stored = len(stored_steps(plan)) * latent * dtype.itemsize
@@ -131,14 +133,18 @@ class RolloutBuffer:
         """Writes the buffer as a preference data set.
 
         ``nodes.safetensors`` holds the columns; ``images/`` and ``metadata.jsonl`` (file_name, prompt, group, sample,
-        rewards, metadata, model, seed) are what ``datasets.load_dataset("imagefolder", ...)`` reads. images: (B, 3, H, W).
+        rewards, metadata, model, seed) are what ``datasets.load_dataset("imagefolder", ...)`` reads.
+
+        images: (B, 3, H, W), [0, 1].
         """
         (directory / "images").mkdir(parents=True, exist_ok=True)
         columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
         columns |= {f"reward/{name}": values for name, values in self.rewards.items()}
         columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
         save_file(columns, directory / "nodes.safetensors")
-        (directory / "prompts.json").write_text(json.dumps([{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts]))
+        (directory / "prompts.json").write_text(
+            json.dumps([{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts])
+        )
         lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
         for line, image in zip(lines, images, strict=True):
             to_pil_image(image.float().cpu().clamp(0, 1)).save(directory / line["file_name"])

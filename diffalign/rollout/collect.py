@@ -1,4 +1,4 @@
-"""Generates the samples of an iteration and fills the buffer, in micro-batches whose size changes no prompt and no noise."""
+"""Generates samples and fills the buffer, in micro-batches whose size changes no prompt and no noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffalign.rollout.sampler import Route, micro_batches, sample
 from diffalign.runtime.noise import Noise
 from diffalign.structures import Conditioning, StepResult
 
-# Convolutions at image size fall out of the processor's cache in larger slices, and on a GPU they are what fills memory.
+# Convolutions at image size fall out of a processor's cache in larger slices, and fill a GPU's memory.
 DECODE_SLICE = 32
 
 
@@ -58,7 +58,12 @@ def decode(model: DiffusionModel, latents: Tensor) -> Tensor:
 
 
 def rollouts(
-    model: DiffusionModel, route: Route, conditioning: Conditioning, addresses: Addresses, buffer: RolloutBuffer, size: int
+    model: DiffusionModel,
+    route: Route,
+    conditioning: Conditioning,
+    addresses: Addresses,
+    buffer: RolloutBuffer,
+    size: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Fills ``buffer`` micro-batch by micro-batch, and yields each one's samples and images as soon as they are there.
 

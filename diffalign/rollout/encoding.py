@@ -14,7 +14,7 @@ ENCODE_SLICE = 32
 
 
 class EncodedPrompts:
-    """The conditioning of prompts, from memory where it is there. Oldest entries go when ``limit`` bytes are reached."""
+    """The conditioning of prompts, from memory where it is there. Oldest entries go beyond ``limit`` bytes."""
 
     def __init__(self, model: DiffusionModel, limit: int = 2 << 30) -> None:
         self.model, self.limit = model, limit

@@ -26,7 +26,9 @@ class Route:
     levels: Level
     guidance: Guidance | None = None
 
-    def replay(self, model: DiffusionModel, index: int, x: Tensor, conditioning: Conditioning, x_next: Tensor) -> StepResult:
+    def replay(
+        self, model: DiffusionModel, index: int, x: Tensor, conditioning: Conditioning, x_next: Tensor
+    ) -> StepResult:
         """The stored transition ``x -> x_next`` of step ``index`` under the model's current weights."""
         row, level, next_level = self.plan.rows[index], self.levels[index], self.levels[index + 1]
         output = model.predict(x, level, conditioning, self.guidance)

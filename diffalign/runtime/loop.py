@@ -66,10 +66,9 @@ class Loop:
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-        schedule = get_scheduler(args.lr_scheduler + "_with_warmup" * (args.lr_scheduler == "constant"), optimizer,
-                                 num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)  # fmt: skip
+        name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+        self.schedule = get_scheduler(name, optimizer, args.lr_warmup_steps, args.max_train_steps)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        self.schedule = schedule
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
         self.step = 0
         self.skipped = 0
@@ -84,14 +83,14 @@ class Loop:
     def run(self) -> None:
         """Trains to ``max_train_steps``, from the beginning or from a checkpoint."""
         resumed = self._resume()
+        if self.step >= self.args.max_train_steps:
+            self._say(f"nothing to do: this run has had its {self.step} steps")
+            return
         self.trackers = Trackers(self.accelerator)
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.args.output_dir)
             self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", resume_step=self.step if resumed else None)
             self.trackers.start("diffalign", to_dict(self.args))
-        if self.step >= self.args.max_train_steps:
-            self._say(f"nothing to do: this run has had its {self.step} steps")
-            return
         if not resumed:
             self._evaluate()
         bar = tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
@@ -117,6 +116,7 @@ class Loop:
                 self.task.after_first_update()
             metrics["time/update"] = time.perf_counter() - started
             self._record({**collected, **metrics})
+            collected.pop("time/collect", None)  # counted once, however many updates follow
             bar.update()
             bar.set_postfix_str(progress({**collected, **metrics}))
         last = self.step >= self.args.max_train_steps
@@ -138,7 +138,9 @@ class Loop:
         names = collected[0]
         means = torch.stack([torch.stack([c[name].float() for c in collected]).mean() for name in names])
         # One synchronisation per optimizer step: the guard needs a number, and the log takes its figures with it.
-        *values, norm = torch.cat([self.accelerator.reduce(means, "mean"), torch.as_tensor(norm)[None].to(means)]).tolist()
+        *values, norm = torch.cat(
+            [self.accelerator.reduce(means, "mean"), torch.as_tensor(norm)[None].to(means)]
+        ).tolist()
         self._apply(torch.isfinite(torch.tensor([norm, values[0]])).all().item())
         return {**dict(zip(names, values, strict=True)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
 
@@ -178,7 +180,12 @@ class Loop:
             return None
         moments, optimizer = checkpoint.flatten_optimizer(self.optimizer.optimizer)
         tensors = {"weights": indexed(self.parameters), "optimizer": moments}
-        state = {"step": self.step, "skipped": self.skipped, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+        state = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+        }
         if self.ema is not None:
             tensors["ema"] = indexed(self.ema.shadow)
             state["ema_updates"] = self.ema.updates
@@ -224,7 +231,9 @@ def indexed(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 def restore(tensors: Sequence[Tensor], stored: dict[str, Tensor]) -> None:
     """Copies back what ``indexed`` named. ValueError where the number of tensors differs."""
     if len(tensors) != len(stored):
-        raise ValueError(f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml")
+        raise ValueError(
+            f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml"
+        )
     for index, tensor in enumerate(tensors):
         tensor.copy_(stored[f"{index:05d}"])
 

@@ -1,8 +1,8 @@
 """Captions in GenEval's six task types, with their specification in GenEval's metadata format.
 
-A specification is ``{"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [...]}``; ``position`` is
-``[relation, index of the other item]``. Single objects, pairs and counts hold out wordings; colours, positions and colour
-attributions hold out whole combinations (``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``).
+A specification is ``{"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [...]}``, ``position``
+``[relation, index of the other item]``. Single objects, pairs and counts hold out wordings; colours, positions and
+colour attributions hold out whole combinations (``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``).
 Source of tasks and format: GenEval, arXiv 2310.11513.
 """
 
@@ -69,11 +69,14 @@ def is_novel(spec: Spec) -> bool:
     if any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in spec["include"]):
         return True
     located = [i for i in spec["include"] if "position" in i]
-    return any((i["class"], i["position"][0], spec["include"][i["position"][1]]["class"]) in HELD_OUT_RELATIONS for i in located)
+    return any(
+        (i["class"], i["position"][0], spec["include"][i["position"][1]]["class"]) in HELD_OUT_RELATIONS
+        for i in located
+    )
 
 
 def is_held_out(spec: Spec, opening: str) -> bool:
-    """Whether a caption belongs to the held-out side: by its combination where its task has one, else by its wording."""
+    """Whether a caption is on the held-out side: by its combination where its task has one, else by its wording."""
     if spec["tag"] in ("colors", "position", "color_attr"):
         return is_novel(spec)
     return opening != "" and (specs(spec["tag"]).index(spec) + OPENINGS.index(opening)) % 2 == 0

@@ -13,7 +13,7 @@ from diffalign.shapes.scene import BACKGROUND, COLORS, MAX_OBJECTS, SHAPES, SIZE
 def outline_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     """Signed distance to the outline, negative inside; ``dx``, ``dy`` from the centre, y downwards.
 
-    Each shape fits a circle of ``radius``; the square is drawn a little larger than its inscribed one so that areas match.
+    Each shape fits a circle of ``radius``; the square is larger than the one inscribed, so that areas match.
     """
     if shape == "circle":
         return torch.hypot(dx, dy) - 0.92 * radius

@@ -1,7 +1,7 @@
 """Reads a picture: which shapes of which colour lie where, and whether that is what a caption asked for.
 
-Pixels are assigned to the nearest palette colour, connected components are found with scipy, and a component's shape is the
-one whose outline, drawn into the component's box, overlaps it best. Correctness follows GenEval (arXiv 2310.11513).
+Pixels are assigned to the nearest palette colour, connected components are found with scipy, and a component's shape is
+the one whose outline, drawn into the component's box, overlaps it best. Correctness follows GenEval (arXiv 2310.11513).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def _templates() -> np.ndarray:
-    """(shapes, TEMPLATE, TEMPLATE) bool: each outline stretched to fill its box, as it is when fitted to a component."""
+    """(shapes, TEMPLATE, TEMPLATE) bool: each outline stretched to fill its box, as a component will be."""
     masks = []
     for shape in SHAPES:
         axis = torch.linspace(-40, 40, 1601)
@@ -122,7 +122,9 @@ def judge(image: np.ndarray, spec: Spec) -> Verdict:
 
 def _holds(subjects: Sequence[Found], relation: str, others: Sequence[Found]) -> bool:
     return any(
-        relation in relation_between((a.x, a.y), (b.x, b.y), (a.reach + b.reach) / 2) for a in subjects[:1] for b in others[:1]
+        relation in relation_between((a.x, a.y), (b.x, b.y), (a.reach + b.reach) / 2)
+        for a in subjects[:1]
+        for b in others[:1]
     )
 
 

@@ -73,7 +73,9 @@ class FlowGRPOTrainer:
         self.prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
         eval_rewards = [get_reward(name) for name in args.eval_rewards] or list(self.rewards.values())
-        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker_names(args.report_to) or None)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=tracker_names(args.report_to) or None
+        )
         args.validate_batches(self.accelerator.num_processes)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         self.model.pipeline.to(self.accelerator.device)
@@ -326,6 +328,8 @@ def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:
     rows = [plan.rows[step] for step in steps]
     weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)
     if kind == "tempflow":
-        moves = [transition(r.solver, levels[s], levels[s + 1], r.noise_level) for s, r in zip(steps, rows, strict=True)]
+        moves = [
+            transition(r.solver, levels[s], levels[s + 1], r.noise_level) for s, r in zip(steps, rows, strict=True)
+        ]
         weights = weights * noise_aware_weights(torch.stack([move.std for move in moves]))
     return dict(zip(steps, weights.tolist(), strict=True))

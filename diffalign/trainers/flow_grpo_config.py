@@ -58,7 +58,9 @@ class FlowGRPOConfig(TrainingConfig):
         if not self.model:
             raise ValueError("model is missing: write model: assets/shapes-sd3, or a hub id")
         if self.group_size < 2:
-            raise ValueError(f"group_size {self.group_size}: a lone image has no group to be better than; use 4 or more")
+            raise ValueError(
+                f"group_size {self.group_size}: a lone image has no group to be better than; use 4 or more"
+            )
         for name in ("num_groups", "rollout_batch_size", "train_batch_size", "updates_per_rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder for a person: pictures on the way; the LoRA, curves, a comparison and a card at the end."""
+"""What a run leaves for a person: pictures on the way; the LoRA, curves, a comparison and a card at the end."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.conftest import PIPELINE
 TEXTS = ["a red circle", "a blue square"]
 STEPS = 4
 
-# Plain diffusers, nothing of this package: argv is the pipeline, then folders; prints keys that do not fit, and saves images.
+# Plain diffusers, nothing of this package. argv: pipeline, folders; each gets the images that its weights draw.
 FRESH = """
 import sys, torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
@@ -30,7 +30,7 @@ pipe.set_progress_bar_config(disable=True)
 noise = load_file(Path(folders[0]).parent / "noise.safetensors")["noise"]
 
 def draw(pipe, **kwargs):
-    return pipe(%r, latents=noise, num_inference_steps=%d, guidance_scale=1.0, max_sequence_length=16,
+    return pipe(TEXTS, latents=noise, num_inference_steps=STEPS, guidance_scale=1.0, max_sequence_length=16,
                 output_type="pt", **kwargs).images
 
 base = draw(pipe)
@@ -50,7 +50,7 @@ for folder in folders:
     print("scale 0 is the base:", torch.equal(off, base))
     save_file({"image": image}, Path(folder) / "image.safetensors")
     pipe.unload_lora_weights()
-""" % (TEXTS, STEPS)  # fmt: skip
+"""
 
 
 def trained(model, config, folder):
@@ -85,7 +85,11 @@ def test_a_fresh_process_draws_the_trainers_images(tmp_path):
         expected[name], noise = trained(load_model(PIPELINE, max_sequence_length=16), config, tmp_path / name)
     save_file({"noise": noise}, tmp_path / "noise.safetensors")
     folders = [str(tmp_path / name) for name in CONFIGS]
-    run = subprocess.run([sys.executable, "-c", FRESH, str(PIPELINE), *folders], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", f"TEXTS, STEPS = {TEXTS!r}, {STEPS}\n{FRESH}", str(PIPELINE), *folders],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("scale 0 is the base: True") == len(CONFIGS) - 1
     assert "unexpected" not in run.stderr

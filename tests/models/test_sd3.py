@@ -108,5 +108,7 @@ def test_folder_without_index_is_named(tmp_path):
 
 def test_unknown_family_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(ValueError, match="class KandinskyPipeline are not supported; supported: StableDiffusion3Pipeline"):
+    with pytest.raises(
+        ValueError, match="class KandinskyPipeline are not supported; supported: StableDiffusion3Pipeline"
+    ):
         load_model(tmp_path)

@@ -91,7 +91,9 @@ def test_the_disk_form_comes_back_and_reads_as_a_data_set(tmp_path):
     assert torch.equal(again.log_prob.nan_to_num(9), buffer.log_prob.nan_to_num(9))
     assert torch.equal(again.rewards["shapes"].nan_to_num(9), buffer.rewards["shapes"].nan_to_num(9))
     assert again.prompts == PROMPTS
-    table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    table = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert len(table) == 4
     row = next(row for row in table if (row["group"], row["sample"]) == (1, 1))
     assert row["prompt"] == "two squares"

@@ -51,7 +51,10 @@ def test_the_base_is_right_on_a_third_to_two_thirds_of_held_out_prompts(frozen):
     right = strict(images, prompts)
     assert 0.30 <= right.mean() <= 0.60
     # Chance: the same images judged by the captions of other prompts of their task.
-    shuffled = [prompts[i - 1] if prompts[i - 1].metadata["tag"] == p.metadata["tag"] else prompts[i + 69] for i, p in enumerate(prompts)]
+    shuffled = [
+        prompts[i - 1] if prompts[i - 1].metadata["tag"] == p.metadata["tag"] else prompts[i + 69]
+        for i, p in enumerate(prompts)
+    ]
     chance = by_tag(strict(images, shuffled), prompts)
     for tag, rate in by_tag(right, prompts).items():
         assert rate > chance[tag], tag

@@ -31,7 +31,7 @@ def gradients(trainer):
     return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
 
 
-# Exactness --------------------------------------------------------------------------------------------------------------
+# Exactness ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "cps", "first_steps"])
@@ -134,7 +134,7 @@ def test_options_run_and_learn(small, train_prompts, setting):
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
 
 
-# Resume -----------------------------------------------------------------------------------------------------------------
+# Resume -------------------------------------------------------------------------------------------------------------
 
 
 def without_times(path):
@@ -198,7 +198,7 @@ def test_training_consumes_no_global_generator(small, train_prompts):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# Checks -----------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------------------------
 
 
 def test_drift_before_the_first_update_stops_the_run(small, train_prompts):
@@ -264,13 +264,13 @@ def test_settings_that_cannot_train_are_refused_before_any_work(small, train_pro
 
 
 def test_missing_prompts_are_refused(small):
-    with pytest.raises(ValueError, match="train_prompts is missing: write train_prompts: prompts.txt"):
+    with pytest.raises(ValueError, match="train_prompts is missing: write train_prompts:"):
         FlowGRPOTrainer(args=small())
     with pytest.raises(ValueError, match="the list of prompts is empty"):
         FlowGRPOTrainer(args=small(), train_dataset=[])
 
 
-# The run folder ---------------------------------------------------------------------------------------------------------
+# The run folder -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_answers_by_itself(small, train_prompts):
