@@ -2,7 +2,8 @@
 
 A specification is ``{"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [...]}``, ``position``
 ``[relation, index of the other item]``. Single objects, pairs and counts hold out wordings; colours, positions and
-colour attributions hold out whole combinations (``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``).
+colour attributions hold out whole combinations: ``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``, and relations of which one
+shape has a colour.
 Source of tasks and format: GenEval, arXiv 2310.11513.
 """
 
@@ -64,15 +65,35 @@ def specs(tag: str) -> tuple[Spec, ...]:
     return tuple({"tag": tag, "include": include} for include in includes[tag])
 
 
+@cache
+def coloured_relations() -> tuple[Spec, ...]:
+    """Known relations in which one of the two shapes, and it alone, has a colour: training names no such thing."""
+    found: list[Spec] = []
+    for spec in specs("position"):
+        for place in (0, 1):
+            for color in COLORS:
+                include = [
+                    {**entry, "color": color} if i == place else entry for i, entry in enumerate(spec["include"])
+                ]
+                if not is_novel(spec) and (color, include[place]["class"]) not in HELD_OUT_PAIRS:
+                    found.append({"tag": "position", "include": include})
+    return tuple(found)
+
+
 def is_novel(spec: Spec) -> bool:
     """True when a specification itself asks for a held-out combination."""
     if any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in spec["include"]):
         return True
-    located = [i for i in spec["include"] if "position" in i]
-    return any(
-        (i["class"], i["position"][0], spec["include"][i["position"][1]]["class"]) in HELD_OUT_RELATIONS
-        for i in located
-    )
+    if spec["tag"] != "position":
+        return False
+    reference, subject = spec["include"]
+    triple = (subject["class"], subject["position"][0], reference["class"])
+    return triple in HELD_OUT_RELATIONS or any("color" in i for i in spec["include"])
+
+
+def contents(tag: str, held_out: bool) -> tuple[Spec, ...]:
+    """The specifications that one side of the split draws from, before wordings are dealt."""
+    return specs(tag) + (coloured_relations() if held_out and tag == "position" else ())
 
 
 def is_held_out(spec: Spec, opening: str) -> bool:
@@ -86,7 +107,7 @@ def caption(rng: random.Random, tag: str | None = None, *, held_out: bool = Fals
     """A random caption of one side of the split; ``plain`` is the share without an opening such as "a photo of"."""
     tag = tag or rng.choice(TAGS)
     while True:
-        spec = rng.choice(specs(tag))
+        spec = rng.choice(contents(tag, held_out))
         opening = "" if rng.random() < plain else rng.choice(OPENINGS[1:])
         if is_held_out(spec, opening) == held_out:
             return Prompt(opening + phrase(spec), spec)
@@ -97,7 +118,9 @@ def prompt_set(per_tag: int, *, held_out: bool, seed: int) -> list[Prompt]:
     rng = random.Random(seed)
     found: dict[str, Prompt] = {}
     for tag in TAGS:
-        available = sum(is_held_out(spec, opening) == held_out for spec in specs(tag) for opening in OPENINGS)
+        available = sum(
+            is_held_out(spec, opening) == held_out for spec in contents(tag, held_out) for opening in OPENINGS
+        )
         if per_tag > available:
             raise ValueError(f"{tag} has {available} captions on this side, not {per_tag}: ask for fewer per tag")
         goal = len(found) + per_tag

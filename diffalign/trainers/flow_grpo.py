@@ -68,13 +68,15 @@ class FlowGRPOTrainer:
         elif isinstance(model, DiffusionModel) and not args.model:
             args = dataclasses.replace(args, model=model.pipeline.config.get("_name_or_path") or "model")
         args.validate()
-        self.args = args
         self.rewards, self.weights = reward_table(args.rewards if reward_funcs is None else reward_funcs)
+        self.args = args = dataclasses.replace(args, rewards=self.weights)
         self.prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
         eval_rewards = [get_reward(name) for name in args.eval_rewards] or list(self.rewards.values())
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=tracker_names(args.report_to) or None
+            mixed_precision=args.mixed_precision,
+            log_with=tracker_names(args.report_to) or None,
+            project_dir=args.output_dir,
         )
         args.validate_batches(self.accelerator.num_processes)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
