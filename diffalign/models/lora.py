@@ -67,6 +67,7 @@ def export(pipeline: DiffusionPipeline, module: nn.Module, directory: Path) -> P
     """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives)."""
     layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
     metadata = module.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     pipeline.save_lora_weights(
         save_directory=directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
     )

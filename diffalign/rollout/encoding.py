@@ -10,8 +10,6 @@ import torch
 from diffalign.models import DiffusionModel
 from diffalign.structures import Conditioning
 
-ENCODE_SLICE = 32
-
 
 class EncodedPrompts:
     """The conditioning of prompts, from memory where it is there. Oldest entries go beyond ``limit`` bytes."""
@@ -22,11 +20,11 @@ class EncodedPrompts:
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """The conditioning of ``texts``, a row each, on the denoiser's device."""
-        missing = list(dict.fromkeys(text for text in texts if text not in self._rows))
-        for start in range(0, len(missing), ENCODE_SLICE):
-            part = missing[start : start + ENCODE_SLICE]
-            encoded = self.model.encode(part).to("cpu")
-            self._rows.update({text: encoded[i : i + 1] for i, text in enumerate(part)})
+        for text in dict.fromkeys(texts):
+            if text not in self._rows:
+                # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend on
+                # which others a run, or a resumed run, happens to meet for the first time along with it.
+                self._rows[text] = self.model.encode([text]).to("cpu")
         result = Conditioning.cat([self._rows[text] for text in texts]).to(self.model.device)
         self._shrink()
         return result
