@@ -7,6 +7,7 @@ optimizer step, a micro-batch at a time.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from diffalign.config import to_dict
 from diffalign.runtime import checkpoint
@@ -66,8 +66,9 @@ class Loop:
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-        name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
-        self.schedule = get_scheduler(name, optimizer, args.lr_warmup_steps, args.max_train_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: lr_factor(args.lr_scheduler, k, args.lr_warmup_steps, args.max_train_steps)
+        )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
         self.step = 0
@@ -216,6 +217,17 @@ class Loop:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
+
+
+def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
+    """The share of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
+
+    Rises over ``warmup`` steps, never from 0, because an update that moves nothing is wasted (and looks like a broken
+    adapter); then stays ("constant"), or falls to 0 after the last step ("linear", "cosine").
+    """
+    done = max(0, step - warmup) / max(1, total - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return min(1.0, (step + 1) / (warmup + 1)) * shape[name]
 
 
 def crossed(before: int, after: int, every: int) -> bool:
