@@ -305,6 +305,10 @@ def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args
         args.output_dir
     )
     torch._foreach_copy_([p.data for p in parameters], raw)
+    # transformers loads a model in the dtype that its config names, diffusers in float32: with plain defaults half of the
+    # pipeline would be in half precision. The files stay small, the computation is float32.
+    for path in args.output_dir.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for guidance, steps, length in ((1.0, 8, SHORT), (3.0, 8, SHORT), (7.0, 28, 256)):

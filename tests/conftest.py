@@ -8,7 +8,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
@@ -24,7 +23,7 @@ PROMPTS = ROOT / "assets/prompts"
 @pytest.fixture(scope="session")
 def pipeline() -> DiffusionPipeline:
     """The shipped pipeline, as plain diffusers loads it; no test may change it."""
-    pipe = DiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(PIPELINE)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
