@@ -305,8 +305,8 @@ def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args
         args.output_dir
     )
     torch._foreach_copy_([p.data for p in parameters], raw)
-    # transformers loads a model in the dtype that its config names, diffusers in float32: with plain defaults half of the
-    # pipeline would be in half precision. The files stay small, the computation is float32.
+    # transformers loads a model in the dtype that its config names, diffusers in float32: with plain defaults half of
+    # the pipeline would be in half precision. The files stay small, the computation is float32.
     for path in args.output_dir.glob("text_encoder*/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
