@@ -32,6 +32,10 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = option(None, '"latest", or the path of a checkpoint')
     report_to: str = option("none", "none, tensorboard, wandb, trackio, or several with commas")
 
+    def __post_init__(self) -> None:
+        """Paths may be given as text."""
+        self.output_dir = Path(self.output_dir)
+
     def validate(self) -> None:
         """ValueError for a setting that cannot train."""
         at_least = {"max_train_steps": 1, "eval_steps": 0, "checkpointing_steps": 0, "lr_warmup_steps": 0}

@@ -52,6 +52,12 @@ class FlowGRPOConfig(TrainingConfig):
     gradient_checkpointing: bool = option(False, "less memory, one more forward pass")
     save_rollouts: bool = option(False, "keep the last iteration's images, latents and rewards in rollouts/")
 
+    def __post_init__(self) -> None:
+        """Paths may be given as text."""
+        super().__post_init__()
+        self.train_prompts = self.train_prompts and Path(self.train_prompts)
+        self.eval_prompts = self.eval_prompts and Path(self.eval_prompts)
+
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""
         super().validate()
