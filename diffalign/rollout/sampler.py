@@ -26,6 +26,11 @@ class Route:
     levels: Level
     guidance: Guidance | None = None
 
+    def __post_init__(self) -> None:
+        """ValueError for a plan that branches: rollouts are chains so far, and would ignore it."""
+        if any(row.branch > 1 for row in self.plan.rows):
+            raise ValueError("the sampler does not branch yet: give every row of the plan branch 1")
+
     def replay(
         self, model: DiffusionModel, index: int, x: Tensor, conditioning: Conditioning, x_next: Tensor
     ) -> StepResult:

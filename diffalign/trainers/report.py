@@ -11,6 +11,7 @@ from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
 from diffalign.evaluation.model_card import ModelCard, write_model_card
 from diffalign.models import DiffusionModel
+from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.tracking import MetricsLog
@@ -60,7 +61,9 @@ class Report:
     def export(self) -> None:
         """Writes the weights so that plain diffusers loads them."""
         with self.model.using(self.weight_set):
-            self.model.save(self.folder)
+            path = self.model.save(self.folder)
+        if self.model.has_adapter:
+            learned_nothing(path)
         if self.weight_set != POLICY:
             self.model.save(self.folder / "raw")
 

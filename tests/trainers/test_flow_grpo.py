@@ -303,6 +303,14 @@ def test_a_run_folder_answers_by_itself(small, train_prompts):
     assert (folder / "rollouts" / rollouts[0]["file_name"]).is_file()
 
 
+def test_a_run_that_learned_nothing_says_so(small, train_prompts):
+    def constant(images, prompts, metadata):
+        return torch.ones(len(images))
+
+    with pytest.warns(UserWarning, match="this LoRA changes nothing"):
+        FlowGRPOTrainer(args=small(adam_weight_decay=0.0), reward_funcs=constant, train_dataset=train_prompts).train()
+
+
 def test_averaged_weights_are_evaluated_and_exported(small, train_prompts):
     args = small(ema_decay=0.999, max_train_steps=3)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts)
