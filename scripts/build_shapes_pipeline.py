@@ -2,14 +2,12 @@
 
     python scripts/build_shapes_pipeline.py vae        # about 6 minutes on 2 cores
     python scripts/build_shapes_pipeline.py latents    # about 2 minutes
-    python scripts/build_shapes_pipeline.py denoiser   # about 45 minutes
-    python scripts/build_shapes_pipeline.py denoiser --init runs/shapes-build/fp32 --optimizer muon --steps 1300 \\
-        --warmup 30 --long_every 16                    # about 15 minutes
+    python scripts/build_shapes_pipeline.py denoiser   # about 30 minutes
     python scripts/build_shapes_pipeline.py prompts
 
-Each stage reads what the one before it left in ``--work_dir``; ``denoiser`` writes the finished pipeline, and its
-second run goes on from the first. Every file has the layout that diffusers saves, so
-``DiffusionPipeline.from_pretrained("assets/shapes-sd3")`` loads it with plain defaults.
+Each stage reads what the one before it left in ``--work_dir``; ``denoiser`` writes the finished pipeline. It stops
+half-way through its learning-rate schedule on purpose: the base is to leave room for improvement. Every file has the
+layout that diffusers saves, so ``DiffusionPipeline.from_pretrained("assets/shapes-sd3")`` loads it with plain defaults.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -235,18 +234,19 @@ def encode_text(pipe: StableDiffusion3Pipeline, texts: list[str], length: int) -
 
 
 def make_optimizers(modules: torch.nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside blocks and AdamW for embeddings, norms, biases and the outer layers."""
+    """Muon for the matrices inside blocks, AdamW for embeddings, norms, biases and the outer layers.
+
+    Two to three times fewer steps than with AdamW alone.
+    """
     inside = ("transformer_blocks.", "encoder.layers.", "encoder.block.")
     named = list(modules.named_parameters())
     matrices = [p for n, p in named if p.ndim == 2 and any(i in n for i in inside) and "relative" not in n]
-    if args.optimizer == "adamw":
-        matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen]
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if not matrices:
-        return [adamw]
-    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def train_denoiser(args: argparse.Namespace) -> None:
@@ -254,16 +254,15 @@ def train_denoiser(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed + 2)
     data = load_file(args.work_dir / "latents.safetensors")["latents"]
     specs = json.loads((args.work_dir / "specs.json").read_text())
-    if args.init:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.init)
-    else:
-        pipe = make_pipeline(AutoencoderKL.from_pretrained(args.work_dir / "vae"))
+    pipe = make_pipeline(AutoencoderKL.from_pretrained(args.work_dir / "vae"))
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
     parameters = list(modules.parameters())
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     average = [p.detach().clone() for p in parameters]
     optimizers = make_optimizers(modules, args)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: cosine(s, args.steps, args.warmup)) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: cosine(s, 2 * args.steps, args.warmup)) for o in optimizers
+    ]
     order = torch.randperm(len(data))
     cursor, begun = 0, time.time()
     for step in range(args.steps):
@@ -278,7 +277,8 @@ def train_denoiser(args: argparse.Namespace) -> None:
         noise = torch.randn_like(x0)
         sigma = torch.sigmoid(torch.randn(batch) * 1.1 + 0.4)
         x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
+        # On CPUs the fused attention's backward pass is about ten times slower in bfloat16 than three plain matmuls.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             embeds, pooled = encode_text(pipe, texts, length)
             output = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
         loss = F.mse_loss(output.float(), noise - x0)
@@ -347,14 +347,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("assets/shapes-sd3"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=2000)
-    parser.add_argument("--scenes", type=int, default=120_000)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--long_every", type=int, default=12)
-    parser.add_argument("--init", type=Path, help="a pipeline to go on from, e.g. runs/shapes-build/fp32")
-    parser.add_argument("--export_every", type=int, default=1000)
+    parser.add_argument("--scenes", type=int, default=150_000)
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--warmup", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--long_every", type=int, default=16)
+    parser.add_argument("--export_every", type=int, default=1600)
     parser.add_argument("--check_per_tag", type=int, default=20)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 A specification is ``{"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?: [...]}``, ``position``
 ``[relation, index of the other item]``. Single objects, pairs and counts hold out wordings; colours, positions and
-colour attributions hold out whole combinations: ``HELD_OUT_PAIRS``, ``HELD_OUT_RELATIONS``, and relations of which one
-shape has a colour.
+colour attributions hold out combinations, which no training caption names: of a colour and a shape, of two shapes and
+their relation, of a colour and a relation, and of two colours.
 Source of tasks and format: GenEval, arXiv 2310.11513.
 """
 
@@ -12,7 +12,17 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from diffalign.shapes.scene import COLORS, HELD_OUT_PAIRS, HELD_OUT_RELATIONS, MAX_OBJECTS, RELATIONS, SHAPES, Spec
+from diffalign.shapes.scene import (
+    COLORS,
+    HELD_OUT_COLORS,
+    HELD_OUT_DIRECTIONS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_RELATIONS,
+    MAX_OBJECTS,
+    RELATIONS,
+    SHAPES,
+    Spec,
+)
 from diffalign.structures import Prompt
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -57,7 +67,14 @@ def specs(tag: str) -> tuple[Spec, ...]:
         "single_object": [[item(s)] for s in SHAPES],
         "two_object": [[item(a), item(b)] for a, b in other],
         "colors": [[item(s, color=c)] for c, s in pairs],
-        "position": [[item(b), item(a, position=[r, 0])] for a, b in other for r in RELATIONS],
+        "position": [
+            [item(b, color=d), item(a, color=c, position=[r, 0])]
+            for a, b in other
+            for r in RELATIONS
+            for c, d in ((None, None), *((c, None) for c in COLORS), *((None, c) for c in COLORS))
+            # A test of a colour's place is about shapes whose relation is known.
+            if c is d is None or ((a, r, b) not in HELD_OUT_RELATIONS and not {(c, a), (d, b)} & HELD_OUT_PAIRS)
+        ],
         "color_attr": [
             [item(s, color=c), item(t, color=d)] for c, s in pairs for d, t in pairs if c != d and s != t
         ],
@@ -65,35 +82,19 @@ def specs(tag: str) -> tuple[Spec, ...]:
     return tuple({"tag": tag, "include": include} for include in includes[tag])
 
 
-@cache
-def coloured_relations() -> tuple[Spec, ...]:
-    """Known relations in which one of the two shapes, and it alone, has a colour: training names no such thing."""
-    found: list[Spec] = []
-    for spec in specs("position"):
-        for place in (0, 1):
-            for color in COLORS:
-                include = [
-                    {**entry, "color": color} if i == place else entry for i, entry in enumerate(spec["include"])
-                ]
-                if not is_novel(spec) and (color, include[place]["class"]) not in HELD_OUT_PAIRS:
-                    found.append({"tag": "position", "include": include})
-    return tuple(found)
-
-
 def is_novel(spec: Spec) -> bool:
     """True when a specification itself asks for a held-out combination."""
-    if any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in spec["include"]):
+    items = spec["include"]
+    named = {i["color"] for i in items if "color" in i}
+    if named in HELD_OUT_COLORS or any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in items):
         return True
     if spec["tag"] != "position":
         return False
-    reference, subject = spec["include"]
-    triple = (subject["class"], subject["position"][0], reference["class"])
-    return triple in HELD_OUT_RELATIONS or any("color" in i for i in spec["include"])
-
-
-def contents(tag: str, held_out: bool) -> tuple[Spec, ...]:
-    """The specifications that one side of the split draws from, before wordings are dealt."""
-    return specs(tag) + (coloured_relations() if held_out and tag == "position" else ())
+    reference, subject = items
+    relation = subject["position"][0]
+    return (subject["class"], relation, reference["class"]) in HELD_OUT_RELATIONS or any(
+        (color, relation) in HELD_OUT_DIRECTIONS for color in named
+    )
 
 
 def is_held_out(spec: Spec, opening: str) -> bool:
@@ -107,7 +108,7 @@ def caption(rng: random.Random, tag: str | None = None, *, held_out: bool = Fals
     """A random caption of one side of the split; ``plain`` is the share without an opening such as "a photo of"."""
     tag = tag or rng.choice(TAGS)
     while True:
-        spec = rng.choice(contents(tag, held_out))
+        spec = rng.choice(specs(tag))
         opening = "" if rng.random() < plain else rng.choice(OPENINGS[1:])
         if is_held_out(spec, opening) == held_out:
             return Prompt(opening + phrase(spec), spec)
@@ -118,9 +119,7 @@ def prompt_set(per_tag: int, *, held_out: bool, seed: int) -> list[Prompt]:
     rng = random.Random(seed)
     found: dict[str, Prompt] = {}
     for tag in TAGS:
-        available = sum(
-            is_held_out(spec, opening) == held_out for spec in contents(tag, held_out) for opening in OPENINGS
-        )
+        available = sum(is_held_out(spec, opening) == held_out for spec in specs(tag) for opening in OPENINGS)
         if per_tag > available:
             raise ValueError(f"{tag} has {available} captions on this side, not {per_tag}: ask for fewer per tag")
         goal = len(found) + per_tag

@@ -11,7 +11,6 @@ from diffalign.rollout.sampler import Route, ode_plan
 from diffalign.runtime.noise import Noise
 from diffalign.shapes import TAGS, judge_batch
 from diffalign.shapes.captions import is_novel
-from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
 
 
@@ -43,11 +42,11 @@ def test_prompt_files_cover_all_tasks_and_do_not_overlap():
 
 
 def test_the_base_is_good_but_improvable(frozen):
-    """At guidance scale 2, right on 30 to 60 % of held-out prompts, and above chance on every task."""
+    """Without guidance, right on 30 to 60 % of held-out prompts, and above chance on every task."""
     prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")
     own = torch.arange(len(prompts))
     addresses = Addresses(Noise(0), "evaluation", 0, own, torch.zeros_like(own))
-    route = Route(ode_plan(8), frozen.levels(8), Guidance(2.0, frozen.encode([""])))
+    route = Route(ode_plan(8), frozen.levels(8))
     conditioning = frozen.encode([p.text for p in prompts])
     images = torch.cat([i for _, i in generate(frozen, route, conditioning, own, addresses, 64)])
     right = strict(images, prompts)
@@ -62,7 +61,7 @@ def test_the_base_is_good_but_improvable(frozen):
         assert rate > chance[tag], tag
 
 
-@pytest.mark.parametrize("tag", ["single_object", "colors"])
+@pytest.mark.parametrize("tag", ["single_object", "colors", "position", "color_attr"])
 def test_plain_defaults_of_diffusers_draw_the_prompt(pipeline, tag):
     """No argument but the prompt: 28 steps, guidance 7, 256 T5 tokens."""
     prompts = [p for p in load_prompts(PROMPTS / "shapes_train.jsonl") if p.metadata["tag"] == tag][:12]

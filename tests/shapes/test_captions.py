@@ -1,11 +1,12 @@
 import random
+import re
 from itertools import pairwise
 
 import pytest
 
 from diffalign.shapes import TAGS, caption, prompt_set
-from diffalign.shapes.captions import OPENINGS, coloured_relations, item, phrase, specs, vocabulary
-from diffalign.shapes.scene import HELD_OUT_PAIRS, HELD_OUT_RELATIONS
+from diffalign.shapes.captions import OPENINGS, is_novel, item, phrase, specs, vocabulary
+from diffalign.shapes.scene import HELD_OUT_COLORS, HELD_OUT_DIRECTIONS, HELD_OUT_PAIRS, HELD_OUT_RELATIONS
 
 # Written out, so that the split is checked on the words themselves.
 HELD_OUT_WORDS = {"red triangle", "green circle", "purple square"}
@@ -14,7 +15,12 @@ COMBINED = ("colors", "position", "color_attr")
 
 
 def names_held_out(text):
-    return any(words in text for words in HELD_OUT_WORDS | HELD_OUT_PHRASES)
+    colors = set(re.findall("red|green|blue|yellow|purple|cyan", text))
+    return (
+        any(words in text for words in HELD_OUT_WORDS | HELD_OUT_PHRASES)
+        or colors in ({"red", "cyan"}, {"green", "purple"}, {"blue", "yellow"})
+        or any(relation in text and colors == {color} for color, relation in HELD_OUT_DIRECTIONS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def test_wording_by_hand(spec, text):
 
 
 def test_every_specification_has_its_own_wording_in_its_task():
-    for tag, count in zip(TAGS, (3, 6, 9, 18, 24, 180), strict=True):
+    for tag, count in zip(TAGS, (3, 6, 9, 18, 204, 180), strict=True):
         assert len({phrase(spec) for spec in specs(tag)}) == len(specs(tag)) == count
         assert all(spec["tag"] == tag for spec in specs(tag))
 
@@ -60,9 +66,7 @@ def test_training_captions_name_nothing_held_out(train):
 
 
 def test_held_out_captions_are_on_the_other_side(train, held_out):
-    assert all(
-        names_held_out(p.text) or p.metadata in coloured_relations() for p in held_out if p.metadata["tag"] in COMBINED
-    )
+    assert all(names_held_out(p.text) and is_novel(p.metadata) for p in held_out if p.metadata["tag"] in COMBINED)
     # Their number is small enough for the training draws to have met nearly all wordings of their own side.
     assert not {p.text for p in train} & {p.text for p in held_out}
 
@@ -77,7 +81,11 @@ def test_the_held_out_set_is_large_balanced_distinct_and_repeatable(held_out):
 def test_all_held_out_combinations_are_asked_for(held_out):
     text = " / ".join(p.text for p in held_out)
     assert all(words in text for words in HELD_OUT_WORDS)
-    assert any(p.metadata in coloured_relations() for p in held_out)
+    asked = [p.metadata["include"] for p in held_out]
+    assert {frozenset(i["color"] for i in items if "color" in i) for items in asked} >= HELD_OUT_COLORS
+    relations = [items for items in asked if "position" in items[-1]]
+    named = {(i["color"], items[1]["position"][0]) for items in relations for i in items if "color" in i}
+    assert named == HELD_OUT_DIRECTIONS
     assert {" ".join(pair) for pair in HELD_OUT_PAIRS} == HELD_OUT_WORDS
 
 
