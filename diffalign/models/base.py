@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
 from diffalign.models.weights import REFERENCE, WeightSets
@@ -25,6 +26,7 @@ class DiffusionModel(ABC):
     """
 
     parameterization: str
+    denoiser_name: str = "transformer"
     lora_targets: tuple[str, ...]
     weights: WeightSets
 
@@ -38,13 +40,11 @@ class DiffusionModel(ABC):
         self.denoiser = self.raw_denoiser
         self.dtype = next(self.raw_denoiser.parameters()).dtype
         self.has_adapter = False
+        # To be set for training in bfloat16 on a CPU: the backward pass of its fused attention takes ten times as long
+        # as plain matrix products.
+        self.plain_attention = False
 
     # What a family defines ------------------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def raw_denoiser(self) -> nn.Module:
-        """The pipeline's own denoiser, whatever wrapper ``denoiser`` has since been given."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -61,6 +61,16 @@ class DiffusionModel(ABC):
         """One call of the denoiser. x: (B, C, h, w); time: (B,), float32."""
 
     # What all families share ----------------------------------------------------------------------------------------
+
+    @property
+    def raw_denoiser(self) -> nn.Module:
+        """The pipeline's own denoiser, whatever wrapper ``denoiser`` has since been given."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    def set_denoiser(self, module: nn.Module) -> None:
+        """Replaces the pipeline's denoiser, e.g. by one with other weights."""
+        setattr(self.pipeline, self.denoiser_name, module)
+        self.denoiser = module
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +94,12 @@ class DiffusionModel(ABC):
         level: fields () or (B,). Guidance doubles the batch of one call instead of making two.
         """
         time = level.time.to(x.device, torch.float32, non_blocking=True).expand(len(x))
-        if guidance is None or not guidance.active:
-            return self.evaluate(x, time, conditioning)
-        negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
-        both = Conditioning.cat([negative, conditioning])
-        against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+        with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
+            if guidance is None or not guidance.active:
+                return self.evaluate(x, time, conditioning)
+            negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
+            both = Conditioning.cat([negative, conditioning])
+            against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return against + guidance.scale * (towards - against)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -127,5 +138,5 @@ class DiffusionModel(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         if self.has_adapter:
             return lora.export(self.pipeline, self.raw_denoiser, directory)
-        self.raw_denoiser.save_pretrained(directory / "transformer")
-        return directory / "transformer"
+        self.raw_denoiser.save_pretrained(directory / self.denoiser_name)
+        return directory / self.denoiser_name

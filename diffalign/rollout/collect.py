@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from diffalign.diffusion.plan import Plan
 from diffalign.models import DiffusionModel
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, sample
@@ -70,10 +71,11 @@ def rollouts(
     conditioning: a row per group. size: the micro-batch. Images: (b, 3, H, W).
     """
     shape = tuple(buffer.x.shape[1:])
+    shared = shared_steps(route.plan) if addresses.shared_start else 0
     for rows in micro_batches(len(addresses.group), size):
         part = addresses[rows]
-        start = part.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
-        _store_start(buffer, rows, start)
+        start = _after_shared_steps(model, route, conditioning, part, buffer, shared)
+        _store_latents(buffer, rows, shared, start)
 
         def observe(index: int, result: StepResult, rows: slice = rows) -> None:
             _store(buffer, rows, index, result)
@@ -85,13 +87,32 @@ def rollouts(
             start,
             draw=lambda index, part=part: part.step(shape, index),
             observe=observe,
+            steps=range(shared, len(route.plan)),
         )
         yield rows, decode(model, final)
 
 
-def _store_start(buffer: RolloutBuffer, rows: slice, start: Tensor) -> None:
-    if buffer.step[0] == 0:
-        buffer.x[buffer.nodes(rows, 0)] = start.to(buffer.x.device)
+def shared_steps(plan: Plan) -> int:
+    """How many steps lie before the first stochastic one: until then, samples with the same start are one."""
+    return next((index for index, row in enumerate(plan.rows) if row.noise_level), 0)
+
+
+def _after_shared_steps(
+    model: DiffusionModel, route: Route, conditioning: Conditioning, part: Addresses, buffer: RolloutBuffer, count: int
+) -> Tensor:
+    """The latents of a micro-batch at level ``count``; the steps up to there are made once per group."""
+    shape = tuple(buffer.x.shape[1:])
+    if count == 0:
+        return part.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
+    groups, own = part.group.unique(return_inverse=True)
+    once = replace(part, group=groups, sample=torch.zeros_like(groups))
+    start = once.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
+    return sample(model, route, conditioning[groups], start, steps=range(count))[own]
+
+
+def _store_latents(buffer: RolloutBuffer, rows: slice, step: int, x: Tensor) -> None:
+    if (buffer.step[: buffer.nodes_per_sample] == step).any():
+        buffer.x[buffer.nodes(rows, step)] = x.to(buffer.x.device)
 
 
 def _store(buffer: RolloutBuffer, rows: slice, index: int, result: StepResult) -> None:

@@ -57,14 +57,17 @@ def sample(
     start: Tensor,
     draw: Draw | None = None,
     observe: Observer | None = None,
+    steps: range | None = None,
 ) -> Tensor:
-    """Final latents of one micro-batch, (B, C, h, w) in the dtype of ``start``.
+    """Latents of one micro-batch after the last of ``steps``, (B, C, h, w) in the dtype of ``start``.
 
-    start: the noise at the first level. draw(i): the noise (B, C, h, w) of stochastic step i, asked for where it is
+    steps: consecutive steps of the plan; default all, which gives final latents. start: the latents at the first of
+    them, for the whole plan the noise. draw(i): the noise (B, C, h, w) of stochastic step i, asked for where it is
     needed. observe(i, result): sees every transition, and what it does not keep is freed.
     """
     x, previous_x0, previous_level = start, None, None
-    for index, row in enumerate(route.plan.rows):
+    for index in range(len(route.plan)) if steps is None else steps:
+        row = route.plan.rows[index]
         level, next_level = route.levels[index], route.levels[index + 1]
         output = model.predict(x, level, conditioning, route.guidance)
         if row.solver == "dpmpp_2m":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffalign.diffusion.plan import Plan, Row
+from diffalign.rollout import collect
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.collect import Addresses, generate, rollouts
 from diffalign.rollout.encoding import EncodedPrompts
@@ -43,6 +44,27 @@ def test_a_group_shares_its_start_noise_when_asked(frozen, train_prompts, shared
     assert not torch.equal(first, other)
     step_one = buffer.x[buffer.step == 1]
     assert not torch.equal(step_one[0], step_one[1]), "the noise of a step is each sample's own"
+
+
+@pytest.mark.parametrize("first", [MULTI, ODE])
+def test_steps_that_a_group_shares_are_made_once(frozen, train_prompts, monkeypatch, first):
+    """Until the first noise, samples of a group with the same start are one sample."""
+    plan = (first, first, SDE, SDE, ODE)
+    rows = []
+    evaluate = type(frozen).evaluate
+
+    def counted(self, x, time, conditioning):
+        rows.append(len(x))
+        return evaluate(self, x, time, conditioning)
+
+    monkeypatch.setattr(type(frozen), "evaluate", counted)
+    once, images, *_ = roll(frozen, train_prompts[:2], 6, plan=plan, shared=True)
+    assert rows == [2, 2, 6, 6, 6]
+    monkeypatch.setattr(collect, "shared_steps", lambda plan: 0)
+    each, others, *_ = roll(frozen, train_prompts[:2], 6, plan=plan, shared=True)
+    assert (once.x - each.x).abs().max() < 1e-5
+    assert (once.log_prob - each.log_prob)[once.trained].abs().max() < 1e-5
+    assert (images - others).abs().max() < 1e-5
 
 
 def test_iterations_differ(frozen, train_prompts):
