@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from diffalign.config import describe, parse
+from diffalign.evaluation.evaluate import compare, evaluate
+from diffalign.evaluation.settings import EvaluationConfig
 from diffalign.trainers.flow_grpo import FlowGRPOTrainer
 from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
 
 TRAINERS: dict[str, tuple[type, type]] = {"flow_grpo": (FlowGRPOConfig, FlowGRPOTrainer)}
 USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...]
+       diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity
+       diffalign compare MODEL ... [--field VALUE ...]   pictures: compare.png and compare.html
 
 trainers: {trainers}
-help on a trainer's fields: diffalign train TRAINER --help"""
+models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one, PATH@0.5 scales a LoRA
+help on the fields: diffalign train TRAINER --help, diffalign eval --help, diffalign compare --help"""
 
 
 def use_all_cores() -> None:
@@ -37,7 +44,22 @@ def train(argv: Sequence[str]) -> None:
     trainer(args=parse(config, argv[1:])).train()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train}
+def judge(run: Callable[[EvaluationConfig], object], argv: Sequence[str]) -> None:
+    """``diffalign eval|compare MODEL ...``: models first, then fields."""
+    if "--help" in argv or "-h" in argv:
+        print(describe(EvaluationConfig))
+        return
+    first = next((i for i, token in enumerate(argv) if token.startswith("--")), len(argv))
+    config = parse(EvaluationConfig, argv[first:])
+    use_all_cores()
+    run(dataclasses.replace(config, models=(*argv[:first], *config.models)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "eval": partial(judge, evaluate),
+    "compare": partial(judge, compare),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

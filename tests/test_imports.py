@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"structures", "config", "diffusion"},
     "runtime": {"structures", "config"},
     "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": {"structures", "models", "rewards"},
+    "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["cli"] = set(ALLOWED)
@@ -29,7 +29,7 @@ ALLOWED["__init__"] = set(ALLOWED)
 PRIVATE = {
     "diffusers": {"models"},
     "peft": {"models"},
-    "accelerate": {"runtime", "trainers"},
+    "accelerate": {"runtime", "evaluation", "trainers"},
     "yaml": {"config", "evaluation"},
 }
 

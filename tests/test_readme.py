@@ -32,8 +32,9 @@ def test_the_python_example_trains(tmp_path, monkeypatch):
 def test_every_command_trains(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    assert words[:2] == ["accelerate", "launch"]
-    assert Path(words[words.index("--config_file") + 1]).is_file()
+    assert "accelerate launch" in command
+    if "--config_file" in words:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
     arguments = words[words.index("scripts/train_flow_grpo.py") + 1 :]
     small = {"num_groups": 2, "group_size": 4, "max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
@@ -41,7 +42,7 @@ def test_every_command_trains(command, tmp_path, monkeypatch):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "load", "tests"])
+@pytest.mark.parametrize("name", ["quickstart", "load", "compare", "tests"])
 def test_the_blocks_that_ci_runs_are_there(name):
     assert re.search(rf"<!-- ci: {name} -->\n```\w+\n.+?```", README, re.DOTALL)
 

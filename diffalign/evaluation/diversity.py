@@ -22,3 +22,22 @@ def pairwise_distance(images: Tensor, groups: Tensor) -> float:
     if not distances:
         raise ValueError("no prompt has two images: draw at least two per prompt to measure diversity")
     return float(torch.stack(distances).mean()) / flat.shape[1] ** 0.5
+
+
+def embedding_distance(embeddings: Tensor, groups: Tensor) -> float:
+    """mean over groups of mean over pairs i < j of 1 - cos(e_i, e_j), in [0, 2].
+
+    embeddings: (N, D), of any model of images. groups: (N,) integers, the prompt of each image. A group with one image
+    has no pair and is left out.
+
+    ValueError: lengths that differ, or no group with two images.
+    """
+    if len(embeddings) != len(groups):
+        raise ValueError(f"{len(embeddings)} embeddings for {len(groups)} group ids: pass one id per image")
+    unit = torch.nn.functional.normalize(embeddings.detach().double(), dim=1)
+    members = [unit[groups == group] for group in groups.unique()]
+    # |a - b|^2 = 2 (1 - cos) between unit vectors.
+    distances = [(torch.pdist(rows).square() / 2).mean() for rows in members if len(rows) > 1]
+    if not distances:
+        raise ValueError("no prompt has two images: draw at least two per prompt to measure diversity")
+    return float(torch.stack(distances).mean())

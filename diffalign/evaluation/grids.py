@@ -42,48 +42,57 @@ def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None
 def compare_grid(
     columns: Mapping[str, Tensor],
     prompts: Sequence[str],
-    scores: Mapping[str, Tensor] | None,
+    scores: Mapping[str, Mapping[str, Tensor]] | None,
     path: str | Path,
 ) -> None:
-    """Writes a table to ``path``: a row per prompt, a column per model, the score under each image.
+    """Writes a table to ``path``: a row per prompt, a column per model, the scores under each image.
 
-    columns: model name -> images (P, 3, H, W), [0, 1], one per prompt. scores: model name -> (P,), higher is better, or
-    None. Scores that are all 0 or 1 are drawn as a green tick or a red cross, others as numbers (the best of the row in
-    green), NaN as a dash. The header gives each model's name and the mean of its scores.
+    columns: model name -> images (P, 3, H, W), [0, 1], one per prompt. scores: model name -> reward name -> (P,),
+    higher is better, or None. Scores of a reward that are all 0 or 1 are drawn as a green tick or a red cross, others
+    as numbers (the best of the row in green), NaN as a dash. The header gives each model's name and the mean of its
+    scores. Rewards are named where there are several.
 
     ValueError: no column or prompt, or lengths that differ.
     """
     _check(columns, prompts, scores)
     width = min(max(next(iter(columns.values())).shape[3], CELL[0]), CELL[1])
     pictures = {name: [_picture(image, width) for image in images] for name, images in columns.items()}
-    foot = FONT + 8 if scores is not None else 0
+    rewards = list(next(iter(scores.values()))) if scores is not None else []
+    tables = {reward: {name: own[reward] for name, own in scores.items()} for reward in rewards} if scores else {}
+    line = FONT + 8
+    foot = line * len(rewards)
     texts = [_wrap(prompt, TEXT_WIDTH) for prompt in prompts]
     tallest = max(picture.height for row in pictures.values() for picture in row)
     heights = [max(tallest + foot, len(text) * (FONT + 4)) for text in texts]
-    header = 2 * (FONT + 6)
+    header = (1 + len(rewards)) * (FONT + 6)
     size = (TEXT_WIDTH + 2 * GAP + len(columns) * (width + GAP), header + sum(heights) + GAP * (len(prompts) + 1))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, name in enumerate(columns):
         x = TEXT_WIDTH + 2 * GAP + j * (width + GAP)
-        _head(draw, name, None if scores is None else scores[name], x, width)
+        _head(draw, name, {reward: table[name] for reward, table in tables.items()}, x, width)
         y = header + GAP
         for i, picture in enumerate(pictures[name]):
             sheet.paste(picture, (x, y))
-            if scores is not None:
-                _mark(draw, scores, name, i, x + width / 2, y + picture.height + foot / 2)
+            for k, (reward, table) in enumerate(tables.items()):
+                middle = y + picture.height + line * (k + 0.5)
+                _mark(draw, table, name, i, x + width * (0.5 if len(rewards) == 1 else 0.8), middle)
+                if len(rewards) > 1:
+                    draw.text((x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=_font(), anchor="lm")
             y += heights[i] + GAP
     _write_prompts(draw, texts, heights, header, size[0])
     sheet.save(Path(path))
 
 
-def _check(columns: Mapping[str, Tensor], prompts: Sequence[str], scores: Mapping[str, Tensor] | None) -> None:
+def _check(
+    columns: Mapping[str, Tensor], prompts: Sequence[str], scores: Mapping[str, Mapping[str, Tensor]] | None
+) -> None:
     if not columns or not prompts:
         raise ValueError(f"{len(columns)} columns, {len(prompts)} prompts: a comparison needs at least one of each")
     for name, images in columns.items():
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images of {name!r} for {len(prompts)} prompts: pass one image per prompt")
-        if scores is not None and (name not in scores or len(scores[name]) != len(prompts)):
+        if scores is not None and not (scores.get(name) and all(len(v) == len(prompts) for v in scores[name].values())):
             raise ValueError(f"no score per prompt for {name!r}: pass {len(prompts)} scores for each column, or None")
 
 
@@ -97,10 +106,11 @@ def _write_prompts(
         y += height + GAP
 
 
-def _head(draw: ImageDraw.ImageDraw, name: str, scores: Tensor | None, x: float, width: int) -> None:
+def _head(draw: ImageDraw.ImageDraw, name: str, scores: Mapping[str, Tensor], x: float, width: int) -> None:
     _centred(draw, name, x, GAP / 2, width)
-    if scores is not None:
-        _centred(draw, f"mean {float(scores.float().nanmean()):.3g}", x, GAP / 2 + FONT + 6, width, GREY)
+    for k, (reward, values) in enumerate(scores.items(), start=1):
+        text = f"{'mean' if len(scores) == 1 else reward} {float(values.float().nanmean()):.3g}"
+        _centred(draw, text, x, GAP / 2 + k * (FONT + 6), width, GREY)
 
 
 def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, row: int, x: float, y: float) -> None:
@@ -133,11 +143,16 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _centred(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, width: int, fill: str = INK) -> None:
     """One line in the middle of a cell, cut where it does not fit."""
+    draw.text((x + width / 2, y + FONT / 2 + 3), _cut(draw, text, width), fill=fill, font=_font(), anchor="mm")
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
+    """The text, or its beginning and an ellipsis."""
     shown = text
     while shown and draw.textlength(shown, font=_font()) > width:
         text = text[:-1]
         shown = f"{text}…" if text else ""
-    draw.text((x + width / 2, y + FONT / 2 + 3), shown, fill=fill, font=_font(), anchor="mm")
+    return shown
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class ModelCard:
 
     base_model: a Hub id or a folder. trainer: e.g. "flow_grpo". command: the shell line that started the run.
     config_yaml: the resolved configuration. load_snippet: Python that loads the LoRA with diffusers.
-    metrics: row name ("base", "tuned") -> metric name -> value; a missing value is shown as a dash.
+    results: Markdown, such as the table of ``results.to_markdown``; empty for none.
     pictures: file names beside the card. tags: added to the default ones.
     """
 
@@ -28,7 +28,7 @@ class ModelCard:
     command: str
     config_yaml: str
     load_snippet: str
-    metrics: Mapping[str, Mapping[str, float]]
+    results: str = ""
     pictures: Sequence[str] = ()
     tags: Sequence[str] = ()
 
@@ -42,7 +42,7 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
         f"A LoRA for `{card.base_model}`, trained with diffalign ({card.trainer}).",
         "## Use",
         _fenced(card.load_snippet, "python"),
-        *(["## Results", _table(card.metrics)] if card.metrics else []),
+        *(["## Results", card.results] if card.results else []),
         *(f"![{Path(name).stem}]({name.replace(' ', '%20')})" for name in card.pictures),
         "## Training",
         _fenced(card.command, "bash"),
@@ -59,18 +59,6 @@ def _front_matter(card: ModelCard) -> str:
         fields["base_model"] = card.base_model
     fields["tags"] = list(dict.fromkeys(["lora", "text-to-image", "diffalign", card.trainer, *card.tags]))
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
-
-
-def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """A line per metric, a column per row of ``metrics``: models side by side."""
-    names = dict.fromkeys(name for row in metrics.values() for name in row)
-    lines = [["metric", *metrics], ["---", *("---:" for _ in metrics)]]
-    lines += [[name, *(_number(row.get(name)) for row in metrics.values())] for name in names]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def _fenced(text: str, language: str) -> str:

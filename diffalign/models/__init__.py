@@ -3,5 +3,6 @@
 from diffalign.models.base import DiffusionModel
 from diffalign.models.load import FAMILIES, load_model
 from diffalign.models.lora import LoraConfig
+from diffalign.models.tuned import tuned
 
-__all__ = ["FAMILIES", "DiffusionModel", "LoraConfig", "load_model"]
+__all__ = ["FAMILIES", "DiffusionModel", "LoraConfig", "load_model", "tuned"]

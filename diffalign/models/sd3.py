@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.diffusion.schedule import flow_levels
 from diffalign.models.base import SCHEDULES, DiffusionModel
@@ -37,11 +37,6 @@ class SD3Model(DiffusionModel):
     def __init__(self, pipeline, max_sequence_length: int = 256) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
-
-    @property
-    def raw_denoiser(self) -> nn.Module:
-        """The pipeline's transformer."""
-        return self.pipeline.transformer
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

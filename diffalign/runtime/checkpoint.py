@@ -2,6 +2,7 @@
 
     checkpoint-<step>/<group>.safetensors ...   tensors
                       state.json                everything else
+                      ...                       what other programs read, such as a LoRA
                       manifest.json             size and SHA-256 of each file, written last
 
 A save is staged in ``.tmp-<step>-<pid>/`` and appears by one rename. A checkpoint that is saved again moves aside as
@@ -16,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = ["flatten_optimizer", "latest", "load", "resolve", "restore_optimizer"
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+GROUPS = "tensor_groups"  # the key of STATE that lists the groups of tensors; other files are exports
 _FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
@@ -46,11 +48,13 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int | None,
+    export: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes ``checkpoint-<step>/`` and then removes the oldest ones beyond the ``keep`` newest sound ones.
 
     tensors: group -> name -> tensor, a file per group; any dtype, layout or shared memory. state: JSON values; floats
-    come back exactly. keep: at least 2, so that a checkpoint that turns out damaged has a predecessor; None keeps all.
+    come back exactly. export: writes files for other programs into the folder, none in subfolders. keep: at least 2, so
+    that a checkpoint that turns out damaged has a predecessor; None keeps all.
     ValueError: keep, a group name, a state that JSON cannot hold exactly. CheckpointError: what was written does not
     verify. OSError: the disk. After any of them the older checkpoints are as they were.
     """
@@ -58,12 +62,12 @@ def save(
         raise ValueError(f"checkpoints_total_limit must be at least 2, got {keep}; leave it out to keep all")
     if bad := [name for name in tensors if not _PLAIN_NAME.fullmatch(name)]:
         raise ValueError(f"a group of tensors names a file, so {bad[0]!r} is refused: use letters, digits, - and _")
-    text = _state_text(state)
+    text = _state_text({**state, GROUPS: sorted(tensors)})
     output_dir = Path(output_dir)
     staged, final = output_dir / f".tmp-{step}-{os.getpid()}", output_dir / f"checkpoint-{step}"
     _remove(staged)
     try:
-        _stage(staged, tensors, text, step)
+        _stage(staged, tensors, text, step, export)
         _publish(staged, final)
     except Exception:
         _remove(staged)
@@ -90,8 +94,19 @@ def _state_text(state: Mapping[str, Any]) -> str:
     return json.dumps(dict(state), indent=1)
 
 
-def _stage(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state_text: str, step: int) -> None:
+def _stage(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state_text: str,
+    step: int,
+    export: Callable[[Path], None] | None,
+) -> None:
     folder.mkdir(parents=True)
+    if export is not None:
+        export(folder)
+        for path in folder.iterdir():
+            path.chmod(folder.stat().st_mode & 0o666)
+            _sync(path)
     for group, named in tensors.items():
         path = folder / f"{group}.safetensors"
         save_file(_separate(named), path)
@@ -185,8 +200,9 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors, state) as they were given to ``save``, on the CPU. CheckpointError: missing or damaged."""
     if problems := verify(path):
         raise CheckpointError(f"{'; '.join(problems)}. Resume from another checkpoint, or pass 'latest'")
-    groups = {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
-    return groups, json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    groups = {name: load_file(Path(path) / f"{name}.safetensors") for name in state.pop(GROUPS)}
+    return groups, state
 
 
 def latest(output_dir: Path) -> Path | None:

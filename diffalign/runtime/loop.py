@@ -48,6 +48,9 @@ class Task(Protocol):
     def after_first_update(self) -> None:
         """Checks that must hold once they have."""
 
+    def export(self, folder: Path) -> None:
+        """Writes into a checkpoint what other programs load: the LoRA as it is now."""
+
     def finish(self) -> None:
         """Writes the results of the run."""
 
@@ -192,7 +195,14 @@ class Loop:
             state["ema_updates"] = self.ema.updates
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        return checkpoint.save(self.args.output_dir, self.step, tensors, state, keep=self.args.checkpoints_total_limit)
+        return checkpoint.save(
+            self.args.output_dir,
+            self.step,
+            tensors,
+            state,
+            keep=self.args.checkpoints_total_limit,
+            export=self.task.export,
+        )
 
     def _resume(self) -> bool:
         path = checkpoint.resolve(self.args.output_dir, self.args.resume_from_checkpoint)

@@ -28,11 +28,20 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Shown:
-    """What a grid needs: prompts, one image each (P, 3, H, W), and its first reward (P,)."""
+    """What pictures and tables need.
 
-    prompts: list[str]
+    texts, images, marks: P prompts of this process, one image each (P, 3, H, W), and its scores, reward -> (P,).
+    prompt, tags, scores: of every image of all processes, in the order of prompts and samples.
+    diversity: pairwise distance within a prompt, in pixel values; None with one image per prompt.
+    """
+
+    texts: list[str]
     images: Tensor
-    scores: Tensor
+    marks: dict[str, Tensor]
+    prompt: Tensor
+    tags: list[str]
+    scores: dict[str, Tensor]
+    diversity: float | None
 
 
 class Evaluation:
@@ -55,7 +64,7 @@ class Evaluation:
         self.per_prompt, self.batch_size = images_per_prompt, batch_size
 
     def run(self, levels: Level, guidance: Guidance) -> tuple[dict[str, float], Shown]:
-        """Figures of the weights in use, over all processes, and this process's pictures.
+        """Figures of the weights in use, over all processes, and what to show of them.
 
         ``accuracy`` is the mean of the first reward, also by task where prompts carry a "tag"; then the mean of each
         reward, and ``diversity``, the pairwise distance within a prompt.
@@ -65,13 +74,24 @@ class Evaluation:
         own, sample = place // self.per_prompt, place % self.per_prompt
         images = self._images(levels, guidance, own, sample)
         scores = score(self.rewards, images, prompts)
-        first = next(iter(scores))
-        tags = [str(p.metadata.get("tag", "all")) for p in prompts]
-        rows = [(tag, {name: scores[name][i].item() for name in scores}) for i, tag in enumerate(tags)]
+        rows = [
+            (self.index[i // self.per_prompt], i % self.per_prompt, str(p.metadata.get("tag", "all")), *values)
+            for i, (p, *values) in enumerate(zip(prompts, *(scores[name].tolist() for name in scores), strict=True))
+        ]
         spread = [(len(self.prompts), pairwise_distance(images, own))] if self.per_prompt > 1 else []
-        figures = summary(gather_object(rows), first, gather_object(spread))
+        everything, spread = sorted(gather_object(rows)), gather_object(spread)
+        diversity = sum(n * value for n, value in spread) / sum(n for n, _ in spread) if spread else None
         chosen = torch.linspace(0, len(self.prompts) - 1, min(SHOWN, len(self.prompts))).long() * self.per_prompt
-        return figures, Shown([prompts[i].text for i in chosen.tolist()], images[chosen], scores[first][chosen])
+        shown = Shown(
+            [prompts[i].text for i in chosen.tolist()],
+            images[chosen],
+            {name: scores[name][chosen] for name in scores},
+            torch.tensor([row[0] for row in everything]),
+            [row[2] for row in everything],
+            {name: torch.tensor([row[3 + k] for row in everything]) for k, name in enumerate(scores)},
+            diversity,
+        )
+        return summary(shown), shown
 
     def _images(self, levels: Level, guidance: Guidance, own: Tensor, sample: Tensor) -> Tensor:
         route = Route(ode_plan(len(levels) - 1), levels, guidance)
@@ -82,15 +102,11 @@ class Evaluation:
         return torch.cat([images.cpu() for _, images in parts])
 
 
-def summary(rows: list[tuple[str, dict[str, float]]], first: str, spread: list[tuple[int, float]]) -> dict[str, float]:
-    """Figures from the rows (tag, scores) and the (prompts, diversity) of all processes."""
-    tags = [tag for tag, _ in rows]
-    result = summarise([values[first] for _, values in rows], tags)
-    if len(set(tags)) == 1:
+def summary(shown: Shown) -> dict[str, float]:
+    """The figures to log."""
+    first = next(iter(shown.scores.values()))
+    result = summarise(first, shown.tags)
+    if len(set(shown.tags)) == 1:
         result = {"accuracy": result["accuracy"]}
-    for name in rows[0][1]:
-        values = torch.tensor([values[name] for _, values in rows])
-        result[name] = values.nanmean().item()
-    if spread:
-        result["diversity"] = sum(n * value for n, value in spread) / sum(n for n, _ in spread)
-    return result
+    result |= {name: values.nanmean().item() for name, values in shown.scores.items()}
+    return result if shown.diversity is None else result | {"diversity": shown.diversity}

@@ -33,6 +33,7 @@ from diffalign.rollout.sampler import Route, micro_batches
 from diffalign.rollout.scoring import score
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.noise import Noise
+from diffalign.runtime.processes import check_world, connect
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt, StepResult
 from diffalign.trainers.evaluation import Evaluation
@@ -73,14 +74,17 @@ class FlowGRPOTrainer:
         self.prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
         eval_rewards = [get_reward(name) for name in args.eval_rewards] or list(self.rewards.values())
+        connect()
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=tracker_names(args.report_to) or None,
             project_dir=args.output_dir,
         )
+        check_world(self.accelerator.num_processes)
         args.validate_batches(self.accelerator.num_processes)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         self.model.pipeline.to(self.accelerator.device)
+        self.model.plain_attention = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.train(args.lora, seed=args.seed, keep_reference=args.kl_beta > 0)
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
@@ -309,6 +313,12 @@ class FlowGRPOTrainer:
         if self.accelerator.is_main_process:
             self.report.picture(step, shown)
         return figures
+
+    def export(self, folder: Path) -> None:
+        """A LoRA as it is now, averaged where weights are averaged; full weights are in the checkpoint already."""
+        if self.model.has_adapter:
+            with self.model.using(self.report.weight_set):
+                self.model.save(folder)
 
     def finish(self) -> None:
         """Exports the weights and writes the card, the curves and the comparison."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from diffalign.config import to_yaml
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
 from diffalign.evaluation.model_card import ModelCard, write_model_card
+from diffalign.evaluation.results import figures, to_markdown
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
@@ -45,46 +48,59 @@ class Report:
         """A grid of an evaluation's images; that of step 0 is kept for the comparison."""
         samples = self.folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        image_grid(shown.images, columns=4, labels=shown.prompts, scale=4).save(samples / f"step-{step:06d}.png")
+        image_grid(shown.images, columns=4, labels=shown.texts, scale=4).save(samples / f"step-{step:06d}.png")
         if step == 0:
-            save_file({"images": shown.images.contiguous(), "scores": shown.scores}, samples / "base.safetensors")
+            tensors = {"images": shown.images.contiguous()}
+            tensors |= {f"mark/{name}": values for name, values in shown.marks.items()}
+            tensors |= {f"score/{name}": values for name, values in shown.scores.items()}
+            tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
+            save_file(tensors, samples / "base.safetensors")
         self.shown = shown
 
     def finish(self) -> None:
         """The weights (averaged ones first, the raw ones in ``raw/``), curves, comparison and model card."""
-        self.export()
-        rows = MetricsLog.read(self.folder / "metrics.jsonl")
-        pictures = [name for name, made in (("compare.png", self._compare()), ("curves.png", True)) if made]
-        plot_curves(rows, self.folder / "curves.png")
-        write_model_card(self.folder, self._card(rows, pictures))
+        self.export(self.folder)
+        plot_curves(MetricsLog.read(self.folder / "metrics.jsonl"), self.folder / "curves.png")
+        base = self.folder / "samples" / "base.safetensors"
+        before = load_file(base) if self.shown is not None and base.is_file() else None
+        if before is not None:
+            self._compare(before)
+        pictures = [name for name in ("compare.png", "curves.png") if (self.folder / name).is_file()]
+        write_model_card(self.folder, self._card(self._results(before), pictures))
 
-    def export(self) -> None:
+    def export(self, folder: Path) -> None:
         """Writes the weights so that plain diffusers loads them."""
         with self.model.using(self.weight_set):
-            path = self.model.save(self.folder)
+            path = self.model.save(folder)
         if self.model.has_adapter:
             learned_nothing(path)
         if self.weight_set != POLICY:
-            self.model.save(self.folder / "raw")
+            self.model.save(folder / "raw")
 
-    def _compare(self) -> bool:
-        base = self.folder / "samples" / "base.safetensors"
-        if self.shown is None or not base.is_file():
-            return False
-        before = load_file(base)
+    def _compare(self, before: dict[str, Tensor]) -> None:
         columns = {"base": before["images"], "tuned": self.shown.images}
-        scores = {"base": before["scores"], "tuned": self.shown.scores}
-        compare_grid(columns, self.shown.prompts, scores, self.folder / "compare.png")
-        return True
+        marks = {"base": _named(before, "mark/"), "tuned": self.shown.marks}
+        # The first reward, whose mean is the accuracy: a tick under an image says more than a row of numbers.
+        first = next(iter(self.shown.marks))
+        scores = {name: {first: own[first]} for name, own in marks.items()}
+        compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png")
 
-    def _card(self, rows: list[dict], pictures: list[str]) -> ModelCard:
-        evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
-        named = {"base": evaluations[0], "tuned": evaluations[-1]} if evaluations else {}
-        metrics = {
-            label: {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
-            for label, row in named.items()
-        }
-        prompt = self.shown.prompts[-1] if self.shown else "..."
+    def _results(self, before: dict[str, Tensor] | None) -> str:
+        """The table of base and tuned model over every held-out image; empty where the base was not evaluated."""
+        if before is None:
+            return ""
+        shown, base = self.shown, _named(before, "score/")
+        spread = {"base": before.get("diversity"), "tuned": shown.diversity}
+        pixels = {name: {} if value is None else {"pixels": float(value)} for name, value in spread.items()}
+        return to_markdown(
+            {
+                "base": figures(shown.prompt, base, shown.tags, None, pixels["base"]),
+                "tuned": figures(shown.prompt, shown.scores, shown.tags, base, pixels["tuned"]),
+            }
+        )
+
+    def _card(self, results: str, pictures: list[str]) -> ModelCard:
+        prompt = self.shown.texts[-1] if self.shown else "..."
         snippet = (SNIPPET if self.model.has_adapter else FULL_SNIPPET).format(
             model=self.args.model,
             folder=self.folder,
@@ -98,6 +114,11 @@ class Report:
             command=f"accelerate launch scripts/train_{self.trainer}.py --config {self.folder}/config.yaml",
             config_yaml=to_yaml(self.args),
             load_snippet=snippet,
-            metrics=metrics,
+            results=results,
             pictures=pictures,
         )
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -61,7 +61,7 @@ def test_a_comparison_has_a_row_per_prompt_and_a_column_per_model(tmp_path):
 
 def test_right_and_wrong_are_marked_green_and_red(tmp_path):
     columns = {"base": IMAGES[:2], "tuned": IMAGES[2:]}
-    scores = {"base": torch.tensor([0.0, math.nan]), "tuned": torch.tensor([1.0, 1.0])}
+    scores = {"base": {"r": torch.tensor([0.0, math.nan])}, "tuned": {"r": torch.tensor([1.0, 1.0])}}
     picture = compare(tmp_path, columns, ["a cat", "a dog"], scores)
     left, right = picture.crop((216, 0, 344, picture.height)), picture.crop((352, 0, 480, picture.height))
     assert count(left, RED) > 20
@@ -72,12 +72,23 @@ def test_right_and_wrong_are_marked_green_and_red(tmp_path):
 
 def test_numbers_are_written_and_the_best_of_a_row_is_green(tmp_path):
     columns = {"base": IMAGES[:2], "tuned": IMAGES[2:]}
-    scores = {"base": torch.tensor([0.25, 0.5]), "tuned": torch.tensor([0.75, 0.5])}
+    scores = {"base": {"r": torch.tensor([0.25, 0.5])}, "tuned": {"r": torch.tensor([0.75, 0.5])}}
     picture = compare(tmp_path, columns, ["a cat", "a dog"], scores)
     left, right = picture.crop((216, 0, 344, picture.height)), picture.crop((352, 0, 480, picture.height))
     assert count(right, GREEN) > 0
     assert count(left, GREEN) == count(left, RED) == count(right, RED) == 0
     assert count(right.crop((0, right.height // 2 + 20, 128, right.height)), GREEN) == 0  # a tie has no best
+
+
+def test_several_rewards_have_a_named_line_each(tmp_path):
+    scores = {"base": {"right": torch.tensor([0.0]), "nice": torch.tensor([0.25])}}
+    scores["tuned"] = {"right": torch.tensor([1.0]), "nice": torch.tensor([0.75])}
+    columns = {"base": IMAGES[:1], "tuned": IMAGES[2:3]}
+    picture = compare(tmp_path, columns, ["a cat"], scores)
+    one = compare(tmp_path, columns, ["a cat"], {name: {"nice": own["nice"]} for name, own in scores.items()})
+    assert picture.height == one.height + 2 * FONT + 14  # a line below the image, a mean in the header
+    assert count(picture.crop((216, 0, 344, picture.height)), RED) > 20
+    assert count(picture.crop((352, 0, 480, picture.height)), GREEN) > 40
 
 
 def test_a_long_prompt_is_wrapped_and_makes_its_row_taller(tmp_path):
@@ -101,7 +112,7 @@ def test_large_images_shrink(tmp_path):
         ({}, ["a"], None),
         ({"base": IMAGES}, ["a"], None),
         ({"base": IMAGES[:1]}, ["a"], {}),
-        ({"base": IMAGES[:1]}, ["a"], {"base": torch.zeros(2)}),
+        ({"base": IMAGES[:1]}, ["a"], {"base": {"r": torch.zeros(2)}}),
     ],
 )
 def test_a_comparison_with_holes_is_refused(tmp_path, columns, prompts, scores):

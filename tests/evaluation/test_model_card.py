@@ -13,7 +13,7 @@ CARD = ModelCard(
     command="accelerate launch scripts/train.py --config a.yaml",
     config_yaml="seed: 3\nprompt: a `b`\n",
     load_snippet="pipe.load_lora_weights('out')",
-    metrics={"base": {"accuracy": 0.51, "a|b": 1e-7}, "tuned": {"accuracy": 0.7525, "diversity": 0.1}},
+    results="| | base | tuned |\n| --- | ---: | ---: |\n| accuracy | 0.51 | 0.7525 |",
     pictures=["compare.png", "my curves.png"],
     tags=["shapes", "lora"],
 )
@@ -43,8 +43,7 @@ def test_the_body_tells_how_to_use_it_what_it_reached_and_how_it_was_made(tmp_pa
     for part in (
         "# Shapes, tuned\n",
         "```python\npipe.load_lora_weights('out')\n```",
-        "| metric | base | tuned |\n| --- | ---: | ---: |\n| accuracy | 0.51 | 0.7525 |\n",
-        "| a&#124;b | 1e-07 | – |\n| diversity | – | 0.1 |\n",
+        "## Results\n\n| | base | tuned |\n| --- | ---: | ---: |\n| accuracy | 0.51 | 0.7525 |\n",
         "![compare](compare.png)\n\n![my curves](my%20curves.png)",
         "```bash\naccelerate launch scripts/train.py --config a.yaml\n```",
         "```yaml\nseed: 3\nprompt: a `b`\n```",
@@ -59,4 +58,4 @@ def test_a_configuration_with_a_fence_inside_stays_whole(tmp_path):
 
 
 def test_no_metrics_no_table(tmp_path):
-    assert "## Results" not in write_model_card(tmp_path, replace(CARD, metrics={})).read_text()
+    assert "## Results" not in write_model_card(tmp_path, replace(CARD, results="")).read_text()

@@ -294,7 +294,7 @@ def test_a_run_folder_answers_by_itself(small, train_prompts):
         assert (folder / name).is_file(), name
     card = (folder / "README.md").read_text()
     assert f'pipe.load_lora_weights("{folder}")' in card
-    assert "| accuracy |" in card
+    assert "| shapes: wins over base |" in card
     evaluations = [row for row in MetricsLog.read(folder / "metrics.jsonl") if "eval/accuracy" in row]
     assert [row["step"] for row in evaluations] == [0, 2]
     assert {"eval/shapes", "eval/diversity", "eval/accuracy/position"} <= evaluations[0].keys()

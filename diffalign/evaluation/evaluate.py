@@ -1,0 +1,110 @@
+"""``diffalign eval`` and ``diffalign compare``: the same images, as figures and as pictures to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from diffalign.data.prompts import load_prompts
+from diffalign.evaluation.embedding import ImageEmbedder
+from diffalign.evaluation.gallery import Gallery, Judged
+from diffalign.evaluation.grids import compare_grid
+from diffalign.evaluation.page import write_page
+from diffalign.evaluation.plots import plot_figures
+from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
+from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
+from diffalign.models import load_model
+from diffalign.rewards.base import get_reward
+from diffalign.runtime.processes import check_world, connect
+from diffalign.structures import Prompt
+
+ROWS = 12  # of compare.png; the page shows every prompt
+
+
+def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]] | None:
+    """Draws and scores the images of every model; on processes other than the first, None.
+
+    config: resolved. Prompts are dealt over processes.
+    """
+    connect()
+    state = PartialState()
+    check_world(state.num_processes)
+    subjects = config.subjects()
+    everything = load_prompts(config.prompts)
+    prompts = [everything[i] for i in spread(len(everything), config.limit)]
+    gallery = Gallery(
+        config.output_dir / "images",
+        config.sampling(),
+        prompts,
+        [get_reward(name) for name in config.rewards],
+        process=state.process_index,
+        processes=state.num_processes,
+    )
+    options = {"max_sequence_length": config.max_sequence_length} if config.max_sequence_length else {}
+    model = load_model(config.model, **options)
+    model.pipeline.to(state.device)
+    total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
+    for subject in subjects:
+        with tqdm(total=total, desc=subject.name, unit="img", disable=not state.is_main_process) as bar:
+            gallery.draw(model, subject, config.batch_size, bar.update)
+    state.wait_for_everyone()
+    return (prompts, {s.name: gallery.load(s) for s in subjects}) if state.is_main_process else None
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
+    """Figures of every model, into ``results.json``, ``results.md`` and ``results.png`` of ``output_dir``."""
+    config = resolve(config, Path("runs/eval"), images_per_prompt=2)
+    drawn = draw_all(config)
+    if drawn is None:
+        return None
+    prompts, judged = drawn
+    base = next(iter(judged))
+    tags = [str(prompts[i].metadata.get("tag", "all")) for i in judged[base].prompt.tolist()]
+    embedder = ImageEmbedder(config.embedder, PartialState().device) if config.embedder else None
+    found = {
+        name: figures(
+            own.prompt,
+            own.scores,
+            tags,
+            None if name == base else judged[base].scores,
+            diversity_of(own.images(), own.prompt, embedder),
+        )
+        for name, own in judged.items()
+    }
+    settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
+    folder = config.output_dir
+    (folder / "results.json").write_text(json.dumps(to_json(found, settings), indent=1) + "\n", encoding="utf-8")
+    table = to_markdown(found)
+    (folder / "results.md").write_text(table + "\n", encoding="utf-8")
+    plot_figures(found, folder / "results.png")
+    print(table)
+    return found
+
+
+def compare(config: EvaluationConfig) -> Path | None:
+    """``compare.png`` and ``compare.html``: rows are prompts, columns models, rewards under each image."""
+    config = resolve(config, Path("runs/compare"), images_per_prompt=1)
+    drawn = draw_all(config)
+    if drawn is None:
+        return None
+    prompts, judged = drawn
+    page = config.output_dir / "compare.html"
+    write_page(page, f"{config.model}: {', '.join(judged)}", prompts, judged)
+    rows = spread(len(prompts), ROWS)
+    _grid(config.output_dir / "compare.png", [prompts[i].text for i in rows], rows, judged)
+    print(f"{page} and {config.output_dir / 'compare.png'}")
+    return page
+
+
+def _grid(path: Path, texts: list[str], rows: list[int], judged: Mapping[str, Judged]) -> None:
+    columns, scores = {}, {}
+    for name, found in judged.items():
+        chosen = [(found.prompt == row).nonzero()[0].item() for row in rows]
+        columns[name] = found.images()[chosen]
+        scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in found.scores.items()}
+    compare_grid(columns, texts, scores, path)

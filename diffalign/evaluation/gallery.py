@@ -1,0 +1,201 @@
+"""Images of several models for the same prompts and noise, on disk, with their rewards; an interrupted one goes on.
+
+<folder>/settings.json             what the images depend on; another evaluation in the same folder is refused
+         <model>/weights.json      which weights drew them
+         <model>/images/00012-0.png    prompt 12, sample 0
+         <model>/scores-<process>.jsonl    {"prompt", "sample", "rewards"}, written once the image is there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from diffalign.evaluation.subjects import Subject
+from diffalign.models import DiffusionModel, tuned
+from diffalign.models.tuned import weights_file
+from diffalign.rewards.base import Reward
+from diffalign.rollout.collect import Addresses, generate
+from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.rollout.sampler import Route, ode_plan
+from diffalign.rollout.scoring import score
+from diffalign.runtime.noise import Noise
+from diffalign.structures import Guidance, Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number."""
+
+    model: str
+    num_steps: int
+    schedule: str
+    guidance_scale: float
+    images_per_prompt: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The images of one model: N rows, ordered by prompt and sample.
+
+    prompt: (N,) int64, the place in the prompt list. scores: reward -> (N,) float32, NaN where it failed. files: (N,).
+    """
+
+    prompt: Tensor
+    scores: dict[str, Tensor]
+    files: list[Path]
+
+    def images(self) -> Tensor:
+        """(N, 3, H, W), float32, [0, 1]."""
+        pixels = [np.array(Image.open(file).convert("RGB")) for file in self.files]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+class Gallery:
+    """A folder of images and rewards. ``process`` of ``processes`` draws its share of the prompts.
+
+    ValueError: the folder holds images of other settings, prompts or rewards.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sampling: Sampling,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[Reward],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
+        self.process, self.processes = process, processes
+        texts = json.dumps([[p.text, dict(p.metadata)] for p in prompts], sort_keys=True)
+        settings = {
+            **asdict(sampling),
+            "rewards": [reward.name for reward in rewards],
+            "prompts": hashlib.sha256(texts.encode()).hexdigest(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        _same_or_new(folder / "settings.json", settings)
+
+    def draw(self, model: DiffusionModel, subject: Subject, size: int, progress: Callable[[int], object]) -> None:
+        """Draws and scores what is missing of this process's share, ``size`` images at a time.
+
+        progress: called with the number of images after each batch, and first with those that were there.
+        """
+        place = self._place(subject)
+        (place / "images").mkdir(parents=True, exist_ok=True)
+        _same_or_new(place / "weights.json", self._weights(model, subject))
+        own = self._own()
+        done = {(row["prompt"], row["sample"]) for row in self._rows(subject)}
+        missing = [pair for pair in own if pair not in done]
+        progress(len(own) - len(missing))
+        if not missing:
+            return
+        _mend(place / f"scores-{self.process}.jsonl")
+        encoded = EncodedPrompts(model)
+        scale = self.sampling.guidance_scale
+        route = Route(
+            ode_plan(self.sampling.num_steps),
+            model.levels(self.sampling.num_steps, self.sampling.schedule),
+            Guidance(scale, encoded.empty if scale != 1 else None),
+        )
+        with tuned(model, subject.path, subject.scale):
+            # Prompts are encoded chunk by chunk, so that a first image is there soon and memory is bounded.
+            for chunk in (missing[i : i + size] for i in range(0, len(missing), size)):
+                progress(self._draw(model, route, encoded, place, chunk))
+
+    def _draw(
+        self, model: DiffusionModel, route: Route, encoded: EncodedPrompts, place: Path, chunk: list[tuple[int, int]]
+    ) -> int:
+        prompts = [self.prompts[prompt] for prompt, _ in chunk]
+        prompt, sample = torch.tensor(chunk).T
+        addresses = Addresses(Noise(self.sampling.seed), "evaluation", 0, prompt, sample)
+        conditioning = encoded([p.text for p in prompts])
+        ((_, images),) = generate(model, route, conditioning, torch.arange(len(chunk)), addresses, len(chunk))
+        scores = score(self.rewards, images, prompts)
+        with (place / f"scores-{self.process}.jsonl").open("a", encoding="utf-8") as file:
+            for row, (number, member) in enumerate(chunk):
+                to_pil_image(images[row].float().cpu().clamp(0, 1)).save(self._file(place, number, member))
+                values = {name: scores[name][row].item() for name in scores}
+                known = {name: value if value == value else None for name, value in values.items()}
+                file.write(json.dumps({"prompt": number, "sample": member, "rewards": known}) + "\n")
+        return len(chunk)
+
+    def load(self, subject: Subject) -> Judged:
+        """What is there of one model. ValueError: images are missing."""
+        rows = {(row["prompt"], row["sample"]): row["rewards"] for row in self._rows(subject)}
+        wanted = [(p, s) for p in range(len(self.prompts)) for s in range(self.sampling.images_per_prompt)]
+        if missing := [pair for pair in wanted if pair not in rows]:
+            raise ValueError(f"{self._place(subject)} lacks {len(missing)} images: run the same command again")
+        scores = {
+            r.name: torch.tensor([torch.nan if (v := rows[pair][r.name]) is None else v for pair in wanted])
+            for r in self.rewards
+        }
+        files = [self._file(self._place(subject), *pair) for pair in wanted]
+        return Judged(torch.tensor([p for p, _ in wanted]), scores, files)
+
+    def _own(self) -> list[tuple[int, int]]:
+        numbers = range(self.process, len(self.prompts), self.processes)
+        return [(number, member) for number in numbers for member in range(self.sampling.images_per_prompt)]
+
+    def _place(self, subject: Subject) -> Path:
+        return self.folder / re.sub(r"[^\w.@-]+", "-", subject.name)
+
+    @staticmethod
+    def _file(place: Path, prompt: int, sample: int) -> Path:
+        return place / "images" / f"{prompt:05d}-{sample}.png"
+
+    def _rows(self, subject: Subject) -> list[dict]:
+        """The rows of all processes, without a last line that a crash cut short."""
+        rows = []
+        for path in sorted(self._place(subject).glob("scores-*.jsonl")):
+            *whole, _ = path.read_text(encoding="utf-8").split("\n")
+            rows += [json.loads(line) for line in whole if line]
+        return rows
+
+    def _weights(self, model: DiffusionModel, subject: Subject) -> dict:
+        if subject.path is None:
+            return {"base": True}
+        found = weights_file(model, subject.path)
+        files = [found] if found.is_file() else sorted(found.glob("*.safetensors"))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.read_bytes())
+        return {"scale": subject.scale, "sha256": digest.hexdigest()}
+
+
+def _mend(path: Path) -> None:
+    """Takes away a last line that a crash cut short, so that the next one starts on its own."""
+    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
+def _same_or_new(path: Path, content: dict) -> None:
+    """Writes ``content``, or checks that it is what was written. ValueError where it is not."""
+    if not path.is_file():
+        staged = path.with_suffix(f".tmp-{os.getpid()}")
+        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        staged.replace(path)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} ({before.get(name)!r}, now {value!r})" for name, value in content.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds images of another evaluation; changed: {', '.join(changed)}. "
+            "Choose another output_dir, or delete this one"
+        )

@@ -1,0 +1,79 @@
+"""A comparison as one HTML file: no network, no other file; zoom, sort by gain, filter by task and words."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from diffalign.evaluation.gallery import Judged
+from diffalign.structures import Prompt
+
+BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
+SMALL = 160  # pixels; images up to this width are shown pixel by pixel
+ATTEMPTS = ((1024, 90), (768, 85), (512, 85), (512, 75), (384, 75), (256, 70), (192, 60))  # width, WebP quality
+
+
+def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, Judged]) -> None:
+    """Writes the page to ``path``: a row per prompt, a column per model with the first image of each, rewards below.
+
+    The first model is the one that gains are measured against. Small images are embedded exactly; larger ones as WebP,
+    as large as fits into about nine megabytes.
+    """
+    first = {
+        name: [(judged.prompt == i).nonzero()[0].item() for i in range(len(prompts))] for name, judged in models.items()
+    }
+    pictures = [[Image.open(judged.files[row]) for row in first[name]] for name, judged in models.items()]
+    small = max(picture.width for column in pictures for picture in column) <= SMALL
+    columns = _embedded(pictures, small)
+    rewards = list(next(iter(models.values())).scores)
+    rows = [
+        {
+            "prompt": prompt.text,
+            "task": str(prompt.metadata.get("tag", "")),
+            "images": [column[i] for column in columns],
+            "scores": [
+                [_plain(judged.scores[reward][first[name][i]].item()) for reward in rewards]
+                for name, judged in models.items()
+            ],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    content = {"title": title, "models": list(models), "rewards": rewards, "small": small, "rows": rows}
+    # A tag inside a prompt could end the block that holds the data.
+    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    template = files("diffalign.evaluation").joinpath("page.html").read_text(encoding="utf-8")
+    Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+
+
+def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:
+    """Data URIs, at the first size and quality that keep the page within its budget."""
+    if small:
+        return [[_uri(picture, "PNG", optimize=True) for picture in column] for column in pictures]
+    for width, quality in ATTEMPTS:
+        found = [[_uri(_at_most(p, width), "WEBP", quality=quality) for p in column] for column in pictures]
+        if sum(len(uri) for column in found for uri in column) <= BUDGET:
+            break
+    return found
+
+
+def _at_most(picture: Image.Image, width: int) -> Image.Image:
+    if picture.width <= width:
+        return picture
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+
+
+def _uri(picture: Image.Image, kind: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

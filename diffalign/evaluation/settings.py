@@ -1,0 +1,97 @@
+"""What an evaluation can be told; what is left out comes from the run that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffalign.config import load_yaml, option
+from diffalign.evaluation.gallery import Sampling
+from diffalign.evaluation.subjects import Subject, parse_subjects
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Fields of ``diffalign eval`` and ``diffalign compare``; null: as in the ``config.yaml`` of the first run."""
+
+    models: tuple[str, ...] = option(
+        (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights"
+    )
+    model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
+    max_sequence_length: int | None = option(None, "T5 tokens per prompt")
+    prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
+    limit: int | None = option(None, "at most so many prompts, spread evenly over the file")
+    rewards: tuple[str, ...] | None = option(None, "reward names; the first one is reported by task")
+    output_dir: Path | None = option(
+        None, "where everything goes, default runs/eval or runs/compare; an interrupted one goes on"
+    )
+    num_steps: int | None = option(None, "ODE steps")
+    schedule: str | None = option(None, "pipeline or uniform")
+    guidance_scale: float | None = option(None, "the same for every model")
+    images_per_prompt: int | None = option(
+        None, "default: 2 for figures, which then hold diversity, 1 for a comparison"
+    )
+    seed: int = option(0, "of the noise, the same for every model; a trainer's own evaluation uses 0")
+    batch_size: int | None = option(None, "images per forward pass")
+    scales: tuple[float, ...] = option((), "each LoRA at each of these scales")
+    checkpoints: bool = option(False, "each run as a strip over its checkpoints")
+    embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
+
+    def subjects(self) -> list[Subject]:
+        """The base and the models."""
+        return parse_subjects(self.models, scales=self.scales, checkpoints=self.checkpoints)
+
+    def sampling(self) -> Sampling:
+        """How images are drawn; call it on what ``resolve`` returned."""
+        return Sampling(
+            str(self.model), self.num_steps, self.schedule, self.guidance_scale, self.images_per_prompt, self.seed
+        )
+
+
+def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> EvaluationConfig:
+    """Fills in what was left out, from the first run that has a ``config.yaml``, then from defaults.
+
+    output_dir, images_per_prompt: the defaults of the command.
+
+    ValueError: no base model or prompts, an empty list of rewards, a number below 1.
+    """
+    run = next(filter(None, (_run_of(subject.path) for subject in config.subjects())), {})
+    known = {
+        "model": run.get("model"),
+        "max_sequence_length": run.get("max_sequence_length"),
+        "prompts": run.get("eval_prompts") and Path(run["eval_prompts"]),
+        "rewards": tuple(run.get("eval_rewards") or run.get("rewards") or ()),
+        "num_steps": run.get("eval_num_steps") or run.get("plan", {}).get("num_steps", 28),
+        "schedule": run.get("schedule", "pipeline"),
+        "guidance_scale": run.get("guidance_scale", 1.0),
+        "output_dir": output_dir,
+        "images_per_prompt": images_per_prompt,
+        "batch_size": run.get("rollout_batch_size", 16),
+    }
+    config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+    for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
+    for name in ("num_steps", "images_per_prompt", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    return config
+
+
+def _run_of(path: Path | None) -> Mapping[str, Any] | None:
+    """The configuration of the run that a path lies in: its folder, or one or two above it."""
+    if path is None:
+        return None
+    places = [path, *path.resolve().parents[:2]]
+    return next((load_yaml(place / "config.yaml") for place in places if (place / "config.yaml").is_file()), None)
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """At most ``limit`` of ``count`` places, evenly spread, the first and the last among them."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}: leave it out for all prompts")
+    return sorted({round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)})

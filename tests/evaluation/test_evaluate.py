@@ -1,0 +1,154 @@
+"""The two commands, as a user calls them, on a run of two steps."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from diffalign.cli import main
+from diffalign.evaluation import gallery
+from diffalign.evaluation.embedding import ImageEmbedder
+from diffalign.evaluation.gallery import Gallery, Sampling
+from diffalign.evaluation.page import write_page
+from diffalign.evaluation.subjects import BASE
+from diffalign.rewards import get_reward
+from diffalign.runtime.tracking import MetricsLog
+from diffalign.structures import Prompt
+from tests.conftest import PIPELINE
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval")
+    assert main(["eval", str(run_folder), f"none={run_folder}@0", "--output_dir", str(out)]) == 0
+    return out
+
+
+def test_settings_come_from_the_run_and_figures_equal_its_own(evaluated, run_folder):
+    found = json.loads((evaluated / "results.json").read_text())
+    assert found["settings"]["num_steps"] == 4
+    assert list(found["models"]) == ["base", "tiny", "none"]
+    base, *_, tuned = [r for r in MetricsLog.read(run_folder / "metrics.jsonl") if "eval/accuracy" in r]
+    for name, row in (("base", base), ("tiny", tuned)):
+        assert found["models"][name]["rewards"]["shapes"]["mean"] == pytest.approx(row["eval/shapes"], abs=1e-6)
+        assert found["models"][name]["diversity"]["pixels"] == pytest.approx(row["eval/diversity"], abs=2e-3)  # 8 bits
+    assert base["eval/diversity"] != tuned["eval/diversity"]
+
+
+def test_scale_0_is_the_base_and_wins_half(evaluated):
+    none = json.loads((evaluated / "results.json").read_text())["models"]["none"]
+    assert none["wins"]["shapes"]["rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    for file in (evaluated / "images/base/images").iterdir():
+        assert file.read_bytes() == (evaluated / "images/none/images" / file.name).read_bytes()
+    assert (evaluated / "results.png").is_file()
+    assert "| shapes: wins over base |" in (evaluated / "results.md").read_text()
+
+
+def mean_reward(folder):
+    return json.loads((folder / "results.json").read_text())["models"]["tiny"]["rewards"]
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, run_folder, monkeypatch, capsys):
+    rows = evaluated / "images/tiny/scores-0.jsonl"
+    before, text = mean_reward(evaluated), rows.read_text()
+    lines = text.splitlines(keepends=True)
+    rows.write_text("".join(lines[:7]) + lines[7][:20])  # the eighth line was being written
+    drawn = []
+    monkeypatch.setattr(gallery, "score", lambda r, images, p, own=gallery.score: drawn.extend(p) or own(r, images, p))
+    assert main(["eval", str(run_folder), f"none={run_folder}@0", "--output_dir", str(evaluated)]) == 0
+    assert len(drawn) == 12 - 7
+    assert mean_reward(evaluated) == before
+    assert sorted(rows.read_text().splitlines()) == sorted(text.splitlines())
+
+
+def test_images_of_other_settings_or_weights_are_not_mixed(evaluated, run_folder, capsys):
+    argv = ["eval", str(run_folder), "--output_dir", str(evaluated)]
+    assert main([*argv, "--guidance_scale", "3"]) == 2
+    assert "guidance_scale (1.0, now 3.0)" in capsys.readouterr().err
+    assert main(["eval", f"tiny={run_folder / 'checkpoint-1'}", "--output_dir", str(evaluated)]) == 2
+    assert "another evaluation" in capsys.readouterr().err
+
+
+def test_a_comparison_over_checkpoints(run_folder, tmp_path):
+    argv = ["compare", str(run_folder), "--checkpoints", "--limit", "3", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    data = page_data(tmp_path / "compare.html")
+    assert data["models"] == ["base", "tiny 1", "tiny 2", "tiny final"]
+    assert [row["task"] for row in data["rows"]] == ["single_object", "counting", "color_attr"]
+    last = [(row["images"][2], row["scores"][2]) for row in data["rows"]]
+    assert last == [(row["images"][3], row["scores"][3]) for row in data["rows"]]  # the last checkpoint is the result
+    with Image.open(tmp_path / "compare.png") as picture:
+        assert picture.width > 4 * 128
+
+
+def test_a_sweep_over_scales(run_folder, tmp_path):
+    argv = ["compare", str(run_folder), "--scales", "[0, 1]", "--limit", "1", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    (row,) = page_data(tmp_path / "compare.html")["rows"]
+    assert row["images"][0] == row["images"][1] != row["images"][2]
+
+
+def page_data(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)  # nothing from outside
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
+
+
+def test_a_page_of_100_prompts_and_4_models_stays_below_10_megabytes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.rand(512, 512, 3, generator=generator) * 255).byte().numpy()  # the worst to compress
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    prompts = [Prompt(f"</script><b>{i}</b>", {"tag": "a"}) for i in range(100)]
+    judged = gallery.Judged(torch.arange(100), {"r": torch.full((100,), torch.nan)}, [tmp_path / "noise.png"] * 100)
+    write_page(tmp_path / "page.html", "t", prompts, dict.fromkeys("abcd", judged))
+    assert (tmp_path / "page.html").stat().st_size < 10_000_000
+    data = page_data(tmp_path / "page.html")
+    assert data["rows"][7]["prompt"] == "</script><b>7</b>"
+    assert data["rows"][7]["scores"] == [[None]] * 4
+
+
+def test_processes_share_the_prompts(frozen, tmp_path, train_prompts):
+    """Two processes, one after the other, draw what one process draws."""
+    sampling = Sampling(str(PIPELINE), 2, "pipeline", 2.0, 2, 0)
+    rewards = [get_reward("shapes")]
+    alone = Gallery(tmp_path / "one", sampling, train_prompts, rewards)
+    alone.draw(frozen, BASE, 5, lambda n: None)
+    shared = [Gallery(tmp_path / "two", sampling, train_prompts, rewards, process=i, processes=2) for i in range(2)]
+    shared[1].draw(frozen, BASE, 5, lambda n: None)
+    with pytest.raises(ValueError, match="lacks 6 images"):
+        shared[0].load(BASE)
+    shared[0].draw(frozen, BASE, 5, lambda n: None)
+    one, two = alone.load(BASE), shared[0].load(BASE)
+    assert torch.equal(one.prompt, two.prompt)
+    assert torch.equal(one.scores["shapes"], two.scores["shapes"])
+    assert torch.allclose(one.images(), two.images(), atol=1 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval"], "model is missing"),
+        (["eval", "--model", str(PIPELINE)], "prompts is missing"),
+        (["eval", "nowhere"], "nowhere: no such"),
+        (["compare", "--no_such", "1"], "unknown key 'no_such'"),
+    ],
+)
+def test_what_is_missing_is_said(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_are_embedded_by_a_model_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=32, patch_size=16, projection_dim=8)  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    images = torch.rand(3, 3, 64, 64)
+    found = ImageEmbedder(tmp_path)(images)
+    assert found.shape[0] == 3
+    assert torch.allclose(ImageEmbedder(tmp_path)(images[1:2]), found[1:2], atol=1e-5)
+    assert not torch.allclose(found[0], found[1])

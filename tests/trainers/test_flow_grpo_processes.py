@@ -1,0 +1,76 @@
+"""The same training in one process and in two, started by both launchers."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.runtime.tracking import MetricsLog
+from tests.conftest import ROOT
+
+SCRIPT = "tests/trainers/short_training.py"
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}",
+    "torchrun": "torchrun --nproc_per_node 2 --master_port {port}",
+}
+
+
+def launcher_command(name):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        program, *options = LAUNCHERS[name].format(port=free.getsockname()[1]).split()
+    return [BIN / program, *options]
+
+
+def train(command, folder):
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), SCRIPT, str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train([sys.executable], tmp_path_factory.mktemp("one") / "alone")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_do_what_one_does(alone, tmp_path, launcher):
+    folder = train(launcher_command(launcher), tmp_path / "two")
+    files = (alone / "0.safetensors", folder / "0.safetensors", folder / "1.safetensors")
+    one, first, second = map(load_file, files)
+    assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
+    texts = [(folder / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert (alone / "0.txt").read_text() == "\n".join(texts)
+    assert (torch.cat([first["images"], second["images"]]) - one["images"]).abs().max() < 1e-5
+    for name in (n for n in one if n.startswith(("grad/", "weight/"))):
+        assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
+        bound = 1e-5 * one[name].norm() if name.startswith("grad/") else 1e-5
+        assert (first[name] - one[name]).norm() <= bound, name
+    rows = [MetricsLog.read(f / "run" / "metrics.jsonl") for f in (alone, folder)]
+    for single, double in zip(*rows, strict=True):
+        for name in ("reward/mean", "reward/std", "flat_groups", "kl"):
+            if name in single:
+                assert double[name] == pytest.approx(single[name], rel=1e-4, abs=1e-7), name
+
+
+def test_a_launcher_that_starts_too_few_is_refused(tmp_path):
+    command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", SCRIPT, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "asked for 2 process(es)" in done.stderr
