@@ -3,7 +3,7 @@
     python scripts/quickstart_seeds.py                        # three runs, one by one, and the README's table
     python scripts/quickstart_seeds.py --check runs/shapes    # exit 1 unless the reward rose
 
-Each run evaluates the base and the tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes
+A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes
 ``assets/results/quickstart_seeds.csv``.
 """
 
@@ -74,6 +74,9 @@ def main() -> int:
     rows = []
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
+        if (folder / "README.md").is_file():
+            rows.append(result(folder))
+            continue
         options = ["--config", str(CONFIG), "--seed", str(seed), "--output_dir", str(folder), *overrides]
         subprocess.run([sys.executable, str(ROOT / "scripts/train_flow_grpo.py"), *options], check=True)
         rows.append(result(folder))

@@ -105,15 +105,15 @@ class Gallery:
         if not missing:
             return
         _mend(place / f"scores-{self.process}.jsonl")
-        encoded = EncodedPrompts(model)
         scale = self.sampling.guidance_scale
-        route = Route(
-            ode_plan(self.sampling.num_steps),
-            model.levels(self.sampling.num_steps, self.sampling.schedule),
-            Guidance(scale, encoded.empty if scale != 1 else None),
-        )
         with tuned(model, subject.path, subject.scale):
-            # Prompts are encoded chunk by chunk, so that a first image is there soon and memory is bounded.
+            # Encoded anew for each subject: its weights may be those of the text encoders too.
+            encoded = EncodedPrompts(model)
+            route = Route(
+                ode_plan(self.sampling.num_steps),
+                model.levels(self.sampling.num_steps, self.sampling.schedule),
+                Guidance(scale, encoded.empty if scale != 1 else None),
+            )
             for chunk in (missing[i : i + size] for i in range(0, len(missing), size)):
                 progress(self._draw(model, route, encoded, place, chunk))
 

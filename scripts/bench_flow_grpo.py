@@ -1,0 +1,179 @@
+"""What an iteration of Flow-GRPO costs, by phase, and how close it is to the bare cost of its model evaluations.
+
+    python scripts/bench_flow_grpo.py                                  # the quickstart
+    python scripts/bench_flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
+
+The bare cost is that of the forward and backward passes, optimizer steps, decoding and scoring of an iteration, each
+measured alone at the same shapes and threads. Iterations and bare parts alternate, and medians are compared, so that a
+busy machine slows both. Writes ``assets/results/bench_flow_grpo.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffalign import FlowGRPOConfig, FlowGRPOTrainer
+from diffalign.cli import use_all_cores
+from diffalign.config import parse
+from diffalign.models.weights import REFERENCE
+from diffalign.rollout.collect import decode
+from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.scoring import score
+
+ROOT = Path(__file__).parents[1]
+
+
+class Bench:
+    """Times a trainer's iterations, and the parts that no implementation could leave out."""
+
+    def __init__(self, trainer: FlowGRPOTrainer) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.images = self.args.num_groups * self.args.group_size // trainer.accelerator.num_processes
+        self.iteration = 0
+        self.whole()  # a first iteration fills the buffer and warms everything up
+        self.steps = trainer.route.plan.trained_steps
+        torch.manual_seed(0)
+        self.pixels = decode(trainer.model, trainer.buffer.x[trainer.buffer.leaves])
+
+    def whole(self) -> dict[str, float]:
+        """Seconds of an iteration's phases."""
+        begun = self._now()
+        self.trainer.collect(self.iteration)
+        collected = self._now()
+        for micros in self.trainer.updates(self.iteration):
+            self.trainer.loop._update(micros)
+        self.iteration += 1
+        return {"collect": collected - begun, "update": self._now() - collected}
+
+    def bare(self) -> dict[str, float]:
+        """Seconds of each part, alone, times how often an iteration needs it."""
+        args, trainer = self.args, self.trainer
+        rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
+        training = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.train_batch_size)]
+        parts: dict[str, tuple[Callable[[], object], float]] = {
+            "sampling forward": (lambda: self._forward(rollout[0]), len(trainer.levels) - 1),
+            "training forward and backward": (lambda: self._backward(training[0]), len(self.steps)),
+            "optimizer": (self._optimizer, args.updates_per_rollout),
+            "decoding": (lambda: decode(trainer.model, self._latents(rollout[0])), 1),
+            "scoring": (lambda: self._score(rollout[0]), 1),
+        }
+        if args.kl_beta > 0:
+            parts["reference forward"] = (lambda: self._reference(training[0]), len(self.steps))
+        batches = {"training forward and backward": training, "reference forward": training}
+        result = {}
+        for name, (call, times) in parts.items():
+            sizes = [1] if name == "optimizer" else batches.get(name, rollout)
+            begun = self._now()
+            call()
+            result[name] = (self._now() - begun) * times * sum(sizes) / sizes[0]
+        return result
+
+    def _now(self) -> float:
+        if self.trainer.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _latents(self, count: int) -> torch.Tensor:
+        return self.trainer.buffer.x[self.trainer.buffer.leaves[:count]]
+
+    def _predict(self, count: int) -> torch.Tensor:
+        trainer, level = self.trainer, self.trainer.levels[self.steps[0]]
+        conditioning = trainer.conditioning[trainer.buffer.group[trainer.buffer.leaves[:count]]]
+        return trainer.model.predict(self._latents(count), level, conditioning, trainer.route.guidance)
+
+    @torch.no_grad()
+    def _forward(self, count: int) -> None:
+        self._predict(count)
+
+    def _backward(self, count: int) -> None:
+        self.trainer.accelerator.backward(self._predict(count).square().mean())
+
+    @torch.no_grad()
+    def _reference(self, count: int) -> None:
+        with self.trainer.model.using(REFERENCE):
+            self._predict(count)
+
+    def _optimizer(self) -> None:
+        loop = self.trainer.loop
+        loop.accelerator.clip_grad_norm_(loop.parameters, self.args.max_grad_norm)
+        loop.optimizer.step()
+        if loop.ema is not None:
+            loop.ema.update()
+        loop.optimizer.zero_grad(set_to_none=True)
+
+    def _score(self, count: int) -> None:
+        trainer = self.trainer
+        group = trainer.buffer.group[trainer.buffer.leaves[:count]].tolist()
+        score(trainer.rewards, self.pixels[:count], [trainer.buffer.prompts[g] for g in group])
+
+    def evaluations_per_image(self) -> dict[str, float]:
+        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference."""
+        factor = 2 if self.trainer.route.guidance.active else 1
+        trained = factor * len(self.steps)
+        reference = trained if self.args.kl_beta > 0 else 0
+        return {"sampling": factor * (len(self.trainer.levels) - 1), "training": trained, "reference": reference}
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * (1 if platform.system() == "Darwin" else 1024) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/flow_grpo/shapes.yaml")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_flow_grpo.json")
+    own, overrides = parser.parse_known_args()
+    use_all_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        args = parse(FlowGRPOConfig, ["--config", str(own.config), *overrides, "--output_dir", folder])
+        bench = Bench(FlowGRPOTrainer(args=args))
+        wholes, bares = [], []
+        for _ in range(own.repeats):
+            wholes.append(bench.whole())
+            bares.append(bench.bare())
+    phases = {name: statistics.median(w[name] for w in wholes) for name in wholes[0]}
+    parts = {name: statistics.median(b[name] for b in bares) for name in bares[0]}
+    ratios = [sum(w.values()) / sum(b.values()) for w, b in zip(wholes, bares, strict=True)]
+    total = statistics.median(sum(w.values()) for w in wholes)
+    result = {
+        "config": own.config.name,
+        "overrides": overrides,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "seconds": phases,
+        "bare_seconds": parts,
+        "seconds_per_iteration": total,
+        "images_per_second": bench.images / total,
+        "evaluations_per_image": bench.evaluations_per_image(),
+        "peak_memory_gib": peak_memory(),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "repeats": own.repeats,
+    }
+    own.write.parent.mkdir(parents=True, exist_ok=True)
+    own.write.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
