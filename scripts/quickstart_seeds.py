@@ -3,7 +3,8 @@
     python scripts/quickstart_seeds.py                        # three runs, one by one, and the README's table
     python scripts/quickstart_seeds.py --check runs/shapes    # exit 1 unless the reward rose
 
-A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes
+A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
+tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes
 ``assets/results/quickstart_seeds.csv``.
 """
 
