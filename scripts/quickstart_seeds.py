@@ -1,7 +1,7 @@
 """The quickstart on several seeds: what it gains, how fast, and how far seeds differ.
 
     python scripts/quickstart_seeds.py                        # three runs, one by one, and the README's table
-    python scripts/quickstart_seeds.py --check runs/shapes    # exit 1 unless the reward rose
+    python scripts/quickstart_seeds.py --check runs/shapes    # exit 1 unless accuracy rose well
 
 A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
 tuned weights on the same held-out prompts, noise, steps and guidance scale. Writes
@@ -23,6 +23,7 @@ from diffalign.runtime.tracking import MetricsLog
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/flow_grpo/shapes.yaml"
 CSV = ROOT / "assets/results/quickstart_seeds.csv"
+LEAST_GAIN = 0.1  # of a single run; seeds and machines differ a little
 COLUMNS = ("accuracy", "shapes", "diversity")
 
 
@@ -57,11 +58,11 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def check(folder: Path) -> int:
-    """Prints what a run gained; 1 where the trained reward did not rise on held-out prompts."""
+    """Prints what a run gained; 1 where held-out accuracy rose by less than ``LEAST_GAIN``."""
     row = result(folder)
     for name in ("accuracy", "shapes", "diversity"):
         print(f"{folder}: {name} {row[f'base/{name}']:.3f} -> {row[f'tuned/{name}']:.3f}")
-    return int(row["tuned/shapes"] <= row["base/shapes"])
+    return int(row["tuned/accuracy"] - row["base/accuracy"] < LEAST_GAIN)
 
 
 def main() -> int:
