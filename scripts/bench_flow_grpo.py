@@ -26,7 +26,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 from diffalign.cli import use_all_cores
 from diffalign.config import parse
 from diffalign.models.weights import REFERENCE
-from diffalign.rollout.collect import decode
+from diffalign.rollout.collect import decode, shared_steps
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.scoring import score
 
@@ -61,7 +61,7 @@ class Bench:
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
         training = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.train_batch_size)]
         parts: dict[str, tuple[Callable[[], object], float]] = {
-            "sampling forward": (lambda: self._forward(rollout[0]), len(trainer.levels) - 1),
+            "sampling forward": (lambda: self._forward(rollout[0]), self._sampling_steps()),
             "training forward and backward": (lambda: self._backward(training[0]), len(self.steps)),
             "optimizer": (self._optimizer, args.updates_per_rollout),
             "decoding": (lambda: decode(trainer.model, self._latents(rollout[0])), 1),
@@ -77,6 +77,11 @@ class Bench:
             call()
             result[name] = (self._now() - begun) * times * sum(sizes) / sizes[0]
         return result
+
+    def _sampling_steps(self) -> float:
+        """Steps per image; those that a group shares count once per group."""
+        shared = shared_steps(self.trainer.route.plan) if self.args.shared_start else 0
+        return len(self.trainer.route.plan) - shared + shared / self.args.group_size
 
     def _now(self) -> float:
         if self.trainer.accelerator.device.type == "cuda":
@@ -121,7 +126,7 @@ class Bench:
         factor = 2 if self.trainer.route.guidance.active else 1
         trained = factor * len(self.steps)
         reference = trained if self.args.kl_beta > 0 else 0
-        return {"sampling": factor * (len(self.trainer.levels) - 1), "training": trained, "reference": reference}
+        return {"sampling": factor * self._sampling_steps(), "training": trained, "reference": reference}
 
 
 def device() -> str:
