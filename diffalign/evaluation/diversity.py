@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,8 @@ def pairwise_distance(images: Tensor, groups: Tensor) -> float:
 
     ValueError: lengths that differ, or no group with two images.
     """
-    if len(images) != len(groups):
-        raise ValueError(f"{len(images)} images for {len(groups)} group ids: pass one id per image")
     flat = images.detach().flatten(1).double()
-    members = [flat[groups == group] for group in groups.unique()]
-    distances = [torch.pdist(rows).mean() for rows in members if len(rows) > 1]
-    if not distances:
-        raise ValueError("no prompt has two images: draw at least two per prompt to measure diversity")
-    return float(torch.stack(distances).mean()) / flat.shape[1] ** 0.5
+    return _mean_over_groups(flat, groups, torch.pdist) / flat.shape[1] ** 0.5
 
 
 def embedding_distance(embeddings: Tensor, groups: Tensor) -> float:
@@ -32,12 +28,17 @@ def embedding_distance(embeddings: Tensor, groups: Tensor) -> float:
 
     ValueError: lengths that differ, or no group with two images.
     """
-    if len(embeddings) != len(groups):
-        raise ValueError(f"{len(embeddings)} embeddings for {len(groups)} group ids: pass one id per image")
     unit = torch.nn.functional.normalize(embeddings.detach().double(), dim=1)
-    members = [unit[groups == group] for group in groups.unique()]
     # |a - b|^2 = 2 (1 - cos) between unit vectors.
-    distances = [(torch.pdist(rows).square() / 2).mean() for rows in members if len(rows) > 1]
-    if not distances:
+    return _mean_over_groups(unit, groups, lambda rows: torch.pdist(rows).square() / 2)
+
+
+def _mean_over_groups(rows: Tensor, groups: Tensor, distances: Callable[[Tensor], Tensor]) -> float:
+    """The mean over groups of the mean of ``distances`` between the rows of a group."""
+    if len(rows) != len(groups):
+        raise ValueError(f"{len(rows)} images for {len(groups)} group ids: pass one id per image")
+    members = [rows[groups == group] for group in groups.unique()]
+    found = [distances(own).mean() for own in members if len(own) > 1]
+    if not found:
         raise ValueError("no prompt has two images: draw at least two per prompt to measure diversity")
-    return float(torch.stack(distances).mean())
+    return float(torch.stack(found).mean())

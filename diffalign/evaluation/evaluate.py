@@ -105,6 +105,6 @@ def _grid(path: Path, texts: list[str], rows: list[int], judged: Mapping[str, Ju
     columns, scores = {}, {}
     for name, found in judged.items():
         chosen = [(found.prompt == row).nonzero()[0].item() for row in rows]
-        columns[name] = found.images()[chosen]
+        columns[name] = found.images(chosen)
         scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in found.scores.items()}
     compare_grid(columns, texts, scores, path)

@@ -39,6 +39,7 @@ class Sampling:
     """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number."""
 
     model: str
+    max_sequence_length: int | None
     num_steps: int
     schedule: str
     guidance_scale: float
@@ -57,9 +58,10 @@ class Judged:
     scores: dict[str, Tensor]
     files: list[Path]
 
-    def images(self) -> Tensor:
-        """(N, 3, H, W), float32, [0, 1]."""
-        pixels = [np.array(Image.open(file).convert("RGB")) for file in self.files]
+    def images(self, rows: Sequence[int] | None = None) -> Tensor:
+        """All images, or those of ``rows``: (N, 3, H, W), float32, [0, 1]."""
+        files = self.files if rows is None else [self.files[row] for row in rows]
+        pixels = [np.array(Image.open(file).convert("RGB")) for file in files]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -46,7 +46,13 @@ class EvaluationConfig:
     def sampling(self) -> Sampling:
         """How images are drawn; call it on what ``resolve`` returned."""
         return Sampling(
-            str(self.model), self.num_steps, self.schedule, self.guidance_scale, self.images_per_prompt, self.seed
+            str(self.model),
+            self.max_sequence_length,
+            self.num_steps,
+            self.schedule,
+            self.guidance_scale,
+            self.images_per_prompt,
+            self.seed,
         )
 
 

@@ -13,16 +13,14 @@ from diffalign.shapes import judge_batch
 
 
 @register("shapes", verdict="score")
-@register("shapes_partial", verdict="partial")
 @register("shapes_strict", verdict="strict")
 @register("shapes_correct", verdict="correct")
 @dataclass(frozen=True)
 class ShapesReward:
     """One field of the verifier's ``Verdict`` on what each prompt's metadata asks for.
 
-    verdict: "score" (graded, [0, 1]), "partial" (graded, with credit for what is nearly right), "strict" (1 for exactly
-    the objects asked for, else 0) or "correct" (1 by the rule of GenEval, which allows further objects except when
-    counting, else 0). Metadata: as in ``shapes.captions``.
+    verdict: "score" (graded, [0, 1]), "strict" (1 for exactly the objects asked for, else 0) or "correct" (1 by the
+    rule of GenEval, which allows further objects except when counting, else 0). Metadata: as in ``shapes.captions``.
     """
 
     name: str

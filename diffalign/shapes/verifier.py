@@ -26,11 +26,7 @@ TEMPLATE = 24  # pixels
 
 @dataclass(frozen=True)
 class Found:
-    """One connected component. ``shape`` is None for a blob that is no known shape.
-
-    overlap: with the best outline, [0, 1]; overlaps: with the outline of each of SHAPES, halved for a box that is too
-    long or too flat for any.
-    """
+    """One connected component. ``shape`` is None for a blob that is no known shape; ``overlap`` in [0, 1]."""
 
     shape: str | None
     color: str
@@ -38,21 +34,18 @@ class Found:
     y: float
     reach: float
     overlap: float
-    overlaps: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """correct: GenEval's rule, extra objects allowed except when counting. strict: exactly the objects asked for.
 
-    score: graded, in [0, 1]; 1 if and only if strict. partial: the same with credit for what is nearly right, so that
-    two wrong images can be told apart.
+    score: graded, in [0, 1]; 1 if and only if strict.
     """
 
     correct: bool
     strict: bool
     score: float
-    partial: float
     objects: tuple[Found, ...]
 
 
@@ -100,8 +93,7 @@ def _describe(mask: np.ndarray, window: tuple[slice, slice], color: str) -> Foun
     upright = 0.6 < width / height < 1.7
     shape = SHAPES[best] if upright and overlap[best] >= MIN_OVERLAP else None
     y, x = (s.start + n / 2 for s, n in zip(window, mask.shape, strict=True))
-    overlaps = tuple(float(o) * (1.0 if upright else 0.5) for o in overlap)
-    return Found(shape, color, x, y, float(height + width), float(overlap[best]), overlaps)
+    return Found(shape, color, x, y, float(height + width), float(overlap[best]))
 
 
 def judge(image: np.ndarray, spec: Spec) -> Verdict:
@@ -124,43 +116,8 @@ def judge(image: np.ndarray, spec: Spec) -> Verdict:
         sum(o.shape == e["class"] and o.color == e.get("color", o.color) for o in objects) >= e["count"]
         for e in spec.get("exclude", ())
     )
-    share = wanted / max(wanted, len(objects))
-    score = float(np.mean(credits)) * share
-    strict = complete and len(objects) == wanted
-    partial = 1.0 if strict else max(score, float(np.mean(_partial_credits(objects, spec))) * share)
-    return Verdict(complete and not too_many, strict, score, partial, objects)
-
-
-def _partial_credits(objects: Sequence[Found], spec: Spec) -> list[float]:
-    """A credit per item, its objects each counted by how near they come, and one per relation."""
-    free, credits = list(objects), []
-    located: list[list[tuple[float, Found]]] = []
-    for entry in spec["include"]:
-        near = sorted(((_nearness(o, entry), o) for o in free), key=lambda pair: -pair[0])[: entry["count"]]
-        free = [o for o in free if all(o is not taken for _, taken in near)]
-        located.append(near)
-        credits.append(sum(value for value, _ in near) / entry["count"])
-        if "position" in entry:
-            relation, other = entry["position"]
-            pairs = [(a, b) for a in near[:1] for b in located[other][:1]]
-            credits.append(max((_leaning(a, b, relation) * min(p, q) for (p, a), (q, b) in pairs), default=0.0))
-    return credits
-
-
-def _nearness(found: Found, entry: Spec) -> float:
-    """1 for an object as asked for; at most 0.7 for another shape, and half of it in another colour."""
-    shape = 1.0 if found.shape == entry["class"] else 0.7 * found.overlaps[SHAPES.index(entry["class"])]
-    return shape * (1.0 if found.color == entry.get("color", found.color) else 0.5)
-
-
-def _leaning(a: Found, b: Found, relation: str) -> float:
-    """1 where the relation holds, else up to 0.5, the more the nearer the direction is to it."""
-    if _holds([a], relation, [b]):
-        return 1.0
-    x, y = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[relation]
-    dx, dy = a.x - b.x, a.y - b.y
-    cosine = (dx * x + dy * y) / max(float(np.hypot(dx, dy)), 1e-6)
-    return (1 + cosine) / 4
+    score = float(np.mean(credits)) * wanted / max(wanted, len(objects))
+    return Verdict(complete and not too_many, complete and len(objects) == wanted, score, objects)
 
 
 def _holds(subjects: Sequence[Found], relation: str, others: Sequence[Found]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
+from diffalign.evaluation.settings import spread as spread_evenly
 from diffalign.models import DiffusionModel
 from diffalign.rewards.base import Reward
 from diffalign.rollout.collect import Addresses, generate
@@ -81,7 +82,7 @@ class Evaluation:
         spread = [(len(self.prompts), pairwise_distance(images, own))] if self.per_prompt > 1 else []
         everything, spread = sorted(gather_object(rows)), gather_object(spread)
         diversity = sum(n * value for n, value in spread) / sum(n for n, _ in spread) if spread else None
-        chosen = torch.linspace(0, len(self.prompts) - 1, min(SHOWN, len(self.prompts))).long() * self.per_prompt
+        chosen = torch.tensor(spread_evenly(len(self.prompts), SHOWN)) * self.per_prompt
         shown = Shown(
             [prompts[i].text for i in chosen.tolist()],
             images[chosen],
