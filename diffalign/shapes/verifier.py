@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.shapes.render import outline_distance
 from diffalign.shapes.scene import BACKGROUND, COLORS, SHAPES, Spec, relation_between
 
-PALETTE = np.array([BACKGROUND, *COLORS.values()], dtype=np.float32) / 255
+PALETTE = torch.tensor([BACKGROUND, *COLORS.values()], dtype=torch.float32) / 255
 COLOR_TOLERANCE = 0.35  # distance in RGB beyond which a pixel belongs to no colour (edges, mixtures)
 MIN_AREA = 30  # pixels; the smallest shape drawn, a triangle, covers 73
 MIN_OVERLAP = 0.66  # intersection over union with the best outline below which a blob is no shape
@@ -69,19 +69,31 @@ def _resample(mask: np.ndarray) -> np.ndarray:
 _OUTLINES = _templates()
 
 
-def find_objects(image: np.ndarray) -> tuple[Found, ...]:
-    """Every coloured component of an H x W x 3 image in [0, 1], largest first."""
-    distance = np.linalg.norm(image[:, :, None] - PALETTE, axis=-1)
-    nearest = np.where(distance.min(-1) < COLOR_TOLERANCE, distance.argmin(-1), 0)
+def nearest_colors(images: Tensor) -> np.ndarray:
+    """The colour of each pixel of images (B, 3, H, W), [0, 1]: (B, H, W) uint8, 1 for the first of COLORS and so on.
+
+    0 is the background, and pixels of no colour.
+    """
+    # A plane per colour, so that the memory format of the images does not matter.
+    pixels = images.detach().float().clamp(0, 1).contiguous()
+    palette = PALETTE.to(pixels.device)
+    distance = torch.stack([(pixels - color[:, None, None]).square().sum(1) for color in palette], dim=1)
+    least, nearest = distance.min(1)
+    return torch.where(least < COLOR_TOLERANCE**2, nearest, 0).to(torch.uint8).cpu().numpy()
+
+
+def find_objects(nearest: np.ndarray) -> tuple[Found, ...]:
+    """Every coloured component of an image, H x W as from ``nearest_colors``, largest first."""
+    pixels = np.bincount(nearest.ravel(), minlength=len(PALETTE))
     found: list[tuple[int, Found]] = []
     for index, color in enumerate(COLORS, start=1):
-        if (nearest == index).sum() < MIN_AREA:
+        if pixels[index] < MIN_AREA:
             continue
         labels, _ = ndimage.label(nearest == index)
+        areas = np.bincount(labels.ravel())
         for label, window in enumerate(ndimage.find_objects(labels), start=1):
-            mask = labels[window] == label
-            if (area := int(mask.sum())) >= MIN_AREA:
-                found.append((area, _describe(mask, window, color)))
+            if areas[label] >= MIN_AREA:
+                found.append((int(areas[label]), _describe(labels[window] == label, window, color)))
     return tuple(f for _, f in sorted(found, key=lambda pair: -pair[0]))
 
 
@@ -96,9 +108,8 @@ def _describe(mask: np.ndarray, window: tuple[slice, slice], color: str) -> Foun
     return Found(shape, color, x, y, float(height + width), float(overlap[best]))
 
 
-def judge(image: np.ndarray, spec: Spec) -> Verdict:
-    """Whether an H x W x 3 image in [0, 1] shows what ``spec`` (GenEval's metadata format) asks for."""
-    objects = find_objects(image)
+def judge(objects: tuple[Found, ...], spec: Spec) -> Verdict:
+    """Whether the objects of an image are what ``spec`` (GenEval's metadata format) asks for."""
     credits, located = [], []
     for entry in spec["include"]:
         alike = [o for o in objects if o.shape == entry["class"]]
@@ -129,6 +140,5 @@ def _holds(subjects: Sequence[Found], relation: str, others: Sequence[Found]) ->
 
 
 def judge_batch(images: Tensor, specs: Sequence[Spec]) -> list[Verdict]:
-    """``judge`` for images B x 3 x H x W in [0, 1] (any device, any float type)."""
-    pixels = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return [judge(image, spec) for image, spec in zip(pixels, specs, strict=True)]
+    """A verdict for each of the images B x 3 x H x W in [0, 1] (any device, any float type)."""
+    return [judge(find_objects(found), spec) for found, spec in zip(nearest_colors(images), specs, strict=True)]
