@@ -40,9 +40,11 @@ class Bench:
         self.trainer, self.args = trainer, trainer.args
         self.images = self.args.num_groups * self.args.group_size // trainer.accelerator.num_processes
         self.iteration = 0
+        self.taught: list[float] = []
         self.whole()  # a first iteration fills the buffer and warms everything up
         self.steps = trainer.route.plan.trained_steps
         torch.manual_seed(0)
+        self.decode_dtype = torch.bfloat16 if self.args.decode_precision == "bf16" else torch.float32
         self.pixels = decode(trainer.model, trainer.buffer.x[trainer.buffer.leaves])
 
     def whole(self) -> dict[str, float]:
@@ -59,12 +61,14 @@ class Bench:
         """Seconds of each part, alone, times how often an iteration needs it."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
-        training = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.train_batch_size)]
+        taught = len(trainer.instructive(torch.arange(self.images)))
+        self.taught.append(taught / self.images)
+        training = [len(range(taught)[rows]) for rows in micro_batches(taught, args.train_batch_size)]
         parts: dict[str, tuple[Callable[[], object], float]] = {
             "sampling forward": (lambda: self._forward(rollout[0]), self._sampling_steps()),
             "training forward and backward": (lambda: self._backward(training[0]), len(self.steps)),
             "optimizer": (self._optimizer, args.updates_per_rollout),
-            "decoding": (lambda: decode(trainer.model, self._latents(rollout[0])), 1),
+            "decoding": (lambda: decode(trainer.model, self._latents(rollout[0]), self.decode_dtype), 1),
             "scoring": (lambda: self._score(rollout[0]), 1),
         }
         if args.kl_beta > 0:
@@ -122,9 +126,12 @@ class Bench:
         score(trainer.rewards, self.pixels[:count], [trainer.buffer.prompts[g] for g in group])
 
     def evaluations_per_image(self) -> dict[str, float]:
-        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference."""
+        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference.
+
+        Images without an advantage are not trained on: call it after the measurement.
+        """
         factor = 2 if self.trainer.route.guidance.active else 1
-        trained = factor * len(self.steps)
+        trained = factor * len(self.steps) * statistics.mean(self.taught)
         reference = trained if self.args.kl_beta > 0 else 0
         return {"sampling": factor * self._sampling_steps(), "training": trained, "reference": reference}
 
@@ -162,9 +169,7 @@ def main() -> None:
     result = {
         "config": own.config.name,
         "overrides": overrides,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": device(),
         "seconds": phases,
         "bare_seconds": parts,
         "seconds_per_iteration": total,

@@ -52,9 +52,9 @@ class Addresses:
         return self.noise.normal_batch(shape, f"{self.stream}/step", addresses)
 
 
-def decode(model: DiffusionModel, latents: Tensor) -> Tensor:
-    """Images of latents, without gradients, in slices."""
-    with torch.no_grad():
+def decode(model: DiffusionModel, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images of latents, float32, without gradients, in slices; the decoder computes in ``dtype`` where it may."""
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         return torch.cat([model.decode(part) for part in latents.split(DECODE_SLICE)])
 
 
@@ -65,6 +65,7 @@ def rollouts(
     addresses: Addresses,
     buffer: RolloutBuffer,
     size: int,
+    decode_dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Fills ``buffer`` micro-batch by micro-batch, and yields each one's samples and images as soon as they are there.
 
@@ -89,7 +90,7 @@ def rollouts(
             observe=observe,
             steps=range(shared, len(route.plan)),
         )
-        yield rows, decode(model, final)
+        yield rows, decode(model, final, decode_dtype)
 
 
 def shared_steps(plan: Plan) -> int:

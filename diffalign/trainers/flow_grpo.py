@@ -150,7 +150,13 @@ class FlowGRPOTrainer:
         scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
         images = []
         for rows, batch in rollouts(
-            self.model, self.route, self.conditioning, addresses, self.buffer, args.rollout_batch_size
+            self.model,
+            self.route,
+            self.conditioning,
+            addresses,
+            self.buffer,
+            args.rollout_batch_size,
+            torch.bfloat16 if args.decode_precision == "bf16" else torch.float32,
         ):
             found = score(self.rewards, batch, [prompts[g] for g in group[rows].tolist()])
             for name in scores:
@@ -221,7 +227,18 @@ class FlowGRPOTrainer:
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
         for part in order.chunk(self.args.updates_per_rollout):
             self._weights = step_weights(self.route.plan, self.levels, self.args.step_weights)
-            yield [self._micro(samples, step, len(part)) for samples, step in self._passes(part)]
+            yield [self._micro(samples, step, len(part)) for samples, step in self._passes(self.instructive(part))]
+
+    def instructive(self, samples: Tensor) -> Tensor:
+        """Those of ``samples`` that an update learns from: with an advantage, or all where a KL pulls on each.
+
+        One at least: other processes may wait for gradients.
+        """
+        if self.args.kl_beta > 0:
+            return samples
+        advantage = self.buffer.advantage[self.buffer.leaves[samples]].cpu()
+        chosen = samples[advantage != 0]
+        return chosen if len(chosen) else samples[:1]
 
     def _passes(self, samples: Tensor) -> list[tuple[Tensor, int]]:
         parts = [samples[rows] for rows in micro_batches(len(samples), self.args.train_batch_size)]

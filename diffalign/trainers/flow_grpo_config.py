@@ -35,6 +35,7 @@ class FlowGRPOConfig(TrainingConfig):
     shared_start: bool = option(True, "images of a group start from the same noise")
     rollout_batch_size: int = option(64, "images per forward pass while sampling")
     train_batch_size: int = option(64, "images per forward pass while training")
+    decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while sampling; evaluations decode in float32")
     updates_per_rollout: int = option(1, "optimizer steps per iteration, each on its share of the images")
     advantage_std: Literal["group", "global"] = option("group", "deviation that advantages are divided by")
     advantage_epsilon: float = option(1e-4, "added to that deviation")

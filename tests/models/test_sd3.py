@@ -69,6 +69,20 @@ def test_a_level_per_sample_equals_one_level_each(frozen):
     assert (together - torch.cat(alone)).abs().max() < 1e-5
 
 
+def test_plain_attention_is_used_and_says_the_same(model):
+    allowed = []
+    model.raw_denoiser.transformer_blocks[0].attn.register_forward_pre_hook(
+        lambda *_: allowed.append(torch.backends.cuda.flash_sdp_enabled())
+    )
+    x, level, conditioning = start_noise(model, 2), model.levels(4)[1], model.encode(["a red circle", "a blue square"])
+    with torch.no_grad():
+        fused = model.predict(x, level, conditioning)
+        model.plain_attention = True
+        plain = model.predict(x, level, conditioning)
+    assert allowed == [True, False]
+    assert (fused - plain).abs().max() < 1e-5
+
+
 def drawn(count):
     prompts = prompt_set(count, held_out=False, seed=5)
     return render([scene_for(p.metadata, random.Random(i)) for i, p in enumerate(prompts)]), prompts

@@ -36,6 +36,14 @@ def test_micro_batch_size_changes_nothing(frozen, train_prompts, size):
     assert (whole.log_prob - parts.log_prob)[whole.trained].abs().max() < 1e-5
 
 
+def test_decoding_in_half_precision_moves_no_pixel_far(frozen):
+    latents = Noise(0).normal_batch(frozen.latent_shape(), "test", [(i,) for i in range(8)])
+    exact, rough = collect.decode(frozen, latents), collect.decode(frozen, latents, torch.bfloat16)
+    assert rough.dtype == exact.dtype == torch.float32
+    assert 0 < (rough - exact).abs().max() < 0.05
+    assert (rough - exact).abs().mean() < 0.005
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_group_shares_its_start_noise_when_asked(frozen, train_prompts, shared):
     buffer, *_ = roll(frozen, train_prompts[:2], 6, shared=shared)

@@ -74,6 +74,47 @@ def test_a_flat_group_gives_zero_gradient(small, train_prompts):
     assert not gradients(flat).any()
 
 
+def evaluations(monkeypatch, model):
+    """The rows of every call of the denoiser from now on."""
+    rows, evaluate = [], type(model).evaluate
+
+    def counted(self, x, time, conditioning):
+        rows.append(len(x))
+        return evaluate(self, x, time, conditioning)
+
+    monkeypatch.setattr(type(model), "evaluate", counted)
+    return rows
+
+
+def test_samples_without_advantage_are_not_trained_on(small, train_prompts, monkeypatch):
+    """The second group is flat: the update costs half, and its gradient is that of all samples."""
+
+    def judge(images, prompts, metadata):
+        flat = torch.tensor([text == second for text in prompts])
+        return torch.where(flat, 1.0, images.mean((1, 2, 3)))
+
+    trainer = FlowGRPOTrainer(args=small(), train_dataset=train_prompts, reward_funcs=judge)
+    second = trainer._prompts(0)[1].text
+    trainer.collect(0)
+    rows = evaluations(monkeypatch, trainer.model)
+    sparse = gradients(trainer)
+    assert sum(rows) == 4 * 2
+    for parameter in trainer.loop.parameters:
+        parameter.grad = None
+    monkeypatch.setattr(trainer, "instructive", lambda samples: samples)
+    whole = gradients(trainer)
+    assert sum(rows) == 4 * 2 + 8 * 2
+    assert whole.norm() > 0
+    assert (whole - sparse).norm() < 1e-5 * whole.norm()
+
+
+def test_a_kl_is_paid_for_every_sample(small, train_prompts, monkeypatch):
+    flat = collected(small(kl_beta=0.1), train_prompts, reward_funcs=lambda images, *_: torch.ones(len(images)))
+    rows = evaluations(monkeypatch, flat.model)
+    gradients(flat)
+    assert sum(rows) == 2 * 8 * 2  # policy and reference
+
+
 def test_a_failed_sample_changes_no_other(small, train_prompts):
     def nearly(images, prompts, metadata):
         return images.mean((1, 2, 3)) * torch.tensor([torch.nan, 1.0, 1.0, 1.0])
@@ -121,7 +162,7 @@ def test_tempflow_weights_follow_the_schedule(small, train_prompts):
         {"gradient_checkpointing": True},
         {"lora": LoraConfig(rank=0), "kl_beta": 0.1},
         {"aggregate": "advantages", "advantage_std": "global", "shared_start": False},
-        {"mixed_precision": "bf16", "clip_range": 100.0},
+        {"mixed_precision": "bf16", "decode_precision": "bf16", "clip_range": 100.0},
     ],
 )
 def test_options_run_and_learn(small, train_prompts, setting):
