@@ -27,7 +27,8 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quickstart_seeds import CONFIG, ROOT, result
+from repeat_seeds import QUICKSTART as CONFIG
+from repeat_seeds import ROOT, evaluations
 
 from diffalign.config import load_yaml
 
@@ -114,12 +115,12 @@ class Run:
         return (self.folder(root) / "README.md").is_file()
 
     def row(self, root: Path) -> dict[str, object]:
-        found = result(self.folder(root))
+        base, *_, tuned = evaluations(self.folder(root))
         config = load_yaml(self.folder(root) / "config.yaml")
-        base, tuned = found["base/accuracy"], found["tuned/accuracy"]
-        images = int(found["steps"]) * config["num_groups"] * config["group_size"]
+        images = tuned["step"] * config["num_groups"] * config["group_size"]
         rate = float(f"{self.learning_rate:.3g}")
-        figures = (base, tuned, tuned - base, found["tuned/diversity"])
+        gain = tuned["accuracy"] - base["accuracy"]
+        figures = (base["accuracy"], tuned["accuracy"], gain, tuned["diversity"])
         return dict(
             zip(COLUMNS, (self.axis, self.variant, self.factor, rate, self.seed, images, *figures), strict=True)
         )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from yaml import safe_load
 
 from diffalign import FlowGRPOConfig
 from diffalign.config import parse
@@ -63,13 +64,35 @@ def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):
     assert (tmp_path / "recipes.png").stat().st_size > 5000
 
 
-def test_the_quickstarts_csv_is_of_the_shipped_config():
-    from yaml import safe_load
-
+def test_the_seeds_csv_is_of_the_shipped_config():
     config = safe_load((ROOT / "configs/flow_grpo/shapes.yaml").read_text())
-    rows = list(csv.DictReader((ROOT / "assets/results/quickstart_seeds.csv").open()))
-    assert [row["seed"] for row in rows] == ["0", "1", "2"]
-    assert {int(row["steps"]) for row in rows} == {config["max_train_steps"]}
+    rows = list(csv.DictReader((ROOT / "assets/results/shapes_seeds.csv").open()))
+    steps = range(0, config["max_train_steps"] + 1, config["eval_steps"])
+    assert [(row["seed"], int(row["step"])) for row in rows] == [(seed, step) for seed in "012" for step in steps]
+
+
+def test_seeds_are_summed_up_and_drawn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    seeds = importlib.import_module("repeat_seeds")
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"seed: {seed}")
+        rows = [
+            {"step": 1, "time/collect": 1.0, "time/update": 0.5},
+            {"step": 2, "time/collect": 1.0, "time/update": 1},
+        ]
+        figures = [{f"eval/{name}": value for name in seeds.FIGURES} for value in (0.4, 0.4, 0.4 + gain)]
+        rows = [{"step": 0, **figures[0]}, rows[0], {"step": 1, **figures[1]}, rows[1], {"step": 2, **figures[2]}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [seeds.evaluations(tmp_path / f"seed-{seed}") for seed in (0, 1)]
+    assert [row["training_seconds"] for row in runs[0]] == [0, 1.5, 3.5]
+    table = seeds.table(runs)
+    assert "| accuracy/position | 40.0 ± 0.0 | 60.0 ± 14.1 |" in table
+    assert "gain 20.0 ± 14.1 points" in table
+    seeds.draw(runs, tmp_path / "seeds.png")
+    assert (tmp_path / "seeds.png").stat().st_size > 5000
+    assert [seeds.check(tmp_path / f"seed-{seed}") for seed in (0, 1)] == [1, 0]
 
 
 def test_the_bench_adds_up(tmp_path):
