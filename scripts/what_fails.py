@@ -1,7 +1,7 @@
 """Why images of the embedded world are wrong: the verifier's reasons, task by task, for every model of an evaluation.
 
-    diffalign eval base=runs/x --prompts assets/prompts/shapes_held_out.jsonl --output_dir runs/eval
-    python scripts/what_fails.py runs/eval --prompts assets/prompts/shapes_held_out.jsonl
+    diffalign eval tuned=runs/shapes_long_seeds/seed-2 --output_dir runs/eval_long
+    python scripts/what_fails.py runs/eval_long --name shapes_long_fails
 
 Reads the images that ``diffalign eval`` left, of all prompts. Writes ``assets/results/NAME.csv`` and
 ``assets/pictures/NAME.png``.

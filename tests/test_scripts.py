@@ -68,9 +68,10 @@ def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):
     assert (tmp_path / "recipes.png").stat().st_size > 5000
 
 
-def test_the_seeds_csv_is_of_the_shipped_config():
-    config = safe_load((ROOT / "configs/flow_grpo/shapes.yaml").read_text())
-    rows = list(csv.DictReader((ROOT / "assets/results/shapes_seeds.csv").open()))
+@pytest.mark.parametrize("name", ["shapes", "shapes_long"])
+def test_the_seeds_csv_is_of_the_shipped_config(name):
+    config = safe_load((ROOT / f"configs/flow_grpo/{name}.yaml").read_text())
+    rows = list(csv.DictReader((ROOT / f"assets/results/{name}_seeds.csv").open()))
     steps = range(0, config["max_train_steps"] + 1, config["eval_steps"])
     assert [(row["seed"], int(row["step"])) for row in rows] == [(seed, step) for seed in "012" for step in steps]
 
