@@ -34,7 +34,7 @@ from diffalign.config import load_yaml
 
 CSV = ROOT / "assets/results/recipes.csv"
 PICTURE = ROOT / "assets/pictures/recipes.png"
-STEPS = 30  # iterations of a run
+STEPS = 24  # iterations of a run
 FACTORS = (0.5, 1.0, 2.0)  # of the learning rate, tried on the first seed
 COLUMNS = ("axis", "variant", "factor", "learning_rate", "seed", "images", "base", "accuracy", "gain", "diversity")
 WINDOW = {"plan.preset": "flow_grpo_fast", "plan.window_size": 2}
