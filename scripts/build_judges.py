@@ -21,6 +21,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -310,12 +311,24 @@ def check(args: argparse.Namespace) -> None:
         if name == "aesthetic":
             table = torch.stack([scored(reward, data.pixels, data.texts), neatness(data.pixels)])
             found["correlation with neatness"] = torch.corrcoef(table)[0, 1].item()
-        result[name] = found
+        result[name] = found | rounding(reward, data)
     result["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     path = ROOT / "assets/results/judges.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+@torch.no_grad()
+def rounding(reward: Reward, data: Data, images: int = 500, side: int = 150) -> dict[str, float]:
+    """What rounding to 8 bits changes of the scores of smooth pictures of ``side`` pixels, in their deviations."""
+    pixels = data.pixels[:images].float() / 255
+    large = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    rounded, smooth = (
+        replace(reward, quantize=quantize)(large, data.texts[:images], [{}] * images) for quantize in (True, False)
+    )
+    gap = (rounded - smooth).abs() / smooth.std()
+    return {"rounding, mean": gap.mean().item(), "rounding, largest": gap.max().item()}
 
 
 @torch.no_grad()

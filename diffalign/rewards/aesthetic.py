@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.clip import image_embeddings
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, pinned, state_dict
+from diffalign.rewards.clip import image_embeddings, load_clip
+from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, split, state_dict
 from diffalign.rewards.preprocess import centre_round, on_images, rounds, widened
 
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -39,7 +39,7 @@ class Head(nn.Module):
 
 
 def _load(weights: Weights, file: str, clip: str) -> tuple[CLIPModel, Head]:
-    model = CLIPModel.from_pretrained(**pinned(clip))
+    model = load_clip(*split(clip))
     head = Head(model.config.projection_dim)
     head.load_state_dict(state_dict(weights, file))
     return frozen(model, weights), frozen(head, weights)

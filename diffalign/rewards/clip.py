@@ -24,9 +24,15 @@ FORMS = ("logit", "cosine", "clipscore")
 CAPTION = "A photo depicts "  # what the paper of CLIPScore puts before every text
 
 
+def load_clip(path: str, revision: str | None = None, **options: Any) -> CLIPModel:
+    """Every weight of it. ValueError: some are missing or left over, so that the file is no whole CLIP."""
+    model, report = CLIPModel.from_pretrained(path, revision=revision, output_loading_info=True, **options)
+    check_report(report, path, "CLIP")
+    return model
+
+
 def _load(weights: Weights, tokenizer: str) -> tuple[CLIPModel, Any]:
-    model, report = CLIPModel.from_pretrained(weights.path, revision=weights.revision, output_loading_info=True)
-    check_report(report, weights.path, "CLIP")
+    model = load_clip(weights.path, weights.revision)
     return frozen(model, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer))
 
 

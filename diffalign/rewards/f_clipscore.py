@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import Extras, Facts, Metadata, register
-from diffalign.rewards.clip import CAPTION, VIT_H, image_embeddings
+from diffalign.rewards.clip import CAPTION, VIT_H, image_embeddings, load_clip
 from diffalign.rewards.hosting import Weights, frozen, hosted, load_once
 from diffalign.rewards.preprocess import centre_round, on_images, rounds, wants_grad, widened
 
@@ -29,7 +29,7 @@ PUNCTUATION = frozenset('.,!"?;:')  # as a word of its own
 
 
 def _load(weights: Weights) -> tuple[CLIPModel, Any]:
-    model = CLIPModel.from_pretrained(weights.path, revision=weights.revision, attn_implementation="eager")
+    model = load_clip(weights.path, weights.revision, attn_implementation="eager")
     return frozen(model, weights), AutoTokenizer.from_pretrained(weights.path, revision=weights.revision)
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.clip import image_embeddings, text_embeddings
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, pinned
+from diffalign.rewards.clip import image_embeddings, load_clip, text_embeddings
+from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned, split
 from diffalign.rewards.preprocess import centre_round, on_images, to_bytes
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -125,9 +125,13 @@ VERDICTS: dict[str, Callable[[Objects, ColorsOf, Mapping[str, Any]], float]] = {
 
 
 def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
-    detector = AutoModelForUniversalSegmentation.from_pretrained(weights.path, revision=weights.revision)
+    detector, report = AutoModelForUniversalSegmentation.from_pretrained(
+        weights.path, revision=weights.revision, output_loading_info=True
+    )
+    # Detectors of older versions also hold buffers that are computed now; what they leave over is no fault.
+    check_report({key: report[key] for key in ("missing_keys", "mismatched_keys")}, weights.path, "a detector")
     processor = AutoImageProcessor.from_pretrained(weights.path, revision=weights.revision)
-    colors, tokenizer = CLIPModel.from_pretrained(**pinned(clip)), AutoTokenizer.from_pretrained(**pinned(clip))
+    colors, tokenizer = load_clip(*split(clip)), AutoTokenizer.from_pretrained(**pinned(clip))
     return frozen(detector, weights), processor, frozen(colors, weights), tokenizer
 
 

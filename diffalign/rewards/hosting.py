@@ -59,6 +59,12 @@ def pinned(spec: str) -> dict[str, str | None]:
     return dict(zip(("pretrained_model_name_or_path", "revision"), split(spec), strict=True))
 
 
+def check_path(path: str) -> None:
+    """RewardUnavailable: it is no id of the hub (NAME or OWNER/NAME), and not there. Asking the hub takes a minute."""
+    if (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1) and not Path(path).exists():
+        raise RewardUnavailable(f"there is no file or folder {path}: check the path")
+
+
 def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
     """``loader(*arguments)``, the first time; later calls of the process get the same object.
 
@@ -67,6 +73,9 @@ def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
     """
     key = (loader, *arguments)
     if key not in _LOADED:
+        for item in arguments:
+            if isinstance(item, Weights):
+                check_path(item.path)
         try:
             with torch.inference_mode(False):
                 _LOADED[key] = loader(*arguments)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from diffalign.rewards import hosting
 from diffalign.rewards.aesthetic import aesthetic
+from diffalign.rewards.base import RewardUnavailable, get_reward
 from diffalign.rewards.clip import clip_reward
 from diffalign.rewards.hps import hps
 from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
@@ -129,6 +130,32 @@ def test_clip_weights_that_are_left_over_or_missing_are_refused(clip_folder, tmp
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             assert reward(IMAGES, PROMPTS, [{}] * 4).isfinite().all()
         hosting.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "tensor"),
+    [
+        ("f_clipscore", "path", "visual_projection.weight"),
+        ("aesthetic", "clip", "visual_projection.weight"),
+        ("geneval", "clip", "visual_projection.weight"),
+        ("geneval", "path", "class_predictor.weight"),
+    ],
+)
+def test_weights_that_lack_a_part_are_refused_not_drawn_at_random(name, option, tensor, small, tmp_path):
+    shutil.copytree(small[name][option], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    spec = {"include": [{"class": "bench", "count": 1}]}
+    with pytest.raises(ValueError, match=f"does not fit .*missing_keys.*{tensor}"):
+        get_reward(name, **{**small[name], option: str(tmp_path)})(IMAGES, PROMPTS, [spec] * 4)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2.1", "vqascore", "image_reward"])
+def test_a_path_that_is_not_there_is_said_to_be_none_and_not_looked_for_on_the_hub(name, small, tmp_path):
+    options = {**small[name], "path": str(tmp_path / "nothing")}
+    with pytest.raises(RewardUnavailable, match=r"there is no file or folder .*nothing: check the path"):
+        get_reward(name, **options)(IMAGES, PROMPTS, [{}] * 4)
 
 
 @torch.no_grad()
