@@ -4,8 +4,8 @@
     python scripts/compare_recipes.py --axes noise "group size"    # some of it
     python scripts/compare_recipes.py --draw                       # the table and the picture of what is finished
 
-Every variant changes one thing of the quickstart and trains on the same number of images. Its learning rate is tuned:
-the best of three factors on the first seed, which then runs with the other seeds too. Each run evaluates base and tuned
+Every variant changes one thing of the quickstart and trains on the same number of images. Its learning rate is tuned on
+the first seed: two factors, and a third beyond the better one; the best then runs with the other seeds too. Each run evaluates base and tuned
 weights on the same held-out prompts, noise, steps and guidance scale. ``--jobs`` runs go side by side, each on its
 share of the cores. Writes ``assets/results/recipes.csv`` (a line per run) and ``assets/pictures/recipes.png``.
 """
@@ -35,7 +35,7 @@ from diffalign.config import load_yaml
 CSV = ROOT / "assets/results/recipes.csv"
 PICTURE = ROOT / "assets/pictures/recipes.png"
 STEPS = 24  # iterations of a run
-FACTORS = (0.5, 1.0, 2.0)  # of the learning rate, tried on the first seed
+FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the learning rate, tried on the first seed: the middle ones, then one beyond
 COLUMNS = ("axis", "variant", "factor", "learning_rate", "seed", "images", "base", "accuracy", "gain", "diversity")
 WINDOW = {"plan.preset": "flow_grpo_fast", "plan.window_size": 2}
 NO_WINDOW = {"plan.window_size": "null", "plan.window_range": "null"}
@@ -124,8 +124,23 @@ class Run:
 
 
 def best_factor(root: Path, axis: str, variant: str, seed: int) -> float:
+    """Of those that have been tried."""
     tried = {factor: Run(axis, variant, factor, seed) for factor in FACTORS}
-    return max(tried, key=lambda factor: tried[factor].row(root)["gain"])
+    gains = {factor: run.row(root)["gain"] for factor, run in tried.items() if run.done(root)}
+    return max(gains, key=lambda factor: gains[factor])
+
+
+def compare(axis: str, seeds: Sequence[int], root: Path, jobs: int) -> None:
+    """Tunes every variant of an axis on the first seed, then trains it with all of them."""
+    lowest, low, high, highest = FACTORS
+
+    def best() -> dict[str, float]:
+        return {name: best_factor(root, axis, name, seeds[0]) for name in AXES[axis]}
+
+    work([Run(axis, name, factor, seeds[0]) for name in AXES[axis] for factor in (low, high)], root, jobs)
+    beyond = {name: lowest if factor <= low else highest for name, factor in best().items()}
+    work([Run(axis, name, factor, seeds[0]) for name, factor in beyond.items()], root, jobs)
+    work([Run(axis, name, factor, seed) for name, factor in best().items() for seed in seeds], root, jobs)
 
 
 def work(runs: Sequence[Run], root: Path, jobs: int) -> None:
@@ -232,10 +247,7 @@ def main() -> None:
     root = args.output_dir
     if not args.draw:
         for axis in ("", *(args.axes or [axis for axis in AXES if axis])):
-            first = args.seeds[0]
-            work([Run(axis, name, factor, first) for name in AXES[axis] for factor in FACTORS], root, args.jobs)
-            best = {name: best_factor(root, axis, name, first) for name in AXES[axis]}
-            work([Run(axis, name, best[name], seed) for name in AXES[axis] for seed in args.seeds], root, args.jobs)
+            compare(axis, args.seeds, root, args.jobs)
             write(root, args.seeds)
     write(root, args.seeds)
 

@@ -39,22 +39,46 @@ def test_every_recipe_is_valid_and_trains_on_as_many_images(recipes, tmp_path, m
         assert args.output_dir == run.folder(tmp_path)
 
 
-def test_the_best_learning_rate_is_chosen_on_the_first_seed(recipes, tmp_path):
-    for factor, gain in ((0.5, 0.1), (1.0, 0.3), (2.0, 0.2)):
-        folder = recipes.Run("noise", "0.35", factor, 7).folder(tmp_path)
-        folder.mkdir()
-        (folder / "config.yaml").write_text("seed: 7\nnum_groups: 16\ngroup_size: 16\n")
-        (folder / "README.md").write_text("done")
-        rows = [
-            {"step": step, "eval/accuracy": value, "eval/shapes": 0.5, "eval/diversity": 0.2}
-            for step, value in ((0, 0.4), (recipes.STEPS, 0.4 + gain))
-        ]
-        rows.insert(1, {"step": 1, "time/collect": 1.0, "time/update": 1.0})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert recipes.best_factor(tmp_path, "noise", "0.35", 7) == 1.0
-    row = recipes.Run("noise", "0.35", 1.0, 7).row(tmp_path)
-    assert row["gain"] == pytest.approx(0.3)
-    assert row["images"] == 256 * recipes.STEPS
+def finish(run, root, gain):
+    """What a run leaves behind that has trained."""
+    folder = run.folder(root)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(f"seed: {run.seed}\nnum_groups: 16\ngroup_size: 16\n")
+    (folder / "README.md").write_text("done")
+    rows = [
+        {"step": 0, "eval/accuracy": 0.4, "eval/shapes": 0.5, "eval/diversity": 0.2},
+        {"step": 1, "time/collect": 1.0, "time/update": 1.0},
+        {"step": 24, "eval/accuracy": 0.4 + gain, "eval/shapes": 0.5, "eval/diversity": 0.2},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("gains", "tried", "best"),
+    [
+        ({0.25: 0.1, 0.5: 0.2, 1.0: 0.1}, [0.5, 1.0, 0.25], 0.5),
+        ({0.5: 0.2, 1.0: 0.3, 2.0: 0.4}, [0.5, 1.0, 2.0], 2.0),
+    ],
+)
+def test_a_learning_rate_is_tuned_on_the_first_seed_towards_where_it_gains(
+    gains, tried, best, recipes, tmp_path, monkeypatch
+):
+    done = []
+
+    def work(runs, root, jobs):
+        for run in runs:
+            if not run.done(root):
+                done.append((run.variant, run.factor, run.seed))
+                finish(run, root, gains[run.factor])
+
+    monkeypatch.setattr(recipes, "work", work)
+    recipes.compare("KL", [7, 8], tmp_path, 1)
+    assert done == [("0.03", factor, 7) for factor in tried] + [("0.03", best, 8)]
+    recipes.compare("KL", [7, 8], tmp_path, 1)
+    assert len(done) == 4
+    row = recipes.Run("KL", "0.03", best, 8).row(tmp_path)
+    assert row["gain"] == pytest.approx(gains[best])
+    assert row["images"] == 256 * 24
 
 
 def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):
