@@ -5,9 +5,10 @@
     python scripts/compare_recipes.py --draw                       # the table and the picture of what is finished
 
 Every variant changes one thing of the quickstart and trains on the same number of images. Its learning rate is tuned on
-the first seed: two factors, and a third beyond the better one; the best then runs with the other seeds too. Each run evaluates base and tuned
-weights on the same held-out prompts, noise, steps and guidance scale. ``--jobs`` runs go side by side, each on its
-share of the cores. Writes ``assets/results/recipes.csv`` (a line per run) and ``assets/pictures/recipes.png``.
+the first seed: two factors, and a third beyond the better one; the best then runs with the other seeds too. Each run
+evaluates base and tuned weights on the same held-out prompts, noise, steps and guidance scale. ``--jobs`` runs go side
+by side, each on its share of the cores. Writes ``assets/results/recipes.csv`` (a line per run) and
+``assets/pictures/recipes.png``.
 """
 
 from __future__ import annotations
