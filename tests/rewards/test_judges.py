@@ -49,7 +49,7 @@ def test_a_judge_prefers_the_image_that_shows_the_caption(pairs, name):
     better, worse = reward(right, texts, metadata), reward(wrong, texts, metadata)
     assert (better > worse).float().mean() >= 0.85
     if name == "vqascore":
-        assert torch.cat([better > 0.5, worse < 0.5]).float().mean() >= 0.85
+        assert torch.cat([better > 0.5, worse < 0.5]).float().mean() >= 0.9
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_the_aesthetic_judge_prefers_shapes_to_smears(pairs):
 def test_the_judges_agree_with_the_verifier_as_the_readme_says():
     assert RESULTS["pickscore"]["pairs"] >= 0.85
     assert RESULTS["hpsv2.1"]["pairs"] >= 0.85
-    assert RESULTS["vqascore"]["answers"] >= 0.88
+    assert RESULTS["vqascore"]["answers"] >= 0.9
 
 
 def test_they_are_small():
