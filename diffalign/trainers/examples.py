@@ -1,29 +1,20 @@
-"""What a preference loss learns from, as latents: pairs or single images, of data or of the model's own."""
+"""What a preference loss learns from, as latents: pairs or single images."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffalign.data.framing import DRAWS, Framing, SizeConditioning, frame
-from diffalign.data.order import take
-from diffalign.data.pairs import Samples
-from diffalign.data.rollouts import Pairing, pick_pairs
-from diffalign.data.stream import Cursor, PairStream
-from diffalign.losses.registry import PreferenceLoss
 from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.runtime.loop import Metrics
 from diffalign.runtime.noise import Noise
 from diffalign.structures import LabelledImage, Pair
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.rollouts import Collector
 
 
 @dataclass(frozen=True)
@@ -45,13 +36,6 @@ class Examples:
 
 
 Loaded = tuple[Pair | LabelledImage, tuple[Image.Image, ...]]
-
-
-class Source(Protocol):
-    """Where examples come from."""
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """This process's share of an iteration, and what to log of it."""
 
 
 class Framer:
@@ -99,77 +83,3 @@ class Framer:
         latent = self.model.encode_images(image)[0].float().cpu()
         self.cache.put(key, {"latent": latent})
         return latent
-
-
-class DataSource:
-    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
-
-    def __init__(self, data: Samples, framer: Framer) -> None:
-        self.data, self.framer = data, framer
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The samples of one optimizer step."""
-        count, noise = len(self.data), self.framer.noise
-        places = take(
-            count,
-            self.framer.args.num_pairs,
-            iteration,
-            lambda epoch: noise.permutation(count, "data", epoch),
-        )
-        return self.framer([self.data.load(places[number]) for number in self.framer.share], iteration), {}
-
-
-class StreamSource:
-    """Examples of a stream. ``cursor``: where the next iteration begins, for the trainer to keep."""
-
-    def __init__(self, data: PairStream, framer: Framer) -> None:
-        self.data, self.framer = data, framer
-        self.resume(Cursor())
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The next pairs."""
-        own = list(islice(self._pairs, len(self.framer.share)))
-        self.cursor = own[-1][2]
-        return self.framer([(pair, images) for pair, images, _ in own], iteration), {}
-
-    def resume(self, cursor: Cursor) -> None:
-        """Goes on at another place."""
-        self.cursor, self._pairs = cursor, self.data.load(cursor)
-
-
-class RolloutSource:
-    """Examples of the model's own images, scored: pairs within each prompt's group, or their images one by one."""
-
-    def __init__(self, collector: Collector, pairing: Pairing, loss: PreferenceLoss) -> None:
-        self.collector, self.pairing, self.loss = collector, pairing, loss
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """Those of this process's groups; where no group has any, one of weight 0 keeps the other processes company."""
-        rollout = self.collector(iteration)
-        buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
-        leaves = buffer.leaves
-        groups = buffer.group[leaves].tolist()
-        scores = sum(weight * buffer.rewards[name][leaves] for name, weight in weights.items()).tolist()
-        pairs = pick_pairs(groups, scores, self.pairing)
-        rows, labels = self._examples(pairs or [(0, 0)], scores)
-        # A sample's place among all of the iteration's tells it from the others; so does a pair of places.
-        first = groups[0] * self.collector.args.group_size
-        total = self.collector.args.num_groups * self.collector.args.group_size
-        numbers = [sum((first + place) * total**k for k, place in enumerate(row)) for row in rows]
-        examples = Examples(
-            torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
-            torch.tensor(labels),
-            [buffer.prompts[groups[row[0]]].text for row in rows],
-            numbers,
-            torch.full((len(rows),), float(bool(pairs))),
-        )
-        return examples, {**rollout.metrics, "pairs": float(len(pairs))}
-
-    def _examples(
-        self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]
-    ) -> tuple[list[tuple[int, ...]], list[float]]:
-        """The places of each example's images, and its label."""
-        if self.loss.paired:
-            return list(pairs), [self.pairing.label(scores[better] - scores[worse]) for better, worse in pairs]
-        sides = (0,) if self.loss.liked_only else (0, 1)
-        return [(pair[side],) for pair in pairs for side in sides], [1.0 - side for _ in pairs for side in sides]
