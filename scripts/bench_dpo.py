@@ -5,8 +5,8 @@
 
 The bare cost is that of the policy's forward and backward passes, the reference's forward passes and the optimizer
 step, each measured alone at the same shapes, precision and threads. Optimizer steps and bare parts alternate, and
-medians are compared, so that a busy machine slows both. Pairs are read from their files at every step, as in training,
-and their latents come from the cache: an image is encoded once in a run, and what that costs stands beside the ratio.
+medians are compared, so that a busy machine slows both. Images and prompts are encoded before: a run does that once
+for each of them, and what it costs stands beside the ratio.
 Writes ``assets/results/bench_dpo.json``.
 """
 
@@ -43,10 +43,11 @@ class Bench:
         self.inputs = self._inputs(self.sizes[0])
 
     def whole(self) -> dict[str, float]:
-        """Seconds of an optimizer step's phases, its images encoded before."""
+        """Seconds of an optimizer step's phases, its images and prompts encoded before."""
         trainer = self.trainer
         begun = self._now()
         trainer.collect(self.iteration)
+        trainer.encoded(trainer.examples.texts)
         fresh = self._now()
         trainer.collect(self.iteration)
         collected = self._now()

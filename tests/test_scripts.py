@@ -154,7 +154,7 @@ def test_rewards_are_timed_against_their_networks(tmp_path):
 
 def test_a_wrong_caption_is_wrong_in_one_word_and_names_nothing_held_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    build = importlib.import_module("build_shapes_pipeline")
+    build = importlib.import_module("shapes_build")
     rng = random.Random(0)
     prompts = [build.caption(rng, tag, plain=1.0) for tag in build.TAGS for _ in range(40)]
     for prompt in prompts:

@@ -117,6 +117,7 @@ class Report:
             load_snippet=snippet,
             results=results,
             pictures=pictures,
+            lora=self.model.has_adapter,
         )
 
 
