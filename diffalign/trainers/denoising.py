@@ -71,8 +71,9 @@ class Denoising:
         sides = examples.latents.shape[1]
         texts = [examples.texts[i] for i in rows.tolist()]
         dropped = [self.noise.generator("dropout", step, n).random() < self.args.prompt_dropout for n in numbers]
-        parts = [self.encoded.empty if gone else self.encoded([t]) for t, gone in zip(texts, dropped, strict=True)]
-        conditioning = Conditioning.cat(parts * sides)
+        known = Conditioning.cat([self.encoded(texts), self.encoded.empty])
+        place = [len(texts) if gone else i for i, gone in enumerate(dropped)]
+        conditioning = known[torch.tensor(place * sides)]
         if examples.sizes is None:
             return conditioning
         told = [examples.sizes[i][side] for side in range(sides) for i in rows.tolist()]

@@ -42,7 +42,8 @@ class DiffusionDPOConfig(RolloutConfig):
     time_std: float = option(1.0, "of the logit of sigma, for logit_normal")
     times: tuple[float, ...] = option((), "times to train at, 0 to 1000, each as often; instead of time_sampling")
     loss: str = option(
-        "dpo", "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, sft"
+        "dpo",
+        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
     )
     beta: float | None = option(None, "strength of the preference, in units of errors; default: the loss's own")
     reduction: Literal["mean", "sum"] = option("mean", "of squared errors over an image's dimensions")

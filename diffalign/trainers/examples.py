@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,17 @@ class Examples:
 
 
 Loaded = tuple[Pair | LabelledImage, tuple[Image.Image, ...]]
+KEPT = 1 << 30  # bytes of latents that stay in memory
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One example: latents (K, C, h, w), what SDXL is told of each image, label and prompt."""
+
+    latents: Tensor
+    sizes: tuple[SizeConditioning, ...]
+    label: float
+    text: str
 
 
 class Framer:
@@ -50,28 +62,52 @@ class Framer:
         height, width = self.model.default_resolution
         assert height == width
         self.resolution = height
+        self._rows: OrderedDict[tuple[int, Framing], _Row] = OrderedDict()
 
-    def __call__(self, loaded: Sequence[Loaded], iteration: int) -> Examples:
-        """Examples of this process's samples, in their order."""
-        rows = [self._example(*sample, iteration, n) for n, sample in zip(self.share, loaded, strict=True)]
-        latents, sizes, labels = zip(*rows, strict=True)
-        texts = [sample.prompt.text for sample, _ in loaded]
-        label = torch.tensor(labels)
-        return Examples(torch.stack(latents), label, texts, list(self.share), torch.ones_like(label), list(sizes))
+    def __call__(
+        self, samples: Sequence[Callable[[], Loaded]], iteration: int, places: Sequence[int] | None = None
+    ) -> Examples:
+        """Examples of this process's samples, in their order.
 
-    def _example(
-        self, sample: Pair | LabelledImage, images: Sequence[Image.Image], iteration: int, number: int
-    ) -> tuple[Tensor, tuple[SizeConditioning, ...], float]:
-        """Latents (K, C, h, w), what SDXL is told of each image, and the label."""
+        samples: what reads each. places: their numbers in a data set, whose samples come again every epoch: one that
+        is still in memory, framed alike, is not read again.
+        """
+        rows = [
+            self._row(sample, self._framing(iteration, number), None if places is None else places[i])
+            for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
+        ]
+        label = torch.tensor([row.label for row in rows])
+        return Examples(
+            torch.stack([row.latents for row in rows]),
+            label,
+            [row.text for row in rows],
+            list(self.share),
+            torch.ones_like(label),
+            [row.sizes for row in rows],
+        )
+
+    def _framing(self, iteration: int, number: int) -> Framing:
+        """Drawn for the sample, so that both images of a pair are cropped and mirrored alike."""
         drawn = self.noise.generator("framing", iteration, number).integers(0, DRAWS, 3).tolist()
-        # Drawn for the sample, so that both images of a pair are cropped and mirrored alike.
-        framing = Framing.drawn(drawn, "random" if self.args.random_crop else "center", self.args.random_flip)
+        return Framing.drawn(drawn, "random" if self.args.random_crop else "center", self.args.random_flip)
+
+    def _row(self, load: Callable[[], Loaded], framing: Framing, place: int | None) -> _Row:
+        if place is None or self.args.random_crop:  # a drawn crop does not come again
+            return self._made(*load(), framing)
+        if (row := self._rows.get((place, framing))) is None:
+            row = self._rows[place, framing] = self._made(*load(), framing)
+            if len(self._rows) * row.latents.nbytes > KEPT:
+                self._rows.popitem(last=False)
+        return row
+
+    def _made(self, sample: Pair | LabelledImage, images: Sequence[Image.Image], framing: Framing) -> _Row:
         if isinstance(sample, Pair):
             images, label = images if sample.label >= 0.5 else images[::-1], max(sample.label, 1 - sample.label)
         else:
             label = float(sample.liked)
         framed = [frame(image, self.resolution, framing) for image in images]
-        return torch.stack([self._latent(pixels) for pixels, _ in framed]), tuple(told for _, told in framed), label
+        latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
+        return _Row(latents, tuple(told for _, told in framed), label, sample.prompt.text)
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:

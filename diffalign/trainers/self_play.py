@@ -27,10 +27,7 @@ from diffalign.trainers.sources import Source
 
 
 class SelfPlaySource:
-    """Pairs of a liked image and one that the reference draws of the same prompt.
-
-    winners: gives the liked images. ValueError: it gives pairs.
-    """
+    """Pairs of a liked image and one that the reference draws of the same prompt. winners: gives the liked images."""
 
     def __init__(self, winners: Source, trainer: Trainer) -> None:
         self.winners, self.trainer = winners, trainer
@@ -38,8 +35,7 @@ class SelfPlaySource:
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
         """The winners of one optimizer step with their losers."""
         examples, metrics = self.winners(iteration)
-        if examples.latents.shape[1] != 1:
-            raise ValueError("losers: reference wants single images: pass what load_labelled gave, not pairs")
+        assert examples.latents.shape[1] == 1
         height, width = self.trainer.model.default_resolution
         own = SizeConditioning((height, width), (0, 0), (height, width))
         sizes = None if examples.sizes is None else [(told, own) for (told,) in examples.sizes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -37,10 +38,16 @@ class Source(Protocol):
 def read_data(args: DiffusionDPOConfig, given: Data | None) -> Data | None:
     """What was passed, or what ``args`` names; None for a stream, which opens once processes know of each other.
 
-    ValueError: nothing to train on, or no image that is liked where a loss learns from no other.
+    ValueError: nothing to train on, pairs where single images are wanted or the other way round, or no image that is
+    liked where a loss learns from no other.
     """
     data = _named_data(args) if given is None and not (args.streaming and args.train_data) else given
     liked_only = get_loss(args.loss).liked_only or args.losers == "reference"
+    singles = liked_only or not get_loss(args.loss).paired
+    if isinstance(data, Samples | PairStream) and isinstance(data, LabelledData) != singles:
+        what = f"loss {args.loss!r}" if args.losers == "data" else "losers: reference"
+        wanted = "single images: pass what load_labelled gave" if singles else "pairs: pass what load_pairs gave"
+        raise ValueError(f"{what} wants {wanted}")
     return data.liked() if liked_only and isinstance(data, LabelledData) else data
 
 
@@ -80,7 +87,8 @@ class DataSource:
             iteration,
             lambda epoch: noise.permutation(count, "data", epoch),
         )
-        return self.framer([self.data.load(places[number]) for number in self.framer.share], iteration), {}
+        own = [places[number] for number in self.framer.share]
+        return self.framer([partial(self.data.load, place) for place in own], iteration, own), {}
 
 
 class StreamSource:
@@ -97,7 +105,7 @@ class StreamSource:
         here = torch.tensor([list(own[-1][2].state().values())], device=self.accelerator.device)
         everyone = self.accelerator.gather(here).tolist()
         self.cursors = [dict(zip(Cursor().state(), numbers, strict=True)) for numbers in everyone]
-        return self.framer([(pair, images) for pair, images, _ in own], iteration), {}
+        return self.framer([partial(tuple, entry[:2]) for entry in own], iteration), {}
 
     def resume(self, cursors: Sequence[Mapping[str, int]]) -> None:
         """Goes on at another place. ValueError: the places of another number of processes."""

@@ -5,6 +5,7 @@ import torch
 
 from diffalign import DiffusionDPOTrainer
 from diffalign.data.pairs import load_pairs
+from diffalign.data.unpaired import load_labelled
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collect import Addresses, generate
@@ -76,7 +77,8 @@ def test_what_has_no_earlier_self_is_refused(spin, setting, message):
         DiffusionDPOTrainer(args=spin(**setting))
 
 
-def test_pairs_are_no_winners(spin, pairs):
-    trainer = DiffusionDPOTrainer(args=spin(), train_dataset=load_pairs(pairs))
-    with pytest.raises(ValueError, match="pass what load_labelled gave, not pairs"):
-        trainer.collect(0)
+def test_pairs_are_no_winners_and_single_images_no_pairs(spin, dpo, pairs):
+    with pytest.raises(ValueError, match="losers: reference wants single images: pass what load_labelled gave"):
+        DiffusionDPOTrainer(args=spin(), train_dataset=load_pairs(pairs))
+    with pytest.raises(ValueError, match="loss 'dpo' wants pairs: pass what load_pairs gave"):
+        DiffusionDPOTrainer(args=dpo(), train_dataset=load_labelled(pairs))

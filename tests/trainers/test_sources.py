@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from diffalign import DiffusionDPOTrainer
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.trainers.sources import StreamSource
@@ -50,7 +51,7 @@ class Keys:
     share = range(2)
 
     def __call__(self, loaded, iteration):
-        return [pair.key for pair, _ in loaded]
+        return [load()[0].key for load in loaded]
 
 
 def take(files, first, last, cursors=None):
@@ -85,3 +86,36 @@ def test_a_place_of_other_processes_is_refused(files):
     kept = take(files, 0, 1)[0][1]
     with pytest.raises(ValueError, match=r"a stream that 3 process.* cannot go on in 2: .* as many processes"):
         take(files, 1, 2, [*kept, kept[0]])
+
+
+@pytest.mark.parametrize(("setting", "again"), [({}, False), ({"random_crop": True}, True)], ids=str)
+def test_a_sample_that_is_still_in_memory_is_not_read_again(dpo, setting, again):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, **setting))
+    data, read = trainer.source.data, []
+    load = data.load
+    data.load = lambda place: read.append(place) or load(place)
+    trainer.collect(0)
+    first, order = trainer.examples, list(read)
+    trainer.collect(1)
+    assert sorted(order) == list(range(12))
+    assert len(read) == (24 if again else 12)
+    # The second epoch has the same pairs in another order.
+    assert first.texts != trainer.examples.texts
+    known = {latents.flatten()[0].item(): i for i, latents in enumerate(first.latents)}
+    for latents, text in zip(trainer.examples.latents, trainer.examples.texts, strict=True):
+        place = known[latents.flatten()[0].item()]
+        assert torch.equal(latents, first.latents[place])
+        assert text == first.texts[place]
+
+
+def test_memory_keeps_no_more_than_its_share(dpo, monkeypatch):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12))
+    trainer.collect(0)
+    size = trainer.examples.latents[0].nbytes
+    monkeypatch.setattr("diffalign.trainers.examples.KEPT", 5 * size)
+    small = DiffusionDPOTrainer(args=dpo(num_pairs=12, output_dir=trainer.args.output_dir / "small"))
+    small.collect(0)
+    assert len(small.source.framer._rows) == 5
+    small.collect(1)
+    trainer.collect(1)
+    assert torch.equal(small.examples.latents, trainer.examples.latents)
