@@ -5,8 +5,9 @@
 
 The bare cost is that of the policy's forward and backward passes, the reference's forward passes and the optimizer
 step, each measured alone at the same shapes, precision and threads. Optimizer steps and bare parts alternate, and
-medians are compared, so that a busy machine slows both. Images and prompts are encoded before: a run does that once
-for each of them, and what it costs stands beside the ratio.
+medians are compared, so that a busy machine slows both. The pairs of a step have been seen before: a run reads and
+encodes each once, as long as the latents fit in memory, and what that costs (``seconds_per_new_pair``) stands beside
+the ratio.
 Writes ``assets/results/bench_dpo.json``.
 """
 
@@ -43,7 +44,7 @@ class Bench:
         self.inputs = self._inputs(self.sizes[0])
 
     def whole(self) -> dict[str, float]:
-        """Seconds of an optimizer step's phases, its images and prompts encoded before."""
+        """Seconds of an optimizer step's phases, its pairs seen before."""
         trainer = self.trainer
         begun = self._now()
         trainer.collect(self.iteration)
@@ -135,7 +136,7 @@ def main() -> None:
     use_all_cores()
     with tempfile.TemporaryDirectory() as folder:
         args = parse(DiffusionDPOConfig, ["--config", str(own.config), *overrides, "--output_dir", folder])
-        if args.online:
+        if args.online or args.losers == "reference":
             parser.error("pairs of the model's own images cost rollouts: bench_flow_grpo.py times those")
         found = measure(Bench(DiffusionDPOTrainer(args=args)), own.repeats)
     result = {"config": own.config.name, "overrides": overrides, "device": device(), **found}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -22,7 +21,7 @@ from diffalign.runtime.loop import Metrics
 from diffalign.runtime.noise import Noise
 from diffalign.structures import Prompt
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.examples import Examples, Framer
+from diffalign.trainers.examples import Examples, Framer, Loaded
 from diffalign.trainers.rollouts import Collector
 
 Data = Samples | PairStream | Sequence[Prompt]
@@ -100,12 +99,17 @@ class StreamSource:
 
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
         """The next pairs."""
-        own = list(islice(self._pairs, len(self.framer.share)))
+        # Each is read when the one before has become latents: thousands of pictures would not fit in memory.
+        examples = self.framer([self._next] * len(self.framer.share), iteration)
         # The main process writes the checkpoint, and cannot know how many pairs the others had to leave out.
-        here = torch.tensor([list(own[-1][2].state().values())], device=self.accelerator.device)
+        here = torch.tensor([list(self._here.state().values())], device=self.accelerator.device)
         everyone = self.accelerator.gather(here).tolist()
         self.cursors = [dict(zip(Cursor().state(), numbers, strict=True)) for numbers in everyone]
-        return self.framer([partial(tuple, entry[:2]) for entry in own], iteration), {}
+        return examples, {}
+
+    def _next(self) -> Loaded:
+        pair, images, self._here = next(self._pairs)
+        return pair, images
 
     def resume(self, cursors: Sequence[Mapping[str, int]]) -> None:
         """Goes on at another place. ValueError: the places of another number of processes."""

@@ -121,6 +121,8 @@ def test_options_run_and_learn(dpo, setting):
     before = [p.detach().clone() for p in trainer.loop.parameters]
     trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    card = (trainer.args.output_dir / "README.md").read_text()
+    assert ("A LoRA for" in card) == trainer.model.has_adapter
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])
