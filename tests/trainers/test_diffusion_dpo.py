@@ -71,6 +71,22 @@ def test_both_images_of_a_pair_have_one_noise_and_level_and_steps_have_others(dp
     assert not (other.sigma == level.sigma).any()
 
 
+def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, prompt_dropout=0.25))
+    trainer.collect(0)
+    examples, rows = trainer.examples, torch.arange(12)
+    full, empty = trainer.encoded(examples.texts).tensors, trainer.encoded.empty.tensors
+    counts = []
+    for step in range(4):
+        found = trainer.denoising._conditioning(examples, rows, examples.number, step).tensors
+        kept = [torch.equal(found["embeds"][i], full["embeds"][i]) for i in range(12)]
+        for name, values in found.items():
+            side = torch.stack([full[name][i] if kept[i] else empty[name][0] for i in range(12)])
+            assert torch.equal(values, torch.cat([side, side])), name
+        counts.append(12 - sum(kept))
+    assert 4 < sum(counts) < 20, "12 of 48 on average"
+
+
 def test_the_preferred_image_comes_first(dpo, pairs):
     trainer = DiffusionDPOTrainer(args=dpo())
     trainer.collect(0)
