@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from shapes_build import CLIP_LENGTH, clip_config, cosine, encode_latents, follow, random_scenes, report, ship, wording
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
@@ -34,7 +35,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -42,14 +42,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from diffalign.shapes import TAGS, caption, judge_batch, prompt_set, render, scene_for
-from diffalign.shapes.captions import OPENINGS, is_held_out, neighbours, phrase, vocabulary
+from diffalign.shapes import judge_batch, prompt_set, render
+from diffalign.shapes.captions import vocabulary
 
-CLIP_LENGTH = 16  # tokens; the longest caption has 10 words
 SHORT = 16  # T5 tokens in most batches
 LONG = (64, 256)  # the lengths, one of them the pipeline's default, that every --long_every-th batch uses
 BATCH = 256
-TAG_WEIGHTS = {"single_object": 1, "two_object": 3, "counting": 4, "colors": 2, "position": 6, "color_attr": 5}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -110,20 +108,7 @@ def make_t5_tokenizer() -> T5TokenizerFast:
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            projection_dim=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CLIP_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(clip_config(tokenizer, 64))
 
 
 def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
@@ -160,16 +145,6 @@ def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def random_scenes(count: int, rng: random.Random) -> tuple[list, list]:
-    tags = rng.choices(list(TAG_WEIGHTS), list(TAG_WEIGHTS.values()), k=count)
-    prompts = [caption(rng, tag, plain=1.0) for tag in tags]
-    return [scene_for(p.metadata, rng) for p in prompts], prompts
-
-
-def cosine(step: int, total: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
 def train_vae(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -201,37 +176,6 @@ def train_vae(args: argparse.Namespace) -> None:
     print(f"PSNR {-10 * math.log10((decoded - images).pow(2).mean()):.2f} dB, verified {sum(strict) / len(strict):.3f}")
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     vae.save_pretrained(args.work_dir / "vae")
-
-
-def encode_latents(args: argparse.Namespace) -> None:
-    rng = random.Random(args.seed + 1)
-    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").to(memory_format=torch.channels_last)
-    latents, specs = [], []
-    for _ in tqdm(range(args.scenes // 256), desc="latents"):
-        scenes, prompts = random_scenes(256, rng)
-        with torch.no_grad():
-            # Slices of 32 stay in the processor's cache: four times faster than 256 at once.
-            images = (render(scenes) * 2 - 1).contiguous(memory_format=torch.channels_last).split(32)
-            mean = torch.cat([vae.encode(i).latent_dist.mean for i in images])
-        latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
-        specs += [p.metadata for p in prompts]
-    save_file({"latents": torch.cat(latents).contiguous()}, args.work_dir / "latents.safetensors")
-    (args.work_dir / "specs.json").write_text(json.dumps(specs))
-
-
-def wording(spec: dict, wrong: float, rng: random.Random) -> str:
-    """A training wording of a specification; for a share ``wrong`` of the captions, wrong in one word.
-
-    One caption in ten is dropped, for classifier-free guidance.
-    """
-    if rng.random() < 0.1:
-        return ""
-    if rng.random() < wrong:
-        spec = rng.choice(neighbours(spec))
-    while True:
-        opening = "" if rng.random() < 0.3 else rng.choice(OPENINGS[1:])
-        if not is_held_out(spec, opening):
-            return opening + phrase(spec)
 
 
 def encode_text(pipe: StableDiffusion3Pipeline, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,8 +257,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        follow(average, parameters, step)
         if step % 50 == 0:
             print(f"step {step} loss {loss.item():.4f} {time.time() - begun:.0f} s", flush=True)
         if (step + 1) % args.export_every == 0 or step + 1 == steps:
@@ -323,35 +266,12 @@ def train(
 
 def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args: argparse.Namespace) -> None:
     """Writes the averaged weights in fp16 and prints how many held-out prompts they get right."""
-    raw = [p.detach().clone() for p in parameters]
-    torch._foreach_copy_([p.data for p in parameters], average)
-    pipe.save_pretrained(args.work_dir / "fp32")
-    StableDiffusion3Pipeline.from_pretrained(args.work_dir / "fp32", torch_dtype=torch.float16).save_pretrained(
-        args.output_dir
-    )
-    torch._foreach_copy_([p.data for p in parameters], raw)
-    # transformers loads a model in the dtype that its config names, diffusers in float32: with plain defaults half of
-    # the pipeline would be in half precision. The files stay small, the computation is float32.
-    for path in args.output_dir.glob("text_encoder*/config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    ship(pipe, parameters, average, args)
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for guidance, steps, length in ((1.0, 8, SHORT), (3.0, 8, SHORT), (7.0, 28, 256)):
-        prompts = prompt_set(args.check_per_tag, held_out=True, seed=1)
-        images = pipe(
-            [p.text for p in prompts],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-            output_type="pt",
-            generator=torch.Generator().manual_seed(0),
-        ).images
-        right = judge_batch(images, [p.metadata for p in prompts])
-        tags = [p.metadata["tag"] for p in prompts]
-        rates = {t: sum(v.strict for v, u in zip(right, tags, strict=True) if u == t) / tags.count(t) for t in TAGS}
-        overall = sum(v.strict for v in right) / len(right)
-        words = ", ".join(f"{t} {r:.2f}" for t, r in rates.items())
-        print(f"guidance {guidance} steps {steps} length {length}: strict {overall:.3f} ({words})", flush=True)
+        settings = {"guidance_scale": guidance, "num_inference_steps": steps, "max_sequence_length": length}
+        report(pipe, args.check_per_tag, f"guidance {guidance} steps {steps} length {length}", **settings)
 
 
 def write_prompts(args: argparse.Namespace) -> None:

@@ -17,14 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from build_shapes_pipeline import CLIP_LENGTH, cosine, encode_latents, wording
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from shapes_build import clip_config, cosine, encode_latents, follow, report, ship, wording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from diffalign.shapes import TAGS, judge_batch, prompt_set
+from transformers import CLIPTextModel, CLIPTokenizer
 
 WIDTH = 80
 BATCH = 256
@@ -54,20 +52,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CLIP_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(clip_config(tokenizer, WIDTH))
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -195,8 +180,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer.param_groups[0]["lr"] = args.lr * rate(step, args)
             optimizer.step()
             optimizer.zero_grad()
-        decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        follow(average, parameters, step)
         if step % 50 == 0:
             clocks = f"{time.time() - begun:.0f} s, {time.process_time():.0f} s of a core"
             print(f"step {step} loss {loss.item():.4f} {clocks}", flush=True)
@@ -237,37 +221,17 @@ def restore(args: argparse.Namespace, modules: torch.nn.Module, average: list, o
 
 def export(pipe: StableDiffusionPipeline, parameters: list, average: list, args: argparse.Namespace) -> None:
     """Writes the averaged weights in fp16 and prints how many held-out prompts they get right."""
-    raw = [p.detach().clone() for p in parameters]
-    torch._foreach_copy_([p.data for p in parameters], average)
-    pipe.save_pretrained(args.work_dir / "fp32")
-    torch._foreach_copy_([p.data for p in parameters], raw)
-    half = StableDiffusionPipeline.from_pretrained(args.work_dir / "fp32", torch_dtype=torch.float16)
-    half.save_pretrained(args.output_dir)
-    # transformers loads a model in the dtype that its config names, diffusers in float32: see the SD3 pipeline.
-    path = args.output_dir / "text_encoder/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    ship(pipe, parameters, average, args)
     check(args)
 
 
 def check(args: argparse.Namespace) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompts = prompt_set(args.check_per_tag, held_out=True, seed=1)
     for guidance, steps, spacing in ((1.0, 8, "leading"), (1.0, 8, "trailing"), (2.0, 8, "trailing")):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
-        images = pipe(
-            [p.text for p in prompts],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="pt",
-            generator=torch.Generator().manual_seed(0),
-        ).images
-        right = judge_batch(images, [p.metadata for p in prompts])
-        tags = [p.metadata["tag"] for p in prompts]
-        rates = {t: sum(v.strict for v, u in zip(right, tags, strict=True) if u == t) / tags.count(t) for t in TAGS}
-        overall = sum(v.strict for v in right) / len(right)
-        words = ", ".join(f"{t} {r:.2f}" for t, r in rates.items())
-        print(f"guidance {guidance} steps {steps} {spacing}: strict {overall:.3f} ({words})", flush=True)
+        settings = {"guidance_scale": guidance, "num_inference_steps": steps}
+        report(pipe, args.check_per_tag, f"guidance {guidance} steps {steps} {spacing}", **settings)
 
 
 def main() -> None:

@@ -14,20 +14,11 @@ by side, each on its share of the cores. Writes ``assets/results/recipes.csv`` (
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import queue
-import statistics
-import subprocess
-import sys
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import trials
 from repeat_seeds import QUICKSTART as CONFIG
 from repeat_seeds import ROOT, evaluations
 
@@ -105,12 +96,7 @@ class Run:
             "eval_steps": 0,
             "checkpointing_steps": 0,
         }
-        options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, str(ROOT / "scripts/train_flow_grpo.py"), "--config", str(CONFIG), *options]
-
-    def done(self, root: Path) -> bool:
-        """The model card is the last file that a run writes."""
-        return (self.folder(root) / "README.md").is_file()
+        return trials.train_command("flow_grpo", CONFIG, changes)
 
     def row(self, root: Path) -> dict[str, object]:
         base, *_, tuned = evaluations(self.folder(root))
@@ -127,7 +113,7 @@ class Run:
 def best_factor(root: Path, axis: str, variant: str, seed: int) -> float:
     """Of those that have been tried."""
     tried = {factor: Run(axis, variant, factor, seed) for factor in FACTORS}
-    gains = {factor: run.row(root)["gain"] for factor, run in tried.items() if run.done(root)}
+    gains = {factor: run.row(root)["gain"] for factor, run in tried.items() if trials.done(run, root)}
     return max(gains, key=lambda factor: gains[factor])
 
 
@@ -138,101 +124,41 @@ def compare(axis: str, seeds: Sequence[int], root: Path, jobs: int) -> None:
     def best() -> dict[str, float]:
         return {name: best_factor(root, axis, name, seeds[0]) for name in AXES[axis]}
 
-    work([Run(axis, name, factor, seeds[0]) for name in AXES[axis] for factor in (low, high)], root, jobs)
+    trials.work([Run(axis, name, factor, seeds[0]) for name in AXES[axis] for factor in (low, high)], root, jobs)
     beyond = {name: lowest if factor <= low else highest for name, factor in best().items()}
-    work([Run(axis, name, factor, seeds[0]) for name, factor in beyond.items()], root, jobs)
-    work([Run(axis, name, factor, seed) for name, factor in best().items() for seed in seeds], root, jobs)
+    trials.work([Run(axis, name, factor, seeds[0]) for name, factor in beyond.items()], root, jobs)
+    trials.work([Run(axis, name, factor, seed) for name, factor in best().items() for seed in seeds], root, jobs)
 
 
-def work(runs: Sequence[Run], root: Path, jobs: int) -> None:
-    """Trains those that are not done, ``jobs`` at a time. RuntimeError: one failed; its log says why."""
-    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
-    for run in runs:
-        if not run.done(root):
-            waiting.put(run)
-    total, failed = waiting.qsize(), []
-    cores = sorted(os.sched_getaffinity(0))
-    root.mkdir(parents=True, exist_ok=True)
-
-    def worker(own: list[int]) -> None:
-        while not failed:
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            log = root / f"{run.folder(root).name}.log"
-            with log.open("w") as file:
-                code = subprocess.run(
-                    run.command(root), stdout=file, stderr=file, preexec_fn=lambda: os.sched_setaffinity(0, own)
-                ).returncode
-            if code:
-                failed.append(f"{log} (exit {code})")
-            else:
-                gain = 100 * run.row(root)["gain"]
-                print(f"{total - waiting.qsize()}/{total} {run.folder(root).name}: {gain:+.1f}", flush=True)
-
-    threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise RuntimeError(f"failed: {', '.join(failed)}")
-
-
-def finished(root: Path, seeds: Sequence[int]) -> list[dict[str, object]]:
-    """A row per finished run, tuning included."""
-    every = (
+def every(seeds: Sequence[int]) -> list[Run]:
+    return [
         Run(axis, name, factor, seed)
         for axis, names in AXES.items()
         for name in names
         for factor in FACTORS
         for seed in seeds
-    )
-    return [run.row(root) for run in every if run.done(root)]
+    ]
 
 
-def tuned(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Those of the learning rate that a variant's seeds ran with: the one that has more seeds than the first."""
-    seeds = Counter((row["axis"], row["variant"], row["factor"]) for row in rows)
-    return [row for row in rows if seeds[row["axis"], row["variant"], row["factor"]] > 1]
+def tuned(rows: Sequence[trials.Row]) -> list[trials.Row]:
+    return trials.tuned(rows, ("axis", "variant"))
 
 
-def draw(rows: Sequence[dict[str, object]]) -> None:
+def draw(rows: Sequence[trials.Row]) -> None:
     """Gains at the tuned learning rate, of variants that have all their seeds: a dot per seed, a bar for their mean."""
-    reported = tuned(rows)
-    names = list(dict.fromkeys((row["axis"], row["variant"]) for row in reported))
-    figure = Figure(figsize=(8, 0.9 + 0.24 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    labels = []
-    for place, (axis, variant) in enumerate(names):
-        gains = [100 * float(row["gain"]) for row in reported if (row["axis"], row["variant"]) == (axis, variant)]
-        own = variant == QUICKSTART
-        axes.barh(place, statistics.mean(gains), color="#1f5fa8" if own else "#b9c7da", height=0.7)
-        axes.plot(gains, [place] * len(gains), "o", color="#202327", markersize=3.5)
-        if own:
-            axes.axvline(statistics.mean(gains), color="#1f5fa8", linewidth=0.8, linestyle="--")
-        labels.append(f"{axis}: {variant}" if axis else variant)
-    axes.set_yticks(range(len(names)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0, color="#404040", linewidth=0.8)
-    axes.set_xlabel(f"points of held-out accuracy gained with {STEPS * 256:,} images; dots are seeds", fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=130)
+    gains: dict[str, list[float]] = {}
+    for row in tuned(rows):
+        name = f"{row['axis']}: {row['variant']}" if row["axis"] else row["variant"]
+        gains.setdefault(name, []).append(float(row["gain"]))
+    figure, (axes,) = trials.canvas(len(gains))
+    label = f"points of held-out accuracy gained with {STEPS * 256:,} images; dots are seeds"
+    trials.gain_bars(axes, gains, QUICKSTART, label)
+    trials.save(figure, PICTURE)
 
 
 def write(root: Path, seeds: Sequence[int]) -> None:
-    rows = finished(root, seeds)
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = trials.finished(every(seeds), root)
+    trials.write_csv(CSV, COLUMNS, rows)
     if tuned(rows):
         draw(rows)
 

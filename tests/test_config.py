@@ -59,6 +59,8 @@ def run(*argv):
         ("--resume_from_checkpoint 20", "resume_from_checkpoint", "20"),
         ("--rewards {a: 1, b: 1e-2}", "rewards", {"a": 1.0, "b": 0.01}),
         ("--rewards.clip.large 2", "rewards", {"pickscore": 1.0, "clip.large": 2.0}),
+        ("--resume_from_checkpoint ", "resume_from_checkpoint", ""),
+        ("--ema=", "ema", None),
         ("--targets [to_k, to_v]", "targets", ["to_k", "to_v"]),
         ("--betas [0, 0.5]", "betas", (0.0, 0.5)),
         ("--sizes [1, 2, 3]", "sizes", (1, 2, 3)),

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 from yaml import safe_load
 
-from diffalign import FlowGRPOConfig
+from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.config import parse
+from diffalign.losses.registry import PREFERENCE_LOSSES, get_loss
 from diffalign.shapes import Object, render
 from diffalign.shapes.captions import is_novel
 from diffalign.structures import Prompt
@@ -67,11 +69,11 @@ def test_a_learning_rate_is_tuned_on_the_first_seed_towards_where_it_gains(
 
     def work(runs, root, jobs):
         for run in runs:
-            if not run.done(root):
+            if not recipes.trials.done(run, root):
                 done.append((run.variant, run.factor, run.seed))
                 finish(run, root, gains[run.factor])
 
-    monkeypatch.setattr(recipes, "work", work)
+    monkeypatch.setattr(recipes.trials, "work", work)
     recipes.compare("KL", [7, 8], tmp_path, 1)
     assert done == [("0.03", factor, 7) for factor in tried] + [("0.03", best, 8)]
     recipes.compare("KL", [7, 8], tmp_path, 1)
@@ -91,6 +93,79 @@ def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):
     assert [row["factor"] for row in recipes.tuned(rows)] == [1.0] * 4
     recipes.draw(rows)
     assert (tmp_path / "recipes.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def losses(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("compare_losses")
+    for name in ("CSV", "TABLE", "PICTURE"):
+        monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
+    return module
+
+
+def test_every_loss_is_compared_and_every_variant_is_valid(losses, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = [losses.Run(name, 1.0, 0) for name in losses.VARIANTS]
+    assert len({run.folder(tmp_path) for run in runs}) == len(runs)
+    seen = set()
+    for run in runs:
+        args = parse(DiffusionDPOConfig, run.command(tmp_path)[2:])
+        args.validate()
+        assert args.output_dir == run.folder(tmp_path)
+        seen.add(args.loss)
+        if not args.online:
+            images = args.num_pairs * (2 if get_loss(args.loss).paired else 1)
+            assert images == (64 if args.loss == "sft" else 128)
+    assert seen == set(PREFERENCE_LOSSES)
+
+
+def pretended_run(folder, seed, gain):
+    """What a finished run leaves, of 6 prompts with 2 images each: a share ``gain`` of the images became better."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"seed: {seed}\n")
+    (folder / "README.md").write_text("done")
+    base = torch.full((12,), 0.5)
+    tuned = base + (torch.arange(12) < 12 * gain) * 0.25
+    for name, scores in (("base", base), ("tuned", tuned)):
+        save_file({"score/shapes": scores, "prompt": torch.arange(12) // 2}, folder / f"samples/{name}.safetensors")
+    rows = [
+        {"step": 0, "eval/accuracy": 0.4, "eval/diversity": 0.2},
+        {"step": 1, "time/collect": 20.0, "time/update": 40.0},
+        {"step": 2, "time/collect": 20.0, "time/update": 40.0},
+        {"step": 2, "eval/accuracy": 0.4 + gain, "eval/diversity": 0.1},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_losses_are_tabled_and_drawn_at_their_best_learning_rate(losses, tmp_path):
+    gains = {("dpo", 0.3): (0.0,), ("dpo", 1.0): (0.5, 0.25), ("ipo", 0.3): (0.25, 0.0), ("ipo", 1.0): (0.0,)}
+    for (name, factor), seeds in gains.items():
+        for seed, gain in enumerate(seeds):
+            pretended_run(losses.Run(name, factor, seed).folder(tmp_path), seed, gain)
+    assert losses.best_factor(tmp_path, "dpo", 0, (0.3, 1.0)) == 1.0
+    assert losses.best_factor(tmp_path, "ipo", 0, (0.3, 1.0)) == 0.3
+    losses.write(tmp_path, [losses.Run(n, f, s) for n in losses.VARIANTS for f in losses.FACTORS for s in (0, 1)])
+    rows = list(csv.DictReader(losses.CSV.open()))
+    assert [(r["variant"], r["factor"], r["seed"]) for r in rows] == [
+        ("dpo", "0.3", "0"),
+        ("dpo", "1.0", "0"),
+        ("dpo", "1.0", "1"),
+        ("ipo", "0.3", "0"),
+        ("ipo", "0.3", "1"),
+        ("ipo", "1.0", "0"),
+    ]
+    # Of 12 images 6 won and 6 tied: 3 prompts of 6 have the rate 1, the others one half.
+    assert float(rows[1]["win_rate"]) == 0.75
+    # Prompts are drawn, not images: of 6 draws, 1 at least is of the better half in all but 1.6 % of the resamples.
+    assert float(rows[1]["win_low"]) == pytest.approx(7 / 12)
+    assert float(rows[1]["win_high"]) == pytest.approx(11 / 12)
+    assert float(rows[1]["minutes"]) == 2.0
+    _, _, dpo, ipo = losses.TABLE.read_text().strip().split("\n")
+    # Over both seeds 6 and 3 of 12 images won, the others tied.
+    assert dpo.startswith("| dpo | 77.5 ± 17.7 | 37.5 ± 17.7 | 68.8 [")
+    assert ipo.endswith("| 0.100 | 2.0 | 0.00015 | `shapes.yaml`, `loss: ipo`, `beta: 625.0` |")
+    assert losses.PICTURE.stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_long"])
@@ -167,6 +242,17 @@ def test_the_bench_adds_up(tmp_path):
     assert found["ratio"] > 0
 
 
+def test_the_bench_of_pairs_adds_up(tmp_path):
+    tiny = ["--num_pairs", "4", "--train_batch_size", "2", "--eval_prompts", "null", "--data.scan", "2"]
+    command = [sys.executable, "scripts/bench_dpo.py", *tiny, "--repeats", "1", "--write", str(tmp_path / "bench.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["pairs_per_second"] == pytest.approx(4 / sum(found["seconds"].values()))
+    assert found["bare_pairs_per_second"] == pytest.approx(4 / sum(found["bare_seconds"].values()))
+    assert set(found["bare_seconds"]) == {"forward and backward", "reference forward", "optimizer"}
+    assert found["ratio"] == pytest.approx(found["bare_pairs_per_second"] / found["pairs_per_second"])
+
+
 def test_rewards_are_timed_against_their_networks(tmp_path):
     tiny = ["--images", "2", "--side", "32", "--layers", "1", "--width", "64", "--repeats", "1"]
     command = [sys.executable, "scripts/bench_rewards.py", *tiny, "--write", str(tmp_path / "bench.json")]
@@ -178,7 +264,7 @@ def test_rewards_are_timed_against_their_networks(tmp_path):
 
 def test_a_wrong_caption_is_wrong_in_one_word_and_names_nothing_held_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    build = importlib.import_module("build_shapes_pipeline")
+    build = importlib.import_module("shapes_build")
     rng = random.Random(0)
     prompts = [build.caption(rng, tag, plain=1.0) for tag in build.TAGS for _ in range(40)]
     for prompt in prompts:

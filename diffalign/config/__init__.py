@@ -117,9 +117,10 @@ def _value(hint: Any, text: str, place: Place) -> Any:
         value = yaml_dialect.load(text)
     except yaml.YAMLError:
         value = text
+    # Text stays as typed: YAML would strip quotes, comments and outer spaces, and take nothing for null.
+    typed = isinstance(value, str) or (not text.strip() and str in arms_of(hint))
     try:
-        # Text stays as typed: YAML would strip quotes, comments and outer spaces.
-        return _checked(hint, text if isinstance(value, str) else value, place)
+        return _checked(hint, text if typed else value, place)
     except ValueError as error:
         try:
             return _checked(hint, text, place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,15 @@ class LabelledData(Samples[LabelledImage]):
     def liked_share(self) -> float:
         """The share of images that are liked."""
         return sum(self.places[4::5]) / max(1, len(self))
+
+    def liked(self) -> LabelledData:
+        """The liked ones alone. ValueError: there are none."""
+        starts = (start for start in range(0, len(self.places), 5) if self.places[start + 4])
+        alone = copy(self)
+        alone.places = array("q", (number for start in starts for number in self.places[start : start + 5]))
+        if not len(alone):
+            raise ValueError(f"none of {len(self)} images is liked: look at their labels with diffalign check")
+        return alone
 
     def _plain(self, part: Part) -> Iterator[tuple[int, int, int, int]]:
         for number, row in enumerate(part.table.rows()):

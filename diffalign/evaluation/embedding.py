@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModel
 
+from diffalign.rewards.preprocess import to_bytes
+
 BATCH = 32
 
 
@@ -27,7 +29,7 @@ class ImageEmbedder:
     @torch.no_grad()
     def _parts(self, images: Tensor) -> Iterator[Tensor]:
         for part in images.split(BATCH):
-            pixels = self.processor([to_pil_image(image) for image in part], return_tensors="pt")
+            pixels = self.processor([to_pil_image(image) for image in to_bytes(part).cpu()], return_tensors="pt")
             pixels = pixels["pixel_values"].to(self.model.device)
             # Two-tower models embed images in the space that they share with text; the others pool their last layer.
             if hasattr(self.model, "get_image_features"):

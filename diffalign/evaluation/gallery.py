@@ -26,6 +26,7 @@ from diffalign.evaluation.subjects import Subject
 from diffalign.models import DiffusionModel, tuned
 from diffalign.models.tuned import weights_file
 from diffalign.rewards.base import Reward
+from diffalign.rewards.preprocess import to_bytes
 from diffalign.rollout.collect import Addresses, generate
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.rollout.sampler import Route, ode_plan
@@ -131,7 +132,7 @@ class Gallery:
         scores = score(self.rewards, images, prompts)
         with (place / f"scores-{self.process}.jsonl").open("a", encoding="utf-8") as file:
             for row, (number, member) in enumerate(chunk):
-                to_pil_image(images[row].float().cpu().clamp(0, 1)).save(self._file(place, number, member))
+                to_pil_image(to_bytes(images[row]).cpu()).save(self._file(place, number, member))
                 values = {name: scores[name][row].item() for name in self.rewards}
                 known = {name: value if value == value else None for name, value in values.items()}
                 file.write(json.dumps({"prompt": number, "sample": member, "rewards": known}) + "\n")

@@ -19,7 +19,7 @@ class ModelCard:
     base_model: a Hub id or a folder. trainer: e.g. "flow_grpo". command: the shell line that started the run.
     config_yaml: the resolved configuration. load_snippet: Python that loads the LoRA with diffusers.
     results: Markdown, such as the table of ``results.to_markdown``; empty for none.
-    pictures: file names beside the card. tags: added to the default ones.
+    pictures: file names beside the card. tags: added to the default ones. lora: false for full weights.
     """
 
     title: str
@@ -31,15 +31,17 @@ class ModelCard:
     results: str = ""
     pictures: Sequence[str] = ()
     tags: Sequence[str] = ()
+    lora: bool = True
 
 
 def write_model_card(path: str | Path, card: ModelCard) -> Path:
     """Writes ``card`` to ``path`` (a file, or a folder that gets a README.md) as UTF-8; returns the file."""
     path = Path(path)
     file = path / "README.md" if path.is_dir() else path
+    what = "A LoRA" if card.lora else "A denoiser with all of its weights tuned,"
     sections = [
         f"# {card.title}",
-        f"A LoRA for `{card.base_model}`, trained with diffalign ({card.trainer}).",
+        f"{what} for `{card.base_model}`, trained with diffalign ({card.trainer}).",
         "## Use",
         _fenced(card.load_snippet, "python"),
         *(["## Results", card.results] if card.results else []),
@@ -57,7 +59,8 @@ def _front_matter(card: ModelCard) -> str:
     # The Hub refuses a card whose base model is a folder of the author's disk.
     if REPOSITORY_ID.fullmatch(card.base_model) and not Path(card.base_model).exists():
         fields["base_model"] = card.base_model
-    fields["tags"] = list(dict.fromkeys(["lora", "text-to-image", "diffalign", card.trainer, *card.tags]))
+    kind = ["lora"] if card.lora else []
+    fields["tags"] = list(dict.fromkeys([*kind, "text-to-image", "diffalign", card.trainer, *card.tags]))
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
 
 

@@ -34,7 +34,7 @@ class ScoreConfig:
     """Fields of ``diffalign score``."""
 
     images: tuple[str, ...] = option((), "picture files, folders, .parquet or .jsonl files")
-    prompt: str | None = option(None, "one prompt for all pictures; any text where rewards read none")
+    prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")
     prompts: Path | None = option(None, ".txt or .jsonl, a prompt per picture in their order")
     rewards: str | tuple[str, ...] = option((), "a reward, or several in a list or with commas between")
     reward_options: dict[str, float | RewardConfig] = option(
@@ -174,8 +174,8 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
     items = list(config.items())
     if lacking := [item.name for item in items if item.prompt is None]:
         raise ValueError(
-            f"{len(lacking)} of {len(items)} pictures have no prompt ({lacking[0]} ...): write --prompt TEXT (any "
-            "text for rewards that read none), --prompts FILE, or NAME.txt beside each picture"
+            f"{len(lacking)} of {len(items)} pictures have no prompt ({lacking[0]} ...): write --prompt TEXT (or "
+            "--prompt '' for rewards that read none), --prompts FILE, or NAME.txt beside each picture"
         )
     folder = config.output_dir
     try:

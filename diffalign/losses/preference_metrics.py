@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import widen
-from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.errors import Denoised, DenoisedPair
 
 
 @torch.no_grad()
@@ -47,6 +47,27 @@ def preference_metrics(
         "logit_std": logit.std(correction=0),
         **_by_bin(margin, position, bins),
     }
+
+
+@torch.no_grad()
+def single_metrics(image: Denoised, liked: Tensor) -> dict[str, Tensor]:
+    """Figures of single images, each detached and 0-dim: errors and gains of both kinds, where a kind without images
+    has 0; with a reference the accuracy, the share whose gain has the sign that it should, where 0 counts half.
+
+    liked: (B,), bool.
+    """
+    compared = image.reference is not None
+    values = {"error": image.error} | ({"gain": image.gain} if compared else {})
+    sides = {"liked": liked, "disliked": ~liked}
+    figures = {
+        f"{side}_{name}": (chosen * value).sum() / chosen.sum().clamp(min=1)
+        for side, chosen in sides.items()
+        for name, value in values.items()
+    }
+    if compared:
+        right = torch.where(liked, values["gain"] > 0, values["gain"] < 0)
+        figures["accuracy"] = share(right) + share(values["gain"] == 0) / 2
+    return figures
 
 
 def share(chosen: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from urllib3.util import Retry
 
+from diffalign.rewards.preprocess import to_bytes
+
 T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
 LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
@@ -165,7 +167,7 @@ def encode_image(image: Tensor) -> str:
     """An image (3, H, W), float, [0, 1], as PNG in base64. ValueError: pixels that are not finite."""
     if not image.isfinite().all():
         raise ValueError("an image has pixels that are not finite, which no picture file can hold")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
+    pixels = to_bytes(image).permute(1, 2, 0).cpu()
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign.diffusion.plan import Plan
+from diffalign.rewards.preprocess import to_bytes
 from diffalign.structures import Prompt
 
 COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
@@ -147,7 +148,7 @@ class RolloutBuffer:
         )
         lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
         for line, image in zip(lines, images, strict=True):
-            to_pil_image(image.float().cpu().clamp(0, 1)).save(directory / line["file_name"])
+            to_pil_image(to_bytes(image).cpu()).save(directory / line["file_name"])
         (directory / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _describe(self, row: int, model: str, seed: int) -> dict:

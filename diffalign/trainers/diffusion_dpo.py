@@ -12,23 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.data.pairs import Samples, load_pairs
-from diffalign.data.prompts import load_prompts
-from diffalign.data.stream import Cursor, PairStream, stream_pairs
-from diffalign.data.unpaired import load_labelled
-from diffalign.diffusion.parameterization import add_noise, target
-from diffalign.losses.bco import RewardShift
-from diffalign.losses.diffusion_kto import reference_point
+from diffalign.data.stream import PairStream
 from diffalign.losses.errors import Denoised, DenoisedPair
 from diffalign.losses.options import AutoBeta, margin_size
-from diffalign.losses.preference_metrics import preference_metrics, share
+from diffalign.losses.preference_metrics import preference_metrics, single_metrics
 from diffalign.losses.registry import get_loss
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
@@ -37,14 +31,16 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.cache import TensorCache
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
-from diffalign.structures import Conditioning, Level, Prompt
+from diffalign.structures import Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
+from diffalign.trainers.denoising import Denoising
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.examples import DataSource, Framer, RolloutSource, Source, StreamSource
+from diffalign.trainers.examples import Framer
 from diffalign.trainers.inputs import check_groups, evaluation_rewards, reward_table
 from diffalign.trainers.rollouts import Collector
-
-Data = Samples | PairStream | Sequence[Prompt]
+from diffalign.trainers.self_play import SelfPlaySource
+from diffalign.trainers.singles import CONTEXT, SingleObjective
+from diffalign.trainers.sources import Data, DataSource, RolloutSource, Source, StreamSource, open_stream, read_data
 
 
 class DiffusionDPOTrainer(Trainer):
@@ -79,7 +75,7 @@ class DiffusionDPOTrainer(Trainer):
             args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
         args.validate()
         self.kind = get_loss(args.loss)
-        data = self._data(args, train_dataset)
+        data = read_data(args, train_dataset)
         judges = evaluation_rewards(args.eval_rewards, self.rewards, args.allow_reward_code)
         if not judges and (eval_dataset or args.eval_prompts):
             raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
@@ -94,49 +90,30 @@ class DiffusionDPOTrainer(Trainer):
             eval_batch_size=args.rollout_batch_size,
         )
         self.objective = args.objective() if self.kind.paired else None
+        self.single = None if self.kind.paired else SingleObjective(args.loss, args.loss_options, self.accelerator)
         self.encoded.cache = TensorCache(args.cache_folder)
         self.source = self._source(data, weights)
+        self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
         self.updates_per_iteration = args.updates_per_rollout if args.online else 1
         self._moving_reference()
         low, high = args.auto_beta_range
         self.auto_beta = AutoBeta(low=low, high=high, target=args.auto_beta) if args.auto_beta else None
-        self.reward_shift = RewardShift()
         self.warned = False
 
     # Data -----------------------------------------------------------------------------------------------------------
 
-    def _data(self, args: DiffusionDPOConfig, given: Data | None) -> Data | Callable[[], Data]:
-        """What to train on, or how to open it once processes know of each other."""
-        if given is not None:
-            return given
+    def _source(self, data: Data | None, weights: Mapping[str, float]) -> Source:
+        args, accelerator = self.args, self.accelerator
         if args.online:
-            if not (args.train_prompts and args.rewards):
-                raise ValueError("pairs of the model's own images need train_prompts and rewards: one is missing")
-            return load_prompts(args.train_prompts)
-        if not args.train_data:
-            raise ValueError("train_data is missing: write train_data: [pairs.parquet], or train_prompts and rewards")
-        if args.streaming:
-            return lambda: self._stream(args)
-        load = load_pairs if self.kind.paired else load_labelled
-        return load(*args.train_data, settings=args.data)
-
-    def _stream(self, args: DiffusionDPOConfig) -> PairStream:
-        if not self.kind.paired:
-            raise ValueError(f"{args.loss!r} learns from single images, which are not streamed: set streaming: false")
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        permutation = lambda n, *address: self.noise.permutation(n, "stream", *address)  # noqa: E731
-        return stream_pairs(*args.train_data, settings=args.data, permutation=permutation, rank=rank, world=world)
-
-    def _source(self, data: Data | Callable[[], Data], weights: Mapping[str, float]) -> Source:
-        args = self.args
-        data = data() if callable(data) else data
-        if args.online:
-            self.collector = Collector(self, data, self.rewards, weights)
-            return RolloutSource(self.collector, args.data.rollouts, self.kind)
-        share = args.num_pairs // self.accelerator.num_processes
-        first = share * self.accelerator.process_index
+            return RolloutSource(Collector(self, data, self.rewards, weights), args.data.rollouts, self.kind)
+        share = args.num_pairs // accelerator.num_processes
+        first = share * accelerator.process_index
         framer = Framer(self.encoded, args, self.noise, range(first, first + share))
-        return StreamSource(data, framer) if isinstance(data, PairStream) else DataSource(data, framer)
+        data = open_stream(args, self.noise, accelerator) if data is None else data
+        if isinstance(data, PairStream):
+            return StreamSource(data, framer, accelerator)
+        source = DataSource(data, framer)
+        return source if args.losers == "data" else SelfPlaySource(source, self)
 
     def check_batches(self, processes: int) -> None:
         """ValueError where pairs or groups do not divide over the processes."""
@@ -199,10 +176,7 @@ class DiffusionDPOTrainer(Trainer):
 
     def _single(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
         (image,), liked = sides, label > 0.5
-        strength = {} if self.beta is None else {"beta": self.beta}
-        batch = CONTEXT[self.args.loss](self, image, liked) if self.args.loss in CONTEXT else {}
-        loss = self.kind.function(image, liked, **strength, **batch, **self.args.loss_options)
-        return loss, single_metrics(image, liked)
+        return self.single(image, liked, self.beta), single_metrics(image, liked)
 
     @property
     def beta(self) -> float | Tensor | None:
@@ -212,58 +186,8 @@ class DiffusionDPOTrainer(Trainer):
         return self.kind.beta if self.args.beta is None else self.args.beta
 
     def denoise(self, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:
-        """The examples ``rows``, noised as optimizer step ``step`` (from 0) does, and denoised by policy and reference.
-
-        K sides, and their levels (P,).
-        """
-        examples, model, args = self.examples, self.model, self.args
-        numbers = [examples.number[i] for i in rows.tolist()]
-        latents = examples.latents[rows].to(model.device, non_blocking=True)
-        count, sides = latents.shape[:2]
-        level = model.level_at(self._times(numbers, step))
-        noise = self.noise.normal_batch(latents.shape[2:], "noise", [(step, n) for n in numbers])
-        noise = noise.to(model.device, non_blocking=True)
-        conditioning = self._conditioning(rows, numbers, step, sides)
-        # One batch for all sides, winners first, each with the noise and the level of its example.
-        levels = level[torch.arange(count).repeat(sides)]
-        x0, noise = latents.transpose(0, 1).flatten(0, 1), noise.repeat(sides, 1, 1, 1)
-        x = add_noise(x0, noise, levels)
-        goal = target(model.parameterization, x0, noise, levels)
-        output = model.predict(x, levels, conditioning)
-        reference = [None] * sides
-        if self.compares:
-            with torch.no_grad(), model.using(REFERENCE):
-                reference = model.predict(x, levels, conditioning).chunk(sides)
-        goals, outputs = goal.chunk(sides), output.chunk(sides)
-        return [
-            Denoised(o, g, r, reduction=args.reduction) for o, g, r in zip(outputs, goals, reference, strict=True)
-        ], level
-
-    def _times(self, numbers: Sequence[int], step: int) -> Tensor:
-        """Times of training, (P,), float64: a draw per example and optimizer step."""
-        args, end = self.args, self.model.num_train_timesteps
-        drawn = [self.noise.generator("time", step, number) for number in numbers]
-        if args.times:
-            return torch.tensor([args.times[g.integers(len(args.times))] for g in drawn], dtype=torch.float64)
-        if args.time_sampling == "uniform":
-            return torch.tensor([g.random() for g in drawn], dtype=torch.float64) * end
-        normal = torch.tensor([g.standard_normal() for g in drawn], dtype=torch.float64)
-        return torch.sigmoid(args.time_mean + args.time_std * normal) * end
-
-    def _conditioning(self, rows: Tensor, numbers: Sequence[int], step: int, sides: int) -> Conditioning:
-        """A row per image, all first sides first; some prompts are left out, for both images of a pair."""
-        examples = self.examples
-        texts = [examples.texts[i] for i in rows.tolist()]
-        dropped = [self.noise.generator("dropout", step, n).random() < self.args.prompt_dropout for n in numbers]
-        parts = [self.encoded.empty if gone else self.encoded([t]) for t, gone in zip(texts, dropped, strict=True)]
-        conditioning = Conditioning.cat(parts * sides)
-        if examples.sizes is None:
-            return conditioning
-        told = [examples.sizes[i][side] for side in range(sides) for i in rows.tolist()]
-        columns = (
-            torch.tensor([getattr(s, n) for s in told]) for n in ("original_size", "crop_top_left", "target_size")
-        )
-        return self.model.with_sizes(conditioning, *columns)
+        """Some of the iteration's examples: see ``Denoising``."""
+        return self.denoising(self.examples, rows, step)
 
     # The reference --------------------------------------------------------------------------------------------------
 
@@ -296,23 +220,26 @@ class DiffusionDPOTrainer(Trainer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint must hold besides the loop's own."""
         tensors = {} if self.reference is None else indexed(self.reference.shadow)
-        plain: dict[str, Any] = {"reward_shift": self.reward_shift.state_dict(), "warned": self.warned}
+        plain: dict[str, Any] = {"warned": self.warned}
+        if self.single is not None:
+            plain["reward_shift"] = self.single.shift.state_dict()
         if self.auto_beta is not None:
             plain["auto_beta"] = self.auto_beta.state_dict()
         if isinstance(self.source, StreamSource):
-            plain["cursor"] = self.source.cursor.state()
+            plain["cursors"] = self.source.cursors
         return tensors, plain
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what ``state`` gave."""
+        """Goes on from what ``state`` gave. ValueError: a stream that another number of processes read."""
         if self.reference is not None:
             restore(self.reference.shadow, tensors)
+        if self.single is not None:
+            self.single.shift.load_state_dict(plain["reward_shift"])
         if self.auto_beta is not None:
             self.auto_beta.load_state_dict(plain["auto_beta"])
-        self.reward_shift.load_state_dict(plain["reward_shift"])
         self.warned = plain["warned"]
         if isinstance(self.source, StreamSource):
-            self.source.resume(Cursor(**plain["cursor"]))
+            self.source.resume(plain["cursors"])
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
@@ -340,39 +267,3 @@ class DiffusionDPOTrainer(Trainer):
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
                 "(check lora.targets), or learning_rate is too small for this precision"
             )
-
-
-def single_metrics(image: Denoised, liked: Tensor) -> dict[str, Tensor]:
-    """Figures of single images, detached and 0-dim; sides that are not there count 0."""
-    with torch.no_grad():
-        values = {"error": image.error}
-        if image.reference is not None:
-            gain = image.gain
-            values["gain"] = gain
-        sides = {"liked": liked, "disliked": ~liked}
-        figures = {
-            f"{side}_{name}": (chosen * value).sum() / chosen.sum().clamp(min=1)
-            for side, chosen in sides.items()
-            for name, value in values.items()
-        }
-        if image.reference is not None:
-            right = torch.where(liked, gain > 0, gain < 0)
-            figures["accuracy"] = share(right) + share(gain == 0) / 2
-    return figures
-
-
-def _kto_context(trainer: DiffusionDPOTrainer, image: Denoised, liked: Tensor) -> dict[str, Tensor]:
-    return {"kl": trainer.accelerator.reduce(reference_point(image), "mean")}
-
-
-def _bco_context(trainer: DiffusionDPOTrainer, image: Denoised, liked: Tensor) -> dict[str, Tensor]:
-    rewards = trainer.beta * image.gain.detach()
-    everyone = trainer.accelerator.gather(torch.stack([rewards, liked.to(rewards)]).T.contiguous())
-    return {"shift": trainer.reward_shift.update(everyone[:, 0], everyone[:, 1] > 0.5)}
-
-
-# What a loss of single images needs to know of the batch on all processes.
-CONTEXT: dict[str, Callable[[DiffusionDPOTrainer, Denoised, Tensor], dict[str, Tensor]]] = {
-    "kto": _kto_context,
-    "bco": _bco_context,
-}

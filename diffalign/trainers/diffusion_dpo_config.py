@@ -26,6 +26,9 @@ class DiffusionDPOConfig(RolloutConfig):
     data: PreferenceSettings = option(
         PreferenceSettings(), "how these are read; data.rollouts: how images become pairs"
     )
+    losers: Literal["data", "reference"] = option(
+        "data", "reference: liked images against what the reference draws of their prompts (SPIN-Diffusion)"
+    )
     streaming: bool = option(False, "read the data as a stream, for sets that do not fit on disk")
     random_crop: bool = option(False, "crop a pair at a random place, not in the middle")
     random_flip: bool = option(False, "mirror half of the pairs; not where captions tell left from right")
@@ -39,7 +42,8 @@ class DiffusionDPOConfig(RolloutConfig):
     time_std: float = option(1.0, "of the logit of sigma, for logit_normal")
     times: tuple[float, ...] = option((), "times to train at, 0 to 1000, each as often; instead of time_sampling")
     loss: str = option(
-        "dpo", "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, sft"
+        "dpo",
+        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
     )
     beta: float | None = option(None, "strength of the preference, in units of errors; default: the loss's own")
     reduction: Literal["mean", "sum"] = option("mean", "of squared errors over an image's dimensions")
@@ -99,12 +103,25 @@ class DiffusionDPOConfig(RolloutConfig):
             raise ValueError("images that start alike and draw no noise are all the same: set shared_start: false")
         self._validate_reference()
         self._validate_loss()
+        self._validate_source()
 
     def _validate_reference(self) -> None:
         if not 0 <= self.reference_decay < 1:
             raise ValueError(f"reference_decay lies in [0, 1), got {self.reference_decay}; 0.99 is usual")
         if self.reference_steps < 0 or (self.reference_steps and self.reference_decay):
             raise ValueError("give reference_steps (0 or more), or reference_decay: the reference moves one way")
+
+    def _validate_source(self) -> None:
+        paired = get_loss(self.loss).paired
+        if self.streaming and not (paired and self.losers == "data"):
+            what = repr(self.loss) if self.losers == "data" else "losers: reference"
+            raise ValueError(f"{what} learns from single images, which are not streamed: set streaming: false")
+        if self.losers == "data":
+            return
+        if self.online:
+            raise ValueError("losers: reference wants liked images: give train_data, not train_prompts and rewards")
+        if not paired or not self.objective().needs_reference:
+            raise ValueError(f"losers: reference, and {self.loss!r} has none: use a loss of pairs with one, as dpo")
 
     def _validate_loss(self) -> None:
         if get_loss(self.loss).paired:

@@ -1,29 +1,21 @@
-"""What a preference loss learns from, as latents: pairs or single images, of data or of the model's own."""
+"""What a preference loss learns from, as latents: pairs or single images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffalign.data.framing import DRAWS, Framing, SizeConditioning, frame
-from diffalign.data.order import take
-from diffalign.data.pairs import Samples
-from diffalign.data.rollouts import Pairing, pick_pairs
-from diffalign.data.stream import Cursor, PairStream
-from diffalign.losses.registry import PreferenceLoss
 from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.runtime.loop import Metrics
 from diffalign.runtime.noise import Noise
 from diffalign.structures import LabelledImage, Pair
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.rollouts import Collector
 
 
 @dataclass(frozen=True)
@@ -45,13 +37,17 @@ class Examples:
 
 
 Loaded = tuple[Pair | LabelledImage, tuple[Image.Image, ...]]
+KEPT = 1 << 30  # bytes of latents that stay in memory
 
 
-class Source(Protocol):
-    """Where examples come from."""
+@dataclass(frozen=True)
+class _Row:
+    """One example: latents (K, C, h, w), what SDXL is told of each image, label and prompt."""
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """This process's share of an iteration, and what to log of it."""
+    latents: Tensor
+    sizes: tuple[SizeConditioning, ...]
+    label: float
+    text: str
 
 
 class Framer:
@@ -66,28 +62,52 @@ class Framer:
         height, width = self.model.default_resolution
         assert height == width
         self.resolution = height
+        self._rows: OrderedDict[tuple[int, Framing], _Row] = OrderedDict()
 
-    def __call__(self, loaded: Sequence[Loaded], iteration: int) -> Examples:
-        """Examples of this process's samples, in their order."""
-        rows = [self._example(*sample, iteration, n) for n, sample in zip(self.share, loaded, strict=True)]
-        latents, sizes, labels = zip(*rows, strict=True)
-        texts = [sample.prompt.text for sample, _ in loaded]
-        label = torch.tensor(labels)
-        return Examples(torch.stack(latents), label, texts, list(self.share), torch.ones_like(label), list(sizes))
+    def __call__(
+        self, samples: Sequence[Callable[[], Loaded]], iteration: int, places: Sequence[int] | None = None
+    ) -> Examples:
+        """Examples of this process's samples, in their order.
 
-    def _example(
-        self, sample: Pair | LabelledImage, images: Sequence[Image.Image], iteration: int, number: int
-    ) -> tuple[Tensor, tuple[SizeConditioning, ...], float]:
-        """Latents (K, C, h, w), what SDXL is told of each image, and the label."""
+        samples: what reads each. places: their numbers in a data set, whose samples come again every epoch: one that
+        is still in memory, framed alike, is not read again.
+        """
+        rows = [
+            self._row(sample, self._framing(iteration, number), None if places is None else places[i])
+            for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
+        ]
+        label = torch.tensor([row.label for row in rows])
+        return Examples(
+            torch.stack([row.latents for row in rows]),
+            label,
+            [row.text for row in rows],
+            list(self.share),
+            torch.ones_like(label),
+            [row.sizes for row in rows],
+        )
+
+    def _framing(self, iteration: int, number: int) -> Framing:
+        """Drawn for the sample, so that both images of a pair are cropped and mirrored alike."""
         drawn = self.noise.generator("framing", iteration, number).integers(0, DRAWS, 3).tolist()
-        # Drawn for the sample, so that both images of a pair are cropped and mirrored alike.
-        framing = Framing.drawn(drawn, "random" if self.args.random_crop else "center", self.args.random_flip)
+        return Framing.drawn(drawn, "random" if self.args.random_crop else "center", self.args.random_flip)
+
+    def _row(self, load: Callable[[], Loaded], framing: Framing, place: int | None) -> _Row:
+        if place is None or self.args.random_crop:  # a drawn crop does not come again
+            return self._made(*load(), framing)
+        if (row := self._rows.get((place, framing))) is None:
+            row = self._rows[place, framing] = self._made(*load(), framing)
+            if len(self._rows) * row.latents.nbytes > KEPT:
+                self._rows.popitem(last=False)
+        return row
+
+    def _made(self, sample: Pair | LabelledImage, images: Sequence[Image.Image], framing: Framing) -> _Row:
         if isinstance(sample, Pair):
             images, label = images if sample.label >= 0.5 else images[::-1], max(sample.label, 1 - sample.label)
         else:
             label = float(sample.liked)
         framed = [frame(image, self.resolution, framing) for image in images]
-        return torch.stack([self._latent(pixels) for pixels, _ in framed]), tuple(told for _, told in framed), label
+        latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
+        return _Row(latents, tuple(told for _, told in framed), label, sample.prompt.text)
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:
@@ -99,77 +119,3 @@ class Framer:
         latent = self.model.encode_images(image)[0].float().cpu()
         self.cache.put(key, {"latent": latent})
         return latent
-
-
-class DataSource:
-    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
-
-    def __init__(self, data: Samples, framer: Framer) -> None:
-        self.data, self.framer = data, framer
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The samples of one optimizer step."""
-        count, noise = len(self.data), self.framer.noise
-        places = take(
-            count,
-            self.framer.args.num_pairs,
-            iteration,
-            lambda epoch: noise.permutation(count, "data", epoch),
-        )
-        return self.framer([self.data.load(places[number]) for number in self.framer.share], iteration), {}
-
-
-class StreamSource:
-    """Examples of a stream. ``cursor``: where the next iteration begins, for the trainer to keep."""
-
-    def __init__(self, data: PairStream, framer: Framer) -> None:
-        self.data, self.framer = data, framer
-        self.resume(Cursor())
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The next pairs."""
-        own = list(islice(self._pairs, len(self.framer.share)))
-        self.cursor = own[-1][2]
-        return self.framer([(pair, images) for pair, images, _ in own], iteration), {}
-
-    def resume(self, cursor: Cursor) -> None:
-        """Goes on at another place."""
-        self.cursor, self._pairs = cursor, self.data.load(cursor)
-
-
-class RolloutSource:
-    """Examples of the model's own images, scored: pairs within each prompt's group, or their images one by one."""
-
-    def __init__(self, collector: Collector, pairing: Pairing, loss: PreferenceLoss) -> None:
-        self.collector, self.pairing, self.loss = collector, pairing, loss
-
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """Those of this process's groups; where no group has any, one of weight 0 keeps the other processes company."""
-        rollout = self.collector(iteration)
-        buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
-        leaves = buffer.leaves
-        groups = buffer.group[leaves].tolist()
-        scores = sum(weight * buffer.rewards[name][leaves] for name, weight in weights.items()).tolist()
-        pairs = pick_pairs(groups, scores, self.pairing)
-        rows, labels = self._examples(pairs or [(0, 0)], scores)
-        # A sample's place among all of the iteration's tells it from the others; so does a pair of places.
-        first = groups[0] * self.collector.args.group_size
-        total = self.collector.args.num_groups * self.collector.args.group_size
-        numbers = [sum((first + place) * total**k for k, place in enumerate(row)) for row in rows]
-        examples = Examples(
-            torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
-            torch.tensor(labels),
-            [buffer.prompts[groups[row[0]]].text for row in rows],
-            numbers,
-            torch.full((len(rows),), float(bool(pairs))),
-        )
-        return examples, {**rollout.metrics, "pairs": float(len(pairs))}
-
-    def _examples(
-        self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]
-    ) -> tuple[list[tuple[int, ...]], list[float]]:
-        """The places of each example's images, and its label."""
-        if self.loss.paired:
-            return list(pairs), [self.pairing.label(scores[better] - scores[worse]) for better, worse in pairs]
-        sides = (0,) if self.loss.liked_only else (0, 1)
-        return [(pair[side],) for pair in pairs for side in sides], [1.0 - side for _ in pairs for side in sides]

@@ -50,16 +50,22 @@ class Report:
         samples.mkdir(parents=True, exist_ok=True)
         image_grid(shown.images, columns=4, labels=shown.texts, scale=4).save(samples / f"step-{step:06d}.png")
         if step == 0:
-            tensors = {"images": shown.images.contiguous()}
-            tensors |= {f"mark/{name}": values for name, values in shown.marks.items()}
-            tensors |= {f"score/{name}": values for name, values in shown.scores.items()}
-            tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
-            save_file(tensors, samples / "base.safetensors")
+            self._keep("base", shown)
         self.shown = shown
+
+    def _keep(self, name: str, shown: Shown) -> None:
+        """The evaluation as ``samples/NAME.safetensors``: what it showed, and every image's prompt and scores."""
+        tensors = {"images": shown.images.contiguous(), "prompt": shown.prompt}
+        tensors |= {f"mark/{reward}": values for reward, values in shown.marks.items()}
+        tensors |= {f"score/{reward}": values for reward, values in shown.scores.items()}
+        tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
+        save_file(tensors, self.folder / "samples" / f"{name}.safetensors")
 
     def finish(self) -> None:
         """The weights (averaged ones first, the raw ones in ``raw/``), curves, comparison and model card."""
         self.export(self.folder)
+        if self.shown is not None:
+            self._keep("tuned", self.shown)
         plot_curves(MetricsLog.read(self.folder / "metrics.jsonl"), self.folder / "curves.png")
         base = self.folder / "samples" / "base.safetensors"
         before = load_file(base) if self.shown is not None and base.is_file() else None
@@ -117,6 +123,7 @@ class Report:
             load_snippet=snippet,
             results=results,
             pictures=pictures,
+            lora=self.model.has_adapter,
         )
 
 

@@ -101,7 +101,7 @@ def test_what_a_run_saved_is_read(buffer):
     data = load_pairs(buffer)
     assert [data[i].prompt for i in range(2)] == [Prompt("a red circle", {"tag": "colors"}), Prompt("two squares")]
     shades = [[image.getpixel((0, 0))[0] for image in data.load(i)[1]] for i in range(2)]
-    assert shades == [[25, 51], [127, 102]], "samples 1 and 2; then 2 and 1, the first having no score"
+    assert shades == [[26, 51], [128, 102]], "samples 1 and 2; then 2 and 1, the first having no score"
     assert data[0].winner.name == str(buffer / "images/00000-001.png")
     every = load_pairs(buffer, settings=PreferenceSettings(rollouts=Pairing(rule="all", min_gap=0.5)))
     assert [every[i].key for i in range(len(every))] == [f"{buffer}, row 0 (group 0, samples 1 and 2)"]

@@ -36,6 +36,12 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch, base_model)
     assert f"A LoRA for `{base_model}`" in text
 
 
+def test_full_weights_are_not_called_a_lora(tmp_path):
+    text = write_model_card(tmp_path, replace(CARD, lora=False, tags=[])).read_text()
+    assert "A denoiser with all of its weights tuned, for `stabilityai/stable-diffusion-3.5-medium`" in text
+    assert HubCard(text).data.tags == ["text-to-image", "diffalign", "flow_grpo"]
+
+
 def test_the_body_tells_how_to_use_it_what_it_reached_and_how_it_was_made(tmp_path):
     file = write_model_card(tmp_path / "card.md", CARD)
     assert file == tmp_path / "card.md"

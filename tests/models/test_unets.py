@@ -231,6 +231,27 @@ def test_a_lora_of_the_unet_receives_gradients(tiny_pipelines):
     assert all(p.grad.any() for n, p in named.items() if "lora_B" in n)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(tiny_pipelines, name):
+    found, counts = [], []
+    for on in (False, True):
+        model, calls = load_model(tiny_pipelines[name]), []
+        model.train(LoraConfig(rank=2))
+        if on:
+            model.raw_denoiser.enable_gradient_checkpointing()
+        # Behind the first weights that train: what comes before them needs no second computation.
+        last = model.raw_denoiser.mid_block.resnets[-1]
+        last.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        _, x = noise_of(model)
+        model.predict(x, model.level_at(torch.tensor([5, 500, 900])), model.encode(TEXTS)).square().mean().backward()
+        found.append([p.grad for p in model.raw_denoiser.parameters() if p.requires_grad])
+        counts.append(len(calls))
+    assert counts == [1, 2]
+    assert any(g.any() for g in found[0])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-8)
+
+
 def test_the_safety_checker_is_not_loaded(tiny_pipelines, tmp_path):
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))

@@ -3,78 +3,18 @@
 import dataclasses
 import io
 import math
-import random
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from torchvision.transforms.functional import to_pil_image
 
-from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
+from diffalign import DiffusionDPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.runtime.checkpoint import load
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.shapes import caption, render, scene_for
-from diffalign.shapes.captions import neighbours
-from tests.conftest import PIPELINE
 
 TIMES = ("time/collect", "time/update", "images_per_second")
-
-
-def png(image):
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Twelve pairs in Pick-a-Pic's columns, every third with the winner second."""
-    rng = random.Random(0)
-    rows = []
-    for i in range(12):
-        prompt = caption(rng)
-        right, wrong = (
-            render([scene_for(spec, rng)])[0] for spec in (prompt.metadata, rng.choice(neighbours(prompt.metadata)))
-        )
-        images = (wrong, right) if i % 3 == 0 else (right, wrong)
-        rows.append(
-            {
-                "jpg_0": png(images[0]),
-                "jpg_1": png(images[1]),
-                "label_0": float(i % 3 != 0),
-                "label_1": float(i % 3 == 0),
-                "caption": prompt.text,
-                "has_label": True,
-            }
-        )
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
-    Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
-@pytest.fixture
-def dpo(tmp_path, pairs):
-    """A configuration that trains in seconds; keyword arguments override it."""
-
-    def make(**changes) -> DiffusionDPOConfig:
-        settings = {
-            "model": str(PIPELINE),
-            "max_sequence_length": 16,
-            "output_dir": tmp_path / "run",
-            "train_data": (str(pairs),),
-            "lora": LoraConfig(rank=4),
-            "num_pairs": 4,
-            "train_batch_size": 4,
-            "max_train_steps": 3,
-            "learning_rate": 1e-3,
-            "beta": 500.0,
-            "eval_num_steps": 2,
-        }
-        return DiffusionDPOConfig(**(settings | changes))
-
-    return make
 
 
 def online(dpo, **changes):
@@ -131,6 +71,22 @@ def test_both_images_of_a_pair_have_one_noise_and_level_and_steps_have_others(dp
     assert not (other.sigma == level.sigma).any()
 
 
+def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, prompt_dropout=0.25))
+    trainer.collect(0)
+    examples, rows = trainer.examples, torch.arange(12)
+    full, empty = trainer.encoded(examples.texts).tensors, trainer.encoded.empty.tensors
+    counts = []
+    for step in range(4):
+        found = trainer.denoising._conditioning(examples, rows, examples.number, step).tensors
+        kept = [torch.equal(found["embeds"][i], full["embeds"][i]) for i in range(12)]
+        for name, values in found.items():
+            side = torch.stack([full[name][i] if kept[i] else empty[name][0] for i in range(12)])
+            assert torch.equal(values, torch.cat([side, side])), name
+        counts.append(12 - sum(kept))
+    assert 4 < sum(counts) < 20, "12 of 48 on average"
+
+
 def test_the_preferred_image_comes_first(dpo, pairs):
     trainer = DiffusionDPOTrainer(args=dpo())
     trainer.collect(0)
@@ -181,6 +137,8 @@ def test_options_run_and_learn(dpo, setting):
     before = [p.detach().clone() for p in trainer.loop.parameters]
     trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    card = (trainer.args.output_dir / "README.md").read_text()
+    assert ("A LoRA for" in card) == trainer.model.has_adapter
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])

@@ -1,0 +1,144 @@
+"""What comparisons of many short trainings share: running them side by side, going on where they stopped, pictures.
+
+A trial is one training. Its learning rate is tuned: the best of several factors on the first seed, which then runs with
+the other seeds too.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from repeat_seeds import ROOT
+
+Row = dict[str, object]
+
+
+class Trial(Protocol):
+    """One training. ``row``: its figures, among them "gain", a share of held-out accuracy."""
+
+    def folder(self, root: Path) -> Path: ...
+
+    def command(self, root: Path) -> list[str]: ...
+
+    def row(self, root: Path) -> Row: ...
+
+
+def train_command(trainer: str, config: Path, changes: Mapping[str, object]) -> list[str]:
+    """The command that trains with some fields of ``config`` changed."""
+    options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / f"scripts/train_{trainer}.py"), "--config", str(config), *options]
+
+
+def done(trial: Trial, root: Path) -> bool:
+    """The model card is the last file that a run writes."""
+    return (trial.folder(root) / "README.md").is_file()
+
+
+def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
+    """Trains those that are not done, ``jobs`` at a time, each on its share of the cores.
+
+    RuntimeError: one failed; its log says why.
+    """
+    waiting: queue.SimpleQueue[Trial] = queue.SimpleQueue()
+    for trial in trials:
+        if not done(trial, root):
+            waiting.put(trial)
+    total, failed = waiting.qsize(), []
+    cores = sorted(os.sched_getaffinity(0))
+    root.mkdir(parents=True, exist_ok=True)
+
+    def worker(own: list[int]) -> None:
+        while not failed:
+            try:
+                trial = waiting.get_nowait()
+            except queue.Empty:
+                return
+            name = trial.folder(root).name
+            log = root / f"{name}.log"
+            with log.open("w") as file:
+                code = subprocess.run(
+                    trial.command(root), stdout=file, stderr=file, preexec_fn=lambda: os.sched_setaffinity(0, own)
+                ).returncode
+            if code:
+                failed.append(f"{log} (exit {code})")
+            else:
+                gain = 100 * trial.row(root)["gain"]
+                print(f"{total - waiting.qsize()}/{total} {name}: {gain:+.1f}", flush=True)
+
+    threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def finished(trials: Sequence[Trial], root: Path) -> list[Row]:
+    """The rows of those that are done."""
+    return [trial.row(root) for trial in trials if done(trial, root)]
+
+
+def tuned(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Those of the learning rate that a variant's seeds ran with: the one that has more seeds than the first.
+
+    names: the columns that name a variant.
+    """
+    key = lambda row: (*(row[name] for name in names), row["factor"])  # noqa: E731
+    seeds = Counter(map(key, rows))
+    return [row for row in rows if seeds[key(row)] > 1]
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """A line per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def canvas(entries: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with a line for each entry, the first on top, and panels side by side that share them."""
+    figure = Figure(figsize=(8, 0.9 + 0.24 * entries), layout="constrained")
+    FigureCanvasAgg(figure)
+    (row,) = figure.subplots(1, panels, sharey=True, squeeze=False)
+    for axes in row:
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(row)
+
+
+def gain_bars(axes: Axes, gains: Mapping[str, Sequence[float]], own: str, label: str) -> None:
+    """A bar for the mean of each entry, in points, and a dot per seed; ``own`` is what the others are compared with."""
+    for place, (name, values) in enumerate(gains.items()):
+        points = [100 * value for value in values]
+        mean = statistics.mean(points)
+        axes.barh(place, mean, color="#1f5fa8" if name == own else "#b9c7da", height=0.7)
+        axes.plot(points, [place] * len(points), "o", color="#202327", markersize=3.5)
+        if name == own:
+            axes.axvline(mean, color="#1f5fa8", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(gains)), gains, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#404040", linewidth=0.8)
+    axes.set_xlabel(label, fontsize=8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,144 @@
+"""One buffer on disk, written by a Flow-GRPO run, trains Flow-GRPO's update, online DPO and best-of-n."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
+from diffalign.data.rollouts import Pairing
+from diffalign.losses.registry import get_loss
+from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.sampler import Route
+from diffalign.trainers.rollouts import Rollout
+from diffalign.trainers.sources import RolloutSource
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def run(small, tmp_path, train_prompts):
+    """A Flow-GRPO trainer that has collected its first iteration, 2 groups of 4, and written it to disk."""
+    args = small(output_dir=tmp_path / "grpo", save_rollouts=True)
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=brightness)
+    trainer.collect(0)
+    return trainer
+
+
+@pytest.fixture
+def folder(run):
+    return run.args.output_dir / "rollouts"
+
+
+def gradient(trainer):
+    for parameter in trainer.loop.parameters:
+        parameter.grad = None
+    for micros in trainer.updates(0):
+        for micro in micros:
+            micro()[0].backward()
+    return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+
+
+def ranked(buffer):
+    """Per group the samples of the buffer, the best first."""
+    leaves = buffer.leaves
+    score = buffer.rewards["brightness"][leaves]
+    return [
+        sorted((i for i in range(len(leaves)) if buffer.group[leaves[i]] == group), key=lambda i: -score[i])
+        for group in (0, 1)
+    ]
+
+
+def examples_of(trainer):
+    trainer.collect(0)
+    order = sorted(range(len(trainer.examples.texts)), key=lambda i: trainer.examples.texts[i])
+    return [(trainer.examples.texts[i], trainer.examples.latents[i]) for i in order]
+
+
+def learns(trainer):
+    before = [p.detach().clone() for p in trainer.loop.parameters]
+    trainer.train()
+    return any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+
+
+def test_it_trains_flow_grpo(run, folder):
+    buffer = RolloutBuffer.load(folder)
+    expected = gradient(run)
+    # All that the update sees comes from disk: the plan's levels are the model's, and prompts are encoded anew.
+    route = Route(run.rollout.route.plan, run.levels, run.guidance)
+    run.rollout = Rollout(buffer, route, run.encoded([p.text for p in buffer.prompts]), {})
+    assert expected.norm() > 0
+    assert torch.equal(gradient(run), expected)
+
+
+@pytest.mark.parametrize("rule", ["best_worst", "all"])
+def test_it_trains_dpo_on_pairs_of_its_images(run, folder, dpo, rule):
+    args = dpo(train_data=(str(folder),), num_pairs=2, train_batch_size=2, max_train_steps=1)
+    if rule == "all":
+        args = dataclasses.replace(args, data=dataclasses.replace(args.data, rollouts=Pairing(rule=rule)), num_pairs=12)
+    trainer = DiffusionDPOTrainer(args=args)
+    found = examples_of(trainer)
+    assert len(found) == (2 if rule == "best_worst" else 12)
+    if rule == "best_worst":
+        latents = run.buffer.x[run.buffer.leaves]
+        places = sorted(zip((p.text for p in run.buffer.prompts), ranked(run.buffer), strict=True))
+        for (text, pair), (prompt, order) in zip(found, places, strict=True):
+            assert text == prompt
+            for side, sample in enumerate((order[0], order[-1])):
+                # Decoded, rounded to 8 bits and encoded again: nearer to its own latents than to any others.
+                distances = (latents - pair[side]).flatten(1).norm(dim=1)
+                assert distances.argmin() == sample
+    assert learns(trainer)
+
+
+def test_it_trains_online_dpo_from_its_latents(folder, dpo):
+    buffer = RolloutBuffer.load(folder)
+    trainer = DiffusionDPOTrainer(args=dpo(train_data=(str(folder),), num_pairs=2, max_train_steps=1))
+
+    class Recalled:
+        args, weights = dataclasses.replace(trainer.args, num_groups=2, group_size=4), {"brightness": 1.0}
+
+        def __call__(self, iteration):
+            return Rollout(buffer, None, None, {})
+
+    trainer.source = RolloutSource(Recalled(), Pairing(), trainer.kind)
+    trainer.collect(0)
+    for pair, order in zip(trainer.examples.latents, ranked(buffer), strict=True):
+        assert torch.equal(pair, buffer.x[buffer.leaves[[order[0], order[-1]]]])
+    assert learns(trainer)
+
+
+def test_it_trains_on_the_best_of_each_group(run, folder, dpo):
+    args = dpo(train_data=(str(folder),), loss="sft", beta=None, num_pairs=2, train_batch_size=2, max_train_steps=1)
+    trainer = DiffusionDPOTrainer(args=args)
+    found = examples_of(trainer)
+    places = sorted(zip((p.text for p in run.buffer.prompts), ranked(run.buffer), strict=True))
+    latents = run.buffer.x[run.buffer.leaves]
+    assert trainer.examples.label.tolist() == [1, 1]
+    for (text, single), (prompt, order) in zip(found, places, strict=True):
+        assert (text, len(single)) == (prompt, 1)
+        assert (latents - single[0]).flatten(1).norm(dim=1).argmin() == order[0]
+    assert learns(trainer)
+
+
+def test_an_image_of_many_pairs_is_one_single_image(folder, dpo):
+    buffer = RolloutBuffer.load(folder)
+
+    class Recalled:
+        args, weights = dataclasses.replace(dpo(), num_groups=2, group_size=4), {"brightness": 1.0}
+
+        def __call__(self, iteration):
+            return Rollout(buffer, None, None, {})
+
+    liked = {order[k] for order in ranked(buffer) for k in range(3)}
+    for name, places in (("kto", set(range(8))), ("sft", liked)):
+        examples, _ = RolloutSource(Recalled(), Pairing(rule="all"), get_loss(name))(0)
+        # Of four images in a ranking, all but the last have won once.
+        rows = [(buffer.x[buffer.leaves] == x).flatten(1).all(1).nonzero().item() for (x,) in examples.latents]
+        assert sorted(rows) == sorted(places)
+        assert {row: bool(label) for row, label in zip(rows, examples.label, strict=True)} == {
+            row: row in liked for row in places
+        }
+        assert len(set(examples.number)) == len(rows)

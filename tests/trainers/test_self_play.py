@@ -1,0 +1,84 @@
+"""SPIN-Diffusion: the data's liked images against what the model's earlier self draws of their prompts."""
+
+import pytest
+import torch
+
+from diffalign import DiffusionDPOTrainer
+from diffalign.data.pairs import load_pairs
+from diffalign.data.unpaired import load_labelled
+from diffalign.diffusion.plan import PlanConfig
+from diffalign.models.weights import REFERENCE
+from diffalign.rollout.collect import Addresses, generate
+from diffalign.rollout.sampler import Route, ode_plan
+
+
+@pytest.fixture
+def spin(dpo):
+    def make(**changes):
+        plan = PlanConfig(preset="ode", num_steps=2)
+        return dpo(**{"losers": "reference", "plan": plan, "reference_steps": 2, "rollout_batch_size": 3} | changes)
+
+    return make
+
+
+def test_losers_are_images_of_the_reference_and_winners_the_liked_ones(spin, pairs):
+    trainer = DiffusionDPOTrainer(args=spin())
+    trainer.collect(0)
+    examples, model = trainer.examples, trainer.model
+    assert examples.latents.shape == (4, 2, *model.latent_shape())
+    data = load_pairs(pairs)
+    winners = [data[i].images[0 if data[i].label == 1 else 1].read() for i in range(len(data))]
+    assert [image.read() for image in (trainer.source.winners.data[i].image for i in range(12))] == winners
+    # The base draws them, with the noise of each example's number.
+    number = torch.arange(4)
+    addresses = Addresses(trainer.noise, "self play", 0, number, torch.zeros_like(number))
+    route = Route(ode_plan(2), model.levels(2), trainer.guidance)
+    conditioning = model.encode(examples.texts)
+    with model.using(REFERENCE):
+        ((_, expected),) = generate(model, route, conditioning, number, addresses, 4)
+        decoded = model.decode(examples.latents[:, 1])
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-4)
+
+
+def test_losers_follow_the_refreshed_reference(spin):
+    trainer = DiffusionDPOTrainer(args=spin(max_train_steps=2, learning_rate=1e-2))
+    trainer.collect(0)
+    before = trainer.examples.latents
+    for parameter in trainer.loop.parameters:
+        parameter.data += 0.01
+    trainer.collect(0)
+    assert torch.equal(trainer.examples.latents, before), "the policy draws none of them"
+    trainer.after_update(1, {"accuracy": 0.5})
+    trainer.collect(0)
+    assert torch.equal(trainer.examples.latents, before), "a refresh every two steps"
+    trainer.after_update(2, {"accuracy": 0.5})
+    trainer.collect(0)
+    assert torch.equal(trainer.examples.latents[:, 0], before[:, 0])
+    assert not torch.isclose(trainer.examples.latents[:, 1], before[:, 1]).all(-1).any()
+
+
+def test_it_trains(spin):
+    trainer = DiffusionDPOTrainer(args=spin(max_train_steps=3))
+    trainer.train()
+    assert any(p.abs().max() > 0 for n, p in trainer.model.raw_denoiser.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"loss": "kto", "reference_steps": 0}, "'kto' has none: use a loss of pairs with one"),
+        ({"loss": "mapo", "reference_steps": 0}, "'mapo' has none"),
+        ({"streaming": True}, "losers: reference learns from single images, which are not streamed"),
+        ({"train_data": (), "train_prompts": "x.txt", "rewards": {"shapes": 1.0}, "shared_start": False}, "give train"),
+    ],
+)
+def test_what_has_no_earlier_self_is_refused(spin, setting, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionDPOTrainer(args=spin(**setting))
+
+
+def test_pairs_are_no_winners_and_single_images_no_pairs(spin, dpo, pairs):
+    with pytest.raises(ValueError, match="losers: reference wants single images: pass what load_labelled gave"):
+        DiffusionDPOTrainer(args=spin(), train_dataset=load_pairs(pairs))
+    with pytest.raises(ValueError, match="loss 'dpo' wants pairs: pass what load_pairs gave"):
+        DiffusionDPOTrainer(args=dpo(), train_dataset=load_labelled(pairs))

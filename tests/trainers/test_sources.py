@@ -1,0 +1,121 @@
+"""A stream on several processes goes on where each of them was, whichever of them wrote the checkpoint."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+
+from diffalign import DiffusionDPOTrainer
+from diffalign.data.settings import PreferenceSettings
+from diffalign.data.stream import stream_pairs
+from diffalign.trainers.sources import StreamSource
+
+
+@dataclass
+class Process:
+    """What a source knows of accelerate, in a thread that stands for a process."""
+
+    process_index: int
+    everyone: list
+    barrier: threading.Barrier
+    num_processes: int = 2
+    device: str = "cpu"
+
+    def gather(self, own):
+        self.everyone[self.process_index] = own
+        self.barrier.wait(60)
+        together = torch.cat(self.everyone)
+        self.barrier.wait(60)
+        return together
+
+
+@pytest.fixture
+def files(pairs, tmp_path):
+    """Two files of six pairs; the second has a tie, so that its reader comes further in as many pairs."""
+    table = Dataset.from_parquet(str(pairs))
+    for number in (0, 1):
+        rows = [dict(table[i]) for i in range(6 * number, 6 * number + 6)]
+        if number:
+            rows[0]["label_0"] = rows[0]["label_1"] = 0.5
+        Dataset.from_list(rows).to_parquet(tmp_path / f"{number}.parquet")
+    return [tmp_path / f"{number}.parquet" for number in (0, 1)]
+
+
+class Keys:
+    """Stands for the framer."""
+
+    share = range(2)
+
+    def __call__(self, loaded, iteration):
+        return [load()[0].key for load in loaded]
+
+
+def take(files, first, last, cursors=None):
+    """What two processes read in iterations ``first`` to ``last``, of two pairs each, and the places after them."""
+    everyone, barrier = [None, None], threading.Barrier(2)
+
+    def one(rank):
+        process = Process(rank, everyone, barrier)
+        data = stream_pairs(*files, settings=PreferenceSettings(scan=0), rank=rank, world=2)
+        source = StreamSource(data, Keys(), process)
+        if cursors is not None:
+            source.resume(cursors)
+        return [source(i)[0] for i in range(first, last)], source.cursors
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, (0, 1)))
+
+
+def test_every_process_goes_on_at_its_own_place(files):
+    whole = take(files, 0, 4)
+    assert whole[0][1] == whole[1][1], "each process knows the places of all"
+    begun = take(files, 0, 2)
+    kept = json.loads(json.dumps(begun[0][1]))  # only the first process writes
+    assert kept[0] != kept[1]
+    rest = take(files, 2, 4, kept)
+    for rank in (0, 1):
+        assert begun[rank][0] + rest[rank][0] == whole[rank][0]
+        assert rest[rank][1] == whole[rank][1]
+
+
+def test_a_place_of_other_processes_is_refused(files):
+    kept = take(files, 0, 1)[0][1]
+    with pytest.raises(ValueError, match=r"a stream that 3 process.* cannot go on in 2: .* as many processes"):
+        take(files, 1, 2, [*kept, kept[0]])
+
+
+@pytest.mark.parametrize(("setting", "again"), [({}, False), ({"random_crop": True}, True)], ids=str)
+def test_a_sample_that_is_still_in_memory_is_not_read_again(dpo, setting, again):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, **setting))
+    data, read = trainer.source.data, []
+    load = data.load
+    data.load = lambda place: read.append(place) or load(place)
+    trainer.collect(0)
+    first, order = trainer.examples, list(read)
+    trainer.collect(1)
+    assert sorted(order) == list(range(12))
+    assert len(read) == (24 if again else 12)
+    # The second epoch has the same pairs in another order.
+    assert first.texts != trainer.examples.texts
+    known = {latents.flatten()[0].item(): i for i, latents in enumerate(first.latents)}
+    for latents, text in zip(trainer.examples.latents, trainer.examples.texts, strict=True):
+        place = known[latents.flatten()[0].item()]
+        assert torch.equal(latents, first.latents[place])
+        assert text == first.texts[place]
+
+
+def test_memory_keeps_no_more_than_its_share(dpo, monkeypatch):
+    trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12))
+    trainer.collect(0)
+    size = trainer.examples.latents[0].nbytes
+    monkeypatch.setattr("diffalign.trainers.examples.KEPT", 5 * size)
+    small = DiffusionDPOTrainer(args=dpo(num_pairs=12, output_dir=trainer.args.output_dir / "small"))
+    small.collect(0)
+    assert len(small.source.framer._rows) == 5
+    small.collect(1)
+    trainer.collect(1)
+    assert torch.equal(small.examples.latents, trainer.examples.latents)
