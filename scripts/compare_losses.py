@@ -60,8 +60,8 @@ def singles(loss: str, **changes: object) -> Variant:
     return pairs(loss, num_pairs=128, train_batch_size=128, **changes)
 
 
-# What is a function of the margin has a fortieth of the beta published for SD 1.5, as Diffusion-DPO has here (trial runs:
-# 500 ends at a third of the gain of 50); the rest has the published one.
+# What is a function of the margin has a fortieth of the beta published for SD 1.5, as Diffusion-DPO has here (in trial
+# runs 500 ends at a third of the gain of 50); the rest has the published one.
 VARIANTS: dict[str, Variant] = {
     "dpo": pairs("dpo", beta=50.0),
     "ipo": pairs("ipo", beta=62.5),
