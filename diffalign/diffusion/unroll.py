@@ -12,8 +12,9 @@ output(x) the long product of the denoiser's Jacobians.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from diffalign.structures import Level
 
 # (x, level, whether the call carries a gradient) -> output; the flag lets guidance differ on the gradient's path.
 Denoiser = Callable[[Tensor, Level, bool], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Course:
     def inverted(self) -> bool:
         """Whether it goes up, to more noise."""
         end = self.moves[0].end
-        return end is not None and end > -1 and end < self.start
+        return end is not None and end < self.start
 
     @property
     def states(self) -> tuple[int, ...]:
@@ -119,7 +121,7 @@ def unroll(
     *,
     parameterization: str,
     noise: Tensor | None = None,
-    truth: dict[int, Tensor] | None = None,
+    truth: Mapping[int, Tensor] | None = None,
     checkpointed: bool = False,
 ) -> Unrolled:
     """Runs the moves of ``course``.
@@ -149,7 +151,7 @@ def unroll(
     return Unrolled(x, tuple(calls), tuple(gaps))
 
 
-def _given(value: Tensor | None, name: str) -> Tensor:
+def _given(value: T | None, name: str) -> T:
     if value is None:
         raise ValueError(f"this course needs {name}: pass it")
     return value
@@ -193,11 +195,11 @@ def in_slices(loss: Callable[[Tensor, slice], Tensor], x: Tensor, size: int) -> 
 
     loss: returns a scalar. x: (B, ...). size: rows per slice, at least 1.
     """
-    leaf, total, gradients = x.detach().requires_grad_(), 0.0, []
+    total, gradients = x.new_zeros(()), list[Tensor]()
     for first in range(0, len(x), size):
         rows = slice(first, min(first + size, len(x)))
         with torch.enable_grad():
-            piece = leaf[rows].detach().requires_grad_()
+            piece = x[rows].detach().requires_grad_()
             part = loss(piece, rows)
         gradients += torch.autograd.grad(part, piece)
         total = total + part.detach()

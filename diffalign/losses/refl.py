@@ -41,6 +41,14 @@ def group(reward: Tensor, *, groups: Tensor) -> Tensor:
     return -(reward - mean) / torch.where(std > 1e-6, std, 1)
 
 
+def squared_distance(output: Tensor, goal: Tensor) -> Tensor:
+    """mean_d (output - goal)^2, with ``goal`` a constant: (B,), float32 or wider. It keeps a model as it was.
+
+    goal: (B, ...), the target of training on real images, or the reference's output for the same input.
+    """
+    return (widen(output) - widen(goal.detach())).square().flatten(1).mean(1)
+
+
 @dataclass(frozen=True)
 class RewardLoss:
     """A loss of rewards (B,), to (B,), float32 or wider. threshold, groups: whether it takes this argument."""
