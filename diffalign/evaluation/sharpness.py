@@ -16,7 +16,7 @@ def sharpness(score: Callable[[Tensor], Tensor], images: Tensor, step: float = S
     Reward that a model found in the images, and not in what they show, is lost in so small a step. The mean over images
     falls as held-out quality rises (RSA-FT); compare it with that of the base model's images.
 
-    score: images (B, 3, H, W), [0, 1], to (B,), differentiable, each by itself. images: of that kind; moved ones stay so.
+    score: images (B, 3, H, W), [0, 1], to (B,), differentiable, each by itself. images: of that kind, moved too.
 
     Departures from the paper: 1. the step is as long per pixel at any resolution, where the paper fixes the norm of an
     image's step.

@@ -40,9 +40,7 @@ class ReFLConfig(TrainerConfig):
     decode_slice: int = option(0, "images decoded and judged at once, with exact gradients; 0: those of a pass")
     decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while training; evaluations decode in float32")
     eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps")
-    base_share: float = option(
-        0.0, "of an evaluation's first steps, those of the base: ImageReFL's combined generation"
-    )
+    base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
     held_out: dict[str, float | RewardConfig] = option({}, "rewards that evaluations report and nothing trains on")
     sharpness_step: float = option(0.01, "of the sharpness alarm, in pixel values; 0 turns it off")
     alarm_factor: float = option(2.0, "the alarm rings where sharpness is so many times that of the base's images")
