@@ -72,7 +72,9 @@ class Trainer:
         self.check_batches(self.accelerator.num_processes)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         self.model.pipeline.to(self.accelerator.device)
-        self.model.plain_attention = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
+        # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
+        slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
+        self.model.plain_attention = slow and not args.gradient_checkpointing
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
         self.noise = Noise(args.seed)

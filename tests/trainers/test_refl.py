@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import FlowGRPOTrainer, LoraConfig, ReFLConfig, ReFLTrainer
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, LoraConfig, ReFLConfig, ReFLTrainer
 from diffalign.diffusion.recipe import PRESETS, RecipeConfig
-from diffalign.rewards.base import FunctionReward, get_reward
+from diffalign.rewards.base import REWARDS, FunctionReward, Registered, get_reward
+from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.checkpoint import load
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE, ROOT
@@ -246,8 +247,21 @@ def test_two_rewards_add_up_by_weight(refl, train_prompts):
 
 
 def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_prompts):
-    FlowGRPOTrainer(args=small(save_rollouts=True, max_train_steps=1), train_dataset=train_prompts).train()
+    """One buffer, written by Flow-GRPO: it replays there, makes pairs for DPO, and starts ReFL."""
+    writer = FlowGRPOTrainer(args=small(save_rollouts=True, max_train_steps=1), train_dataset=train_prompts)
+    writer.collect(0)
     folder = small().output_dir / "rollouts"
+    writer.rollout = dataclasses.replace(writer.rollout, buffer=RolloutBuffer.load(folder))
+    writer.before_first_update()
+    dpo = DiffusionDPOConfig(
+        model=str(PIPELINE),
+        max_sequence_length=16,
+        train_data=(str(folder),),
+        output_dir=folder.parent / "dpo",
+        num_pairs=2,
+        max_train_steps=1,
+    )
+    DiffusionDPOTrainer(args=dpo).train()
     args = refl("draft_1", train_rollouts=folder, num_groups=2, group_size=2, output_dir=folder.parent / "refl")
     trainer = trainer_of(args, None)
     trainer.collect(0)
@@ -286,19 +300,24 @@ def test_an_evaluation_tells_learning_from_hacking(refl, train_prompts):
     assert all(f"eval/{name}" in row for row in rows for name in names)
     assert rows[0]["eval/reference_distance"] == 0
     assert rows[-1]["eval/reference_distance"] > 0
-    # Redness is linear: its drop is the step times the root mean square of its slope, times the number of values.
-    assert rows[0]["eval/sharpness/redness"] == pytest.approx(0.01 * (1 / 3) * 1.5**0.5 * 2**0.5, rel=0.3)
+    # Redness is linear: its drop is the step times the number of values times the root mean square of its slope, which
+    # is 1 / HW in red and -1 / 2HW in green and blue.
+    assert rows[0]["eval/sharpness/redness"] == pytest.approx(0.01 * 3 * 0.5**0.5, rel=1e-3)
     assert (args.output_dir / "hacking.png").is_file()
 
 
-def test_early_stopping_ends_the_run_and_exports_the_best_weights(refl, train_prompts):
-    def darkness(images, prompts, metadata):
+def test_early_stopping_ends_the_run_and_exports_the_best_weights(refl, train_prompts, monkeypatch):
+    def blueness(images, prompts, metadata):
         return -redness(images, prompts, metadata)
 
-    args = refl("draft_1", eval_steps=1, early_stopping=2, max_train_steps=6, learning_rate=1e-2, watch="dark")
+    monkeypatch.setitem(
+        REWARDS, "blueness", Registered(lambda name: FunctionReward(name, blueness), {"name": "blueness"})
+    )
+    args = refl(
+        "draft_1", eval_steps=1, early_stopping=2, max_train_steps=6, learning_rate=1e-2, held_out={"blueness": 1.0}
+    )
     trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:2])
-    trainer.evaluation.rewards["dark"] = FunctionReward("dark", darkness)
-    with pytest.warns(UserWarning, match="dark fell"):
+    with pytest.warns(UserWarning, match="blueness fell"):
         trainer.train()
     assert trainer.loop.step == 2
     assert (args.output_dir / "checkpoint-2").is_dir()
