@@ -6,8 +6,8 @@
 
 The bare cost is that of the denoiser's calls without and with a backward pass, of decoding and judging with a backward
 pass, and of the optimizer, each measured alone at the same shapes and threads. Steps and bare parts alternate, and
-medians are compared, so that a busy machine slows both. Peak memory is measured in a fresh process for each saving, with
-all others off. Writes ``assets/results/bench_refl.json``.
+medians are compared, so that a busy machine slows both. Peak memory is that of a fresh process for each saving, the
+others off. Writes ``assets/results/bench_refl.json``.
 """
 
 from __future__ import annotations

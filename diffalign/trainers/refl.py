@@ -19,13 +19,12 @@ from torch import Tensor
 from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.parameterization import add_noise, target
 from diffalign.diffusion.recipe import draw
-from diffalign.diffusion.unroll import Course, Denoiser, Unrolled, in_slices, unroll
+from diffalign.diffusion.unroll import Course, Denoiser, Unrolled, unroll
 from diffalign.losses.leapalign import gap_weights
-from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss, squared_distance
-from diffalign.losses.srpo import relative_reward
+from diffalign.losses.refl import squared_distance
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
-from diffalign.rewards.base import Reward, RewardFunction, ask
+from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
@@ -33,6 +32,7 @@ from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.structures import Conditioning, Guidance, Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
+from diffalign.trainers.judging import Judge, Seen, thresholds
 from diffalign.trainers.refl_config import ReFLConfig
 from diffalign.trainers.starts import (
     Batch,
@@ -72,12 +72,11 @@ class ReFLTrainer(Trainer):
         args = named_model(args or ReFLConfig(), model)
         args.validate()
         given = args.rewards if reward_funcs is None else reward_funcs
-        self.rewards, self.reward_weights = reward_table(given, args.allow_reward_code)
+        self.rewards, weights = reward_table(given, args.allow_reward_code)
         check_differentiable(self.rewards)
-        args = args if reward_funcs is None else dataclasses.replace(args, rewards=self.reward_weights)
+        args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
         self.recipe = args.recipe.resolve()
-        self.reward_loss = get_reward_loss(self.recipe.reward_loss)
-        self.thresholds = thresholds(self.rewards, args.thresholds) if self.reward_loss.threshold else {}
+        bounds = thresholds(self.recipe, self.rewards, args.thresholds)
         prompts = None
         if not (args.train_rollouts or self.recipe.from_images):
             prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
@@ -93,6 +92,8 @@ class ReFLTrainer(Trainer):
         )
         if args.vae_checkpointing:
             self.model.pipeline.vae.enable_gradient_checkpointing()
+        size, dtype = args.decode_slice, args.decode_dtype
+        self.judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
         self.updates_per_iteration = 1
         self.levels = self.model.levels(self.recipe.num_steps, args.schedule)
         self.pictures = self._pictures(args.data)
@@ -234,22 +235,18 @@ class ReFLTrainer(Trainer):
 
     def _judged(self, found: Unrolled, batch: Batch, rows: Tensor, course: Course) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of the rewards, and their means."""
-        weight = self._weight(found, course).to(found.x)
-        seen: list[dict[str, Tensor]] = []
-
-        def loss(latents: Tensor, part: slice) -> Tensor:
-            losses, rewards = self._reward_loss(latents, batch, rows[part], course.inverted)
-            seen.append(rewards)
-            return (weight[part] * losses).sum() / len(rows)
-
-        size = self.args.decode_slice
-        total = in_slices(loss, found.x, size) if 0 < size < len(rows) else loss(found.x, slice(None))
-        rewards = {name: torch.cat([one[name] for one in seen]).mean() for name in self.rewards}
-        metrics = {f"reward/{name}": value for name, value in rewards.items()}
-        metrics["reward/mean"] = sum(self.reward_weights[name] * value for name, value in rewards.items())
+        chosen = rows.tolist()
+        seen = Seen(
+            found.x,
+            [batch.prompts[row] for row in chosen],
+            torch.tensor([batch.samples[row][0] for row in chosen]),
+            self._weight(found, course),
+            course.inverted,
+        )
+        loss, metrics = self.judge(seen)
         if found.gaps:
             metrics["gap"] = torch.stack(found.gaps).mean()
-        return total, metrics
+        return loss, metrics
 
     def _weight(self, found: Unrolled, course: Course) -> Tensor:
         """What each sample counts, (b,), a constant."""
@@ -257,33 +254,6 @@ class ReFLTrainer(Trainer):
         weight = found.x.new_full((len(found.x),), course.weight / scale)
         floor = self.recipe.gap_floor
         return weight if floor is None else weight * gap_weights(found.gaps, floor)
-
-    def _reward_loss(
-        self, latents: Tensor, batch: Batch, rows: Tensor, inverted: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of all rewards per sample, (b,), and each reward (b,), a constant."""
-        prompts = [batch.prompts[row] for row in rows.tolist()]
-        groups = torch.tensor([batch.samples[row][0] for row in rows.tolist()], device=latents.device)
-        dtype = self.args.decode_dtype
-        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.model.decode(latents)
-        losses, rewards = latents.new_zeros(len(latents)), {}
-        for name, reward in self.rewards.items():
-            value = self._reward(reward, images, prompts, inverted)
-            options: dict[str, Any] = {"threshold": self.thresholds[name]} if self.reward_loss.threshold else {}
-            options |= {"groups": groups} if self.reward_loss.groups else {}
-            losses = losses + self.reward_weights[name] * self.reward_loss.function(value, **options)
-            rewards[name] = value.detach()
-        return losses, rewards
-
-    def _reward(self, reward: Reward, images: Tensor, prompts: Sequence[Prompt], inverted: bool) -> Tensor:
-        """What a reward says, relative to control words where the recipe has some: (b,)."""
-        metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
-        if self.recipe.words is None:
-            return ask(reward, images, texts, metadata)[0]
-        words = reversed(self.recipe.words) if inverted else self.recipe.words
-        wanted, unwanted = (ask(reward, images, [f"{w} {text}" for text in texts], metadata)[0] for w in words)
-        return relative_reward(wanted, unwanted, self.recipe.word_weight)
 
     def _kept(self, found: Unrolled, batch: Batch, rows: Tensor) -> Tensor:
         """The regulariser, a mean over samples."""
@@ -361,16 +331,3 @@ class ReFLTrainer(Trainer):
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
                 "(check lora.targets), or learning_rate is too small for this precision"
             )
-
-
-def thresholds(rewards: Mapping[str, Reward], given: Mapping[str, float]) -> dict[str, float]:
-    """The threshold of each reward: as given, else as published. ValueError where one is missing, or for no reward."""
-    if unknown := [name for name in given if name not in rewards]:
-        raise ValueError(f"thresholds: {', '.join(unknown)} is none of the rewards {', '.join(rewards)}")
-    known = {name: given.get(name, PUBLISHED_THRESHOLDS.get(reward.name)) for name, reward in rewards.items()}
-    if missing := [name for name, value in known.items() if value is None]:
-        raise ValueError(
-            f"the loss needs a threshold of {', '.join(missing)}, in its units: write thresholds: {{{missing[0]}: 0.9}}"
-            ", somewhat above what the base scores, or recipe.reward_loss: negative"
-        )
-    return {name: value for name, value in known.items() if value is not None}
