@@ -42,7 +42,6 @@ from diffalign.trainers.starts import (
     Pictures,
     Starts,
     advance,
-    numbered,
     places,
 )
 from diffalign.trainers.watch import Watch
@@ -108,8 +107,9 @@ class ReFLTrainer(Trainer):
 
     def _pictures(self, settings: PreferenceSettings) -> Pictures | None:
         args = self.args
-        total = args.num_groups * args.group_size
-        return Pictures(args.train_images, settings, self.model, self.noise, total) if args.train_images else None
+        if not args.train_images:
+            return None
+        return Pictures(args.train_images, settings, self.model, self.noise, args.num_groups)
 
     def _starts(self, prompts: Sequence[Prompt] | None) -> Starts:
         args, recipe, shape = self.args, self.recipe, self.model.latent_shape()
@@ -119,7 +119,7 @@ class ReFLTrainer(Trainer):
             )
         if recipe.from_images:
             assert self.pictures is not None
-            return ImageStarts(self.pictures, args.group_size, self.levels, recipe.first)
+            return ImageStarts(self.pictures, self.levels, recipe.first)
         assert prompts is not None
         return NoiseStarts(prompts, args.num_groups, self.noise, shape)
 
@@ -267,12 +267,12 @@ class ReFLTrainer(Trainer):
         ).mean()
 
     def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The error of denoising as many real images, each at a level of its own: (b,)."""
+        """The error of denoising real images, one for each group and at a level for each sample: (b,)."""
         assert self.pictures is not None
         model = self.model
-        numbers = [numbered(batch.samples[row], self.args.group_size) for row in rows.tolist()]
-        latents, prompts, sizes = self.pictures(self.iteration, numbers)
-        addresses = [(self.iteration, number) for number in numbers]
+        samples = [batch.samples[row] for row in rows.tolist()]
+        latents, prompts, sizes = self.pictures(self.iteration, [group for group, _ in samples])
+        addresses = [(self.iteration, *sample) for sample in samples]
         drawn = [self.noise.generator("refl/time", *address).random() for address in addresses]
         level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
         noise = self.noise.normal_batch(latents.shape[1:], "refl/image", addresses).to(model.device)

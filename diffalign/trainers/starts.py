@@ -121,21 +121,16 @@ class Pictures:
 class ImageStarts:
     """Real images, noised to a level: ImageReFL (arXiv 2505.22569)."""
 
-    def __init__(self, pictures: Pictures, group_size: int, levels: Level, place: int) -> None:
-        self.pictures, self.group_size, self.levels, self.place = pictures, group_size, levels, place
+    def __init__(self, pictures: Pictures, levels: Level, place: int) -> None:
+        self.pictures, self.levels, self.place = pictures, levels, place
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
-        """An image per sample."""
-        latents, prompts, _ = self.pictures(iteration, [numbered(own, self.group_size) for own in samples])
+        """An image per group, a noise per sample."""
+        latents, prompts, _ = self.pictures(iteration, [group for group, _ in samples])
         noise = self.pictures.noise.normal_batch(
             latents.shape[1:], "refl/start", [(iteration, *own) for own in samples]
         )
         return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts)
-
-
-def numbered(sample: tuple[int, int], group_size: int) -> int:
-    """A sample's place among all of its iteration."""
-    return sample[0] * group_size + sample[1]
 
 
 def _order(count: int, wanted: int, iteration: int, noise: Noise, stream: str) -> list[int]:
