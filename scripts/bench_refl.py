@@ -186,11 +186,11 @@ def timed(config: Path, overrides: Sequence[str], repeats: int) -> dict[str, obj
     }
 
 
-def memory(config: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+def memory(config: Path, overrides: Sequence[str], savings: Sequence[str]) -> dict[str, dict[str, float]]:
     """Per saving, the peak of a process that takes one step, and how much the step added to it."""
     found = {}
-    for name, saving in SAVINGS.items():
-        options = [word for key, value in {**OFF, **saving}.items() for word in (f"--{key}", value)]
+    for name in savings:
+        options = [word for key, value in {**OFF, **SAVINGS[name]}.items() for word in (f"--{key}", value)]
         command = [sys.executable, __file__, "--config", str(config), "--one_step", *overrides, *options]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(output.splitlines()[-1])
@@ -212,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/refl/shapes.yaml")
     parser.add_argument("--presets", nargs="+", help="default: the configuration's own")
+    parser.add_argument("--savings", nargs="*", choices=list(SAVINGS), default=list(SAVINGS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--one_step", action="store_true", help="take one step and print the peak of memory")
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_refl.json")
@@ -227,7 +228,7 @@ def main() -> None:
         "device": device(),
         "repeats": own.repeats,
         "steps": {name: timed(own.config, options, own.repeats) for name, options in variants.items()},
-        "memory": {name: memory(own.config, options) for name, options in variants.items()},
+        "memory": {name: memory(own.config, options, own.savings) for name, options in variants.items()},
     }
     own.write.parent.mkdir(parents=True, exist_ok=True)
     own.write.write_text(json.dumps(result, indent=1) + "\n")

@@ -33,10 +33,10 @@ class Watch:
 
     rewards: the trained ones. held_out: names of those that are not.
 
-    Each evaluation adds ``reference_distance``, where the reference is at hand (full fine-tuning keeps one only for what
-    else needs it); ``sharpness/<reward>`` of the images shown; and ``alarm``, 1 where
-    sharpness is ``alarm_factor`` times that of the base, or trained rewards are above the base and the watched figure
-    is below it. With ``early_stopping`` the weights of the best evaluation are kept, and exported at the end.
+    Each evaluation adds ``reference_distance``, where there is a reference (full fine-tuning keeps none for it);
+    ``sharpness/<reward>`` of the images shown; and ``alarm``, 1 where sharpness is ``alarm_factor`` times that of the
+    base, or trained rewards are above the base and the watched figure is below it. With ``early_stopping`` the weights
+    of the best evaluation are kept, and exported at the end.
     """
 
     def __init__(self, trainer: ReFLTrainer, rewards: Mapping[str, Reward], held_out: Sequence[str]) -> None:
