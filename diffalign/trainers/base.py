@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from diffalign.config import save_yaml
@@ -67,6 +68,9 @@ class Trainer:
             mixed_precision=args.mixed_precision,
             log_with=tracker_names(args.report_to) or None,
             project_dir=args.output_dir,
+            # Processes may call the denoiser differently often in a pass, and would wait for each other's buffers,
+            # which are constants.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         check_world(self.accelerator.num_processes)
         self.check_batches(self.accelerator.num_processes)
