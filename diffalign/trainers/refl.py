@@ -87,7 +87,7 @@ class ReFLTrainer(Trainer):
             {**judges, **self.rewards, **held_out},
             eval_dataset,
             keep_reference=self.recipe.regulariser == "reference" or bool(args.base_share),
-            eval_batch_size=args.rollout_batch_size,
+            eval_batch_size=args.eval_batch_size,
         )
         if args.vae_checkpointing:
             self.model.pipeline.vae.enable_gradient_checkpointing()

@@ -39,6 +39,7 @@ class ReFLConfig(TrainerConfig):
     vae_checkpointing: bool = option(False, "gradient checkpointing of the VAE's decoder")
     decode_slice: int = option(0, "images decoded and judged at once, with exact gradients; 0: those of a pass")
     decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while training; evaluations decode in float32")
+    eval_batch_size: int = option(64, "images per forward pass of an evaluation")
     eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps")
     base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
     held_out: dict[str, float | RewardConfig] = option({}, "rewards that evaluations report and nothing trains on")
@@ -66,7 +67,7 @@ class ReFLConfig(TrainerConfig):
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""
         super().validate()
-        for name in ("num_groups", "group_size", "rollout_batch_size", "train_batch_size"):
+        for name in ("num_groups", "group_size", "rollout_batch_size", "train_batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("decode_slice", "sharpness_step", "early_stopping"):
