@@ -76,11 +76,12 @@ class Bench:
     def bare(self) -> dict[str, float]:
         """Seconds of the passes of the step just taken, each kind alone, times how often it was needed."""
         trainer = self.trainer
-        found = {"sampling": 0.0, "denoiser, recorded": 0.0, "decoding and judging": 0.0, "optimizer": 0.0}
+        kinds = ("sampling", "denoiser, recorded", "decoding and judging", "regulariser", "optimizer")
+        found = dict.fromkeys(kinds, 0.0)
         for batch in trainer.batches:
             count = len(batch.samples)
             passes = [len(range(count)[rows]) for rows in micro_batches(count, self.args.train_batch_size)]
-            steps = int(batch.buffer.step.max()) - self._first(batch)
+            steps = int(batch.buffer.step.max()) - trainer.recipe.first
             found["sampling"] += steps * self._timed(lambda b=batch, c=count: self._forward(b, c)) if steps else 0.0
             for course in batch.courses:
                 calls = len(course.moves)
@@ -90,11 +91,12 @@ class Bench:
                     found["sampling"] += free * self._timed(lambda b=batch, s=size: self._forward(b, s)) if free else 0
                     found["denoiser, recorded"] += recorded * self._timed(lambda b=batch, s=size: self._backward(b, s))
                     found["decoding and judging"] += self._timed(lambda b=batch, s=size: self._judge(b, s))
+                    if trainer.recipe.regulariser == "reference":
+                        found["regulariser"] += recorded * self._timed(lambda b=batch, s=size: self._forward(b, s))
+                    elif trainer.recipe.regulariser == "pretraining":
+                        found["regulariser"] += self._timed(lambda b=batch, s=size: self._backward(b, s))
         found["optimizer"] = self._timed(self._optimizer)
         return found
-
-    def _first(self, batch: Batch) -> int:
-        return self.trainer.recipe.first
 
     def _timed(self, call: Callable[[], object]) -> float:
         begun = self._now()

@@ -161,8 +161,8 @@ class Trainer:
         return figures
 
     def export(self, folder: Path) -> None:
-        """A LoRA as it is now, averaged where weights are averaged; full weights are in the checkpoint already."""
-        if self.model.has_adapter:
+        """What is trained as it is now, averaged where it is averaged; full weights are in the checkpoint already."""
+        if self.model.has_adapter or self.model.negative is not None:
             with self.model.using(self.report.weight_set):
                 self.model.save(folder)
 

@@ -103,7 +103,10 @@ class ReFLTrainer(Trainer):
         """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
         if not self.recipe.negative:
             return super().prepare(keep_reference)
-        return Loop(self, self.model.train_negative(), self.args, self.accelerator)
+        loop = Loop(self, self.model.train_negative(), self.args, self.accelerator)
+        # For its precision: what does not train needs no wrapper that shares gradients.
+        self.model.denoiser = self.accelerator.prepare_model(self.model.raw_denoiser, evaluation_mode=True)
+        return loop
 
     def _pictures(self, settings: PreferenceSettings) -> Pictures | None:
         args = self.args

@@ -136,6 +136,7 @@ OPTIONS = [
     {"preset": "draft_1", "recipe": {"reward_loss": "group"}, "group_size": 2},
     {"preset": "draft_1", "recipe": {"reward_loss": "distance"}},
     {"preset": "leapalign", "guidance_scale": 2.0},
+    {"preset": "reneg", "mixed_precision": "bf16", "checkpointing_steps": 1, "ema_decay": 0.9},
     {"preset": "draft_k", "lora": LoraConfig(rank=0), "learning_rate": 1e-4, "decode_precision": "bf16"},
     {"preset": "drtune", "mixed_precision": "bf16", "ema_decay": 0.9, "gradient_checkpointing": True},
 ]
