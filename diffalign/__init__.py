@@ -10,7 +10,14 @@ from diffalign.evaluation.score import score_images
 from diffalign.models import DiffusionModel, LoraConfig, load_model
 from diffalign.rewards import get_reward, register
 from diffalign.structures import Prompt
-from diffalign.trainers import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOConfig, FlowGRPOTrainer
+from diffalign.trainers import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    ReFLConfig,
+    ReFLTrainer,
+)
 
 __version__ = "0.1.0"
 
@@ -22,6 +29,8 @@ __all__ = [
     "FlowGRPOTrainer",
     "LoraConfig",
     "Prompt",
+    "ReFLConfig",
+    "ReFLTrainer",
     "get_reward",
     "load_model",
     "register",

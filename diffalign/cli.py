@@ -24,10 +24,13 @@ from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.flow_grpo import FlowGRPOTrainer
 from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
+from diffalign.trainers.refl import ReFLTrainer
+from diffalign.trainers.refl_config import ReFLConfig
 
 TRAINERS: dict[str, tuple[type, type]] = {
     "diffusion_dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
     "flow_grpo": (FlowGRPOConfig, FlowGRPOTrainer),
+    "refl": (ReFLConfig, ReFLTrainer),
 }
 USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...]
        diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity

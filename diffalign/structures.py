@@ -104,11 +104,13 @@ class Conditioning:
 class Guidance:
     """Classifier-free guidance: output = negative + scale * (positive - negative).
 
-    ``negative`` has one row, shared by every sample. Scale 1 needs no negative and costs one evaluation.
+    ``negative`` has one row, shared by every sample. Scale 1 needs no negative and costs one evaluation. ``detached``:
+    the negative output is a constant, which halves the memory of the gradient's path.
     """
 
     scale: float = 1.0
     negative: Conditioning | None = None
+    detached: bool = False
 
     @property
     def active(self) -> bool:

@@ -30,10 +30,10 @@ def pipeline_class(model):
 
 
 def training_texts(args):
-    """Of prompts, or of preference data."""
+    """Of prompts, or of images with captions."""
     if args.train_prompts:
         return {p.text for p in load_prompts(args.train_prompts)}
-    data = load_pairs(*args.train_data, settings=args.data)
+    data = load_pairs(*getattr(args, "train_data", ()) or args.train_images, settings=args.data)
     return {data[i].prompt.text for i in range(len(data))}
 
 
@@ -44,6 +44,7 @@ def test_training_config_resolves(path, monkeypatch):
     args.validate()
     assert pipeline_class(args.model) in FAMILIES
     build_rewards(args.rewards)
+    build_rewards(getattr(args, "held_out", {}))
     assert all(get_reward(name) for name in args.eval_rewards)
     if args.model in HUB:
         return  # the prompts of real models are the user's own

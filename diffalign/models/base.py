@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
+from diffalign.models.negative import NegativePrompt
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.structures import Conditioning, Guidance, Level
 
@@ -50,6 +51,7 @@ class DiffusionModel(ABC):
         self.denoiser = self.raw_denoiser
         self.dtype = next(self.raw_denoiser.parameters()).dtype
         self.has_adapter = False
+        self.negative: NegativePrompt | None = None
         # To be set for training in bfloat16 on a CPU: the backward pass of its fused attention takes ten times as long
         # as plain matrix products.
         self.plain_attention = False
@@ -128,15 +130,21 @@ class DiffusionModel(ABC):
     def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
         """The denoiser's output, guided: (B, C, h, w), float32 or wider.
 
-        level: fields () or (B,). Guidance doubles the batch of one call instead of making two.
+        level: fields () or (B,). Guidance doubles the batch of one call instead of making two, unless its negative is
+        detached and gradients are recorded.
         """
         time = level.time.to(x.device, torch.float32, non_blocking=True).expand(len(x))
         with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
             if guidance is None or not guidance.active:
                 return self.evaluate(x, time, conditioning)
             negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
-            both = Conditioning.cat([negative, conditioning])
-            against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+            if guidance.detached and torch.is_grad_enabled():
+                with torch.no_grad():
+                    against = self.evaluate(x, time, negative)
+                towards = self.evaluate(x, time, conditioning)
+            else:
+                both = Conditioning.cat([negative, conditioning])
+                against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return against + guidance.scale * (towards - against)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -175,13 +183,22 @@ class DiffusionModel(ABC):
         if keep_reference and not self.has_adapter:
             self.weights.keep_copy(REFERENCE)
 
+    def train_negative(self) -> NegativePrompt:
+        """Makes a negative prompt trainable, and nothing else: from ``unconditional`` on, which is the reference."""
+        self.negative = NegativePrompt(self.unconditional()).to(self.device)
+        self.weights = WeightSets(self.negative, has_adapter=False)
+        self.weights.keep_copy(REFERENCE)
+        return self.negative
+
     def using(self, name: str) -> AbstractContextManager[None]:
         """A context in which the denoiser has the weights of set ``name``: "policy", "reference", "ema", ..."""
         return self.weights.using(name)
 
     def save(self, directory: Path) -> Path:
-        """Writes the current weights as plain diffusers loads them: a LoRA file, or a folder of full weights."""
+        """Writes what is trained as plain diffusers loads it: a LoRA file, full weights, or a negative prompt."""
         directory.mkdir(parents=True, exist_ok=True)
+        if self.negative is not None:
+            return self.negative.save(directory)
         if self.has_adapter:
             return lora.export(self.pipeline, self.denoiser_name, directory)
         self.raw_denoiser.save_pretrained(directory / self.denoiser_name)

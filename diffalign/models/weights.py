@@ -35,6 +35,11 @@ class WeightSets:
             raise ValueError(f"weight set {name!r} does not match the trainable parameters in number and shape")
         self._sets[name] = tensors
 
+    @property
+    def names(self) -> list[str]:
+        """The sets that ``using`` knows."""
+        return [POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]
+
     def keep_copy(self, name: str) -> None:
         """Names a frozen copy of the weights as they are now: the reference of full fine-tuning."""
         self.add(name, [p.detach().clone() for p in self.trainable])
@@ -61,8 +66,7 @@ class WeightSets:
             with _adapters_off(self.module):
                 yield
         else:
-            known = [POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]
-            raise ValueError(f"unknown weight set {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown weight set {name!r}; known: {', '.join(self.names)}")
 
 
 @contextmanager

@@ -75,9 +75,13 @@ class RolloutBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         means: bool = False,
+        steps: Sequence[int] | None = None,
     ) -> RolloutBuffer:
-        """An empty buffer for B samples; ``group`` and ``sample`` are (B,), on the CPU."""
-        steps = torch.tensor(stored_steps(plan))
+        """An empty buffer for B samples; ``group`` and ``sample`` are (B,), on the CPU.
+
+        steps: the level indices at which nodes are kept, ascending; default: ``stored_steps``.
+        """
+        steps = torch.tensor(stored_steps(plan) if steps is None else list(steps))
         per_sample, count = len(steps), len(group)
         rows = torch.arange(count * per_sample)
         step = steps.repeat(count)

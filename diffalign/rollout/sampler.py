@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from diffalign.diffusion.parameterization import to_x0
 from diffalign.diffusion.plan import Plan, Row
 from diffalign.diffusion.steps import dpmpp_2m, step
 from diffalign.models import DiffusionModel
+from diffalign.models.weights import REFERENCE
 from diffalign.structures import Conditioning, Guidance, Level, StepResult
 
 Observer = Callable[[int, StepResult], None]
@@ -25,6 +27,8 @@ class Route:
     plan: Plan
     levels: Level
     guidance: Guidance | None = None
+    # Of the first steps, how many the reference makes: ImageReFL's combined generation (arXiv 2505.22569).
+    base_steps: int = 0
 
     def __post_init__(self) -> None:
         """ValueError for a plan that branches: rollouts are chains so far, and would ignore it."""
@@ -69,7 +73,8 @@ def sample(
     for index in range(len(route.plan)) if steps is None else steps:
         row = route.plan.rows[index]
         level, next_level = route.levels[index], route.levels[index + 1]
-        output = model.predict(x, level, conditioning, route.guidance)
+        with model.using(REFERENCE) if index < route.base_steps else nullcontext():
+            output = model.predict(x, level, conditioning, route.guidance)
         if row.solver == "dpmpp_2m":
             result = dpmpp_2m(
                 x,

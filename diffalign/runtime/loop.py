@@ -32,6 +32,7 @@ class Task(Protocol):
     """What a trainer gives to the loop."""
 
     updates_per_iteration: int
+    done: bool
 
     def collect(self, iteration: int) -> Metrics:
         """Prepares the data of an iteration; returns what to log of it."""
@@ -108,7 +109,7 @@ class Loop:
             self._evaluate()
         bar = tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
                    disable=not self.accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
-        while self.step < self.args.max_train_steps:
+        while self.step < self.args.max_train_steps and not self.task.done:
             self._iterate(bar)
         bar.close()
         self.task.finish()
@@ -136,7 +137,7 @@ class Loop:
         last = self.step >= self.args.max_train_steps
         if last or crossed(before, self.step, self.args.eval_steps):
             self._evaluate()
-        if last or crossed(before, self.step, self.args.checkpointing_steps):
+        if last or self.task.done or crossed(before, self.step, self.args.checkpointing_steps):
             self.save()
 
     def _update(self, micros: Sequence[Micro]) -> Metrics:

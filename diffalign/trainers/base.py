@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from diffalign.config import save_yaml
@@ -48,6 +49,7 @@ class Trainer:
     """
 
     name: ClassVar[str]
+    done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
 
     def __init__(
         self,
@@ -66,19 +68,22 @@ class Trainer:
             mixed_precision=args.mixed_precision,
             log_with=tracker_names(args.report_to) or None,
             project_dir=args.output_dir,
+            # Processes may call the denoiser differently often in a pass, and would wait for each other's buffers,
+            # which are constants.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         check_world(self.accelerator.num_processes)
         self.check_batches(self.accelerator.num_processes)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         self.model.pipeline.to(self.accelerator.device)
-        self.model.plain_attention = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
-        self.model.train(args.lora, seed=args.seed, keep_reference=keep_reference)
+        # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
+        slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
+        self.model.plain_attention = slow and not args.gradient_checkpointing
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
         self.noise = Noise(args.seed)
         self.encoded = EncodedPrompts(self.model)
-        self.loop = Loop(self, self.model.raw_denoiser, args, self.accelerator)
-        self.model.denoiser = self.loop.module
+        self.loop = self.prepare(keep_reference)
         if self.loop.ema is not None:
             self.model.weights.add(EMA_SET, self.loop.ema.shadow)
         self.report = Report(self.model, args, self.name, EMA_SET if self.loop.ema else POLICY)
@@ -92,6 +97,13 @@ class Trainer:
             batch_size=eval_batch_size,
         )
 
+    def prepare(self, keep_reference: bool) -> Loop:
+        """Makes the denoiser trainable, and the loop that trains it."""
+        self.model.train(self.args.lora, seed=self.args.seed, keep_reference=keep_reference)
+        loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
+        self.model.denoiser = loop.module
+        return loop
+
     def _load(self) -> DiffusionModel:
         args = self.args
         return load_model(args.model, max_sequence_length=args.max_sequence_length, resolution=args.resolution)
@@ -104,6 +116,11 @@ class Trainer:
         """That of every sampling."""
         scale = self.args.guidance_scale
         return Guidance(scale, self.encoded.empty if scale != 1 else None)
+
+    @property
+    def eval_base_steps(self) -> int:
+        """How many steps of an evaluation's sampling the reference makes."""
+        return 0
 
     @property
     def eval_levels(self) -> Level:
@@ -138,14 +155,14 @@ class Trainer:
         if not self.eval_prompts:
             return {}
         with self.model.using(self.report.weight_set):
-            figures, shown = self.evaluation.run(self.eval_levels, self.guidance)
+            figures, shown = self.evaluation.run(self.eval_levels, self.guidance, self.eval_base_steps)
         if self.accelerator.is_main_process:
             self.report.picture(step, shown)
         return figures
 
     def export(self, folder: Path) -> None:
-        """A LoRA as it is now, averaged where weights are averaged; full weights are in the checkpoint already."""
-        if self.model.has_adapter:
+        """What is trained as it is now, averaged where it is averaged; full weights are in the checkpoint already."""
+        if self.model.has_adapter or self.model.negative is not None:
             with self.model.using(self.report.weight_set):
                 self.model.save(folder)
 

@@ -64,8 +64,8 @@ class Evaluation:
         self.prompts = [prompts[i] for i in self.index]
         self.per_prompt, self.batch_size = images_per_prompt, batch_size
 
-    def run(self, levels: Level, guidance: Guidance) -> tuple[dict[str, float], Shown]:
-        """Figures of the weights in use, over all processes, and what to show of them.
+    def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
+        """Figures of the weights in use, over all processes, and what to show of them. base_steps: see ``Route``.
 
         ``accuracy`` is the mean of the first reward, also by task where prompts carry a "tag"; then the mean of each
         reward, and ``diversity``, the pairwise distance within a prompt.
@@ -73,7 +73,7 @@ class Evaluation:
         prompts = [p for p in self.prompts for _ in range(self.per_prompt)]
         place = torch.arange(len(prompts))
         own, sample = place // self.per_prompt, place % self.per_prompt
-        images = self._images(levels, guidance, own, sample)
+        images = self._images(Route(ode_plan(len(levels) - 1), levels, guidance, base_steps), own, sample)
         found = score(self.rewards, images, prompts)
         scores = {name: found[name] for name in self.rewards}
         rows = [
@@ -95,8 +95,7 @@ class Evaluation:
         )
         return summary(shown), shown
 
-    def _images(self, levels: Level, guidance: Guidance, own: Tensor, sample: Tensor) -> Tensor:
-        route = Route(ode_plan(len(levels) - 1), levels, guidance)
+    def _images(self, route: Route, own: Tensor, sample: Tensor) -> Tensor:
         conditioning = self.encoded([p.text for p in self.prompts])
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
         addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, torch.tensor(self.index)[own], sample)

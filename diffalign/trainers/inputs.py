@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from diffalign.data.prompts import load_prompts
-from diffalign.rewards.base import Reward, get_reward, needs_groups
+from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.settings import build_rewards
 from diffalign.structures import Prompt
 
@@ -33,6 +34,26 @@ def evaluation_rewards(
     """
     alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
     return {name: rewards.get(name) or get_reward(name, allow_code) for name in names} or alone
+
+
+def check_differentiable(rewards: Mapping[str, Reward]) -> None:
+    """ValueError where no gradient reaches the images through a reward; it names those through which one does."""
+    if blind := [name for name, reward in rewards.items() if not reward.differentiable]:
+        raise ValueError(
+            f"{', '.join(blind)}: no gradient reaches an image through it. Differentiable: "
+            f"{', '.join(differentiable_names())}; a function of your own that is: "
+            "FunctionReward(name, function, differentiable=True)"
+        )
+
+
+def differentiable_names() -> list[str]:
+    """The registered rewards that carry a gradient; those that cannot be made without options are left out."""
+    found = []
+    for name in names():
+        with suppress(ValueError, ImportError):
+            if registered(name).make().differentiable:
+                found.append(name)
+    return found
 
 
 def check_groups(rewards: Mapping[str, Reward], num_groups: int, processes: int) -> None:

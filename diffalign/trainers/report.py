@@ -34,6 +34,14 @@ denoiser = {denoiser}.from_pretrained("{folder}/{component}")
 pipe = DiffusionPipeline.from_pretrained("{model}", {component}=denoiser)
 image = pipe("{prompt}").images[0]
 """
+NEGATIVE_SNIPPET = """
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = DiffusionPipeline.from_pretrained("{model}")
+negative = load_file("{folder}/negative_prompt.safetensors")
+image = pipe("{prompt}", **negative).images[0]
+"""
 
 
 class Report:
@@ -105,9 +113,15 @@ class Report:
             }
         )
 
+    @property
+    def _snippet(self) -> str:
+        if self.model.negative is not None:
+            return NEGATIVE_SNIPPET
+        return SNIPPET if self.model.has_adapter else FULL_SNIPPET
+
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
         prompt = self.shown.texts[-1] if self.shown else "..."
-        snippet = (SNIPPET if self.model.has_adapter else FULL_SNIPPET).format(
+        snippet = self._snippet.format(
             model=self.args.model,
             folder=self.folder,
             prompt=prompt,

@@ -1,7 +1,8 @@
-"""Twelve preference pairs, and small runs on them."""
+"""What the tests of trainers share: twelve preference pairs, and small runs."""
 
 import io
 import random
+from functools import partial
 
 import pytest
 from datasets import Dataset
@@ -11,6 +12,7 @@ from diffalign import DiffusionDPOConfig, LoraConfig
 from diffalign.shapes import caption, render, scene_for
 from diffalign.shapes.captions import neighbours
 from tests.conftest import PIPELINE
+from tests.trainers.made_refl import config
 
 
 def png(image):
@@ -66,3 +68,9 @@ def dpo(tmp_path, pairs):
         return DiffusionDPOConfig(**(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def refl(tmp_path):
+    """A configuration of ReFL, of a preset; see ``made_refl.config``."""
+    return partial(config, tmp_path)

@@ -1,0 +1,270 @@
+"""Which recipe of direct reward gradients: every published one is a row of a table, and every cell can be overridden.
+
+A recipe says which calls of a sampling carry the gradient and what the reward sees; ``draw`` turns it into courses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from diffalign.diffusion.unroll import Course, Move
+
+SEES = ("sample", "predicted", "recovered", "straight_through")
+CHOICES = ("last", "spaced", "random")
+GUIDANCES = ("off", "detached", "full")
+REGULARISERS = ("none", "pretraining", "reference")
+Integers = Callable[[int, int], int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A point of the grid that the published methods are points of. Shares are of the sampling's steps, in [0, 1].
+
+    sees: "sample", the end of the sampling; "predicted", x0 as predicted where it stops; "recovered", a finished sample
+        that was noised, moved one step and freed of the known noise; "straight_through", the end of the sampling with
+        the gradient of leaps over it.
+    choice: which calls carry a gradient: the "last", evenly "spaced" ones, or "random" ones (those of leaps).
+    gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
+        is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``Course``.
+    copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
+    invert: every other course goes up, with the control words swapped. discount, discount_inverted: weights of a loss
+        at the first and the last step, linear between them.
+    from_images: begins at real images, noised to the share ``image_start``, not at noise.
+    guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
+        the guidance scale, by which a gradient is otherwise larger.
+    reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
+        denoising real images; "reference", the squared distance of recorded outputs from the reference's.
+    words, word_weight: control words of SRPO, wanted and unwanted, and its k. gap_floor: LeapAlign's tau, None without
+        its weights. negative: whether a negative prompt is trained, not the denoiser.
+    """
+
+    num_steps: int = 10
+    sees: str = "predicted"
+    choice: str = "last"
+    gradient_steps: int = 1
+    truncate: bool = False
+    window: tuple[float, float] = (0.0, 1.0)
+    through: float = 1.0
+    copies: int = 0
+    invert: bool = False
+    discount: tuple[float, float] = (1.0, 1.0)
+    discount_inverted: tuple[float, float] = (1.0, 1.0)
+    from_images: bool = False
+    image_start: float = 0.0
+    guidance: str = "full"
+    compensate: bool = False
+    reward_loss: str = "negative"
+    regulariser: str = "none"
+    regulariser_weight: float = 1.0
+    words: tuple[str, str] | None = None
+    word_weight: float = 0.0
+    gap_floor: float | None = None
+    negative: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for what is no recipe, or says something that nothing would read."""
+        for name, known in (("sees", SEES), ("choice", CHOICES), ("guidance", GUIDANCES)):
+            _one_of(f"recipe.{name}", getattr(self, name), known)
+        _one_of("recipe.regulariser", self.regulariser, REGULARISERS)
+        low, high = self.window
+        for wrong, message in (
+            (self.num_steps < 2, f"num_steps must be at least 2, got {self.num_steps}"),
+            (not 0 <= low < high <= 1, f"window is two shares, the lower first, got {low}, {high}"),
+            (not 0 <= self.through <= 1, f"through is a share in [0, 1], got {self.through}"),
+            (not 0 <= self.image_start < 1, f"image_start is a share in [0, 1), got {self.image_start}"),
+            (not 0 <= self.gradient_steps <= self.num_steps, f"gradient_steps lies in 0..{self.num_steps}"),
+            (self.copies < 0, f"copies must be 0 or more, got {self.copies}"),
+            (self.regulariser_weight < 0, f"regulariser_weight must be 0 or more, got {self.regulariser_weight}"),
+            (self.gap_floor is not None and not self.gap_floor > 0, f"gap_floor must be positive: {self.gap_floor}"),
+            (
+                self.sees == "predicted" and self.copies > 0,
+                "copies are of finished samples: see sample or recovered, or make copies 0",
+            ),
+            (self.sees == "recovered" and not self.copies, "recovered needs at least one of copies"),
+            ((self.choice == "random") != (self.sees == "straight_through"), "random steps go with straight_through"),
+            (self.invert and not self.words, "inverted steps need control words to swap: give words"),
+            (self.invert and self.sees != "recovered", "only what sees recovered can be inverted"),
+            (self.gap_floor is not None and self.sees != "straight_through", "gap_floor goes with straight_through"),
+            (self.from_images and self.image_start >= high, "the window lies before image_start: move one of them"),
+            (
+                self.from_images and self.sees in ("recovered", "straight_through"),
+                "images are noised to image_start: see sample or predicted",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"recipe: {message}")
+
+    @property
+    def first(self) -> int:
+        """The place of the level at which samplings begin."""
+        return math.floor(self.image_start * self.num_steps) if self.from_images else 0
+
+    @property
+    def places(self) -> range:
+        """The places that the window holds: steps at which a call may be made."""
+        low, high = self.window
+        return range(
+            max(self.first, min(math.floor(low * self.num_steps + 1e-9), self.num_steps - 1)),
+            min(self.num_steps, math.ceil(high * self.num_steps - 1e-9)),
+        )
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+# The last 10 of 40 steps.
+LATE = {"window": (0.75, 1.0)}
+RECOVERED = {"sees": "recovered", "copies": 1, "guidance": "off", "reward_loss": "hinge"}
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2304.05977, algorithm 1, where the reward has a weight of 1e-3 beside the loss of images; its code has the
+    # reward alone, which is "refl_script".
+    "refl": {
+        **LATE,
+        "guidance": "off",
+        "reward_loss": "hinge",
+        "regulariser": "pretraining",
+        "regulariser_weight": 1000.0,
+    },
+    "refl_script": {**LATE, "guidance": "off", "reward_loss": "hinge"},
+    # arXiv 2309.17400. Departure: the gradients of draft_lv are averaged, not added.
+    "draft_1": {"sees": "sample"},
+    "draft_k": {"sees": "sample", "gradient_steps": 5},
+    "draft_lv": {"sees": "sample", "copies": 2},
+    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c| is "distance".
+    "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
+    # arXiv 2405.00760: detached inputs, an early stop in the last 40 %.
+    "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
+    # arXiv 2505.22569.
+    "imagerefl": {
+        **LATE,
+        "from_images": True,
+        "image_start": 0.75,
+        "regulariser": "pretraining",
+        "regulariser_weight": 0.01,
+    },
+    # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO.
+    "direct_align": RECOVERED,
+    "srpo": {
+        **RECOVERED,
+        "invert": True,
+        "words": ("Realistic photo.", "CG render."),
+        "discount": (0.1, 0.25),
+        "discount_inverted": (0.3, 0.01),
+    },
+    # arXiv 2604.15311: two leaps, and weights by how far they miss.
+    "leapalign": {
+        "sees": "straight_through",
+        "choice": "random",
+        "gradient_steps": 2,
+        "through": 0.3,
+        "guidance": "detached",
+        "reward_loss": "hinge",
+        "gap_floor": 0.1,
+    },
+    # arXiv 2412.19637.
+    "reneg": {**LATE, "negative": True},
+}
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """A preset and what is to differ from it: None stands for the preset's own. See ``Recipe``."""
+
+    preset: str = "refl"
+    num_steps: int = 10
+    sees: str | None = None
+    choice: str | None = None
+    gradient_steps: int | None = None
+    truncate: bool | None = None
+    window: tuple[float, float] | None = None
+    through: float | None = None
+    copies: int | None = None
+    invert: bool | None = None
+    discount: tuple[float, float] | None = None
+    discount_inverted: tuple[float, float] | None = None
+    from_images: bool | None = None
+    image_start: float | None = None
+    guidance: str | None = None
+    compensate: bool | None = None
+    reward_loss: str | None = None
+    regulariser: str | None = None
+    regulariser_weight: float | None = None
+    words: tuple[str, str] | None = None
+    word_weight: float | None = None
+    gap_floor: float | None = None
+    negative: bool | None = None
+
+    def resolve(self) -> Recipe:
+        """The recipe. ValueError: an unknown preset, or a recipe that is none."""
+        _one_of("recipe.preset", self.preset, tuple(PRESETS))
+        given = {option.name: getattr(self, option.name) for option in fields(self)[1:]}
+        return Recipe(**{**PRESETS[self.preset], **{n: value for n, value in given.items() if value is not None}})
+
+
+def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
+    """The courses of one batch of samples: a function of its arguments.
+
+    integers(low, high): a draw from [low, high). iteration: tells whose turn it is to be inverted.
+    """
+    return DRAWS[recipe.sees](recipe, iteration, integers)
+
+
+def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
+    """The sampling itself, to its end or to where it stops; its last calls, or some of them, carry the gradient."""
+    predicted = recipe.sees == "predicted"
+    stop = integers(recipe.places.start, recipe.places.stop) if predicted else recipe.num_steps - 1
+    calls = range(recipe.first, stop + 1)
+    count = recipe.gradient_steps or len(calls)
+    count = min(integers(1, count + 1) if recipe.truncate else count, len(calls))
+    chosen = spaced(calls, count) if recipe.choice == "spaced" else calls[-count:]
+    moves = tuple(
+        Move(place, None if predicted and place == stop else place + 1, place in chosen)
+        for place in range(chosen[0], stop + 1)
+    )
+    course = Course(moves, recipe.through)
+    return (course, *(replace(course, renoised=True),) * recipe.copies)
+
+
+def spaced(calls: range, count: int) -> list[int]:
+    """``count`` of the calls, evenly spaced, the last among them."""
+    return [calls[(number + 1) * len(calls) // count - 1] for number in range(count)]
+
+
+def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
+    """One step from any level: down, or up where it is inverted, to a level that is not pure noise."""
+    found = []
+    for number in range(recipe.copies):
+        up = recipe.invert and (iteration * recipe.copies + number) % 2 == 1
+        place = integers(max(recipe.places.start, 2), recipe.num_steps) if up else integers(*_ends(recipe.places))
+        low, high = recipe.discount_inverted if up else recipe.discount
+        weight = low + (high - low) * place / (recipe.num_steps - 1)
+        move = Move(place, place - 1 if up else place + 1)
+        found.append(Course((move,), recipe.through, renoised=True, recovered=True, weight=weight))
+    return tuple(found)
+
+
+def _leaps(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
+    """Random places, and leaps from each to the next, the last one to the end of the sampling."""
+    left = list(recipe.places)
+    count = min(recipe.gradient_steps or len(left), len(left))
+    chosen = sorted(left.pop(integers(0, len(left))) for _ in range(count))
+    ends = [*chosen[1:], recipe.num_steps]
+    moves = tuple(Move(start, end) for start, end in zip(chosen, ends, strict=True))
+    return (Course(moves, recipe.through, straight=True),)
+
+
+def _ends(places: range) -> tuple[int, int]:
+    return places.start, places.stop
+
+
+DRAWS: dict[str, Callable[[Recipe, int, Integers], tuple[Course, ...]]] = {
+    "sample": _chain,
+    "predicted": _chain,
+    "recovered": _known_noise,
+    "straight_through": _leaps,
+}

@@ -1,0 +1,76 @@
+"""ReFL (arXiv 2304.05977) and its relatives: what is minimised of a reward that carries a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.diffusion.parameterization import widen
+
+
+def hinge(reward: Tensor, *, threshold: float) -> Tensor:
+    """relu(c - r): ReFL. No gradient beyond the threshold, where a reward is more likely to be fooled."""
+    return F.relu(threshold - widen(reward))
+
+
+def negative(reward: Tensor) -> Tensor:
+    """-r: DRaFT (arXiv 2309.17400)."""
+    return -widen(reward)
+
+
+def distance(reward: Tensor, *, threshold: float) -> Tensor:
+    """|r - c|: AlignProp (arXiv 2310.03739)."""
+    return (widen(reward) - threshold).abs()
+
+
+def group(reward: Tensor, *, groups: Tensor) -> Tensor:
+    """-(r - mean) / std, both of the reward's group and constants: prompts that are easy weigh no more than others.
+
+    groups: (B,) integers; a group whose rewards are all the same is divided by 1.
+    """
+    reward = widen(reward)
+    same = (groups[:, None] == groups[None]).to(reward)
+    share = same / same.sum(1, keepdim=True)
+    fixed = reward.detach()
+    mean = share @ fixed
+    std = (share @ fixed.square() - mean.square()).clamp(min=0).sqrt()
+    return -(reward - mean) / torch.where(std > 1e-6, std, 1)
+
+
+def squared_distance(output: Tensor, goal: Tensor) -> Tensor:
+    """mean_d (output - goal)^2, with ``goal`` a constant: (B,), float32 or wider. It keeps a model as it was.
+
+    goal: (B, ...), the target of training on real images, or the reference's output for the same input.
+    """
+    return (widen(output) - widen(goal.detach())).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """A loss of rewards (B,), to (B,), float32 or wider. threshold, groups: whether it takes this argument."""
+
+    function: Callable[..., Tensor]
+    threshold: bool = False
+    groups: bool = False
+
+
+REWARD_LOSSES: dict[str, RewardLoss] = {
+    "hinge": RewardLoss(hinge, threshold=True),
+    "negative": RewardLoss(negative),
+    "distance": RewardLoss(distance, threshold=True),
+    "group": RewardLoss(group, groups=True),
+}
+
+# Of the hinge, as published: ImageReward's by ReFL, HPSv2.1's by LeapAlign. In the units of the registered rewards.
+PUBLISHED_THRESHOLDS: dict[str, float] = {"image_reward": 2.0, "hpsv2.1": 0.55}
+
+
+def get_reward_loss(name: str) -> RewardLoss:
+    """By its name. ValueError for an unknown one."""
+    if name not in REWARD_LOSSES:
+        raise ValueError(f"unknown reward loss {name!r}; known: {', '.join(REWARD_LOSSES)}")
+    return REWARD_LOSSES[name]

@@ -1,0 +1,336 @@
+"""ReFL (arXiv 2304.05977) and its relatives: a reward's own gradient, through the image, into the denoiser.
+
+An optimizer step takes ``num_groups`` prompts and ``group_size`` images of each. Batches of them are sampled without
+gradients to a place that the recipe draws; from there a few calls of the denoiser are recorded, their end is decoded
+and judged, and the gradient comes back. Which calls, and what is judged, is a row of ``diffusion.recipe.PRESETS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.data.settings import PreferenceSettings
+from diffalign.diffusion.parameterization import add_noise, target
+from diffalign.diffusion.recipe import draw
+from diffalign.diffusion.unroll import Course, Denoiser, Unrolled, unroll
+from diffalign.losses.leapalign import gap_weights
+from diffalign.losses.refl import squared_distance
+from diffalign.models import DiffusionModel
+from diffalign.models.weights import REFERENCE
+from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.settings import build_rewards
+from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.sampler import Route, micro_batches, ode_plan
+from diffalign.runtime.loop import Loop, Metrics, Micro
+from diffalign.structures import Conditioning, Guidance, Level, Prompt
+from diffalign.trainers.base import Trainer, named_model
+from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
+from diffalign.trainers.judging import Judge, Seen, thresholds
+from diffalign.trainers.refl_config import ReFLConfig
+from diffalign.trainers.starts import (
+    Batch,
+    BufferStarts,
+    ImageStarts,
+    NoiseStarts,
+    Pictures,
+    Starts,
+    advance,
+    places,
+)
+from diffalign.trainers.watch import Watch
+
+
+class ReFLTrainer(Trainer):
+    """Trains a model on the gradient of rewards.
+
+    model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
+    reward_funcs: differentiable rewards; as for ``FlowGRPOTrainer``. train_dataset, eval_dataset: lists of ``Prompt``;
+        default: the files that ``args`` names.
+
+    ValueError or FileNotFoundError before any work where something is missing or does not fit.
+    """
+
+    name = "refl"
+    args: ReFLConfig
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionModel | None = None,
+        args: ReFLConfig | None = None,
+        reward_funcs: str | RewardFunction | Reward | Sequence | Mapping[str, float] | None = None,
+        train_dataset: Sequence[Prompt] | None = None,
+        eval_dataset: Sequence[Prompt] | None = None,
+    ) -> None:
+        args = named_model(args or ReFLConfig(), model)
+        args.validate()
+        given = args.rewards if reward_funcs is None else reward_funcs
+        self.rewards, weights = reward_table(given, args.allow_reward_code)
+        check_differentiable(self.rewards)
+        args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
+        self.recipe = args.recipe.resolve()
+        bounds = thresholds(self.recipe, self.rewards, args.thresholds)
+        prompts = None
+        if not (args.train_rollouts or self.recipe.from_images):
+            prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
+        held_out, _ = build_rewards(args.held_out, args.allow_reward_code)
+        judges = evaluation_rewards(args.eval_rewards, self.rewards, args.allow_reward_code)
+        super().__init__(
+            model,
+            args,
+            {**judges, **self.rewards, **held_out},
+            eval_dataset,
+            keep_reference=self.recipe.regulariser == "reference" or bool(args.base_share),
+            eval_batch_size=args.eval_batch_size,
+        )
+        if args.vae_checkpointing:
+            self.model.pipeline.vae.enable_gradient_checkpointing()
+        size, dtype = args.decode_slice, args.decode_dtype
+        self.judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
+        self.updates_per_iteration = 1
+        self.levels = self.model.levels(self.recipe.num_steps, args.schedule)
+        self.pictures = self._pictures(args.data)
+        self.starts = self._starts(prompts)
+        self.watch = Watch(self, self.rewards, list(held_out))
+
+    def prepare(self, keep_reference: bool) -> Loop:
+        """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
+        if not self.recipe.negative:
+            return super().prepare(keep_reference)
+        loop = Loop(self, self.model.train_negative(), self.args, self.accelerator)
+        # For its precision: what does not train needs no wrapper that shares gradients.
+        self.model.denoiser = self.accelerator.prepare_model(self.model.raw_denoiser, evaluation_mode=True)
+        return loop
+
+    def _pictures(self, settings: PreferenceSettings) -> Pictures | None:
+        args = self.args
+        if not args.train_images:
+            return None
+        return Pictures(args.train_images, settings, self.model, self.noise, args.num_groups)
+
+    def _starts(self, prompts: Sequence[Prompt] | None) -> Starts:
+        args, recipe, shape = self.args, self.recipe, self.model.latent_shape()
+        if args.train_rollouts:
+            return BufferStarts(
+                args.train_rollouts, args.num_groups, args.group_size, self.noise, shape, recipe.num_steps
+            )
+        if recipe.from_images:
+            assert self.pictures is not None
+            return ImageStarts(self.pictures, self.levels, recipe.first)
+        assert prompts is not None
+        return NoiseStarts(prompts, args.num_groups, self.noise, shape)
+
+    def check_batches(self, processes: int) -> None:
+        """ValueError where images or groups do not divide over the processes."""
+        self.args.validate_batches(processes)
+
+    # Guidance -------------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance(self) -> Guidance:
+        """That of every sampling, with the negative prompt as it is now where one is trained."""
+        if self.model.negative is None:
+            return super().guidance
+        return Guidance(self.args.guidance_scale, self.model.negative.conditioning(self.loop.module()))
+
+    @property
+    def taught_guidance(self) -> Guidance | None:
+        """That of recorded calls."""
+        if self.recipe.guidance == "off":
+            return None
+        return dataclasses.replace(self.guidance, detached=self.recipe.guidance == "detached")
+
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
+        """The model as ``unroll`` calls it."""
+        plain, taught = self.guidance, self.taught_guidance
+        return lambda x, level, gradient: self.model.predict(x, level, conditioning, taught if gradient else plain)
+
+    # Sampling -------------------------------------------------------------------------------------------------------
+
+    @property
+    def eval_levels(self) -> Level:
+        """Those of ``eval_num_steps``, else of the recipe."""
+        return self.model.levels(self.args.eval_num_steps or self.recipe.num_steps, self.args.schedule)
+
+    @property
+    def eval_base_steps(self) -> int:
+        """Those of ``base_share``."""
+        return round(self.args.base_share * (len(self.eval_levels) - 1))
+
+    def collect(self, iteration: int) -> Metrics:
+        """Samples this process's images as far as their courses need."""
+        begun, args = time.perf_counter(), self.args
+        share = args.num_groups * args.group_size // self.accelerator.num_processes
+        first = share * self.accelerator.process_index
+        own = [divmod(first + place, args.group_size) for place in range(share)]
+        self.iteration = iteration
+        self.batches = [self._batch(iteration, own[rows]) for rows in micro_batches(share, args.rollout_batch_size)]
+        return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
+
+    def _batch(self, iteration: int, samples: Sequence[tuple[int, int]]) -> Batch:
+        generator = self.noise.generator("refl/course", iteration, *samples[0])
+        courses = draw(self.recipe, iteration, lambda low, high: int(generator.integers(low, high)))
+        kept = places(courses, self.recipe.num_steps)
+        start = self.starts(iteration, samples, kept[0])
+        conditioning = self.encoded([prompt.text for prompt in start.prompts])
+        plan = ode_plan(self.recipe.num_steps)
+        group, member = torch.tensor(samples).T
+        buffer = RolloutBuffer.allocate(
+            plan, group, member, start.prompts, start.x.shape[1:], device=self.model.device, steps=kept
+        )
+        advance(self.model, Route(plan, self.levels, self.guidance), conditioning, start, buffer)
+        return Batch(courses, samples, start.prompts, conditioning, buffer)
+
+    # Update ---------------------------------------------------------------------------------------------------------
+
+    def updates(self, iteration: int) -> Iterator[list[Micro]]:
+        """One update: a pass per course and part of a batch."""
+        total = sum(len(batch.samples) for batch in self.batches)
+        yield [
+            self._micro(batch, torch.arange(len(batch.samples))[rows], course, total)
+            for batch in self.batches
+            for rows in micro_batches(len(batch.samples), self.args.train_batch_size)
+            for course in range(len(batch.courses))
+        ]
+
+    def _micro(self, batch: Batch, rows: Tensor, course: int, total: int) -> Micro:
+        scale = len(rows) / (total * len(batch.courses))
+        return lambda: self._loss(batch, rows, course, scale)
+
+    def _loss(self, batch: Batch, rows: Tensor, number: int, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of some samples on one course, and metrics."""
+        course = batch.courses[number]
+        found = self.unrolled(batch, rows, number)
+        loss, metrics = self._judged(found, batch, rows, course)
+        if self.recipe.regulariser != "none":
+            kept = self._kept(found, batch, rows)
+            metrics["regulariser"] = kept.detach()
+            loss = loss + self.recipe.regulariser_weight * kept
+        return loss * scale, metrics
+
+    def unrolled(self, batch: Batch, rows: Tensor, number: int) -> Unrolled:
+        """Some samples on course ``number`` of their batch."""
+        course, steps = batch.courses[number], self.recipe.num_steps
+        start = batch.state(rows, steps if course.renoised else course.start)
+        noise = self._known_noise(batch, rows, number).to(start) if course.renoised else None
+        return unroll(
+            self.denoiser(batch.conditioning[rows]),
+            course,
+            self.levels,
+            start,
+            parameterization=self.model.parameterization,
+            noise=noise,
+            truth={place: batch.state(rows, place) for place in course.states} if course.straight else None,
+            checkpointed=self.args.step_checkpointing,
+        )
+
+    def _known_noise(self, batch: Batch, rows: Tensor, number: int) -> Tensor:
+        addresses = [(self.iteration, *batch.samples[row], number) for row in rows.tolist()]
+        return self.noise.normal_batch(self.model.latent_shape(), "refl/known", addresses)
+
+    # Losses ---------------------------------------------------------------------------------------------------------
+
+    def _judged(self, found: Unrolled, batch: Batch, rows: Tensor, course: Course) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the rewards, and their means."""
+        chosen = rows.tolist()
+        seen = Seen(
+            found.x,
+            [batch.prompts[row] for row in chosen],
+            torch.tensor([batch.samples[row][0] for row in chosen]),
+            self._weight(found, course),
+            course.inverted,
+        )
+        loss, metrics = self.judge(seen)
+        if found.gaps:
+            metrics["gap"] = torch.stack(found.gaps).mean()
+        return loss, metrics
+
+    def _weight(self, found: Unrolled, course: Course) -> Tensor:
+        """What each sample counts, (b,), a constant."""
+        scale = self.args.guidance_scale if self.recipe.compensate else 1.0
+        weight = found.x.new_full((len(found.x),), course.weight / scale)
+        floor = self.recipe.gap_floor
+        return weight if floor is None else weight * gap_weights(found.gaps, floor)
+
+    def _kept(self, found: Unrolled, batch: Batch, rows: Tensor) -> Tensor:
+        """The regulariser, a mean over samples."""
+        if self.recipe.regulariser == "pretraining":
+            return self._pretraining(batch, rows).mean()
+        with torch.no_grad(), self.model.using(REFERENCE):
+            reference = self.denoiser(batch.conditioning[rows])
+            outputs = [reference(call.x, call.level, True) for call in found.calls]
+        return torch.stack(
+            [squared_distance(call.output, other).mean() for call, other in zip(found.calls, outputs, strict=True)]
+        ).mean()
+
+    def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
+        """The error of denoising real images, one for each group and at a level for each sample: (b,)."""
+        assert self.pictures is not None
+        model = self.model
+        samples = [batch.samples[row] for row in rows.tolist()]
+        latents, prompts, sizes = self.pictures(self.iteration, [group for group, _ in samples])
+        addresses = [(self.iteration, *sample) for sample in samples]
+        drawn = [self.noise.generator("refl/time", *address).random() for address in addresses]
+        level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
+        noise = self.noise.normal_batch(latents.shape[1:], "refl/image", addresses).to(model.device)
+        latents = latents.to(model.device)
+        told = [
+            torch.tensor([getattr(size, name) for size in sizes])
+            for name in ("original_size", "crop_top_left", "target_size")
+        ]
+        conditioning = model.with_sizes(self.encoded([prompt.text for prompt in prompts]), *told)
+        output = model.predict(add_noise(latents, noise, level), level, conditioning)
+        return squared_distance(output, target(model.parameterization, latents, noise, level))
+
+    # Watching it ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> Metrics:
+        """Held-out figures, and what tells learning from hacking."""
+        figures = super().evaluate(step)
+        return {**figures, **self.watch(step, figures)} if figures else {}
+
+    def after_update(self, step: int, metrics: Metrics) -> None:
+        """Keeps whether there was a gradient."""
+        self.moved = metrics["grad_norm"] > 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is watched."""
+        return self.watch.state()
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave."""
+        self.watch.restore(tensors, plain)
+
+    def finish(self) -> None:
+        """Exports the best weights where early stopping kept some, and draws what was watched."""
+        if self.watch.use_best():
+            super().evaluate(self.watch.best_step)  # so that the card tells of the weights beside it
+        super().finish()
+        if self.accelerator.is_main_process and self.eval_prompts:
+            self.watch.draw()
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _output(self) -> Tensor:
+        batch, rows = self.tracked, torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
+        return self.unrolled(batch, rows, 0).calls[0].output
+
+    def before_first_update(self) -> None:
+        """What the denoiser says while its weights have not moved."""
+        self.tracked = self.batches[0]
+        self.first_output = self._output()
+
+    def after_first_update(self) -> None:
+        """The canary: an update with a gradient must have changed what the denoiser says."""
+        if torch.equal(self._output(), self.first_output) and self.moved:
+            raise RuntimeError(
+                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
+                "(check lora.targets), or learning_rate is too small for this precision"
+            )

@@ -1,0 +1,241 @@
+"""What an optimizer step of a recipe costs against the bare passes that its maths needs, and what each saving saves.
+
+    python scripts/bench_refl.py                                         # the configuration of the embedded world
+    python scripts/bench_refl.py --config my.yaml --repeats 9            # any run; fields as for training
+    python scripts/bench_refl.py --presets draft_1 drtune                # several recipes, one after the other
+
+The bare cost is that of the denoiser's calls without and with a backward pass, of decoding and judging with a backward
+pass, and of the optimizer, each measured alone at the same shapes and threads. Steps and bare parts alternate, and
+medians are compared, so that a busy machine slows both. Peak memory is that of a fresh process for each saving, the
+others off. Writes ``assets/results/bench_refl.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from diffalign import ReFLConfig, ReFLTrainer
+from diffalign.cli import use_all_cores
+from diffalign.config import parse
+from diffalign.rewards.base import ask
+from diffalign.rollout.sampler import micro_batches
+from diffalign.trainers.starts import Batch
+
+ROOT = Path(__file__).parents[1]
+OFF = {
+    "gradient_checkpointing": "false",
+    "step_checkpointing": "false",
+    "vae_checkpointing": "false",
+    "decode_slice": "0",
+}
+SAVINGS: dict[str, dict[str, str]] = {
+    "none": {},
+    "gradient_checkpointing": {"gradient_checkpointing": "true"},
+    "step_checkpointing": {"step_checkpointing": "true"},
+    "vae_checkpointing": {"vae_checkpointing": "true"},
+    "decode_slice 1": {"decode_slice": "1"},
+    "train_batch_size 1": {"train_batch_size": "1"},
+}
+
+
+class Bench:
+    """Times a trainer's steps, and the passes that no implementation could leave out."""
+
+    def __init__(self, trainer: ReFLTrainer) -> None:
+        self.trainer, self.args, self.step = trainer, trainer.args, 0
+        self.whole()  # a first step warms everything up
+        self.image = trainer.model.decode(self._latents(self.trainer.batches[0], 1)).detach()
+
+    def whole(self) -> float:
+        """Seconds of a step, its prompts encoded before: a run does that once for each of them."""
+        trainer = self.trainer
+        iteration = self.step
+        if hasattr(trainer.starts, "prompts"):
+            share = range(self.args.num_groups)
+            start = trainer.starts(iteration, [(group, 0) for group in share], 0)
+            trainer.encoded([prompt.text for prompt in start.prompts])
+        begun = self._now()
+        trainer.collect(iteration)
+        for micros in trainer.updates(iteration):
+            trainer.loop._update(micros)
+        self.step += 1
+        return self._now() - begun
+
+    def bare(self) -> dict[str, float]:
+        """Seconds of the passes of the step just taken, each kind alone, times how often it was needed."""
+        trainer = self.trainer
+        kinds = ("sampling", "denoiser, recorded", "decoding and judging", "regulariser", "optimizer")
+        found = dict.fromkeys(kinds, 0.0)
+        for batch in trainer.batches:
+            count = len(batch.samples)
+            passes = [len(range(count)[rows]) for rows in micro_batches(count, self.args.train_batch_size)]
+            steps = int(batch.buffer.step.max()) - trainer.recipe.first
+            found["sampling"] += steps * self._timed(lambda b=batch, c=count: self._forward(b, c)) if steps else 0.0
+            for course in batch.courses:
+                calls = len(course.moves)
+                recorded = sum(move.gradient for move in course.moves)
+                for size in passes:
+                    free = calls - recorded
+                    found["sampling"] += free * self._timed(lambda b=batch, s=size: self._forward(b, s)) if free else 0
+                    found["denoiser, recorded"] += recorded * self._timed(lambda b=batch, s=size: self._backward(b, s))
+                    found["decoding and judging"] += self._timed(lambda b=batch, s=size: self._judge(b, s))
+                    if trainer.recipe.regulariser == "reference":
+                        found["regulariser"] += recorded * self._timed(lambda b=batch, s=size: self._forward(b, s))
+                    elif trainer.recipe.regulariser == "pretraining":
+                        found["regulariser"] += self._timed(lambda b=batch, s=size: self._backward(b, s))
+        found["optimizer"] = self._timed(self._optimizer)
+        return found
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        begun = self._now()
+        call()
+        return self._now() - begun
+
+    def _now(self) -> float:
+        if self.trainer.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _latents(self, batch: Batch, count: int) -> torch.Tensor:
+        return batch.state(torch.arange(count), int(batch.buffer.step.max()))
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch, count: int) -> None:
+        level = self.trainer.levels[self.trainer.recipe.num_steps // 2]
+        guidance = self.trainer.guidance
+        self.trainer.model.predict(
+            self._latents(batch, count), level, batch.conditioning[torch.arange(count)], guidance
+        )
+
+    def _backward(self, batch: Batch, count: int) -> None:
+        trainer = self.trainer
+        level = trainer.levels[trainer.recipe.num_steps // 2]
+        # An input with a gradient, where the course passes it on: the backward pass is longer then.
+        x = self._latents(batch, count).requires_grad_(
+            trainer.recipe.through > 0 and trainer.recipe.gradient_steps != 1
+        )
+        conditioning = batch.conditioning[torch.arange(count)]
+        output = trainer.model.predict(x, level, conditioning, trainer.taught_guidance)
+        trainer.accelerator.backward(output.square().mean())
+
+    def _judge(self, batch: Batch, count: int) -> None:
+        trainer = self.trainer
+        latents = self._latents(batch, count).requires_grad_()
+        images = trainer.model.decode(latents)
+        prompts = batch.prompts[:count]
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        total = latents.new_zeros(())
+        for reward in trainer.rewards.values():
+            for text in trainer.recipe.words or ("",):
+                total = total + ask(reward, images, [f"{text} {t}" for t in texts], metadata)[0].sum()
+        torch.autograd.grad(total, latents)
+
+    def _optimizer(self) -> None:
+        loop = self.trainer.loop
+        loop.accelerator.clip_grad_norm_(loop.parameters, self.args.max_grad_norm)
+        loop.optimizer.step()
+        if loop.ema is not None:
+            loop.ema.update()
+        loop.optimizer.zero_grad(set_to_none=True)
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * (1 if platform.system() == "Darwin" else 1024) / 2**30
+
+
+def trainer_of(config: Path, overrides: Sequence[str], folder: str) -> ReFLTrainer:
+    return ReFLTrainer(args=parse(ReFLConfig, ["--config", str(config), *overrides, "--output_dir", folder]))
+
+
+def timed(config: Path, overrides: Sequence[str], repeats: int) -> dict[str, object]:
+    """Seconds per step against its parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(trainer_of(config, overrides, folder))
+        wholes, bares = [], []
+        for _ in range(repeats):
+            wholes.append(bench.whole())
+            bares.append(bench.bare())
+    ratios = [whole / sum(bare.values()) for whole, bare in zip(wholes, bares, strict=True)]
+    seconds = statistics.median(wholes)
+    args = bench.args
+    return {
+        "seconds_per_step": seconds,
+        "steps_per_second": 1 / seconds,
+        "images_per_second": args.num_groups * args.group_size / seconds,
+        "bare_seconds": {name: statistics.median(bare[name] for bare in bares) for name in bares[0]},
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def memory(config: Path, overrides: Sequence[str], savings: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Per saving, the peak of a process that takes one step, and how much the step added to it."""
+    found = {}
+    for name in savings:
+        options = [word for key, value in {**OFF, **SAVINGS[name]}.items() for word in (f"--{key}", value)]
+        command = [sys.executable, __file__, "--config", str(config), "--one_step", *overrides, *options]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[name] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def one_step(config: Path, overrides: Sequence[str]) -> None:
+    """Takes one step and prints the peak."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(config, overrides, folder)
+        trainer.collect(0)
+        before = peak_memory()
+        (micros,) = trainer.updates(0)
+        trainer.loop._update(micros)
+        print(json.dumps({"peak_gib": peak_memory(), "step_gib": peak_memory() - before}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/refl/shapes.yaml")
+    parser.add_argument("--presets", nargs="+", help="default: the configuration's own")
+    parser.add_argument("--savings", nargs="*", choices=list(SAVINGS), default=list(SAVINGS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--one_step", action="store_true", help="take one step and print the peak of memory")
+    parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_refl.json")
+    own, overrides = parser.parse_known_args()
+    use_all_cores()
+    if own.one_step:
+        one_step(own.config, overrides)
+        return
+    variants = {p: [*overrides, "--recipe.preset", p] for p in own.presets} if own.presets else {"own": overrides}
+    result: dict[str, object] = {
+        "config": own.config.name,
+        "overrides": overrides,
+        "device": device(),
+        "repeats": own.repeats,
+        "steps": {name: timed(own.config, options, own.repeats) for name, options in variants.items()},
+        "memory": {name: memory(own.config, options, own.savings) for name, options in variants.items()},
+    }
+    own.write.parent.mkdir(parents=True, exist_ok=True)
+    own.write.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

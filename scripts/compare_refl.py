@@ -1,0 +1,283 @@
+"""What each recipe of direct reward gradients gains on the embedded world, and what it costs: one table, one picture.
+
+    python scripts/compare_refl.py                                   # all presets; hours, goes on where it stopped
+    python scripts/compare_refl.py --variants draft_1 drtune         # some of them
+    python scripts/compare_refl.py --judge vqascore                  # another judge trains, the rest are held out
+    python scripts/compare_refl.py --draw                            # the table and the picture of what is finished
+
+Every run takes as many images as the others. Its learning rate is tuned: the best held-out reward, not the verifier, of
+three factors on the first seed, which then runs with the other seeds too. ``--jobs`` runs go side by side, each on its
+share of the cores. Writes ``assets/results/refl.csv`` (a line per run) and ``assets/pictures/refl.png``: the trained
+reward, a held-out one and the verifier's accuracy, as changes, with a mark where an alarm rang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from diffalign.config import load_yaml
+from diffalign.runtime.tracking import MetricsLog
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs/refl"
+CSV = ROOT / "assets/results/refl.csv"
+PICTURE = ROOT / "assets/pictures/refl.png"
+STEPS = 150
+FACTORS = (0.5, 1.0, 2.0)
+JUDGES: dict[str, dict[str, object]] = {
+    "pickscore": {"path": "assets/judges/pickscore", "tokenizer": "assets/judges/pickscore"},
+    "hpsv2.1": {"path": "assets/judges/hps"},
+    "vqascore": {
+        "path": "assets/judges/vqascore",
+        "tokenizer": "assets/judges/vqascore",
+        "answer": "yes_no",
+        "precision": "no",
+    },
+}
+THRESHOLDS = {"pickscore": 16.0, "hpsv2.1": 0.9, "vqascore": 1.0}
+
+# Variant -> its configuration, and what differs from it.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "refl": ("shapes_published", {}),
+    "refl_script": ("shapes_leapalign", {"recipe.preset": "refl_script"}),
+    "draft_1": ("shapes", {"recipe.preset": "draft_1"}),
+    "draft_k": ("shapes", {"recipe.preset": "draft_k"}),
+    "draft_lv": ("shapes", {"recipe.preset": "draft_lv"}),
+    "alignprop": ("shapes", {"recipe.preset": "alignprop"}),
+    "drtune": ("shapes", {}),
+    "drtune, regularised": ("shapes", {"recipe.regulariser": "reference", "recipe.regulariser_weight": 10.0}),
+    "imagerefl": ("shapes_imagerefl", {}),
+    "direct_align": ("shapes_leapalign", {"recipe.preset": "direct_align"}),
+    "srpo": ("shapes_srpo", {}),
+    "leapalign": ("shapes_leapalign", {}),
+    "reneg": ("shapes_reneg", {}),
+}
+FIGURES = ("accuracy", *JUDGES, "diversity", "reference_distance")
+COLUMNS = ("variant", "judge", "factor", "learning_rate", "seed", "images", "minutes", "peak_memory_gib", "alarms",
+           "sharpness_ratio", *(f"{name}/{when}" for name in FIGURES for when in ("base", "tuned")))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one variant."""
+
+    variant: str
+    judge: str
+    factor: float
+    seed: int
+
+    @property
+    def config(self) -> Path:
+        return CONFIGS / f"{VARIANTS[self.variant][0]}.yaml"
+
+    @property
+    def learning_rate(self) -> float:
+        return float(load_yaml(self.config)["learning_rate"]) * self.factor
+
+    def folder(self, root: Path) -> Path:
+        name = f"{self.variant}-{self.judge}-{self.factor:g}-{self.seed}"
+        return root / name.replace(" ", "_").replace(",", "")
+
+    def command(self, root: Path) -> list[str]:
+        config = load_yaml(self.config)
+        others = {name: {"options": options} for name, options in JUDGES.items() if name != self.judge}
+        images = config["num_groups"] * config.get("group_size", 1)
+        changes: dict[str, object] = {
+            **VARIANTS[self.variant][1],
+            "rewards": json.dumps({self.judge: {"options": JUDGES[self.judge]}}),
+            "held_out": json.dumps(others),
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "output_dir": self.folder(root),
+            "max_train_steps": STEPS,
+            "eval_steps": STEPS // 3,
+            "checkpointing_steps": 0,
+        }
+        assert images == 64, f"{self.config} takes {images} images per step, the others 64"
+        if "thresholds" in config:
+            changes["thresholds"] = json.dumps({self.judge: THRESHOLDS[self.judge]})
+        options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+        return [sys.executable, str(ROOT / "scripts/train_refl.py"), "--config", str(self.config), *options]
+
+    def done(self, root: Path) -> bool:
+        """This script's own file, written after all others."""
+        return (self.folder(root) / "cost.json").is_file()
+
+    def train(self, root: Path, cores: Sequence[int], log: Path) -> int:
+        """Runs it on these cores; returns its exit code, and keeps its time and its peak of memory."""
+        begun = time.perf_counter()
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self.command(root),
+                stdout=file,
+                stderr=file,
+                cwd=ROOT,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            cost = {"seconds": time.perf_counter() - begun, "peak_memory_gib": usage.ru_maxrss / 2**20}
+            (self.folder(root) / "cost.json").write_text(json.dumps(cost) + "\n")
+        return code
+
+    def row(self, root: Path) -> dict[str, object]:
+        folder = self.folder(root)
+        rows = MetricsLog.read(folder / "metrics.jsonl")
+        found = [row for row in rows if "eval/accuracy" in row]
+        base, tuned = found[0], found[-1]
+        seconds = sum(row["time/collect"] + row["time/update"] for row in rows if "time/update" in row)
+        config = load_yaml(folder / "config.yaml")
+        sharp = f"eval/sharpness/{self.judge}"
+        head = {
+            "variant": self.variant,
+            "judge": self.judge,
+            "factor": self.factor,
+            "learning_rate": float(f"{self.learning_rate:.3g}"),
+            "seed": self.seed,
+            "images": tuned["step"] * config["num_groups"] * config["group_size"],
+            "minutes": round(seconds / 60, 2),
+            "peak_memory_gib": round(json.loads((folder / "cost.json").read_text())["peak_memory_gib"], 3),
+            "alarms": sum(bool(row["eval/alarm"]) for row in found),
+            "sharpness_ratio": tuned[sharp] / base[sharp],
+        }
+        ends = {"base": base, "tuned": tuned}
+        return head | {f"{n}/{when}": row.get(f"eval/{n}") for n in FIGURES for when, row in ends.items()}
+
+
+def chosen_by(row: dict[str, object]) -> float:
+    """What a learning rate is chosen by: the held-out judges' gain, each in units of what it scores on the base."""
+    names = [name for name in JUDGES if name != row["judge"]]
+    return statistics.mean((row[f"{n}/tuned"] - row[f"{n}/base"]) / abs(row[f"{n}/base"]) for n in names)
+
+
+def best_factor(root: Path, variant: str, judge: str, seed: int) -> float:
+    return max(FACTORS, key=lambda factor: chosen_by(Run(variant, judge, factor, seed).row(root)))
+
+
+def work(runs: Sequence[Run], root: Path, jobs: int) -> None:
+    """Trains those that are not done, ``jobs`` at a time. RuntimeError: one failed; its log says why."""
+    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    for run in runs:
+        if not run.done(root):
+            waiting.put(run)
+    failed: list[str] = []
+    cores = sorted(os.sched_getaffinity(0))
+    root.mkdir(parents=True, exist_ok=True)
+
+    def worker(own: list[int]) -> None:
+        while not failed:
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            log = root / f"{run.folder(root).name}.log"
+            if code := run.train(root, own, log):
+                failed.append(f"{log} (exit {code})")
+                return
+            row = run.row(root)
+            gain = 100 * (row["accuracy/tuned"] - row["accuracy/base"])
+            print(f"{run.folder(root).name}: accuracy {gain:+.1f}, alarms {row['alarms']}", flush=True)
+
+    threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def finished(root: Path, seeds: Sequence[int]) -> list[dict[str, object]]:
+    """A row per finished run, tuning included."""
+    every = (Run(v, j, f, s) for v in VARIANTS for j in JUDGES for f in FACTORS for s in seeds)
+    return [run.row(root) for run in every if run.done(root)]
+
+
+def tuned(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Those of the learning rate that a variant's seeds ran with: the one that has more seeds than the first."""
+    seeds = Counter((row["variant"], row["judge"], row["factor"]) for row in rows)
+    return [row for row in rows if seeds[row["variant"], row["judge"], row["factor"]] > 1]
+
+
+def draw(rows: Sequence[dict[str, object]], judge: str) -> None:
+    """A row of bars per variant in three panels: trained reward, held-out rewards, accuracy; dots are seeds."""
+    held_out = [name for name in JUDGES if name != judge]
+    panels = {
+        f"{judge} (trained)": judge,
+        **{f"{name} (held out)": name for name in held_out},
+        "accuracy, points": "accuracy",
+        "diversity": "diversity",
+    }
+    names = list(dict.fromkeys(str(row["variant"]) for row in rows))
+    figure = Figure(figsize=(2.5 * len(panels) + 1, 0.9 + 0.3 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, key) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        factor = 100 if key == "accuracy" else 1
+        for place, name in enumerate(names):
+            own = [row for row in rows if row["variant"] == name]
+            gains = [factor * (row[f"{key}/tuned"] - row[f"{key}/base"]) for row in own]
+            rang = any(row["alarms"] for row in own)
+            axes.barh(place, statistics.mean(gains), color="#e3a6a2" if rang else "#b9c7da", height=0.7)
+            axes.plot(gains, [place] * len(gains), "o", color="#202327", markersize=3.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.axvline(0, color="#404040", linewidth=0.8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    figure.supxlabel("change from base to tuned; red: an alarm rang in a run", fontsize=8)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=130)
+
+
+def write(root: Path, seeds: Sequence[int], judge: str) -> None:
+    rows = finished(root, seeds)
+    CSV.parent.mkdir(parents=True, exist_ok=True)
+    with CSV.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    if reported := [row for row in tuned(rows) if row["judge"] == judge]:
+        draw(reported, judge)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--judge", choices=list(JUDGES), default="pickscore")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/refl_recipes"))
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    root, first = args.output_dir.resolve(), args.seeds[0]
+    if not args.draw:
+        work([Run(name, args.judge, factor, first) for name in args.variants for factor in FACTORS], root, args.jobs)
+        best = {name: best_factor(root, name, args.judge, first) for name in args.variants}
+        work(
+            [Run(name, args.judge, best[name], seed) for name in args.variants for seed in args.seeds], root, args.jobs
+        )
+    write(root, args.seeds, args.judge)
+
+
+if __name__ == "__main__":
+    main()

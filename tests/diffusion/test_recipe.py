@@ -1,0 +1,144 @@
+"""Recipes: the published rows, what is drawn from them, and what is refused."""
+
+import random
+
+import pytest
+
+from diffalign.diffusion.recipe import PRESETS, Recipe, RecipeConfig, draw, spaced
+
+
+def drawn(number=200, seed=0, **options):
+    """Every course of many draws."""
+    rng = random.Random(seed)
+    recipe = RecipeConfig(**options).resolve()
+    return recipe, [draw(recipe, iteration, lambda low, high: rng.randrange(low, high)) for iteration in range(number)]
+
+
+def starts(found):
+    return {course.start for courses in found for course in courses}
+
+
+def test_refl_predicts_x0_from_one_call_in_the_last_ten_of_forty_steps():
+    _, found = drawn(preset="refl_script", num_steps=40)
+    assert starts(found) == set(range(30, 40))
+    for (course,) in found:
+        (move,) = course.moves
+        assert move.end is None
+        assert not course.renoised
+
+
+def test_draft_k_records_the_last_calls_of_the_whole_sampling():
+    _, found = drawn(1, preset="draft_k", num_steps=8)
+    ((course,),) = found
+    assert [(m.start, m.end, m.gradient) for m in course.moves] == [(i, i + 1, True) for i in range(3, 8)]
+    _, found = drawn(1, preset="draft_1", num_steps=8)
+    assert [(m.start, m.end) for m in found[0][0].moves] == [(7, 8)]
+
+
+def test_draft_lv_adds_two_noised_copies_of_the_end():
+    _, found = drawn(1, preset="draft_lv", num_steps=8)
+    own, *copies = found[0]
+    assert [course.renoised for course in (own, *copies)] == [False, True, True]
+    assert {course.moves for course in copies} == {own.moves}
+
+
+def test_alignprop_truncates_anywhere():
+    _, found = drawn(preset="alignprop", num_steps=8)
+    assert {len(course.moves) for (course,) in found} == set(range(1, 9))
+    assert all(course.moves[-1].end == 8 for (course,) in found)
+    assert {len(c.moves) for (c,) in drawn(preset="alignprop", num_steps=8, truncate=False)[1]} == {8}
+
+
+def test_drtune_detaches_inputs_and_spaces_its_steps_up_to_an_early_stop():
+    _, found = drawn(preset="drtune", num_steps=20)
+    stops = {course.moves[-1].start for (course,) in found}
+    assert stops == set(range(12, 20))
+    for (course,) in found:
+        recorded = [m.start for m in course.moves if m.gradient]
+        stop = course.moves[-1].start
+        assert course.through == 0
+        assert course.moves[-1].end is None
+        assert recorded == [(i + 1) * (stop + 1) // 3 - 1 for i in range(3)]
+
+
+def test_spaced_calls_hold_the_last_one_and_equal_gaps():
+    assert spaced(range(9), 3) == [2, 5, 8]
+    assert spaced(range(10), 1) == [9]
+    assert spaced(range(4), 4) == [0, 1, 2, 3]
+
+
+def test_imagerefl_begins_at_its_images():
+    recipe, found = drawn(preset="imagerefl", num_steps=40)
+    assert recipe.first == 30
+    assert starts(found) == set(range(30, 40))
+
+
+def test_direct_align_begins_anywhere_and_srpo_turns_every_other_time():
+    _, found = drawn(preset="direct_align", num_steps=8)
+    assert starts(found) == set(range(8))
+    recipe, found = drawn(preset="srpo", num_steps=8)
+    assert [courses[0].inverted for courses in found[:4]] == [False, True, False, True]
+    for (course,) in found:
+        (move,) = course.moves
+        assert course.recovered
+        assert move.end == move.start + (-1 if course.inverted else 1)
+        assert move.end >= 1
+        low, high = recipe.discount_inverted if course.inverted else recipe.discount
+        assert course.weight == pytest.approx(low + (high - low) * move.start / 7)
+
+
+def test_leapalign_leaps_twice_to_the_end():
+    _, found = drawn(preset="leapalign", num_steps=8)
+    pairs = {tuple(m.start for m in course.moves) for (course,) in found}
+    assert pairs == {(k, j) for j in range(8) for k in range(j)}
+    (course,) = found[0]
+    assert course.straight
+    assert course.states == (course.start, course.moves[0].end, 8)
+
+
+def test_states_are_what_a_course_needs():
+    _, ((own, copy, _),) = drawn(1, preset="draft_lv", num_steps=8)
+    assert own.states == (7,)
+    assert copy.states == ()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("num_steps", [5, 8, 40])
+def test_every_preset_draws_courses_within_any_sampling(preset, num_steps):
+    recipe, found = drawn(preset=preset, num_steps=num_steps)
+    for courses in found:
+        for course in courses:
+            ends = [m.end for m in course.moves if m.end is not None]
+            assert all(recipe.first <= m.start < num_steps for m in course.moves)
+            assert all(0 <= end <= num_steps for end in ends)
+
+
+def test_every_cell_of_a_preset_can_be_overridden():
+    recipe = RecipeConfig(preset="drtune", through=0.5, gradient_steps=2, reward_loss="hinge").resolve()
+    assert (recipe.through, recipe.gradient_steps, recipe.reward_loss, recipe.choice) == (0.5, 2, "hinge", "spaced")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "reflex"}, "recipe.preset must be one of refl,"),
+        ({"sees": "nothing"}, "recipe.sees must be one of sample"),
+        ({"guidance": "half"}, "recipe.guidance must be one of off"),
+        ({"window": (0.5, 0.5)}, "window is two shares"),
+        ({"preset": "draft_k", "num_steps": 4}, r"gradient_steps lies in 0\.\.4"),
+        ({"copies": 1}, "copies are of finished samples"),
+        ({"choice": "random"}, "random steps go with straight_through"),
+        ({"preset": "direct_align", "invert": True}, "need control words"),
+        ({"gap_floor": 0.1}, "gap_floor goes with straight_through"),
+        ({"preset": "imagerefl", "window": (0.2, 0.5)}, "window lies before image_start"),
+        ({"preset": "direct_align", "copies": 0}, "recovered needs at least one"),
+        ({"preset": "direct_align", "from_images": True}, "images are noised to image_start"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecipeConfig(**options).resolve()
+
+
+def test_a_recipe_and_its_configuration_have_the_same_cells():
+    assert set(Recipe.__dataclass_fields__) == set(RecipeConfig.__dataclass_fields__) - {"preset"}

@@ -1,0 +1,69 @@
+"""Losses of rewards that carry a gradient: values and slopes."""
+
+import pytest
+import torch
+
+from diffalign.losses.leapalign import gap_weights
+from diffalign.losses.refl import REWARD_LOSSES, get_reward_loss
+from diffalign.losses.srpo import relative_reward
+
+REWARD = [0.5, 2.5, -1.0, 1.0, 2.0, 3.0]
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def value_and_slope(name, **options):
+    reward = torch.tensor(REWARD, dtype=torch.float64, requires_grad=True)
+    loss = REWARD_LOSSES[name].function(reward, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), reward)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "value", "slope"),
+    [
+        ("hinge", {"threshold": 2.0}, [1.5, 0.0, 3.0, 1.0, 0.0, 0.0], [-1.0, 0.0, -1.0, -1.0, 0.0, 0.0]),
+        ("negative", {}, [-r for r in REWARD], [-1.0] * 6),
+        ("distance", {"threshold": 2.0}, [1.5, 0.5, 3.0, 1.0, 0.0, 1.0], [-1.0, 1.0, -1.0, -1.0, 0.0, 1.0]),
+    ],
+)
+def test_losses_are_their_formulas(name, options, value, slope):
+    found = value_and_slope(name, **options)
+    torch.testing.assert_close(found[0], torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(found[1], torch.tensor(slope, dtype=torch.float64))
+
+
+def test_a_group_is_standardised_by_constants():
+    loss, slope = value_and_slope("group", groups=GROUPS)
+    reward = torch.tensor(REWARD, dtype=torch.float64).reshape(2, 3)
+    std = reward.std(1, correction=0, keepdim=True)
+    torch.testing.assert_close(loss, (-(reward - reward.mean(1, keepdim=True)) / std).flatten())
+    torch.testing.assert_close(slope, (-1 / std).expand(2, 3).flatten())
+
+
+def test_a_group_of_equal_rewards_is_divided_by_1():
+    reward = torch.full((3,), 0.7, requires_grad=True)
+    loss = REWARD_LOSSES["group"].function(reward, groups=torch.zeros(3, dtype=torch.long))
+    (slope,) = torch.autograd.grad(loss.sum(), reward)
+    torch.testing.assert_close(slope, torch.full((3,), -1.0))
+
+
+def test_half_precision_rewards_are_widened():
+    for name, options in (("hinge", {"threshold": 2.0}), ("negative", {}), ("group", {"groups": GROUPS})):
+        assert REWARD_LOSSES[name].function(torch.tensor(REWARD).bfloat16(), **options).dtype == torch.float32
+
+
+def test_an_unknown_loss_names_the_known():
+    with pytest.raises(ValueError, match="unknown reward loss 'hing'; known: hinge, negative, distance, group"):
+        get_reward_loss("hing")
+
+
+def test_relative_rewards_are_the_papers_for_a_cosine():
+    g = torch.Generator().manual_seed(0)
+    image, wanted, unwanted = (torch.randn(4, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    k = 0.3
+    paper = (image * ((1 + k) * wanted - unwanted)).sum(1)
+    torch.testing.assert_close(relative_reward((image * wanted).sum(1), (image * unwanted).sum(1), k), paper)
+
+
+def test_samples_whose_leaps_miss_weigh_less():
+    gaps = (torch.tensor([0.02, 0.5]), torch.tensor([0.3, 0.4]))
+    torch.testing.assert_close(gap_weights(gaps, 0.1), torch.tensor([1 / (0.1 + 0.3), 1 / (0.5 + 0.4)]))

@@ -1,0 +1,190 @@
+"""Runs of ReFL: where they start, what is watched, the same run whatever interrupts it, and what it leaves."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer
+from diffalign.rewards.base import REWARDS, FunctionReward, Registered
+from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.runtime.checkpoint import load
+from diffalign.runtime.tracking import MetricsLog
+from tests.conftest import PIPELINE
+from tests.trainers.made_refl import redness, trainer_of
+
+# The shared buffer ---------------------------------------------------------------------------------------------------
+
+
+def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_prompts):
+    """One buffer, written by Flow-GRPO: it replays there, makes pairs for DPO, and starts ReFL."""
+    writer = FlowGRPOTrainer(args=small(save_rollouts=True, max_train_steps=1), train_dataset=train_prompts)
+    writer.collect(0)
+    folder = small().output_dir / "rollouts"
+    writer.rollout = dataclasses.replace(writer.rollout, buffer=RolloutBuffer.load(folder))
+    writer.before_first_update()
+    dpo = DiffusionDPOConfig(
+        model=str(PIPELINE),
+        max_sequence_length=16,
+        train_data=(str(folder),),
+        output_dir=folder.parent / "dpo",
+        num_pairs=2,
+        max_train_steps=1,
+    )
+    DiffusionDPOTrainer(args=dpo).train()
+    args = refl("draft_1", train_rollouts=folder, num_groups=2, group_size=2, output_dir=folder.parent / "refl")
+    trainer = trainer_of(args, None)
+    trainer.collect(0)
+    stored, levels = trainer.starts.buffer, trainer.levels
+    for batch in trainer.batches:
+        (course,) = batch.courses
+        assert course.start == 3
+        texts = [prompt.text for prompt in stored.prompts]
+        found = batch.state(torch.arange(len(batch.samples)), 3)
+        for row, prompt in enumerate(batch.prompts):
+            group = texts.index(prompt.text)
+            leaf = trainer.starts.members[group][batch.samples[row][1]]
+            # The buffer keeps steps 0, 1, 2 and 4: the sampling goes on from 2.
+            x = stored.x[stored.nodes(torch.tensor([leaf]), 2)]
+            with torch.no_grad():
+                v = trainer.model.predict(x, levels[2], trainer.encoded([prompt.text]))
+            torch.testing.assert_close(found[row : row + 1], x + (levels.sigma[3] - levels.sigma[2]).float() * v)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"set recipe\.num_steps: 4"):
+        trainer_of(refl("draft_1", {"num_steps": 8}, train_rollouts=folder, num_groups=2), None)
+    with pytest.raises(ValueError, match="lower group_size"):
+        trainer_of(refl("draft_1", train_rollouts=folder, group_size=5), None)
+
+
+# Watching ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_tells_learning_from_hacking(refl, train_prompts):
+    args = refl(
+        "draft_1", eval_rewards=("shapes_strict",), held_out={"brightness": 1.0}, eval_steps=1, learning_rate=1e-2
+    )
+    trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:3])
+    trainer.train()
+    rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "eval/accuracy" in row]
+    names = ("shapes_strict", "redness", "brightness", "diversity", "reference_distance", "sharpness/redness", "alarm")
+    assert all(f"eval/{name}" in row for row in rows for name in names)
+    assert rows[0]["eval/reference_distance"] == 0
+    assert rows[-1]["eval/reference_distance"] > 0
+    # Redness is linear: its drop is the step times the number of values times the root mean square of its slope, which
+    # is 1 / HW in red and -1 / 2HW in green and blue.
+    assert rows[0]["eval/sharpness/redness"] == pytest.approx(0.01 * 3 * 0.5**0.5, rel=1e-3)
+    assert (args.output_dir / "hacking.png").is_file()
+
+
+def test_early_stopping_ends_the_run_and_exports_the_best_weights(refl, train_prompts, monkeypatch):
+    def blueness(images, prompts, metadata):
+        return -redness(images, prompts, metadata)
+
+    monkeypatch.setitem(
+        REWARDS, "blueness", Registered(lambda name: FunctionReward(name, blueness), {"name": "blueness"})
+    )
+    args = refl(
+        "draft_1", eval_steps=1, early_stopping=2, max_train_steps=6, learning_rate=1e-2, held_out={"blueness": 1.0}
+    )
+    trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:2])
+    with pytest.warns(UserWarning, match="blueness fell"):
+        trainer.train()
+    assert trainer.loop.step == 2
+    assert (args.output_dir / "checkpoint-2").is_dir()
+    best = load_file(args.output_dir / "pytorch_lora_weights.safetensors")
+    assert not any(t.any() for name, t in best.items() if "lora_B" in name)
+    assert any(t.any() for name, t in load_file(args.output_dir / "raw/pytorch_lora_weights.safetensors").items())
+
+
+def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
+    args = refl("draft_1", eval_rewards=("brightness",), base_share=0.5)
+    trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:2])
+    with torch.no_grad():
+        for p in trainer.loop.parameters:
+            p += 0.05
+    assert trainer.eval_base_steps == 2
+    levels, guidance = trainer.eval_levels, trainer.guidance
+    images = {n: trainer.evaluation.run(levels, guidance, n)[1].images for n in (0, 2, 4)}
+    with trainer.model.using("reference"):
+        base = trainer.evaluation.run(levels, guidance)[1].images
+    assert torch.equal(images[4], base)
+    assert not torch.equal(images[2], base)
+    assert not torch.equal(images[2], images[0])
+
+
+# Resume, export ------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"preset": "alignprop", "ema_decay": 0.9}, {"preset": "srpo"}, {"preset": "imagerefl"}, {"preset": "reneg"}],
+    ids=lambda setting: setting["preset"],
+)
+def test_resume_is_bit_exact(refl, tmp_path, train_prompts, setting):
+    common = {"max_train_steps": 4, "checkpointing_steps": 2, "eval_steps": 2, "early_stopping": 9, **setting}
+    watched = {"eval_dataset": train_prompts[:2]}
+    trainer_of(refl(output_dir=tmp_path / "a", **common), train_prompts, **watched).train()
+    broken = refl(output_dir=tmp_path / "b", **common)
+    trainer = trainer_of(broken, train_prompts, **watched)
+    collect = trainer.collect
+
+    def stop(iteration):
+        if iteration == 3:
+            raise Stopped
+        return collect(iteration)
+
+    trainer.collect = stop
+    with pytest.raises(Stopped):
+        trainer.train()
+    trainer_of(dataclasses.replace(broken, resume_from_checkpoint="latest"), train_prompts, **watched).train()
+    (one, state_one), (two, state_two) = load(tmp_path / "a/checkpoint-4"), load(tmp_path / "b/checkpoint-4")
+    assert state_one == state_two
+    for group in one:
+        assert all(torch.equal(one[group][name], two[group][name]) for name in one[group]), group
+
+
+def test_the_lora_loads_in_plain_diffusers(refl, train_prompts):
+    from diffusers import DiffusionPipeline
+
+    args = refl("draft_1", learning_rate=1e-2)
+    trainer = trainer_of(args, train_prompts)
+    trainer.train()
+    pipe = DiffusionPipeline.from_pretrained(PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(args.output_dir)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 16, "output_type": "latent"}
+    noise = trainer.noise.normal((1, *trainer.model.latent_shape()), "test")
+    theirs = pipe(train_prompts[0].text, latents=noise, **options).images
+    x, conditioning = noise, trainer.encoded([train_prompts[0].text])
+    with torch.no_grad():
+        for i in range(4):
+            v = trainer.model.predict(x, trainer.levels[i], conditioning)
+            x = x + (trainer.levels.sigma[i + 1] - trainer.levels.sigma[i]).float() * v
+    torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_negative_prompt_is_an_argument_of_the_pipeline(refl, train_prompts):
+    from diffusers import DiffusionPipeline
+
+    args = refl("reneg", learning_rate=0.1)
+    trainer = trainer_of(args, train_prompts)
+    trainer.train()
+    negative = load_file(args.output_dir / "negative_prompt.safetensors")
+    assert set(negative) == {"negative_prompt_embeds", "negative_pooled_prompt_embeds"}
+    assert not torch.equal(negative["negative_prompt_embeds"], trainer.encoded.empty.tensors["embeds"])
+    pipe = DiffusionPipeline.from_pretrained(PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": 16, "output_type": "latent"}
+    noise = trainer.noise.normal((1, *trainer.model.latent_shape()), "test")
+    theirs = pipe(train_prompts[0].text, latents=noise, **negative, **options).images
+    x, conditioning = noise, trainer.encoded([train_prompts[0].text])
+    with torch.no_grad():
+        for i in range(4):
+            v = trainer.model.predict(x, trainer.levels[i], conditioning, trainer.guidance)
+            x = x + (trainer.levels.sigma[i + 1] - trainer.levels.sigma[i]).float() * v
+    torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)
