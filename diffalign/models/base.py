@@ -50,6 +50,8 @@ class DiffusionModel(ABC):
         self.denoiser = self.raw_denoiser
         self.dtype = next(self.raw_denoiser.parameters()).dtype
         self.has_adapter = False
+        # What the header of an exported LoRA says of its making.
+        self.about: dict[str, str] = {}
         # To be set for training in bfloat16 on a CPU: the backward pass of its fused attention takes ten times as long
         # as plain matrix products.
         self.plain_attention = False
@@ -183,6 +185,6 @@ class DiffusionModel(ABC):
         """Writes the current weights as plain diffusers loads them: a LoRA file, or a folder of full weights."""
         directory.mkdir(parents=True, exist_ok=True)
         if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory)
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about)
         self.raw_denoiser.save_pretrained(directory / self.denoiser_name)
         return directory / self.denoiser_name

@@ -37,6 +37,7 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.cache import TensorCache
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
+from diffalign.runtime.origin import digest
 from diffalign.structures import Conditioning, Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
@@ -44,6 +45,7 @@ from diffalign.trainers.examples import DataSource, Framer, RolloutSource, Sourc
 from diffalign.trainers.inputs import check_groups, evaluation_rewards, reward_table
 from diffalign.trainers.rollouts import Collector
 
+DIGESTED = 16
 Data = Samples | PairStream | Sequence[Prompt]
 
 
@@ -132,9 +134,12 @@ class DiffusionDPOTrainer(Trainer):
         data = data() if callable(data) else data
         if args.online:
             self.collector = Collector(self, data, self.rewards, weights)
+            self.data_digest = digest(self.collector.texts())
             return RolloutSource(self.collector, args.data.rollouts, self.kind)
         share = args.num_pairs // self.accelerator.num_processes
         first = share * self.accelerator.process_index
+        if not isinstance(data, PairStream):
+            self.data_digest = sampled_digest(data)
         framer = Framer(self.encoded, args, self.noise, range(first, first + share))
         return StreamSource(data, framer) if isinstance(data, PairStream) else DataSource(data, framer)
 
@@ -162,6 +167,19 @@ class DiffusionDPOTrainer(Trainer):
         self.examples, metrics = self.source(iteration)
         return metrics
 
+    def collected(self) -> dict[str, Tensor]:
+        """The model's own images, as the policy of the iteration's beginning drew them; data are read again."""
+        return self.source.rollout.buffer.drawn() if isinstance(self.source, RolloutSource) else {}
+
+    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on with these images."""
+        assert isinstance(self.source, RolloutSource)
+        self.examples = self.source.examples(self.collector.restored(iteration, tensors))[0]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Number and text of each example of the current update."""
+        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in self.part.tolist()]
+
     # Update ---------------------------------------------------------------------------------------------------------
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
@@ -172,6 +190,7 @@ class DiffusionDPOTrainer(Trainer):
         for update in range(self.updates_per_iteration):
             # A process with too few examples for all updates begins again.
             part = order[torch.arange(update * size, (update + 1) * size) % count]
+            self.part = part
             passes = [part[rows] for rows in micro_batches(len(part), self.args.train_batch_size)]
             yield [self._micro(rows, len(rows) / len(part)) for rows in passes]
 
@@ -340,6 +359,14 @@ class DiffusionDPOTrainer(Trainer):
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
                 "(check lora.targets), or learning_rate is too small for this precision"
             )
+
+
+def sampled_digest(data: Samples) -> str:
+    """Of the number of samples, and of a few of them: enough to notice other data, and quick for millions."""
+    count = len(data)
+    chosen = min(count, DIGESTED)
+    few = [data[number * count // chosen] for number in range(chosen)]
+    return digest([str(count), *(text for sample in few for text in (sample.key, sample.prompt.text))])
 
 
 def single_metrics(image: Denoised, liked: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from diffalign.runtime.loop import Metrics
 from diffalign.runtime.noise import Noise
 from diffalign.structures import LabelledImage, Pair
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.rollouts import Collector
+from diffalign.trainers.rollouts import Collector, Rollout
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,14 @@ class RolloutSource:
         self.collector, self.pairing, self.loss = collector, pairing, loss
 
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """Those of this process's groups; where no group has any, one of weight 0 keeps the other processes company."""
+        """Those of this process's groups."""
         rollout = self.collector(iteration)
+        examples, pairs = self.examples(rollout)
+        return examples, {**rollout.metrics, "pairs": float(pairs)}
+
+    def examples(self, rollout: Rollout) -> tuple[Examples, int]:
+        """Those of a rollout, and how many pairs. Where there are none, one of weight 0 keeps others company."""
+        self.rollout = rollout
         buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
         leaves = buffer.leaves
         groups = buffer.group[leaves].tolist()
@@ -163,7 +169,7 @@ class RolloutSource:
             numbers,
             torch.full((len(rows),), float(bool(pairs))),
         )
-        return examples, {**rollout.metrics, "pairs": float(len(pairs))}
+        return examples, len(pairs)
 
     def _examples(
         self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]

@@ -68,6 +68,11 @@ class Report:
         pictures = [name for name in ("compare.png", "curves.png") if (self.folder / name).is_file()]
         write_model_card(self.folder, self._card(self._results(before), pictures))
 
+    def finished(self, since: float) -> bool:
+        """Whether the card, which is written last, is newer than ``since``, in seconds since the epoch."""
+        card = self.folder / "README.md"
+        return card.is_file() and card.stat().st_mtime >= since
+
     def export(self, folder: Path) -> None:
         """Writes the weights so that plain diffusers loads them."""
         with self.model.using(self.weight_set):
