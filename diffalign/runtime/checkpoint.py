@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,6 +71,9 @@ def save(
     try:
         _stage(staged, tensors, text, step, export)
         _publish(staged, final)
+    except SafetensorError as error:
+        _remove(staged)
+        raise OSError(f"{staged}: {error}") from error  # what it says of a full disk
     except Exception:
         _remove(staged)
         raise

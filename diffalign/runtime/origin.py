@@ -50,7 +50,7 @@ def _processor() -> str:
 
 def origin(args: TrainingConfig, data: str, processes: int, device: str) -> dict[str, Any]:
     """For a checkpoint. data: a digest of what is trained on; empty where there is none."""
-    config = json.loads(json.dumps(to_dict(args)))
+    config = plain(args)
     return {
         "config": config,
         "config_sha256": config_hash(config),
@@ -59,12 +59,19 @@ def origin(args: TrainingConfig, data: str, processes: int, device: str) -> dict
     }
 
 
+def plain(args: TrainingConfig) -> dict[str, Any]:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(to_dict(args)))
+
+
 def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: TrainingConfig) -> list[str]:
     """What differs from the machine that saved a checkpoint, and may change last bits: a line each.
 
     ValueError: a setting that must not change, or data that did.
     """
     old, new = _flat(then["config"]), _flat(now["config"])
+    # A setting that is younger than the checkpoint had its default, without a name.
+    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in new.keys() - old.keys()}
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
     if fixed := [name for name in changed if name not in loose]:

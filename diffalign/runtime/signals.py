@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -39,4 +38,4 @@ class Signals:
         self.received = number
         # os.write and not print: a handler may interrupt a print, whose buffer cannot be entered twice.
         name = signal.Signals(number).name
-        os.write(sys.__stderr__.fileno(), f"\n{name}: saving and stopping; once more to stop at once\n".encode())
+        os.write(2, f"\n{name}: saving and stopping; once more to stop at once\n".encode())
