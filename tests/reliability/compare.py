@@ -42,7 +42,12 @@ def same_run(one: Path, two: Path) -> None:
 
 def files(folder: Path) -> dict[str, str]:
     """SHA-256 of the run's products: pictures and weights."""
-    found = [*folder.glob("*.safetensors"), *folder.glob("raw/*"), *folder.glob("samples/*"), *folder.glob("compare.png")]
+    found = [
+        *folder.glob("*.safetensors"),
+        *folder.glob("raw/*"),
+        *folder.glob("samples/*"),
+        *folder.glob("compare.png"),
+    ]
     # The header names the configuration, and with it the folder.
     return {str(path.relative_to(folder)): _content(path) for path in sorted(found)}
 

@@ -62,7 +62,7 @@ def _enter(output: str, environment: dict[str, str], function: Callable[..., Any
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(handle, 1), os.dup2(handle, 2)
     for name in ("stdout", "stderr"):  # what pytest had put there
-        stream = open(1 if name == "stdout" else 2, "w", buffering=1, closefd=False)
+        stream = open(1 if name == "stdout" else 2, "w", buffering=1, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream), setattr(sys, f"__{name}__", stream)
     os.environ.update(environment)
     torch.set_num_threads(1)

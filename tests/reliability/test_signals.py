@@ -122,7 +122,7 @@ def test_r19_a_reward_that_hangs_ends_the_run_with_all_stacks(tmp_path):
     (file,) = tmp_path.glob("stacks-*.txt")
     for said in (child.text, file.read_text()):
         assert "a_reward_that_hangs" in said
-        assert "watchdog" not in said.partition("a_reward_that_hangs")[0] or said.count("Thread 0x") >= 2
+        assert "watchdog.py" in said, "all stacks, and not that of the main thread only"
     assert "no progress for 2 s (hang_timeout)" in child.text
     assert checkpoint.latest(tmp_path).name == "checkpoint-4"
     run(tmp_path, hang_timeout=1800.0)
