@@ -86,7 +86,7 @@ def test_r20_a_number_that_is_not_finite_moves_nothing(name, tmp_path, where):
 def test_r20_three_in_a_row_end_the_run_with_a_good_checkpoint(name, tmp_path):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", max_train_steps=8))
     poisoned(trainer, {1, 2, 3, 4}, "gradient")
-    with pytest.raises(NotFinite, match="3 steps in a row.*lower learning_rate.*last good checkpoint: .*checkpoint-4"):
+    with pytest.raises(NotFinite, match=r"3 steps in a row.*lower learning_rate.*last good checkpoint: .*checkpoint-4"):
         trainer.train()
     assert NotFinite.exit_code == 76
     weights = checkpoint.load(tmp_path / "run/checkpoint-4")[0]["weights"]
@@ -127,9 +127,9 @@ def test_r22_a_spike_is_skipped_and_remembered():
 
 def test_r22_spikes_that_stay_are_the_new_usual_and_a_drift_is_reported_once():
     guard = Guard(spike_factor=100.0, norms=[1.0] * WINDOW)
+    guard.note("spike", 500.0), guard.note("spike", 500.0)
     with pytest.warns(UserWarning, match="3 spikes in a row"):
-        for _ in range(3):
-            guard.note("spike", 500.0)
+        guard.note("spike", 500.0)
     assert guard.limit == math.inf
     drifting = Guard()
     with warnings.catch_warnings(record=True) as said:
@@ -244,9 +244,14 @@ def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
     after = says()
     assert not torch.equal(after, before)
     weights = [p.detach().clone() for p in trainer.loop.parameters]
-    with pytest.raises(ZeroDivisionError), model.using("ema"):
-        assert not torch.equal(says(), after)
-        1 / 0  # an evaluation that fails
+
+    def evaluation_that_fails():
+        with model.using("ema"):
+            assert not torch.equal(says(), after)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluation_that_fails()
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.loop.parameters, strict=True))
     assert all(p.requires_grad for p in trainer.loop.parameters)
     with model.using(POLICY):

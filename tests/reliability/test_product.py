@@ -55,7 +55,7 @@ def test_r36_every_saved_lora_draws_what_the_trainer_draws(name, tmp_path, plain
     trainer.loop.save = watched
     trainer.train()
     base = drawn(plain, noise)
-    folders = [path for path in (tmp_path / "run").glob("checkpoint-*")] + [tmp_path / "run"]
+    folders = [*(tmp_path / "run").glob("checkpoint-*"), tmp_path / "run"]
     assert len(folders) == 3
     for folder in folders:
         caplog.clear()

@@ -54,7 +54,7 @@ def test_r32_no_part_of_a_checkpoint_is_unpickled(tmp_path, file, record_propert
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(manifest.manifest_text(folder, 4))  # as whoever planted it would
     assert not checkpoint.verify(folder)
-    with pytest.raises(Exception, match=".") as caught:
+    with pytest.raises(Exception, match=r".") as caught:
         run(tmp_path / "run", max_train_steps=4)
     assert not isinstance(caught.value, AssertionError)
     record_property("canaries", 1)
@@ -115,7 +115,7 @@ def test_r32_nothing_else_that_is_loaded_is_unpickled(tmp_path, path, record_pro
     content, mark = planted(tmp_path)
     folder = tmp_path / "planted"
     folder.mkdir()
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(Exception, match=r"."):
         path(content, folder)
     record_property("canaries", 1)
     record_property("executed", int(mark.exists()))

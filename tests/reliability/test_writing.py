@@ -68,12 +68,15 @@ def test_r6_one_is_not_enough(tmp_path):
 
 def killed(folder: Path, kills: int) -> None:
     """Kills a run so many times, at random; each time what was saved is there and sound."""
-    rng = random.Random(kills)
+    rng, reported = random.Random(kills), folder / "saved.txt"
+
+    def size(path):
+        return path.stat().st_size if path.exists() else 0
+
     for _ in range(kills):
         child = Child(folder, faults.keeps_on, str(folder), 10**6)
-        reported = folder / "saved.txt"
-        before = reported.stat().st_size if reported.exists() else 0
-        child.until(lambda before=before: reported.exists() and reported.stat().st_size > before)
+        before = size(reported)
+        child.until(lambda before=before: size(reported) > before)
         time.sleep(rng.uniform(0, 0.06))
         child.kill(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
