@@ -47,7 +47,9 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
         "origin": loop.origin(),
     }
     if loop.collected is not None and (data := loop.task.collected()):
-        tensors["iteration"] = {name: accelerator.gather(tensor) for name, tensor in data.items()}
+        tensors["iteration"] = {
+            name: accelerator.gather(tensor.to(accelerator.device)) for name, tensor in data.items()
+        }
         tensors["collected"] = {n: torch.tensor(v, dtype=torch.float64) for n, v in loop.collected.items()}
     if loop.ema is not None:
         tensors["ema"] = indexed(loop.ema.shadow)

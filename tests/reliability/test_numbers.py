@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -304,3 +306,14 @@ def test_r27_fifty_steps_are_the_golden_ones(name, tmp_path):
 def test_r27_a_trajectory_ends_in_weights_that_load(tmp_path):
     trajectory("flow_grpo", tmp_path, steps=2)
     assert load_file(tmp_path / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_training_consumes_no_global_generator(name, tmp_path):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    trainer = TRAINERS[name].make(short(name, tmp_path, max_train_steps=2))
+    before = states()
+    trainer.train()
+    assert states() == before

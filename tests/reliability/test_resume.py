@@ -53,7 +53,7 @@ def chosen(places, every):
     """All places, or each kind of place once in the first half of the run and once in the second."""
     seen, half = {}, max(place.step for place in places) / 2
     for place in places:
-        seen.setdefault((place.phase, place.step >= half, place.step % 2 == 1), place.number)
+        seen.setdefault((place.phase, place.step >= half), place.number)
     return [place.number for place in places] if every else sorted({*seen.values(), places[-1].number})
 
 

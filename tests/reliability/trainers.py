@@ -19,7 +19,7 @@ ROLLOUTS = {"rewards": {"brightness": 1.0}, "num_groups": 1, "group_size": 4, "u
 ROLLOUTS |= {"rollout_batch_size": 2, "train_batch_size": 1, "train_prompts": PROMPTS / "shapes_train.jsonl"}
 FLOW = {"plan": PlanConfig(preset="first_steps", num_steps=2, window_size=1)}
 DATA = {"train_data": (PAIRS,), "data": PreferenceSettings(scan=2), "num_pairs": 2, "train_batch_size": 1}
-DATA |= {"beta": 500.0, "cache": False}
+DATA |= {"beta": 500.0, "cache": False, "eval_num_steps": 2}
 ONLINE = {"plan": PlanConfig(preset="ode", num_steps=2), "shared_start": False, "beta": 500.0}
 
 
