@@ -40,7 +40,7 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = option(None, '"latest", or the path of a checkpoint')
     report_to: str = option("none", "none, tensorboard, wandb, trackio, or several with commas")
     max_grad_spike: float = option(100.0, "a gradient so many times the usual norm is not taken; 0: all are")
-    hang_timeout: float = option(1800.0, "seconds without progress after which a run ends with all stacks; 0: never")
+    hang_timeout: float = option(3600.0, "seconds without progress after which a run ends with all stacks; 0: never")
     auto_batch: bool = option(False, "halve a batch that does not fit into memory, and go on; one process only")
 
     def __post_init__(self) -> None:

@@ -21,7 +21,14 @@ from tests.data.test_images import BAD, GOOD
 from tests.reliability.compare import rows
 from tests.reliability.trainers import short
 
-ASKING = ("remote", "combined", "vlm_rating", "vlm_checklist", "vlm_pairwise")  # a server, or other rewards
+ASKING = (
+    "ocr",
+    "remote",
+    "combined",
+    "vlm_rating",
+    "vlm_checklist",
+    "vlm_pairwise",
+)  # networks, a server, or other rewards
 WITHOUT_WEIGHTS = [name for name in names() if not registered(name).facts.weights and name not in ASKING]
 
 

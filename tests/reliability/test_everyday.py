@@ -34,7 +34,7 @@ def runs_out(trainer, limit, gradient):
 def test_r39_the_message_names_three_settings_with_numbers(tmp_path, phase, batch):
     args = short("flow_grpo", tmp_path, train_batch_size=4, rollout_batch_size=4)
     trainer = TRAINERS["flow_grpo"].make(args)
-    runs_out(trainer, 2, gradient=phase == "update")
+    runs_out(trainer, 1, gradient=phase == "update")
     with pytest.raises(OutOfMemory, match=rf"\({phase}\): try {batch}: 2 \(now 4\); .*auto_batch: true") as caught:
         trainer.train()
     assert str(caught.value).count("(now") == 3

@@ -101,7 +101,10 @@ def canary_reply(content, folder):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         reward = get_reward("remote", url=f"http://127.0.0.1:{server.server_port}", reward="brightness", retries=0)
-        reward(torch.rand(1, 3, 8, 8), ["a"], [{}])
+        with pytest.warns(UserWarning, match="answered no JSON"):
+            found = reward(torch.rand(1, 3, 8, 8), ["a"], [{}])
+        assert found.isnan().all()
+        raise ValueError("it has no score")
     finally:
         server.shutdown()
         server.server_close()

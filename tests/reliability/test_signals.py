@@ -125,5 +125,5 @@ def test_r19_a_reward_that_hangs_ends_the_run_with_all_stacks(tmp_path):
         assert "watchdog.py" in said, "all stacks, and not that of the main thread only"
     assert "no progress for 2 s (hang_timeout)" in child.text
     assert checkpoint.latest(tmp_path).name == "checkpoint-4"
-    run(tmp_path, hang_timeout=1800.0)
+    run(tmp_path, hang_timeout=3600.0)
     assert torch.tensor(checkpoint.load(checkpoint.latest(tmp_path))[1]["step"]) == 8
