@@ -175,7 +175,9 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
         whole = torch.arange(4)
         for step in trainer.rollout.route.plan.trained_steps:
             result, nodes = trainer._replay(whole, step)
-            assert (result.log_prob - trainer.buffer.log_prob[nodes]).abs().max() <= 1e-5
+            stored = trainer.buffer.log_prob[nodes]
+            # Relative, because where noise is small, as at the end of cps, it is divided by little.
+            assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5
 
 
 @pytest.fixture

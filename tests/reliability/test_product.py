@@ -59,6 +59,7 @@ def test_r36_every_saved_lora_draws_what_the_trainer_draws(name, tmp_path, plain
     assert len(folders) == 3
     for folder in folders:
         caplog.clear()
+        plain.unload_lora_weights()
         plain.load_lora_weights(folder)
         loaded = {n for n, _ in plain.transformer.named_parameters() if "lora_" in n}
         assert len(loaded) == len(load_file(folder / "pytorch_lora_weights.safetensors"))

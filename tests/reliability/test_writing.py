@@ -168,9 +168,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_property):
-    args = short(name, tmp_path / "run", checkpointing_steps=1, max_train_steps=2)
+    args = short(name, tmp_path / "run", checkpointing_steps=1)
     TRAINERS[name].make(args).train()
-    newest, accepted, tried = args.output_dir / "checkpoint-2", 0, 0
+    (former, newest), accepted, tried = sorted(args.output_dir.glob("checkpoint-*")), 0, 0
     for file in sorted(newest.iterdir()):
         content = file.read_bytes()
         for damage in DAMAGES.values():
@@ -178,9 +178,9 @@ def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_pro
             tried += 1
             accepted += not checkpoint.verify(newest)
             caplog.clear()
-            assert checkpoint.latest(args.output_dir).name == "checkpoint-1"
+            assert checkpoint.latest(args.output_dir) == former
             assert file.name in caplog.text
-            with pytest.raises(ValueError, match=f"cannot resume: .*{file.name}.*checkpoint-1"):
+            with pytest.raises(ValueError, match=f"cannot resume: .*{file.name}.*{former.name}"):
                 checkpoint.resolve(args.output_dir, str(newest))
             file.write_bytes(content)
     record_property("damaged", tried)
