@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from diffalign import cli
 from diffalign.runtime import checkpoint, folder
 from diffalign.runtime.exits import NotFinite, SaveFailed
 from tests.reliability.null import NullTask, run
@@ -184,3 +185,16 @@ def stops_slowly(target: str) -> None:
             time.sleep(0.3)
 
     run(Path(target), hook, max_train_steps=6, lr_scheduler="constant", checkpointing_steps=2)
+
+
+def loads(number: int) -> None:
+    """The command line, told to stop while the model loads."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Slow:
+        def __init__(self, args: object) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(20)
+
+    cli.TRAINERS["flow_grpo"] = (cli.TRAINERS["flow_grpo"][0], Slow)
+    sys.exit(cli.main(["train", "flow_grpo"]))

@@ -46,18 +46,10 @@ def test_r15_a_signal_in_any_phase_saves_and_says_how_to_go_on(tmp_path, straigh
     same_run(tmp_path, straight)
 
 
-def test_r15_the_command_line_leaves_with_143_while_it_loads(tmp_path):
-    code = (
-        "import os, signal, sys; from diffalign import cli; from tests.reliability.trainers import TRAINERS\n"
-        "class Slow:\n"
-        "    def __init__(self, args): os.kill(os.getpid(), signal.Signals[sys.argv[1]]); __import__('time').sleep(9)\n"
-        "cli.TRAINERS['flow_grpo'] = (TRAINERS['flow_grpo'].config, Slow)\n"
-        "sys.exit(cli.main(['train', 'flow_grpo']))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for name, expected in (("SIGTERM", 143), ("SIGINT", 130)):
-        done = subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, timeout=120)
-        assert done.returncode == expected, done.stderr
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_r15_the_command_line_leaves_with_its_code_while_it_loads(tmp_path, number, code):
+    child = Child(tmp_path, faults.loads, number)
+    assert child.wait() == code, child.text
 
 
 def test_r16_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_sound(tmp_path):
