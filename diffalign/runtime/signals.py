@@ -30,7 +30,7 @@ class Signals:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was set outside Python
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
