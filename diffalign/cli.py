@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from diffalign.evaluation.relabel import run as relabel
 from diffalign.evaluation.score import ScoreConfig
 from diffalign.evaluation.score import run as score
 from diffalign.evaluation.settings import EvaluationConfig
+from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
 from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.flow_grpo import FlowGRPOTrainer
@@ -61,7 +64,11 @@ def train(argv: Sequence[str]) -> None:
         print(describe(config))
         return
     use_all_cores()
-    trainer(args=parse(config, argv[1:])).train()
+    args = parse(config, argv[1:])
+    if threading.current_thread() is threading.main_thread():
+        # While a model loads there is nothing to save; the run has handlers of its own.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    trainer(args=args).train()
 
 
 def judge(config_class: type, field: str, run: Callable[[Any], object], argv: Sequence[str]) -> object:
@@ -86,7 +93,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` found too much."""
+    """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` found too much.
+
+    A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
         print(USAGE.format(trainers=", ".join(TRAINERS)))
@@ -98,4 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"diffalign: {error}", file=sys.stderr)
         return 2
+    except (SaveFailed, NotFinite, OutOfMemory) as error:
+        print(f"diffalign: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return code if isinstance(code, int) else 0

@@ -52,6 +52,8 @@ class DiffusionModel(ABC):
         self.dtype = next(self.raw_denoiser.parameters()).dtype
         self.has_adapter = False
         self.negative: NegativePrompt | None = None
+        # What the header of an exported LoRA says of its making.
+        self.about: dict[str, str] = {}
         # To be set for training in bfloat16 on a CPU: the backward pass of its fused attention takes ten times as long
         # as plain matrix products.
         self.plain_attention = False
@@ -200,6 +202,6 @@ class DiffusionModel(ABC):
         if self.negative is not None:
             return self.negative.save(directory)
         if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory)
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about)
         self.raw_denoiser.save_pretrained(directory / self.denoiser_name)
         return directory / self.denoiser_name

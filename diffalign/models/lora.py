@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffalign.config import option
@@ -63,10 +65,13 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
             parameter.data = parameter.data.float()
 
 
-def export(pipeline: DiffusionPipeline, component: str, directory: Path) -> Path:
+def export(
+    pipeline: DiffusionPipeline, component: str, directory: Path, about: Mapping[str, str] | None = None
+) -> Path:
     """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives).
 
-    component: the pipeline's name for the module with the adapter, "unet" or "transformer".
+    component: the pipeline's name for the module with the adapter, "unet" or "transformer". about: what else the header
+    of the file is to say, such as the base model.
     """
     module = getattr(pipeline, component)
     layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
@@ -74,7 +79,12 @@ def export(pipeline: DiffusionPipeline, component: str, directory: Path) -> Path
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(save_directory=directory, **named)
-    return directory / WEIGHTS_NAME
+    path = directory / WEIGHTS_NAME
+    if about:
+        with safe_open(path, "pt") as file:
+            known = file.metadata() or {}
+        save_file(load_file(path), path, {**known, **about})
+    return path
 
 
 def learned_nothing(path: Path) -> bool:

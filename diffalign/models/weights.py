@@ -49,10 +49,12 @@ class WeightSets:
         """Runs the module on another set; on leaving, the policy is trained exactly as before (asserted)."""
         flags = [(p, p.requires_grad) for p in self.module.parameters()]
         storages = [p.data_ptr() for p in self.trainable]
-        with self._switched(name):
-            yield
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        try:
+            with self._switched(name):
+                yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         assert [p.data_ptr() for p in self.trainable] == storages, "the policy's weights were replaced inside using()"
 
     @contextmanager

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,26 @@ class RolloutBuffer:
     def leaves(self) -> Tensor:
         """The rows of final latents, one per sample, in the order of the samples."""
         return (self.step == self.step.max()).nonzero().flatten()
+
+    def named(self, samples: Tensor) -> list[dict[str, Any]]:
+        """Group, member and prompt of the samples (by their order in the buffer)."""
+        rows = self.leaves[samples].tolist()
+        places = [(int(self.group[row]), int(self.sample[row])) for row in rows]
+        return [{"group": g, "member": m, "prompt": self.prompts[g].text} for g, m in places]
+
+    def drawn(self) -> dict[str, Tensor]:
+        """All that is not known before an iteration begins, by name; ``fill`` takes it back."""
+        found = {"x": self.x, "log_prob": self.log_prob, "advantage": self.advantage}
+        found |= {"mean": self.mean} if self.mean is not None else {}
+        return found | {f"reward/{name}": values for name, values in self.rewards.items()}
+
+    def fill(self, drawn: Mapping[str, Tensor]) -> None:
+        """Puts in what another buffer of the same shape gave as ``drawn``."""
+        for name, tensor in drawn.items():
+            if name.startswith("reward/"):
+                self.rewards[name.removeprefix("reward/")] = tensor
+            else:
+                getattr(self, name).copy_(tensor)
 
     @property
     def nodes_per_sample(self) -> int:

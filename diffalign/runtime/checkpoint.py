@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ __all__ = ["flatten_optimizer", "latest", "load", "resolve", "restore_optimizer"
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+FORMER = "former"  # the folder that a fresh start moves the checkpoints of another run to
 GROUPS = "tensor_groups"  # the key of STATE that lists the groups of tensors; other files are exports
 _FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -69,6 +71,9 @@ def save(
     try:
         _stage(staged, tensors, text, step, export)
         _publish(staged, final)
+    except SafetensorError as error:
+        _remove(staged)
+        raise OSError(f"{staged}: {error}") from error  # what it says of a full disk
     except Exception:
         _remove(staged)
         raise
@@ -232,6 +237,16 @@ def resolve(output_dir: Path, resume: str | None) -> Path | None:
         exist = f"sound checkpoints in {output_dir}: {', '.join(sound) or 'none'}"
         raise CheckpointError(f"cannot resume: {'; '.join(problems)}; {exist}. Pass one of these, or 'latest'")
     return path
+
+
+def put_aside(output_dir: Path) -> bool:
+    """Moves all checkpoints to ``FORMER``, so that ``latest`` is never one of another run; whether there were any."""
+    found = list(_newest_first(Path(output_dir)))
+    for path in found:
+        (path.parent / FORMER).mkdir(exist_ok=True)
+        _remove(path.parent / FORMER / path.name)
+        os.rename(path, path.parent / FORMER / path.name)
+    return bool(found)
 
 
 def sweep(output_dir: Path) -> None:

@@ -1,72 +1,55 @@
-"""The one loop: backward, gradient guard, optimizer, EMA, logging, checkpoints and evaluations, for every trainer.
+"""The one loop: backward, guard, optimizer, EMA, logging, checkpoints and evaluations, for every trainer.
 
 It knows disks and processes and no algorithm. A task says what an iteration collects and yields the losses of each
-optimizer step, a micro-batch at a time.
+optimizer step, a micro-batch at a time. A run may be stopped between any two micro-steps, and goes on bit for bit:
+checkpoints are of whole optimizer steps, and what had begun since is done again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffalign.config import to_dict
-from diffalign.runtime import checkpoint
+from diffalign.config import save_yaml, to_dict
+from diffalign.runtime import checkpoint, saving
 from diffalign.runtime.ema import EMA
+from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
+from diffalign.runtime.folder import claimed
+from diffalign.runtime.guard import STREAK, Guard
+from diffalign.runtime.memory import advice, batch_name
+from diffalign.runtime.origin import origin
+from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
+from diffalign.runtime.signals import Signals
+from diffalign.runtime.task import Metrics, Micro, Task
 from diffalign.runtime.tracking import MetricsLog, Trackers
+from diffalign.runtime.watchdog import Watchdog
 
-Metrics = dict[str, float]
-Micro = Callable[[], tuple[Tensor, dict[str, Tensor]]]
+__all__ = ["Loop", "Metrics", "Micro", "Task", "crossed", "indexed", "lr_factor", "progress", "restore"]
 
-
-class Task(Protocol):
-    """What a trainer gives to the loop."""
-
-    updates_per_iteration: int
-    done: bool
-
-    def collect(self, iteration: int) -> Metrics:
-        """Prepares the data of an iteration; returns what to log of it."""
-
-    def updates(self, iteration: int) -> Iterator[Sequence[Micro]]:
-        """Per optimizer step, its micro-batches: each a call that returns a loss, already weighted, and metrics."""
-
-    def evaluate(self, step: int) -> Metrics:
-        """Figures of the averaged weights where there are any, else of the policy."""
-
-    def before_first_update(self) -> None:
-        """Checks that must hold when the weights have not moved yet; raises where they do not."""
-
-    def after_first_update(self) -> None:
-        """Checks that must hold once they have."""
-
-    def after_update(self, step: int, metrics: Metrics) -> None:
-        """Follows optimizer step number ``step`` (from 1), with its figures over all processes."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint must hold besides weights, optimizer and counters: tensors, and what JSON can hold."""
-
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what ``state`` gave."""
-
-    def export(self, folder: Path) -> None:
-        """Writes into a checkpoint what other programs load: the LoRA as it is now."""
-
-    def finish(self) -> None:
-        """Writes the results of the run."""
+SCALER_STREAK = 20  # a loss scaler finds its scale by overflows: so many in a row are no search
+FAILED_SAVES = 3  # in a row, and the run ends
 
 
 class Loop:
-    """Runs a task on a module's trainable parameters."""
+    """Runs a task on a module's trainable parameters.
+
+    step: optimizer steps that were taken or skipped. iteration, update: where the run is, update of those within the
+    iteration that are done. collected: the figures of the iteration's data, None until they are there. whole: the
+    task's state after the last optimizer step. evaluated: the step of the last evaluation, -1 before the first.
+    """
 
     def __init__(self, task: Task, module: nn.Module, args: TrainingConfig, accelerator: Accelerator) -> None:
         self.task, self.args, self.accelerator = task, args, accelerator
@@ -84,162 +67,305 @@ class Loop:
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
-        self.step = 0
-        self.skipped = 0
+        self.guard = Guard(args.max_grad_spike)
+        self.signals, self.watchdog = Signals(), Watchdog(args.hang_timeout, args.output_dir)
+        self.step = self.iteration = self.update = 0
+        self.evaluated = -1
+        self.collected: Metrics | None = None
+        self.stop_agreed = False
+        self.saved = (0, 0, -1)  # the place of the last checkpoint
+        self.pictured = False  # whether this process has evaluated
+        self.failed_saves = 0
 
-    @property
-    def iteration(self) -> int:
-        """The iteration that begins next."""
-        return -(-self.step // self.task.updates_per_iteration)
+    def origin(self) -> dict[str, Any]:
+        """The configuration, data and machine of this run."""
+        accelerator = self.accelerator
+        return origin(self.args, self.task.data_digest, accelerator.num_processes, accelerator.device.type)
 
     # The run --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains to ``max_train_steps``, from the beginning or from a checkpoint."""
-        resumed = self._resume()
-        if self.step >= self.args.max_train_steps:
-            self._say(f"nothing to do: this run has had its {self.step} steps")
-            return
+        """Trains to ``max_train_steps``, from the beginning or from a checkpoint.
+
+        Interrupted: a signal came, and the run is saved. SaveFailed, NotFinite, OutOfMemory: see there. ValueError: the
+        folder is in use or cannot be written, or the checkpoint is another run's.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                stack.enter_context(claimed(self.args.output_dir))
+            stack.enter_context(self.signals)
+            stack.enter_context(self.watchdog)
+            try:
+                if self._begin():
+                    self._train()
+            except StopRequested:
+                self._leave()
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or the task has seen enough."""
+        return self.step >= self.args.max_train_steps or self.task.done
+
+    def _begin(self) -> bool:
+        """Finds the place to go on from; False where nothing is left to do."""
+        path = saving.find(self)
+        rows = None if path is None else saving.put_back(self, path)
+        self.whole, self.saved = self.task.state(), self._place()
+        if path is not None and self.over and self._is_finished(path):
+            self.say(f"nothing to do: this run has had its {self.step} steps")
+            return False
         self.trackers = Trackers(self.accelerator)
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.args.output_dir)
-            self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", resume_step=self.step if resumed else None)
+            if path is None and checkpoint.put_aside(self.args.output_dir):
+                self.say(f"checkpoints of a former run are in {self.args.output_dir / checkpoint.FORMER}")
+            save_yaml(self.args, self.args.output_dir / "config.yaml")
+            self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", rows)
+            self.skips = MetricsLog(self.args.output_dir / "skipped.jsonl", None if path is None else self.guard.noted)
             self.trackers.start("diffalign", to_dict(self.args))
-        if not resumed:
-            self._evaluate()
-        bar = tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
-                   disable=not self.accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
-        while self.step < self.args.max_train_steps and not self.task.done:
-            self._iterate(bar)
-        bar.close()
+        if path is not None:
+            self.say(f"resumed from {path} at step {self.step}")
+        elif self.args.resume_from_checkpoint:
+            self.say(f"no checkpoint in {self.args.output_dir}: a fresh start")
+        return True
+
+    def _is_finished(self, path: Path) -> bool:
+        return self.evaluated == self.step and self.task.finished(path.stat().st_mtime)
+
+    def _train(self) -> None:
+        with tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
+                  disable=not self.accelerator.is_main_process, dynamic_ncols=True) as bar:  # fmt: skip
+            while True:
+                if self.over and self.update:
+                    self._next_iteration()  # which is over, whatever is left of its data
+                self._evaluate_and_save()
+                if self.over:
+                    break
+                self._iterate(bar)
+        self.watchdog.beat()
         self.task.finish()
         self.trackers.finish()
 
-    def _iterate(self, bar: tqdm) -> None:
-        begun, before = time.perf_counter(), self.step
-        collected = self.task.collect(self.iteration)
-        collected["time/collect"] = time.perf_counter() - begun
-        for micros in self.task.updates(self.iteration):
-            if self.step == self.args.max_train_steps:
-                break
-            started = time.perf_counter()
-            if self.step == 0:
-                self.task.before_first_update()
-            metrics = self._update(micros)
-            self.task.after_update(self.step, metrics)
-            if self.step == 1:
-                self.task.after_first_update()
-            metrics["time/update"] = time.perf_counter() - started
-            self._record({**collected, **metrics})
-            collected.pop("time/collect", None)  # counted once, however many updates follow
-            bar.update()
-            bar.set_postfix_str(progress({**collected, **metrics}))
-        last = self.step >= self.args.max_train_steps
-        if last or crossed(before, self.step, self.args.eval_steps):
+    def _evaluate_and_save(self) -> None:
+        """What is due between two iterations; a run that was stopped before, or in the midst of it, does it now."""
+        if self.update:
+            return
+        if self.evaluated < 0 or (self.over and self.evaluated != self.step) or self._crossed(self.evaluated, "eval"):
             self._evaluate()
-        if last or self.task.done or crossed(before, self.step, self.args.checkpointing_steps):
+        last = self.over  # an evaluation may end the run
+        if self.step and self.saved != self._place() and (last or self._crossed(self.saved[0], "checkpointing")):
+            self.save(last)
+        if last and not self.pictured:
+            self.task.evaluate(self.step)  # finished but for its pictures, which another process had
+
+    def _crossed(self, before: int, what: str) -> bool:
+        return crossed(max(0, before), self.step, getattr(self.args, f"{what}_steps"))
+
+    def _place(self) -> tuple[int, int, int]:
+        return self.step, self.update, self.evaluated
+
+    def _iterate(self, bar: tqdm) -> None:
+        collected = self._collect()
+        updates = islice(self.task.updates(self.iteration), self.update, None)
+        while self.step < self.args.max_train_steps and (micros := next(updates, None)) is not None:
+            started = time.perf_counter()
+            try:
+                if self.step == 0:
+                    self.task.before_first_update()
+                metrics = self._update(micros)
+            except torch.OutOfMemoryError as error:
+                self._make_room("update", error)
+                updates = islice(self.task.updates(self.iteration), self.update, None)
+                continue
+            self._close_update({**metrics, "time/update": time.perf_counter() - started}, collected, bar)
+        self._next_iteration()
+
+    def _next_iteration(self) -> None:
+        self.iteration, self.update, self.collected = self.iteration + 1, 0, None
+
+    def _close_update(self, metrics: Metrics, collected: Metrics, bar: tqdm) -> None:
+        """What follows an optimizer step, after which the run is whole again."""
+        self.task.after_update(self.step, metrics)
+        if self.step == 1:
+            self.task.after_first_update()
+        self._record({**collected, **metrics})
+        collected.pop("time/collect", None)  # counted once, however many updates follow
+        self.update += 1
+        self.whole = self.task.state()
+        bar.update()
+        bar.set_postfix_str(progress({**collected, **metrics}))
+        if self.guard.bad >= (STREAK if self.accelerator.scaler is None else SCALER_STREAK):
             self.save()
+            raise NotFinite(
+                f"{self.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; "
+                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}"
+            )
+        if self.stop_agreed:
+            raise StopRequested
+
+    def _collect(self) -> Metrics:
+        """The figures of the iteration's data, which are collected unless a checkpoint brought them."""
+        if self.collected is not None:
+            return self.collected
+        begun = time.perf_counter()
+        while self.collected is None:
+            try:
+                self.pulse(together=True)
+                self.collected = self.task.collect(self.iteration)
+            except torch.OutOfMemoryError as error:
+                self._make_room("collect", error)
+                self.task.restore(*self.whole)
+        if not self.update:
+            self.collected["time/collect"] = time.perf_counter() - begun
+        return self.collected
+
+    def pulse(self, together: bool = False) -> None:
+        """Between two micro-steps: the run is alive, and stops here if it was told to.
+
+        together: whether all processes come by here equally often. Several can stop only where they do.
+        """
+        self.watchdog.beat()
+        stop = self.signals.received is not None
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(float(stop), device=self.accelerator.device)
+            stop = together and self.accelerator.reduce(mine).item() > 0
+        if stop:
+            raise StopRequested
+
+    # One optimizer step ---------------------------------------------------------------------------------------------
 
     def _update(self, micros: Sequence[Micro]) -> Metrics:
         """One optimizer step. Gradients of all micro-batches add up; processes synchronise at the last one."""
+        self.optimizer.zero_grad(set_to_none=True)  # what a stopped or failed attempt left
         collected: list[dict[str, Tensor]] = []
         for index, micro in enumerate(micros):
+            self.pulse()
             last = index == len(micros) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, metrics = micro()
                 self.accelerator.backward(loss)
             collected.append({"loss": loss.detach() * len(micros), **metrics})
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm))
         names = collected[0]
         means = torch.stack([torch.stack([c[name].float() for c in collected]).mean() for name in names])
-        # One synchronisation per optimizer step: the guard needs a number, and the log takes its figures with it.
-        *values, norm = torch.cat(
-            [self.accelerator.reduce(means, "mean"), torch.as_tensor(norm)[None].to(means)]
-        ).tolist()
-        self._apply(torch.isfinite(torch.tensor([norm, values[0]])).all().item())
-        return {**dict(zip(names, values, strict=True)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+        stopping = torch.tensor([float(self.signals.received is not None)])
+        seen = torch.cat([means, self.guard.flags(means[0], norm.to(means)), stopping.to(means)])
+        # One synchronisation per optimizer step: the guard and the signals need numbers, and the log's come with them.
+        *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
+        *shares, stop = values[len(names) :]
+        self.stop_agreed = stop > 0
+        reason = self.guard.reason(shares)
+        self._apply(reason, norm)
+        row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
+        return row if reason is None else {**row, "skipped": float(self.guard.skipped)}
 
-    def _apply(self, finite: bool) -> None:
-        """Steps the optimizer, or leaves every weight and moment as it is when loss or gradient is not finite.
+    def _apply(self, reason: str | None, norm: float) -> None:
+        """Steps the optimizer, or leaves every weight, moment and the learning rate as they are.
 
         Under fp16 the loss scaler decides by itself, and needs to see overflows.
         """
-        if finite or self.accelerator.scaler is not None:
+        if reason is not None:
+            self._note_skipped(reason, norm)
+            if self.accelerator.scaler is not None and reason != "gradient not finite":
+                self.optimizer.zero_grad(set_to_none=True)  # the scaler is told of a step that moves nothing
+        if reason is None or self.accelerator.scaler is not None:
             self.optimizer.step()
-            self.skipped = 0 if finite else self.skipped
-            if self.ema is not None and finite:
+        if reason is None:
+            self.schedule.step()
+            if self.ema is not None:
                 self.ema.update()
-        else:
-            self.skipped += 1
-            self._say(f"step {self.step}: loss or gradient is not finite, the weights stay as they are")
-        if self.skipped == 3:
-            raise FloatingPointError("three steps in a row were not finite: lower learning_rate, or train in float32")
+        self.guard.note(reason, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
         self.step += 1
+
+    def _note_skipped(self, reason: str, norm: float) -> None:
+        """A line in ``skipped.jsonl`` with what it takes to look at the step again."""
+        own = self.task.samples()
+        samples = gather_object(own) if self.accelerator.num_processes > 1 else own
+        if self.accelerator.is_main_process and reason != "no gradient":
+            where = {"iteration": self.iteration, "update": self.update, "seed": self.args.seed}
+            row = {"reason": reason, "grad_norm": norm, **where, "samples": samples}
+            self.skips.write(self.step + 1, row)
+            self.say(f"step {self.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
+
+    def _make_room(self, phase: str, error: torch.OutOfMemoryError) -> None:
+        """Halves the batch of a phase, or ends the run with what to change."""
+        name = batch_name(self.args, phase)
+        size = getattr(self.args, name, 1)
+        if not self.args.auto_batch or size == 1 or self.accelerator.num_processes > 1:
+            hint = "" if self.args.auto_batch else "; or auto_batch: true, which halves batches by itself"
+            raise OutOfMemory(
+                f"out of memory in step {self.step + 1} ({phase}): try {advice(self.args, phase)}{hint}"
+            ) from error
+        setattr(self.args, name, size // 2)
+        self.say(f"out of memory ({phase}): {name} is {size // 2} from now on")
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     # What it writes -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        self._record({f"eval/{name}": value for name, value in self.task.evaluate(self.step).items()})
+        while True:
+            try:
+                found = self.task.evaluate(self.step)
+                break
+            except torch.OutOfMemoryError as error:
+                self._make_room("evaluate", error)
+        self._record({f"eval/{name}": value for name, value in found.items()})
+        self.evaluated, self.pictured = self.step, True
+        self.whole = self.task.state()  # which may hold what was seen
 
     def _record(self, metrics: Metrics) -> None:
         if self.accelerator.is_main_process:
             self.log.write(self.step, metrics)
             self.trackers.log(metrics, self.step)
 
-    def save(self) -> Path | None:
-        """Writes ``checkpoint-<step>/``: weights, EMA, optimizer, schedule, loss scaler, counters."""
-        self.accelerator.wait_for_everyone()
+    def save(self, last: bool = False) -> Path | None:
+        """Writes ``checkpoint-<step>/`` with all that ``saving.contents`` lists.
+
+        NotFinite: something in it is not. SaveFailed: the disk refused ``FAILED_SAVES`` times in a row, or once when it
+        is the ``last`` save; before, the run goes on with the checkpoints it has.
+        """
+        self.watchdog.beat()
+        tensors, state = saving.contents(self)
+        self.saved = self._place()
         if not self.accelerator.is_main_process:
             return None
-        moments, optimizer = checkpoint.flatten_optimizer(self.optimizer.optimizer)
-        own_tensors, own_state = self.task.state()
-        tensors = {"weights": indexed(self.parameters), "optimizer": moments}
-        tensors |= {"task": own_tensors} if own_tensors else {}
-        state = {
-            "step": self.step,
-            "skipped": self.skipped,
-            "optimizer": optimizer,
-            "schedule": self.schedule.state_dict(),
-            "task": own_state,
-        }
-        if self.ema is not None:
-            tensors["ema"] = indexed(self.ema.shadow)
-            state["ema_updates"] = self.ema.updates
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        return checkpoint.save(
-            self.args.output_dir,
-            self.step,
-            tensors,
-            state,
-            keep=self.args.checkpoints_total_limit,
-            export=self.task.export,
-        )
+        try:
+            saving.check_finite(tensors)
+            path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
+                                   keep=self.args.checkpoints_total_limit, export=self.task.export)  # fmt: skip
+        except NotFinite as error:
+            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}") from error
+        except OSError as error:
+            self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
+            return None
+        self.failed_saves = 0
+        self.log.sync()
+        return path
 
-    def _resume(self) -> bool:
-        path = checkpoint.resolve(self.args.output_dir, self.args.resume_from_checkpoint)
-        if path is None:
-            if self.args.resume_from_checkpoint:
-                self._say(f"no checkpoint in {self.args.output_dir}: a fresh start")
-            return False
-        tensors, state = checkpoint.load(path)
-        with torch.no_grad():
-            restore(self.parameters, tensors["weights"])
-            if self.ema is not None:
-                restore(self.ema.shadow, tensors["ema"])
-                self.ema.updates = state["ema_updates"]
-        checkpoint.restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.task.restore(tensors.get("task", {}), state["task"])
-        self._say(f"resumed from {path} at step {self.step}")
-        return True
+    def _save_failed(self, error: OSError, size: int, last: bool) -> None:
+        self.failed_saves += 1
+        text = f"checkpoint-{self.step} in {self.args.output_dir} could not be written ({size:,} bytes: {error})"
+        if last or self.failed_saves >= FAILED_SAVES:
+            raise SaveFailed(f"{text}: free space on the disk; last good checkpoint: {self._last_good()}") from error
+        self.say(f"warning: {text}: the run goes on")
 
-    def _say(self, text: str) -> None:
+    def _last_good(self) -> str:
+        return str(checkpoint.latest(self.args.output_dir) or "none")
+
+    def _leave(self) -> NoReturn:
+        """Saves at the last whole optimizer step, says how to go on, and ends the program."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.saved != self._place() or not self.step:
+            self.save(last=True)
+        self.say(f"stopped at step {self.step}; go on with:\n  {self.task.resume_command}")
+        self.trackers.finish()
+        raise Interrupted(self.signals.received or signal.SIGTERM)
+
+    def say(self, text: str) -> None:
+        """A line for the user, from one process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
@@ -258,21 +384,6 @@ def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
 def crossed(before: int, after: int, every: int) -> bool:
     """Whether a multiple of ``every`` lies in (before, after]; never for 0."""
     return every > 0 and after // every > before // every
-
-
-def indexed(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors by position, as safetensors wants them: named."""
-    return {f"{index:05d}": tensor.detach() for index, tensor in enumerate(tensors)}
-
-
-def restore(tensors: Sequence[Tensor], stored: dict[str, Tensor]) -> None:
-    """Copies back what ``indexed`` named. ValueError where the number of tensors differs."""
-    if len(tensors) != len(stored):
-        raise ValueError(
-            f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml"
-        )
-    for index, tensor in enumerate(tensors):
-        tensor.copy_(stored[f"{index:05d}"])
 
 
 def progress(metrics: Metrics) -> str:

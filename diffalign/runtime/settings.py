@@ -8,6 +8,14 @@ from typing import Literal
 
 from diffalign.config import option
 
+# What is written, watched or looked at, and how work is cut into batches: the weights are the same, up to rounding.
+CHANGEABLE = frozenset(
+    {"output_dir", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"}
+    | {"report_to", "hang_timeout", "auto_batch", "rollout_batch_size", "train_batch_size", "gradient_checkpointing"}
+    | {"save_rollouts", "cache", "cache_dir", "eval_prompts", "eval_rewards", "eval_images_per_prompt"}
+    | {"eval_num_steps", "max_unscored", "allow_reward_code"}
+)
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
@@ -31,6 +39,9 @@ class TrainingConfig:
     checkpoints_total_limit: int = option(2, "checkpoints kept, at least 2")
     resume_from_checkpoint: str | None = option(None, '"latest", or the path of a checkpoint')
     report_to: str = option("none", "none, tensorboard, wandb, trackio, or several with commas")
+    max_grad_spike: float = option(100.0, "a gradient so many times the usual norm is not taken; 0: all are")
+    hang_timeout: float = option(3600.0, "seconds without progress after which a run ends with all stacks; 0: never")
+    auto_batch: bool = option(False, "halve a batch that does not fit into memory, and go on; one process only")
 
     def __post_init__(self) -> None:
         """Paths may be given as text."""
@@ -39,6 +50,7 @@ class TrainingConfig:
     def validate(self) -> None:
         """ValueError for a setting that cannot train."""
         at_least = {"max_train_steps": 1, "eval_steps": 0, "checkpointing_steps": 0, "lr_warmup_steps": 0}
+        at_least |= {"max_grad_spike": 0, "hang_timeout": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

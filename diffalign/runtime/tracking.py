@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +48,23 @@ def _complete_lines(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, with ``step``.
 
-    resume_step: the step of the checkpoint that the run goes on from. Rows after it are dropped, and a line that a
-    crash cut short, so the file ends up equal to that of an uninterrupted run, provided that a step's rows are written
-    before its checkpoint. None starts a new file and keeps a former one as ``metrics.jsonl.old``.
+    rows: how many there were when the checkpoint was saved that the run goes on from. Later ones are dropped, and a
+    line that a crash cut short, so the file ends up equal to that of an uninterrupted run. None starts a new file and
+    keeps a former one as ``metrics.jsonl.old``. A row that the disk refuses is written with a later one.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, rows: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            self._rewind(resume_step)
+        self.waiting = b""
+        if rows is not None:
+            self._rewind(rows)
         elif self.path.exists():
             os.replace(self.path, self.path.with_name(self.path.name + ".old"))
+        self.rows = rows or 0
 
-    def _rewind(self, step: int) -> None:
-        kept = [line + "\n" for at, line, _ in _complete_lines(self.path) if at <= step]
+    def _rewind(self, rows: int) -> None:
+        kept = [line + "\n" for _, line, _ in _complete_lines(self.path)[:rows]]
         if not self.path.exists() or "".join(kept).encode() == self.path.read_bytes():
             return
         staged = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
@@ -74,9 +78,31 @@ class MetricsLog:
         """Appends a row. Values: numbers, text, lists, dicts, tensors; NaN is written as null, infinity as "inf"."""
         assert "step" not in metrics, "the step is an argument of its own"
         line = json.dumps({"step": int(step), **_strict(metrics)}, allow_nan=False) + "\n"
-        # Opened for each row: nothing to close, and the file may be moved or rotated while the run goes on.
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
+        self.rows += 1
+        self.waiting += line.encode()
+        try:
+            # Opened for each row: nothing to close, and the file may be moved or rotated while the run goes on.
+            with self.path.open("ab", buffering=0) as file:
+                self._append(file)
+        except OSError as error:
+            warnings.warn(f"{self.path}: {error}; the row waits for the next one", stacklevel=2)
+
+    def _append(self, file: RawIOBase) -> None:
+        """All that waits, or nothing: half a line in the middle would make the file unreadable."""
+        before = file.tell()
+        try:
+            if file.write(self.waiting) != len(self.waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
+        self.waiting = b""
+
+    def sync(self) -> None:
+        """On the disk, and not in its cache only."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:

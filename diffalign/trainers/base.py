@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,12 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from diffalign.config import save_yaml
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.weights import POLICY
 from diffalign.rewards.base import Reward
 from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.runtime.folder import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
+from diffalign.runtime.memory import batch_name
 from diffalign.runtime.noise import Noise
 from diffalign.runtime.processes import check_world, connect
 from diffalign.runtime.tracking import tracker_names
@@ -50,6 +53,7 @@ class Trainer:
 
     name: ClassVar[str]
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
+    data_digest = ""
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class Trainer:
         )
         check_world(self.accelerator.num_processes)
         self.check_batches(self.accelerator.num_processes)
+        if self.accelerator.is_main_process:
+            refuse_busy(args.output_dir)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         self.model.pipeline.to(self.accelerator.device)
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
@@ -95,6 +101,7 @@ class Trainer:
             self.accelerator,
             images_per_prompt=args.eval_images_per_prompt,
             batch_size=eval_batch_size,
+            pulse=self.loop.pulse,
         )
 
     def prepare(self, keep_reference: bool) -> Loop:
@@ -129,10 +136,43 @@ class Trainer:
 
     def train(self) -> None:
         """Runs to ``max_train_steps``, and writes the LoRA, the model card, curves and a base-versus-tuned grid."""
-        self.args.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            save_yaml(self.args, self.args.output_dir / "config.yaml")
+        self.model.about = self.about()
         self.loop.run()
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run."""
+        several = self.accelerator.num_processes > 1
+        program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
+        config = shlex.quote(str(self.args.output_dir / "config.yaml"))
+        return f"{program} --config {config} --resume_from_checkpoint latest"
+
+    def about(self) -> dict[str, str]:
+        """What the header of the LoRA says of its making, so that the file answers by itself."""
+        args, made = self.args, self.loop.origin()
+        said = {
+            "version": version("diffalign"),
+            "trainer": self.name,
+            "base_model": args.model,
+            "base_revision": self.model.pipeline.config.get("_commit_hash") or "",
+            "rank": str(args.lora.rank),
+            "alpha": str(args.lora.alpha or args.lora.rank),
+            "seed": str(args.seed),
+            "config_sha256": made["config_sha256"],
+            "data_sha256": made["data_sha256"],
+        }
+        return {f"diffalign.{name}": value for name, value in said.items()}
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What tells the samples of the current update from all others."""
+        return []
+
+    def collected(self) -> dict[str, Tensor]:
+        """What an iteration collected with weights that have moved since; empty where it would do the same again."""
+        return {}
+
+    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on with the iteration that ``collected`` is of."""
 
     def before_first_update(self) -> None:
         """Checks that must hold when the weights have not moved yet."""
@@ -154,6 +194,8 @@ class Trainer:
         """ODE sampling of the held-out prompts at fixed seeds, with the averaged weights where there are any."""
         if not self.eval_prompts:
             return {}
+        # auto_batch may have halved it.
+        self.evaluation.batch_size = getattr(self.args, batch_name(self.args, "evaluate"))
         with self.model.using(self.report.weight_set):
             figures, shown = self.evaluation.run(self.eval_levels, self.guidance, self.eval_base_steps)
         if self.accelerator.is_main_process:
@@ -170,3 +212,7 @@ class Trainer:
         """Exports the weights and writes the card, the curves and the comparison."""
         if self.accelerator.is_main_process:
             self.report.finish()
+
+    def finished(self, since: float) -> bool:
+        """Whether ``finish`` came to its end after ``since``, in seconds since the epoch."""
+        return self.report.finished(since)

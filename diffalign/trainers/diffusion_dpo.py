@@ -31,6 +31,7 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.cache import TensorCache
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
+from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.denoising import Denoising
@@ -40,7 +41,16 @@ from diffalign.trainers.inputs import check_groups, evaluation_rewards, reward_t
 from diffalign.trainers.rollouts import Collector
 from diffalign.trainers.self_play import SelfPlaySource
 from diffalign.trainers.singles import CONTEXT, SingleObjective
-from diffalign.trainers.sources import Data, DataSource, RolloutSource, Source, StreamSource, open_stream, read_data
+from diffalign.trainers.sources import (
+    Data,
+    DataSource,
+    RolloutSource,
+    Source,
+    StreamSource,
+    open_stream,
+    read_data,
+    sampled_digest,
+)
 
 
 class DiffusionDPOTrainer(Trainer):
@@ -105,13 +115,16 @@ class DiffusionDPOTrainer(Trainer):
     def _source(self, data: Data | None, weights: Mapping[str, float]) -> Source:
         args, accelerator = self.args, self.accelerator
         if args.online:
-            return RolloutSource(Collector(self, data, self.rewards, weights), args.data.rollouts, self.kind)
+            collector = Collector(self, data, self.rewards, weights)
+            self.data_digest = digest(collector.texts())
+            return RolloutSource(collector, args.data.rollouts, self.kind)
         share = args.num_pairs // accelerator.num_processes
         first = share * accelerator.process_index
         framer = Framer(self.encoded, args, self.noise, range(first, first + share))
         data = open_stream(args, self.noise, accelerator) if data is None else data
         if isinstance(data, PairStream):
             return StreamSource(data, framer, accelerator)
+        self.data_digest = sampled_digest(data)
         source = DataSource(data, framer)
         return source if args.losers == "data" else SelfPlaySource(source, self)
 
@@ -139,6 +152,19 @@ class DiffusionDPOTrainer(Trainer):
         self.examples, metrics = self.source(iteration)
         return metrics
 
+    def collected(self) -> dict[str, Tensor]:
+        """The model's own images, as the policy of the iteration's beginning drew them; data are read again."""
+        return self.source.rollout.buffer.drawn() if isinstance(self.source, RolloutSource) else {}
+
+    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on with these images."""
+        assert isinstance(self.source, RolloutSource)
+        self.examples = self.source.examples(self.source.collector.restored(iteration, tensors))[0]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Number and text of each example of the current update."""
+        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in self.part.tolist()]
+
     # Update ---------------------------------------------------------------------------------------------------------
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
@@ -149,6 +175,7 @@ class DiffusionDPOTrainer(Trainer):
         for update in range(self.updates_per_iteration):
             # A process with too few examples for all updates begins again.
             part = order[torch.arange(update * size, (update + 1) * size) % count]
+            self.part = part
             passes = [part[rows] for rows in micro_batches(len(part), self.args.train_batch_size)]
             yield [self._micro(rows, len(rows) / len(part)) for rows in passes]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +58,12 @@ class Evaluation:
         *,
         images_per_prompt: int,
         batch_size: int,
+        pulse: Callable[[], None],
     ) -> None:
         self.model, self.rewards, self.encoded = model, rewards, encoded
         self.index = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
         self.prompts = [prompts[i] for i in self.index]
-        self.per_prompt, self.batch_size = images_per_prompt, batch_size
+        self.per_prompt, self.batch_size, self.pulse = images_per_prompt, batch_size, pulse
 
     def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
         """Figures of the weights in use, over all processes, and what to show of them. base_steps: see ``Route``.
@@ -100,7 +101,11 @@ class Evaluation:
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
         addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, torch.tensor(self.index)[own], sample)
         parts = generate(self.model, route, conditioning, own, addresses, self.batch_size)
-        return torch.cat([images.cpu() for _, images in parts])
+        found = []
+        for _, images in parts:
+            found.append(images.cpu())
+            self.pulse()
+        return torch.cat(found)
 
 
 def summary(shown: Shown) -> dict[str, float]:

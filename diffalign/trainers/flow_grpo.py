@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.loop import Metrics, Micro
+from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt, StepResult
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
@@ -68,6 +70,7 @@ class FlowGRPOTrainer(Trainer):
             eval_batch_size=args.rollout_batch_size,
         )
         self.collector = Collector(self, prompts, self.rewards, weights)
+        self.data_digest = digest(self.collector.texts())
         self.levels = self.collector.levels
         self.updates_per_iteration = args.updates_per_rollout
         dimensions = torch.Size(self.model.latent_shape()).numel()
@@ -86,7 +89,21 @@ class FlowGRPOTrainer(Trainer):
     def collect(self, iteration: int) -> Metrics:
         """Samples and scores the images of an iteration."""
         self.rollout = self.collector(iteration, means=self.args.loss == "grpo_guard")
+        if self.args.old_log_prob == "recompute":
+            self._recompute(len(self.buffer.leaves))
         return self.rollout.metrics
+
+    def collected(self) -> dict[str, Tensor]:
+        """The images of the iteration, as the policy of its beginning drew them."""
+        return self.buffer.drawn()
+
+    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on with these images."""
+        self.rollout = self.collector.restored(iteration, tensors)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompt, group and member of each image of the current update."""
+        return self.buffer.named(self.part)
 
     @property
     def buffer(self) -> RolloutBuffer:
@@ -98,10 +115,9 @@ class FlowGRPOTrainer(Trainer):
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
         """Splits the iteration's samples at random into its updates, and each update into (samples, step) passes."""
         count = len(self.buffer.leaves)
-        if self.args.old_log_prob == "recompute":
-            self._recompute(count)
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
         for part in order.chunk(self.args.updates_per_rollout):
+            self.part = part
             self._weights = step_weights(self.rollout.route.plan, self.levels, self.args.step_weights)
             yield [self._micro(samples, step, len(part)) for samples, step in self._passes(self.instructive(part))]
 

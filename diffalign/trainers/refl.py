@@ -29,6 +29,7 @@ from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
 from diffalign.runtime.loop import Loop, Metrics, Micro
+from diffalign.runtime.origin import digest
 from diffalign.structures import Conditioning, Guidance, Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
@@ -97,6 +98,7 @@ class ReFLTrainer(Trainer):
         self.levels = self.model.levels(self.recipe.num_steps, args.schedule)
         self.pictures = self._pictures(args.data)
         self.starts = self._starts(prompts)
+        self.data_digest = digest([prompt.text for prompt in prompts or ()])
         self.watch = Watch(self, self.rewards, list(held_out))
 
     def prepare(self, keep_reference: bool) -> Loop:
@@ -170,7 +172,10 @@ class ReFLTrainer(Trainer):
         first = share * self.accelerator.process_index
         own = [divmod(first + place, args.group_size) for place in range(share)]
         self.iteration = iteration
-        self.batches = [self._batch(iteration, own[rows]) for rows in micro_batches(share, args.rollout_batch_size)]
+        self.batches = []
+        for rows in micro_batches(share, args.rollout_batch_size):
+            self.loop.pulse(together=True)
+            self.batches.append(self._batch(iteration, own[rows]))
         return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
 
     def _batch(self, iteration: int, samples: Sequence[tuple[int, int]]) -> Batch:
@@ -186,6 +191,14 @@ class ReFLTrainer(Trainer):
         )
         advance(self.model, Route(plan, self.levels, self.guidance), conditioning, start, buffer)
         return Batch(courses, samples, start.prompts, conditioning, buffer)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Prompt, group and member of each image of the iteration."""
+        return [
+            {"prompt": prompt.text, "group": group, "sample": member}
+            for batch in self.batches
+            for prompt, (group, member) in zip(batch.prompts, batch.samples, strict=True)
+        ]
 
     # Update ---------------------------------------------------------------------------------------------------------
 

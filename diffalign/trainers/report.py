@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.config import to_yaml
+from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
 from diffalign.evaluation.model_card import ModelCard, write_model_card
@@ -79,8 +81,15 @@ class Report:
         before = load_file(base) if self.shown is not None and base.is_file() else None
         if before is not None:
             self._compare(before)
+            for fault in ruined(before["images"], self.shown.images):
+                warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         pictures = [name for name in ("compare.png", "curves.png") if (self.folder / name).is_file()]
         write_model_card(self.folder, self._card(self._results(before), pictures))
+
+    def finished(self, since: float) -> bool:
+        """Whether the card, which is written last, is newer than ``since``, in seconds since the epoch."""
+        card = self.folder / "README.md"
+        return card.is_file() and card.stat().st_mtime >= since
 
     def export(self, folder: Path) -> None:
         """Writes the weights so that plain diffusers loads them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ class RolloutConfig(TrainerConfig):
     advantage_epsilon: float = option(1e-4, "added to that deviation")
     advantage_clip: float = option(5.0, "bound on advantages")
     aggregate: Literal["rewards", "advantages"] = option("rewards", "what is summed over several rewards")
+    max_unscored: float = option(0.2, "largest share of an iteration's images that rewards may fail on")
     save_rollouts: bool = option(False, "keep the last iteration's images, latents and rewards in rollouts/")
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class RolloutConfig(TrainerConfig):
         for name in ("num_groups", "rollout_batch_size", "updates_per_rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"max_unscored is a share, in [0, 1], got {self.max_unscored}")
         self.validate_batches(1)
         make_plan(self.plan, 0, self.seed)
 
@@ -109,27 +113,51 @@ class Collector:
     def __call__(self, iteration: int, *, means: bool = False) -> Rollout:
         """A buffer of this process's share. means: whether the trained nodes keep the means they were drawn around."""
         begun, args, trainer = time.perf_counter(), self.args, self.trainer
-        prompts = self.prompts_of(iteration)
-        plan = make_plan(args.plan, iteration, args.seed)
-        route = Route(plan, self.levels, trainer.guidance)
-        conditioning = trainer.encoded([p.text for p in prompts])
+        empty = self._empty(iteration, means)
+        buffer, route, conditioning, prompts = empty.buffer, empty.route, empty.conditioning, empty.buffer.prompts
         group, member = self._own_samples()
         addresses = Addresses(trainer.noise, "rollout", iteration, group, member, args.shared_start)
-        shape, device = trainer.model.latent_shape(), trainer.accelerator.device
-        buffer = RolloutBuffer.allocate(plan, group, member, prompts, shape, device=device, means=means)
         book = ScoreBook(self.rewards, keep_images=args.save_rollouts)
         parts = rollouts(
             trainer.model, route, conditioning, addresses, buffer, args.rollout_batch_size, args.decode_dtype
         )
         for rows, batch in parts:
+            trainer.loop.pulse(together=True)
             book.add(batch, [prompts[g] for g in group[rows].tolist()])
+            trainer.loop.pulse(together=True)
         own = book.scores(group)
         metrics = self._advantages(buffer, {name: own[name] for name in self.rewards}, group)
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
         if args.save_rollouts and trainer.accelerator.is_main_process:
             buffer.save(args.output_dir / "rollouts", torch.cat(book.images), model=args.model, seed=args.seed)
+        if metrics["unscored"] > args.max_unscored:
+            raise ValueError(
+                f"rewards failed on {metrics['unscored']:.0%} of the images, more than max_unscored "
+                f"{args.max_unscored:.0%}: mend the reward (warnings above name the samples), or raise max_unscored"
+            )
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
-        return Rollout(buffer, route, conditioning, {**metrics, **extras, "images_per_second": rate})
+        return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
+
+    def _empty(self, iteration: int, means: bool) -> Rollout:
+        """The rollout of an iteration before anything is drawn."""
+        args, trainer = self.args, self.trainer
+        prompts = self.prompts_of(iteration)
+        plan = make_plan(args.plan, iteration, args.seed)
+        shape, device = trainer.model.latent_shape(), trainer.accelerator.device
+        buffer = RolloutBuffer.allocate(plan, *self._own_samples(), prompts, shape, device=device, means=means)
+        conditioning = trainer.encoded([p.text for p in prompts])
+        return Rollout(buffer, Route(plan, self.levels, trainer.guidance), conditioning, {})
+
+    def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> Rollout:
+        """The rollout whose ``RolloutBuffer.drawn`` of all processes is given; each takes its own share."""
+        rollout = self._empty(iteration, "mean" in tensors)
+        rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
+        rollout.buffer.fill({name: tensor.chunk(world)[rank] for name, tensor in tensors.items()})
+        return rollout
+
+    def texts(self) -> list[str]:
+        """What the prompts are, with all that rewards are told of them."""
+        return [json.dumps([p.text, p.metadata], sort_keys=True, default=str) for p in self.prompts]
 
     def prompts_of(self, iteration: int) -> list[Prompt]:
         """A prompt per group, the same on all processes; each epoch goes through all prompts in a new order."""

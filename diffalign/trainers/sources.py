@@ -19,12 +19,14 @@ from diffalign.data.unpaired import LabelledData, load_labelled
 from diffalign.losses.registry import PreferenceLoss, get_loss
 from diffalign.runtime.loop import Metrics
 from diffalign.runtime.noise import Noise
+from diffalign.runtime.origin import digest
 from diffalign.structures import Prompt
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.examples import Examples, Framer, Loaded
-from diffalign.trainers.rollouts import Collector
+from diffalign.trainers.rollouts import Collector, Rollout
 
 Data = Samples | PairStream | Sequence[Prompt]
+DIGESTED = 16
 
 
 class Source(Protocol):
@@ -69,6 +71,14 @@ def open_stream(args: DiffusionDPOConfig, noise: Noise, accelerator: Accelerator
 
     rank, world = accelerator.process_index, accelerator.num_processes
     return stream_pairs(*args.train_data, settings=args.data, permutation=permutation, rank=rank, world=world)
+
+
+def sampled_digest(data: Samples) -> str:
+    """Of the number of samples, and of a few of them: enough to notice other data, and quick for millions."""
+    count = len(data)
+    chosen = min(count, DIGESTED)
+    few = [data[number * count // chosen] for number in range(chosen)]
+    return digest([str(count), *(text for sample in few for text in (sample.key, sample.prompt.text))])
 
 
 class DataSource:
@@ -129,8 +139,14 @@ class RolloutSource:
         self.collector, self.pairing, self.loss = collector, pairing, loss
 
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """Those of this process's groups; where no group has any, one of weight 0 keeps the other processes company."""
+        """Those of this process's groups."""
         rollout = self.collector(iteration)
+        examples, pairs = self.examples(rollout)
+        return examples, {**rollout.metrics, "pairs": float(pairs)}
+
+    def examples(self, rollout: Rollout) -> tuple[Examples, int]:
+        """Those of a rollout, and how many pairs. Where there are none, one of weight 0 keeps others company."""
+        self.rollout = rollout
         buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
         leaves = buffer.leaves
         groups = buffer.group[leaves].tolist()
@@ -148,7 +164,7 @@ class RolloutSource:
             numbers,
             torch.full((len(rows),), float(bool(pairs))),
         )
-        return examples, {**rollout.metrics, "pairs": float(len(pairs))}
+        return examples, len(pairs)
 
     def _examples(
         self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]

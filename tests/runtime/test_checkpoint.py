@@ -57,7 +57,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 def test_the_manifest_lists_size_and_digest_and_files_are_as_readable_as_the_folder(tmp_path):
     path = write(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
-    assert (content["format"], content["step"]) == (1, 1)
+    assert (content["format"], content["step"]) == (manifest.FORMAT, 1)
     assert sorted(content["files"]) == ["state.json", "weights.safetensors"]
     for name, entry in content["files"].items():
         written = (path / name).read_bytes()

@@ -21,7 +21,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     path = tmp_path / "run" / "metrics.jsonl"
     rows_of(MetricsLog(path), range(6))
     path.write_bytes(path.read_bytes() + torn)
-    rows_of(MetricsLog(path, resume_step=3), range(4, 8))
+    rows_of(MetricsLog(path, rows=4), range(4, 8))
     assert path.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
@@ -37,7 +37,7 @@ def test_any_cut_of_the_last_line_is_dropped(tmp_path, cut):
     path.write_bytes(path.read_bytes() + LAST[:cut])
     whole = cut == len(LAST)  # Only the line break is missing.
     assert MetricsLog.read(path) == [{"step": 1, "a": 1}] + [{"step": 2, "loss": 0.123456}] * whole
-    MetricsLog(path, resume_step=2).write(3, {})
+    MetricsLog(path, rows=1 + whole).write(3, {})
     assert [row["step"] for row in MetricsLog.read(path)] == [1, 2, 3] if whole else [1, 3]
 
 

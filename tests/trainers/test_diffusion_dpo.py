@@ -184,7 +184,7 @@ def test_resume_is_bit_exact(dpo, tmp_path, setting):
         trainer.train()
     DiffusionDPOTrainer(args=dataclasses.replace(broken, resume_from_checkpoint="latest")).train()
     (one, state_one), (two, state_two) = load(tmp_path / "a/checkpoint-4"), load(tmp_path / "b/checkpoint-4")
-    assert state_one == state_two
+    assert state_one | {"origin": 0} == state_two | {"origin": 0}
     for group in one:
         assert all(torch.equal(one[group][name], two[group][name]) for name in one[group]), group
     loras = [load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in "ab"]

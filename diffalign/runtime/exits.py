@@ -1,0 +1,37 @@
+"""How a run may end, each way with an exit code that a scheduler can act on."""
+
+from __future__ import annotations
+
+import signal
+
+# Of sysexits.h: "input/output error", "try again later" and "remote error in protocol", the nearest to what happened.
+DISK, HANG, NOT_FINITE = 74, 75, 76
+
+
+class SaveFailed(OSError):
+    """No checkpoint can be written; the message names the folder and the bytes that did not fit."""
+
+    exit_code = DISK
+
+
+class NotFinite(FloatingPointError):
+    """Numbers went bad and did not come back; the message names the last good checkpoint."""
+
+    exit_code = NOT_FINITE
+
+
+class OutOfMemory(RuntimeError):
+    """A batch did not fit; the message names settings to change, with numbers to try."""
+
+    exit_code = 1
+
+
+class StopRequested(Exception):
+    """Raised between two micro-steps once a signal has come; the loop saves and leaves."""
+
+
+class Interrupted(SystemExit):
+    """A run that was told to stop, and has saved: exit code 128 + the signal's number, as shells have it."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)

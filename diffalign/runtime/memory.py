@@ -1,0 +1,60 @@
+"""What to change when a batch does not fit into memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffalign.config import to_dict
+
+# The first that a configuration has.
+BATCHES = {
+    "collect": ("rollout_batch_size",),
+    "evaluate": ("eval_batch_size", "rollout_batch_size"),
+    "update": ("train_batch_size",),
+}
+
+
+def batch_name(config: Any, phase: str) -> str:
+    """The setting that says how many images a phase ("collect", "evaluate", "update") takes at once."""
+    return next((name for name in BATCHES[phase] if hasattr(config, name)), BATCHES[phase][-1])
+
+
+def advice(config: Any, phase: str) -> str:
+    """The settings that a phase can save memory with, three at most, with numbers."""
+    given = to_dict(config)
+    wanted = [
+        (batch_name(config, phase), half),
+        ("gradient_checkpointing", on),
+        ("decode_precision", bf16),
+        ("lora.rank", half),
+    ]
+    wanted += [("mixed_precision", bf16), ("resolution", smaller), ("group_size", half)]
+    useless = {"gradient_checkpointing", "lora.rank"} if phase != "update" else {"decode_precision", "group_size"}
+    found = []
+    for name, change in wanted:
+        value: Any = given
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if name not in useless and value is not None and (other := change(value)) is not None:
+            found.append(f"{name}: {str(other).lower()} (now {str(value).lower()})")
+    return "; ".join(found[:3])
+
+
+def half(value: int) -> int | None:
+    """Of a size; None where there is nothing to halve."""
+    return value // 2 if value > 1 else None
+
+
+def on(value: bool) -> bool | None:
+    """A switch, where it is off."""
+    return None if value else True
+
+
+def bf16(value: str) -> str | None:
+    """Half precision, where it is not used."""
+    return "bf16" if value == "no" else None
+
+
+def smaller(value: int) -> int | None:
+    """Three quarters of a resolution, in steps of 64 pixels."""
+    return value * 3 // 4 // 64 * 64 or None

@@ -1,0 +1,95 @@
+"""Where a checkpoint comes from: its configuration, data and machine, and whether this run may go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from diffalign.config import to_dict
+from diffalign.runtime.settings import CHANGEABLE, TrainingConfig
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, whatever the order of its keys."""
+    return digest([json.dumps(config, sort_keys=True, default=str)])
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order; where one ends matters."""
+    found = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        found.update(len(content).to_bytes(8, "little") + content)
+    return found.hexdigest()
+
+
+def machine(processes: int, device: str) -> dict[str, Any]:
+    """What the last bits of a training depend on besides its configuration."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processes": processes,
+    }
+
+
+def _processor() -> str:
+    """torch picks its kernels by this; the name of the model, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def origin(args: TrainingConfig, data: str, processes: int, device: str) -> dict[str, Any]:
+    """For a checkpoint. data: a digest of what is trained on; empty where there is none."""
+    config = plain(args)
+    return {
+        "config": config,
+        "config_sha256": config_hash(config),
+        "data_sha256": data,
+        "machine": machine(processes, device),
+    }
+
+
+def plain(args: TrainingConfig) -> dict[str, Any]:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(to_dict(args)))
+
+
+def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: TrainingConfig) -> list[str]:
+    """What differs from the machine that saved a checkpoint, and may change last bits: a line each.
+
+    ValueError: a setting that must not change, or data that did.
+    """
+    old, new = _flat(then["config"]), _flat(now["config"])
+    # A setting that is younger than the checkpoint had its default, without a name.
+    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in new.keys() - old.keys()}
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
+    if fixed := [name for name in changed if name not in loose]:
+        table = "\n".join(f"  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in fixed)
+        raise ValueError(
+            f"this checkpoint is of another configuration:\n{table}\n"
+            "go on with the settings of then (config.yaml of its run), or start anew in another output_dir"
+        )
+    if then["data_sha256"] != now["data_sha256"]:
+        raise ValueError("the training data have changed since this checkpoint: restore them, or start anew")
+    before, here = then["machine"], now["machine"]
+    lines = [f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]]
+    batches = [name for name in changed if name.endswith("_batch_size")]
+    return lines + [f"{name}: {old[name]} then, {new[name]} now" for name in batches]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return flat

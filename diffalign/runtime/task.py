@@ -1,0 +1,72 @@
+"""What the loop asks of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Metrics = dict[str, float]
+Micro = Callable[[], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Task(Protocol):
+    """What a trainer gives to the loop."""
+
+    updates_per_iteration: int
+    done: bool
+    data_digest: str
+    resume_command: str
+
+    def collect(self, iteration: int) -> Metrics:
+        """Prepares the data of an iteration; returns what to log of it."""
+
+    def updates(self, iteration: int) -> Iterator[Sequence[Micro]]:
+        """Per optimizer step, its micro-batches: each a call that returns a loss, already weighted, and metrics.
+
+        The same data give the same updates, however often it is asked.
+        """
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What tells the samples of the current update from all others, for the record of a step not taken."""
+
+    def collected(self) -> dict[str, Tensor]:
+        """What ``collect`` prepared with weights that have moved since; empty where it would do the same again.
+
+        The first dimension is of equal size on all processes, which it is gathered over.
+        """
+
+    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
+        """Prepares the iteration's data from what ``collected`` gave, gathered over all processes of then."""
+
+    def evaluate(self, step: int) -> Metrics:
+        """Figures of the averaged weights where there are any, else of the policy."""
+
+    def before_first_update(self) -> None:
+        """Checks that must hold when the weights have not moved yet; raises where they do not."""
+
+    def after_first_update(self) -> None:
+        """Checks that must hold once they have."""
+
+    def after_update(self, step: int, metrics: Metrics) -> None:
+        """Follows optimizer step number ``step`` (from 1), with its figures over all processes."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint must hold besides weights, optimizer and counters: tensors, and what JSON can hold.
+
+        Asked for after each optimizer step; tensors may be the live ones if only ``after_update`` changes them.
+        """
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave."""
+
+    def export(self, folder: Path) -> None:
+        """Writes into a checkpoint what other programs load: the LoRA as it is now."""
+
+    def finish(self) -> None:
+        """Writes the results of the run."""
+
+    def finished(self, since: float) -> bool:
+        """Whether ``finish`` came to its end after ``since``, in seconds since the epoch."""

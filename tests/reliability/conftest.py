@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing curves takes longer than the runs here, and is tested where it is written."""
+    monkeypatch.setattr("diffalign.trainers.report.plot_curves", lambda rows, path: None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that these tests do not depend on the cores of the machine, nor its forks on threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

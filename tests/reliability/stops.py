@@ -1,0 +1,74 @@
+"""Stops a trainer between any two of its micro-steps, and lets it go on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from diffalign.runtime.exits import Interrupted
+
+PHASES = {
+    "_collect": "between iterations",
+    "__call__": "rollout and reward",
+    "_update": "accumulation",
+    "_images": "evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run can be stopped: the number of the micro-step, and what the run was about to do."""
+
+    number: int
+    step: int
+    phase: str
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing is saved, as when the process is gone."""
+
+
+def watched(trainer: Any, act: Callable[[int], None]) -> list[Place]:
+    """Calls ``act`` with its number before every micro-step; the list fills while the trainer runs."""
+    places: list[Place] = []
+    pulse = trainer.loop.pulse
+
+    def wrapped(together: bool = False) -> None:
+        phase = PHASES[sys._getframe(1).f_code.co_name]
+        places.append(Place(len(places), trainer.loop.step, phase))
+        act(len(places) - 1)
+        pulse(together)
+
+    trainer.loop.pulse = wrapped
+    trainer.evaluation.pulse = wrapped
+    return places
+
+
+def stop_at(trainer: Any, number: int) -> None:
+    """Trains until a signal comes before this micro-step; the run saves and leaves."""
+
+    def act(now: int) -> None:
+        if now == number:
+            trainer.loop.signals.received = signal.SIGTERM
+
+    watched(trainer, act)
+    with pytest.raises(Interrupted) as left:
+        trainer.train()
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def kill_at(trainer: Any, number: int) -> None:
+    """Trains until the process is gone before this micro-step."""
+
+    def act(now: int) -> None:
+        if now == number:
+            raise Killed
+
+    watched(trainer, act)
+    with pytest.raises(Killed):
+        trainer.train()

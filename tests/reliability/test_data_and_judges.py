@@ -1,0 +1,173 @@
+"""R28 to R31: rewards that keep their promises or fail alone, and data with everything that real data have."""
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign import FlowGRPOTrainer
+from diffalign.data.pairs import load_pairs
+from diffalign.data.prompts import load_prompts
+from diffalign.data.quarantine import DataWarning, printable
+from diffalign.data.settings import PreferenceSettings
+from diffalign.rewards import get_reward
+from diffalign.rewards.base import names, needs_groups, registered
+from diffalign.rollout.scoring import score
+from diffalign.structures import Prompt
+from tests.data.made import encoded, jsonl, picture
+from tests.data.test_images import BAD, GOOD
+from tests.reliability.compare import rows
+from tests.reliability.trainers import short
+
+ASKING = (
+    "ocr",
+    "remote",
+    "combined",
+    "vlm_rating",
+    "vlm_checklist",
+    "vlm_pairwise",
+)  # networks, a server, or other rewards
+WITHOUT_WEIGHTS = [name for name in names() if not registered(name).facts.weights and name not in ASKING]
+
+
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
+def test_r28_a_reward_judges_each_image_by_itself_and_leaves_it_as_it_is(name):
+    """Those with networks, with small ones, and gradients too: tests/rewards/test_contract.py."""
+    try:
+        reward = get_reward(name)
+    except (ValueError, ImportError) as error:
+        pytest.skip(f"{name}: {error}")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    spec = {"include": [{"class": "circle", "count": 1, "color": "red"}], "tag": "colors", "text": "sign"}
+    before, texts, told = images.clone(), ["a red circle"] * 4, [spec] * 4
+    groups = [torch.zeros(4, dtype=torch.long)] if needs_groups(reward) else []
+    found = reward(images, texts, told, *groups)
+    values = found[0] if isinstance(found, tuple) else found
+    assert torch.equal(images, before)
+    assert values.isfinite().all()
+    order = [2, 0, 3, 1]
+    swapped = reward(images[order], texts, told, *groups)
+    swapped = swapped[0] if isinstance(swapped, tuple) else swapped
+    torch.testing.assert_close(swapped, values[order], rtol=1e-5, atol=1e-5)
+
+
+def test_r28_there_are_rewards_to_hold_to_it():
+    assert {"shapes", "brightness", "jpeg_compressibility"} <= set(WITHOUT_WEIGHTS)
+
+
+PROMPTS = [Prompt(text) for text in ("a", "b", "c", "d", "e", "f")]
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def light(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "infinite", "times out"])
+def test_r29_a_sample_that_a_reward_fails_on_changes_no_other(fault):
+    def judge(images, prompts, metadata):
+        values = light(images, prompts, metadata)
+        if "c" in prompts:
+            if fault in ("raises", "times out"):
+                raise TimeoutError("no answer") if fault == "times out" else ZeroDivisionError("c")
+            values[prompts.index("c")] = math.nan if fault == "nan" else math.inf
+        return values
+
+    with pytest.warns(UserWarning, match="failed on 1 of 6 samples.*'c'"):
+        found = score({"judge": get_reward(judge)}, IMAGES, PROMPTS)["judge"]
+    alone = [0, 1, 3, 4, 5]
+    without = score({"judge": get_reward(light)}, IMAGES[alone], [PROMPTS[i] for i in alone])["judge"]
+    assert found.isnan().tolist() == [text == "c" for text in "abcdef"]
+    assert torch.equal(found[alone], without)
+
+
+def test_r29_another_shape_of_scores_is_an_error_that_names_the_reward():
+    def square(images, prompts, metadata):
+        return torch.zeros(len(images), 2)
+
+    with pytest.raises(ValueError, match=r"reward 'square' returned shape \(6, 2\) for 6 images"):
+        score({"square": get_reward(square)}, IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(1, True), (0, False)])
+def test_r29_too_many_failures_stop_the_run(tmp_path, bad, stops):
+    def judge(images, prompts, metadata):
+        values = light(images, prompts, metadata)
+        values[:bad] = math.nan
+        return values
+
+    trainer = FlowGRPOTrainer(args=short("flow_grpo", tmp_path, max_train_steps=2), reward_funcs=judge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if stops:
+            with pytest.raises(ValueError, match=r"rewards failed on 50% of the images, more than max_unscored 20%"):
+                trainer.train()
+        else:
+            trainer.train()
+    assert not stops or not [row for row in rows(tmp_path) if "loss" in row]
+
+
+FILES = {name: make for name, (make, _) in {**BAD, **GOOD}.items()}
+
+
+def pairs_of(folder: Path, names) -> Path:
+    """A pair of each file and a good picture, among good ones."""
+    folder.mkdir()
+    table = []
+    for name in names:
+        path = folder / name
+        if name in FILES:
+            FILES[name](path)
+        else:
+            path.write_bytes(encoded(7))
+        other = folder / f"other-{len(table)}.jpg"
+        picture(len(table) + 50).save(other)
+        row = {"prompt": printable(name), "chosen": printable(path), "rejected": str(other)}
+        table.append(row)
+    return jsonl(folder / "pairs.jsonl", table)
+
+
+def test_r30_fourteen_odd_files_are_read_or_named_once_and_the_good_keep_their_order(tmp_path):
+    assert len(FILES) >= 14
+    good = [f"good-{i}.jpg" for i in range(40)]
+    mixed = [name for pair in zip(good, list(FILES) + good[len(FILES) :], strict=False) for name in pair]
+    names = list(dict.fromkeys(mixed))
+    path = pairs_of(tmp_path / "mixed", names)
+    with pytest.raises(ValueError, match=r"more than max_bad_share 1\.0%") as caught:
+        load_pairs(path)
+    for name in BAD:
+        assert name in str(caught.value) or "and 2 more" in str(caught.value)
+    settings = PreferenceSettings(max_bad_share=0.3, on_fault={"different_size": "keep", "too_small": "keep"})
+    with pytest.warns(DataWarning, match="unreadable: 7"):
+        data = load_pairs(path, settings=settings)
+    assert len(data.quarantine.dropped) == len(BAD)
+    read = [data[i].prompt.text for i in range(len(data)) if data[i].key not in data.quarantine.dropped]
+    assert read == [name for name in names if name not in BAD]
+    seen = [data.load(i)[0].prompt.text for i in range(len(data))]
+    assert not set(seen) & set(BAD)
+
+
+def test_r31_what_files_of_prompts_may_hold_is_defined(tmp_path):
+    long, emoji = "word " * 2000 + "end", "a 🦊 on a 🏔️"
+    text = b"\xef\xbb\xbfa cat\r\n\r\n  \ta dog\t\r\na cat\n" + f"{emoji}\n{long}".encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    found = [prompt.text for prompt in load_prompts(tmp_path / "a.txt")]
+    assert found == ["a cat", "a dog", "a cat", emoji, long]
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\r\n \n")
+    with pytest.raises(ValueError, match="holds no prompt: write one per line"):
+        load_prompts(tmp_path / "empty.txt")
+    (tmp_path / "column.jsonl").write_text('{"caption": "a cat"}\n')
+    with pytest.raises(ValueError, match='line 1: no "prompt" among caption'):
+        load_prompts(tmp_path / "column.jsonl")
+    (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_prompts(tmp_path / "latin.txt")
+
+
+def test_r31_a_run_takes_prompts_of_any_length_and_script(tmp_path):
+    (tmp_path / "a.txt").write_text("🦊\n" + "word " * 2000 + "\nein Bär")
+    args = short("flow_grpo", tmp_path / "run", train_prompts=tmp_path / "a.txt", max_train_steps=2, num_groups=3)
+    FlowGRPOTrainer(args=args).train()
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run") if "loss" in row)
