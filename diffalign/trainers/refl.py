@@ -195,7 +195,7 @@ class ReFLTrainer(Trainer):
     def samples(self) -> list[dict[str, Any]]:
         """Prompt, group and member of each image of the iteration."""
         return [
-            {"prompt": prompt.text, "group": group, "sample": member}
+            {"prompt": prompt.text, "group": group, "member": member}
             for batch in self.batches
             for prompt, (group, member) in zip(batch.prompts, batch.samples, strict=True)
         ]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.runtime.checkpoint import load
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE
+from tests.reliability.compare import same_checkpoint
 from tests.trainers.made_refl import redness, trainer_of
 
 # The shared buffer ---------------------------------------------------------------------------------------------------
@@ -142,10 +142,7 @@ def test_resume_is_bit_exact(refl, tmp_path, train_prompts, setting):
     with pytest.raises(Stopped):
         trainer.train()
     trainer_of(dataclasses.replace(broken, resume_from_checkpoint="latest"), train_prompts, **watched).train()
-    (one, state_one), (two, state_two) = load(tmp_path / "a/checkpoint-4"), load(tmp_path / "b/checkpoint-4")
-    assert state_one == state_two
-    for group in one:
-        assert all(torch.equal(one[group][name], two[group][name]) for name in one[group]), group
+    same_checkpoint(tmp_path / "a/checkpoint-4", tmp_path / "b/checkpoint-4")
 
 
 def test_the_lora_loads_in_plain_diffusers(refl, train_prompts):
