@@ -164,7 +164,7 @@ def test_losses_are_tabled_and_drawn_at_their_best_learning_rate(losses, tmp_pat
     _, _, dpo, ipo = losses.TABLE.read_text().strip().split("\n")
     # Over both seeds 6 and 3 of 12 images won, the others tied.
     assert dpo.startswith("| dpo | 77.5 ± 17.7 | 37.5 ± 17.7 | 68.8 [")
-    assert ipo.endswith("| 0.100 | 2.0 | 0.00015 | `shapes.yaml`, `loss: ipo`, `beta: 625.0` |")
+    assert ipo.endswith("| 0.100 | 2.0 | 0.00015 | `shapes.yaml`, `loss: ipo`, `beta: 62.5` |")
     assert losses.PICTURE.stat().st_size > 5000
 
 

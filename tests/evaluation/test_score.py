@@ -199,7 +199,7 @@ def test_what_cannot_be_loaded_is_an_error_and_is_scored_when_it_can(folder, tmp
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "reward 'pickscore': " in error
-    assert "later cannot be loaded: " in error
+    assert "there is no file or folder " in error
     layouts.clip(tmp_path / "later")
     assert main(command) == 0
     assert "| pickscore | 4 |" in capsys.readouterr().out
