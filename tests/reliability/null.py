@@ -24,7 +24,7 @@ class NullTask:
     it begins; what it does is the fault.
     """
 
-    updates_per_iteration, data_digest, resume_command = 2, "null", "python null.py"
+    updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
 
     def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, task: None)

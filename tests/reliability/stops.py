@@ -15,6 +15,7 @@ from diffalign.runtime.exits import Interrupted
 PHASES = {
     "_collect": "between iterations",
     "__call__": "rollout and reward",
+    "collect": "rollout and reward",
     "_update": "accumulation",
     "_images": "evaluation",
 }
