@@ -1,4 +1,4 @@
-"""SANA: a flow model of linear attention on a deep-compression autoencoder, prompted through Gemma (arXiv 2410.10629)."""
+"""SANA: a flow model of linear attention on a deep-compression autoencoder, prompted by Gemma (arXiv 2410.10629)."""
 
 from __future__ import annotations
 

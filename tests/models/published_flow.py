@@ -3,8 +3,8 @@
 Source of the settings: the ``config.json`` of each part, as published with the weights on the hub, in
 black-forest-labs/FLUX.1-dev and FLUX.1-schnell, Qwen/Qwen-Image, Efficient-Large-Model/Sana_1600M_1024px_diffusers and
 Tongyi-MAI/Z-Image-Turbo. Read from copies in loaders and tests on GitHub: Tenstorrent's (FLUX.1), ostris' ai-toolkit
-and SimpleTuner (Qwen-Image), diffusers' conversion script (SANA) and several ports to MLX (Z-Image). Settings that equal
-the default of the class are left out.
+and SimpleTuner (Qwen-Image), diffusers' conversion script (SANA) and several ports to MLX (Z-Image). Some equal
+defaults of the class.
 
 Source of the counts, which are not ours: a comment in a trainer of FLUX ControlNets (FLUX.1-dev), the catalogue of
 Unsloth Studio (FLUX.1-schnell, Qwen-Image, Z-Image-Turbo). T5 and CLIP as in ``published.py``.

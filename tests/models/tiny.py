@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -114,10 +113,3 @@ def sdxl(force_zeros: bool = True) -> StableDiffusionXLPipeline:
 
 
 FAMILIES = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl}
-
-
-def build(name: str, folder) -> None:
-    """Writes a family's pipeline, the same at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        FAMILIES[name]().save_pretrained(folder)

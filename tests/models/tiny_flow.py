@@ -1,4 +1,4 @@
-"""Small random pipelines in the layouts of FLUX.1, Qwen-Image, SANA and Z-Image: the published settings, scaled down."""
+"""Small random pipelines in the layouts of FLUX.1, Qwen-Image, SANA and Z-Image: published settings, scaled down."""
 
 from __future__ import annotations
 

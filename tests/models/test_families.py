@@ -1,0 +1,205 @@
+"""Every family against diffusers' own pipeline, and through every trainer: a new one joins ``families.FAMILIES``."""
+
+import io
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import to_pil_image
+
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign.diffusion.plan import Plan, PlanConfig, Row
+from diffalign.models import load_model, tuned
+from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.structures import Guidance
+from tests.models.families import FAMILIES, images_of, noise_of
+from tests.models.fresh import TEXTS, draw_fresh
+
+MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
+
+
+@pytest.fixture(scope="module")
+def models(family_pipelines):
+    """No test may change them."""
+    return {name: load_model(folder, **FAMILIES[name].options) for name, folder in family_pipelines.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(family_pipelines):
+    """A family's pipeline as plain diffusers loads it; UNets are sampled by DDIM."""
+
+    def load(name):
+        pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
+        if "unet" in pipe.components:
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def packed(pipe, noise):
+    return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_ode_draws_the_pipelines_images(models, plain, name):
+    family, model, pipe = FAMILIES[name], models[name], plain(name)
+    noise = noise_of(model, len(MANY))
+    for scale in (1.0, 3.0):
+        said = {**family.call, **(family.guided(scale, len(MANY)) if scale != 1 else {})}
+        expected = pipe(list(MANY), latents=packed(pipe, noise), num_inference_steps=5, output_type="pt", **said).images
+        images = images_of(family, model, noise, MANY, 5, scale)
+        assert images.std() > 0.01
+        assert (images - expected).abs().max() < 1e-5 * scale
+        if scale == 1:
+            unguided = images
+    assert (images - unguided).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_level_per_sample_equals_one_level_each(models, name):
+    model = models[name]
+    x, conditioning, levels = noise_of(model, 3), model.encode(MANY), model.levels(5)
+    with torch.no_grad():
+        together = model.predict(x, levels[:3], conditioning)
+        alone = [model.predict(x[i : i + 1], levels[i], conditioning[i : i + 1]) for i in range(3)]
+    assert together.dtype == torch.float32
+    assert (together - torch.cat(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_encoded_alike_alone_and_in_company(models, name):
+    together = models[name].encode(MANY)
+    for i, text in enumerate(MANY):
+        alone = models[name].encode([text])
+        for key, value in alone.tensors.items():
+            assert value.shape[1:] == together.tensors[key].shape[1:]
+            assert (value.float() - together.tensors[key][i : i + 1].float()).abs().max() < 1e-5
+    embeds = together.tensors["embeds"]
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stored_step_is_replayed_to_the_bit(models, name):
+    model = models[name]
+    noise, kind = noise_of(model, len(MANY)), FAMILIES[name].stochastic
+    plan = Plan((Row(kind, 1.0, trained=True), Row(kind, 0.5, trained=True), *ode_plan(2).rows))
+    plan.validate(model.levels(4))
+    route = Route(plan, model.levels(4), Guidance(2.0, model.unconditional()))
+    conditioning, seen, drawn = model.encode(MANY), [noise], {}
+
+    def observe(index, result):
+        drawn[index] = result.log_prob
+        seen.append(result.x_next)
+
+    sample(model, route, conditioning, noise, draw=lambda i: noise.roll(i + 1), observe=observe)
+    for index in plan.trained_steps:
+        with torch.no_grad():
+            again = route.replay(model, index, seen[index], conditioning, seen[index + 1])
+        assert torch.equal(again.log_prob, drawn[index])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_and_images_have_each_others_shapes_and_gradients(models, name):
+    model = models[name]
+    images = torch.rand(2, 3, *model.default_resolution, generator=torch.Generator().manual_seed(0))
+    latents = model.encode_images(images).detach().requires_grad_()
+    assert latents.shape == (2, *model.latent_shape())
+    restored = model.decode(latents)
+    assert restored.shape == images.shape
+    assert restored.min() >= 0
+    assert restored.max() <= 1
+    restored.mean().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def shared(name, folder, pipeline):
+    """Settings of a training in seconds, which leaves no weight where it was."""
+    return {
+        "model": str(pipeline),
+        **FAMILIES[name].options,
+        "output_dir": folder,
+        "lora": LoraConfig(rank=2),
+        "rollout_batch_size": 4,
+        "train_batch_size": 4,
+        "max_train_steps": 2,
+        "learning_rate": 0.02,
+    }
+
+
+def flow_grpo(name, folder, pipeline, pairs):
+    plan = PlanConfig("first_steps", num_steps=3, window_size=1, solver=FAMILIES[name].stochastic)
+    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2)
+    prompts = [Prompt(text) for text in MANY]
+    return FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=prompts)
+
+
+def diffusion_dpo(name, folder, pipeline, pairs):
+    args = DiffusionDPOConfig(**shared(name, folder, pipeline), train_data=(str(pairs),), num_pairs=4, beta=500.0)
+    return DiffusionDPOTrainer(args=args)
+
+
+TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo}
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Four pairs of noise, in Pick-a-Pic's columns."""
+
+    def png(seed):
+        file = io.BytesIO()
+        to_pil_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed))).save(file, "PNG")
+        return file.getvalue()
+
+    row = {"label_0": 1.0, "label_1": 0.0, "has_label": True}
+    rows = [{"jpg_0": png(2 * i), "jpg_1": png(2 * i + 1), "caption": f"shape {i}", **row} for i in range(4)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(family_pipelines, pairs, tmp_path_factory):
+    """(family, trainer) -> folder and the trained model's images, each drawn anew by plain diffusers."""
+    root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
+    for name, pipeline in family_pipelines.items():
+        for trainer_name, make in TRAINERS.items():
+            folder = root / f"{name}-{trainer_name}"
+            trainer = make(name, folder, pipeline, pairs)
+            trainer.train()
+            noise = noise_of(trainer.model, len(TEXTS))
+            save_file({"noise": noise}, folder / "noise.safetensors")
+            found[name, trainer_name] = folder, images_of(FAMILIES[name], trainer.model, noise)
+            jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
+            trainer.accelerator.free_memory()
+    draw_fresh(jobs, loras=len(jobs))
+    return found
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, name, trainer):
+    folder, images = runs[name, trainer]
+    fresh = load_file(folder / "image.safetensors")
+    assert (fresh["image"] - images).abs().max() < 1e-5
+    assert (images - fresh["base"]).abs().max() > 1e-3, "training must matter"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
+    folder, images = runs[name, "flow_grpo"]
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    noise = noise_of(model, len(TEXTS))
+    with tuned(model, folder):
+        assert (images_of(FAMILIES[name], model, noise) - images).abs().max() < 1e-5
+    assert (images_of(FAMILIES[name], model, noise) - images).abs().max() > 1e-3
