@@ -18,7 +18,11 @@ FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).g
 
 
 # The pipelines of the hub's models, which cannot be asked for here: model_index.json, "_class_name".
-HUB = {"stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline"}
+HUB = {
+    "stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+}
 
 
 def pipeline_class(model):

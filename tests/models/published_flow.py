@@ -7,7 +7,9 @@ and SimpleTuner (Qwen-Image), diffusers' conversion script (SANA) and several po
 defaults of the class.
 
 Source of the counts, which are not ours: a comment in a trainer of FLUX ControlNets (FLUX.1-dev), the catalogue of
-Unsloth Studio (FLUX.1-schnell, Qwen-Image, Z-Image-Turbo). T5 and CLIP as in ``published.py``.
+Unsloth Studio (FLUX.1-schnell, Qwen-Image, Z-Image-Turbo), and the hub's own figures of Qwen2.5-VL-7B, Qwen3-4B and
+gemma-2-2b, as many model tables repeat them. T5 and CLIP as in ``published.py``. Of SANA's transformer and autoencoder
+nobody's exact count was found.
 """
 
 from __future__ import annotations
@@ -262,7 +264,7 @@ FLOW_COUNTED = {
         "text_encoder_2": 4_762_310_656,
         "vae": 83_819_683,
     },
-    "qwen_image": {"transformer": 20_430_401_088},
-    "sana": {},
-    "z_image": {"transformer": 6_154_908_736, "vae": 83_819_683},
+    "qwen_image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656},
+    "sana": {"text_encoder": 2_614_341_888},
+    "z_image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
 }

@@ -1,6 +1,9 @@
 """Every family against diffusers' own pipeline, and through every trainer: a new one joins ``families.FAMILIES``."""
 
 import io
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,8 +137,8 @@ def shared(name, folder, pipeline):
 
 
 def flow_grpo(name, folder, pipeline, pairs):
-    plan = PlanConfig("first_steps", num_steps=3, window_size=1, solver=FAMILIES[name].stochastic)
-    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2)
+    plan = PlanConfig(num_steps=3, solver=FAMILIES[name].stochastic)
+    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2, guidance_scale=2.0)
     prompts = [Prompt(text) for text in MANY]
     return FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=prompts)
 
@@ -168,20 +171,39 @@ def pairs(tmp_path_factory):
     return path
 
 
+@dataclass(frozen=True)
+class Run:
+    """folder: of the run. images: what its model draws. ratios: of the stored steps, before the first update."""
+
+    folder: Path
+    images: torch.Tensor
+    ratios: torch.Tensor | None
+
+
+@torch.no_grad()
+def old_ratios(trainer):
+    """(trained steps, samples): of the policy to itself."""
+    trainer.collect(0)
+    replays = [trainer._replay(torch.arange(4), step) for step in trainer.rollout.route.plan.trained_steps]
+    return torch.stack([(result.log_prob - trainer.buffer.log_prob[nodes]).exp() for result, nodes in replays])
+
+
 @pytest.fixture(scope="module")
 def runs(family_pipelines, pairs, tmp_path_factory):
-    """(family, trainer) -> folder and the trained model's images, each drawn anew by plain diffusers."""
+    """(family, trainer) -> a training of two updates, whose export has been drawn from by plain diffusers."""
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
-    for name, pipeline in family_pipelines.items():
-        for trainer_name, make in TRAINERS.items():
-            folder = root / f"{name}-{trainer_name}"
-            trainer = make(name, folder, pipeline, pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        # Four fifths of such a training, and the same for every family.
+        patch.setattr("diffalign.trainers.report.plot_curves", lambda *_: None)
+        for (name, pipeline), kind in product(family_pipelines.items(), TRAINERS):
+            folder = root / f"{name}-{kind}"
+            trainer = TRAINERS[kind](name, folder, pipeline, pairs)
+            ratios = old_ratios(trainer) if kind == "flow_grpo" else None
             trainer.train()
             noise = noise_of(trainer.model, len(TEXTS))
             save_file({"noise": noise}, folder / "noise.safetensors")
-            found[name, trainer_name] = folder, images_of(FAMILIES[name], trainer.model, noise)
+            found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
             jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
-            trainer.accelerator.free_memory()
     draw_fresh(jobs, loras=len(jobs))
     return found
 
@@ -189,17 +211,23 @@ def runs(family_pipelines, pairs, tmp_path_factory):
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, name, trainer):
-    folder, images = runs[name, trainer]
-    fresh = load_file(folder / "image.safetensors")
-    assert (fresh["image"] - images).abs().max() < 1e-5
-    assert (images - fresh["base"]).abs().max() > 1e-3, "training must matter"
+    run = runs[name, trainer]
+    fresh = load_file(run.folder / "image.safetensors")
+    assert (fresh["image"] - run.images).abs().max() < 1e-5
+    assert (run.images - fresh["base"]).abs().max() > 1e-3, "training must matter"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
-    folder, images = runs[name, "flow_grpo"]
+    run = runs[name, "flow_grpo"]
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
     noise = noise_of(model, len(TEXTS))
-    with tuned(model, folder):
-        assert (images_of(FAMILIES[name], model, noise) - images).abs().max() < 1e-5
-    assert (images_of(FAMILIES[name], model, noise) - images).abs().max() > 1e-3
+    with tuned(model, run.folder):
+        assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() < 1e-5
+    assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_before_the_first_update_every_ratio_is_exactly_one(runs, name):
+    ratios = runs[name, "flow_grpo"].ratios
+    assert torch.equal(ratios, torch.ones(2, 4))
