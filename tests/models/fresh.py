@@ -18,7 +18,8 @@ STEPS = 4
 # each folder has noise.safetensors and gets the images that its weights draw from it.
 SCRIPT = """
 import json, os, sys
-import diffusers, torch
+import diffusers, peft, torch
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -62,12 +63,16 @@ def draw_all(path, jobs):
 torch.set_num_threads(1)
 jobs = json.loads(sys.argv[1])
 for path in {job[0] for job in jobs}:
-    getattr(diffusers, json.loads((Path(path) / "model_index.json").read_text())["_class_name"])
+    index = json.loads((Path(path) / "model_index.json").read_text())
+    getattr(diffusers, index["_class_name"])
+    for part in index.values():
+        if isinstance(part, list) and part[0]:
+            getattr(import_module(part[0]), part[1])
 for path, part in groupby(sorted(jobs), lambda job: job[0]):
     child = os.fork()
     if not child:
         draw_all(path, list(part))
-        sys.exit(0)
+        os._exit(0)  # taking the interpreter apart would cost four times what drawing does
     assert os.waitpid(child, 0)[1] == 0, path
 """
 

@@ -165,7 +165,5 @@ def test_sana_prompts_stand_behind_the_instruction_and_the_empty_one_does_not(lo
 def test_schedulers_without_flow_sigmas_are_refused():
     pipe = tiny_flow.flux_dev()
     pipe.scheduler = DDIMScheduler()
-    with pytest.raises(
-        ValueError, match=r"FluxPipeline with a DDIMScheduler: no flow sigmas .* give the pipeline"
-    ):
+    with pytest.raises(ValueError, match=r"FluxPipeline with a DDIMScheduler: no flow sigmas .* give the pipeline"):
         FluxModel(pipe)
