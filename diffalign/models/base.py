@@ -87,6 +87,11 @@ class DiffusionModel(ABC):
         """What guidance leads away from when no negative prompt is given, and a dropped prompt becomes: one row."""
         return self.encode([""])
 
+    @property
+    def idle_layers(self) -> tuple[str, ...]:
+        """Layers whose output nothing reads. They are not trained: processes would wait for their gradients."""
+        return ()
+
     def with_sizes(self, conditioning: Conditioning, original: Tensor, crop: Tensor, target: Tensor) -> Conditioning:
         """The conditioning of images that were resized and cropped, for denoisers that are told; others ignore it.
 
@@ -174,9 +179,11 @@ class DiffusionModel(ABC):
         a LoRA.
         """
         if config.rank:
-            lora.inject(self.raw_denoiser, config, self.lora_targets, seed)
+            lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
         else:
             self.raw_denoiser.requires_grad_(True)
+            for name in self.idle_layers:
+                self.raw_denoiser.get_submodule(name).requires_grad_(False)
         self.has_adapter = config.rank > 0
         self.weights = WeightSets(self.raw_denoiser, has_adapter=self.has_adapter)
         if keep_reference and not self.has_adapter:

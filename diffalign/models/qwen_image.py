@@ -31,6 +31,12 @@ class QwenImageModel(PackedFlowModel):
         "attn.to_add_out",
     )
 
+    @property
+    def idle_layers(self) -> tuple[str, ...]:
+        """The last block's layers that go on with the text."""
+        last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), true where there is text."""

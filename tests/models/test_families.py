@@ -119,6 +119,58 @@ def test_latents_and_images_have_each_others_shapes_and_gradients(models, name):
     assert latents.grad.abs().sum() > 0
 
 
+def told(module, work):
+    """What each call of ``module`` in ``work`` was given, by name or place."""
+    calls = []
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
+    )
+    work()
+    hook.remove()
+    return calls
+
+
+NAMED = {"flux_dev": "pooled_projections guidance txt_ids img_ids encoder_hidden_states", "qwen_image": ""}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_in_bfloat16_the_transformer_is_told_what_the_pipeline_tells_it(family_pipelines, name):
+    half, family = torch.bfloat16, FAMILIES[name]
+    model = load_model(family_pipelines[name], dtype=half, **family.options)
+    pipe = DiffusionPipeline.from_pretrained(family_pipelines[name], torch_dtype=half)
+    pipe.set_progress_bar_config(disable=True)
+    noise = noise_of(model, 2).to(half)
+    call = {"latents": packed(pipe, noise), "num_inference_steps": 4, "output_type": "latent", **family.call}
+    theirs = told(pipe.transformer, lambda: pipe(list(TEXTS), **call))
+    ours = told(model.raw_denoiser, lambda: images_of(family, model, noise))
+    assert len(ours) == len(theirs) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine["timestep"], other["timestep"])
+    for key in ["hidden_states", *NAMED[name].split()]:
+        assert ours[0][key].dtype == theirs[0][key].dtype
+        assert torch.equal(ours[0][key], theirs[0][key]), key
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines, name, rank):
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    model.train(LoraConfig(rank=rank))
+    model.raw_denoiser.train()
+    x, level, conditioning = noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.raw_denoiser.enable_gradient_checkpointing()
+        model.predict(x, level, conditioning).square().mean().backward()
+        found.append([p.grad for p in model.weights.trainable])
+        model.raw_denoiser.zero_grad()
+    # Processes that share gradients wait for one of every weight that trains.
+    assert not any(gradient is None for gradient in found[0])
+    assert any(gradient.any() for gradient in found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # Training ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ FLUX_LORA = RANK * 2 * 3072 * (19 * 8 + 38 * 3)
 LORA = {
     "flux_dev": FLUX_LORA,
     "flux_schnell": FLUX_LORA,
-    "qwen_image": RANK * 2 * 3072 * 60 * 8,
+    # Nothing reads what the last block says of the text.
+    "qwen_image": RANK * 2 * 3072 * (60 * 8 - 1),
     "sana": RANK * 2 * 2240 * 20 * (4 + 4),
     "z_image": RANK * 2 * 3840 * (30 + 2 + 2) * 4,
 }
