@@ -82,8 +82,9 @@ def export(pipeline: DiffusionPipeline, component: str, directory: Path) -> Path
     module = getattr(pipeline, component)
     layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
     metadata = module.peft_config["default"].to_dict()
-    for key in ("target_modules", "exclude_modules"):  # sets: their order would differ between files
-        metadata[key] = metadata[key] and sorted(metadata[key])
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
+    # Loaders make adapters where the file has weights, and would be warned that there is nothing to exclude.
+    metadata["exclude_modules"] = None
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(save_directory=directory, **named)
     return directory / WEIGHTS_NAME
