@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
+from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.models import load_model, tuned
 from diffalign.rollout.sampler import Route, ode_plan, sample
 from diffalign.structures import Guidance
+from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.fresh import TEXTS, draw_fresh
 
@@ -283,3 +286,14 @@ def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
 def test_before_the_first_update_every_ratio_is_exactly_one(runs, name):
     ratios = runs[name, "flow_grpo"].ratios
     assert torch.equal(ratios, torch.ones(2, 4))
+
+
+def test_a_run_and_its_evaluation_tell_the_model_one_guidance(family_pipelines, tmp_path):
+    settings = shared("flux_dev", tmp_path, family_pipelines["flux_dev"]) | {"embedded_guidance": 2.0}
+    args = FlowGRPOConfig(**settings, num_groups=1, group_size=2)
+    trainer = FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=[Prompt("a red circle")])
+    assert trainer.model.embedded_guidance == 2.0
+    save_yaml(args, tmp_path / "config.yaml")
+    save_file({}, tmp_path / "pytorch_lora_weights.safetensors")
+    asked = EvaluationConfig(models=(str(tmp_path),), prompts=PROMPTS / "shapes_held_out.jsonl", rewards=("shapes",))
+    assert resolve(asked, tmp_path / "eval", 1).sampling().embedded_guidance == 2.0
