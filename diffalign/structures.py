@@ -88,8 +88,12 @@ class Conditioning:
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, self.shared)
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """``Tensor.to`` on every member."""
-        return Conditioning({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()}, self.shared)
+        """``Tensor.to`` on every member, shared ones included."""
+        shared = {
+            name: value.to(*args, **kwargs) if isinstance(value, Tensor) else value
+            for name, value in self.shared.items()
+        }
+        return Conditioning({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()}, shared)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

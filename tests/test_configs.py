@@ -22,6 +22,7 @@ HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
     "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
     "stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
 }
 
 

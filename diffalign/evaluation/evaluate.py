@@ -44,7 +44,12 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         process=state.process_index,
         processes=state.num_processes,
     )
-    model = load_model(config.model, max_sequence_length=config.max_sequence_length, resolution=config.resolution)
+    model = load_model(
+        config.model,
+        max_sequence_length=config.max_sequence_length,
+        resolution=config.resolution,
+        embedded_guidance=config.embedded_guidance,
+    )
     model.pipeline.to(state.device)
     total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
     for subject in subjects:

@@ -47,6 +47,7 @@ class Sampling:
     guidance_scale: float
     images_per_prompt: int
     seed: int
+    embedded_guidance: float | None = None
 
 
 @dataclass(frozen=True)

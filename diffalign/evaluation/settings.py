@@ -22,7 +22,7 @@ class EvaluationConfig:
         (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights"
     )
     model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
-    max_sequence_length: int | None = option(None, "T5 tokens per prompt")
+    max_sequence_length: int | None = option(None, "text tokens per prompt")
     resolution: int | None = option(None, "side of the square images, in pixels")
     prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
     limit: int | None = option(None, "at most so many prompts, spread evenly over the file")
@@ -37,6 +37,7 @@ class EvaluationConfig:
     num_steps: int | None = option(None, "ODE steps")
     schedule: str | None = option(None, "pipeline or uniform")
     guidance_scale: float | None = option(None, "the same for every model")
+    embedded_guidance: float | None = option(None, "guidance that a distilled model (FLUX.1-dev) is told")
     images_per_prompt: int | None = option(
         None, "default: 2 for figures, which then hold diversity, 1 for a comparison"
     )
@@ -69,6 +70,7 @@ class EvaluationConfig:
             self.guidance_scale,
             self.images_per_prompt,
             self.seed,
+            self.embedded_guidance,
         )
 
 
@@ -97,6 +99,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         "num_steps": run.get("eval_num_steps") or run.get("plan", {}).get("num_steps", 28),
         "schedule": run.get("schedule", "pipeline"),
         "guidance_scale": run.get("guidance_scale", 1.0),
+        "embedded_guidance": run.get("embedded_guidance"),
         "output_dir": output_dir,
         "images_per_prompt": images_per_prompt,
         "batch_size": run.get("rollout_batch_size", 16),

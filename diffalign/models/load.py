@@ -10,14 +10,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign.models.base import DiffusionModel
+from diffalign.models.flux import FluxModel
+from diffalign.models.qwen_image import QwenImageModel
+from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
 from diffalign.models.sd3 import SD3Model
 from diffalign.models.sdxl import SDXLModel
+from diffalign.models.z_image import ZImageModel
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionPipeline": SDModel,
     "StableDiffusionXLPipeline": SDXLModel,
     "StableDiffusion3Pipeline": SD3Model,
+    "FluxPipeline": FluxModel,
+    "QwenImagePipeline": QwenImageModel,
+    "SanaPipeline": SanaModel,
+    "ZImagePipeline": ZImageModel,
 }
 
 

@@ -38,11 +38,16 @@ class LoraConfig:
             raise ValueError(f"lora.alpha must be positive, got {self.alpha}: leave it out for alpha = rank")
 
 
-def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> None:
-    """Adds a trainable float32 adapter to ``module``, freezes the rest. ValueError where a target matches no layer."""
+def inject(
+    module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
+) -> None:
+    """Adds a trainable float32 adapter to ``module``, freezes the rest. idle: full names of layers to leave out.
+
+    ValueError where a target matches no layer.
+    """
     wanted = config.targets or targets
     names = [name for name, _ in module.named_modules()]
-    if missing := [t for t in wanted if not any(n == t or n.endswith("." + t) for n in names)]:
+    if missing := [t for t in wanted if not any(_named(n, t) for n in names)]:
         linear = sorted(
             {n.split(".", 2)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear) and "." in n}
         )
@@ -55,6 +60,7 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
         lora_alpha=config.alpha or config.rank,
         init_lora_weights="gaussian",
         target_modules=sorted(wanted),
+        exclude_modules=[name for name in idle if any(_named(name, t) for t in wanted)] or None,
     )
     # peft draws from the global generator; a fork keeps it untouched and the draw a function of the seed.
     with torch.random.fork_rng(devices=[]):
@@ -63,6 +69,11 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _named(layer: str, target: str) -> bool:
+    """Whether ``target`` is the name of a layer, or its end."""
+    return layer == target or layer.endswith("." + target)
 
 
 def export(
@@ -77,6 +88,8 @@ def export(
     layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
     metadata = module.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
+    # Loaders make adapters where the file has weights, and would be warned that there is nothing to exclude.
+    metadata["exclude_modules"] = None
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(save_directory=directory, **named)
     path = directory / WEIGHTS_NAME

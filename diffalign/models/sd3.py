@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffalign.diffusion.schedule import flow_level_at, flow_levels
-from diffalign.models.base import DiffusionModel, check_schedule
-from diffalign.structures import Conditioning, Level
+from diffalign.models.flow import FlowModel
+from diffalign.structures import Conditioning
 
 
-class SD3Model(DiffusionModel):
+class SD3Model(FlowModel):
     """Drives a ``StableDiffusion3Pipeline``.
 
     max_sequence_length: T5 tokens per prompt. The pipeline's default is 256; what is trained here should be what is
     sampled later. resolution: side of the square images, in pixels; default: the pipeline's own.
     """
 
-    parameterization = "flow"
+    uniform_grid = False
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -34,9 +31,13 @@ class SD3Model(DiffusionModel):
         "attn.to_add_out",
     )
 
-    def __init__(self, pipeline, max_sequence_length: int = 256, resolution: int | None = None) -> None:
-        super().__init__(pipeline, resolution)
-        self.max_sequence_length = max_sequence_length
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: int | None = None):
+        super().__init__(pipeline, max_sequence_length, resolution)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of latents that is one token."""
+        return self.raw_denoiser.config.patch_size
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -50,27 +51,6 @@ class SD3Model(DiffusionModel):
             max_sequence_length=self.max_sequence_length,
         )
         return Conditioning({"embeds": embeds, "pooled": pooled}).to(self.device)
-
-    def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
-        """The scheduler's own sigmas, dynamic shift included."""
-        check_schedule(schedule)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        uniform = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
-        grid = uniform if schedule == "uniform" else {"num_inference_steps": num_steps}
-        scheduler.set_timesteps(**grid, **self._shift(scheduler, resolution))
-        return flow_levels(scheduler.sigmas, self.num_train_timesteps)
-
-    def level_at(self, time: Tensor) -> Level:
-        """sigma = time / T."""
-        return flow_level_at(time, self.num_train_timesteps)
-
-    def _shift(self, scheduler, resolution: tuple[int, int] | None) -> dict[str, float]:
-        if not scheduler.config.get("use_dynamic_shifting"):
-            return {}
-        _, height, width = self.latent_shape(resolution)
-        tokens = (height // self.raw_denoiser.config.patch_size) * (width // self.raw_denoiser.config.patch_size)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return {"mu": calculate_shift(tokens, *(scheduler.config[name] for name in names))}
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the transformer, through the wrapper that accelerate prepared."""

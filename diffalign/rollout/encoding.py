@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.models import DiffusionModel
 from diffalign.runtime.cache import TensorCache
 from diffalign.structures import Conditioning
 
+SHARED = "shared/"  # begins the name, on disk, of a tensor without a batch axis
 PROBE = 64  # numbers of each tensor that tell one model from another
 
 
@@ -42,10 +43,11 @@ class EncodedPrompts:
             return self.model.encode([text]).to("cpu")
         key = f"prompt {self.identity} {text}"
         if (kept := self.cache.get(key)) is not None:
-            return Conditioning(kept)
+            shared = {name: kept.pop(name) for name in [*kept] if name.startswith(SHARED)}
+            return Conditioning(kept, {name.removeprefix(SHARED): tensor for name, tensor in shared.items()})
         row = self.model.encode([text]).to("cpu")
-        if not row.shared:
-            self.cache.put(key, row.tensors)
+        if all(isinstance(value, Tensor) for value in row.shared.values()):
+            self.cache.put(key, {**row.tensors, **{SHARED + name: value for name, value in row.shared.items()}})
         return row
 
     @cached_property

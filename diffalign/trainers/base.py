@@ -113,7 +113,12 @@ class Trainer:
 
     def _load(self) -> DiffusionModel:
         args = self.args
-        return load_model(args.model, max_sequence_length=args.max_sequence_length, resolution=args.resolution)
+        return load_model(
+            args.model,
+            max_sequence_length=args.max_sequence_length,
+            resolution=args.resolution,
+            embedded_guidance=args.embedded_guidance,
+        )
 
     def check_batches(self, processes: int) -> None:
         """ValueError where the batches do not divide over the processes; called before a model is loaded."""

@@ -16,11 +16,14 @@ class TrainerConfig(TrainingConfig):
     """What every trainer can be told about its model, its adapter and its evaluations."""
 
     model: str = option("", "folder in diffusers' layout, or a hub id")
-    max_sequence_length: int | None = option(None, "T5 tokens per prompt; default: the pipeline's own")
+    max_sequence_length: int | None = option(None, "text tokens per prompt; default: the pipeline's own")
     resolution: int | None = option(None, "side of the square images, in pixels; default: the pipeline's own")
     lora: LoraConfig = option(LoraConfig(), "the adapter")
     schedule: str = option("pipeline", "pipeline: the scheduler's own sigmas; uniform: sigmas = linspace(1, 1/N, N)")
     guidance_scale: float = option(1.0, "classifier-free guidance wherever the model samples; 1 turns it off")
+    embedded_guidance: float | None = option(
+        None, "guidance that a distilled model (FLUX.1-dev) is told; default: the pipeline's own"
+    )
     gradient_checkpointing: bool = option(False, "less memory, one more forward pass")
     allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
     eval_prompts: Path | None = option(None, ".txt or .jsonl of held-out prompts; none: no evaluation")

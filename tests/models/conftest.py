@@ -2,13 +2,23 @@
 
 import pytest
 
+from tests.conftest import PIPELINE
 from tests.models import tiny
+from tests.models.families import FAMILIES
 
 
 @pytest.fixture(scope="session")
-def tiny_pipelines(tmp_path_factory):
-    """Family -> folder; no test may write there."""
+def family_pipelines(tmp_path_factory):
+    """Family -> folder, the same at every call; no test may write there."""
     root = tmp_path_factory.mktemp("pipelines")
-    for name in tiny.FAMILIES:
-        tiny.build(name, root / name)
-    return {name: root / name for name in tiny.FAMILIES}
+    folders = {name: PIPELINE if family.build is None else root / name for name, family in FAMILIES.items()}
+    for name, family in FAMILIES.items():
+        if family.build is not None:
+            tiny.write(family.build, folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(family_pipelines):
+    """Those of Stable Diffusion 1, 2 and XL."""
+    return {name: family_pipelines[name] for name in tiny.FAMILIES}

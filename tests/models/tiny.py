@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -116,8 +119,13 @@ def sdxl(force_zeros: bool = True) -> StableDiffusionXLPipeline:
 FAMILIES = {"sd15": sd15, "sd2": sd2, "sdxl": sdxl}
 
 
-def build(name: str, folder) -> None:
-    """Writes a family's pipeline, the same at every call."""
+def write(make: Callable[[], DiffusionPipeline], folder) -> None:
+    """Writes a pipeline, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        FAMILIES[name]().save_pretrained(folder)
+        make().save_pretrained(folder)
+
+
+def build(name: str, folder) -> None:
+    """Writes a family's pipeline."""
+    write(FAMILIES[name], folder)

@@ -1,0 +1,85 @@
+"""FLUX.1: a flow model with joint and single-stream blocks, one CLIP encoder and T5 (Black Forest Labs, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffalign.models.flow import PackedFlowModel, pack, unpack
+from diffalign.structures import Conditioning
+
+
+class FluxModel(PackedFlowModel):
+    """Drives a ``FluxPipeline``: FLUX.1-dev, FLUX.1-schnell and models of their shape.
+
+    max_sequence_length: T5 tokens per prompt. The pipeline's default is 512; FLUX.1-schnell was trained with 256.
+    resolution: as for ``FlowModel``, a multiple of 16 pixels.
+    embedded_guidance: the ``guidance_scale`` of the pipeline, an input of FLUX.1-dev, which was distilled from guided
+    samples; default 3.5, as the pipeline's. It costs nothing, and training and sampling see the same. The trainers'
+    ``guidance_scale`` is the pipeline's ``true_cfg_scale``, which these models are made to do without (1.0).
+    ValueError: embedded guidance for a model that is not told it, as FLUX.1-schnell.
+    """
+
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        max_sequence_length: int = 512,
+        resolution: int | None = None,
+        embedded_guidance: float | None = None,
+    ) -> None:
+        super().__init__(pipeline, max_sequence_length, resolution)
+        told = self.raw_denoiser.config.guidance_embeds
+        if embedded_guidance is not None and not told:
+            raise ValueError(
+                f"embedded_guidance {embedded_guidance}: this model has no guidance embedding (FLUX.1-dev has); "
+                "leave it out"
+            )
+        self.embedded_guidance = (3.5 if embedded_guidance is None else embedded_guidance) if told else None
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """The pipeline's own encoding: T5's embeddings (B, L, D), CLIP's pooled (B, P), and text ids (L, 3)."""
+        embeds, pooled, text_ids = self.pipeline.encode_prompt(
+            list(texts), device=self.pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
+        )
+        return Conditioning({"embeds": embeds, "pooled": pooled}, {"text_ids": text_ids}).to(self.device)
+
+    def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """One call of the transformer, through the wrapper that accelerate prepared."""
+        dtype, tensors = self.dtype, conditioning.tensors
+        height, width = x.shape[-2:]
+        guidance = self.embedded_guidance
+        output = self.denoiser(
+            hidden_states=pack(x.to(dtype)),
+            # Rounded before the division, as the pipeline does: in bfloat16 the order shows.
+            timestep=time.to(dtype) / self.num_train_timesteps,
+            guidance=None if guidance is None else torch.full_like(time, guidance),
+            pooled_projections=tensors["pooled"].to(dtype),
+            encoder_hidden_states=tensors["embeds"].to(dtype),
+            txt_ids=conditioning.shared["text_ids"].to(dtype),
+            img_ids=image_ids(height // 2, width // 2, x.device, dtype),
+            return_dict=False,
+        )[0]
+        return unpack(output.float(), height, width)
+
+
+@lru_cache(maxsize=16)
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The place of each token of the image, (h w, 3): 0, row, column. Kept, because making it waits for the device."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

@@ -1,0 +1,96 @@
+"""Qwen-Image: a flow model of joint blocks, told what a language model with eyes makes of the prompt (2508.02324)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffalign.models.flow import PackedFlowModel, pack, unpack
+from diffalign.structures import Conditioning
+
+
+class QwenImageModel(PackedFlowModel):
+    """Drives a ``QwenImagePipeline``.
+
+    max_sequence_length: tokens per prompt, to which shorter prompts are padded and masked; the pipeline's default is
+    512, and it pads to the longest prompt of a call, which says the same. resolution: as for ``FlowModel``, a multiple
+    of 16 pixels. Guidance is the pipeline's ``true_cfg_scale``, with its rescaling to the norm of the positive output.
+    """
+
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    @property
+    def idle_layers(self) -> tuple[str, ...]:
+        """The last block's layers that go on with the text."""
+        last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), true where there is text."""
+        embeds, mask = self.pipeline.encode_prompt(
+            list(texts), device=self.pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
+        )
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+        rest = self.max_sequence_length - embeds.shape[1]
+        padded = {"embeds": pad(embeds, (0, 0, 0, rest)), "mask": pad(mask.bool(), (0, rest))}
+        return Conditioning(padded).to(self.device)
+
+    def unconditional(self) -> Conditioning:
+        """A space, which the model's card guides away from: without a negative prompt the pipeline does not guide."""
+        return self.encode([" "])
+
+    def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """One call of the transformer, through the wrapper that accelerate prepared."""
+        dtype, tensors = self.dtype, conditioning.tensors
+        height, width = x.shape[-2:]
+        output = self.denoiser(
+            hidden_states=pack(x.to(dtype)),
+            # Rounded before the division, as the pipeline does: in bfloat16 the order shows.
+            timestep=time.to(dtype) / self.num_train_timesteps,
+            encoder_hidden_states=tensors["embeds"].to(dtype),
+            encoder_hidden_states_mask=tensors["mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack(output.float(), height, width)
+
+    def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
+        """Guided outputs, each token with the norm that it has without guidance."""
+        guided = pack(super().guide(against, towards, scale))
+        norm = pack(towards).norm(dim=-1, keepdim=True)
+        return unpack(guided * (norm / guided.norm(dim=-1, keepdim=True)), *towards.shape[-2:])
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1)."""
+        config = self.pipeline.vae.config
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return mean.to(like), std.to(like)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents, differentiable: the VAE is one of films, and these have one frame."""
+        vae = self.pipeline.vae
+        latents = latents.to(vae.dtype).unsqueeze(2)
+        mean, std = self._statistics(latents)
+        frame = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
+        return (frame.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of images, each channel of zero mean and unit deviation over the VAE's training data."""
+        vae = self.pipeline.vae
+        found = vae.encode((images * 2 - 1).to(vae.dtype).unsqueeze(2)).latent_dist
+        latents = found.mean if noise is None else found.mean + found.std * noise.to(found.std).unsqueeze(2)
+        mean, std = self._statistics(latents)
+        return ((latents - mean) / std).squeeze(2)

@@ -1,0 +1,59 @@
+"""Z-Image: a single-stream flow model on the VAE of FLUX.1, prompted through Qwen3 (arXiv 2511.22699)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffalign.models.flow import FlowModel, check_resolution
+from diffalign.structures import Conditioning
+
+
+class ZImageModel(FlowModel):
+    """Drives a ``ZImagePipeline``: Z-Image and Z-Image-Turbo.
+
+    max_sequence_length: tokens per prompt, chat template included; the pipeline's default is 512. resolution: side of
+    the square images, in pixels, a multiple of 16; default 1024, as the pipeline's.
+
+    The pipeline counts guidance from 0: its ``guidance_scale`` g is 1 + g here, as in every other family. Its
+    transformer takes lists of prompts of any length, so that each call waits once for their lengths.
+    """
+
+    lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+
+    @property
+    def default_resolution(self) -> tuple[int, int]:
+        """``resolution``, else 1024."""
+        return (self.resolution or 1024,) * 2
+
+    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, h, w). ValueError for sides that are not whole tokens."""
+        check_resolution(resolution or self.default_resolution, self.pipeline.vae_scale_factor * self.patch_size)
+        return super().latent_shape(resolution)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """The pipeline's own encoding, padded: embeddings (B, L, D), and length (B,), how many of them are text."""
+        found, _ = self.pipeline.encode_prompt(
+            list(texts),
+            device=self.pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        embeds = torch.stack([pad(e, (0, 0, 0, self.max_sequence_length - len(e))) for e in found])
+        return Conditioning({"embeds": embeds, "length": torch.tensor([len(e) for e in found])}).to(self.device)
+
+    def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """One call of the transformer, through the wrapper that accelerate prepared.
+
+        It counts time from the noise, 0 to 1, and says x0 - noise.
+        """
+        tensors, end = conditioning.tensors, self.num_train_timesteps
+        embeds = tensors["embeds"].to(self.dtype)
+        prompts = [e[:length] for e, length in zip(embeds, tensors["length"].tolist(), strict=True)]
+        latents = list(x.to(self.dtype).unsqueeze(2).unbind())
+        output = self.denoiser(latents, (end - time) / end, prompts, return_dict=False)[0]
+        return -torch.stack([o.float() for o in output]).squeeze(2)

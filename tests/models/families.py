@@ -1,0 +1,83 @@
+"""Every family that the package drives: a tiny pipeline of it, and how plain diffusers is called like the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign.models import DiffusionModel
+from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.structures import Guidance
+from tests.models import tiny, tiny_flow
+from tests.models.fresh import STEPS, TEXTS
+
+PACKED = {"height": 16, "width": 16, "max_sequence_length": 24}
+
+
+@dataclass(frozen=True)
+class Family:
+    """build: the pipeline; None for the shipped one. options: of ``load_model``. call: of ``pipe(...)``, to the same
+    effect, without guidance. guided: what is said instead, for classifier-free guidance of a scale. scale: the argument
+    that carries a LoRA's scale. solver: of a plan's ODE rows, and stochastic: of the others, that fit its scheduler.
+    """
+
+    build: Callable[[], DiffusionPipeline] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    guided: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
+    scale: str = "joint_attention_kwargs"
+    solver: str = "ode"
+    stochastic: str = "flow_sde"
+
+
+def _unet(build: Callable[[], DiffusionPipeline]) -> Family:
+    return Family(build, scale="cross_attention_kwargs", stochastic="ddim")
+
+
+def _true_cfg(negative: str) -> Callable[[float, int], Mapping[str, Any]]:
+    return lambda scale, count: {"true_cfg_scale": scale, "negative_prompt": [negative] * count}
+
+
+SHORT = {"max_sequence_length": 24, "resolution": 16}
+FAMILIES: dict[str, Family] = {
+    "sd15": _unet(tiny.sd15),
+    "sd2": _unet(tiny.sd2),
+    "sdxl": _unet(tiny.sdxl),
+    "sd3": Family(None, {"max_sequence_length": 16}, {"guidance_scale": 1.0, "max_sequence_length": 16}),
+    "flux_dev": Family(tiny_flow.flux_dev, SHORT, PACKED, _true_cfg("")),
+    "flux_schnell": Family(tiny_flow.flux_schnell, SHORT, PACKED, _true_cfg("")),
+    "qwen_image": Family(
+        tiny_flow.qwen_image, SHORT, PACKED | {"true_cfg_scale": 1.0}, _true_cfg(" "), "attention_kwargs"
+    ),
+    "sana": Family(
+        tiny_flow.sana,
+        {"max_sequence_length": 24, "resolution": 32},
+        {"height": 32, "width": 32, "max_sequence_length": 24, "use_resolution_binning": False, "guidance_scale": 1.0},
+        scale="attention_kwargs",
+        solver="dpmpp_2m",
+    ),
+    "z_image": Family(
+        tiny_flow.z_image,
+        SHORT,
+        PACKED | {"guidance_scale": 0.0},
+        lambda scale, count: {"guidance_scale": scale - 1},
+    ),
+}
+
+
+def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:
+    return torch.randn(count, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+
+
+def images_of(
+    family: Family, model: DiffusionModel, noise: torch.Tensor, texts=TEXTS, steps: int = STEPS, scale: float = 1.0
+) -> torch.Tensor:
+    """What the model draws from ``noise``."""
+    guidance = Guidance(scale, model.unconditional()) if scale != 1 else None
+    route = Route(ode_plan(steps, family.solver), model.levels(steps), guidance)
+    with torch.no_grad():
+        return model.decode(sample(model, route, model.encode(texts), noise))

@@ -1,0 +1,299 @@
+"""Every family against diffusers' own pipeline, and through every trainer: a new one joins ``families.FAMILIES``."""
+
+import io
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import to_pil_image
+
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign.config import save_yaml
+from diffalign.diffusion.plan import Plan, PlanConfig, Row
+from diffalign.evaluation.settings import EvaluationConfig, resolve
+from diffalign.models import load_model, tuned
+from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.structures import Guidance
+from tests.conftest import PROMPTS
+from tests.models.families import FAMILIES, images_of, noise_of
+from tests.models.fresh import TEXTS, draw_fresh
+
+MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
+
+
+@pytest.fixture(scope="module")
+def models(family_pipelines):
+    """No test may change them."""
+    return {name: load_model(folder, **FAMILIES[name].options) for name, folder in family_pipelines.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(family_pipelines):
+    """A family's pipeline as plain diffusers loads it; UNets are sampled by DDIM."""
+
+    def load(name):
+        pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
+        if "unet" in pipe.components:
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def packed(pipe, noise):
+    return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_ode_draws_the_pipelines_images(models, plain, name):
+    family, model, pipe = FAMILIES[name], models[name], plain(name)
+    noise = noise_of(model, len(MANY))
+    for scale in (1.0, 3.0):
+        said = {**family.call, **(family.guided(scale, len(MANY)) if scale != 1 else {})}
+        expected = pipe(list(MANY), latents=packed(pipe, noise), num_inference_steps=5, output_type="pt", **said).images
+        images = images_of(family, model, noise, MANY, 5, scale)
+        assert images.std() > 0.01
+        assert (images - expected).abs().max() < 1e-5 * scale
+        if scale == 1:
+            unguided = images
+    assert (images - unguided).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_level_per_sample_equals_one_level_each(models, name):
+    model = models[name]
+    x, conditioning, levels = noise_of(model, 3), model.encode(MANY), model.levels(5)
+    with torch.no_grad():
+        together = model.predict(x, levels[:3], conditioning)
+        alone = [model.predict(x[i : i + 1], levels[i], conditioning[i : i + 1]) for i in range(3)]
+    assert together.dtype == torch.float32
+    assert (together - torch.cat(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_encoded_alike_alone_and_in_company(models, name):
+    together = models[name].encode(MANY)
+    for i, text in enumerate(MANY):
+        alone = models[name].encode([text])
+        for key, value in alone.tensors.items():
+            assert value.shape[1:] == together.tensors[key].shape[1:]
+            assert (value.float() - together.tensors[key][i : i + 1].float()).abs().max() < 1e-5
+    embeds = together.tensors["embeds"]
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stored_step_is_replayed_to_the_bit(models, name):
+    model = models[name]
+    noise, kind = noise_of(model, len(MANY)), FAMILIES[name].stochastic
+    plan = Plan((Row(kind, 1.0, trained=True), Row(kind, 0.5, trained=True), *ode_plan(2).rows))
+    plan.validate(model.levels(4))
+    route = Route(plan, model.levels(4), Guidance(2.0, model.unconditional()))
+    conditioning, seen, drawn = model.encode(MANY), [noise], {}
+
+    def observe(index, result):
+        drawn[index] = result.log_prob
+        seen.append(result.x_next)
+
+    sample(model, route, conditioning, noise, draw=lambda i: noise.roll(i + 1), observe=observe)
+    for index in plan.trained_steps:
+        with torch.no_grad():
+            again = route.replay(model, index, seen[index], conditioning, seen[index + 1])
+        assert torch.equal(again.log_prob, drawn[index])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_and_images_have_each_others_shapes_and_gradients(models, name):
+    model = models[name]
+    images = torch.rand(2, 3, *model.default_resolution, generator=torch.Generator().manual_seed(0))
+    latents = model.encode_images(images).detach().requires_grad_()
+    assert latents.shape == (2, *model.latent_shape())
+    restored = model.decode(latents)
+    assert restored.shape == images.shape
+    assert restored.min() >= 0
+    assert restored.max() <= 1
+    restored.mean().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+def told(module, work):
+    """What each call of ``module`` in ``work`` was given, by name or place."""
+    calls = []
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
+    )
+    work()
+    hook.remove()
+    return calls
+
+
+NAMED = {"flux_dev": "pooled_projections guidance txt_ids img_ids encoder_hidden_states", "qwen_image": ""}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_in_bfloat16_the_transformer_is_told_what_the_pipeline_tells_it(family_pipelines, name):
+    half, family = torch.bfloat16, FAMILIES[name]
+    model = load_model(family_pipelines[name], dtype=half, **family.options)
+    pipe = DiffusionPipeline.from_pretrained(family_pipelines[name], torch_dtype=half)
+    pipe.set_progress_bar_config(disable=True)
+    noise = noise_of(model, 2).to(half)
+    call = {"latents": packed(pipe, noise), "num_inference_steps": 4, "output_type": "latent", **family.call}
+    theirs = told(pipe.transformer, lambda: pipe(list(TEXTS), **call))
+    ours = told(model.raw_denoiser, lambda: images_of(family, model, noise))
+    assert len(ours) == len(theirs) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine["timestep"], other["timestep"])
+    for key in ["hidden_states", *NAMED[name].split()]:
+        assert ours[0][key].dtype == theirs[0][key].dtype
+        assert torch.equal(ours[0][key], theirs[0][key]), key
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines, name, rank):
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    model.train(LoraConfig(rank=rank))
+    model.raw_denoiser.train()
+    x, level, conditioning = noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.raw_denoiser.enable_gradient_checkpointing()
+        model.predict(x, level, conditioning).square().mean().backward()
+        found.append([p.grad for p in model.weights.trainable])
+        model.raw_denoiser.zero_grad()
+    # Processes that share gradients wait for one of every weight that trains.
+    assert not any(gradient is None for gradient in found[0])
+    assert any(gradient.any() for gradient in found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def shared(name, folder, pipeline):
+    """Settings of a training in seconds, which leaves no weight where it was."""
+    return {
+        "model": str(pipeline),
+        **FAMILIES[name].options,
+        "output_dir": folder,
+        "lora": LoraConfig(rank=2),
+        "rollout_batch_size": 4,
+        "train_batch_size": 4,
+        "max_train_steps": 2,
+        "learning_rate": 0.02,
+    }
+
+
+def flow_grpo(name, folder, pipeline, pairs):
+    plan = PlanConfig(num_steps=3, solver=FAMILIES[name].stochastic)
+    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2, guidance_scale=2.0)
+    prompts = [Prompt(text) for text in MANY]
+    return FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=prompts)
+
+
+def diffusion_dpo(name, folder, pipeline, pairs):
+    args = DiffusionDPOConfig(**shared(name, folder, pipeline), train_data=(str(pairs),), num_pairs=4, beta=500.0)
+    return DiffusionDPOTrainer(args=args)
+
+
+TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo}
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Four pairs of noise, in Pick-a-Pic's columns."""
+
+    def png(seed):
+        file = io.BytesIO()
+        to_pil_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed))).save(file, "PNG")
+        return file.getvalue()
+
+    row = {"label_0": 1.0, "label_1": 0.0, "has_label": True}
+    rows = [{"jpg_0": png(2 * i), "jpg_1": png(2 * i + 1), "caption": f"shape {i}", **row} for i in range(4)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """folder: of the run. images: what its model draws. ratios: of the stored steps, before the first update."""
+
+    folder: Path
+    images: torch.Tensor
+    ratios: torch.Tensor | None
+
+
+@torch.no_grad()
+def old_ratios(trainer):
+    """(trained steps, samples): of the policy to itself."""
+    trainer.collect(0)
+    replays = [trainer._replay(torch.arange(4), step) for step in trainer.rollout.route.plan.trained_steps]
+    return torch.stack([(result.log_prob - trainer.buffer.log_prob[nodes]).exp() for result, nodes in replays])
+
+
+@pytest.fixture(scope="module")
+def runs(family_pipelines, pairs, tmp_path_factory):
+    """(family, trainer) -> a training of two updates, whose export has been drawn from by plain diffusers."""
+    root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        # Four fifths of such a training, and the same for every family.
+        patch.setattr("diffalign.trainers.report.plot_curves", lambda *_: None)
+        for (name, pipeline), kind in product(family_pipelines.items(), TRAINERS):
+            folder = root / f"{name}-{kind}"
+            trainer = TRAINERS[kind](name, folder, pipeline, pairs)
+            ratios = old_ratios(trainer) if kind == "flow_grpo" else None
+            trainer.train()
+            noise = noise_of(trainer.model, len(TEXTS))
+            save_file({"noise": noise}, folder / "noise.safetensors")
+            found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
+            jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
+    draw_fresh(jobs, loras=len(jobs))
+    return found
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, name, trainer):
+    run = runs[name, trainer]
+    fresh = load_file(run.folder / "image.safetensors")
+    assert (fresh["image"] - run.images).abs().max() < 1e-5
+    assert (run.images - fresh["base"]).abs().max() > 1e-3, "training must matter"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
+    run = runs[name, "flow_grpo"]
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    noise = noise_of(model, len(TEXTS))
+    with tuned(model, run.folder):
+        assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() < 1e-5
+    assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_before_the_first_update_every_ratio_is_exactly_one(runs, name):
+    ratios = runs[name, "flow_grpo"].ratios
+    assert torch.equal(ratios, torch.ones(2, 4))
+
+
+def test_a_run_and_its_evaluation_tell_the_model_one_guidance(family_pipelines, tmp_path):
+    settings = shared("flux_dev", tmp_path, family_pipelines["flux_dev"]) | {"embedded_guidance": 2.0}
+    args = FlowGRPOConfig(**settings, num_groups=1, group_size=2)
+    trainer = FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=[Prompt("a red circle")])
+    assert trainer.model.embedded_guidance == 2.0
+    save_yaml(args, tmp_path / "config.yaml")
+    save_file({}, tmp_path / "pytorch_lora_weights.safetensors")
+    asked = EvaluationConfig(models=(str(tmp_path),), prompts=PROMPTS / "shapes_held_out.jsonl", rewards=("shapes",))
+    assert resolve(asked, tmp_path / "eval", 1).sampling().embedded_guidance == 2.0

@@ -1,0 +1,69 @@
+"""FLUX.1, Qwen-Image, SANA and Z-Image at their published sizes, on the meta device."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffalign.models import FAMILIES, LoraConfig
+from diffalign.models.memory import memory_needs
+from tests.models.published_flow import FLOW_COUNTED, FLOW_PIPELINES
+from tests.models.test_real_sizes import materialise
+
+RANK = 4
+FLUX_LORA = RANK * 2 * 3072 * (19 * 8 + 38 * 3)
+# Blocks times square projections of one width; a LoRA has r (in + out) numbers for each.
+LORA = {
+    "flux_dev": FLUX_LORA,
+    "flux_schnell": FLUX_LORA,
+    # Nothing reads what the last block says of the text.
+    "qwen_image": RANK * 2 * 3072 * (60 * 8 - 1),
+    "sana": RANK * 2 * 2240 * 20 * (4 + 4),
+    "z_image": RANK * 2 * 3840 * (30 + 2 + 2) * 4,
+}
+NAMES = {
+    "flux_dev": ("transformer.single_transformer_blocks.37.attn.to_v.lora_A.weight", (RANK, 3072)),
+    "flux_schnell": ("transformer.transformer_blocks.18.attn.to_add_out.lora_B.weight", (3072, RANK)),
+    "qwen_image": ("transformer.transformer_blocks.59.attn.add_k_proj.lora_A.weight", (RANK, 3072)),
+    "sana": ("transformer.transformer_blocks.19.attn2.to_out.0.lora_B.weight", (2240, RANK)),
+    "z_image": ("transformer.noise_refiner.1.attention.to_q.lora_A.weight", (RANK, 3840)),
+}
+LATENT = dict.fromkeys(FLOW_PIPELINES, 16 * 128 * 128) | {"sana": 32 * 32 * 32}
+# Numbers that are no parameters: frequencies of rotations, of a text encoder, twice each, and a scale.
+BUFFERS = {"qwen_image": 2 * (20 + 64), "sana": 2 * 128 + 1, "z_image": 2 * 64}
+
+
+def counts(pipeline):
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("name", FLOW_PIPELINES)
+def test_parts_and_lora_have_the_published_sizes_and_names(name, tmp_path):
+    with torch.device("meta"):
+        pipeline = FLOW_PIPELINES[name]()
+    found = counts(pipeline)
+    assert {part: found[part] for part in FLOW_COUNTED[name]} == FLOW_COUNTED[name]
+    for part in found:
+        getattr(pipeline, part).to(torch.float32 if part == "vae" else torch.bfloat16)
+    model = FAMILIES[type(pipeline).__name__](pipeline)
+    assert model.default_resolution == (1024, 1024)
+    own = {layer for layer, _ in model.raw_denoiser.named_modules()}
+    model.train(LoraConfig(rank=RANK))
+    assert sum(p.numel() for p in model.weights.trainable) == LORA[name]
+
+    needs = memory_needs(model, pairs=8)
+    # CLIP's positions are whole numbers.
+    whole = {torch.int64: 8 * 77} if name.startswith("flux") else {}
+    half = sum(found.values()) - found["vae"] + BUFFERS.get(name, 0)
+    assert needs.frozen == {torch.bfloat16: 2 * half, torch.float32: 4 * found["vae"], **whole}
+    assert (needs.trainable, needs.gradients, needs.moments) == (4 * LORA[name], 4 * LORA[name], 8 * LORA[name])
+    assert needs.pair_latents == 8 * 2 * LATENT[name] * 4
+
+    materialise(model.raw_denoiser)
+    with safe_open(model.save(tmp_path), "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    key, shape = NAMES[name]
+    assert shapes[key] == shape
+    layers = {key.rsplit(".", 2)[0].removeprefix("transformer.") for key in shapes}
+    assert layers <= own
+    assert all(any(layer.endswith(f".{target}") for layer in layers) for target in model.lora_targets)
