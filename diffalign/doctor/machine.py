@@ -27,7 +27,7 @@ MEMORY = 4 * GIB
 OPTIONAL = {
     "xformers": "attention: xformers",
     "flash-attn": "attention: flash",
-    "bitsandbytes": "quantise and optimizer: adamw_8bit",
+    "bitsandbytes": "quantise, and optimizer: adamw_8bit",
     "deepspeed": "configs/accelerate/deepspeed_zero2.yaml",
 }
 

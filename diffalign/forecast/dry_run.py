@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ from diffalign.forecast.timing import Pace, measure
 from diffalign.forecast.work import Method, Share, Work, run_work
 from diffalign.models.memory import MemoryNeeds, memory_needs
 from diffalign.models.meta import model_on_meta
+from diffalign.models.quantise import saved_bytes
 from diffalign.trainers.inputs import load_optional
 
 GIB = 2**30
@@ -44,9 +45,12 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     model = model_on_meta(args.model, max_sequence_length=args.max_sequence_length, resolution=args.resolution)
     model.train(args.lora)
     needs = memory_needs(model, pairs=0, copies=method.copies(args))
-    needed = needs.total + method.stored(args, model.latent_shape(), share)
+    if args.optimizer == "adamw_8bit":
+        needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
+    saved = saved_bytes(model.raw_denoiser, args.quantise)
+    needed = needs.total - saved + method.stored(args, model.latent_shape(), share)
     free, place = free_memory()
-    show(f"\nmemory of a process\n{_indented(memory_lines(needs, needed, free, place))}")
+    show(f"\nmemory of a process\n{_indented(memory_lines(needs, needed, saved, free, place))}")
     show("\ntime")
     if needed > free:
         show(_indented(["not measured: it does not fit. Shard it (configs/accelerate), or take a smaller model"]))
@@ -77,7 +81,7 @@ def evaluation_lines(work: Work, args: Any) -> list[str]:
     return [*lines, f"{'in all':10} {work.evaluations:>15,}  {work.evaluations / per:10.2f} per {noun}", *generated]
 
 
-def memory_lines(needs: MemoryNeeds, needed: int, free: int, place: str) -> list[str]:
+def memory_lines(needs: MemoryNeeds, needed: int, saved: int, free: int, place: str) -> list[str]:
     """A line per purpose."""
     frozen = {f"frozen, {str(dtype).removeprefix('torch.')}": size for dtype, size in needs.frozen.items()}
     rows = {
@@ -86,7 +90,8 @@ def memory_lines(needs: MemoryNeeds, needed: int, free: int, place: str) -> list
         "gradients": needs.gradients,
         "optimizer": needs.moments,
         "copies of what is trained": needs.copies,
-        "stored latents": needed - needs.total,
+        "stored latents": needed + saved - needs.total,
+        "saved by quantisation": -saved,
         "in all": needed,
     }
     lines = [f"{name:26} {size / GIB:8.3f} GiB" for name, size in rows.items() if size]

@@ -48,7 +48,8 @@ class DiffusionModel(ABC):
         # Convolutions of the decoder run up to three times faster in this layout, on CPUs and GPUs alike.
         pipeline.vae.to(memory_format=torch.channels_last)
         self.denoiser = self.raw_denoiser
-        self.dtype = next(self.raw_denoiser.parameters()).dtype
+        # Weights in 4 or 8 bits are stored as whole numbers.
+        self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
         # To be set for training in bfloat16 on a CPU: the backward pass of its fused attention takes ten times as long
         # as plain matrix products.

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from diffalign.config import to_dict
 from diffalign.runtime import checkpoint
 from diffalign.runtime.ema import EMA
+from diffalign.runtime.optimizers import make_optimizer
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.tracking import MetricsLog, Trackers
 
@@ -71,13 +72,7 @@ class Loop:
         self.task, self.args, self.accelerator = task, args, accelerator
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.parameters = parameters
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-        )
+        optimizer = make_optimizer(parameters, args)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: lr_factor(args.lr_scheduler, k, args.lr_warmup_steps, args.max_train_steps)
         )

@@ -24,6 +24,7 @@ from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
 from diffalign.trainers.report import Report
 from diffalign.trainers.settings import TrainerConfig
+from diffalign.trainers.speed import set_speed
 
 EMA_SET = "ema"
 Config = TypeVar("Config", bound=TrainerConfig)
@@ -73,6 +74,7 @@ class Trainer:
         self.model.pipeline.to(self.accelerator.device)
         self.model.plain_attention = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.train(args.lora, seed=args.seed, keep_reference=keep_reference)
+        set_speed(self.model, args)
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
         self.noise = Noise(args.seed)
@@ -94,7 +96,12 @@ class Trainer:
 
     def _load(self) -> DiffusionModel:
         args = self.args
-        return load_model(args.model, max_sequence_length=args.max_sequence_length, resolution=args.resolution)
+        return load_model(
+            args.model,
+            quantise=args.quantise,
+            max_sequence_length=args.max_sequence_length,
+            resolution=args.resolution,
+        )
 
     def check_batches(self, processes: int) -> None:
         """ValueError where the batches do not divide over the processes; called before a model is loaded."""
