@@ -73,7 +73,7 @@ def test_a_block_gets_inputs_that_need_gradients_and_keeps_none_of_them_while_sa
 
 
 def test_a_model_without_named_blocks_is_refused():
-    with pytest.raises(ValueError, match="which blocks a Linear repeats; set compile: false"):
+    with pytest.raises(ValueError, match="what a Linear repeats; set compile: false"):
         compile_blocks(torch.nn.Linear(2, 2))
 
 
