@@ -40,6 +40,7 @@ from diffalign.models import FAMILIES, load_model
 from diffalign.models.memory import memory_needs
 
 ROOT = Path(__file__).parents[1]
+Flops = tuple[float, float]  # of an evaluation of an image: without gradients, and with its backward pass
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
@@ -197,14 +198,16 @@ class Bench:
         needs = memory_needs(model, pairs=0)
         self.forecast = needs.total + METHODS["flow_grpo"].stored(self.args, model.latent_shape(), Share())
 
-    def flops_per_image(self) -> float:
-        """Of an evaluation with its backward pass."""
+    def flops_per_image(self) -> Flops:
+        """Of an evaluation without gradients, and of one with its backward pass."""
         model, batch = self.trainer.model, self.args.train_batch_size
         x, row = torch.randn(batch, *model.latent_shape(), device=model.device), model.encode(["a photo"])
         conditioning, level = row[torch.zeros(batch, dtype=torch.long)], model.levels(2)[0]
-        count = executed(lambda: model.predict(x, level, conditioning).square().mean().backward())
+        with torch.no_grad():
+            forward = executed(lambda: model.predict(x, level, conditioning))
+        both = executed(lambda: model.predict(x, level, conditioning).square().mean().backward())
         self.trainer.loop.optimizer.zero_grad(set_to_none=True)
-        return count / batch
+        return forward / batch, both / batch
 
     def iterate(self, iteration: int) -> tuple[float, float]:
         """Seconds of sampling and of training."""
@@ -215,12 +218,13 @@ class Bench:
             self.trainer.loop._update(micros)
         return collected - begun, now() - collected
 
-    def figures(self, flops_per_image: float, peak: float, repeats: int) -> dict[str, Any]:
+    def figures(self, flops_per_image: Flops, peak: float, repeats: int) -> dict[str, Any]:
         """Everything about this setting; a first iteration compiles and warms up."""
         warm_up = sum(self.iterate(0))
         times = [self.iterate(1 + number) for number in range(repeats)]
         collect, update = (statistics.median(column) for column in zip(*times, strict=True))
-        flops = self.work.training * flops_per_image / update
+        forward, both = flops_per_image
+        flops = (self.work.comparing * forward + self.work.training * both) / update
         per_image = {name: getattr(self.work, name) / self.images for name in ("sampling", "training", "comparing")}
         return {
             "images": self.images,
@@ -239,7 +243,9 @@ class Bench:
         }
 
 
-def measure(case: Case, size: str, setting: str, counts: dict[bool, float], peak: float, repeats: int) -> dict:
+def measure(
+    case: Case, size: str, setting: str, counts: dict[bool, tuple[float, float]], peak: float, repeats: int
+) -> dict:
     """The figures of a setting, or why it does not run. counts: FLOPs per image, by checkpointing, counted once."""
     changes = SETTINGS[setting]
     checkpointing = changes.get("gradient_checkpointing", False)
@@ -277,7 +283,7 @@ def main() -> None:
     }
     result |= {"matrix_peak_flops_per_second": peak, "models": {}}
     for name in told.models:
-        counts: dict[bool, float] = {}
+        counts: dict[bool, Flops] = {}
         rows = result["models"][name] = {}
         for setting in told.settings:
             rows[setting] = measure(CASES[name], told.size, setting, counts, peak, told.repeats)

@@ -76,10 +76,12 @@ def _trial(config: type, trainer: type, name: str, assets: Path) -> str:
 def settings(name: str, assets: Path, output_dir: Path) -> dict[str, Any]:
     """The configuration of a trial, as plain values."""
     told = {**COMMON, "model": str(assets / PIPELINE), **TRIALS.get(name, {})}
-    return {key: _placed(value, assets) for key, value in told.items()} | {"output_dir": str(output_dir)}
+    return {**_placed(told, assets), "output_dir": str(output_dir)}
 
 
 def _placed(value: Any, assets: Path) -> Any:
     if isinstance(value, str):
         return value.replace("{assets}", str(assets))
+    if isinstance(value, Mapping):
+        return {key: _placed(one, assets) for key, one in value.items()}
     return [_placed(one, assets) for one in value] if isinstance(value, list) else value

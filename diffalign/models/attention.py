@@ -144,7 +144,7 @@ class _Through(TorchFunctionMode):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.backend = AttentionBackendName(name)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         call = self._attend if func is F.scaled_dot_product_attention else func
@@ -153,8 +153,7 @@ class _Through(TorchFunctionMode):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
         """(B, heads, L, d), as torch has it; the dispatcher has heads last but one."""
         heads_last = (x.transpose(1, 2) for x in self._cast(query, key, value))
-        backend = AttentionBackendName(self.name)
-        return dispatch_attention_fn(*heads_last, attn_mask=attn_mask, backend=backend, **options).transpose(1, 2)
+        return dispatch_attention_fn(*heads_last, attn_mask=attn_mask, backend=self.backend, **options).transpose(1, 2)
 
     @staticmethod
     def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -67,13 +67,15 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
 def export(pipeline: DiffusionPipeline, component: str, directory: Path) -> Path:
     """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives).
 
-    component: the pipeline's name for the module with the adapter, "unet" or "transformer". Of a sharded module,
-    ``trained_weights`` says who gets them.
+    component: the pipeline's name for the module with the adapter, "unet" or "transformer". Of a sharded module
+    every process must ask, and the main one writes.
     """
     module = getattr(pipeline, component)
     whole = trained_weights(module) if is_sharded(module) else None
     trained = get_peft_model_state_dict(module, state_dict=whole)
     layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
+    if not layers:
+        return directory / WEIGHTS_NAME  # the main process writes it
     metadata = module.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffalign.models import LoraConfig, compiling
+from diffalign.models.attention import set_attention
 from diffalign.models.compiling import OneGraph, compile_blocks, compile_refusal
 
 
@@ -53,6 +54,18 @@ def test_sampling_and_training_run_the_same_graphs(trained):
     found = gradients(trained, predict)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(found, expected, strict=True))
     assert list(trained.raw_denoiser.state_dict()) == names
+
+
+def test_another_attention_can_be_compiled_too(trained):
+    predict = probe(trained)
+    set_attention(trained.raw_denoiser, "_native_math")
+    plain = predict().detach()
+    torch._dynamo.reset()
+    compile_blocks(trained.raw_denoiser, backend="aot_eager")
+    with torch.no_grad():
+        sampled = predict()
+    assert torch.equal(sampled, predict().detach())
+    assert (sampled - plain).abs().max() < 1e-5
 
 
 def test_a_block_gets_inputs_that_need_gradients_and_keeps_none_of_them_while_sampling():
