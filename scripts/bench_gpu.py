@@ -243,20 +243,22 @@ class Bench:
         }
 
 
-def measure(
-    case: Case, size: str, setting: str, counts: dict[bool, tuple[float, float]], peak: float, repeats: int
-) -> dict:
+def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops], peak: float, repeats: int) -> dict:
     """The figures of a setting, or why it does not run. counts: FLOPs per image, by checkpointing, counted once."""
     changes = SETTINGS[setting]
     checkpointing = changes.get("gradient_checkpointing", False)
+    uncompiled = {"gradient_checkpointing": True} if checkpointing else {}
     with tempfile.TemporaryDirectory() as folder:
         try:
+            bench = None
             if checkpointing not in counts:
                 # Without compilation, whose kernels the counter does not see into.
-                plain = Bench(case, size, {"gradient_checkpointing": checkpointing}, folder)
-                counts[checkpointing] = plain.flops_per_image()
-                del plain
-            return Bench(case, size, changes, folder).figures(counts[checkpointing], peak, repeats)
+                bench = Bench(case, size, uncompiled, folder)
+                counts[checkpointing] = bench.flops_per_image()
+            if changes != uncompiled:
+                bench = None  # its memory is free before the next one is built
+            bench = bench or Bench(case, size, changes, folder)
+            return bench.figures(counts[checkpointing], peak, repeats)
         except (ValueError, RuntimeError, ImportError) as error:
             return {"refused": str(error).splitlines()[0]}
 
