@@ -19,6 +19,9 @@ def trained_weights(module: nn.Module) -> dict[str, Tensor]:
     Every process must ask, and the main one is answered; the others get nothing.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    found: dict[str, Tensor] = get_model_state_dict(module, options=options)
+    gathered = get_model_state_dict(module, options=options)
+    # It gives buffers too.
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    found = {name: tensor for name, tensor in gathered.items() if name in trained}
     assert all(type(tensor) is torch.Tensor for tensor in found.values())
     return found

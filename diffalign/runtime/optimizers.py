@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from diffalign.runtime.settings import TrainingConfig
-
-
-def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.optim.Optimizer:
-    """ValueError: the optimizer that ``args`` names needs a package that is not there."""
-    kind = {"adamw": lambda: torch.optim.AdamW, "adamw_8bit": _eight_bit}[args.optimizer]()
-    return kind(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:
@@ -29,3 +17,22 @@ def _eight_bit() -> type[torch.optim.Optimizer]:
     except ImportError as error:
         hint = "pip install diffalign[quantise], or set optimizer: adamw"
         raise ValueError(f"optimizer adamw_8bit needs bitsandbytes ({error}): {hint}") from error
+
+
+KINDS: dict[str, Callable[[], type[torch.optim.Optimizer]]] = {
+    "adamw": lambda: torch.optim.AdamW,
+    "adamw_8bit": _eight_bit,
+}
+
+
+def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.optim.Optimizer:
+    """ValueError: an unknown optimizer, or one that needs a package that is not there."""
+    if args.optimizer not in KINDS:
+        raise ValueError(f"unknown optimizer {args.optimizer!r}; known: {', '.join(KINDS)}")
+    return KINDS[args.optimizer]()(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )

@@ -43,9 +43,12 @@ def test_each_process_holds_half_and_the_main_one_gathers_the_whole(folder):
 
 def test_a_sharded_training_is_the_unsharded_one(folder):
     sharded, whole = (load_file(folder / f"{name}.safetensors") for name in ("0", "whole"))
-    for name in (name for name in whole if name.startswith("after/")):
-        assert (sharded[name] - whole[name]).abs().max() < 1e-4, name
-        assert not torch.equal(whole[name], whole[name.replace("after", "before")])
+    names = [name for name in whole if name.startswith("after/")]
+    assert all((sharded[name] - whole[name]).abs().max() < 1e-4 for name in names)
+    # What the last block says of the text goes nowhere.
+    still = [name for name in names if torch.equal(whole[name], whole[name.replace("after", "before")])]
+    assert all(".add_q_proj.lora_B" in name for name in still)
+    assert len(still) <= 1
 
 
 def test_the_gathered_lora_is_in_diffusers_layout(folder):
