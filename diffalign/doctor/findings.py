@@ -24,7 +24,7 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{MARKS[self.status]:2} {self.name:24} {self.text}"
+        return f"{MARKS[self.status]:2} {self.name:27} {self.text}"
 
 
 Check = Callable[[], Iterable[Finding]]

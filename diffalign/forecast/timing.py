@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from diffalign.forecast.work import Work
 from diffalign.rollout.collect import decode
 from diffalign.trainers.base import Trainer
 
-REPEATS = 2
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ def measure(trainer: Trainer, sampling: int, training: int) -> Pace:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of a few calls, after one that warms up."""
+    """The fastest of a few calls, after one that warms up: what else the machine does belongs to no run."""
     call()
     found = []
     for _ in range(REPEATS):
         begun = _now(device)
         call()
         found.append(_now(device) - begun)
-    return statistics.median(found)
+    return min(found)
 
 
 def _now(device: torch.device) -> float:
