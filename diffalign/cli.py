@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from diffalign.config import describe, parse
+from diffalign.doctor.command import DoctorConfig
+from diffalign.doctor.command import run as examine
 from diffalign.evaluation.check import CheckConfig
 from diffalign.evaluation.check import run as check
 from diffalign.evaluation.evaluate import compare, evaluate
@@ -22,6 +24,7 @@ from diffalign.evaluation.relabel import run as relabel
 from diffalign.evaluation.score import ScoreConfig
 from diffalign.evaluation.score import run as score
 from diffalign.evaluation.settings import EvaluationConfig
+from diffalign.forecast.dry_run import dry_run
 from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
 from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
@@ -35,18 +38,20 @@ TRAINERS: dict[str, tuple[type, type]] = {
     "flow_grpo": (FlowGRPOConfig, FlowGRPOTrainer),
     "refl": (ReFLConfig, ReFLTrainer),
 }
-USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...]
+DRY_RUN = "--dry_run"
+USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]
        diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity
        diffalign compare MODEL ... [--field VALUE ...]   pictures: compare.png and compare.html
        diffalign score IMAGES ... --rewards NAME [--field VALUE ...]   rewards of pictures; --serve PORT offers them
        diffalign check DATA ... [--field VALUE ...]      what is wrong with preference data; 1 if a run would stop
        diffalign relabel DATA ... --rewards NAME [--field VALUE ...]   AI labels, stored beside the data
+       diffalign doctor [--field VALUE ...]              what works on this machine; 1 if something does not
 
 trainers: {trainers}
 models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one, PATH@0.5 scales a LoRA
 images: files, folders, .parquet or .jsonl files
 data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids
-help on the fields: diffalign train TRAINER --help, and eval, compare, score, check or relabel --help"""
+help on the fields: diffalign train TRAINER --help, and eval, compare, score, check, relabel or doctor --help"""
 
 
 def use_all_cores() -> None:
@@ -55,20 +60,25 @@ def use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def train(argv: Sequence[str]) -> None:
-    """``diffalign train TRAINER ...``: resolves the configuration and runs the trainer."""
+def train(argv: Sequence[str]) -> int | None:
+    """``diffalign train TRAINER ...``: resolves the configuration and runs the trainer, or says what it would do."""
     if not argv or argv[0] not in TRAINERS:
         raise ValueError(f"name a trainer: {', '.join(TRAINERS)}")
     config, trainer = TRAINERS[argv[0]]
     if "--help" in argv or "-h" in argv:
-        print(describe(config))
-        return
+        print(f"--dry_run\n    print configuration, batches, model evaluations, memory and time; write nothing\n"
+              f"{describe(config)}")  # fmt: skip
+        return None
     use_all_cores()
-    args = parse(config, argv[1:])
+    options = [token for token in argv[1:] if token != DRY_RUN]
+    args = parse(config, options)
+    if len(options) < len(argv) - 1:
+        return dry_run(argv[0], args, trainer)
     if threading.current_thread() is threading.main_thread():
         # While a model loads there is nothing to save; the run has handlers of its own.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     trainer(args=args).train()
+    return None
 
 
 def judge(config_class: type, field: str, run: Callable[[Any], object], argv: Sequence[str]) -> object:
@@ -82,6 +92,16 @@ def judge(config_class: type, field: str, run: Callable[[Any], object], argv: Se
     return run(dataclasses.replace(config, **{field: (*argv[:first], *getattr(config, field))}))
 
 
+def doctor(argv: Sequence[str]) -> int | None:
+    """``diffalign doctor``: tries what a training needs on this machine."""
+    if "--help" in argv or "-h" in argv:
+        print(describe(DoctorConfig))
+        return None
+    config = parse(DoctorConfig, argv)
+    use_all_cores()
+    return examine(config, TRAINERS)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "train": train,
     "eval": partial(judge, EvaluationConfig, "models", evaluate),
@@ -89,11 +109,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "score": partial(judge, ScoreConfig, "images", score),
     "check": partial(judge, CheckConfig, "data", check),
     "relabel": partial(judge, RelabelConfig, "data", relabel),
+    "doctor": doctor,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` found too much.
+    """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` or ``doctor`` found faults.
 
     A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``).
     """

@@ -22,6 +22,8 @@ ALLOWED = {
     "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
+ALLOWED["forecast"] = set(ALLOWED)
+ALLOWED["doctor"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
 ALLOWED["__init__"] = set(ALLOWED)
 

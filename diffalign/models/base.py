@@ -52,7 +52,8 @@ class DiffusionModel(ABC):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.denoiser = self.raw_denoiser
-        self.dtype = next(self.raw_denoiser.parameters()).dtype
+        # Weights in 4 or 8 bits are stored as whole numbers.
+        self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
         self.negative: NegativePrompt | None = None
         # What the header of an exported LoRA says of its making.

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from diffalign.models.base import DiffusionModel
 from diffalign.models.flux import FluxModel
+from diffalign.models.quantise import quantisation
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
@@ -29,16 +30,8 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
 }
 
 
-def load_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None, **options: Any
-) -> DiffusionModel:
-    """Loads a pipeline with plain diffusers and wraps it.
-
-    path: a folder in diffusers' layout, or a hub id. dtype: of the frozen weights; the VAE stays float32.
-    options: of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
-    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, or an
-    option that it does not have.
-    """
+def pipeline_class(path: str | Path, revision: str | None = None) -> str:
+    """The name of the pipeline's class in its own index. FileNotFoundError, ValueError: as for ``load_model``."""
     local = Path(path)
     if not local.exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/"))):
         raise FileNotFoundError(
@@ -49,11 +42,34 @@ def load_model(
     name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    return name
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    quantise: str = "no",
+    **options: Any,
+) -> DiffusionModel:
+    """Loads a pipeline with plain diffusers and wraps it.
+
+    path: a folder in diffusers' layout, or a hub id. dtype: of the frozen weights; the VAE stays float32.
+    quantise: the denoiser loads in "8bit" or "4bit", for a LoRA on it; see ``quantisation``.
+    options: of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
+    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, or an
+    option that it does not have.
+    """
+    name = pipeline_class(path, revision)
     family = FAMILIES[name]
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := given.keys() - inspect.signature(family).parameters:
         raise ValueError(f"model {path}: a {name} has no option {', '.join(sorted(unknown))}; leave it out")
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, revision=revision, **family.load_options)
+    told = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
+    pipeline = DiffusionPipeline.from_pretrained(
+        path, torch_dtype=dtype, revision=revision, **told, **family.load_options
+    )
     pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return family(pipeline, **given)

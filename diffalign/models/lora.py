@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffalign.config import option
+from diffalign.models.sharding import is_sharded, trained_weights
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -82,10 +83,14 @@ def export(
     """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives).
 
     component: the pipeline's name for the module with the adapter, "unet" or "transformer". about: what else the header
-    of the file is to say, such as the base model.
+    of the file is to say, such as the base model. Of a sharded module every process must ask, and the main one writes.
     """
     module = getattr(pipeline, component)
-    layers = {name: t.detach().float().cpu().clone() for name, t in get_peft_model_state_dict(module).items()}
+    whole = trained_weights(module) if is_sharded(module) else None
+    trained = get_peft_model_state_dict(module, state_dict=whole)
+    layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
+    if not layers:
+        return directory / WEIGHTS_NAME  # the main process writes it
     metadata = module.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     # Loaders make adapters where the file has weights, and would be warned that there is nothing to exclude.

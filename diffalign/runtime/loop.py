@@ -29,6 +29,7 @@ from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFai
 from diffalign.runtime.folder import claimed
 from diffalign.runtime.guard import STREAK, Guard
 from diffalign.runtime.memory import advice, batch_name
+from diffalign.runtime.optimizers import make_optimizer
 from diffalign.runtime.origin import origin
 from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
@@ -55,13 +56,7 @@ class Loop:
         self.task, self.args, self.accelerator = task, args, accelerator
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.parameters = parameters
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-        )
+        optimizer = make_optimizer(parameters, args)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: lr_factor(args.lr_scheduler, k, args.lr_warmup_steps, args.max_train_steps)
         )

@@ -27,6 +27,7 @@ class TrainingConfig:
     learning_rate: float = option(3e-4, "peak learning rate")
     lr_scheduler: str = option("constant", "constant, linear or cosine, after the warm-up")
     lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up")
+    optimizer: Literal["adamw", "adamw_8bit"] = option("adamw", "adamw_8bit: smaller moments; needs bitsandbytes")
     adam_beta1: float = option(0.9, "AdamW")
     adam_beta2: float = option(0.999, "AdamW")
     adam_weight_decay: float = option(1e-4, "AdamW")

@@ -28,6 +28,7 @@ from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
 from diffalign.trainers.report import Report
 from diffalign.trainers.settings import TrainerConfig
+from diffalign.trainers.speed import set_speed
 
 EMA_SET = "ema"
 Config = TypeVar("Config", bound=TrainerConfig)
@@ -107,6 +108,7 @@ class Trainer:
     def prepare(self, keep_reference: bool) -> Loop:
         """Makes the denoiser trainable, and the loop that trains it."""
         self.model.train(self.args.lora, seed=self.args.seed, keep_reference=keep_reference)
+        set_speed(self.model, self.args)
         loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
         self.model.denoiser = loop.module
         return loop
@@ -115,6 +117,7 @@ class Trainer:
         args = self.args
         return load_model(
             args.model,
+            quantise=args.quantise,
             max_sequence_length=args.max_sequence_length,
             resolution=args.resolution,
             embedded_guidance=args.embedded_guidance,

@@ -35,6 +35,7 @@ from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
 from diffalign.trainers.judging import Judge, Seen, thresholds
 from diffalign.trainers.refl_config import ReFLConfig
+from diffalign.trainers.speed import set_speed
 from diffalign.trainers.starts import (
     Batch,
     BufferStarts,
@@ -105,7 +106,9 @@ class ReFLTrainer(Trainer):
         """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
         if not self.recipe.negative:
             return super().prepare(keep_reference)
-        loop = Loop(self, self.model.train_negative(), self.args, self.accelerator)
+        negative = self.model.train_negative()
+        set_speed(self.model, self.args)
+        loop = Loop(self, negative, self.args, self.accelerator)
         # For its precision: what does not train needs no wrapper that shares gradients.
         self.model.denoiser = self.accelerator.prepare_model(self.model.raw_denoiser, evaluation_mode=True)
         return loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from diffalign.config import option
 from diffalign.models import LoraConfig
@@ -24,6 +25,9 @@ class TrainerConfig(TrainingConfig):
     embedded_guidance: float | None = option(
         None, "guidance that a distilled model (FLUX.1-dev) is told; default: the pipeline's own"
     )
+    attention: str = option("native", "auto, native, flash, xformers, or another back end of diffusers' dispatcher")
+    compile: bool = option(False, "torch.compile the denoiser's blocks: minutes at the start, faster afterwards")
+    quantise: Literal["no", "8bit", "4bit"] = option("no", "the frozen base, by bitsandbytes; for a LoRA on a GPU")
     gradient_checkpointing: bool = option(False, "less memory, one more forward pass")
     allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
     eval_prompts: Path | None = option(None, ".txt or .jsonl of held-out prompts; none: no evaluation")
@@ -40,5 +44,7 @@ class TrainerConfig(TrainingConfig):
         super().validate()
         if not self.model:
             raise ValueError("model is missing: write model: assets/shapes-sd3, or a hub id")
+        if self.quantise != "no" and self.lora.rank == 0:
+            raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")

@@ -1,0 +1,75 @@
+"""Seconds of a few evaluations, through the very trainer that would run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from diffalign.forecast.work import Work
+from diffalign.rollout.collect import decode
+from diffalign.trainers.base import Trainer
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per image: an evaluation without gradients, one with its backward pass, decoding.
+
+    peak: GiB that a training pass took at most on a GPU, activations included; None on a CPU.
+    """
+
+    forward: float
+    training: float
+    decoding: float
+    peak: float | None
+
+    def seconds(self, work: Work) -> float:
+        """What ``work`` takes, its images decoded; without rewards."""
+        forward = work.sampling + work.comparing + work.evaluating
+        return forward * self.forward + work.training * self.training + work.generated * self.decoding
+
+
+def measure(trainer: Trainer, sampling: int, training: int) -> Pace:
+    """Times passes of so many images. torch.OutOfMemoryError: one does not fit."""
+    model, device = trainer.model, trainer.accelerator.device
+    row, level = model.encode(["a photo"]), model.levels(2)[0]
+
+    def predict(images: int) -> torch.Tensor:
+        x = torch.randn(images, *model.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
+        return model.predict(x, level, row[torch.zeros(images, dtype=torch.long)])
+
+    def backward() -> None:
+        trainer.accelerator.backward(predict(training).square().mean())
+        trainer.loop.optimizer.zero_grad(set_to_none=True)
+
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    taught = _seconds(backward, device) / training
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    with torch.no_grad():
+        sampled = _seconds(lambda: predict(sampling), device) / sampling
+        latents = torch.zeros(min(sampling, 8), *model.latent_shape(), device=device)
+        decoded = _seconds(lambda: decode(model, latents), device) / len(latents)
+    return Pace(sampled, taught, decoded, peak)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The fastest of a few calls, after one that warms up: what else the machine does belongs to no run."""
+    call()
+    found = []
+    for _ in range(REPEATS):
+        begun = _now(device)
+        call()
+        found.append(_now(device) - begun)
+    return min(found)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

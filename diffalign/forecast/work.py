@@ -1,0 +1,91 @@
+"""How much a run computes: images through the denoiser, counted from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from diffalign.runtime.loop import crossed
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images through the denoiser; where guidance makes two evaluations of one, both count.
+
+    generated: images that are made to train on. sampling: without gradients, to make them. training: forward and
+    backward. comparing: forward only, for the reference, recomputed log-probs and the checks of the first step.
+    evaluating: without gradients, to make held-out images.
+    """
+
+    generated: int = 0
+    sampling: int = 0
+    training: int = 0
+    comparing: int = 0
+    evaluating: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def evaluations(self) -> int:
+        """All that pass the denoiser."""
+        return self.sampling + self.training + self.comparing + self.evaluating
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of ``world`` processes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a forecast must know of a trainer; ``args`` is its configuration, already valid.
+
+    updates: optimizer steps per iteration. iteration: the work of so many updates of an iteration, at most: images
+    without an advantage and groups without a pair cost less. checks: that of the first step's checks. eval_steps: of an
+    evaluation. batches: lines on how an iteration is cut. passes: images per pass (while sampling, while training).
+    stored: bytes of latents that a process keeps for an iteration. copies: how many copies of the trained weights.
+    """
+
+    updates: Callable[[Any], int]
+    iteration: Callable[[Any, Share, int, int], Work]
+    checks: Callable[[Any, Share], Work]
+    eval_steps: Callable[[Any], int]
+    batches: Callable[[Any, Share], list[str]]
+    passes: Callable[[Any], tuple[int, int]]
+    stored: Callable[[Any, tuple[int, int, int], Share], int]
+    copies: Callable[[Any], int]
+
+
+def run_work(method: Method, args: Any, share: Share, held_out: int) -> Work:
+    """A whole run's, of one process. held_out: prompts that evaluations sample, over all processes."""
+    total = method.checks(args, share)
+    for iteration, updates in iterations(args.max_train_steps, method.updates(args)):
+        total += method.iteration(args, share, iteration, updates)
+    own = len(range(held_out)[share.rank :: share.world])
+    images = own * args.eval_images_per_prompt * evaluations(args, method.updates(args))
+    return total + Work(evaluating=images * method.eval_steps(args) * guided(args))
+
+
+def iterations(steps: int, updates: int) -> Iterator[tuple[int, int]]:
+    """(iteration, how many of its updates the run still takes)."""
+    for first in range(0, steps, updates):
+        yield first // updates, min(updates, steps - first)
+
+
+def evaluations(args: Any, updates: int) -> int:
+    """How often the held-out prompts are sampled: at the start, every ``eval_steps``, and at the end."""
+    ends = [iteration * updates + done for iteration, done in iterations(args.max_train_steps, updates)]
+    starts = [0, *ends[:-1]]
+    return 1 + sum(
+        end == ends[-1] or crossed(start, end, args.eval_steps) for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def guided(args: Any) -> int:
+    """Evaluations per image and step of a sampling."""
+    return 1 if args.guidance_scale == 1 else 2

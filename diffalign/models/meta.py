@@ -1,0 +1,51 @@
+"""A pipeline as shapes: everything about its memory from its configuration files, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from diffalign.models.base import DiffusionModel
+from diffalign.models.load import FAMILIES, pipeline_class
+
+
+def model_on_meta(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionModel:
+    """What ``load_model`` gives, on the meta device and without tokenizers: it has shapes and schedules, no numbers.
+
+    Arguments and errors as for ``load_model``; of a hub id, only configuration files are fetched.
+    """
+    name = pipeline_class(path)
+    family, kind = FAMILIES[name], getattr(diffusers, name)
+    index = DiffusionPipeline.load_config(path)
+    given = {key: value for key, value in index.items() if not key.startswith("_")}
+    for key, value in given.items():
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            given[key] = None if key in family.load_options else _part(path, key, *value)
+    pipeline = kind(**{**given, **family.load_options})
+    for key, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.to(torch.float32 if key == "vae" else dtype)
+    return family(pipeline, **{key: value for key, value in options.items() if value is not None})
+
+
+def _part(path: str | Path, name: str, library: str | None, kind: str | None) -> Any:
+    """A scheduler as it is, a network on the meta device, None for the rest."""
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
+    found = getattr(module, kind or "", None)
+    if found is None or not isinstance(found, type):
+        return None
+    if issubclass(found, SchedulerMixin):
+        return found.from_pretrained(path, subfolder=name)
+    if not issubclass(found, nn.Module):
+        return None
+    config = found.load_config(path, subfolder=name) if library == "diffusers" else None
+    if config is None:
+        config = found.config_class.from_pretrained(path, subfolder=name)
+    with torch.device("meta"):
+        return found.from_config(config) if library == "diffusers" else found(config)

@@ -1,0 +1,45 @@
+"""A frozen base in 8 or 4 bits (arXiv 2305.14314), by diffusers' own quantisation; only the LoRA on it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+from torch import nn
+
+PACKAGE = "bitsandbytes"
+KINDS: dict[str, Mapping[str, Any]] = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+}
+
+# Of a weight, with the scale of each block of 64 in float32.
+BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+def saved_bytes(module: nn.Module, kind: str) -> int:
+    """How much smaller the frozen linear layers of ``module``, as it is now, would be in ``kind``; "no" saves nothing.
+
+    What is no linear layer stays as it is.
+    """
+    if kind == "no":
+        return 0
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(int(w.numel() * (w.element_size() - BYTES[kind])) for w in weights if not w.requires_grad)
+
+
+def quantisation(kind: str, component: str) -> PipelineQuantizationConfig:
+    """What ``from_pretrained`` must be told, so that ``component`` ("transformer", "unet") loads in ``kind``.
+
+    ValueError: an unknown kind, no bitsandbytes, or no GPU.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown quantisation {kind!r}; known: no, {', '.join(KINDS)}")
+    if find_spec(PACKAGE) is None:
+        raise ValueError(f"quantise {kind} needs {PACKAGE}: pip install diffalign[quantise], or set quantise: no")
+    if not torch.cuda.is_available():
+        raise ValueError(f"quantise {kind} needs a CUDA device, and there is none: set quantise: no")
+    return PipelineQuantizationConfig(quant_mapping={component: BitsAndBytesConfig(**KINDS[kind])})

@@ -1,0 +1,87 @@
+"""``--dry_run``: says what a run will do, and leaves no trace of itself."""
+
+import re
+
+import psutil
+import pytest
+import torch
+
+from diffalign.cli import main
+from diffalign.forecast import dry_run as module
+from diffalign.forecast.dry_run import duration, time_lines
+from diffalign.forecast.timing import Pace
+from diffalign.forecast.work import Work
+from tests.conftest import ROOT
+
+GRPO = ["train", "flow_grpo", "--config", str(ROOT / "configs/flow_grpo/shapes.yaml"), "--dry_run"]
+DPO = ["train", "diffusion_dpo", "--config", str(ROOT / "configs/diffusion_dpo/shapes.yaml"), "--dry_run"]
+SMALL = ["--rollout_batch_size", "8", "--train_batch_size", "4", "--lora.targets", "null"]
+
+
+@pytest.mark.parametrize("argv", [[*GRPO, *SMALL], [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"]])
+def test_a_dry_run_tells_all_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "assets").rglob("*")}
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "assets").rglob("*")}
+    titles = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    kinds = ["batches", "model evaluations, over all processes", "memory of a process", "time"]
+    assert titles == ["configuration", *kinds]
+    assert "  rollout_batch_size: 8\n" in text
+    assert re.search(r"  [\d.]+ ms per evaluation, [\d.]+ ms with its backward pass", text)
+    assert re.search(r"trained +0\.\d+ GiB", text)
+
+
+def test_figures_of_the_quickstart(tmp_path, monkeypatch, capsys):
+    """32 groups of 8, 8 steps of which 2 are trained, 150 iterations; three evaluations of the held-out prompts."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "_timed", lambda *arguments: 0)
+    monkeypatch.setattr(module, "free_memory", lambda: (2**40, "a stand-in"))
+    monkeypatch.setattr("diffalign.cli.FlowGRPOTrainer.__init__", lambda self, args: None)
+    assert main([*GRPO, "--output_dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "32 prompts x 8 images = 256 images per iteration over 1 process(es): 256 each" in text
+    assert "each accumulates 2 passes: 1 micro-batch(es) of 256 images x 2 trained steps" in text
+    assert f"training   {150 * 256 * 2:>15,}        2.00 per image" in text
+    assert f"comparing  {256 * 4:>15,}" in text
+    assert f"{150 * 256:,} images are made to train on" in text
+
+
+def test_what_does_not_fit_is_not_loaded_and_gives_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "free_memory", lambda: (10, "a small card"))
+    assert main([*GRPO, "--output_dir", str(tmp_path)]) == 1
+    assert "not measured: it does not fit" in capsys.readouterr().out
+
+
+def test_a_pass_that_does_not_fit_says_what_to_lower(monkeypatch, capsys, small):
+    def measure(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    class Stub:
+        args = small()
+
+    monkeypatch.setattr(module, "measure", measure)
+    assert module._timed(Stub, module.METHODS["flow_grpo"], Work(), print) == 1
+    assert "(CUDA out of memory. Tried to allocate 9 GiB.): lower train_batch_size" in capsys.readouterr().out
+
+
+def test_bad_settings_are_refused_before_anything_is_said(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main([*GRPO, "--group_size", "1"]) == 2
+    assert "a lone image has no group" in capsys.readouterr().err
+
+
+def test_time_is_the_work_at_the_measured_pace():
+    pace = Pace(forward=0.5, training=2.0, decoding=0.1, peak=None)
+    work = Work(generated=10, sampling=100, training=20, comparing=4, evaluating=6)
+    assert pace.seconds(work) == pytest.approx(110 * 0.5 + 20 * 2.0 + 10 * 0.1)
+    assert time_lines(pace, work, steps=4)[1] == "1 min 36 s in all, 24.00 s per optimizer step, without rewards"
+    assert duration(3600 * 5 + 59) == "5 h 0 min"
+
+
+def test_free_memory_is_that_of_the_machine():
+    free, _ = module.free_memory()
+    assert 0 < free <= psutil.virtual_memory().total or torch.cuda.is_available()

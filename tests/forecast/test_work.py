@@ -1,0 +1,116 @@
+"""What a forecast counts is what a run computes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, LoraConfig
+from diffalign.data.rollouts import Pairing
+from diffalign.data.settings import PreferenceSettings
+from diffalign.diffusion.plan import PlanConfig
+from diffalign.forecast.methods import METHODS
+from diffalign.forecast.work import Share, Work, evaluations, iterations, run_work
+from tests.conftest import PIPELINE, ROOT
+
+ALONE = Share()
+PAIRS = str(ROOT / "assets/preferences/shapes.parquet")
+
+
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def counted(trainer):
+    """Runs it; images through the denoiser, (with gradients, without)."""
+    calls = {True: 0, False: 0}
+
+    def count(module, args, kwargs):
+        calls[torch.is_grad_enabled()] += len(kwargs["hidden_states"])
+
+    trainer.model.raw_denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    return calls[True], calls[False]
+
+
+def expected(name, args, held_out=0):
+    work = run_work(METHODS[name], args, ALONE, held_out)
+    return work.training, work.evaluations - work.training
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl_beta": 0.01, "guidance_scale": 2.0, "max_train_steps": 1},
+        {
+            "rollout_batch_size": 3,
+            "updates_per_rollout": 2,
+            "max_train_steps": 3,
+            "old_log_prob": "recompute",
+            "plan": PlanConfig("flow_grpo_fast", num_steps=6, window_size=1, window_range=(1, 4)),
+        },
+    ],
+    ids=["a guided run with a reference", "micro-batches that cut shared steps, and a last update less"],
+)
+def test_a_run_of_flow_grpo_computes_what_was_forecast(small, train_prompts, changes):
+    args = small(eval_steps=2, eval_images_per_prompt=1, **changes)
+    trainer = FlowGRPOTrainer(args=args, reward_funcs=red, train_dataset=train_prompts, eval_dataset=train_prompts[:3])
+    assert counted(trainer) == expected("flow_grpo", trainer.args, held_out=3)
+
+
+def dpo(folder, **changes):
+    settings = {
+        "model": str(PIPELINE),
+        "max_sequence_length": 16,
+        "output_dir": folder / "run",
+        "lora": LoraConfig(rank=4),
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "cache": False,
+    }
+    return DiffusionDPOConfig(**(settings | changes))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cpo", "kto"])
+def test_a_run_on_pairs_computes_what_was_forecast(tmp_path, loss):
+    args = dpo(tmp_path, loss=loss, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3)
+    assert counted(DiffusionDPOTrainer(args=args)) == expected("diffusion_dpo", args)
+
+
+@pytest.mark.parametrize("rule", ["best_worst", "all"])
+def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prompts, rule):
+    args = dpo(
+        tmp_path,
+        num_groups=2,
+        group_size=3,
+        rollout_batch_size=4,
+        shared_start=False,
+        plan=PlanConfig("ode", num_steps=3),
+        data=PreferenceSettings(rollouts=Pairing(rule=rule)),
+        train_prompts="named.txt",
+        rewards={"jpeg_compressibility": 1.0},
+    )
+    trainer = DiffusionDPOTrainer(args=args, reward_funcs=red, train_dataset=train_prompts)
+    assert counted(trainer) == expected("diffusion_dpo", trainer.args)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_evaluations_are_those_of_the_loop(small, steps, every):
+    args = small(max_train_steps=steps, eval_steps=every)
+    done, count = 0, 1
+    for _, updates in iterations(steps, 2):
+        before, done = done, done + updates
+        count += done == steps or (every > 0 and any(step % every == 0 for step in range(before + 1, done + 1)))
+    assert evaluations(args, 2) == count
+
+
+def test_processes_share_the_work(small):
+    args = small(num_groups=4, group_size=2, rollout_batch_size=2, max_train_steps=4)
+    one = run_work(METHODS["flow_grpo"], args, ALONE, 5)
+    parts = [run_work(METHODS["flow_grpo"], args, Share(rank, 2), 5) for rank in (0, 1)]
+    both = parts[0] + parts[1]
+    # The first step's checks are made by each process.
+    assert replace(both, comparing=0) == replace(one, comparing=0)
+    assert (one.generated, one.training) == (4 * 8, 4 * 8 * 2)
+    assert Work(1, 2, 3, 4, 5) + Work(1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6)

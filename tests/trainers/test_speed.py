@@ -1,0 +1,88 @@
+"""Options that make a run faster or smaller: they reach the model, and say no in time."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffalign import FlowGRPOTrainer
+from diffalign.models import LoraConfig, load_model, quantise
+from diffalign.models.attention import Dispatched
+from diffalign.models.quantise import quantisation, saved_bytes
+from diffalign.runtime.optimizers import make_optimizer
+from diffalign.trainers import speed
+from tests.conftest import PIPELINE
+
+
+def test_a_run_with_another_attention_is_on_policy(small, train_prompts, monkeypatch):
+    trainer = FlowGRPOTrainer(args=small(attention="_native_math", max_train_steps=1), train_dataset=train_prompts)
+    layers = [layer for layer in trainer.model.raw_denoiser.modules() if hasattr(layer, "processor")]
+    assert all(isinstance(layer.processor, Dispatched) for layer in layers)
+    trainer.collect(0)
+    trainer.before_first_update()
+    assert torch.equal(trainer.first_log_prob, trainer.buffer.log_prob[trainer.buffer.nodes(trainer.tracked[0], 1)])
+
+
+def test_attention_that_does_not_run_is_refused_before_training(small, train_prompts):
+    with pytest.raises(ValueError, match="attention '_native_cudnn' does not run here"):
+        FlowGRPOTrainer(args=small(attention="_native_cudnn"), train_dataset=train_prompts)
+
+
+def test_compile_reaches_the_denoiser(small, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(speed, "compile_blocks", compiled.append)
+    model = SimpleNamespace(raw_denoiser="denoiser", device=torch.device("cpu"), dtype=torch.float32)
+    speed.set_speed(model, small())
+    assert not compiled
+    speed.set_speed(model, small(compile=True))
+    assert compiled == ["denoiser"]
+
+
+def test_quantisation_without_its_package_or_a_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(quantise, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install diffalign\[quantise\]"):
+        load_model(PIPELINE, quantise="4bit")
+    monkeypatch.setattr(quantise, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        quantisation("8bit", "transformer")
+    with pytest.raises(ValueError, match="unknown quantisation '2bit'"):
+        quantisation("2bit", "transformer")
+
+
+def test_a_quantised_base_needs_a_lora(small):
+    with pytest.raises(ValueError, match=r"quantise 4bit freezes the base: give lora\.rank"):
+        small(quantise="4bit", lora=LoraConfig(rank=0)).validate()
+
+
+def test_bytes_that_quantisation_saves():
+    layers = torch.nn.ModuleList([torch.nn.Linear(64, 32), torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)])
+    layers.requires_grad_(False)[2].requires_grad_(True)
+    assert saved_bytes(layers, "no") == 0
+    assert saved_bytes(layers, "8bit") == 64 * 32 * 3
+    assert saved_bytes(layers, "4bit") == 64 * 32 * 4 - 64 * 32 // 2 - 64 * 32 // 64 * 4
+
+
+def test_the_optimizer_is_adamw_or_the_one_in_8_bits(small, monkeypatch):
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    args = small(adam_beta1=0.8, adam_weight_decay=0.02, learning_rate=0.5)
+    assert type(make_optimizer(parameters, args)) is torch.optim.AdamW
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"adamw_8bit needs bitsandbytes .*or set optimizer: adamw"):
+        make_optimizer(parameters, small(optimizer="adamw_8bit"))
+
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; known: adamw, adamw_8bit"):
+        make_optimizer(parameters, small(optimizer="sgd"))
+
+    class Eight(torch.optim.AdamW):
+        pass
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(AdamW8bit=Eight))
+    args.optimizer = "adamw_8bit"
+    found = make_optimizer(parameters, args)
+    assert type(found) is Eight
+    group = found.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.8, 0.999), 0.02, 1e-8)
