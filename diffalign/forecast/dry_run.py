@@ -42,7 +42,12 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     held_out = len(load_optional(args.eval_prompts))
     total = sum((run_work(method, args, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
     show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
-    model = model_on_meta(args.model, max_sequence_length=args.max_sequence_length, resolution=args.resolution)
+    model = model_on_meta(
+        args.model,
+        max_sequence_length=args.max_sequence_length,
+        resolution=args.resolution,
+        embedded_guidance=args.embedded_guidance,
+    )
     model.train(args.lora)
     needs = memory_needs(model, pairs=0, copies=method.copies(args))
     if args.optimizer == "adamw_8bit":
