@@ -18,6 +18,7 @@ from diffalign.structures import Prompt
 BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
 SMALL = 160  # pixels; images up to this width are shown pixel by pixel
 ATTEMPTS = ((1024, 90), (768, 85), (512, 85), (512, 75), (384, 75), (256, 70), (192, 60))  # width, WebP quality
+PROBES = 16  # pictures that an attempt is tried on first
 
 
 def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, Judged]) -> None:
@@ -56,11 +57,20 @@ def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[li
     """Data URIs, at the first size and quality that keep the page within its budget."""
     if small:
         return [[_uri(picture, "PNG", optimize=True) for picture in column] for column in pictures]
-    for width, quality in ATTEMPTS:
-        found = [[_uri(_at_most(p, width), "WEBP", quality=quality) for p in column] for column in pictures]
+    every = [picture for column in pictures for picture in column]
+    few = every[:: -(-len(every) // PROBES)]
+    for width, quality in ATTEMPTS[:-1]:
+        # A few tell whether the others are worth the time.
+        if sum(len(_webp(picture, width, quality)) for picture in few) * len(every) > 1.5 * BUDGET * len(few):
+            continue
+        found = [[_webp(picture, width, quality) for picture in column] for column in pictures]
         if sum(len(uri) for column in found for uri in column) <= BUDGET:
-            break
-    return found
+            return found
+    return [[_webp(picture, *ATTEMPTS[-1]) for picture in column] for column in pictures]
+
+
+def _webp(picture: Image.Image, width: int, quality: int) -> str:
+    return _uri(_at_most(picture, width), "WEBP", quality=quality)
 
 
 def _at_most(picture: Image.Image, width: int) -> Image.Image:
