@@ -93,8 +93,10 @@ def export(
         return directory / WEIGHTS_NAME  # the main process writes it
     metadata = module.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
-    # Loaders make adapters where the file has weights, and would be warned that there is nothing to exclude.
-    metadata["exclude_modules"] = None
+    if metadata["exclude_modules"]:
+        # Loaders warn of excluded layers that are not there, and of ends of names that match more than the file has.
+        metadata["exclude_modules"] = None
+        metadata["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in layers})
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(save_directory=directory, **named)
     path = directory / WEIGHTS_NAME
