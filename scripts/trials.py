@@ -26,6 +26,14 @@ from repeat_seeds import ROOT
 
 Row = dict[str, object]
 COST = "cost.json"
+# A process of few megabytes starts the training and prints its peak in KiB: the peak that a system reports begins at
+# the size of the process that started it.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code if code >= 0 else 1)
+"""
 
 
 class Trial(Protocol):
@@ -90,17 +98,16 @@ def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path) -> int:
     """Runs it on these cores; returns its exit code, and keeps its peak of memory."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            trial.command(root),
-            stdout=file,
+            [sys.executable, "-c", MEASURED, *trial.command(root)],
+            stdout=subprocess.PIPE,
             stderr=file,
             cwd=ROOT,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
-        _, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code == 0:
-        (trial.folder(root) / COST).write_text(json.dumps({"peak_memory_gib": usage.ru_maxrss / 2**20}) + "\n")
-    return code
+        peak = process.communicate()[0]
+    if process.returncode == 0:
+        (trial.folder(root) / COST).write_text(json.dumps({"peak_memory_gib": int(peak) / 2**20}) + "\n")
+    return process.returncode
 
 
 def peak_memory(folder: Path) -> float | None:
