@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_flow_grpo import ROOT, device, peak_memory
+from bench_flow_grpo import ROOT, device, optimizer_step, peak_memory
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffalign.cli import use_all_cores
@@ -97,12 +97,7 @@ class Bench:
             self.model.predict(*self.inputs)
 
     def _optimizer(self) -> None:
-        loop = self.trainer.loop
-        loop.accelerator.clip_grad_norm_(loop.parameters, self.args.max_grad_norm)
-        loop.optimizer.step()
-        if loop.ema is not None:
-            loop.ema.update()
-        loop.optimizer.zero_grad(set_to_none=True)
+        optimizer_step(self.trainer)
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, object]:

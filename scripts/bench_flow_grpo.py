@@ -29,6 +29,7 @@ from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collect import decode, shared_steps
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.scoring import score
+from diffalign.trainers.base import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,12 +120,7 @@ class Bench:
             self._predict(count)
 
     def _optimizer(self) -> None:
-        loop = self.trainer.loop
-        loop.accelerator.clip_grad_norm_(loop.parameters, self.args.max_grad_norm)
-        loop.optimizer.step()
-        if loop.ema is not None:
-            loop.ema.update()
-        loop.optimizer.zero_grad(set_to_none=True)
+        optimizer_step(self.trainer)
 
     def _score(self, count: int) -> None:
         trainer = self.trainer
@@ -140,6 +136,16 @@ class Bench:
         trained = factor * len(self.steps) * statistics.mean(self.taught)
         reference = trained if self.args.kl_beta > 0 else 0
         return {"sampling": factor * statistics.mean(self.sampled), "training": trained, "reference": reference}
+
+
+def optimizer_step(trainer: Trainer) -> None:
+    """What follows the backward passes, less the loop's checks."""
+    loop = trainer.loop
+    loop.accelerator.clip_grad_norm_(loop.parameters, trainer.args.max_grad_norm)
+    loop.optimizer.step()
+    if loop.ema is not None:
+        loop.ema.update()
+    loop.optimizer.zero_grad(set_to_none=True)
 
 
 def device() -> str:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from bench_flow_grpo import ROOT, device, optimizer_step, peak_memory
 
 from diffalign import ReFLConfig, ReFLTrainer
 from diffalign.cli import use_all_cores
@@ -33,7 +32,6 @@ from diffalign.rewards.base import ask
 from diffalign.rollout.sampler import micro_batches
 from diffalign.trainers.starts import Batch
 
-ROOT = Path(__file__).parents[1]
 OFF = {
     "gradient_checkpointing": "false",
     "step_checkpointing": "false",
@@ -143,24 +141,7 @@ class Bench:
         torch.autograd.grad(total, latents)
 
     def _optimizer(self) -> None:
-        loop = self.trainer.loop
-        loop.accelerator.clip_grad_norm_(loop.parameters, self.args.max_grad_norm)
-        loop.optimizer.step()
-        if loop.ema is not None:
-            loop.ema.update()
-        loop.optimizer.zero_grad(set_to_none=True)
-
-
-def device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
-def peak_memory() -> float:
-    """GiB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * (1 if platform.system() == "Darwin" else 1024) / 2**30
+        optimizer_step(self.trainer)
 
 
 def trainer_of(config: Path, overrides: Sequence[str], folder: str) -> ReFLTrainer:

@@ -14,27 +14,20 @@ reward, a held-out one and the verifier's accuracy, as changes, with a mark wher
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import queue
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import trials
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from repeat_seeds import ROOT
 
 from diffalign.config import load_yaml
 from diffalign.runtime.tracking import MetricsLog
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/refl"
 CSV = ROOT / "assets/results/refl.csv"
 PICTURE = ROOT / "assets/pictures/refl.png"
@@ -69,8 +62,11 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "reneg": ("shapes_reneg", {}),
 }
 FIGURES = ("accuracy", *JUDGES, "diversity", "reference_distance")
-COLUMNS = ("variant", "judge", "factor", "learning_rate", "seed", "images", "minutes", "peak_memory_gib", "alarms",
-           "sharpness_ratio", *(f"{name}/{when}" for name in FIGURES for when in ("base", "tuned")))  # fmt: skip
+COLUMNS = (
+    *("variant", "judge", "factor", "learning_rate", "seed", "images", "minutes", "peak_memory_gib"),
+    *("gain", "alarms", "sharpness_ratio"),
+    *(f"{name}/{when}" for name in FIGURES for when in ("base", "tuned")),
+)
 
 
 @dataclass(frozen=True)
@@ -112,32 +108,9 @@ class Run:
         assert images == 64, f"{self.config} takes {images} images per step, the others 64"
         if "thresholds" in config:
             changes["thresholds"] = json.dumps({self.judge: THRESHOLDS[self.judge]})
-        options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, str(ROOT / "scripts/train_refl.py"), "--config", str(self.config), *options]
+        return trials.train_command("refl", self.config, changes)
 
-    def done(self, root: Path) -> bool:
-        """This script's own file, written after all others."""
-        return (self.folder(root) / "cost.json").is_file()
-
-    def train(self, root: Path, cores: Sequence[int], log: Path) -> int:
-        """Runs it on these cores; returns its exit code, and keeps its time and its peak of memory."""
-        begun = time.perf_counter()
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                self.command(root),
-                stdout=file,
-                stderr=file,
-                cwd=ROOT,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            cost = {"seconds": time.perf_counter() - begun, "peak_memory_gib": usage.ru_maxrss / 2**20}
-            (self.folder(root) / "cost.json").write_text(json.dumps(cost) + "\n")
-        return code
-
-    def row(self, root: Path) -> dict[str, object]:
+    def row(self, root: Path) -> trials.Row:
         folder = self.folder(root)
         rows = MetricsLog.read(folder / "metrics.jsonl")
         found = [row for row in rows if "eval/accuracy" in row]
@@ -153,15 +126,16 @@ class Run:
             "seed": self.seed,
             "images": tuned["step"] * config["num_groups"] * config["group_size"],
             "minutes": round(seconds / 60, 2),
-            "peak_memory_gib": round(json.loads((folder / "cost.json").read_text())["peak_memory_gib"], 3),
+            "peak_memory_gib": trials.peak_memory(folder),
             "alarms": sum(bool(row["eval/alarm"]) for row in found),
             "sharpness_ratio": tuned[sharp] / base[sharp],
+            "gain": tuned["eval/accuracy"] - base["eval/accuracy"],
         }
         ends = {"base": base, "tuned": tuned}
         return head | {f"{n}/{when}": row.get(f"eval/{n}") for n in FIGURES for when, row in ends.items()}
 
 
-def chosen_by(row: dict[str, object]) -> float:
+def chosen_by(row: trials.Row) -> float:
     """What a learning rate is chosen by: the held-out judges' gain, each in units of what it scores on the base."""
     names = [name for name in JUDGES if name != row["judge"]]
     return statistics.mean((row[f"{n}/tuned"] - row[f"{n}/base"]) / abs(row[f"{n}/base"]) for n in names)
@@ -171,52 +145,11 @@ def best_factor(root: Path, variant: str, judge: str, seed: int) -> float:
     return max(FACTORS, key=lambda factor: chosen_by(Run(variant, judge, factor, seed).row(root)))
 
 
-def work(runs: Sequence[Run], root: Path, jobs: int) -> None:
-    """Trains those that are not done, ``jobs`` at a time. RuntimeError: one failed; its log says why."""
-    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
-    for run in runs:
-        if not run.done(root):
-            waiting.put(run)
-    failed: list[str] = []
-    cores = sorted(os.sched_getaffinity(0))
-    root.mkdir(parents=True, exist_ok=True)
-
-    def worker(own: list[int]) -> None:
-        while not failed:
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            log = root / f"{run.folder(root).name}.log"
-            if code := run.train(root, own, log):
-                failed.append(f"{log} (exit {code})")
-                return
-            row = run.row(root)
-            gain = 100 * (row["accuracy/tuned"] - row["accuracy/base"])
-            print(f"{run.folder(root).name}: accuracy {gain:+.1f}, alarms {row['alarms']}", flush=True)
-
-    threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise RuntimeError(f"failed: {', '.join(failed)}")
+def every(seeds: Sequence[int]) -> list[Run]:
+    return [Run(v, j, f, s) for v in VARIANTS for j in JUDGES for f in FACTORS for s in seeds]
 
 
-def finished(root: Path, seeds: Sequence[int]) -> list[dict[str, object]]:
-    """A row per finished run, tuning included."""
-    every = (Run(v, j, f, s) for v in VARIANTS for j in JUDGES for f in FACTORS for s in seeds)
-    return [run.row(root) for run in every if run.done(root)]
-
-
-def tuned(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Those of the learning rate that a variant's seeds ran with: the one that has more seeds than the first."""
-    seeds = Counter((row["variant"], row["judge"], row["factor"]) for row in rows)
-    return [row for row in rows if seeds[row["variant"], row["judge"], row["factor"]] > 1]
-
-
-def draw(rows: Sequence[dict[str, object]], judge: str) -> None:
+def draw(rows: Sequence[trials.Row], judge: str) -> None:
     """A row of bars per variant in three panels: trained reward, held-out rewards, accuracy; dots are seeds."""
     held_out = [name for name in JUDGES if name != judge]
     panels = {
@@ -245,18 +178,13 @@ def draw(rows: Sequence[dict[str, object]], judge: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
     figure.supxlabel("change from base to tuned; red: an alarm rang in a run", fontsize=8)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=130)
+    trials.save(figure, PICTURE)
 
 
 def write(root: Path, seeds: Sequence[int], judge: str) -> None:
-    rows = finished(root, seeds)
-    CSV.parent.mkdir(parents=True, exist_ok=True)
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    if reported := [row for row in tuned(rows) if row["judge"] == judge]:
+    rows = trials.finished(every(seeds), root)
+    trials.write_csv(CSV, COLUMNS, rows)
+    if reported := [row for row in trials.tuned(rows, ("variant", "judge")) if row["judge"] == judge]:
         draw(reported, judge)
 
 
@@ -269,13 +197,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/refl_recipes"))
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
-    root, first = args.output_dir.resolve(), args.seeds[0]
+    root, first = args.output_dir, args.seeds[0]
     if not args.draw:
-        work([Run(name, args.judge, factor, first) for name in args.variants for factor in FACTORS], root, args.jobs)
+        tries = [Run(name, args.judge, factor, first) for name in args.variants for factor in FACTORS]
+        trials.work(tries, root, args.jobs)
         best = {name: best_factor(root, name, args.judge, first) for name in args.variants}
-        work(
-            [Run(name, args.judge, best[name], seed) for name in args.variants for seed in args.seeds], root, args.jobs
-        )
+        chosen = [Run(name, args.judge, best[name], seed) for name in args.variants for seed in args.seeds]
+        trials.work(chosen, root, args.jobs)
     write(root, args.seeds, args.judge)
 
 

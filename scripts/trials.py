@@ -7,6 +7,7 @@ the other seeds too.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import queue
 import statistics
@@ -24,6 +25,15 @@ from matplotlib.figure import Figure
 from repeat_seeds import ROOT
 
 Row = dict[str, object]
+COST = "cost.json"
+# A process of few megabytes starts the training and prints its peak in KiB: the peak that a system reports begins at
+# the size of the process that started it.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code if code >= 0 else 1)
+"""
 
 
 class Trial(Protocol):
@@ -52,6 +62,7 @@ def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
 
     RuntimeError: one failed; its log says why.
     """
+    root = root.resolve()  # trainings begin in the repository, where their configurations' paths do
     waiting: queue.SimpleQueue[Trial] = queue.SimpleQueue()
     for trial in trials:
         if not done(trial, root):
@@ -68,11 +79,7 @@ def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
                 return
             name = trial.folder(root).name
             log = root / f"{name}.log"
-            with log.open("w") as file:
-                code = subprocess.run(
-                    trial.command(root), stdout=file, stderr=file, preexec_fn=lambda: os.sched_setaffinity(0, own)
-                ).returncode
-            if code:
+            if code := _train(trial, root, own, log):
                 failed.append(f"{log} (exit {code})")
             else:
                 gain = 100 * trial.row(root)["gain"]
@@ -85,6 +92,27 @@ def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
         thread.join()
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path) -> int:
+    """Runs it on these cores; returns its exit code, and keeps its peak of memory."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", MEASURED, *trial.command(root)],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            cwd=ROOT,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        peak = process.communicate()[0]
+    if process.returncode == 0:
+        (trial.folder(root) / COST).write_text(json.dumps({"peak_memory_gib": int(peak) / 2**20}) + "\n")
+    return process.returncode
+
+
+def peak_memory(folder: Path) -> float | None:
+    """GiB of the process that trained; None where it was not run from here to its end."""
+    return json.loads((folder / COST).read_text())["peak_memory_gib"] if (folder / COST).is_file() else None
 
 
 def finished(trials: Sequence[Trial], root: Path) -> list[Row]:

@@ -43,7 +43,8 @@ def test_the_best_learning_rate_is_chosen_by_held_out_rewards(compare, tmp_path)
             folder = run.folder(tmp_path)
             folder.mkdir()
             (folder / "config.yaml").write_text("num_groups: 64\ngroup_size: 1\n")
-            (folder / "cost.json").write_text('{"seconds": 1.0, "peak_memory_gib": 0.5}')
+            (folder / "README.md").write_text("done")
+            (folder / "cost.json").write_text('{"peak_memory_gib": 0.5}')
             rows = [{"step": 1, "time/collect": 60.0, "time/update": 30.0}]
             for step, change in ((0, 0.0), (150, gain)):
                 figures = {"accuracy": 0.4 + change / 2, "pickscore": 8 + 30 * factor * (step > 0), "diversity": 0.2}
@@ -55,6 +56,7 @@ def test_the_best_learning_rate_is_chosen_by_held_out_rewards(compare, tmp_path)
     row = compare.Run("draft_1", "pickscore", 1.0, 0).row(tmp_path)
     assert (row["images"], row["minutes"], row["alarms"], row["sharpness_ratio"]) == (9600, 1.5, 0, 2.0)
     assert row["accuracy/tuned"] == pytest.approx(0.55)
+    assert row["peak_memory_gib"] == 0.5
     compare.CSV, compare.PICTURE = tmp_path / "refl.csv", tmp_path / "refl.png"
     compare.write(tmp_path, [0, 1], "pickscore")
     assert len(compare.CSV.read_text().splitlines()) == 1 + 4

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,37 @@ def test_a_learning_rate_is_tuned_on_the_first_seed_towards_where_it_gains(
     row = recipes.Run("KL", "0.03", best, 8).row(tmp_path)
     assert row["gain"] == pytest.approx(gains[best])
     assert row["images"] == 256 * 24
+
+
+@dataclass(frozen=True)
+class Small:
+    """A trial that needs no training."""
+
+    name: str
+    code: str
+
+    def folder(self, root):
+        return root / self.name
+
+    def command(self, root):
+        self.folder(root).mkdir(exist_ok=True)
+        return [sys.executable, "-c", self.code, str(self.folder(root))]
+
+    def row(self, root):
+        return {"gain": 0.0}
+
+
+def test_trials_run_once_beside_each_other_and_a_failed_one_is_named(recipes, tmp_path):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1], 'README.md').open('a').write('x')"
+    small = [Small(name, write) for name in "abc"]
+    recipes.trials.work(small, tmp_path, 2)
+    recipes.trials.work(small, tmp_path, 2)
+    assert [(tmp_path / name / "README.md").read_text() for name in "abc"] == ["x"] * 3
+    assert 0 < recipes.trials.peak_memory(tmp_path / "a") < 1
+    assert recipes.trials.peak_memory(tmp_path) is None
+    with pytest.raises(RuntimeError, match=r"d\.log \(exit 3\)"):
+        recipes.trials.work([Small("d", "raise SystemExit(3)")], tmp_path, 1)
+    assert not (tmp_path / "d/cost.json").exists()
 
 
 def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):

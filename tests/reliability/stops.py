@@ -73,3 +73,17 @@ def kill_at(trainer: Any, number: int) -> None:
     watched(trainer, act)
     with pytest.raises(Killed):
         trainer.train()
+
+
+def crash_before(trainer: Any, iteration: int) -> None:
+    """Trains until the data of an iteration are asked for; then the run ends as by a fault in it."""
+    collect = trainer.collect
+
+    def crash(number: int) -> Any:
+        if number == iteration:
+            raise Killed
+        return collect(number)
+
+    trainer.collect = crash
+    with pytest.raises(Killed):
+        trainer.train()

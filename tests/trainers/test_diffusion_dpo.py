@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from diffalign import DiffusionDPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.runtime.checkpoint import load
 from diffalign.runtime.tracking import MetricsLog
+from tests.reliability.compare import same_checkpoint
+from tests.reliability.stops import crash_before
 
 TIMES = ("time/collect", "time/update", "images_per_second")
 
@@ -154,10 +155,6 @@ def test_the_models_own_images_make_examples(dpo, train_prompts, loss):
 # Resume -------------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "setting",
     [
@@ -171,22 +168,9 @@ def test_resume_is_bit_exact(dpo, tmp_path, setting):
     common = {"max_train_steps": 4, "checkpointing_steps": 2, **setting}
     DiffusionDPOTrainer(args=dpo(output_dir=tmp_path / "a", **common)).train()
     broken = dpo(output_dir=tmp_path / "b", **common)
-    trainer = DiffusionDPOTrainer(args=broken)
-    collect = trainer.collect
-
-    def stop(iteration):
-        if iteration == 3:
-            raise Stopped
-        return collect(iteration)
-
-    trainer.collect = stop
-    with pytest.raises(Stopped):
-        trainer.train()
+    crash_before(DiffusionDPOTrainer(args=broken), 3)
     DiffusionDPOTrainer(args=dataclasses.replace(broken, resume_from_checkpoint="latest")).train()
-    (one, state_one), (two, state_two) = load(tmp_path / "a/checkpoint-4"), load(tmp_path / "b/checkpoint-4")
-    assert state_one | {"origin": 0} == state_two | {"origin": 0}
-    for group in one:
-        assert all(torch.equal(one[group][name], two[group][name]) for name in one[group]), group
+    same_checkpoint(tmp_path / "a/checkpoint-4", tmp_path / "b/checkpoint-4")
     loras = [load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in "ab"]
     assert all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])
 

@@ -12,6 +12,7 @@ from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE
 from tests.reliability.compare import same_checkpoint
+from tests.reliability.stops import crash_before
 from tests.trainers.made_refl import redness, trainer_of
 
 # The shared buffer ---------------------------------------------------------------------------------------------------
@@ -116,10 +117,6 @@ def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
 # Resume, export ------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "setting",
     [{"preset": "alignprop", "ema_decay": 0.9}, {"preset": "srpo"}, {"preset": "imagerefl"}, {"preset": "reneg"}],
@@ -130,17 +127,7 @@ def test_resume_is_bit_exact(refl, tmp_path, train_prompts, setting):
     watched = {"eval_dataset": train_prompts[:2]}
     trainer_of(refl(output_dir=tmp_path / "a", **common), train_prompts, **watched).train()
     broken = refl(output_dir=tmp_path / "b", **common)
-    trainer = trainer_of(broken, train_prompts, **watched)
-    collect = trainer.collect
-
-    def stop(iteration):
-        if iteration == 3:
-            raise Stopped
-        return collect(iteration)
-
-    trainer.collect = stop
-    with pytest.raises(Stopped):
-        trainer.train()
+    crash_before(trainer_of(broken, train_prompts, **watched), 3)
     trainer_of(dataclasses.replace(broken, resume_from_checkpoint="latest"), train_prompts, **watched).train()
     same_checkpoint(tmp_path / "a/checkpoint-4", tmp_path / "b/checkpoint-4")
 
