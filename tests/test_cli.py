@@ -1,5 +1,6 @@
 """The command line: what it runs and how it says no."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_unknown_commands_name_the_known(argv, capsys):
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert "flow_grpo" in captured.out + captured.err
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffalign", "train", "flow_grpo", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("diffalign", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "--dry_run" in capsys.readouterr().out
 
 
 def test_the_launcher_trains_through_accelerate(tmp_path):

@@ -44,7 +44,7 @@ def test_every_command_trains(command, tmp_path, monkeypatch):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "load", "compare", "check", "score", "tests"])
+@pytest.mark.parametrize("name", ["quickstart", "load", "compare", "doctor", "check", "score", "tests"])
 def test_the_blocks_that_ci_runs_are_there(name):
     assert re.search(rf"<!-- ci: {name} -->\n```\w+\n.+?```", README, re.DOTALL)
 
