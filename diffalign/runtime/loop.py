@@ -238,6 +238,7 @@ class Loop:
         """One optimizer step. Gradients of all micro-batches add up; processes synchronise at the last one."""
         self.optimizer.zero_grad(set_to_none=True)  # what a stopped or failed attempt left
         collected: list[dict[str, Tensor]] = []
+        missing = self._missing(len(micros))
         for index, micro in enumerate(micros):
             self.pulse()
             last = index == len(micros) - 1
@@ -245,7 +246,7 @@ class Loop:
                 loss, metrics = micro()
                 self.accelerator.backward(loss)
             collected.append({"loss": loss.detach() * len(micros), **metrics})
-        for _ in range(self._missing(len(micros))):
+        for _ in range(missing):
             self.accelerator.backward(micros[-1]()[0] * 0)
         norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
         names = collected[0]

@@ -20,7 +20,7 @@ WHAT_WORKS = (
 # Of accelerate's settings, those that would not be followed: what must not be in the environment, and what to do.
 REFUSED = {
     ("ACCELERATE_USE_DEEPSPEED", "true"): "DeepSpeed is not supported, because it steps, clips and checkpoints by "
-    "itself: use configs/accelerate/fsdp2.yaml, which shards weights, gradients and optimizer",
+    "itself: use configs/accelerate/zero2.yaml, which shards as ZeRO-2 does, or fsdp2.yaml, which shards all",
     ("ACCELERATE_USE_MEGATRON_LM", "true"): "Megatron-LM is not supported: use configs/accelerate/fsdp2.yaml",
     ("FSDP_VERSION", "1"): "FSDP 1 is not supported: set fsdp_version: 2",
     ("FSDP_OFFLOAD_PARAMS", "true"): "weights are not offloaded: set fsdp_offload_params: false",

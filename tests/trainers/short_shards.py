@@ -1,6 +1,5 @@
-"""Trainings on weights in shards, for ``test_shards``; two processes of a launcher run them, and write what each saw."""
+"""Trainings on weights in shards, for ``test_shards``: two processes of a launcher run them and write what each saw."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -92,16 +91,19 @@ def write(trainer: Trainer, found: dict[str, torch.Tensor], folder: Path, name: 
     save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{rank}.safetensors")
 
 
-def preferences(folder: Path, one: Path) -> None:
-    """Afresh, on with its own checkpoint, and on with that of one process, as ZeRO-2 does."""
+def resumed(folder: Path, other: Path) -> None:
+    """Each kind of training from the middle on; ``other`` has the checkpoints."""
     for kind in KINDS:
-        saved = f"{kind}/checkpoint-{SAVED}"
-        runs = {"fresh": None, "again": folder / "fresh" / saved, "from_one": one / saved}
-        for name, resume in runs.items():
-            os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(name != "from_one").lower()
-            trainer = run(folder / name / kind, kind, resume and str(resume))
-            assert trainer.shards.keep == (name == "from_one")
-            write(trainer, seen(trainer), folder / name, kind)
+        trainer = run(folder / kind, kind, str(other / kind / f"checkpoint-{SAVED}"))
+        write(trainer, seen(trainer), folder, kind)
+
+
+def both(folder: Path, other: Path) -> None:
+    """Each kind of training from its beginning, and from the middle on."""
+    for kind in KINDS:
+        trainer = run(folder / "fresh" / kind, kind)
+        write(trainer, seen(trainer), folder / "fresh", kind)
+    resumed(folder / "resumed", other)
 
 
 def flat_group(folder: Path) -> FlowGRPOTrainer:
@@ -129,16 +131,16 @@ def flat_group(folder: Path) -> FlowGRPOTrainer:
 
 
 def courses(folder: Path) -> Trainer:
-    """ReFL on a base in bfloat16, with courses of random lengths and each recorded call computed again."""
+    """ReFL on a base in bfloat16, courses of random lengths and activations computed again."""
     AcceleratorState._reset_state(reset_partial_state=False)
-    args = config(folder, "alignprop", num_groups=8, step_checkpointing=True)
+    args = config(folder, "alignprop", num_groups=8, gradient_checkpointing=True)
     model = load_model(PIPELINE, dtype=torch.bfloat16, max_sequence_length=16)
     trainer = trainer_of(args, [Prompt("a red circle"), Prompt("two stars")], model=model)
     trainer.train()
     return trainer
 
 
-def others(folder: Path, one: Path) -> None:
+def others(folder: Path, _: Path) -> None:
     """The other trainers, whose processes would go ways of their own."""
     for make in (flat_group, courses):
         trainer = make(folder / make.__name__)
@@ -153,4 +155,4 @@ def others(folder: Path, one: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"preferences": preferences, "others": others}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    {"both": both, "resumed": resumed, "others": others}[sys.argv[1]](*map(Path, sys.argv[2:]))
