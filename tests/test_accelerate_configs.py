@@ -1,9 +1,10 @@
-"""The launch configurations mean what they say to accelerate."""
+"""The launch configurations mean what they say to accelerate, and to the trainers."""
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import FullyShardedDataParallelPlugin
 
+from diffalign.runtime.processes import connect, wants_shards
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs/accelerate"
@@ -16,7 +17,7 @@ CONFIGS = {
     "ddp": ("MULTI_GPU", 1, 8),
     "nodes": ("MULTI_GPU", 2, 16),
     "fsdp2": ("FSDP", 1, 8),
-    "deepspeed_zero2": ("DEEPSPEED", 1, 8),
+    "zero2": ("FSDP", 1, 8),
 }
 
 
@@ -27,18 +28,45 @@ def test_each_starts_the_processes_that_its_comment_names(path):
     assert config.mixed_precision == "no", "the trainer's own option decides"
 
 
-def test_fsdp2_shards_the_blocks_of_a_denoiser(frozen, monkeypatch):
-    config = load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config
-    for key, value in config.items():
-        monkeypatch.setenv(key.upper(), str(value).lower() if isinstance(value, bool) else str(value))
-    plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, False)
-    assert plugin.cpu_ram_efficient_loading is False
-    plugin.set_auto_wrap_policy(frozen.raw_denoiser)
-    (blocks,) = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
-    assert blocks is type(frozen.raw_denoiser.transformer_blocks[0])
+@pytest.fixture
+def sharded(monkeypatch):
+    """The environment that the launcher makes of a configuration with FSDP."""
+
+    def launch(name: str, **changes: str) -> None:
+        config = load_config_from_file(str(FOLDER / f"{name}.yaml")).fsdp_config
+        settings = {key.upper(): str(value).lower() for key, value in config.items()}
+        settings |= {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"} | changes
+        for key, value in settings.items():
+            monkeypatch.setenv(key, value)
+
+    return launch
 
 
-def test_zero_2_leaves_accumulation_and_clipping_to_the_trainer():
-    config = load_config_from_file(str(FOLDER / "deepspeed_zero2.yaml")).deepspeed_config
-    assert (config["zero_stage"], config["gradient_accumulation_steps"]) == (2, 1)
+@pytest.mark.parametrize(("name", "keep"), [("fsdp2", False), ("zero2", True)])
+def test_both_ways_to_shard_are_understood(sharded, name, keep):
+    sharded(name)
+    connect()
+    shards = wants_shards(torch.device("cpu"))
+    assert shards is not None
+    assert (shards.device.type, shards.keep) == ("cpu", keep)
+
+
+def test_one_process_has_nothing_to_share(sharded):
+    sharded("fsdp2", WORLD_SIZE="1")
+    assert wants_shards(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")],
+)
+def test_what_would_not_be_followed_is_refused(sharded, name, value):
+    sharded("fsdp2", **{name: value})
+    with pytest.raises(ValueError, match=f"the launcher sets {name}={value}: .*set fsdp_"):
+        connect()
+
+
+def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"):
+        connect()

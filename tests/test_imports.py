@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parents[1] / "diffalign"
 ALLOWED = {
     "structures": set(),
     "config": set(),
+    "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
     "rewards": {"structures", "config", "shapes"},
     "data": {"structures"},
-    "models": {"structures", "config", "diffusion"},
-    "runtime": {"structures", "config"},
+    "models": {"structures", "config", "sharding", "diffusion"},
+    "runtime": {"structures", "config", "sharding"},
     "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
 }

@@ -28,7 +28,6 @@ OPTIONAL = {
     "xformers": "attention: xformers",
     "flash-attn": "attention: flash",
     "bitsandbytes": "quantise, and optimizer: adamw_8bit",
-    "deepspeed": "configs/accelerate/deepspeed_zero2.yaml",
 }
 
 

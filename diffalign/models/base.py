@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffalign.models import lora
 from diffalign.models.negative import NegativePrompt
 from diffalign.models.weights import REFERENCE, WeightSets
+from diffalign.sharding import Shards, is_sharded, plain_class, shard, whole
 from diffalign.structures import Conditioning, Guidance, Level
 
 SCHEDULES = ("pipeline", "uniform")
@@ -183,11 +184,18 @@ class DiffusionModel(ABC):
         """Of SD3's VAE and later ones; earlier configurations do not know the word, or say null."""
         return self.pipeline.vae.config.get("shift_factor") or 0.0
 
-    def train(self, config: lora.LoraConfig, *, seed: int = 0, keep_reference: bool = False) -> None:
+    def train(
+        self,
+        config: lora.LoraConfig,
+        *,
+        seed: int = 0,
+        keep_reference: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         """Makes the denoiser trainable: a LoRA, or with rank 0 all of it.
 
         keep_reference: whether ``using("reference")`` will be needed; it costs a copy for full fine-tuning, nothing for
-        a LoRA.
+        a LoRA. shards: how the denoiser is spread over all processes; None: each has all of it.
         """
         if config.rank:
             lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
@@ -195,6 +203,8 @@ class DiffusionModel(ABC):
             self.raw_denoiser.requires_grad_(True)
             for name in self.idle_layers:
                 self.raw_denoiser.get_submodule(name).requires_grad_(False)
+        if shards is not None:
+            shard(self.raw_denoiser, shards)
         self.has_adapter = config.rank > 0
         self.weights = WeightSets(self.raw_denoiser, has_adapter=self.has_adapter)
         if keep_reference and not self.has_adapter:
@@ -211,12 +221,46 @@ class DiffusionModel(ABC):
         """A context in which the denoiser has the weights of set ``name``: "policy", "reference", "ema", ..."""
         return self.weights.using(name)
 
-    def save(self, directory: Path) -> Path:
-        """Writes what is trained as plain diffusers loads it: a LoRA file, full weights, or a negative prompt."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Writes what is trained as plain diffusers loads it: a LoRA file, full weights, or a negative prompt.
+
+        weights: those of the denoiser by name, where it has shards: see ``saver``.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         if self.negative is not None:
             return self.negative.save(directory)
         if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory, self.about)
-        self.raw_denoiser.save_pretrained(directory / self.denoiser_name)
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
+        denoiser = self.raw_denoiser if weights is None else _denoiser_of(self.raw_denoiser, weights)
+        denoiser.save_pretrained(directory / self.denoiser_name)
         return directory / self.denoiser_name
+
+    def saver(self, name: str, keep: bool = True) -> Callable[[Path], Path]:
+        """What saves weight set ``name`` into a folder, by one process: all must ask for it, and one calls it.
+
+        keep: whether it is this one.
+        """
+        weights = None
+        if is_sharded(self.raw_denoiser):
+            with self.using(name):
+                weights = self._whole(keep)
+
+        def write(directory: Path) -> Path:
+            with self.using(name):
+                return self.save(directory, weights)
+
+        return write
+
+    def _whole(self, keep: bool) -> dict[str, Tensor]:
+        """The weights that ``save`` needs."""
+        trained = {name: p for name, p in self.raw_denoiser.named_parameters() if p.requires_grad}
+        chosen = trained if self.has_adapter else self.raw_denoiser.state_dict()
+        return {name: whole(tensor, keep) for name, tensor in chosen.items()}
+
+
+def _denoiser_of(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A denoiser as ``module`` was before it was sharded, with these weights."""
+    with torch.device("meta"):
+        found = plain_class(module).from_config(module.config)
+    found.load_state_dict(weights, assign=True)
+    return found

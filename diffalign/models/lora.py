@@ -13,10 +13,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.config import option
-from diffalign.models.sharding import is_sharded, trained_weights
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -78,19 +77,20 @@ def _named(layer: str, target: str) -> bool:
 
 
 def export(
-    pipeline: DiffusionPipeline, component: str, directory: Path, about: Mapping[str, str] | None = None
+    pipeline: DiffusionPipeline,
+    component: str,
+    directory: Path,
+    about: Mapping[str, str] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives).
 
     component: the pipeline's name for the module with the adapter, "unet" or "transformer". about: what else the header
-    of the file is to say, such as the base model. Of a sharded module every process must ask, and the main one writes.
+    of the file is to say, such as the base model. whole: the adapter's weights by name, where the module has shards.
     """
     module = getattr(pipeline, component)
-    whole = trained_weights(module) if is_sharded(module) else None
     trained = get_peft_model_state_dict(module, state_dict=whole)
     layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
-    if not layers:
-        return directory / WEIGHTS_NAME  # the main process writes it
     metadata = module.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     if metadata["exclude_modules"]:

@@ -1,7 +1,8 @@
 """Named sets of weights for one module: the policy that trains, and what it is compared with.
 
 A set holds tensors for exactly the trainable parameters. Switching exchanges storage, so it costs no copy, and leaving
-the context puts back the very tensors and ``requires_grad`` flags that were there.
+the context puts back the very tensors and ``requires_grad`` flags that were there. Shards are copied in and back: FSDP2
+knows them by their memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from diffalign.sharding import free, is_sharded, local
 
 POLICY = "policy"
 REFERENCE = "reference"
@@ -48,21 +52,25 @@ class WeightSets:
     def using(self, name: str) -> Iterator[None]:
         """Runs the module on another set; on leaving, the policy is trained exactly as before (asserted)."""
         flags = [(p, p.requires_grad) for p in self.module.parameters()]
-        storages = [p.data_ptr() for p in self.trainable]
+        storages = [local(p).data_ptr() for p in self.trainable]
         try:
             with self._switched(name):
+                # peft clears them with the adapter, and FSDP2 learns from them, at its first call, what trains.
+                _set_flags(flags)
                 yield
         finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        assert [p.data_ptr() for p in self.trainable] == storages, "the policy's weights were replaced inside using()"
+            _set_flags(flags)
+        assert [local(p).data_ptr() for p in self.trainable] == storages, (
+            "the policy's weights were replaced inside using()"
+        )
 
     @contextmanager
     def _switched(self, name: str) -> Iterator[None]:
         if name == POLICY:
             yield
         elif name in self._sets:
-            with _exchanged(self.trainable, self._sets[name]):
+            exchange = self._copied if is_sharded(self.module) else self._exchanged
+            with exchange(self._sets[name]):
                 yield
         elif name == REFERENCE and self.has_adapter:
             with _adapters_off(self.module):
@@ -70,17 +78,39 @@ class WeightSets:
         else:
             raise ValueError(f"unknown weight set {name!r}; known: {', '.join(self.names)}")
 
+    @contextmanager
+    def _exchanged(self, replacement: Sequence[Tensor]) -> Iterator[None]:
+        original = [p.data for p in self.trainable]
+        for parameter, tensor in zip(self.trainable, replacement, strict=True):
+            parameter.data = tensor.to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(self.trainable, original, strict=True):
+                parameter.data = tensor
 
-@contextmanager
-def _exchanged(parameters: Sequence[Tensor], replacement: Sequence[Tensor]) -> Iterator[None]:
-    original = [p.data for p in parameters]
-    for parameter, tensor in zip(parameters, replacement, strict=True):
-        parameter.data = tensor.to(parameter.dtype)
-    try:
-        yield
-    finally:
-        for parameter, tensor in zip(parameters, original, strict=True):
-            parameter.data = tensor
+    @contextmanager
+    def _copied(self, replacement: Sequence[Tensor]) -> Iterator[None]:
+        original = [local(p).clone() for p in self.trainable]
+        try:
+            self._write([local(tensor) for tensor in replacement])
+            yield
+        finally:
+            self._write(original)
+
+    @torch.no_grad()
+    def _write(self, shards: Sequence[Tensor]) -> None:
+        free(self.module)
+        for parameter, tensor in zip(self.trainable, shards, strict=True):
+            local(parameter).copy_(tensor)
+        if torch.accelerator.is_available():
+            # A backward pass gathers on a stream of its own, which does not wait for these copies.
+            torch.accelerator.synchronize()
+
+
+def _set_flags(flags: Sequence[tuple[Tensor, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 @contextmanager

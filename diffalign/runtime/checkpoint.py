@@ -50,7 +50,7 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int | None,
-    export: Callable[[Path], None] | None = None,
+    export: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes ``checkpoint-<step>/`` and then removes the oldest ones beyond the ``keep`` newest sound ones.
 
@@ -104,7 +104,7 @@ def _stage(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state_text: str,
     step: int,
-    export: Callable[[Path], None] | None,
+    export: Callable[[Path], object] | None,
 ) -> None:
     folder.mkdir(parents=True)
     if export is not None:

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ from diffalign.runtime.signals import Signals
 from diffalign.runtime.task import Metrics, Micro, Task
 from diffalign.runtime.tracking import MetricsLog, Trackers
 from diffalign.runtime.watchdog import Watchdog
+from diffalign.sharding import is_sharded, whole
 
 __all__ = ["Loop", "Metrics", "Micro", "Task", "crossed", "indexed", "lr_factor", "progress", "restore"]
 
@@ -60,7 +62,10 @@ class Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: lr_factor(args.lr_scheduler, k, args.lr_warmup_steps, args.max_train_steps)
         )
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.sharded = is_sharded(module)
+        # What is sharded shares gradients by itself, and needs no wrapper but for its precision.
+        prepare = partial(accelerator.prepare_model, evaluation_mode=True) if self.sharded else accelerator.prepare
+        self.module, self.optimizer = prepare(module), accelerator.prepare(optimizer)
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
         self.guard = Guard(args.max_grad_spike)
         self.signals, self.watchdog = Signals(), Watchdog(args.hang_timeout, args.output_dir)
@@ -233,6 +238,7 @@ class Loop:
         """One optimizer step. Gradients of all micro-batches add up; processes synchronise at the last one."""
         self.optimizer.zero_grad(set_to_none=True)  # what a stopped or failed attempt left
         collected: list[dict[str, Tensor]] = []
+        missing = self._missing(len(micros))
         for index, micro in enumerate(micros):
             self.pulse()
             last = index == len(micros) - 1
@@ -240,7 +246,9 @@ class Loop:
                 loss, metrics = micro()
                 self.accelerator.backward(loss)
             collected.append({"loss": loss.detach() * len(micros), **metrics})
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm))
+        for _ in range(missing):
+            self.accelerator.backward(micros[-1]()[0] * 0)
+        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
         names = collected[0]
         means = torch.stack([torch.stack([c[name].float() for c in collected]).mean() for name in names])
         stopping = torch.tensor([float(self.signals.received is not None)])
@@ -253,6 +261,10 @@ class Loop:
         self._apply(reason, norm)
         row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
         return row if reason is None else {**row, "skipped": float(self.guard.skipped)}
+
+    def _missing(self, passes: int) -> int:
+        """How many passes fewer this process has than another one, where all must make each of them."""
+        return max(gather_object([passes])) - passes if self.sharded else 0
 
     def _apply(self, reason: str | None, norm: float) -> None:
         """Steps the optimizer, or leaves every weight, moment and the learning rate as they are.
@@ -324,13 +336,14 @@ class Loop:
         """
         self.watchdog.beat()
         tensors, state = saving.contents(self)
+        export = self.task.exporter()
         self.saved = self._place()
         if not self.accelerator.is_main_process:
             return None
         try:
             saving.check_finite(tensors)
             path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
-                                   keep=self.args.checkpoints_total_limit, export=self.task.export)  # fmt: skip
+                                   keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
         except NotFinite as error:
             raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}") from error
         except OSError as error:

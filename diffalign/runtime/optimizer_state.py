@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.sharding import like
+
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
     return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -34,10 +36,14 @@ def restore_optimizer(
     if _shapes(optimizer) != saved["shapes"]:
         raise ValueError("the optimizer state is of other parameters: resume with the rank and targets of its run")
     groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**saved["values"], **tensors}.items():
         owner, name = key.split(".", 1)
         value = value.clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor) and not owner.startswith("group"):
+            parameter = parameters[int(owner)]
+            value = like(value, parameter) if value.shape == parameter.shape else value
         if owner.startswith("group"):
             group = groups[int(owner.removeprefix("group"))]
             group[name] = tuple(value) if isinstance(group.get(name), tuple) else value

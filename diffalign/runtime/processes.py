@@ -1,4 +1,4 @@
-"""Makes sure that a run has the processes that its launcher was asked for."""
+"""Makes sure that a run has the processes, and the sharding, that its launcher was asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from diffalign.config import load_yaml
+from diffalign.sharding import Shards
 
 LAUNCHERS = ("accelerate", "accelerate-launch")
 WHAT_WORKS = (
@@ -16,14 +17,37 @@ WHAT_WORKS = (
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...` or `torchrun --nproc_per_node N ...`"
 )
 
+# Of accelerate's settings, those that would not be followed: what must not be in the environment, and what to do.
+REFUSED = {
+    ("ACCELERATE_USE_DEEPSPEED", "true"): "DeepSpeed is not supported, because it steps, clips and checkpoints by "
+    "itself: use configs/accelerate/zero2.yaml, which shards as ZeRO-2 does, or fsdp2.yaml, which shards all",
+    ("ACCELERATE_USE_MEGATRON_LM", "true"): "Megatron-LM is not supported: use configs/accelerate/fsdp2.yaml",
+    ("FSDP_VERSION", "1"): "FSDP 1 is not supported: set fsdp_version: 2",
+    ("FSDP_OFFLOAD_PARAMS", "true"): "weights are not offloaded: set fsdp_offload_params: false",
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"): "each process loads all: set fsdp_cpu_ram_efficient_loading: false",
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true"): "set fsdp_activation_checkpointing: false, gradient_checkpointing: true",
+}
+
 
 def connect() -> None:
     """Call it before ``Accelerator()``: several processes without an accelerator are to work together on the CPU.
 
     Without the variable that is set here, each of them would believe to be alone.
+    ValueError: the launcher asks for what is not supported.
     """
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    for (name, value), advice in REFUSED.items():
+        if os.environ.get(name, "").lower() == value and (shards or not name.startswith("FSDP_")):
+            raise ValueError(f"the launcher sets {name}={value}: {advice}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def wants_shards(device: torch.device) -> Shards | None:
+    """How the launcher asks for weights in shards (FSDP2), if it does, and there are several processes."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return Shards(device, keep) if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def check_world(num_processes: int) -> None:

@@ -14,6 +14,7 @@ from diffalign.runtime import checkpoint
 from diffalign.runtime.exits import NotFinite
 from diffalign.runtime.guard import first_bad
 from diffalign.runtime.origin import check_origin
+from diffalign.sharding import like, whole
 
 if TYPE_CHECKING:
     from diffalign.runtime.loop import Loop
@@ -25,6 +26,8 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
     """(tensors, state) of the run at its last whole optimizer step; every process calls it.
+
+    What is in shards becomes whole, on the CPU, for the main process; for the others it stays as it is.
 
     An iteration that is not over brings its data along, where collecting them again would take the weights of then.
     """
@@ -56,7 +59,8 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
         state["ema_updates"] = loop.ema.updates
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
-    return tensors, state
+    keep = accelerator.is_main_process
+    return {group: {name: whole(t, keep) for name, t in named.items()} for group, named in tensors.items()}, state
 
 
 def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -127,4 +131,4 @@ def restore(tensors: Sequence[Tensor], stored: Mapping[str, Tensor]) -> None:
             f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml"
         )
     for index, tensor in enumerate(tensors):
-        tensor.copy_(stored[f"{index:05d}"])
+        tensor.copy_(like(stored[f"{index:05d}"], tensor))

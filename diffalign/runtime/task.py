@@ -62,8 +62,11 @@ class Task(Protocol):
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Goes on from what ``state`` gave."""
 
-    def export(self, folder: Path) -> None:
-        """Writes into a checkpoint what other programs load: the LoRA as it is now."""
+    def exporter(self) -> Callable[[Path], object] | None:
+        """What writes into a checkpoint's folder what other programs load: the LoRA as it is now.
+
+        All processes ask for it, and the main one calls it.
+        """
 
     def finish(self) -> None:
         """Writes the results of the run."""

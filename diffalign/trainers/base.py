@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from torch import Tensor, nn
 
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.weights import POLICY
@@ -21,7 +21,7 @@ from diffalign.runtime.folder import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
 from diffalign.runtime.memory import batch_name
 from diffalign.runtime.noise import Noise
-from diffalign.runtime.processes import check_world, connect
+from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.evaluation import Evaluation
@@ -31,6 +31,13 @@ from diffalign.trainers.settings import TrainerConfig
 from diffalign.trainers.speed import set_speed
 
 EMA_SET = "ema"
+# Setting -> its values that work where weights are in shards.
+KNOWN_WITH_SHARDS: dict[str, tuple[Any, ...]] = {
+    "compile": (False,),
+    "quantise": ("no",),
+    "mixed_precision": ("bf16", "no"),
+    "optimizer": ("adamw",),
+}
 Config = TypeVar("Config", bound=TrainerConfig)
 
 
@@ -39,6 +46,13 @@ def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Conf
     if isinstance(model, DiffusionModel):
         return args if args.model else dataclasses.replace(args, model=_origin(model))
     return args if model is None else dataclasses.replace(args, model=str(model))
+
+
+def check_sharding(args: TrainerConfig) -> None:
+    """ValueError, with what to write instead, for what is not known to work on weights in shards."""
+    for name, known in KNOWN_WITH_SHARDS.items():
+        if (given := getattr(args, name)) not in known:
+            raise ValueError(f"{name} {given} does not go with FSDP2: set {name}: {known[0]}, or launch with ddp.yaml")
 
 
 def _origin(model: DiffusionModel) -> str:
@@ -69,20 +83,25 @@ class Trainer:
         self.args: TrainerConfig = args
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
         connect()
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=tracker_names(args.report_to) or None,
-            project_dir=args.output_dir,
-            # Processes may call the denoiser differently often in a pass, and would wait for each other's buffers,
-            # which are constants.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        # Accelerate would shard the denoiser too late, and on CPUs not at all: it is told of processes only.
+        with patch_environment(ACCELERATE_USE_FSDP="false"):
+            self.accelerator = Accelerator(
+                mixed_precision=args.mixed_precision,
+                log_with=tracker_names(args.report_to) or None,
+                project_dir=args.output_dir,
+                # Processes may call the denoiser differently often in a pass, and would wait for each other's buffers,
+                # which are constants.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
         check_world(self.accelerator.num_processes)
+        self.shards = wants_shards(self.accelerator.device)
+        if self.shards is not None:
+            check_sharding(args)
         self.check_batches(self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             refuse_busy(args.output_dir)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
-        self.model.pipeline.to(self.accelerator.device)
+        self._place()
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.plain_attention = slow and not args.gradient_checkpointing
@@ -103,15 +122,30 @@ class Trainer:
             images_per_prompt=args.eval_images_per_prompt,
             batch_size=eval_batch_size,
             pulse=self.loop.pulse,
+            even=self.shards is not None,
         )
 
     def prepare(self, keep_reference: bool) -> Loop:
         """Makes the denoiser trainable, and the loop that trains it."""
-        self.model.train(self.args.lora, seed=self.args.seed, keep_reference=keep_reference)
+        self.model.train(
+            self.args.lora,
+            seed=self.args.seed,
+            keep_reference=keep_reference,
+            shards=self.shards,
+        )
         set_speed(self.model, self.args)
         loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
         self.model.denoiser = loop.module
         return loop
+
+    def _place(self) -> None:
+        """The pipeline onto the device; but a denoiser that will be sharded need not fit there whole."""
+        if self.shards is None:
+            self.model.pipeline.to(self.accelerator.device)
+            return
+        for name, part in self.model.pipeline.components.items():
+            if isinstance(part, nn.Module) and name != self.model.denoiser_name:
+                part.to(self.accelerator.device)
 
     def _load(self) -> DiffusionModel:
         args = self.args
@@ -210,16 +244,18 @@ class Trainer:
             self.report.picture(step, shown)
         return figures
 
-    def export(self, folder: Path) -> None:
+    def exporter(self) -> Callable[[Path], object] | None:
         """What is trained as it is now, averaged where it is averaged; full weights are in the checkpoint already."""
-        if self.model.has_adapter or self.model.negative is not None:
-            with self.model.using(self.report.weight_set):
-                self.model.save(folder)
+        if not (self.model.has_adapter or self.model.negative is not None):
+            return None
+        return self.model.saver(self.report.weight_set, self.accelerator.is_main_process)
 
     def finish(self) -> None:
         """Exports the weights and writes the card, the curves and the comparison."""
-        if self.accelerator.is_main_process:
-            self.report.finish()
+        main = self.accelerator.is_main_process
+        savers = {folder: self.model.saver(name, main) for folder, name in self.report.exports.items()}
+        if main:
+            self.report.finish(savers)
 
     def finished(self, since: float) -> bool:
         """Whether ``finish`` came to its end after ``since``, in seconds since the epoch."""

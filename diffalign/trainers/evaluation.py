@@ -59,11 +59,15 @@ class Evaluation:
         images_per_prompt: int,
         batch_size: int,
         pulse: Callable[[], None],
+        even: bool = False,
     ) -> None:
+        """even: whether every process must sample as many images as the others; what is too many is not looked at."""
         self.model, self.rewards, self.encoded = model, rewards, encoded
         self.index = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
         self.prompts = [prompts[i] for i in self.index]
         self.per_prompt, self.batch_size, self.pulse = images_per_prompt, batch_size, pulse
+        most = -(-len(prompts) // accelerator.num_processes)
+        self.extra = (most - len(self.index)) * images_per_prompt if even else 0
 
     def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
         """Figures of the weights in use, over all processes, and what to show of them. base_steps: see ``Route``.
@@ -97,7 +101,8 @@ class Evaluation:
         return summary(shown), shown
 
     def _images(self, route: Route, own: Tensor, sample: Tensor) -> Tensor:
-        conditioning = self.encoded([p.text for p in self.prompts])
+        conditioning, count = self.encoded([p.text for p in self.prompts]), len(own)
+        own, sample = (torch.cat([t, t[-1:].expand(self.extra)]) for t in (own, sample))
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
         addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, torch.tensor(self.index)[own], sample)
         parts = generate(self.model, route, conditioning, own, addresses, self.batch_size)
@@ -105,7 +110,7 @@ class Evaluation:
         for _, images in parts:
             found.append(images.cpu())
             self.pulse()
-        return torch.cat(found)
+        return torch.cat(found)[:count]
 
 
 def summary(shown: Shown) -> dict[str, float]:

@@ -106,6 +106,8 @@ class ReFLTrainer(Trainer):
         """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
         if not self.recipe.negative:
             return super().prepare(keep_reference)
+        if self.shards is not None:
+            raise ValueError("FSDP2 does not train a negative prompt, whose denoiser stays as it is: use ddp.yaml")
         negative = self.model.train_negative()
         set_speed(self.model, self.args)
         loop = Loop(self, negative, self.args, self.accelerator)
@@ -178,11 +180,14 @@ class ReFLTrainer(Trainer):
         self.batches = []
         for rows in micro_batches(share, args.rollout_batch_size):
             self.loop.pulse(together=True)
-            self.batches.append(self._batch(iteration, own[rows]))
+            # Processes that gather weights together go through courses of one length.
+            lead = own[rows.start] if self.shards is None else divmod(rows.start, args.group_size)
+            self.batches.append(self._batch(iteration, own[rows], lead))
         return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
 
-    def _batch(self, iteration: int, samples: Sequence[tuple[int, int]]) -> Batch:
-        generator = self.noise.generator("refl/course", iteration, *samples[0])
+    def _batch(self, iteration: int, samples: Sequence[tuple[int, int]], lead: tuple[int, int]) -> Batch:
+        """Sampled as far as needed. lead: the sample that the courses are drawn for."""
+        generator = self.noise.generator("refl/course", iteration, *lead)
         courses = draw(self.recipe, iteration, lambda low, high: int(generator.integers(low, high)))
         kept = places(courses, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.tracking import MetricsLog
+from diffalign.sharding import plain_class
 from diffalign.trainers.evaluation import Shown
 
 SNIPPET = """
@@ -71,9 +73,16 @@ class Report:
         tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
         save_file(tensors, self.folder / "samples" / f"{name}.safetensors")
 
-    def finish(self) -> None:
-        """The weights (averaged ones first, the raw ones in ``raw/``), curves, comparison and model card."""
-        self.export(self.folder)
+    @property
+    def exports(self) -> dict[str, str]:
+        """Subfolder -> the weight set that goes there: averaged ones first, the raw ones in ``raw/``."""
+        return {".": self.weight_set} | ({} if self.weight_set == POLICY else {"raw": POLICY})
+
+    def finish(self, savers: Mapping[str, Callable[[Path], Path]]) -> None:
+        """The weights, curves, comparison and model card. savers: what writes each of ``exports``."""
+        paths = [save(self.folder / subfolder) for subfolder, save in savers.items()]
+        if self.model.has_adapter:
+            learned_nothing(paths[0])
         if self.shown is not None:
             self._keep("tuned", self.shown)
         plot_curves(MetricsLog.read(self.folder / "metrics.jsonl"), self.folder / "curves.png")
@@ -90,15 +99,6 @@ class Report:
         """Whether the card, which is written last, is newer than ``since``, in seconds since the epoch."""
         card = self.folder / "README.md"
         return card.is_file() and card.stat().st_mtime >= since
-
-    def export(self, folder: Path) -> None:
-        """Writes the weights so that plain diffusers loads them."""
-        with self.model.using(self.weight_set):
-            path = self.model.save(folder)
-        if self.model.has_adapter:
-            learned_nothing(path)
-        if self.weight_set != POLICY:
-            self.model.save(folder / "raw")
 
     def _compare(self, before: dict[str, Tensor]) -> None:
         columns = {"base": before["images"], "tuned": self.shown.images}
@@ -134,7 +134,7 @@ class Report:
             model=self.args.model,
             folder=self.folder,
             prompt=prompt,
-            denoiser=type(self.model.raw_denoiser).__name__,
+            denoiser=plain_class(self.model.raw_denoiser).__name__,
             component=self.model.denoiser_name,
         )
         return ModelCard(

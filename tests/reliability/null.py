@@ -95,7 +95,10 @@ class NullTask:
     def restore(self, tensors, plain):
         self.total = plain["total"]
 
-    def export(self, folder: Path) -> None:
+    def exporter(self):
+        return self._export
+
+    def _export(self, folder: Path) -> None:
         self.hook("save", self)
         save_file({"w": self.loop.parameters[0].detach().clone()}, folder / "product.safetensors")
 

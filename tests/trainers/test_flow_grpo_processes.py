@@ -22,10 +22,14 @@ LAUNCHERS = {
 
 
 def launcher_command(name):
+    program, *options = LAUNCHERS[name].format(port=free_port()).split()
+    return [BIN / program, *options]
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        program, *options = LAUNCHERS[name].format(port=free.getsockname()[1]).split()
-    return [BIN / program, *options]
+        return free.getsockname()[1]
 
 
 def train(command, folder, script=SCRIPT):
