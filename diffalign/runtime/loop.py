@@ -75,7 +75,8 @@ class Loop:
     def origin(self) -> dict[str, Any]:
         """The configuration, data and machine of this run."""
         accelerator = self.accelerator
-        return origin(self.args, self.task.data_digest, accelerator.num_processes, accelerator.device.type)
+        task, device = self.task, accelerator.device.type
+        return origin(self.args, task.data_digest, accelerator.num_processes, device, task.commits)
 
     # The run --------------------------------------------------------------------------------------------------------
 
