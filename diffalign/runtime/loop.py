@@ -35,7 +35,7 @@ from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.signals import Signals
 from diffalign.runtime.task import Metrics, Micro, Task
-from diffalign.runtime.tracking import MetricsLog, Trackers
+from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
 from diffalign.runtime.watchdog import Watchdog
 
 __all__ = ["Loop", "Metrics", "Micro", "Task", "crossed", "indexed", "lr_factor", "progress", "restore"]
@@ -324,6 +324,7 @@ class Loop:
         is the ``last`` save; before, the run goes on with the checkpoints it has.
         """
         self.watchdog.beat()
+        begun = time.perf_counter()
         tensors, state = saving.contents(self)
         self.saved = self._place()
         if not self.accelerator.is_main_process:
@@ -338,6 +339,7 @@ class Loop:
             self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
             return None
         self.failed_saves = 0
+        self._record({SAVE: time.perf_counter() - begun})
         self.log.sync()
         return path
 
