@@ -43,14 +43,15 @@ USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...]
        diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity
        diffalign compare MODEL ... [--field VALUE ...]   pictures: compare.png and compare.html
        diffalign score IMAGES ... --rewards NAME [--field VALUE ...]   rewards of pictures; --serve PORT offers them
-       diffalign check DATA ... [--field VALUE ...]      what is wrong with preference data; 1 if a run would stop
+       diffalign check DATA ... [--field VALUE ...]      what is wrong with pairs or prompts; 1 if a run would stop
        diffalign relabel DATA ... --rewards NAME [--field VALUE ...]   AI labels, stored beside the data
        diffalign doctor [--field VALUE ...]              what works on this machine; 1 if something does not
 
 trainers: {trainers}
 models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one, PATH@0.5 scales a LoRA
 images: files, folders, .parquet or .jsonl files
-data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids
+data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids; for check also files
+      of prompts: .txt, or .jsonl with --prompts
 help on the fields: diffalign train TRAINER --help, and eval, compare, score, check, relabel or doctor --help"""
 
 

@@ -115,7 +115,7 @@ class Run:
         rows = MetricsLog.read(folder / "metrics.jsonl")
         found = [row for row in rows if "eval/accuracy" in row]
         base, tuned = found[0], found[-1]
-        seconds = sum(row["time/collect"] + row["time/update"] for row in rows if "time/update" in row)
+        seconds = sum(row.get("time/collect", 0.0) + row["time/update"] for row in rows if "time/update" in row)
         config = load_yaml(folder / "config.yaml")
         sharp = f"eval/sharpness/{self.judge}"
         head = {

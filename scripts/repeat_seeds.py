@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,8 @@ LEAST_GAIN = 0.12  # of a single run of the quickstart; seeds and machines diffe
 TASKS = [f"accuracy/{tag}" for tag in TAGS]
 FIGURES = ("accuracy", *TASKS, "shapes", "diversity")
 
+TIMES = (("collect", "update"), ("save",))
+
 Row = dict[str, float]
 
 
@@ -41,11 +44,18 @@ def evaluations(folder: Path) -> list[Row]:
     seconds, found = 0.0, []
     for row in MetricsLog.read(folder / "metrics.jsonl"):
         if "time/update" in row:
-            seconds += row["time/collect"] + row["time/update"]
+            seconds += row.get("time/collect", 0.0) + row["time/update"]  # data are collected once for several updates
         if "eval/accuracy" in row:
             figures = {name: row[f"eval/{name}"] for name in FIGURES if f"eval/{name}" in row}
             found.append({"seed": seed, "step": row["step"], "training_seconds": seconds, **figures})
     return found
+
+
+def checkpoint_share(folder: Path) -> float:
+    """The share of a run's time that its checkpoints took, evaluations not counted; NaN where none was timed."""
+    rows = MetricsLog.read(folder / "metrics.jsonl")
+    work, saves = (sum(row.get(f"time/{name}", 0.0) for row in rows for name in names) for names in TIMES)
+    return saves / (work + saves) if saves else math.nan
 
 
 def spread(values: list[float], factor: float = 1.0, digits: int = 1) -> str:
@@ -96,6 +106,7 @@ def check(folder: Path) -> int:
     base, *_, tuned = evaluations(folder)
     for name in ("accuracy", "shapes", "diversity"):
         print(f"{folder}: {name} {base[name]:.3f} -> {tuned[name]:.3f}")
+    print(f"{folder}: checkpoints took {checkpoint_share(folder):.2%} of the training's time")
     return int(tuned["accuracy"] - base["accuracy"] < LEAST_GAIN)
 
 

@@ -56,6 +56,24 @@ def finish(run, root, gain):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_seconds_are_those_of_all_updates_of_an_iteration_and_checkpoints_have_their_share(tmp_path, recipes):
+    seeds = importlib.import_module("repeat_seeds")
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    rows = [
+        {"step": 0, "eval/accuracy": 0.4},
+        {"step": 1, "time/collect": 5.0, "time/update": 1.0},
+        {"step": 2, "time/update": 2.0},
+        {"step": 2, "time/save": 0.25},
+        {"step": 3, "time/collect": 6.0, "time/update": 1.5},
+        {"step": 4, "time/update": 4.0},
+        {"step": 4, "eval/accuracy": 0.5},
+        {"step": 4, "time/save": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["training_seconds"] for row in seeds.evaluations(tmp_path)] == [0, 19.5]
+    assert seeds.checkpoint_share(tmp_path) == pytest.approx(0.5 / 20)
+
+
 @pytest.mark.parametrize(
     ("gains", "tried", "best"),
     [

@@ -1,4 +1,4 @@
-"""``diffalign check``: what is wrong with a data set, before a run finds out."""
+"""``diffalign check``: what is wrong with a data set, or with files of prompts, before a run finds out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from diffalign.data.quarantine import EXAMPLES, fault_lines
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import PairStream, open_stream_part
 from diffalign.data.unpaired import LabelledData, open_labelled
+from diffalign.evaluation.check_prompts import examine_prompts, prompts_text
 from diffalign.structures import LabelledImage, Pair
 
 
@@ -27,11 +28,17 @@ from diffalign.structures import LabelledImage, Pair
 class CheckConfig(PreferenceSettings):
     """Fields of ``diffalign check``: those of a run's data, and what is printed."""
 
-    data: tuple[str, ...] = option((), "files, folders or hub ids of preference data")
+    data: tuple[str, ...] = option((), "files, folders or hub ids of preference data, or files of prompts")
+    prompts: bool = option(False, "as prompts, a line each; .txt files always are")
     scan: int | None = option(None, "at most so many samples from the first on; null: all")
     unpaired: bool = option(False, "as single images that are liked or not, which pairs can be too")
     streaming: bool = option(False, "one row after the other, without a copy on disk")
     json: bool = option(False, "print JSON, with every sample that would be left out")
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether the data are prompts, and no preferences."""
+        return self.prompts or (bool(self.data) and all(source.lower().endswith(".txt") for source in self.data))
 
     def settings(self) -> PreferenceSettings:
         """What a run would be told, but nothing that is found stops the reading."""
@@ -174,6 +181,7 @@ def text(report: dict[str, Any]) -> str:
 
 def run(config: CheckConfig) -> int:
     """The command: prints the report; 1 where a run with these settings would stop, else 0."""
-    report = examine(config)
-    print(json.dumps(report, indent=1) if config.json else text(report))
+    report = examine_prompts(config.data) if config.of_prompts else examine(config)
+    said = prompts_text if config.of_prompts else text
+    print(json.dumps(report, indent=1) if config.json else said(report))
     return 1 if report["verdict"] else 0

@@ -46,6 +46,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
     )
     model = load_model(
         config.model,
+        revision=config.revision,
         max_sequence_length=config.max_sequence_length,
         resolution=config.resolution,
         embedded_guidance=config.embedded_guidance,

@@ -48,6 +48,7 @@ class Sampling:
     images_per_prompt: int
     seed: int
     embedded_guidance: float | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

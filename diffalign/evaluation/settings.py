@@ -22,6 +22,7 @@ class EvaluationConfig:
         (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights"
     )
     model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
     max_sequence_length: int | None = option(None, "text tokens per prompt")
     resolution: int | None = option(None, "side of the square images, in pixels")
     prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
@@ -71,6 +72,7 @@ class EvaluationConfig:
             self.images_per_prompt,
             self.seed,
             self.embedded_guidance,
+            self.revision,
         )
 
 
@@ -91,6 +93,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     run = next(filter(None, (_run_of(subject.path) for subject in config.subjects())), {})
     known = {
         "model": run.get("model"),
+        "revision": run.get("revision") if config.model in (None, run.get("model")) else None,
         "max_sequence_length": run.get("max_sequence_length"),
         "resolution": run.get("resolution"),
         "prompts": run.get("eval_prompts") and Path(run["eval_prompts"]),

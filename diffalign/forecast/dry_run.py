@@ -44,6 +44,7 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
     model = model_on_meta(
         args.model,
+        revision=args.revision,
         max_sequence_length=args.max_sequence_length,
         resolution=args.resolution,
         embedded_guidance=args.embedded_guidance,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from diffalign.models.sd3 import SD3Model
 from diffalign.models.sdxl import SDXLModel
 from diffalign.models.z_image import ZImageModel
 
+COMMIT = re.compile("[0-9a-f]{40}")
 FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionPipeline": SDModel,
     "StableDiffusionXLPipeline": SDXLModel,
@@ -45,6 +48,13 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     return name
 
 
+def loaded_commit(model: DiffusionModel) -> str | None:
+    """The commit of the hub that the denoiser came from; None for one from a folder."""
+    place = Path(str(model.raw_denoiser.config.get("_name_or_path", "")))
+    found = [name for folder, name in pairwise(place.parts) if folder == "snapshots" and COMMIT.fullmatch(name)]
+    return found[-1] if found else None
+
+
 def load_model(
     path: str | Path,
     *,
@@ -55,7 +65,8 @@ def load_model(
 ) -> DiffusionModel:
     """Loads a pipeline with plain diffusers and wraps it.
 
-    path: a folder in diffusers' layout, or a hub id. dtype: of the frozen weights; the VAE stays float32.
+    path: a folder in diffusers' layout, or a hub id. revision: its branch, tag or commit.
+    dtype: of the frozen weights; the VAE stays float32.
     quantise: the denoiser loads in "8bit" or "4bit", for a LoRA on it; see ``quantisation``.
     options: of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
     FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, or an

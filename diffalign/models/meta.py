@@ -15,18 +15,20 @@ from diffalign.models.base import DiffusionModel
 from diffalign.models.load import FAMILIES, pipeline_class
 
 
-def model_on_meta(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionModel:
+def model_on_meta(
+    path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> DiffusionModel:
     """What ``load_model`` gives, on the meta device and without tokenizers: it has shapes and schedules, no numbers.
 
     Arguments and errors as for ``load_model``; of a hub id, only configuration files are fetched.
     """
-    name = pipeline_class(path)
+    name = pipeline_class(path, revision)
     family, kind = FAMILIES[name], getattr(diffusers, name)
-    index = DiffusionPipeline.load_config(path)
+    index = DiffusionPipeline.load_config(path, revision=revision)
     given = {key: value for key, value in index.items() if not key.startswith("_")}
     for key, value in given.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
-            given[key] = None if key in family.load_options else _part(path, key, *value)
+            given[key] = None if key in family.load_options else _part(path, key, *value, revision=revision)
     pipeline = kind(**{**given, **family.load_options})
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
@@ -34,18 +36,18 @@ def model_on_meta(path: str | Path, *, dtype: torch.dtype = torch.float32, **opt
     return family(pipeline, **{key: value for key, value in options.items() if value is not None})
 
 
-def _part(path: str | Path, name: str, library: str | None, kind: str | None) -> Any:
+def _part(path: str | Path, name: str, library: str | None, kind: str | None, revision: str | None) -> Any:
     """A scheduler as it is, a network on the meta device, None for the rest."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
     found = getattr(module, kind or "", None)
     if found is None or not isinstance(found, type):
         return None
     if issubclass(found, SchedulerMixin):
-        return found.from_pretrained(path, subfolder=name)
+        return found.from_pretrained(path, subfolder=name, revision=revision)
     if not issubclass(found, nn.Module):
         return None
-    config = found.load_config(path, subfolder=name) if library == "diffusers" else None
+    config = found.load_config(path, subfolder=name, revision=revision) if library == "diffusers" else None
     if config is None:
-        config = found.config_class.from_pretrained(path, subfolder=name)
+        config = found.config_class.from_pretrained(path, subfolder=name, revision=revision)
     with torch.device("meta"):
         return found.from_config(config) if library == "diffusers" else found(config)

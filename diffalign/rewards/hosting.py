@@ -87,6 +87,13 @@ def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
     return _LOADED[key]
 
 
+def repositories() -> list[tuple[str, str | None]]:
+    """(name, revision) of all that this process has loaded; paths and other settings are among the names."""
+    arguments = [item for _, *arguments in _LOADED for item in arguments]
+    weights = [(item.path, item.revision) for item in arguments if isinstance(item, Weights)]
+    return weights + [split(item) for item in arguments if isinstance(item, str)]
+
+
 def weights_file(weights: Weights, file: str) -> Path:
     """``file`` in the folder of ``weights``, the path itself if it is a file, or ``file`` in the hub's repository."""
     local = Path(weights.path)

@@ -36,7 +36,7 @@ from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.signals import Signals
 from diffalign.runtime.task import Metrics, Micro, Task
-from diffalign.runtime.tracking import MetricsLog, Trackers
+from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.sharding import is_sharded, whole
 
@@ -80,7 +80,8 @@ class Loop:
     def origin(self) -> dict[str, Any]:
         """The configuration, data and machine of this run."""
         accelerator = self.accelerator
-        return origin(self.args, self.task.data_digest, accelerator.num_processes, accelerator.device.type)
+        task, device = self.task, accelerator.device.type
+        return origin(self.args, task.data_digest, accelerator.num_processes, device, task.commits)
 
     # The run --------------------------------------------------------------------------------------------------------
 
@@ -335,6 +336,7 @@ class Loop:
         is the ``last`` save; before, the run goes on with the checkpoints it has.
         """
         self.watchdog.beat()
+        begun = time.perf_counter()
         tensors, state = saving.contents(self)
         export = self.task.exporter()
         self.saved = self._place()
@@ -350,6 +352,7 @@ class Loop:
             self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
             return None
         self.failed_saves = 0
+        self._record({SAVE: time.perf_counter() - begun})
         self.log.sync()
         return path
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from diffalign.config import to_dict
 from diffalign.runtime.settings import CHANGEABLE, TrainingConfig
+
+REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -48,13 +54,32 @@ def _processor() -> str:
     return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def origin(args: TrainingConfig, data: str, processes: int, device: str) -> dict[str, Any]:
-    """For a checkpoint. data: a digest of what is trained on; empty where there is none."""
+def commit(name: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """What the hub's repository ``name`` was at ``revision`` (a branch, tag or commit; None: main) when it was fetched.
+
+    kind: "model" or "dataset". None for what is no repository, or has not been fetched.
+    """
+    if not REPOSITORY.fullmatch(name) or Path(name).exists():
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    wanted = revision or "main"
+    if (folder / "snapshots" / wanted).is_dir():
+        return wanted
+    reference = folder / "refs" / wanted
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def origin(
+    args: TrainingConfig, data: str, processes: int, device: str, commits: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """For a checkpoint. data: a digest of what is trained on; empty where there is none. commits: of what is from the
+    hub."""
     config = plain(args)
     return {
         "config": config,
         "config_sha256": config_hash(config),
         "data_sha256": data,
+        "commits": dict(commits or {}),
         "machine": machine(processes, device),
     }
 
@@ -71,7 +96,9 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     """
     old, new = _flat(then["config"]), _flat(now["config"])
     # A setting that is younger than the checkpoint had its default, without a name.
-    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in new.keys() - old.keys()}
+    younger = new.keys() - old.keys() - {"revision"}
+    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
+    old.setdefault("revision", new.get("revision"))  # checkpoints of before could not say what the hub had then
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
     if fixed := [name for name in changed if name not in loose]:
@@ -82,6 +109,13 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
         )
     if then["data_sha256"] != now["data_sha256"]:
         raise ValueError("the training data have changed since this checkpoint: restore them, or start anew")
+    known = then.get("commits", {})
+    for name, here in now["commits"].items():
+        if known.get(name, here) != here:
+            raise ValueError(
+                f"{name} has changed on the hub since this checkpoint: it was {known[name]}, and is {here}: "
+                "name the revision of then, or start anew in another output_dir"
+            )
     before, here = then["machine"], now["machine"]
     lines = [f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]]
     batches = [name for name in changed if name.endswith("_batch_size")]

@@ -13,11 +13,12 @@ Micro = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Task(Protocol):
-    """What a trainer gives to the loop."""
+    """What a trainer gives to the loop. commits: of the repositories of the hub that it has loaded, by their names."""
 
     updates_per_iteration: int
     done: bool
     data_digest: str
+    commits: Mapping[str, str]
     resume_command: str
 
     def collect(self, iteration: int) -> Metrics:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+SAVE = "time/save"  # the seconds that a checkpoint took, in a row of its own, which no checkpoint counts
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -48,8 +49,9 @@ def _complete_lines(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, with ``step``.
 
-    rows: how many there were when the checkpoint was saved that the run goes on from. Later ones are dropped, and a
-    line that a crash cut short, so the file ends up equal to that of an uninterrupted run. None starts a new file and
+    rows: how many there were, but for those with ``SAVE``, when the checkpoint was saved that the run goes on from.
+    Later ones are dropped, and a line that a crash cut short, so the file ends up equal to that of an uninterrupted
+    run. None starts a new file and
     keeps a former one as ``metrics.jsonl.old``. A row that the disk refuses is written with a later one.
     """
 
@@ -64,7 +66,12 @@ class MetricsLog:
         self.rows = rows or 0
 
     def _rewind(self, rows: int) -> None:
-        kept = [line + "\n" for _, line, _ in _complete_lines(self.path)[:rows]]
+        kept = []
+        for _, line, row in _complete_lines(self.path):
+            rows -= SAVE not in row
+            if rows < 0:
+                break
+            kept.append(line + "\n")
         if not self.path.exists() or "".join(kept).encode() == self.path.read_bytes():
             return
         staged = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
@@ -78,7 +85,7 @@ class MetricsLog:
         """Appends a row. Values: numbers, text, lists, dicts, tensors; NaN is written as null, infinity as "inf"."""
         assert "step" not in metrics, "the step is an argument of its own"
         line = json.dumps({"step": int(step), **_strict(metrics)}, allow_nan=False) + "\n"
-        self.rows += 1
+        self.rows += SAVE not in metrics
         self.waiting += line.encode()
         try:
             # Opened for each row: nothing to close, and the file may be moved or rotated while the run goes on.

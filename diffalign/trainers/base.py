@@ -14,13 +14,16 @@ from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 
 from diffalign.models import DiffusionModel, load_model
+from diffalign.models.load import loaded_commit
 from diffalign.models.weights import POLICY
 from diffalign.rewards.base import Reward
+from diffalign.rewards.hosting import repositories
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.runtime.folder import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
 from diffalign.runtime.memory import batch_name
 from diffalign.runtime.noise import Noise
+from diffalign.runtime.origin import commit
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
@@ -101,6 +104,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             refuse_busy(args.output_dir)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
+        if (known := loaded_commit(self.model)) is not None:
+            # What a branch is may change; the run's config.yaml says what it was.
+            self.args = args = dataclasses.replace(args, revision=known)
         self._place()
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
@@ -151,6 +157,7 @@ class Trainer:
         args = self.args
         return load_model(
             args.model,
+            revision=args.revision,
             quantise=args.quantise,
             max_sequence_length=args.max_sequence_length,
             resolution=args.resolution,
@@ -189,6 +196,16 @@ class Trainer:
         config = shlex.quote(str(self.args.output_dir / "config.yaml"))
         return f"{program} --config {config} --resume_from_checkpoint latest"
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """Those of the hub's repositories that model, data and rewards were loaded from, by name."""
+        args: Any = self.args
+        sources = (name for field in ("train_data", "train_images") for name in getattr(args, field, ()))
+        named = [(name, args.data.revision, "dataset") for name in sources]
+        named += [(args.model, args.revision, "model"), *((*found, "model") for found in repositories())]
+        known = {name: commit(name, revision, kind) for name, revision, kind in named}
+        return {name: found for name, found in known.items() if found is not None}
+
     def about(self) -> dict[str, str]:
         """What the header of the LoRA says of its making, so that the file answers by itself."""
         args, made = self.args, self.loop.origin()
@@ -196,7 +213,7 @@ class Trainer:
             "version": version("diffalign"),
             "trainer": self.name,
             "base_model": args.model,
-            "base_revision": self.model.pipeline.config.get("_commit_hash") or "",
+            "base_revision": args.revision or "",
             "rank": str(args.lora.rank),
             "alpha": str(args.lora.alpha or args.lora.rank),
             "seed": str(args.seed),

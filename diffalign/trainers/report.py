@@ -19,15 +19,15 @@ from diffalign.evaluation.results import figures, to_markdown
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
-from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.sharding import plain_class
 from diffalign.trainers.evaluation import Shown
+from diffalign.trainers.settings import TrainerConfig
 
 SNIPPET = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}")
+pipe = DiffusionPipeline.from_pretrained({model})
 pipe.load_lora_weights("{folder}")
 image = pipe("{prompt}").images[0]
 """
@@ -35,14 +35,14 @@ FULL_SNIPPET = """
 from diffusers import {denoiser}, DiffusionPipeline
 
 denoiser = {denoiser}.from_pretrained("{folder}/{component}")
-pipe = DiffusionPipeline.from_pretrained("{model}", {component}=denoiser)
+pipe = DiffusionPipeline.from_pretrained({model}, {component}=denoiser)
 image = pipe("{prompt}").images[0]
 """
 NEGATIVE_SNIPPET = """
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-pipe = DiffusionPipeline.from_pretrained("{model}")
+pipe = DiffusionPipeline.from_pretrained({model})
 negative = load_file("{folder}/negative_prompt.safetensors")
 image = pipe("{prompt}", **negative).images[0]
 """
@@ -51,7 +51,7 @@ image = pipe("{prompt}", **negative).images[0]
 class Report:
     """Writes into ``args.output_dir``; used by the main process only."""
 
-    def __init__(self, model: DiffusionModel, args: TrainingConfig, trainer: str, weight_set: str) -> None:
+    def __init__(self, model: DiffusionModel, args: TrainerConfig, trainer: str, weight_set: str) -> None:
         self.model, self.args, self.trainer, self.weight_set = model, args, trainer, weight_set
         self.folder = Path(args.output_dir)
         self.shown: Shown | None = None
@@ -131,7 +131,7 @@ class Report:
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
         prompt = self.shown.texts[-1] if self.shown else "..."
         snippet = self._snippet.format(
-            model=self.args.model,
+            model=", revision=".join(f'"{name}"' for name in (self.args.model, self.args.revision) if name),
             folder=self.folder,
             prompt=prompt,
             denoiser=plain_class(self.model.raw_denoiser).__name__,

@@ -17,6 +17,7 @@ class TrainerConfig(TrainingConfig):
     """What every trainer can be told about its model, its adapter and its evaluations."""
 
     model: str = option("", "folder in diffusers' layout, or a hub id")
+    revision: str | None = option(None, "branch, tag or commit of a hub model; config.yaml keeps the commit it was")
     max_sequence_length: int | None = option(None, "text tokens per prompt; default: the pipeline's own")
     resolution: int | None = option(None, "side of the square images, in pixels; default: the pipeline's own")
     lora: LoraConfig = option(LoraConfig(), "the adapter")

@@ -10,12 +10,14 @@ import torch
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
 
+SAVE = "time/save"
 TIMES = ("time/collect", "time/update", "images_per_second")
 
 
 def rows(folder: Path) -> list[dict]:
     """The metrics of a run, less what a clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in MetricsLog.read(folder / "metrics.jsonl")]
+    found = [row for row in MetricsLog.read(folder / "metrics.jsonl") if SAVE not in row]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 
 def same_checkpoint(one: Path, two: Path) -> None:

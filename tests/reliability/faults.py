@@ -72,8 +72,8 @@ def _die_before(at: int) -> None:
         setattr(module, name, wrap(getattr(module, name)))
 
 
-def keeps_on(target: str, steps: int) -> None:
-    """Saves at every second step, and notes each save that has returned."""
+def keeps_on(target: str, steps: int, every: int = 2) -> None:
+    """Saves at every second step, or less often, and notes each save that has returned."""
     report = os.open(f"{target}/saved.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     task = None
     original = checkpoint.save
@@ -84,7 +84,7 @@ def keeps_on(target: str, steps: int) -> None:
         return path
 
     checkpoint.save = save
-    task = run(Path(target), max_train_steps=steps, checkpointing_steps=2, eval_steps=0, lr_scheduler="constant")
+    task = run(Path(target), max_train_steps=steps, checkpointing_steps=every, eval_steps=0, lr_scheduler="constant")
     assert task.loop.step == steps
 
 

@@ -30,6 +30,7 @@ class Child:
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / f"output{environment.get('RANK', '')}.txt"
         self.process = CONTEXT.Process(target=_enter, args=(str(self.output), environment, function, arguments))
+        self.process.daemon = True  # whoever is stopped while it waits takes it along
         self.process.start()
 
     def kill(self, number: int) -> None:

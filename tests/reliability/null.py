@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ class NullTask:
     """
 
     updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
+    commits: ClassVar = {}
 
     def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, task: None)

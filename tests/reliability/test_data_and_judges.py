@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffalign import FlowGRPOTrainer
+from diffalign.cli import main
 from diffalign.data.pairs import load_pairs
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompts import FAULTS, load_prompts
 from diffalign.data.quarantine import DataWarning, printable
 from diffalign.data.settings import PreferenceSettings
 from diffalign.rewards import get_reward
@@ -161,6 +162,65 @@ def test_r31_what_files_of_prompts_may_hold_is_defined(tmp_path):
     (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8"):
         load_prompts(tmp_path / "latin.txt")
+
+
+ODD_LINES = [
+    (b"fine", None, None),
+    (b"\t ", None, None),
+    (b"a \xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x9a\x80 on a \xf0\x9f\x8f\x94\xef\xb8\x8f", None, None),
+    (b"fine", "repeated", "line 1 again"),
+    (b"word " * 2000, "long", "9,999 characters"),
+    (b"a\x00b\xe2\x80\xae", "control", "U+0000, U+202E"),
+    ("ein Bär".encode("latin-1"), "not_utf8", "not UTF-8"),
+]
+BAD_JSON = [
+    (b'{"prompt": "fine"}', None, None),
+    (b'{"prompt": "a"', "bad_json", "bad JSON"),
+    (b"[" * 100_000, "bad_json", "nested too deeply"),
+    (b'["a"]', "bad_json", "expected an object"),
+    (b'{"prompt": "\\ud83d"}', "bad_json", "half of a surrogate pair"),
+    (b'{"caption": "a"}', "no_prompt", 'no "prompt" among caption'),
+    (b'{"prompt": " "}', "empty_prompt", "must be a text that is not empty"),
+    (b'{"prompt": null, "text": "a"}', "empty_prompt", "got None"),
+    (b'{"text": " fine "}', "repeated", "line 1 again"),
+]
+
+
+@pytest.mark.parametrize(("name", "lines", "good"), [("a.txt", ODD_LINES, 5), ("a.jsonl", BAD_JSON, 2)])
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_r31_check_names_file_and_line_of_whatever_is_odd(tmp_path, name, lines, good, ends, capsys):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + ends.join(line for line, _, _ in lines))
+    assert main(["check", str(path), "--prompts"]) == 1
+    said = capsys.readouterr().out
+    assert f"{path}: {good} prompts, {int(name == 'a.txt')} blank lines" in said
+    assert said.count("a byte order mark") == 1
+    assert ("line ends CRLF" in said) == (ends == b"\r\n")
+    for number, (_, kind, detail) in enumerate(lines, start=1):
+        named = [line for line in said.splitlines() if line.startswith(f"  {path}, line {number}: ")]
+        assert len(named) == (kind is not None), number
+        assert kind is None or detail in named[0]
+    for kind in {kind for _, kind, _ in lines if kind}:
+        assert f"{kind}: {sum(kind == other for _, other, _ in lines)} (" in said
+    first = next(number for number, (_, kind, _) in enumerate(lines, 1) if kind in FAULTS)
+    with pytest.raises(ValueError, match=rf"{name}, line {first}: ") as stopped:
+        load_prompts(path)
+    assert f"a run would stop: {stopped.value}\n" in said
+
+
+def test_r31_check_compares_files_and_says_which_holds_nothing(tmp_path, capsys):
+    train, held_out, empty = (tmp_path / name for name in ("train.txt", "held_out.txt", "empty.TXT"))
+    train.write_text("a cat\na dog\n")
+    held_out.write_text("a bird\n\na dog")
+    empty.write_bytes(b"\xef\xbb\xbf\r\n \n")
+    assert main(["check", str(train), str(held_out)]) == 0
+    said = capsys.readouterr().out
+    assert "4 prompts, 3 different" in said
+    assert f"{held_out}, line 3: {train}, line 2 again" in said
+    assert main(["check", str(train), str(empty), "--json"]) == 1
+    assert "empty.TXT holds no prompt" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "nowhere.txt")]) == 2
+    assert "no prompt file at" in capsys.readouterr().err
 
 
 def test_r31_a_run_takes_prompts_of_any_length_and_script(tmp_path):

@@ -9,7 +9,7 @@ from accelerate.tracking import GeneralTracker
 
 from diffalign.runtime.exits import OutOfMemory
 from diffalign.runtime.memory import advice
-from diffalign.runtime.tracking import MetricsLog
+from diffalign.runtime.tracking import SAVE, MetricsLog
 from tests.reliability.compare import rows
 from tests.reliability.null import NullTask, run, settings
 from tests.reliability.trainers import TRAINERS, short
@@ -30,10 +30,14 @@ def runs_out(trainer, limit, gradient):
     return tried
 
 
-@pytest.mark.parametrize(("phase", "batch"), [("update", "train_batch_size"), ("collect", "rollout_batch_size")])
-def test_r39_the_message_names_three_settings_with_numbers(tmp_path, phase, batch):
-    args = short("flow_grpo", tmp_path, train_batch_size=4, rollout_batch_size=4)
-    trainer = TRAINERS["flow_grpo"].make(args)
+PHASES = [("flow_grpo", "collect", "rollout_batch_size"), *((name, "update", "train_batch_size") for name in TRAINERS)]
+
+
+@pytest.mark.parametrize(("name", "phase", "batch"), PHASES)
+def test_r39_the_message_names_three_settings_with_numbers(tmp_path, name, phase, batch):
+    pairs = {"num_pairs": 4} if "num_pairs" in TRAINERS[name].settings else {"rollout_batch_size": 4, "num_groups": 4}
+    args = short(name, tmp_path, train_batch_size=4, **pairs)
+    trainer = TRAINERS[name].make(args)
     runs_out(trainer, 1, gradient=phase == "update")
     with pytest.raises(OutOfMemory, match=rf"\({phase}\): try {batch}: 2 \(now 4\); .*auto_batch: true") as caught:
         trainer.train()
@@ -111,6 +115,13 @@ def test_r40_a_tracker_that_is_down_changes_nothing(tmp_path, when):
     assert rows(tmp_path / "with") == rows(tmp_path / "without")
 
 
+def test_a_run_says_how_long_its_checkpoints_took(tmp_path):
+    run(tmp_path)
+    found = MetricsLog.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in found if SAVE in row] == [4, 8]
+    assert all(0 < row[SAVE] < 60 and len(row) == 2 for row in found if SAVE in row)
+
+
 @pytest.mark.slow
 def test_r41_ten_thousand_steps_leave_memory_files_and_logs_as_they_should_be(tmp_path):
     process, seen = psutil.Process(), {}
@@ -124,5 +135,5 @@ def test_r41_ten_thousand_steps_leave_memory_files_and_logs_as_they_should_be(tm
     assert late <= 1.01 * early
     assert still == opened
     assert os.path.getsize(tmp_path / "metrics.jsonl") < 400 * 10_100
-    assert len(MetricsLog.read(tmp_path / "metrics.jsonl")) == 10_000 + 11
+    assert len(MetricsLog.read(tmp_path / "metrics.jsonl")) == 10_000 + 11 + 10
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2

@@ -1,21 +1,27 @@
 """R32 to R35: no file runs code, no configuration reaches beyond its run folder, no secret is written down."""
 
 import ast
+import dataclasses
 import http.server
+import json
 import pickle
 import socket
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffalign import FlowGRPOTrainer, load_model
-from diffalign.rewards import get_reward
+from diffalign.config import load_yaml
+from diffalign.rewards import get_reward, hosting
 from diffalign.rewards.hosting import Weights, state_dict
 from diffalign.runtime import checkpoint, manifest
 from diffalign.runtime.cache import TensorCache
+from diffalign.runtime.origin import check_origin, commit
 from tests.conftest import PIPELINE, ROOT
 from tests.reliability.null import run
 from tests.reliability.trainers import TRAINERS, short
@@ -165,6 +171,65 @@ def test_r34_code_that_a_configuration_names_runs_only_when_it_was_allowed(tmp_p
         with pytest.raises(ValueError, match="set allow_reward_code if you trust it"):
             FlowGRPOTrainer(args=short("flow_grpo", tmp_path / "run", rewards=rewards))
     assert not (tmp_path / "ran").exists()
+
+
+COMMITS = {"main": "a" * 40, "new": "b" * 40}
+
+
+def fetched(hub, kind, name, source, now):
+    """A repository as the hub's client stores it, with two commits of equal content; main is at ``now``."""
+    folder = hub / f"{kind}s--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "snapshots").mkdir(exist_ok=True)
+    for place in (folder / "snapshots" / name for name in COMMITS.values()):
+        if not place.exists():
+            place.symlink_to(source, target_is_directory=True)
+    (folder / "refs/main").write_text(COMMITS[now])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hosting, "_LOADED", {})
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("given", [None, COMMITS["main"]])
+def test_r34_a_run_says_which_commit_of_a_model_it_trained_and_goes_on_with_no_other(hub, tmp_path, given):
+    fetched(hub, "model", "owner/shapes", PIPELINE, "main")
+    args = short("flow_grpo", tmp_path / "run", model="owner/shapes", revision=given, max_train_steps=2)
+    FlowGRPOTrainer(args=args).train()
+    assert load_yaml(tmp_path / "run/config.yaml")["revision"] == COMMITS["main"]
+    with safe_open(tmp_path / "run/pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["diffalign.base_revision"] == COMMITS["main"]
+    origin = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text())["origin"]
+    assert origin["commits"] == {"owner/shapes": COMMITS["main"]}
+    card = (tmp_path / "run/README.md").read_text()
+    assert f'from_pretrained("owner/shapes", revision="{COMMITS["main"]}")' in card
+    fetched(hub, "model", "owner/shapes", PIPELINE, "new")
+    again = dataclasses.replace(args, resume_from_checkpoint="latest")
+    if given:
+        FlowGRPOTrainer(args=again).train()  # it has had its steps
+    else:
+        with pytest.raises(ValueError, match=f"revision: '{COMMITS['main']}' then, '{COMMITS['new']}' now"):
+            FlowGRPOTrainer(args=again).train()
+
+
+def test_r34_a_judge_or_data_that_moved_on_the_hub_are_refused_by_name(hub, tmp_path):
+    for kind, name in (("model", "owner/judge"), ("dataset", "owner/pairs")):
+        fetched(hub, kind, name, tmp_path, "main")
+    trainer = FlowGRPOTrainer(args=short("flow_grpo", tmp_path / "run"))
+    hosting.load_once(lambda weights, head: weights, Weights("owner/judge"), "head.pth")
+    assert trainer.commits == {"owner/judge": COMMITS["main"]}
+    then = trainer.loop.origin()
+    fetched(hub, "model", "owner/judge", tmp_path, "new")
+    with pytest.raises(ValueError, match=f"owner/judge has changed on the hub .*{COMMITS['main']}.*{COMMITS['new']}"):
+        check_origin(then, trainer.loop.origin(), trainer.args)
+    assert commit("owner/pairs", None, "dataset") == commit("owner/pairs", COMMITS["main"], "dataset")
+    assert commit("owner/pairs") is commit("owner/pairs", "branch", "dataset") is commit(str(tmp_path)) is None
+    older = {name: value for name, value in then.items() if name != "commits"}
+    older["config"] = {name: value for name, value in then["config"].items() if name != "revision"}
+    check_origin(older, trainer.loop.origin(), trainer.args)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -1,9 +1,6 @@
 """R1 to R7: whatever happens while a checkpoint is written, the last good one is there."""
 
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ import torch
 
 from diffalign.runtime import checkpoint
 from diffalign.runtime.exits import NotFinite
-from tests.reliability import faults
-from tests.reliability.compare import rows, same_checkpoint, same_run, tree
+from tests.reliability import faults, kills
+from tests.reliability.compare import same_checkpoint, same_run, tree
 from tests.reliability.forks import Child
 from tests.reliability.null import run, settings
 from tests.reliability.trainers import TRAINERS, short
@@ -66,44 +63,20 @@ def test_r6_one_is_not_enough(tmp_path):
         settings(tmp_path, checkpoints_total_limit=1).validate()
 
 
-def killed(folder: Path, kills: int) -> None:
-    """Kills a run so many times, at random; each time what was saved is there and sound."""
-    rng, reported = random.Random(kills), folder / "saved.txt"
-
-    def size(path):
-        return path.stat().st_size if path.exists() else 0
-
-    for _ in range(kills):
-        child = Child(folder, faults.keeps_on, str(folder), 10**6)
-        before = size(reported)
-        child.until(lambda before=before: size(reported) > before)
-        time.sleep(rng.uniform(0, 0.06))
-        child.kill(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        saved = [int(line) for line in reported.read_text().split()]
-        found = checkpoint.latest(folder)
-        assert int(found.name.removeprefix("checkpoint-")) >= saved[-1], "a save that had returned was lost"
-        checkpoint.load(found)
-    last = int(checkpoint.latest(folder).name.removeprefix("checkpoint-")) + 2
-    assert Child(folder, faults.keeps_on, str(folder), last).wait() == 0
-    straight = folder.with_name("straight")
-    assert Child(straight, faults.keeps_on, str(straight), last).wait() == 0
-    for one, two in zip(sound(folder)[-1:], sound(straight)[-1:], strict=True):
-        (tensors, state), (others, other) = checkpoint.load(folder / one), checkpoint.load(straight / two)
-        assert state["guard"] == other["guard"]
-        assert all(torch.equal(t, others[g][n]) for g, named in tensors.items() for n, t in named.items())
-    assert rows(folder) == rows(straight)
+def killed(folder, times, record_property):
+    for number in range(times):
+        kills.kill(folder, number)
+    kills.same_in_the_end(folder)
+    record_property("kills", times)
 
 
 def test_r2_a_run_killed_at_random_loses_nothing_that_was_saved(tmp_path, record_property):
-    killed(tmp_path / "run", 20)
-    record_property("kills", 20)
+    killed(tmp_path / "run", 20, record_property)
 
 
 @pytest.mark.slow
 def test_r2_two_hundred_kills(tmp_path, record_property):
-    killed(tmp_path / "run", 200)
-    record_property("kills", 200)
+    killed(tmp_path / "run", 200, record_property)
 
 
 def test_r3_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_until_the_third_time(tmp_path):

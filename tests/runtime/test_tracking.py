@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from diffalign.runtime.tracking import MetricsLog, Trackers, tracker_names
+from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers, tracker_names
 
 
 def rows_of(log, steps):
@@ -39,6 +39,20 @@ def test_any_cut_of_the_last_line_is_dropped(tmp_path, cut):
     assert MetricsLog.read(path) == [{"step": 1, "a": 1}] + [{"step": 2, "loss": 0.123456}] * whole
     MetricsLog(path, rows=1 + whole).write(3, {})
     assert [row["step"] for row in MetricsLog.read(path)] == [1, 2, 3] if whole else [1, 3]
+
+
+def test_what_checkpoints_took_is_kept_and_counted_by_none_of_them(tmp_path):
+    """A run that goes on from the checkpoint of step 2, or from that of step 1."""
+    for rows, kept in ((2, [(1, "a"), (1, SAVE), (2, "a"), (2, SAVE)]), (1, [(1, "a"), (1, SAVE)])):
+        path = tmp_path / f"{rows}.jsonl"
+        log = MetricsLog(path)
+        for step in (1, 2, 3):
+            log.write(step, {"a": 0})
+            assert log.rows == step
+            log.write(step, {SAVE: 0.1})
+        again = MetricsLog(path, rows=rows)
+        assert [(row["step"], list(row)[1]) for row in MetricsLog.read(path)] == kept
+        assert again.rows == rows
 
 
 def test_every_line_is_strict_json(tmp_path):
