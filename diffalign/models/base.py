@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
-from diffalign.models.negative import NegativePrompt
+from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.sharding import Shards, is_sharded, plain_class, shard, whole
 from diffalign.structures import Conditioning, Guidance, Level
@@ -39,6 +40,13 @@ class DiffusionModel(ABC):
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained``: parts of the pipeline that no training needs.
     load_options: Mapping[str, Any] = {}
+    # What conditionings call the members of a negative prompt -> what the pipeline calls its arguments.
+    negative_names: Mapping[str, str] = {
+        "embeds": "negative_prompt_embeds",
+        "pooled": "negative_pooled_prompt_embeds",
+    }
+    # How the pipeline is called with ``negative``, what ``save`` wrote of a trained one.
+    negative_call = 'image = pipe("{prompt}", **negative, guidance_scale={scale:g}).images[0]'
     weights: WeightSets
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
@@ -217,6 +225,10 @@ class DiffusionModel(ABC):
         self.weights.keep_copy(REFERENCE)
         return self.negative
 
+    def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
+        """A negative prompt as arguments of the plain pipeline, by name."""
+        return {argument: row.tensors[name] for name, argument in self.negative_names.items() if name in row.tensors}
+
     def using(self, name: str) -> AbstractContextManager[None]:
         """A context in which the denoiser has the weights of set ``name``: "policy", "reference", "ema", ..."""
         return self.weights.using(name)
@@ -228,7 +240,9 @@ class DiffusionModel(ABC):
         """
         directory.mkdir(parents=True, exist_ok=True)
         if self.negative is not None:
-            return self.negative.save(directory)
+            named = self.negative_arguments(self.negative.conditioning(self.negative()))
+            save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, directory / NEGATIVE_NAME)
+            return directory / NEGATIVE_NAME
         if self.has_adapter:
             return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
         denoiser = self.raw_denoiser if weights is None else _denoiser_of(self.raw_denoiser, weights)

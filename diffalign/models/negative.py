@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.structures import Conditioning
 
 NEGATIVE_NAME = "negative_prompt.safetensors"
-# What conditionings call their members -> what the pipelines call their arguments.
-ARGUMENTS = {"embeds": "negative_prompt_embeds", "pooled": "negative_pooled_prompt_embeds"}
+# The members of a conditioning that stand for a text; the others, such as masks, stay as they are.
+TRAINED = ("embeds", "pooled")
 
 
 class NegativePrompt(nn.Module):
     """The embeddings of a negative prompt, trainable, float32: one row, of the same shape as an encoded text.
 
-    initial: one row, what it begins at. ValueError where pipelines take no such embeddings.
+    Where there is a mask, what it hides gets no gradient. initial: one row, what it begins at. ValueError where it has
+    no embeddings.
     """
 
     def __init__(self, initial: Conditioning) -> None:
         super().__init__()
-        named = {name: tensor for name, tensor in initial.tensors.items() if name in ARGUMENTS}
+        named = {name: tensor for name, tensor in initial.tensors.items() if name in TRAINED}
         if not named:
-            raise ValueError(f"a negative prompt has {', '.join(ARGUMENTS)}, and this model's has none of them")
+            raise ValueError(
+                f"a negative prompt has {', '.join(TRAINED)}, and this model's has none of them; train a LoRA"
+            )
         self.trained = nn.ParameterDict({n: nn.Parameter(t.detach().float().clone()) for n, t in named.items()})
-        self.rest = {name: tensor for name, tensor in initial.tensors.items() if name not in ARGUMENTS}
+        self.rest = {name: tensor for name, tensor in initial.tensors.items() if name not in TRAINED}
         self.shared = initial.shared
 
     def forward(self) -> dict[str, Tensor]:
@@ -37,9 +38,3 @@ class NegativePrompt(nn.Module):
     def conditioning(self, trained: Mapping[str, Tensor]) -> Conditioning:
         """One row of what the denoiser sees, from what ``forward`` gave."""
         return Conditioning({**trained, **self.rest}, self.shared)
-
-    def save(self, directory: Path) -> Path:
-        """Writes the file that ``pipe(prompt, **load_file(file))`` takes: arguments of plain pipelines by name."""
-        named: dict[str, Tensor] = {ARGUMENTS[n]: t.detach().cpu().contiguous() for n, t in self.trained.items()}
-        save_file(named, directory / NEGATIVE_NAME)
-        return directory / NEGATIVE_NAME

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class QwenImageModel(PackedFlowModel):
     of 16 pixels. Guidance is the pipeline's ``true_cfg_scale``, with its rescaling to the norm of the positive output.
     """
 
+    negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_embeds_mask"}
+    negative_call = 'image = pipe("{prompt}", **negative, true_cfg_scale={scale:g}).images[0]'
     lora_targets = (
         "attn.to_q",
         "attn.to_k",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,6 +27,22 @@ class SanaModel(FlowModel):
     """
 
     uniform_grid = False
+    negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
+    # This pipeline takes no text beside embeddings, so that its prompt is encoded first.
+    negative_call = """
+import inspect
+
+instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+embeds, mask, _, _ = pipe.encode_prompt(
+    "{prompt}", False, max_sequence_length={length}, complex_human_instruction=instruction
+)
+image = pipe(
+    prompt_embeds=embeds,
+    prompt_attention_mask=mask,
+    negative_prompt=None,
+    **negative,
+    guidance_scale={scale:g},
+).images[0]"""
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 300, resolution: int | None = None):

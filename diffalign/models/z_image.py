@@ -22,6 +22,11 @@ class ZImageModel(FlowModel):
     transformer takes lists of prompts of any length, so that each call waits once for their lengths.
     """
 
+    # It takes a list of prompts, none of them padded.
+    negative_call = (
+        "negative = {{name: list(rows) for name, rows in negative.items()}}\n"
+        'image = pipe("{prompt}", **negative, guidance_scale={scale:g} - 1).images[0]'
+    )
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     @property
@@ -45,6 +50,11 @@ class ZImageModel(FlowModel):
         )
         embeds = torch.stack([pad(e, (0, 0, 0, self.max_sequence_length - len(e))) for e in found])
         return Conditioning({"embeds": embeds, "length": torch.tensor([len(e) for e in found])}).to(self.device)
+
+    def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
+        """What is text of it: (1, length, D)."""
+        named = super().negative_arguments(row)
+        return {name: embeds[:, : int(row.tensors["length"])] for name, embeds in named.items()}
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the transformer, through the wrapper that accelerate prepared.

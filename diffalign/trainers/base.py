@@ -158,6 +158,7 @@ class Trainer:
         return load_model(
             args.model,
             revision=args.revision,
+            dtype=args.base_dtype,
             quantise=args.quantise,
             max_sequence_length=args.max_sequence_length,
             resolution=args.resolution,

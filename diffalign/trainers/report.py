@@ -44,7 +44,6 @@ from safetensors.torch import load_file
 
 pipe = DiffusionPipeline.from_pretrained({model})
 negative = load_file("{folder}/negative_prompt.safetensors")
-image = pipe("{prompt}", **negative).images[0]
 """
 
 
@@ -125,7 +124,7 @@ class Report:
     @property
     def _snippet(self) -> str:
         if self.model.negative is not None:
-            return NEGATIVE_SNIPPET
+            return f"{NEGATIVE_SNIPPET}{self.model.negative_call}\n"
         return SNIPPET if self.model.has_adapter else FULL_SNIPPET
 
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
@@ -136,6 +135,8 @@ class Report:
             prompt=prompt,
             denoiser=plain_class(self.model.raw_denoiser).__name__,
             component=self.model.denoiser_name,
+            scale=self.args.guidance_scale,
+            length=getattr(self.model, "max_sequence_length", None),
         )
         return ModelCard(
             title=self.folder.name,

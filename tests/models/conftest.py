@@ -1,6 +1,7 @@
 """The small random pipelines, written once."""
 
 import pytest
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from tests.conftest import PIPELINE
 from tests.models import tiny
@@ -22,3 +23,17 @@ def family_pipelines(tmp_path_factory):
 def tiny_pipelines(family_pipelines):
     """Those of Stable Diffusion 1, 2 and XL."""
     return {name: family_pipelines[name] for name in tiny.FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def plain(family_pipelines):
+    """A family's pipeline as plain diffusers loads it; UNets are sampled by DDIM."""
+
+    def load(name):
+        pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
+        if "unet" in pipe.components:
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load

@@ -73,6 +73,11 @@ def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:
     return torch.randn(count, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
 
 
+def packed(pipe: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
+    """Latents as the pipeline takes them."""
+    return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
+
+
 def images_of(
     family: Family, model: DiffusionModel, noise: torch.Tensor, texts=TEXTS, steps: int = STEPS, scale: float = 1.0
 ) -> torch.Tensor:

@@ -8,19 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
-from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+    LoraConfig,
+    Prompt,
+    ReFLConfig,
+    ReFLTrainer,
+)
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
+from diffalign.diffusion.recipe import RecipeConfig
 from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.models import load_model, tuned
+from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import Route, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
-from tests.models.families import FAMILIES, images_of, noise_of
+from tests.models.families import FAMILIES, images_of, noise_of, packed
 from tests.models.fresh import TEXTS, draw_fresh
 
 MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
@@ -30,24 +41,6 @@ MANY = ["a red circle", "a blue square left of a yellow circle", "three triangle
 def models(family_pipelines):
     """No test may change them."""
     return {name: load_model(folder, **FAMILIES[name].options) for name, folder in family_pipelines.items()}
-
-
-@pytest.fixture(scope="module")
-def plain(family_pipelines):
-    """A family's pipeline as plain diffusers loads it; UNets are sampled by DDIM."""
-
-    def load(name):
-        pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
-        if "unet" in pipe.components:
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return load
-
-
-def packed(pipe, noise):
-    return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -203,7 +196,20 @@ def diffusion_dpo(name, folder, pipeline, pairs):
     return DiffusionDPOTrainer(args=args)
 
 
-TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo}
+def refl(name, folder, pipeline, pairs):
+    recipe = RecipeConfig("draft_k", num_steps=3, gradient_steps=2)
+    args = ReFLConfig(**shared(name, folder, pipeline), recipe=recipe, num_groups=4, guidance_scale=2.0)
+    reward = FunctionReward("redness", redness, differentiable=True)
+    return ReFLTrainer(args=args, reward_funcs=reward, train_dataset=[Prompt(text) for text in MANY])
+
+
+TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl}
+# A decoder's gradient takes longest: a UNet told sizes and a packed transformer stand for the others.
+QUICK = {"refl": ("sdxl", "flux_dev")}
+RUNS = [
+    pytest.param(name, kind, marks=[] if name in QUICK.get(kind, FAMILIES) else pytest.mark.slow)
+    for name, kind in product(FAMILIES, TRAINERS)
+]
 
 
 def redness(images, prompts, metadata):
@@ -244,14 +250,21 @@ def old_ratios(trainer):
 
 
 @pytest.fixture(scope="module")
-def runs(family_pipelines, pairs, tmp_path_factory):
+def wanted(request):
+    """(family, trainer) of the runs that the selected tests look at: those of slow ones are not made for others."""
+    asked = [item.callspec.params for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    return dict.fromkeys((params["name"], params.get("trainer", "flow_grpo")) for params in asked)
+
+
+@pytest.fixture(scope="module")
+def runs(wanted, family_pipelines, pairs, tmp_path_factory):
     """(family, trainer) -> a training of two updates, whose export has been drawn from by plain diffusers."""
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
     with pytest.MonkeyPatch.context() as patch:
         # Four fifths of such a training, and the same for every family.
         patch.setattr("diffalign.trainers.report.plot_curves", lambda *_: None)
-        for (name, pipeline), kind in product(family_pipelines.items(), TRAINERS):
-            folder = root / f"{name}-{kind}"
+        for name, kind in wanted:
+            folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
             trainer = TRAINERS[kind](name, folder, pipeline, pairs)
             ratios = old_ratios(trainer) if kind == "flow_grpo" else None
             trainer.train()
@@ -263,8 +276,7 @@ def runs(family_pipelines, pairs, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "trainer"), RUNS)
 def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, name, trainer):
     run = runs[name, trainer]
     fresh = load_file(run.folder / "image.safetensors")

@@ -1,11 +1,22 @@
 """A trained negative prompt: its gradient, its weight sets, and a constant one on the gradient's path."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 
+import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from diffalign.structures import Guidance
+from diffalign import ReFLConfig
+from diffalign.models import load_model
+from diffalign.models.negative import NegativePrompt
+from diffalign.models.weights import POLICY
+from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.structures import Conditioning, Guidance
+from diffalign.trainers.report import Report
+from tests.models.families import FAMILIES, noise_of, packed
 
 
 def prediction(model, guidance, scale=1.0):
@@ -44,3 +55,70 @@ def test_a_detached_negative_is_the_same_output_with_less_gradient(model):
     torch.testing.assert_close(part, full)
     assert full.requires_grad
     assert not part.requires_grad
+
+
+# In every family -----------------------------------------------------------------------------------------------------
+
+TEXT, STEPS, SCALE = "a red circle", 3, 3.0
+
+
+@pytest.fixture(params=FAMILIES)
+def trained(request, family_pipelines):
+    """(family's name, model, negative prompt): one that has moved from its start."""
+    model = load_model(family_pipelines[request.param], **FAMILIES[request.param].options)
+    negative = model.train_negative()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in negative.parameters():
+            p += 0.5 * torch.randn(p.shape, generator=generator)
+    return request.param, model, negative
+
+
+def images(family, model, guidance):
+    route = Route(ode_plan(STEPS, family.solver), model.levels(STEPS), guidance)
+    with torch.no_grad():
+        return model.decode(sample(model, route, model.encode([TEXT]), noise_of(model, 1)))
+
+
+def call_of(pipe, family, noise, monkeypatch):
+    """Has every call of the pipeline told what the card leaves to the reader."""
+    kind = type(pipe)
+    small = {"latents": packed(pipe, noise), "num_inference_steps": STEPS, "output_type": "pt", **family.call}
+    original = kind.__call__
+    told = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **{**small, **kwargs}))
+    monkeypatch.setattr(kind, "__call__", told)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_: pipe)
+
+
+def test_a_card_says_how_a_plain_pipeline_draws_with_it(trained, plain, tmp_path, monkeypatch):
+    name, model, negative = trained
+    family = FAMILIES[name]
+    drawn = images(family, model, Guidance(SCALE, negative.conditioning(negative())))
+    model.save(tmp_path)
+    report = Report(model, ReFLConfig(model="model", output_dir=tmp_path, guidance_scale=SCALE), "refl", POLICY)
+    report.shown = SimpleNamespace(texts=[TEXT])
+    call_of(plain(name), family, noise_of(model, 1), monkeypatch)
+    found: dict = {}
+    exec(report._card("", []).load_snippet, found)
+    assert (found["image"] - drawn[0]).abs().max() < 3e-5
+    plain_guidance = images(family, model, Guidance(SCALE, model.unconditional()))
+    assert (drawn - plain_guidance).abs().max() > 1e-3, "training must matter"
+
+
+def test_gradients_reach_its_text_and_nothing_else(trained):
+    name, model, negative = trained
+    guidance = Guidance(SCALE, negative.conditioning(negative()))
+    model.predict(noise_of(model, 1), model.levels(4)[1], model.encode([TEXT]), guidance).square().mean().backward()
+    gradient, row = negative.trained["embeds"].grad[0], negative.rest
+    assert not any(p.requires_grad for p in model.raw_denoiser.parameters())
+    reached = gradient.abs().sum(1) > 0
+    everything = torch.arange(len(gradient)) >= 0
+    text = row["mask"][0].bool() if "mask" in row else everything
+    text = torch.arange(len(gradient)) < row["length"] if "length" in row else text
+    # The tiny tokenizer of SANA says nothing of an empty prompt, and attention to nothing is to all alike.
+    assert torch.equal(reached, text if text.any() else everything), name
+
+
+def test_a_text_without_embeddings_cannot_be_trained():
+    with pytest.raises(ValueError, match="a negative prompt has embeds, pooled, and this model's has none of them"):
+        NegativePrompt(Conditioning({"words": torch.zeros(1, 3)}))
