@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_not_loaded_and_gives_one(tmp_path, monkeypatch, ca
 
 
 def test_a_pass_that_does_not_fit_says_what_to_lower(monkeypatch, capsys, small):
-    def measure(*arguments):
+    def measure(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
     class Stub:
