@@ -90,6 +90,7 @@ def find(loop: Loop) -> Path | None:
 def put_back(loop: Loop, path: Path) -> int:
     """Makes the loop what it was; returns how many rows its log had then. ValueError: it is another run's."""
     tensors, state = checkpoint.load(path)
+    _check_place(loop, path, state)
     for line in check_origin(state["origin"], loop.origin(), loop.args):
         loop.say(f"warning: last bits may differ from an uninterrupted run: {line}")
     with torch.no_grad():
@@ -109,6 +110,17 @@ def put_back(loop: Loop, path: Path) -> int:
         loop.task.recollect(loop.iteration, tensors["iteration"])
         loop.collected = {name: value.item() for name, value in tensors["collected"].items()}
     return state["rows"]
+
+
+def _check_place(loop: Loop, path: Path, state: Mapping[str, Any]) -> None:
+    """ValueError within an iteration whose remaining updates another number of processes would split otherwise."""
+    then, now, task = len(state["tasks"]), loop.accelerator.num_processes, loop.task
+    if then != now and 0 < state["update"] < task.updates_per_iteration and not task.same_updates:
+        place = f"update {state['update']} of {task.updates_per_iteration}"
+        raise ValueError(
+            f"{path} lies within an iteration ({place}), of which each of {then} process(es) had a part: go on with "
+            f"{then}, or from a checkpoint between two iterations"
+        )
 
 
 def _own(tasks: Sequence[dict[str, Any]], loop: Loop) -> dict[str, Any]:

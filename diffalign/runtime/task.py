@@ -13,9 +13,14 @@ Micro = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Task(Protocol):
-    """What a trainer gives to the loop. commits: of the repositories of the hub that it has loaded, by their names."""
+    """What a trainer gives to the loop.
+
+    same_updates: whether any number of processes splits an iteration into the same updates. commits: of the
+    repositories of the hub that it has loaded, by their names.
+    """
 
     updates_per_iteration: int
+    same_updates: bool
     done: bool
     data_digest: str
     commits: Mapping[str, str]

@@ -70,6 +70,7 @@ class Trainer:
     """
 
     name: ClassVar[str]
+    same_updates = True
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
     data_digest = ""
 

@@ -105,6 +105,7 @@ class DiffusionDPOTrainer(Trainer):
         self.source = self._source(data, weights)
         self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
         self.updates_per_iteration = args.updates_per_rollout if args.online else 1
+        self.same_updates = self.updates_per_iteration == 1  # each process splits the pairs that it found
         self._moving_reference()
         low, high = args.auto_beta_range
         self.auto_beta = AutoBeta(low=low, high=high, target=args.auto_beta) if args.auto_beta else None

@@ -113,11 +113,12 @@ class FlowGRPOTrainer(Trainer):
     # Update ---------------------------------------------------------------------------------------------------------
 
     def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """Splits the iteration's samples at random into its updates, and each update into (samples, step) passes."""
+        """Deals the iteration's samples to its updates, and cuts each update into (samples, step) passes."""
         count = len(self.buffer.leaves)
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
-        for part in order.chunk(self.args.updates_per_rollout):
-            self.part = part
+        update_of = self.collector.dealt(iteration)[order]
+        for update in range(self.args.updates_per_rollout):
+            self.part = part = order[update_of == update]
             self._weights = step_weights(self.rollout.route.plan, self.levels, self.args.step_weights)
             yield [self._micro(samples, step, len(part)) for samples, step in self._passes(self.instructive(part))]
 

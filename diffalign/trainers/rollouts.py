@@ -170,6 +170,17 @@ class Collector:
         )
         return [self.prompts[i] for i in order]
 
+    def dealt(self, iteration: int) -> Tensor:
+        """(B,): the update, from 0, that learns from each sample of this process.
+
+        Of every ``updates_per_rollout`` consecutive samples of the whole iteration each update gets one, at random:
+        the same ones however many processes there are, of which each has equally much to do.
+        """
+        updates, total = self.args.updates_per_rollout, self.args.num_groups * self.args.group_size
+        lots = self.trainer.noise.normal((total // updates, updates), "updates", iteration)
+        group, member = self._own_samples()
+        return lots.argsort(1).flatten()[group * self.args.group_size + member]
+
     def _own_samples(self) -> tuple[Tensor, Tensor]:
         """(group, index within the group) of the samples of this process: a consecutive share of them all."""
         accelerator = self.trainer.accelerator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ class NullTask:
     """
 
     updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
-    commits: ClassVar = {}
+    same_updates, commits = False, MappingProxyType({})
 
     def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, task: None)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from diffalign.runtime.exits import Interrupted
 
 PHASES = {
     "_collect": "between iterations",
-    "__call__": "rollout and reward",
-    "collect": "rollout and reward",
-    "_update": "accumulation",
+    "collect": "rollout",
     "_images": "evaluation",
 }
+BEFORE_REWARD, ROLLOUT = "before reward", "rollout"
+BEFORE_UPDATES, BETWEEN_UPDATES, ACCUMULATION = "before the updates", "between updates", "accumulation"
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,20 @@ class Killed(BaseException):
 def watched(trainer: Any, act: Callable[[int], None]) -> list[Place]:
     """Calls ``act`` with its number before every micro-step; the list fills while the trainer runs."""
     places: list[Place] = []
+
+    def phase(caller: FrameType) -> str:
+        name = caller.f_code.co_name
+        if name == "__call__":  # a collector's: before it scores a batch, and before it draws the next one
+            return ROLLOUT if places[-1].phase == BEFORE_REWARD else BEFORE_REWARD
+        if name == "_update":
+            first = BETWEEN_UPDATES if trainer.loop.update else BEFORE_UPDATES
+            return ACCUMULATION if caller.f_locals["index"] else first
+        return PHASES[name]
+
     pulse = trainer.loop.pulse
 
     def wrapped(together: bool = False) -> None:
-        phase = PHASES[sys._getframe(1).f_code.co_name]
-        places.append(Place(len(places), trainer.loop.step, phase))
+        places.append(Place(len(places), trainer.loop.step, phase(sys._getframe(1))))
         act(len(places) - 1)
         pulse(together)
 

@@ -212,9 +212,10 @@ def test_r24_equal_rewards_have_an_advantage_of_exactly_zero():
         assert found[3:].abs().max() > 0.5
 
 
-def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(tmp_path):
-    args = short("flow_grpo", tmp_path / "run", max_train_steps=6)
-    trainer = FlowGRPOTrainer(args=args, reward_funcs=lambda images, *_: torch.ones(len(images)))
+@pytest.mark.parametrize("name", ["flow_grpo", "online_dpo"])
+def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(name, tmp_path):
+    args = short(name, tmp_path / "run", max_train_steps=6)
+    trainer = TRAINERS[name].trainer(args=args, reward_funcs=lambda images, *_: torch.ones(len(images)))
     before = everything(trainer.loop)
     with pytest.warns(UserWarning, match=f"{FLAT_ALARM} updates in a row had no gradient"):
         trainer.train()

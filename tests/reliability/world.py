@@ -1,5 +1,6 @@
 """A short training that notes what it saw: which prompt, with which noise. Started alone or by a launcher."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffalign.runtime.noise import Noise
 from tests.reliability.trainers import TRAINERS, short
 
 
-def main(name: str, folder: Path, steps: int) -> None:
+def main(name: str, folder: Path, stop: int) -> None:
     torch.set_num_threads(1)
     normal_batch, seen = Noise.normal_batch, []
 
@@ -19,13 +20,24 @@ def main(name: str, folder: Path, steps: int) -> None:
         return drawn
 
     Noise.normal_batch = noted
-    changes = {"updates_per_rollout": 1, "num_groups": 2} if "grpo" in name else {}
-    args = short(name, folder, max_train_steps=steps, lr_scheduler="constant", max_grad_norm=1e9, **changes)
+    changes = {"num_groups": 2} if "num_groups" in TRAINERS[name].settings else {}
+    changes |= {"updates_per_rollout": 1} if name == "online_dpo" else {}
+    args = short(name, folder, max_train_steps=6, lr_scheduler="constant", max_grad_norm=1e9, **changes)
     args.resume_from_checkpoint = "latest"
     trainer = TRAINERS[name].make(args)
-    trainer.train()
-    with (folder / "seen.txt").open("a") as file:
-        file.write("".join(line + "\n" for line in seen))
+    after_update = trainer.after_update
+
+    def watched(step, metrics):
+        after_update(step, metrics)
+        if step == stop < 6:
+            trainer.loop.signals.received = signal.SIGTERM
+
+    trainer.after_update = watched
+    try:
+        trainer.train()
+    finally:
+        with (folder / "seen.txt").open("a") as file:
+            file.write("".join(line + "\n" for line in seen))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from diffalign.runtime.tracking import MetricsLog
 from tests.reliability.compare import same_checkpoint
 from tests.reliability.stops import crash_before
 
-TIMES = ("time/collect", "time/update", "images_per_second")
-
 
 def online(dpo, **changes):
     return dpo(
