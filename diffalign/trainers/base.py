@@ -117,6 +117,7 @@ class Trainer:
         args = self.args
         return load_model(
             args.model,
+            dtype=args.base_dtype,
             quantise=args.quantise,
             max_sequence_length=args.max_sequence_length,
             resolution=args.resolution,

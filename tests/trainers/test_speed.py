@@ -57,6 +57,21 @@ def test_a_quantised_base_needs_a_lora(small):
         small(quantise="4bit", lora=LoraConfig(rank=0)).validate()
 
 
+def test_a_base_in_half_precision_carries_a_lora_in_float32(small, train_prompts):
+    args = small(base_precision="bf16", max_train_steps=1)
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts)
+    trainer.train()
+    denoiser, parts = trainer.model.raw_denoiser, trainer.model.pipeline.components
+    kinds = {"lora": torch.float32, "base": torch.bfloat16}
+    for name, weight in denoiser.named_parameters():
+        assert weight.dtype == kinds["lora" if "lora_" in name else "base"], name
+    assert parts["text_encoder_3"].dtype == torch.bfloat16
+    assert parts["vae"].dtype == torch.float32
+    assert any(p.abs().max() > 0 for n, p in denoiser.named_parameters() if "lora_B" in n)
+    with pytest.raises(ValueError, match="base_precision bf16 freezes the base"):
+        small(base_precision="bf16", lora=LoraConfig(rank=0)).validate()
+
+
 def test_bytes_that_quantisation_saves():
     layers = torch.nn.ModuleList([torch.nn.Linear(64, 32), torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)])
     layers.requires_grad_(False)[2].requires_grad_(True)
