@@ -14,6 +14,7 @@ from diffalign.config import to_yaml
 from diffalign.forecast.methods import METHODS
 from diffalign.forecast.timing import Pace, measure
 from diffalign.forecast.work import Method, Share, Work, run_work
+from diffalign.models import DiffusionModel
 from diffalign.models.memory import MemoryNeeds, memory_needs
 from diffalign.models.meta import model_on_meta
 from diffalign.models.quantise import saved_bytes
@@ -23,8 +24,8 @@ GIB = 2**30
 MEANING = {
     "sampling": "to make images",
     "training": "forward and backward",
-    "comparing": "reference, recomputed log-probs, checks",
-    "evaluating": "to make held-out images",
+    "comparing": "reference, recomputed calls, checks",
+    "evaluating": "to make held-out images, and to watch them",
 }
 
 
@@ -34,9 +35,6 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     show = print if share.rank == 0 else lambda *lines: None
     show(f"configuration\n{_indented(to_yaml(args).splitlines())}")
-    if name not in METHODS:
-        show(f"batches, evaluations, memory and time: not known for {name}")
-        return 0
     method = METHODS[name]
     show(f"\nbatches\n{_indented(method.batches(args, share))}")
     held_out = len(load_optional(args.eval_prompts))
@@ -44,16 +42,13 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
     model = model_on_meta(
         args.model,
+        dtype=args.base_dtype,
         max_sequence_length=args.max_sequence_length,
         resolution=args.resolution,
         embedded_guidance=args.embedded_guidance,
     )
-    model.train(args.lora)
-    needs = memory_needs(model, pairs=0, copies=method.copies(args))
-    if args.optimizer == "adamw_8bit":
-        needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
-    saved = saved_bytes(model.raw_denoiser, args.quantise)
-    needed = needs.total - saved + method.stored(args, model.latent_shape(), share)
+    method.train(args, model)
+    needs, needed, saved = memory_of(model, method, args, share)
     free, place = free_memory()
     show(f"\nmemory of a process\n{_indented(memory_lines(needs, needed, saved, free, place))}")
     show("\ntime")
@@ -63,9 +58,21 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     return _timed(trainer(args=args), method, run_work(method, args, share, held_out), show)
 
 
+def memory_of(model: DiffusionModel, method: Method, args: Any, share: Share) -> tuple[MemoryNeeds, int, int]:
+    """Bytes of a process by purpose, in all, and what quantisation saves. model: made trainable, on meta or not.
+
+    What an iteration keeps is in it; activations and rewards are not.
+    """
+    needs = memory_needs(model, pairs=0, copies=method.copies(args))
+    if args.optimizer == "adamw_8bit":
+        needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
+    saved = saved_bytes(model.raw_denoiser, args.quantise)
+    return needs, needs.total - saved + method.stored(args, model.latent_shape(), share), saved
+
+
 def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:
     try:
-        pace = measure(trainer, *method.passes(trainer.args))
+        pace = measure(trainer, *method.passes(trainer.args), work.judged > 0)
     except torch.OutOfMemoryError as error:
         batches = "train_batch_size or rollout_batch_size, or set gradient_checkpointing: true"
         show(_indented([f"a pass does not fit ({str(error).splitlines()[0]}): lower {batches}"]))

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from diffalign.diffusion.plan import make_plan
+from diffalign.forecast.refl import REFL
 from diffalign.forecast.work import Method, Share, Work, guided
 from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import bytes_needed
@@ -103,9 +104,15 @@ def _examples(args: DiffusionDPOConfig, share: Share) -> int:
     """Pairs or single images of an iteration; of a model's own images, the most that there can be."""
     if not args.online:
         return args.num_pairs // share.world
-    pairs = {"best_worst": 1, "all": math.comb(args.group_size, 2)}[args.data.rollouts.rule]
-    kind = get_loss(args.loss)
-    return args.num_groups // share.world * pairs * (1 if kind.paired or kind.liked_only else 2)
+    kind, groups, best_worst = (
+        get_loss(args.loss),
+        args.num_groups // share.world,
+        args.data.rollouts.rule == "best_worst",
+    )
+    if kind.paired:
+        return groups * (1 if best_worst else math.comb(args.group_size, 2))
+    # Of all pairs, every image is in one, and every image but the worst wins one.
+    return groups * ((2 if best_worst else args.group_size) - kind.liked_only)
 
 
 def _sides(args: DiffusionDPOConfig) -> int:
@@ -120,8 +127,15 @@ def _compares(args: DiffusionDPOConfig) -> bool:
 def _dpo_iteration(args: DiffusionDPOConfig, share: Share, iteration: int, updates: int) -> Work:
     count = _examples(args, share)
     training = -(-count // _dpo_updates(args)) * updates * _sides(args)
-    rollout = _rollout(args, share, iteration) if args.online else Work()
+    rollout = _rollout(args, share, iteration) if args.online else _self_play(args, count)
     return rollout + Work(training=training, comparing=training if _compares(args) else 0)
+
+
+def _self_play(args: DiffusionDPOConfig, count: int) -> Work:
+    """The losers that the reference draws, each from a start of its own."""
+    if args.losers == "data":
+        return Work()
+    return Work(generated=count, sampling=count * args.plan.num_steps * guided(args))
 
 
 def _dpo_checks(args: DiffusionDPOConfig, share: Share) -> Work:
@@ -138,8 +152,12 @@ def _dpo_batches(args: DiffusionDPOConfig, share: Share) -> list[str]:
     each = -(-count // _dpo_updates(args))
     batch, noun = min(args.train_batch_size, each), "pairs" if _sides(args) == 2 else "images"
     most = "at most " if args.online else ""
+    drawn = min(args.rollout_batch_size, count)
+    losers = [
+        f"sampling of losers: {-(-count // drawn)} micro-batch(es) of {drawn} images, {args.plan.num_steps} steps"
+    ]
     return [
-        *(_rollout_batches(args, share) if args.online else []),
+        *(_rollout_batches(args, share) if args.online else losers if args.losers == "reference" else []),
         f"training: {most}{count * share.world} {noun} per iteration over {share.world} process(es): {count} each",
         f"each of {_dpo_updates(args)} optimizer step(s) accumulates {-(-each // batch)} passes of {batch} {noun}",
     ]
@@ -161,6 +179,7 @@ def _dpo_copies(args: DiffusionDPOConfig) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, Method] = {
+    "refl": REFL,
     "flow_grpo": Method(
         updates=_rollout_updates,
         iteration=_grpo_iteration,

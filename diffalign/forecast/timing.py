@@ -10,6 +10,7 @@ import torch
 
 from diffalign.forecast.work import Work
 from diffalign.rollout.collect import decode
+from diffalign.structures import Guidance
 from diffalign.trainers.base import Trainer
 
 REPEATS = 3
@@ -17,7 +18,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per image: an evaluation without gradients, one with its backward pass, decoding.
+    """Seconds per image: an evaluation without gradients, one with its backward pass, decoding, and that with its own.
 
     peak: GiB that a training pass took at most on a GPU, activations included; None on a CPU.
     """
@@ -26,25 +27,35 @@ class Pace:
     training: float
     decoding: float
     peak: float | None
+    judging: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """What ``work`` takes, its images decoded; without rewards."""
         forward = work.sampling + work.comparing + work.evaluating
-        return forward * self.forward + work.training * self.training + work.generated * self.decoding
+        passes = forward * self.forward + work.training * self.training
+        return passes + (work.judged * self.judging if work.judged else work.generated * self.decoding)
 
 
-def measure(trainer: Trainer, sampling: int, training: int) -> Pace:
-    """Times passes of so many images. torch.OutOfMemoryError: one does not fit."""
+def measure(trainer: Trainer, sampling: int, training: int, judging: bool = False) -> Pace:
+    """Times passes of so many images. judging: decoding with a gradient too. torch.OutOfMemoryError: one does not fit.
+
+    Where a negative prompt is trained, half of a training pass is its.
+    """
     model, device = trainer.model, trainer.accelerator.device
     row, level = model.encode(["a photo"]), model.levels(2)[0]
 
-    def predict(images: int) -> torch.Tensor:
+    def predict(images: int, guidance: Guidance | None = None) -> torch.Tensor:
         x = torch.randn(images, *model.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
-        return model.predict(x, level, row[torch.zeros(images, dtype=torch.long)])
+        return model.predict(x, level, row[torch.zeros(images, dtype=torch.long)], guidance)
 
     def backward() -> None:
-        trainer.accelerator.backward(predict(training).square().mean())
+        output = predict(training) if model.negative is None else predict(training // 2, trainer.guidance)
+        trainer.accelerator.backward(output.square().mean())
         trainer.loop.optimizer.zero_grad(set_to_none=True)
+
+    def judge() -> None:
+        latents = torch.zeros(1, *model.latent_shape(), device=device, requires_grad=True)
+        model.decode(latents).mean().backward()
 
     cuda = device.type == "cuda"
     if cuda:
@@ -55,7 +66,7 @@ def measure(trainer: Trainer, sampling: int, training: int) -> Pace:
         sampled = _seconds(lambda: predict(sampling), device) / sampling
         latents = torch.zeros(min(sampling, 8), *model.latent_shape(), device=device)
         decoded = _seconds(lambda: decode(model, latents), device) / len(latents)
-    return Pace(sampled, taught, decoded, peak)
+    return Pace(sampled, taught, decoded, peak, _seconds(judge, device) if judging else 0.0)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from diffalign.models import DiffusionModel
 from diffalign.runtime.loop import crossed
 
 
@@ -14,8 +15,9 @@ class Work:
     """Images through the denoiser; where guidance makes two evaluations of one, both count.
 
     generated: images that are made to train on. sampling: without gradients, to make them. training: forward and
-    backward. comparing: forward only, for the reference, recomputed log-probs and the checks of the first step.
-    evaluating: without gradients, to make held-out images.
+    backward. comparing: forward only, for the reference, recomputed calls and the checks of the first step. evaluating:
+    without gradients, to make held-out images and to watch them. judged: images that are decoded with a gradient; these
+    do not pass the denoiser.
     """
 
     generated: int = 0
@@ -23,9 +25,13 @@ class Work:
     training: int = 0
     comparing: int = 0
     evaluating: int = 0
+    judged: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __rmul__(self, count: int) -> Work:
+        return Work(*(count * number for number in astuple(self)))
 
     @property
     def evaluations(self) -> int:
@@ -49,6 +55,7 @@ class Method:
     without an advantage and groups without a pair cost less. checks: that of the first step's checks. eval_steps: of an
     evaluation. batches: lines on how an iteration is cut. passes: images per pass (while sampling, while training).
     stored: bytes of latents that a process keeps for an iteration. copies: how many copies of the trained weights.
+    watched: evaluations beside the images of so many held-out prompts, each time. train: makes a model trainable.
     """
 
     updates: Callable[[Any], int]
@@ -59,6 +66,8 @@ class Method:
     passes: Callable[[Any], tuple[int, int]]
     stored: Callable[[Any, tuple[int, int, int], Share], int]
     copies: Callable[[Any], int]
+    watched: Callable[[Any, int], int] = lambda args, held_out: 0
+    train: Callable[[Any, DiffusionModel], None] = lambda args, model: model.train(args.lora)
 
 
 def run_work(method: Method, args: Any, share: Share, held_out: int) -> Work:
@@ -67,8 +76,8 @@ def run_work(method: Method, args: Any, share: Share, held_out: int) -> Work:
     for iteration, updates in iterations(args.max_train_steps, method.updates(args)):
         total += method.iteration(args, share, iteration, updates)
     own = len(range(held_out)[share.rank :: share.world])
-    images = own * args.eval_images_per_prompt * evaluations(args, method.updates(args))
-    return total + Work(evaluating=images * method.eval_steps(args) * guided(args))
+    each = own * args.eval_images_per_prompt * method.eval_steps(args) * guided(args) + method.watched(args, held_out)
+    return total + Work(evaluating=each * evaluations(args, method.updates(args)))
 
 
 def iterations(steps: int, updates: int) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.parameterization import add_noise, target
-from diffalign.diffusion.recipe import draw
 from diffalign.diffusion.unroll import Course, Denoiser, Unrolled, unroll
 from diffalign.losses.leapalign import gap_weights
 from diffalign.losses.refl import squared_distance
@@ -44,6 +43,7 @@ from diffalign.trainers.starts import (
     Pictures,
     Starts,
     advance,
+    draw_courses,
     places,
 )
 from diffalign.trainers.watch import Watch
@@ -182,8 +182,7 @@ class ReFLTrainer(Trainer):
         return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
 
     def _batch(self, iteration: int, samples: Sequence[tuple[int, int]]) -> Batch:
-        generator = self.noise.generator("refl/course", iteration, *samples[0])
-        courses = draw(self.recipe, iteration, lambda low, high: int(generator.integers(low, high)))
+        courses = draw_courses(self.recipe, self.noise, iteration, samples[0])
         kept = places(courses, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
         conditioning = self.encoded([prompt.text for prompt in start.prompts])

@@ -15,6 +15,7 @@ from diffalign.data.order import take
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.unpaired import LabelledData, load_labelled
 from diffalign.diffusion.parameterization import add_noise
+from diffalign.diffusion.recipe import Recipe, draw
 from diffalign.diffusion.unroll import Course
 from diffalign.models import DiffusionModel
 from diffalign.rollout.buffer import RolloutBuffer
@@ -154,6 +155,12 @@ class Batch:
     def state(self, rows: Tensor, place: int) -> Tensor:
         """The samples ``rows`` at a place that is kept: (b, C, h, w)."""
         return self.buffer.x[self.buffer.nodes(rows, place)]
+
+
+def draw_courses(recipe: Recipe, noise: Noise, iteration: int, first: tuple[int, int]) -> tuple[Course, ...]:
+    """The courses of the samples that are sampled together with ``first``, (group, member), the first of them."""
+    generator = noise.generator("refl/course", iteration, *first)
+    return draw(recipe, iteration, lambda low, high: int(generator.integers(low, high)))
 
 
 def places(courses: Sequence[Course], num_steps: int) -> list[int]:

@@ -1,6 +1,7 @@
 """``--dry_run``: says what a run will do, and leaves no trace of itself."""
 
 import re
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,10 +16,13 @@ from tests.conftest import ROOT
 
 GRPO = ["train", "flow_grpo", "--config", str(ROOT / "configs/flow_grpo/shapes.yaml"), "--dry_run"]
 DPO = ["train", "diffusion_dpo", "--config", str(ROOT / "configs/diffusion_dpo/shapes.yaml"), "--dry_run"]
+RENEG = ["train", "refl", "--config", str(ROOT / "configs/refl/shapes_reneg.yaml"), "--dry_run"]
 SMALL = ["--rollout_batch_size", "8", "--train_batch_size", "4", "--lora.targets", "null"]
 
 
-@pytest.mark.parametrize("argv", [[*GRPO, *SMALL], [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"]])
+@pytest.mark.parametrize(
+    "argv", [[*GRPO, *SMALL], [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"], [*RENEG, *SMALL]]
+)
 def test_a_dry_run_tells_all_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "assets").rglob("*")}
@@ -31,7 +35,8 @@ def test_a_dry_run_tells_all_and_writes_nothing(argv, tmp_path, monkeypatch, cap
     assert titles == ["configuration", *kinds]
     assert "  rollout_batch_size: 8\n" in text
     assert re.search(r"  [\d.]+ ms per evaluation, [\d.]+ ms with its backward pass", text)
-    assert re.search(r"trained +0\.\d+ GiB", text)
+    # A trained negative prompt is a few kilobytes.
+    assert bool(re.search(r"trained +0\.\d+ GiB", text)) != ("refl" in argv)
 
 
 def test_figures_of_the_quickstart(tmp_path, monkeypatch, capsys):
@@ -76,6 +81,8 @@ def test_bad_settings_are_refused_before_anything_is_said(monkeypatch, capsys):
 
 def test_time_is_the_work_at_the_measured_pace():
     pace = Pace(forward=0.5, training=2.0, decoding=0.1, peak=None)
+    judged = replace(pace, judging=0.3)
+    assert judged.seconds(Work(generated=10, judged=20)) == pytest.approx(20 * 0.3)
     work = Work(generated=10, sampling=100, training=20, comparing=4, evaluating=6)
     assert pace.seconds(work) == pytest.approx(110 * 0.5 + 20 * 2.0 + 10 * 0.1)
     assert time_lines(pace, work, steps=4)[1] == "1 min 36 s in all, 24.00 s per optimizer step, without rewards"

@@ -9,12 +9,20 @@ from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, 
 from diffalign.data.rollouts import Pairing
 from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.plan import PlanConfig
+from diffalign.diffusion.recipe import PRESETS
 from diffalign.forecast.methods import METHODS
 from diffalign.forecast.work import Share, Work, evaluations, iterations, run_work
 from tests.conftest import PIPELINE, ROOT
+from tests.trainers.made_refl import config, trainer_of
 
 ALONE = Share()
 PAIRS = str(ROOT / "assets/preferences/shapes.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Drawing them takes longer than such a run."""
+    monkeypatch.setattr("diffalign.trainers.report.plot_curves", lambda *_: None)
 
 
 def red(images, prompts, metadata):
@@ -71,16 +79,22 @@ def dpo(folder, **changes):
     return DiffusionDPOConfig(**(settings | changes))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cpo", "kto"])
-def test_a_run_on_pairs_computes_what_was_forecast(tmp_path, loss):
-    args = dpo(tmp_path, loss=loss, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3)
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "dpo"}, {"loss": "cpo"}, {"loss": "kto"}, {"loss": "sft"}, {"loss": "dpo", "streaming": True}],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_run_on_data_computes_what_was_forecast(tmp_path, changes):
+    args = dpo(tmp_path, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3, **changes)
     assert counted(DiffusionDPOTrainer(args=args)) == expected("diffusion_dpo", args)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])
 @pytest.mark.parametrize("rule", ["best_worst", "all"])
-def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prompts, rule):
+def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prompts, rule, loss):
     args = dpo(
         tmp_path,
+        loss=loss,
         num_groups=2,
         group_size=3,
         rollout_batch_size=4,
@@ -92,6 +106,60 @@ def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prom
     )
     trainer = DiffusionDPOTrainer(args=args, reward_funcs=red, train_dataset=train_prompts)
     assert counted(trainer) == expected("diffusion_dpo", trainer.args)
+
+
+def test_a_run_against_an_earlier_self_computes_what_was_forecast(tmp_path):
+    args = dpo(
+        tmp_path,
+        train_data=(PAIRS,),
+        data=PreferenceSettings(scan=8),
+        num_pairs=3,
+        losers="reference",
+        reference_steps=1,
+        guidance_scale=2.0,
+        rollout_batch_size=2,
+        plan=PlanConfig("ode", num_steps=3),
+    )
+    assert counted(DiffusionDPOTrainer(args=args)) == expected("diffusion_dpo", args)
+
+
+def refl_expected(args, held_out=0):
+    """Calls that are made again on the way back have gradients as well."""
+    work = run_work(METHODS["refl"], args, ALONE, held_out)
+    return work.evaluations if args.step_checkpointing else (work.training, work.evaluations - work.training)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_of_refl_computes_what_was_forecast(tmp_path, train_prompts, preset):
+    """Five images, sampled by two: the last batch is smaller, and each draws its own courses."""
+    args = config(tmp_path, preset, num_groups=5, guidance_scale=2.0, max_train_steps=1 + (preset == "srpo"))
+    trainer = trainer_of(args, train_prompts)
+    assert counted(trainer) == refl_expected(trainer.args)
+
+
+@pytest.mark.parametrize(
+    ("preset", "recipe", "changes"),
+    [
+        ("leapalign", {"regulariser": "reference"}, {"step_checkpointing": True, "guidance_scale": 2.0}),
+        ("draft_lv", {"regulariser": "reference"}, {"eval_steps": 1, "lora": LoraConfig(rank=0), "max_train_steps": 1}),
+        ("reneg", {}, {"eval_num_steps": 3, "train_batch_size": 1}),
+    ],
+    ids=["recorded calls made again", "all weights, with evaluations", "a negative prompt, with evaluations"],
+)
+def test_what_a_run_of_refl_does_beside_its_courses_was_forecast(tmp_path, train_prompts, preset, recipe, changes):
+    args = config(tmp_path, preset, recipe, **changes)
+    held_out = [] if args.step_checkpointing else train_prompts[:3]
+    trainer = trainer_of(args, train_prompts, eval_dataset=held_out)
+    found = counted(trainer)
+    assert (sum(found) if args.step_checkpointing else found) == refl_expected(trainer.args, len(held_out))
+
+
+def test_samplings_that_go_on_from_a_stored_state_are_forecast_from_there(tmp_path, small, train_prompts):
+    stored = small(output_dir=tmp_path / "grpo", save_rollouts=True, max_train_steps=1)
+    FlowGRPOTrainer(args=stored, reward_funcs=red, train_dataset=train_prompts).train()
+    args = config(tmp_path, "refl_script", num_groups=2, train_rollouts=tmp_path / "grpo/rollouts")
+    trainer = trainer_of(args, None)
+    assert counted(trainer) == refl_expected(trainer.args)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 6, 7])
@@ -113,4 +181,4 @@ def test_processes_share_the_work(small):
     # The first step's checks are made by each process.
     assert replace(both, comparing=0) == replace(one, comparing=0)
     assert (one.generated, one.training) == (4 * 8, 4 * 8 * 2)
-    assert Work(1, 2, 3, 4, 5) + Work(1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6)
+    assert Work(1, 2, 3, 4, 5, 6) + 2 * Work(1, 1, 1, 1, 1, 1) == Work(3, 4, 5, 6, 7, 8)
