@@ -1,17 +1,26 @@
-"""Every configuration that the repository ships resolves."""
+"""Every configuration that the repository ships resolves, and fits on the card that it names."""
 
+import re
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from diffalign.cli import TRAINERS
 from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.models import FAMILIES
+from diffalign.forecast.dry_run import GIB, memory_of
+from diffalign.forecast.methods import METHODS
+from diffalign.forecast.work import Share
+from diffalign.models import FAMILIES, LoraConfig
 from diffalign.rewards import get_reward
 from diffalign.rewards.settings import build_rewards
+from tests.models.published import PIPELINES
+from tests.models.published_flow import FLOW_PIPELINES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).glob("*.yaml"))
@@ -50,6 +59,65 @@ def test_training_config_resolves(path, monkeypatch):
     if args.model in HUB:
         return  # the prompts of real models are the user's own
     assert not training_texts(args) & {p.text for p in load_prompts(args.eval_prompts)}
+
+
+# Presets for one card: configs/<trainer>/<model>_<vram>gb.yaml ------------------------------------------------------
+
+# What a forecast leaves out must fit as well: activations, rewards, the CUDA context.
+ROOM = 0.75
+SIZES = {"sd15": (16, 24, 80), "sdxl": (16, 24, 80), "sd35_medium": (24, 80), "flux1_dev": (24, 80)}
+PRESETS = [path for path in FILES if path.stem.endswith("gb")]
+MAKERS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": PIPELINES["sd15"],
+    "stabilityai/stable-diffusion-xl-base-1.0": PIPELINES["sdxl"],
+    "stabilityai/stable-diffusion-3.5-medium": PIPELINES["sd35_medium"],
+    "black-forest-labs/FLUX.1-dev": FLOW_PIPELINES["flux_dev"],
+}
+
+
+@lru_cache
+def published(model, dtype, rank):
+    """The model at its published size, on the meta device, made trainable."""
+    with torch.device("meta"):
+        pipeline = MAKERS[model]()
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.float32 if name == "vae" else dtype)
+    found = FAMILIES[type(pipeline).__name__](pipeline)
+    found.train(LoraConfig(rank=rank))
+    return found
+
+
+def forecast(trainer, args):
+    """GiB without activations and rewards."""
+    model = published(args.model, args.base_dtype, args.lora.rank)
+    model.resolution = args.resolution
+    return memory_of(model, METHODS[trainer], args, Share())[1] / GIB
+
+
+def preset(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_preset_fits_on_the_card_that_it_names(path, monkeypatch):
+    args, vram = preset(path, monkeypatch), int(re.fullmatch(r".*_(\d+)gb", path.stem)[1])
+    assert forecast(path.parent.name, args) < ROOM * vram
+    assert HUB[args.model] == type(published(args.model, args.base_dtype, args.lora.rank).pipeline).__name__
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
+    found = {path.stem for path in PRESETS if path.parent.name == trainer}
+    assert found == {f"{model}_{vram}gb" for model, sizes in SIZES.items() for vram in sizes}
+
+
+@pytest.mark.parametrize("model", ["sd35_medium", "flux1_dev"])
+def test_what_has_no_preset_does_not_fit_even_in_four_bits(model, monkeypatch):
+    """Text encoders are not quantised."""
+    args = preset(ROOT / f"configs/diffusion_dpo/{model}_24gb.yaml", monkeypatch)
+    assert forecast("diffusion_dpo", replace(args, quantise="4bit")) > ROOM * 16
 
 
 def test_there_is_a_quickstart():
