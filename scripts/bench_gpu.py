@@ -3,6 +3,7 @@
     python scripts/bench_gpu.py                                              # every model, every setting
     python scripts/bench_gpu.py --models sd35_medium_512 --settings plain compile
     python scripts/bench_gpu.py --size tiny --models sd35_medium_512         # a small model, on a CPU in seconds
+    python scripts/bench_gpu.py --against ~/other --adapter adapter.py:prepare   # and through other code: bench_against
 
 Per model and setting: images per second while sampling, while training and of whole iterations; evaluations of the
 denoiser per image; the FLOP/s that training executes (a frozen base needs no gradients of its weights) as a share of
@@ -14,57 +15,32 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from bench_against import Adapter, Job, load_adapter, measure_against
 from bench_flow_grpo import device, peak_memory
+from bench_models import CASES, CUDA, DEVICE, DTYPE, Case, build
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffalign import DiffusionModel, FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
+from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
-from diffalign.diffusion.plan import PlanConfig
+from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.forecast.methods import METHODS
 from diffalign.forecast.work import Share
-from diffalign.models import FAMILIES, load_model
 from diffalign.models.memory import memory_needs
 
 ROOT = Path(__file__).parents[1]
+PROMPTS = [f"prompt {i}" for i in range(4)]
 Flops = tuple[float, float]  # of an evaluation of an image: without gradients, and with its backward pass
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and what one run of it does. size: name -> where its pipeline is built, as module:function."""
-
-    size: Mapping[str, str]
-    resolution: int
-    batch: int
-    guidance: float = 1.0
-    plan: Mapping[str, Any] = field(default_factory=dict)
-
-
-SD35 = {"published": "tests.models.published:sd35_medium", "tiny": "tests.conftest:PIPELINE"}
-SDXL = {"published": "tests.models.published:sdxl", "tiny": "tests.models.tiny:sdxl"}
-FLUX = {"published": "tests.models.published_flow:flux_dev", "tiny": "tests.models.tiny_flow:flux_dev"}
-CASES = {
-    "sd35_medium_512": Case(SD35, 512, 8, 4.5),
-    "sd35_medium_1024": Case(SD35, 1024, 4, 4.5),
-    "sdxl_1024": Case(SDXL, 1024, 4, 5.0, {"solver": "ddim"}),
-    "flux1_dev_512": Case(FLUX, 512, 4),
-}
 # Each optimisation alone, then those that are free of charge together.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -73,63 +49,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "checkpointing": {"gradient_checkpointing": True},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
+    "base_4bit": {"quantise": "4bit"},
     "fast": {"attention": "auto", "compile": True},
 }
-# Tokens of a prompt and where the denoiser's configuration has their width.
-SPOKEN = {
-    "StableDiffusion3Pipeline": (77 + 256, "joint_attention_dim"),
-    "StableDiffusionXLPipeline": (77, "cross_attention_dim"),
-    "FluxPipeline": (512, "joint_attention_dim"),
-}
-
-
-# The model -----------------------------------------------------------------------------------------------------------
-
-
-def build(case: Case, size: str) -> DiffusionModel:
-    """The pipeline in bfloat16 on a GPU, in float32 on a CPU; published sizes with random weights."""
-    module, name = case.size[size].split(":")
-    source = getattr(importlib.import_module(module), name)
-    if isinstance(source, Path):
-        return load_model(source, max_sequence_length=16)
-    if size == "tiny":
-        pipeline = source()
-        return FAMILIES[type(pipeline).__name__](pipeline)
-    with torch.device("meta"):
-        pipeline = source()
-    family = FAMILIES[type(pipeline).__name__]
-    denoiser = getattr(pipeline, family.denoiser_name)
-    for part, dtype in ((denoiser, torch.bfloat16 if CUDA else torch.float32), (pipeline.vae, torch.float32)):
-        part.to(dtype).to_empty(device=DEVICE)
-        fill(part)
-    silence(pipeline, denoiser.config)
-    return family(pipeline, resolution=case.resolution)
-
-
-@torch.no_grad()
-def fill(part: torch.nn.Module) -> None:
-    """Random numbers, small enough for a deep network to stay finite."""
-    for tensor in [*part.parameters(), *part.buffers()]:
-        tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
-
-
-def silence(pipeline: Any, config: Any) -> None:
-    """Takes the text encoders out: prompts become random embeddings of their shape."""
-    kind = type(pipeline).__name__
-    length, width = SPOKEN[kind]
-    pooled_width = config.get("pooled_projection_dim")
-    if pooled_width is None:
-        pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-
-    def encode_prompt(prompt: str | list[str], *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
-        count = 1 if isinstance(prompt, str) else len(prompt)
-        embeds, pooled = torch.randn(count, length, config[width]), torch.randn(count, pooled_width)
-        return (embeds, pooled, torch.zeros(length, 3)) if kind == "FluxPipeline" else (embeds, embeds, pooled, pooled)
-
-    for name in pipeline.components:
-        if name.startswith("text_encoder"):
-            object.__setattr__(pipeline, name, SimpleNamespace(device=torch.device("cpu")))
-    pipeline.encode_prompt = encode_prompt
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -144,7 +66,7 @@ def now() -> float:
 def matrix_peak(side: int | None = None) -> float:
     """The FLOP/s of the best of ten multiplications of large square matrices, in the dtype that trainings use."""
     side = side or (8192 if CUDA else 512)
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32) for _ in range(2))
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
     seconds = []
     for _ in range(11):
         begun = now()
@@ -173,9 +95,21 @@ class Bench:
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        self.args = self.configuration(case, size, changes, folder)
+        prompts = [Prompt(text) for text in PROMPTS]
+        model = build(case, size, self.args.quantise)
+        self.trainer = FlowGRPOTrainer(model=model, args=self.args, reward_funcs=brightness, train_dataset=prompts)
+        self.images = self.args.num_groups * self.args.group_size
+        self.work = METHODS["flow_grpo"].iteration(self.args, Share(), 0, 1)
+        needs = memory_needs(model, pairs=0)
+        self.forecast = needs.total + METHODS["flow_grpo"].stored(self.args, model.latent_shape(), Share())
+
+    @staticmethod
+    def configuration(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> FlowGRPOConfig:
+        """That of a run of this case."""
         small = size == "tiny"
         batch = 2 if small else case.batch
-        self.args = FlowGRPOConfig(
+        return FlowGRPOConfig(
             model="random",
             output_dir=Path(folder),
             lora=LoraConfig(rank=4 if small else 32),
@@ -190,13 +124,6 @@ class Bench:
             old_log_prob="recompute" if CUDA else "rollout",
             **changes,
         )
-        prompts = [Prompt(f"prompt {i}") for i in range(4)]
-        model = build(case, size)
-        self.trainer = FlowGRPOTrainer(model=model, args=self.args, reward_funcs=brightness, train_dataset=prompts)
-        self.images = self.args.num_groups * self.args.group_size
-        self.work = METHODS["flow_grpo"].iteration(self.args, Share(), 0, 1)
-        needs = memory_needs(model, pairs=0)
-        self.forecast = needs.total + METHODS["flow_grpo"].stored(self.args, model.latent_shape(), Share())
 
     def flops_per_image(self) -> Flops:
         """Of an evaluation without gradients, and of one with its backward pass."""
@@ -218,13 +145,15 @@ class Bench:
             self.trainer.loop._update(micros)
         return collected - begun, now() - collected
 
-    def figures(self, flops_per_image: Flops, peak: float, repeats: int) -> dict[str, Any]:
+    def figures(self, flops_per_image: Flops | None, peak: float, repeats: int) -> dict[str, Any]:
         """Everything about this setting; a first iteration compiles and warms up."""
         warm_up = sum(self.iterate(0))
         times = [self.iterate(1 + number) for number in range(repeats)]
         collect, update = (statistics.median(column) for column in zip(*times, strict=True))
-        forward, both = flops_per_image
-        flops = (self.work.comparing * forward + self.work.training * both) / update
+        flops = None
+        if flops_per_image is not None:
+            forward, both = flops_per_image
+            flops = (self.work.comparing * forward + self.work.training * both) / update
         per_image = {name: getattr(self.work, name) / self.images for name in ("sampling", "training", "comparing")}
         return {
             "images": self.images,
@@ -236,14 +165,47 @@ class Bench:
             },
             "evaluations_per_image": per_image,
             "training_flops_per_second": flops,
-            "share_of_matrix_peak": flops / peak,
+            "share_of_matrix_peak": None if flops is None else flops / peak,
             "peak_memory_gib": peak_memory(),
             "forecast_memory_gib": self.forecast / 2**30,
             "warm_up_seconds": warm_up,
         }
 
 
-def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops], peak: float, repeats: int) -> dict:
+def counted(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> tuple[Bench | None, Flops | None]:
+    """A trainer, and FLOPs per image; neither where it does not fit, as a base that fits in four bits only."""
+    try:
+        bench = Bench(case, size, changes, folder)
+        return bench, bench.flops_per_image()
+    except torch.OutOfMemoryError:
+        return None, None
+
+
+def job_of(case: Case, size: str, checkout: Path) -> Job:
+    """The work of ``Bench`` for other code."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = Bench.configuration(case, size, {}, folder)
+    model = build(case, size)
+    return Job(
+        checkout=checkout,
+        pipeline=model.pipeline,
+        prompts=tuple(PROMPTS[: args.num_groups]),
+        group_size=args.group_size,
+        batch=args.train_batch_size,
+        resolution=model.default_resolution[0],
+        num_steps=args.plan.num_steps,
+        trained_steps=tuple(make_plan(args.plan, 0, args.seed).trained_steps),
+        noise_level=args.plan.noise_level,
+        guidance_scale=args.guidance_scale,
+        lora_rank=args.lora.rank,
+        lora_targets=model.lora_targets,
+        learning_rate=args.learning_rate,
+        precision=args.mixed_precision,
+        reward=lambda images: brightness(images, [], []),
+    )
+
+
+def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops | None], peak: float, repeats: int) -> dict:
     """The figures of a setting, or why it does not run. counts: FLOPs per image, by checkpointing, counted once."""
     changes = SETTINGS[setting]
     checkpointing = changes.get("gradient_checkpointing", False)
@@ -253,14 +215,34 @@ def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops], peak
             bench = None
             if checkpointing not in counts:
                 # Without compilation, whose kernels the counter does not see into.
-                bench = Bench(case, size, uncompiled, folder)
-                counts[checkpointing] = bench.flops_per_image()
+                bench, counts[checkpointing] = counted(case, size, uncompiled, folder)
             if changes != uncompiled:
                 bench = None  # its memory is free before the next one is built
             bench = bench or Bench(case, size, changes, folder)
             return bench.figures(counts[checkpointing], peak, repeats)
         except (ValueError, RuntimeError, ImportError) as error:
             return {"refused": str(error).splitlines()[0]}
+
+
+def against(
+    case: Case, size: str, checkout: Path, adapter: Adapter, rows: Mapping[str, Mapping[str, Any]], repeats: int
+) -> dict[str, Any]:
+    """The other code beside the first of our settings that ran."""
+    if (ours := next((name for name, row in rows.items() if "refused" not in row), None)) is None:
+        return {"refused": "none of our settings ran: there is nothing to compare with"}
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    found = measure_against(adapter, job_of(case, size, checkout), rows[ours], repeats, now)
+    return {"setting": ours, **found, "peak_memory_gib": peak_memory()}
+
+
+def report(file: Path, result: Mapping[str, Any], model: str, row: str) -> None:
+    """Says a row, and writes what there is so far."""
+    print(model, row, json.dumps(result["models"][model][row]), flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -270,7 +252,12 @@ def main() -> None:
     parser.add_argument("--size", choices=("published", "tiny"), default="published")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_gpu.json")
+    parser.add_argument("--against", type=Path, help="a checkout of another trainer's repository")
+    parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench_against.py")
     told = parser.parse_args()
+    if (told.against is None) != (told.adapter is None):
+        parser.error("--against and --adapter go together: the checkout, and what drives it")
+    adapter = None if told.adapter is None else load_adapter(told.adapter)
     if told.size == "published" and not CUDA:
         parser.error("published sizes need a CUDA device, and there is none: use --size tiny")
     sys.path.insert(0, str(ROOT))  # published sizes stand where the tests check them
@@ -285,13 +272,14 @@ def main() -> None:
     }
     result |= {"matrix_peak_flops_per_second": peak, "models": {}}
     for name in told.models:
-        counts: dict[bool, Flops] = {}
+        counts: dict[bool, Flops | None] = {}
         rows = result["models"][name] = {}
         for setting in told.settings:
             rows[setting] = measure(CASES[name], told.size, setting, counts, peak, told.repeats)
-            print(name, setting, json.dumps(rows[setting]), flush=True)
-            told.write.parent.mkdir(parents=True, exist_ok=True)
-            told.write.write_text(json.dumps(result, indent=1) + "\n")
+            report(told.write, result, name, setting)
+        if adapter is not None:
+            rows["against"] = against(CASES[name], told.size, told.against, adapter, rows, told.repeats)
+            report(told.write, result, name, "against")
 
 
 if __name__ == "__main__":

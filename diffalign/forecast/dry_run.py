@@ -73,7 +73,7 @@ def memory_of(model: DiffusionModel, method: Method, args: Any, share: Share) ->
 
 def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:
     try:
-        pace = measure(trainer, *method.passes(trainer.args), judging=work.judged > 0)
+        pace = measure(trainer, *method.passes(trainer.args), work.judged > 0)
     except torch.OutOfMemoryError as error:
         batches = "train_batch_size or rollout_batch_size, or set gradient_checkpointing: true"
         show(_indented([f"a pass does not fit ({str(error).splitlines()[0]}): lower {batches}"]))

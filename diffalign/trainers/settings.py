@@ -58,8 +58,6 @@ class TrainerConfig(TrainingConfig):
         if self.quantise != "no" and self.lora.rank == 0:
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:
-            raise ValueError(
-                f"base_precision {self.base_precision} is for a frozen base: give lora.rank, or set it to no"
-            )
+            raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")

@@ -79,9 +79,13 @@ def dpo(folder, **changes):
     return DiffusionDPOConfig(**(settings | changes))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cpo", "kto"])
-def test_a_run_on_pairs_computes_what_was_forecast(tmp_path, loss):
-    args = dpo(tmp_path, loss=loss, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3)
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "dpo"}, {"loss": "cpo"}, {"loss": "kto"}, {"loss": "sft"}, {"loss": "dpo", "streaming": True}],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_run_on_data_computes_what_was_forecast(tmp_path, changes):
+    args = dpo(tmp_path, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3, **changes)
     assert counted(DiffusionDPOTrainer(args=args)) == expected("diffusion_dpo", args)
 
 

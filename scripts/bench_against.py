@@ -1,0 +1,134 @@
+"""The same work through the code of another trainer's repository, in the same run, for a ratio.
+
+    python scripts/bench_gpu.py --against ~/other --adapter adapter.py:prepare
+
+No repository is known here. What joins one is a function of the user's own, which is told a ``Job`` and returns what
+does one iteration of it:
+
+    # adapter.py
+    def prepare(job):
+        from other.trainer import Trainer            # job.checkout is first on sys.path
+
+        trainer = Trainer(job.pipeline, rank=job.lora_rank, reward=job.reward)
+        return lambda: trainer.step(job.prompts)     # sample, judge, and one optimizer step
+
+The denoiser's calls are counted while it runs, by images: a ratio of times is one of the same work only where the
+counts are those of ours, which ``same_work`` tells.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the other code is to do.
+
+    checkout: folder of its repository. pipeline: of plain diffusers, on its device, with nothing that trains; at
+    published sizes its ``encode_prompt`` returns random embeddings, and it has no text encoders. prompts: those of an
+    iteration, one per group. group_size: images of each. batch: images per pass. resolution: side of the images.
+    num_steps, trained_steps, noise_level: of a sampling; trained_steps are places in it. lora_rank, lora_targets: of
+    the adapter. precision: "bf16" or "no". reward: images (B, 3, H, W) in [0, 1] -> (B,).
+    """
+
+    checkout: Path
+    pipeline: DiffusionPipeline
+    prompts: tuple[str, ...]
+    group_size: int
+    batch: int
+    resolution: int
+    num_steps: int
+    trained_steps: tuple[int, ...]
+    noise_level: float
+    guidance_scale: float
+    lora_rank: int
+    lora_targets: tuple[str, ...]
+    learning_rate: float
+    precision: str
+    reward: Callable[[Tensor], Tensor]
+
+    @property
+    def images(self) -> int:
+        """Of an iteration."""
+        return len(self.prompts) * self.group_size
+
+
+Adapter = Callable[[Job], Callable[[], object]]
+
+
+def load_adapter(spec: str) -> Adapter:
+    """The function that ``file.py:function`` names. ValueError: there is none."""
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"adapter {spec!r}: no file {file!r}; write file.py:function")
+    found = importlib.util.spec_from_file_location("bench_adapter", file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not callable(function := getattr(module, name, None)):
+        raise ValueError(f"adapter {spec!r}: {file} has no function {name!r}; see scripts/bench_against.py")
+    return function
+
+
+class Counter:
+    """Images that pass a denoiser, while they are counted. images: (without gradients, with)."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self.images = [0, 0]
+        denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        latents = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        self.images[torch.is_grad_enabled()] += len(latents)
+
+
+def measure_against(
+    adapter: Adapter, job: Job, ours: Mapping[str, Any], repeats: int, now: Callable[[], float]
+) -> dict[str, Any]:
+    """The figures of the other code beside a row of ours, or why it does not run. now: a clock, in seconds."""
+    sys.path.insert(0, str(job.checkout))
+    try:
+        return _measured(adapter, job, ours, repeats, now)
+    except Exception as error:  # the code of others: what it raises is unknown
+        return {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
+    finally:
+        sys.path.remove(str(job.checkout))
+
+
+def _measured(
+    adapter: Adapter, job: Job, ours: Mapping[str, Any], repeats: int, now: Callable[[], float]
+) -> dict[str, Any]:
+    parts = job.pipeline.components
+    counter = Counter(parts["transformer"] if "transformer" in parts else parts["unet"])
+    iterate = adapter(job)
+    begun = now()
+    iterate()
+    warm_up, seconds = now() - begun, []
+    counter.images = [0, 0]
+    for _ in range(repeats):
+        begun = now()
+        iterate()
+        seconds.append(now() - begun)
+    free, taught = (count / repeats / job.images for count in counter.images)
+    rate, expected = job.images / statistics.median(seconds), ours["evaluations_per_image"]
+    # Old log-probs may be computed anew or kept from the sampling: code differs in that, and may.
+    most = expected["sampling"] + expected["comparing"]
+    return {
+        "images_per_second": rate,
+        "evaluations_per_image": {"without gradients": free, "with gradients": taught},
+        "same_work": taught == expected["training"] and expected["sampling"] <= free <= most,
+        "warm_up_seconds": warm_up,
+        "seconds_over_ours": ours["images_per_second"]["iteration"] / rate,
+    }
