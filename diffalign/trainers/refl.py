@@ -261,6 +261,7 @@ class ReFLTrainer(Trainer):
             torch.tensor([batch.samples[row][0] for row in chosen]),
             self._weight(found, course),
             course.inverted,
+            course.word_weight,
         )
         loss, metrics = self.judge(seen)
         if found.gaps:
