@@ -7,12 +7,15 @@
 The bare cost is that of the denoiser's calls without and with a backward pass, of decoding and judging with a backward
 pass, and of the optimizer, each measured alone at the same shapes and threads. Steps and bare parts alternate, and
 medians are compared, so that a busy machine slows both. Peak memory is that of a fresh process for each saving, the
-others off. Writes ``assets/results/bench_refl.json``.
+others off; of it the step's own is what it adds to the memory in use before it. Writes
+``assets/results/bench_refl.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -38,6 +41,7 @@ OFF = {
     "vae_checkpointing": "false",
     "decode_slice": "0",
 }
+STATUS = Path("/proc/self/status")
 SAVINGS: dict[str, dict[str, str]] = {
     "none": {},
     "gradient_checkpointing": {"gradient_checkpointing": "true"},
@@ -181,14 +185,41 @@ def memory(config: Path, overrides: Sequence[str], savings: Sequence[str]) -> di
 
 
 def one_step(config: Path, overrides: Sequence[str]) -> None:
-    """Takes one step and prints the peak."""
+    """Takes one step and prints the peak of the whole process, and what the step added at most."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(config, overrides, folder)
         trainer.collect(0)
-        before = peak_memory()
+        sampled, before = peak_memory(), forget_peak()
         (micros,) = trainer.updates(0)
         trainer.loop._update(micros)
-        print(json.dumps({"peak_gib": peak_memory(), "step_gib": peak_memory() - before}))
+        peak = peak_since()
+        print(json.dumps({"peak_gib": max(sampled, peak), "step_gib": peak - before}))
+
+
+def forget_peak() -> float:
+    """GiB in use. The peak begins anew; otherwise what loading and sampling needed once would hide the step's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    if not STATUS.is_file():
+        raise SystemExit("the memory of a step is measured on Linux or on a GPU: pass --savings without names")
+    # What was freed goes back to the system first, or the step would take it without a trace.
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    STATUS.with_name("clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_since() -> float:
+    """GiB at most since ``forget_peak``."""
+    return peak_memory() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def resident(field: str) -> float:
+    """GiB of a line of Linux's table about this process; unlike ``getrusage``, it knows nothing of who started it."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) / 2**20
 
 
 def main() -> None:

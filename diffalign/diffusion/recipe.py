@@ -30,15 +30,16 @@ class Recipe:
     gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``Course``.
     copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
-    invert: every other course goes up, with the control words swapped. discount, discount_inverted: weights of a loss
-        at the first and the last step, linear between them.
+    invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
+        last place of the window, linear between them.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.
     guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
         the guidance scale, by which a gradient is otherwise larger.
     reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
         denoising real images; "reference", the squared distance of recorded outputs from the reference's.
-    words, word_weight: control words of SRPO, wanted and unwanted, and its k. gap_floor: LeapAlign's tau, None without
-        its weights. negative: whether a negative prompt is trained, not the denoiser.
+    words: control words of SRPO, wanted and unwanted. word_weight, word_weight_inverted: its k, as ``discount``, for
+        steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative: whether a negative prompt is
+        trained, not the denoiser.
     """
 
     num_steps: int = 10
@@ -51,7 +52,6 @@ class Recipe:
     copies: int = 0
     invert: bool = False
     discount: tuple[float, float] = (1.0, 1.0)
-    discount_inverted: tuple[float, float] = (1.0, 1.0)
     from_images: bool = False
     image_start: float = 0.0
     guidance: str = "full"
@@ -60,7 +60,8 @@ class Recipe:
     regulariser: str = "none"
     regulariser_weight: float = 1.0
     words: tuple[str, str] | None = None
-    word_weight: float = 0.0
+    word_weight: tuple[float, float] = (0.0, 0.0)
+    word_weight_inverted: tuple[float, float] = (0.0, 0.0)
     gap_floor: float | None = None
     negative: bool = False
 
@@ -87,6 +88,7 @@ class Recipe:
             ((self.choice == "random") != (self.sees == "straight_through"), "random steps go with straight_through"),
             (self.invert and not self.words, "inverted steps need control words to swap: give words"),
             (self.invert and self.sees != "recovered", "only what sees recovered can be inverted"),
+            (self.invert and not self.raised, "no step of the window can be inverted: give num_steps or window more"),
             (self.gap_floor is not None and self.sees != "straight_through", "gap_floor goes with straight_through"),
             (self.from_images and self.image_start >= high, "the window lies before image_start: move one of them"),
             (
@@ -111,6 +113,16 @@ class Recipe:
             min(self.num_steps, math.ceil(high * self.num_steps - 1e-9)),
         )
 
+    @property
+    def raised(self) -> range:
+        """The places at which a step up begins: those where one down, within the window, ends with noise left."""
+        return range(max(self.places.start, 1) + 1, min(self.places.stop, self.num_steps - 1) + 1)
+
+    def between(self, ends: tuple[float, float], place: int) -> float:
+        """What lies at ``place`` on the line through ``ends``, those of the window."""
+        low, high = ends
+        return low + (high - low) * (place - self.places.start) / max(len(self.places) - 1, 1)
+
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
@@ -119,7 +131,8 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 # The last 10 of 40 steps.
 LATE = {"window": (0.75, 1.0)}
-RECOVERED = {"sees": "recovered", "copies": 1, "guidance": "off", "reward_loss": "hinge"}
+# Between the 5th and the 25th of 50 steps, as the code of arXiv 2509.06942 has it.
+RECOVERED = {"sees": "recovered", "copies": 1, "window": (0.1, 0.5), "guidance": "off", "reward_loss": "hinge"}
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2304.05977, algorithm 1, where the reward has a weight of 1e-3 beside the loss of images; its code has the
     # reward alone, which is "refl_script".
@@ -147,26 +160,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regulariser": "pretraining",
         "regulariser_weight": 0.01,
     },
-    # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO.
+    # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO; see ``losses.srpo`` for
+    # departures. k is what the code calls a discount; there it runs over the window from little noise to much.
     "direct_align": RECOVERED,
     "srpo": {
         **RECOVERED,
         "invert": True,
         "words": ("Realistic photo.", "CG render."),
-        "discount": (0.1, 0.25),
-        "discount_inverted": (0.3, 0.01),
+        "word_weight": (0.25, 0.1),
+        "word_weight_inverted": (0.01, 0.3),
     },
-    # arXiv 2604.15311: two leaps, and weights by how far they miss.
+    # arXiv 2604.15311: two leaps, and weights by how far they miss; constants as FlowBP's reproduction has them.
     "leapalign": {
         "sees": "straight_through",
         "choice": "random",
         "gradient_steps": 2,
         "through": 0.3,
-        "guidance": "detached",
         "reward_loss": "hinge",
         "gap_floor": 0.1,
     },
-    # arXiv 2412.19637.
+    # arXiv 2412.19637. Its authors published no training code: the window is ReFL's.
     "reneg": {**LATE, "negative": True},
 }
 
@@ -186,7 +199,6 @@ class RecipeConfig:
     copies: int | None = None
     invert: bool | None = None
     discount: tuple[float, float] | None = None
-    discount_inverted: tuple[float, float] | None = None
     from_images: bool | None = None
     image_start: float | None = None
     guidance: str | None = None
@@ -195,7 +207,8 @@ class RecipeConfig:
     regulariser: str | None = None
     regulariser_weight: float | None = None
     words: tuple[str, str] | None = None
-    word_weight: float | None = None
+    word_weight: tuple[float, float] | None = None
+    word_weight_inverted: tuple[float, float] | None = None
     gap_floor: float | None = None
     negative: bool | None = None
 
@@ -240,11 +253,13 @@ def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Co
     found = []
     for number in range(recipe.copies):
         up = recipe.invert and (iteration * recipe.copies + number) % 2 == 1
-        place = integers(max(recipe.places.start, 2), recipe.num_steps) if up else integers(*_ends(recipe.places))
-        low, high = recipe.discount_inverted if up else recipe.discount
-        weight = low + (high - low) * place / (recipe.num_steps - 1)
+        among = recipe.raised if up else recipe.places
+        place = integers(among.start, among.stop)
         move = Move(place, place - 1 if up else place + 1)
-        found.append(Course((move,), recipe.through, renoised=True, recovered=True, weight=weight))
+        high = place - 1 if up else place  # of the two levels the one with more noise
+        weight = recipe.between(recipe.discount, high)
+        k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, high)
+        found.append(Course((move,), recipe.through, renoised=True, recovered=True, weight=weight, word_weight=k))
     return tuple(found)
 
 
@@ -256,10 +271,6 @@ def _leaps(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, 
     ends = [*chosen[1:], recipe.num_steps]
     moves = tuple(Move(start, end) for start, end in zip(chosen, ends, strict=True))
     return (Course(moves, recipe.through, straight=True),)
-
-
-def _ends(places: range) -> tuple[int, int]:
-    return places.start, places.stop
 
 
 DRAWS: dict[str, Callable[[Recipe, int, Integers], tuple[Course, ...]]] = {

@@ -37,7 +37,10 @@ from diffalign.structures import Guidance, Prompt
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number."""
+    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number.
+
+    base_share: of the steps, the first ones, that the base makes for every model (arXiv 2505.22569), in [0, 1).
+    """
 
     model: str
     max_sequence_length: int | None
@@ -49,6 +52,12 @@ class Sampling:
     seed: int
     embedded_guidance: float | None = None
     revision: str | None = None
+    base_share: float = 0.0
+
+    @property
+    def base_steps(self) -> int:
+        """Those of ``base_share``."""
+        return round(self.base_share * self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,7 @@ class Gallery:
                 ode_plan(self.sampling.num_steps),
                 model.levels(self.sampling.num_steps, self.sampling.schedule),
                 Guidance(scale, encoded.empty if scale != 1 else None),
+                self.sampling.base_steps if subject.path else 0,
             )
             for chunk in (missing[i : i + size] for i in range(0, len(missing), size)):
                 progress(self._draw(model, route, encoded, place, chunk))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from diffalign.config import option, to_dict
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
+from diffalign.evaluation.score_report import scores_of, write
 from diffalign.evaluation.sources import Item, read, with_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
@@ -197,7 +197,7 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
             file.flush()
             bar.update(len(batch))
     rows = [done[item.name, item.prompt.text] for item in items]
-    _write(folder, rows, rewards)
+    write(folder, rows, rewards)
     if nothing := [name for name in rewards if not len(scores_of(rows, name))]:
         raise ValueError(f"{', '.join(nothing)} scored none of {len(rows)} pictures; the warnings above say why")
     if config.calibrations:
@@ -223,42 +223,6 @@ def _rows(
     for i, item in enumerate(batch):
         values = {name: None if math.isnan(found[name][i]) else found[name][i] for name in found}
         yield {"image": item.name, "prompt": item.prompt.text, "rewards": values}
-
-
-def scores_of(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
-    """The scores of a reward, float64, without those that are missing."""
-    found = [row.get("rewards", {}).get(name) for row in rows]
-    return torch.tensor([value for value in found if value is not None], dtype=torch.float64)
-
-
-def summary(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per reward: how many pictures have a score, and mean, population deviation, lowest and highest of those."""
-    result = {}
-    for name in names:
-        values = scores_of(rows, name)
-        result[name] = {"count": len(values)}
-        if len(values):
-            figures = (values.mean(), values.std(correction=0), values.min(), values.max())
-            result[name] |= {key: v.item() for key, v in zip(("mean", "std", "min", "max"), figures, strict=True)}
-    return result
-
-
-def _write(folder: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "prompt", *names])
-        for row in rows:
-            writer.writerow([row["image"], row["prompt"], *(row.get("rewards", {}).get(name) for name in names)])
-    figures = summary(rows, names)
-    broken = sum("error" in row for row in rows)
-    content = {"pictures": len(rows), "unreadable": broken, "rewards": figures}
-    (folder / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print("| reward | pictures | mean | std | min | max |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, found in figures.items():
-        cells = [f"{found[key]:.4g}" if key in found else "–" for key in ("mean", "std", "min", "max")]
-        print(f"| {name} | {found['count']} | {' | '.join(cells)} |")
-    if broken:
-        print(f"{broken} of {len(rows)} pictures cannot be read; scores.jsonl says why")
 
 
 def serve(config: ScoreConfig) -> None:

@@ -39,6 +39,7 @@ class EvaluationConfig:
     schedule: str | None = option(None, "pipeline or uniform")
     guidance_scale: float | None = option(None, "the same for every model")
     embedded_guidance: float | None = option(None, "guidance that a distilled model (FLUX.1-dev) is told")
+    base_share: float | None = option(None, "of the steps, the first ones, made by the base: ImageReFL")
     images_per_prompt: int | None = option(
         None, "default: 2 for figures, which then hold diversity, 1 for a comparison"
     )
@@ -73,6 +74,7 @@ class EvaluationConfig:
             self.seed,
             self.embedded_guidance,
             self.revision,
+            self.base_share,
         )
 
 
@@ -88,7 +90,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
 
     output_dir, images_per_prompt: the defaults of the command.
 
-    ValueError: no base model or prompts, an empty list of rewards, a number below 1.
+    ValueError: no base model or prompts, an empty list of rewards, a number below 1, a share outside [0, 1).
     """
     run = next(filter(None, (_run_of(subject.path) for subject in config.subjects())), {})
     known = {
@@ -99,10 +101,11 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         "prompts": run.get("eval_prompts") and Path(run["eval_prompts"]),
         "rewards": tuple(run.get("eval_rewards") or run.get("rewards") or ()),
         "reward_options": from_dict(_Rewards, {"rewards": run.get("rewards") or {}}).rewards,
-        "num_steps": run.get("eval_num_steps") or run.get("plan", {}).get("num_steps", 28),
+        "num_steps": run.get("eval_num_steps") or run.get("plan", run.get("recipe", {})).get("num_steps", 28),
         "schedule": run.get("schedule", "pipeline"),
         "guidance_scale": run.get("guidance_scale", 1.0),
         "embedded_guidance": run.get("embedded_guidance"),
+        "base_share": run.get("base_share", 0.0),
         "output_dir": output_dir,
         "images_per_prompt": images_per_prompt,
         "batch_size": run.get("rollout_batch_size", 16),
@@ -114,6 +117,8 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     for name in ("num_steps", "images_per_prompt", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not 0 <= config.base_share < 1:
+        raise ValueError(f"base_share lies in [0, 1), got {config.base_share}: 0.25 leaves a quarter to the base")
     return config
 
 

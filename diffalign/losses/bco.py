@@ -32,13 +32,14 @@ class RewardShift:
     def __init__(self, decay: float = 0.99) -> None:
         self.sides = {"liked": RunningMean(decay), "disliked": RunningMean(decay)}
 
-    def update(self, rewards: Tensor, liked: Tensor) -> Tensor:
+    def update(self, rewards: Tensor, liked: Tensor, counted: Tensor | None = None) -> Tensor:
         """Takes in rewards beta gain (N,) of all processes with their labels (N,), bool; returns delta, ().
 
+        counted: (N,), 1 or 0 for a sample that is left out; default: all count.
         A side that has no sample keeps its mean; one that never had any has the mean 0, which is where rewards start.
         """
         for side, chosen in zip(self.sides.values(), (liked, ~liked), strict=True):
-            count = chosen.to(rewards)
+            count = chosen.to(rewards) if counted is None else chosen * counted
             side.update((rewards.detach() * count).sum() / count.sum())
         return self.value
 

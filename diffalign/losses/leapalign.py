@@ -1,4 +1,8 @@
-"""LeapAlign (arXiv 2604.15311): samples count by how far two leaps over their sampling miss it."""
+"""LeapAlign (arXiv 2604.15311): samples count by how far two leaps over their sampling miss it.
+
+Read beside the reproduction that FlowBP published: distances are means of absolute differences, each is bounded by
+tau = 0.1 before they are added, and alpha = 0.3 of the gradient passes through the second call's input.
+"""
 
 from __future__ import annotations
 

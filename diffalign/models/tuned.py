@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffalign.models.base import DiffusionModel
 from diffalign.models.lora import WEIGHTS_NAME
+from diffalign.models.weights import REFERENCE, WeightSets
 
 ADAPTER = "compared"
 
@@ -35,6 +36,8 @@ def weights_file(model: DiffusionModel, path: Path) -> Path:
 def tuned(model: DiffusionModel, path: Path | None, scale: float = 1.0) -> Iterator[None]:
     """Within this context ``model`` draws with the weights of ``path``, loaded as plain diffusers loads them.
 
+    Of tuned weights, ``model.using("reference")`` is the base's denoiser.
+
     path: as for ``weights_file``; None is the base model. scale: of the LoRA's update; 0 gives the base.
     ValueError: full weights at another scale than 1.
     """
@@ -52,7 +55,8 @@ def _lora(model: DiffusionModel, file: Path, scale: float) -> Iterator[None]:
     pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
     pipeline.set_adapters(ADAPTER, scale)
     try:
-        yield
+        with _sets(model, WeightSets(model.raw_denoiser, has_adapter=True)):
+            yield
     finally:
         pipeline.unload_lora_weights()
 
@@ -63,8 +67,24 @@ def _full(model: DiffusionModel, folder: Path, scale: float) -> Iterator[None]:
         raise ValueError(f"{folder} holds full weights, which have no scale: leave out @{scale:g}")
     original = model.raw_denoiser
     other = type(original).from_pretrained(folder, torch_dtype=model.dtype).to(model.device)
+    sets = WeightSets(other.requires_grad_(True), has_adapter=False)
+    sets.add(REFERENCE, [parameter.data for parameter in original.parameters()])
     model.set_denoiser(other.requires_grad_(False).eval())
+    try:
+        with _sets(model, sets):
+            yield
+    finally:
+        model.set_denoiser(original)
+
+
+@contextmanager
+def _sets(model: DiffusionModel, sets: WeightSets) -> Iterator[None]:
+    before = vars(model).get("weights")
+    model.weights = sets
     try:
         yield
     finally:
-        model.set_denoiser(original)
+        if before is None:
+            del model.weights
+        else:
+            model.weights = before

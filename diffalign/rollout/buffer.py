@@ -8,7 +8,7 @@ so the bytes that an iteration needs are known before it starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from diffalign.diffusion.plan import Plan
 from diffalign.rewards.preprocess import to_bytes
 from diffalign.structures import Prompt
 
+NODES = "nodes.safetensors"
 COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
 
 
@@ -155,26 +156,38 @@ class RolloutBuffer:
         """Gives every node of a sample the advantage (B,) of its leaf: the rule of Flow-GRPO."""
         self.advantage = advantages.to(self.advantage).repeat_interleave(self.nodes_per_sample)
 
-    def save(self, directory: Path, images: Tensor, *, model: str, seed: int) -> None:
+    def save(
+        self,
+        directory: Path,
+        images: Tensor,
+        *,
+        model: str,
+        seed: int,
+        share: int = 0,
+        gather: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
+    ) -> None:
         """Writes the buffer as a preference data set.
 
         ``nodes.safetensors`` holds the columns; ``images/`` and ``metadata.jsonl`` (file_name, prompt, group, sample,
         rewards, metadata, model, seed) are what ``datasets.load_dataset("imagefolder", ...)`` reads.
 
-        images: (B, 3, H, W), [0, 1].
+        images: (B, 3, H, W), [0, 1]. share: which part of a buffer this is, where several processes have one each:
+        parts but the first have ``nodes-SHARE.safetensors``, and the first writes what is of all. gather: from the
+        lines of this part to those of all parts, in their order; called once by each.
         """
         (directory / "images").mkdir(parents=True, exist_ok=True)
         columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
         columns |= {f"reward/{name}": values for name, values in self.rewards.items()}
         columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
-        save_file(columns, directory / "nodes.safetensors")
-        (directory / "prompts.json").write_text(
-            json.dumps([{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts])
-        )
+        save_file(columns, directory / (f"nodes-{share:05d}.safetensors" if share else NODES))
         lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
         for line, image in zip(lines, images, strict=True):
             to_pil_image(to_bytes(image).cpu()).save(directory / line["file_name"])
-        (directory / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        everyone = gather(lines)
+        if share == 0:
+            prompts = [{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts]
+            (directory / "prompts.json").write_text(json.dumps(prompts))
+            (directory / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in everyone))
 
     def _describe(self, row: int, model: str, seed: int) -> dict:
         group, sample = int(self.group[row]), int(self.sample[row])
@@ -193,8 +206,13 @@ class RolloutBuffer:
 
     @classmethod
     def load(cls, directory: Path) -> RolloutBuffer:
-        """Reads what ``save`` wrote. FileNotFoundError where a file of it is missing."""
-        columns = load_file(directory / "nodes.safetensors")
+        """Reads what ``save`` wrote, all parts as one. FileNotFoundError where a file of it is missing."""
+        parts = [load_file(file) for file in (directory / NODES, *sorted(directory.glob("nodes-*.safetensors")))]
+        begin = 0
+        for part in parts:
+            part["parent"] = torch.where(part["parent"] < 0, -1, part["parent"] + begin)
+            begin += len(part["parent"])
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         prompts = [Prompt(**entry) for entry in json.loads((directory / "prompts.json").read_text())]
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
         return cls(

@@ -40,7 +40,7 @@ from diffalign.trainers.examples import Framer
 from diffalign.trainers.inputs import check_groups, evaluation_rewards, reward_table
 from diffalign.trainers.rollouts import Collector
 from diffalign.trainers.self_play import SelfPlaySource
-from diffalign.trainers.singles import CONTEXT, SingleObjective
+from diffalign.trainers.singles import SingleObjective
 from diffalign.trainers.sources import (
     Data,
     DataSource,
@@ -137,9 +137,6 @@ class DiffusionDPOTrainer(Trainer):
             check_groups(self.rewards, args.num_groups, processes)
             if args.num_groups % processes:
                 raise ValueError(f"pairs need whole groups: make num_groups a multiple of the {processes} processes")
-            if processes > 1 and args.loss in CONTEXT:
-                # It asks all processes in every pass, and those with more pairs would wait for ever.
-                raise ValueError(f"{args.loss!r} on a model's own images runs in one process: use it, or another loss")
         elif args.num_pairs % processes:
             raise ValueError(f"num_pairs {args.num_pairs} does not divide by {processes} processes")
 
@@ -188,7 +185,10 @@ class DiffusionDPOTrainer(Trainer):
         sides, level = self.denoise(rows, self.loop.step)
         weight = self.examples.weight[rows].to(self.model.device)
         label = self.examples.label[rows].to(self.model.device)
-        loss, metrics = (self._paired if self.kind.paired else self._single)(sides, label, level)
+        if self.kind.paired:
+            loss, metrics = self._paired(sides, label, level)
+        else:
+            loss, metrics = self._single(sides, label, weight)
         return (weight * loss).mean() * scale, metrics
 
     def _paired(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,9 +202,9 @@ class DiffusionDPOTrainer(Trainer):
             metrics |= {"margin_size": margin_size(pair), "beta": self.auto_beta.beta}
         return loss, metrics
 
-    def _single(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
+    def _single(self, sides: Sequence[Denoised], label: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         (image,), liked = sides, label > 0.5
-        return self.single(image, liked, self.beta), single_metrics(image, liked)
+        return self.single(image, liked, self.beta, weight), single_metrics(image, liked)
 
     @property
     def beta(self) -> float | Tensor | None:

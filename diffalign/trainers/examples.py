@@ -24,8 +24,8 @@ class Examples:
 
     latents: (P, K, C, h, w). label: (P,), the probability that the first image is the preferred one; of single images
     1 for liked, 0 for disliked. texts: P prompts. sizes: per example and image, where the images are framed data.
-    number: per example, what tells it from the others of its optimizer step, on all processes. weight: (P,), 1, or 0
-    for an example that only keeps a process company.
+    number: per example, what tells it from the others of its optimizer step, on all processes. weight: (P,), 1 on
+    average over all processes, 0 for an example that only keeps a process company.
     """
 
     latents: Tensor

@@ -22,7 +22,7 @@ from diffalign.structures import Prompt
 class Seen:
     """What the rewards are to judge. latents: (B, C, h, w). group: (B,), the prompt's. weight: (B,), of each loss.
 
-    inverted: control words are swapped.
+    inverted: control words are swapped. word_weight: SRPO's k.
     """
 
     latents: Tensor
@@ -30,6 +30,7 @@ class Seen:
     group: Tensor
     weight: Tensor
     inverted: bool = False
+    word_weight: float = 0.0
 
 
 class Judge:
@@ -58,7 +59,7 @@ class Judge:
         heard: list[dict[str, Tensor]] = []
 
         def loss(latents: Tensor, rows: slice) -> Tensor:
-            losses, rewards = self._losses(latents, seen.prompts[rows], seen.group[rows], seen.inverted)
+            losses, rewards = self._losses(latents, seen, rows)
             heard.append(rewards)
             return (seen.weight[rows] * losses).sum() / count
 
@@ -68,30 +69,28 @@ class Judge:
         weighted = torch.stack([self.weights[name] * value for name, value in means.items()]).sum()
         return total, {**{f"reward/{name}": value for name, value in means.items()}, "reward/mean": weighted}
 
-    def _losses(
-        self, latents: Tensor, prompts: Sequence[Prompt], group: Tensor, inverted: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the rewards' losses, (b,), and each reward, (b,), a constant."""
+    def _losses(self, latents: Tensor, seen: Seen, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant."""
         dtype = self.decode_dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
             images = self.model.decode(latents)
         losses, rewards = latents.new_zeros(len(latents)), {}
         for name, reward in self.rewards.items():
-            value = self._reward(reward, images, prompts, inverted)
+            value = self._reward(reward, images, seen, seen.prompts[rows])
             options: dict[str, Any] = {"threshold": self.thresholds[name]} if self.loss.threshold else {}
-            options |= {"groups": group.to(value.device)} if self.loss.groups else {}
+            options |= {"groups": seen.group[rows].to(value.device)} if self.loss.groups else {}
             losses = losses + self.weights[name] * self.loss.function(value, **options)
             rewards[name] = value.detach()
         return losses, rewards
 
-    def _reward(self, reward: Reward, images: Tensor, prompts: Sequence[Prompt], inverted: bool) -> Tensor:
+    def _reward(self, reward: Reward, images: Tensor, seen: Seen, prompts: Sequence[Prompt]) -> Tensor:
         """What a reward says, relative to control words where the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
         if self.recipe.words is None:
             return ask(reward, images, texts, metadata)[0]
-        words = self.recipe.words[::-1] if inverted else self.recipe.words
+        words = self.recipe.words[::-1] if seen.inverted else self.recipe.words
         wanted, unwanted = (ask(reward, images, [f"{w} {text}" for text in texts], metadata)[0] for w in words)
-        return relative_reward(wanted, unwanted, self.recipe.word_weight)
+        return relative_reward(wanted, unwanted, seen.word_weight)
 
 
 def thresholds(recipe: Recipe, rewards: Mapping[str, Reward], given: Mapping[str, float]) -> dict[str, float]:

@@ -17,23 +17,19 @@ import torch
 from torch import Tensor
 
 from diffalign.data.settings import PreferenceSettings
-from diffalign.diffusion.parameterization import add_noise, target
-from diffalign.diffusion.unroll import Course, Denoiser, Unrolled, unroll
-from diffalign.losses.leapalign import gap_weights
-from diffalign.losses.refl import squared_distance
 from diffalign.models import DiffusionModel
-from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
-from diffalign.structures import Conditioning, Guidance, Level, Prompt
+from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
 from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
-from diffalign.trainers.judging import Judge, Seen, thresholds
+from diffalign.trainers.judging import Judge, thresholds
 from diffalign.trainers.refl_config import ReFLConfig
+from diffalign.trainers.reward_gradient import RewardGradient
 from diffalign.trainers.speed import set_speed
 from diffalign.trainers.starts import (
     Batch,
@@ -94,11 +90,12 @@ class ReFLTrainer(Trainer):
         if args.vae_checkpointing:
             self.model.pipeline.vae.enable_gradient_checkpointing()
         size, dtype = args.decode_slice, args.decode_dtype
-        self.judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
+        judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
         self.updates_per_iteration = 1
         self.levels = self.model.levels(self.recipe.num_steps, args.schedule)
         self.pictures = self._pictures(args.data)
         self.starts = self._starts(prompts)
+        self.gradient = RewardGradient(self, judge)
         self.data_digest = digest([prompt.text for prompt in prompts or ()])
         self.watch = Watch(self, self.rewards, list(held_out))
 
@@ -152,11 +149,6 @@ class ReFLTrainer(Trainer):
         if self.recipe.guidance == "off":
             return None
         return dataclasses.replace(self.guidance, detached=self.recipe.guidance == "detached")
-
-    def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        """The model as ``unroll`` calls it."""
-        plain, taught = self.guidance, self.taught_guidance
-        return lambda x, level, gradient: self.model.predict(x, level, conditioning, taught if gradient else plain)
 
     # Sampling -------------------------------------------------------------------------------------------------------
 
@@ -221,92 +213,12 @@ class ReFLTrainer(Trainer):
 
     def _micro(self, batch: Batch, rows: Tensor, course: int, total: int) -> Micro:
         scale = len(rows) / (total * len(batch.courses))
-        return lambda: self._loss(batch, rows, course, scale)
 
-    def _loss(self, batch: Batch, rows: Tensor, number: int, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of some samples on one course, and metrics."""
-        course = batch.courses[number]
-        found = self.unrolled(batch, rows, number)
-        loss, metrics = self._judged(found, batch, rows, course)
-        if self.recipe.regulariser != "none":
-            kept = self._kept(found, batch, rows)
-            metrics["regulariser"] = kept.detach()
-            loss = loss + self.recipe.regulariser_weight * kept
-        return loss * scale, metrics
+        def micro() -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics = self.gradient(batch, rows, course)
+            return loss * scale, metrics
 
-    def unrolled(self, batch: Batch, rows: Tensor, number: int) -> Unrolled:
-        """Some samples on course ``number`` of their batch."""
-        course, steps = batch.courses[number], self.recipe.num_steps
-        start = batch.state(rows, steps if course.renoised else course.start)
-        noise = self._known_noise(batch, rows, number).to(start) if course.renoised else None
-        return unroll(
-            self.denoiser(batch.conditioning[rows]),
-            course,
-            self.levels,
-            start,
-            parameterization=self.model.parameterization,
-            noise=noise,
-            truth={place: batch.state(rows, place) for place in course.states} if course.straight else None,
-            checkpointed=self.args.step_checkpointing,
-        )
-
-    def _known_noise(self, batch: Batch, rows: Tensor, number: int) -> Tensor:
-        addresses = [(self.iteration, *batch.samples[row], number) for row in rows.tolist()]
-        return self.noise.normal_batch(self.model.latent_shape(), "refl/known", addresses)
-
-    # Losses ---------------------------------------------------------------------------------------------------------
-
-    def _judged(self, found: Unrolled, batch: Batch, rows: Tensor, course: Course) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of the rewards, and their means."""
-        chosen = rows.tolist()
-        seen = Seen(
-            found.x,
-            [batch.prompts[row] for row in chosen],
-            torch.tensor([batch.samples[row][0] for row in chosen]),
-            self._weight(found, course),
-            course.inverted,
-        )
-        loss, metrics = self.judge(seen)
-        if found.gaps:
-            metrics["gap"] = torch.stack(found.gaps).mean()
-        return loss, metrics
-
-    def _weight(self, found: Unrolled, course: Course) -> Tensor:
-        """What each sample counts, (b,), a constant."""
-        scale = self.args.guidance_scale if self.recipe.compensate else 1.0
-        weight = found.x.new_full((len(found.x),), course.weight / scale)
-        floor = self.recipe.gap_floor
-        return weight if floor is None else weight * gap_weights(found.gaps, floor)
-
-    def _kept(self, found: Unrolled, batch: Batch, rows: Tensor) -> Tensor:
-        """The regulariser, a mean over samples."""
-        if self.recipe.regulariser == "pretraining":
-            return self._pretraining(batch, rows).mean()
-        with torch.no_grad(), self.model.using(REFERENCE):
-            reference = self.denoiser(batch.conditioning[rows])
-            outputs = [reference(call.x, call.level, True) for call in found.calls]
-        return torch.stack(
-            [squared_distance(call.output, other).mean() for call, other in zip(found.calls, outputs, strict=True)]
-        ).mean()
-
-    def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The error of denoising real images, one for each group and at a level for each sample: (b,)."""
-        assert self.pictures is not None
-        model = self.model
-        samples = [batch.samples[row] for row in rows.tolist()]
-        latents, prompts, sizes = self.pictures(self.iteration, [group for group, _ in samples])
-        addresses = [(self.iteration, *sample) for sample in samples]
-        drawn = [self.noise.generator("refl/time", *address).random() for address in addresses]
-        level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
-        noise = self.noise.normal_batch(latents.shape[1:], "refl/image", addresses).to(model.device)
-        latents = latents.to(model.device)
-        told = [
-            torch.tensor([getattr(size, name) for size in sizes])
-            for name in ("original_size", "crop_top_left", "target_size")
-        ]
-        conditioning = model.with_sizes(self.encoded([prompt.text for prompt in prompts]), *told)
-        output = model.predict(add_noise(latents, noise, level), level, conditioning)
-        return squared_distance(output, target(model.parameterization, latents, noise, level))
+        return micro
 
     # Watching it ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +252,7 @@ class ReFLTrainer(Trainer):
     @torch.no_grad()
     def _output(self) -> Tensor:
         batch, rows = self.tracked, torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
-        return self.unrolled(batch, rows, 0).calls[0].output
+        return self.gradient.unrolled(batch, rows, 0).calls[0].output
 
     def before_first_update(self) -> None:
         """What the denoiser says while its weights have not moved."""

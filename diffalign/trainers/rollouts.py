@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign.config import option
@@ -128,8 +130,8 @@ class Collector:
         own = book.scores(group)
         metrics = self._advantages(buffer, {name: own[name] for name in self.rewards}, group)
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
-        if args.save_rollouts and trainer.accelerator.is_main_process:
-            buffer.save(args.output_dir / "rollouts", torch.cat(book.images), model=args.model, seed=args.seed)
+        if args.save_rollouts:
+            self._save(buffer, torch.cat(book.images))
         if metrics["unscored"] > args.max_unscored:
             raise ValueError(
                 f"rewards failed on {metrics['unscored']:.0%} of the images, more than max_unscored "
@@ -137,6 +139,17 @@ class Collector:
             )
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
+
+    def _save(self, buffer: RolloutBuffer, images: Tensor) -> None:
+        """Writes the shares of all processes as one buffer, in place of the last iteration's."""
+        args, accelerator = self.args, self.trainer.accelerator
+        folder, share, several = args.output_dir / "rollouts", accelerator.process_index, accelerator.num_processes > 1
+        if share == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # so that no part of another number of processes stays
+        accelerator.wait_for_everyone()
+        buffer.save(
+            folder, images, model=args.model, seed=args.seed, share=share, gather=gather_object if several else list
+        )
 
     def _empty(self, iteration: int, means: bool) -> Rollout:
         """The rollout of an iteration before anything is drawn."""

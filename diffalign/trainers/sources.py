@@ -145,7 +145,11 @@ class RolloutSource:
         return examples, {**rollout.metrics, "pairs": float(pairs)}
 
     def examples(self, rollout: Rollout) -> tuple[Examples, int]:
-        """Those of a rollout, and how many pairs. Where there are none, one of weight 0 keeps others company."""
+        """Those of a rollout, and how many pairs all processes found.
+
+        Processes find more pairs or fewer. Each gets as many examples as the others, some again with weight 0, so that
+        all make the same passes; and weights such that the mean over processes is that over the pairs of all of them.
+        """
         self.rollout = rollout
         buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
         leaves = buffer.leaves
@@ -153,6 +157,9 @@ class RolloutSource:
         scores = sum(weight * buffer.rewards[name][leaves] for name, weight in weights.items()).tolist()
         pairs = pick_pairs(groups, scores, self.pairing)
         rows, labels = self._examples(pairs or [(0, 0)], scores)
+        weight, everyone = self._weight(len(rows) if pairs else 0, len(pairs))
+        chosen = [place % len(rows) for place in range(len(weight))]
+        rows, labels = [rows[place] for place in chosen], [labels[place] for place in chosen]
         # A sample's place among all of the iteration's tells it from the others; so does a pair of places.
         first = groups[0] * self.collector.args.group_size
         total = self.collector.args.num_groups * self.collector.args.group_size
@@ -162,9 +169,19 @@ class RolloutSource:
             torch.tensor(labels),
             [buffer.prompts[groups[row[0]]].text for row in rows],
             numbers,
-            torch.full((len(rows),), float(bool(pairs))),
+            weight,
         )
-        return examples, len(pairs)
+        return examples, everyone
+
+    def _weight(self, own: int, pairs: int) -> tuple[Tensor, int]:
+        """That of each example, as many as the process with the most has, at least one; and the pairs of all.
+
+        own, pairs: how many examples and pairs this process has.
+        """
+        accelerator = self.collector.trainer.accelerator
+        counts, everyone = accelerator.gather(torch.tensor([[own, pairs]], device=accelerator.device)).T
+        most, total = max(int(counts.max()), 1), max(int(counts.sum()), 1)
+        return (torch.arange(most) < own) * (most * len(counts) / total), int(everyone.sum())
 
     def _examples(
         self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]

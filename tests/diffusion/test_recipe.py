@@ -74,17 +74,27 @@ def test_imagerefl_begins_at_its_images():
 
 
 def test_direct_align_begins_anywhere_and_srpo_turns_every_other_time():
-    _, found = drawn(preset="direct_align", num_steps=8)
+    _, found = drawn(preset="direct_align", num_steps=8, window=(0.0, 1.0))
     assert starts(found) == set(range(8))
-    recipe, found = drawn(preset="srpo", num_steps=8)
+    _, found = drawn(preset="srpo", num_steps=8, window=(0.0, 1.0), discount=(0.5, 2.25))
     assert [courses[0].inverted for courses in found[:4]] == [False, True, False, True]
     for (course,) in found:
         (move,) = course.moves
         assert course.recovered
         assert move.end == move.start + (-1 if course.inverted else 1)
         assert move.end >= 1
-        low, high = recipe.discount_inverted if course.inverted else recipe.discount
-        assert course.weight == pytest.approx(low + (high - low) * move.start / 7)
+        assert course.weight == pytest.approx(0.5 + 0.25 * min(move.start, move.end))
+
+
+def test_srpo_steps_within_the_published_window_and_k_runs_over_it():
+    _, found = drawn(preset="srpo", num_steps=50)
+    down = {c.start: c.word_weight for (c,) in found if not c.inverted}
+    up = {c.start: c.word_weight for (c,) in found if c.inverted}
+    assert set(down) == set(range(5, 25))
+    assert set(up) == set(range(6, 26))  # the same pairs of levels, the other way
+    assert (down[5], down[24]) == pytest.approx((0.25, 0.1))
+    assert (up[6], up[25]) == pytest.approx((0.01, 0.3))
+    assert all(course.weight == 1 for (course,) in found)
 
 
 def test_leapalign_leaps_twice_to_the_end():
@@ -131,6 +141,7 @@ def test_every_cell_of_a_preset_can_be_overridden():
         ({"preset": "direct_align", "invert": True}, "need control words"),
         ({"gap_floor": 0.1}, "gap_floor goes with straight_through"),
         ({"preset": "imagerefl", "window": (0.2, 0.5)}, "window lies before image_start"),
+        ({"preset": "srpo", "num_steps": 2}, "no step of the window can be inverted"),
         ({"preset": "direct_align", "copies": 0}, "recovered needs at least one"),
         ({"preset": "direct_align", "from_images": True}, "images are noised to image_start"),
     ],

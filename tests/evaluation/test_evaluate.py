@@ -1,5 +1,6 @@
 """The two commands, as a user calls them, on a run of two steps."""
 
+import copy
 import json
 import re
 
@@ -13,7 +14,8 @@ from diffalign.evaluation import gallery
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.gallery import Gallery, Sampling
 from diffalign.evaluation.page import write_page
-from diffalign.evaluation.subjects import BASE
+from diffalign.evaluation.settings import EvaluationConfig, resolve
+from diffalign.evaluation.subjects import BASE, Subject
 from diffalign.rewards import get_reward
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
@@ -127,6 +129,40 @@ def test_processes_share_the_prompts(frozen, tmp_path, train_prompts):
     assert torch.equal(one.prompt, two.prompt)
     assert torch.equal(one.scores["shapes"], two.scores["shapes"])
     assert torch.allclose(one.images(), two.images(), atol=1 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_base_makes_the_first_steps_of_what_is_tuned(frozen, run_folder, tmp_path, train_prompts, kind):
+    if kind == "full":
+        other = copy.deepcopy(frozen.raw_denoiser)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter *= 1.1
+        other.save_pretrained(tmp_path / "weights" / frozen.denoiser_name)
+    subject = Subject("tuned", run_folder if kind == "lora" else tmp_path / "weights")
+
+    def drawn(subject, share):
+        sampling = Sampling(str(PIPELINE), 16, None, 2, "pipeline", 1.0, 1, 0, base_share=share)
+        found = Gallery(tmp_path / f"{share}", sampling, train_prompts[:2], {"shapes": get_reward("shapes")})
+        found.draw(frozen, subject, 2, lambda n: None)
+        return found.load(subject).images()
+
+    base, none, half, every = drawn(BASE, 0.9), *(drawn(subject, share) for share in (0.0, 0.5, 0.9))
+    assert torch.equal(every, base)  # 0.9 of two steps are both
+    assert not torch.equal(half, base)
+    assert not torch.equal(half, none)
+    assert not hasattr(frozen, "weights")
+
+
+def test_the_share_of_the_base_and_the_steps_come_from_the_run(tmp_path):
+    run = "model: m\neval_prompts: p.jsonl\nrewards: {shapes: 1.0}\nbase_share: 0.25\nrecipe: {num_steps: 8}\n"
+    (tmp_path / "config.yaml").write_text(run)
+    sampling = resolve(EvaluationConfig(models=(str(tmp_path),)), tmp_path, 1).sampling()
+    assert (sampling.num_steps, sampling.base_share, sampling.base_steps) == (8, 0.25, 2)
+    own = EvaluationConfig(models=(str(tmp_path),), base_share=0.0)
+    assert resolve(own, tmp_path, 1).sampling().base_steps == 0
+    with pytest.raises(ValueError, match="base_share lies in"):
+        resolve(EvaluationConfig(models=(str(tmp_path),), base_share=1.0), tmp_path, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ def test_the_shift_lies_halfway_between_the_means_of_both_sides():
     assert float(value) == pytest.approx(((0.18 + 0.4) / 0.19 - 4) / 2, rel=1e-6)
 
 
+def test_a_sample_that_is_left_out_moves_no_mean():
+    counted, shift = torch.tensor([1.0, 1.0, 0.0, 1.0]), RewardShift(0.9)
+    assert shift.update(torch.tensor([1.0, -4.0, 90.0, 3.0]), LIKED, counted) == (2 - 4) / 2
+    assert shift.update(torch.tensor([9.0, 9.0, 9.0, 9.0]), LIKED, torch.zeros(4)) == (2 - 4) / 2
+
+
 def test_a_side_never_seen_has_the_mean_zero():
     assert RewardShift().update(torch.tensor([3.0, 5.0]), torch.tensor([True, True])) == 2
 

@@ -1,11 +1,14 @@
 """The buffer's bookkeeping and its disk form."""
 
+import dataclasses
+import json
+
 import datasets
 import pytest
 import torch
 
 from diffalign.diffusion.plan import Plan, PlanConfig, Row, make_plan
-from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, stored_steps
+from diffalign.rollout.buffer import COLUMNS, RolloutBuffer, bytes_needed, stored_steps
 from diffalign.structures import Prompt
 
 SDE, ODE = Row("flow_sde", 0.7, True), Row("ode", 0.0, False)
@@ -99,3 +102,32 @@ def test_the_disk_form_comes_back_and_reads_as_a_data_set(tmp_path):
     assert row["prompt"] == "two squares"
     assert row["rewards"]["shapes"] == 1.0
     assert (row["model"], row["seed"], row["image"].size) == ("assets/shapes-sd3", 7, (8, 8))
+
+
+def test_parts_of_two_processes_load_as_one_buffer(tmp_path):
+    whole = filled(Plan((SDE, ODE)), means=True)
+    whole.set_rewards({"shapes": torch.tensor([0.25, 0.5, 0.75, 1.0])})
+    whole.mean.normal_(generator=torch.Generator().manual_seed(1))
+    half, lines, saved = len(whole.step) // 2, [], {"model": "m", "seed": 7}
+    for share in (1, 0):
+        rows = slice(share * half, (share + 1) * half)
+        part = dataclasses.replace(
+            whole,
+            **{column: getattr(whole, column)[rows] for column in COLUMNS},
+            mean=whole.mean.chunk(2)[share],
+            rewards={"shapes": whole.rewards["shapes"][rows]},
+        )
+        part.parent = torch.where(part.parent < 0, -1, part.parent - rows.start)
+
+        def gather(own):
+            lines[:0] = own
+            return lines
+
+        part.save(tmp_path, torch.rand(2, 3, 8, 8), share=share, gather=gather, **saved)
+    again = RolloutBuffer.load(tmp_path)
+    for name in (*COLUMNS, "mean"):
+        assert torch.equal(getattr(again, name).nan_to_num(9), getattr(whole, name).nan_to_num(9)), name
+    assert torch.equal(again.rewards["shapes"][again.leaves], torch.tensor([0.25, 0.5, 0.75, 1.0]))
+    listed = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [(line["group"], line["sample"]) for line in listed] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all((tmp_path / line["file_name"]).is_file() for line in listed)

@@ -25,7 +25,10 @@ def config(folder, preset="refl_script", recipe=None, **changes) -> ReFLConfig:
     """One that trains in seconds; keyword arguments override it, those of the recipe in a dict of their own."""
     given = {"num_steps": 4, **(recipe or {})}
     # Four steps hold no five, and a reward that reads no text is none relative to words.
-    own = {"draft_k": {"gradient_steps": 2}, "srpo": {"word_weight": 0.5}}.get(preset, {})
+    own = {
+        "draft_k": {"gradient_steps": 2},
+        "srpo": {"word_weight": (0.5, 0.5), "word_weight_inverted": (0.5, 0.5), "window": (0.0, 1.0)},
+    }.get(preset, {})
     resolved = RecipeConfig(preset=preset, **{**own, **given})
     found = resolved.resolve()
     settings = {

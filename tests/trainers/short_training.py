@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
         guidance_scale=2.0,
         kl_beta=0.01,
         advantage_std="global",
+        save_rollouts=True,
     )
     trainer = FlowGRPOTrainer(args=args, reward_funcs=brightness)
     parameters = trainer.loop.parameters

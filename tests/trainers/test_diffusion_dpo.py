@@ -210,12 +210,6 @@ def test_settings_that_cannot_train_are_refused(dpo, setting, message):
         DiffusionDPOTrainer(args=dpo(**setting))
 
 
-def test_a_loss_that_asks_all_processes_is_refused_where_they_find_different_pairs(dpo, train_prompts):
-    trainer = DiffusionDPOTrainer(args=online(dpo, loss="kto", beta=None), train_dataset=train_prompts)
-    with pytest.raises(ValueError, match="'kto' on a model's own images runs in one process"):
-        trainer.check_batches(2)
-
-
 def test_an_evaluation_needs_a_judge(dpo, train_prompts):
     with pytest.raises(ValueError, match="eval_rewards is missing"):
         DiffusionDPOTrainer(args=dpo(), eval_dataset=train_prompts)

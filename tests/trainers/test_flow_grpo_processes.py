@@ -1,5 +1,6 @@
 """The same training in one process and in two, started by both launchers."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import ROOT
 
@@ -71,6 +73,19 @@ def test_two_processes_do_what_one_does(alone, tmp_path, launcher):
         for name in ("reward/mean", "reward/std", "flat_groups", "kl"):
             if name in single:
                 assert double[name] == pytest.approx(single[name], rel=1e-4, abs=1e-7), name
+    same_rollouts(alone / "run/rollouts", folder / "run/rollouts")
+
+
+def same_rollouts(alone, both):
+    """What two processes wrote loads as the one buffer that one process wrote."""
+    one, two = RolloutBuffer.load(alone), RolloutBuffer.load(both)
+    for column in ("group", "sample", "parent", "step", "trained"):
+        assert torch.equal(getattr(one, column), getattr(two, column)), column
+    assert (one.x - two.x).norm() < 1e-3 * one.x.norm()
+    assert one.prompts == two.prompts
+    listed = [[json.loads(line) for line in (f / "metadata.jsonl").read_text().splitlines()] for f in (alone, both)]
+    assert [line["file_name"] for line in listed[0]] == [line["file_name"] for line in listed[1]]
+    assert all((both / line["file_name"]).is_file() for line in listed[1])
 
 
 def test_a_launcher_that_starts_too_few_is_refused(tmp_path):
