@@ -118,7 +118,7 @@ class DiffusionDPOTrainer(Trainer):
         if args.online:
             collector = Collector(self, data, self.rewards, weights)
             self.data_digest = digest(collector.texts())
-            return RolloutSource(collector, args.data.rollouts, self.kind)
+            return RolloutSource(collector, args.data.rollouts, self.kind, accelerator)
         share = args.num_pairs // accelerator.num_processes
         first = share * accelerator.process_index
         framer = Framer(self.encoded, args, self.noise, range(first, first + share))

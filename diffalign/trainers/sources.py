@@ -135,8 +135,8 @@ class StreamSource:
 class RolloutSource:
     """Examples of the model's own images, scored: pairs within each prompt's group, or their images one by one."""
 
-    def __init__(self, collector: Collector, pairing: Pairing, loss: PreferenceLoss) -> None:
-        self.collector, self.pairing, self.loss = collector, pairing, loss
+    def __init__(self, collector: Collector, pairing: Pairing, loss: PreferenceLoss, accelerator: Accelerator) -> None:
+        self.collector, self.pairing, self.loss, self.accelerator = collector, pairing, loss, accelerator
 
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
         """Those of this process's groups."""
@@ -178,8 +178,8 @@ class RolloutSource:
 
         own, pairs: how many examples and pairs this process has.
         """
-        accelerator = self.collector.trainer.accelerator
-        counts, everyone = accelerator.gather(torch.tensor([[own, pairs]], device=accelerator.device)).T
+        here = torch.tensor([[own, pairs]], device=self.accelerator.device)
+        counts, everyone = self.accelerator.gather(here).T
         most, total = max(int(counts.max()), 1), max(int(counts.sum()), 1)
         return (torch.arange(most) < own) * (most * len(counts) / total), int(everyone.sum())
 

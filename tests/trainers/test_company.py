@@ -24,13 +24,12 @@ def examples_of(scores, counts, loss="kto"):
     """Those of one group on a process, where the processes have so many."""
     accelerator = SimpleNamespace(device="cpu", gather=lambda own: torch.tensor([[n, n] for n in counts]))
     args = SimpleNamespace(num_groups=len(counts), group_size=len(scores))
-    trainer = SimpleNamespace(accelerator=accelerator)
-    collector = SimpleNamespace(args=args, weights={"r": 1.0}, trainer=trainer)
+    collector = SimpleNamespace(args=args, weights={"r": 1.0})
     group, sample = torch.zeros(len(scores), dtype=torch.long), torch.arange(len(scores))
     buffer = RolloutBuffer.allocate(ode_plan(2), group, sample, [Prompt("a")], (1, 1, 1))
     buffer.x = torch.arange(len(buffer.step)).float().reshape(-1, 1, 1, 1)
     buffer.set_rewards({"r": torch.tensor(scores)})
-    source = RolloutSource(collector, Pairing(rule="all"), get_loss(loss))
+    source = RolloutSource(collector, Pairing(rule="all"), get_loss(loss), accelerator)
     return source.examples(Rollout(buffer, None, None, {}))[0]
 
 

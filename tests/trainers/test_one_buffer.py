@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.data.rollouts import Pairing
@@ -103,7 +104,7 @@ def test_it_trains_online_dpo_from_its_latents(folder, dpo):
         def __call__(self, iteration):
             return Rollout(buffer, None, None, {})
 
-    trainer.source = RolloutSource(Recalled(), Pairing(), trainer.kind)
+    trainer.source = RolloutSource(Recalled(), Pairing(), trainer.kind, trainer.accelerator)
     trainer.collect(0)
     for pair, order in zip(trainer.examples.latents, ranked(buffer), strict=True):
         assert torch.equal(pair, buffer.x[buffer.leaves[[order[0], order[-1]]]])
@@ -134,7 +135,7 @@ def test_an_image_of_many_pairs_is_one_single_image(folder, dpo):
 
     liked = {order[k] for order in ranked(buffer) for k in range(3)}
     for name, places in (("kto", set(range(8))), ("sft", liked)):
-        examples, _ = RolloutSource(Recalled(), Pairing(rule="all"), get_loss(name))(0)
+        examples, _ = RolloutSource(Recalled(), Pairing(rule="all"), get_loss(name), Accelerator())(0)
         # Of four images in a ranking, all but the last have won once.
         rows = [(buffer.x[buffer.leaves] == x).flatten(1).all(1).nonzero().item() for (x,) in examples.latents]
         assert sorted(rows) == sorted(places)
