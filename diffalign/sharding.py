@@ -8,6 +8,7 @@ as many as the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,21 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
         return tensor
     found = tensor.detach().full_tensor()
     return found.cpu() if keep else tensor
+
+
+def gathered(module: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, Tensor]:
+    """The weights of a sharded module by name, put together as ``whole`` does; every process must ask."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    chosen = trained if trained_only else module.state_dict()
+    return {name: whole(tensor, keep) for name, tensor in chosen.items()}
+
+
+def unsharded(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A diffusers model as ``module`` was before it was sharded, with these weights."""
+    with torch.device("meta"):
+        found = plain_class(module).from_config(module.config)
+    found.load_state_dict(weights, assign=True)
+    return found
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:

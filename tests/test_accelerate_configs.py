@@ -66,6 +66,13 @@ def test_what_would_not_be_followed_is_refused(sharded, name, value):
         connect()
 
 
+@pytest.mark.parametrize(("name", "value"), [("compile", True), ("mixed_precision", "fp16"), ("quantise", "4bit")])
+def test_what_is_not_known_to_work_on_shards_is_refused(small, name, value):
+    small().validate_shards()
+    with pytest.raises(ValueError, match=f"{name} {value} does not go with FSDP2: set {name}: .*, or launch with ddp"):
+        small(**{name: value}).validate_shards()
+
+
 def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"):

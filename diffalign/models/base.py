@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffalign.models import lora
 from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.weights import REFERENCE, WeightSets
-from diffalign.sharding import Shards, is_sharded, plain_class, shard, whole
+from diffalign.sharding import Shards, gathered, is_sharded, shard, unsharded
 from diffalign.structures import Conditioning, Guidance, Level
 
 SCHEDULES = ("pipeline", "uniform")
@@ -245,7 +245,7 @@ class DiffusionModel(ABC):
             return directory / NEGATIVE_NAME
         if self.has_adapter:
             return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
-        denoiser = self.raw_denoiser if weights is None else _denoiser_of(self.raw_denoiser, weights)
+        denoiser = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
         denoiser.save_pretrained(directory / self.denoiser_name)
         return directory / self.denoiser_name
 
@@ -257,24 +257,10 @@ class DiffusionModel(ABC):
         weights = None
         if is_sharded(self.raw_denoiser):
             with self.using(name):
-                weights = self._whole(keep)
+                weights = gathered(self.raw_denoiser, trained_only=self.has_adapter, keep=keep)
 
         def write(directory: Path) -> Path:
             with self.using(name):
                 return self.save(directory, weights)
 
         return write
-
-    def _whole(self, keep: bool) -> dict[str, Tensor]:
-        """The weights that ``save`` needs."""
-        trained = {name: p for name, p in self.raw_denoiser.named_parameters() if p.requires_grad}
-        chosen = trained if self.has_adapter else self.raw_denoiser.state_dict()
-        return {name: whole(tensor, keep) for name, tensor in chosen.items()}
-
-
-def _denoiser_of(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A denoiser as ``module`` was before it was sharded, with these weights."""
-    with torch.device("meta"):
-        found = plain_class(module).from_config(module.config)
-    found.load_state_dict(weights, assign=True)
-    return found

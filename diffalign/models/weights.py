@@ -55,11 +55,10 @@ class WeightSets:
         storages = [local(p).data_ptr() for p in self.trainable]
         try:
             with self._switched(name):
-                # peft clears them with the adapter, and FSDP2 learns from them, at its first call, what trains.
-                _set_flags(flags)
                 yield
         finally:
-            _set_flags(flags)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         assert [local(p).data_ptr() for p in self.trainable] == storages, (
             "the policy's weights were replaced inside using()"
         )
@@ -106,11 +105,6 @@ class WeightSets:
         if torch.accelerator.is_available():
             # A backward pass gathers on a stream of its own, which does not wait for these copies.
             torch.accelerator.synchronize()
-
-
-def _set_flags(flags: Sequence[tuple[Tensor, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from diffalign.runtime.guard import STREAK, Guard
 from diffalign.runtime.memory import advice, batch_name
 from diffalign.runtime.optimizers import make_optimizer
 from diffalign.runtime.origin import origin
+from diffalign.runtime.processes import shortfall
 from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.signals import Signals
@@ -239,7 +240,7 @@ class Loop:
         """One optimizer step. Gradients of all micro-batches add up; processes synchronise at the last one."""
         self.optimizer.zero_grad(set_to_none=True)  # what a stopped or failed attempt left
         collected: list[dict[str, Tensor]] = []
-        missing = self._missing(len(micros))
+        missing = shortfall(len(micros)) if self.sharded else 0
         for index, micro in enumerate(micros):
             self.pulse()
             last = index == len(micros) - 1
@@ -262,10 +263,6 @@ class Loop:
         self._apply(reason, norm)
         row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
         return row if reason is None else {**row, "skipped": float(self.guard.skipped)}
-
-    def _missing(self, passes: int) -> int:
-        """How many passes fewer this process has than another one, where all must make each of them."""
-        return max(gather_object([passes])) - passes if self.sharded else 0
 
     def _apply(self, reason: str | None, norm: float) -> None:
         """Steps the optimizer, or leaves every weight, moment and the learning rate as they are.

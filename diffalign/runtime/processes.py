@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 
 from diffalign.config import load_yaml
 from diffalign.sharding import Shards
@@ -48,6 +49,11 @@ def wants_shards(device: torch.device) -> Shards | None:
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     return Shards(device, keep) if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def shortfall(passes: int) -> int:
+    """How many passes fewer this process has than the one with the most; all must ask, before the first of them."""
+    return max(gather_object([passes])) - passes
 
 
 def check_world(num_processes: int) -> None:

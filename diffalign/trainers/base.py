@@ -34,13 +34,6 @@ from diffalign.trainers.settings import TrainerConfig
 from diffalign.trainers.speed import set_speed
 
 EMA_SET = "ema"
-# Setting -> its values that work where weights are in shards.
-KNOWN_WITH_SHARDS: dict[str, tuple[Any, ...]] = {
-    "compile": (False,),
-    "quantise": ("no",),
-    "mixed_precision": ("bf16", "no"),
-    "optimizer": ("adamw",),
-}
 Config = TypeVar("Config", bound=TrainerConfig)
 
 
@@ -49,13 +42,6 @@ def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Conf
     if isinstance(model, DiffusionModel):
         return args if args.model else dataclasses.replace(args, model=_origin(model))
     return args if model is None else dataclasses.replace(args, model=str(model))
-
-
-def check_sharding(args: TrainerConfig) -> None:
-    """ValueError, with what to write instead, for what is not known to work on weights in shards."""
-    for name, known in KNOWN_WITH_SHARDS.items():
-        if (given := getattr(args, name)) not in known:
-            raise ValueError(f"{name} {given} does not go with FSDP2: set {name}: {known[0]}, or launch with ddp.yaml")
 
 
 def _origin(model: DiffusionModel) -> str:
@@ -100,7 +86,7 @@ class Trainer:
         check_world(self.accelerator.num_processes)
         self.shards = wants_shards(self.accelerator.device)
         if self.shards is not None:
-            check_sharding(args)
+            args.validate_shards()
         self.check_batches(self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             refuse_busy(args.output_dir)

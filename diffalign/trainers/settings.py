@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,14 @@ from diffalign.config import option
 from diffalign.models import LoraConfig
 from diffalign.models.base import SCHEDULES
 from diffalign.runtime.settings import TrainingConfig
+
+# Setting -> its values that work where weights are in shards.
+KNOWN_WITH_SHARDS: dict[str, tuple[Any, ...]] = {
+    "compile": (False,),
+    "quantise": ("no",),
+    "mixed_precision": ("bf16", "no"),
+    "optimizer": ("adamw",),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,3 +69,10 @@ class TrainerConfig(TrainingConfig):
             raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    def validate_shards(self) -> None:
+        """ValueError, with what to write instead, for what is not known to work on weights in shards (FSDP2)."""
+        for name, known in KNOWN_WITH_SHARDS.items():
+            if (given := getattr(self, name)) not in known:
+                value = str(known[0]).lower()
+                raise ValueError(f"{name} {given} does not go with FSDP2: set {name}: {value}, or launch with ddp.yaml")

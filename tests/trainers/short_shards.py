@@ -133,7 +133,7 @@ def flat_group(folder: Path) -> FlowGRPOTrainer:
 def courses(folder: Path) -> Trainer:
     """ReFL on a base in bfloat16, courses of random lengths and activations computed again."""
     AcceleratorState._reset_state(reset_partial_state=False)
-    args = config(folder, "alignprop", num_groups=8, gradient_checkpointing=True)
+    args = config(folder, "alignprop", num_groups=8, gradient_checkpointing=True, mixed_precision="bf16")
     model = load_model(PIPELINE, dtype=torch.bfloat16, max_sequence_length=16)
     trainer = trainer_of(args, [Prompt("a red circle"), Prompt("two stars")], model=model)
     trainer.train()

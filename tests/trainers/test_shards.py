@@ -44,7 +44,7 @@ def launched(folder, name, other, config="fsdp2"):
     script = ["tests/trainers/short_shards.py", name, folder, other]
     command = [*map(str, [*launcher, *options, *script])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
