@@ -25,6 +25,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -59,6 +60,10 @@ KILLS = "tests/reliability/kills.py::test_r2_kills"  # what they are called amon
 BY_KILLS = "::test_r2_two_hundred_kills"
 LIBRARIES = ("diffalign", "torch", "diffusers", "accelerate", "peft", "safetensors")
 Row = dict[str, Any]
+
+
+class Unfinished(Exception):
+    """Not all that was asked for was tried, so that there is no figure to print."""
 
 
 class Ledger:
@@ -132,8 +137,8 @@ def run_tests(folder: Path, rows: Sequence[int], short: bool, job: int, jobs: in
         "no:cacheprovider",
     ]
     code = pytest.main([*options, *files], plugins=[Watcher(Ledger(folder / "tests.jsonl"), rows, job, jobs)])
-    if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise Unfinished
 
 
 def run_kills(folder: Path, count: int, job: int, jobs: int) -> None:
@@ -235,18 +240,24 @@ def together(work: Callable[[int, int], None], jobs: int) -> None:
         if (child := os.fork()) == 0:
             try:
                 work(job, jobs)
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
+                code = 0
+            except (KeyboardInterrupt, Unfinished):
+                code = 1
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
         children.append(child)
     try:
-        for child in children:
-            os.waitpid(child, 0)
+        codes = [os.waitpid(child, 0)[1] for child in children]
     except KeyboardInterrupt:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
         raise
+    if any(codes):
+        raise Unfinished
 
 
 def sources() -> str:
@@ -287,8 +298,8 @@ def main() -> int:
         if count and 2 in args.rows:
             together(lambda job, jobs: run_kills(folder, count, job, jobs), args.jobs)
         together(lambda job, jobs: run_tests(folder, args.rows, args.short, job, jobs), args.jobs)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {folder}")
+    except (KeyboardInterrupt, Unfinished):
+        print(f"stopped before the end; the same command goes on from {folder}")
         return 130
     tests = {row["name"]: row for row in Ledger(folder / "tests.jsonl").rows()}
     found = summary([*tests.values(), *kills(folder)])

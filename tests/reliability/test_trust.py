@@ -84,6 +84,16 @@ def test_each_test_is_noted_with_its_outcome_and_counts(trust, tmp_path):
     assert all(row["counts"] == {"points": 7} and row["cpu"] >= 0 for row in ledger.rows())
 
 
+def test_work_that_ended_before_its_end_gives_no_figures(trust):
+    def work(job, jobs):
+        if job == 1:
+            raise ZeroDivisionError
+
+    trust.together(lambda job, jobs: None, 2)
+    with pytest.raises(trust.Unfinished):
+        trust.together(work, 2)
+
+
 def test_kills_go_on_where_they_stopped_and_count_when_the_run_was_compared(trust, tmp_path, monkeypatch):
     trust.run_kills(tmp_path, 2, 0, 1)
     first = trust.Ledger(tmp_path / "kills-0.jsonl").rows()
