@@ -10,7 +10,7 @@ from diffalign.runtime.tracking import MetricsLog
 from tests.trainers.test_flow_grpo_processes import launcher_command, train
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, loss):
     script = ("tests/trainers/short_dpo.py", loss)
     alone = train([sys.executable], tmp_path / "alone", script)

@@ -55,7 +55,7 @@ def alone(tmp_path_factory):
     return train([sys.executable], tmp_path_factory.mktemp("one") / "alone")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(alone, tmp_path, launcher):
     folder = train(launcher_command(launcher), tmp_path / "two")
     files = (alone / "0.safetensors", folder / "0.safetensors", folder / "1.safetensors")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.trainers.test_flow_grpo_processes import launcher_command, train
 
 
-@pytest.mark.parametrize("preset", ["alignprop", "reneg"])
+@pytest.mark.parametrize("preset", ["alignprop", pytest.param("reneg", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, preset):
     script = ("tests/trainers/short_refl.py", preset)
     alone = train([sys.executable], tmp_path / "alone", script)
