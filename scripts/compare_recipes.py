@@ -31,10 +31,6 @@ FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the learning rate, tried on the first seed
 COLUMNS = ("axis", "variant", "factor", "learning_rate", "seed", "images", "base", "accuracy", "gain", "diversity")
 WINDOW = {"plan.preset": "flow_grpo_fast", "plan.window_size": 2}
 NO_WINDOW = {"plan.window_size": "null", "plan.window_range": "null"}
-TEXT_STREAM = (
-    "[context_embedder, norm1_context.linear, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out, "
-    "ff_context.net.0.proj, ff_context.net.2]"
-)
 
 # The quickstart itself is the variant without changes; it is drawn beside every axis.
 QUICKSTART = "quickstart"
@@ -54,8 +50,6 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "group size": {str(size): {"group_size": size, "num_groups": 256 // size} for size in (4, 16)},
     "KL": {str(beta): {"kl_beta": beta} for beta in (0.03,)},
     "weights": {
-        "attention": {"lora.targets": "null"},
-        "text stream": {"lora.targets": TEXT_STREAM},
         "rank 1": {"lora.rank": 1},
         "rank 32": {"lora.rank": 32},
         "all": {"lora.rank": 0, "learning_rate": 1.5e-4},
