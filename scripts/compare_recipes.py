@@ -50,7 +50,6 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "group size": {str(size): {"group_size": size, "num_groups": 256 // size} for size in (4, 16)},
     "KL": {str(beta): {"kl_beta": beta} for beta in (0.03,)},
     "weights": {
-        "rank 1": {"lora.rank": 1},
         "rank 32": {"lora.rank": 32},
         "all": {"lora.rank": 0, "learning_rate": 1.5e-4},
     },
