@@ -30,12 +30,14 @@ def distance(reward: Tensor, *, threshold: float) -> Tensor:
 def group(reward: Tensor, *, groups: Tensor) -> Tensor:
     """-(r - mean) / std, both of the reward's group and constants: prompts that are easy weigh no more than others.
 
-    groups: (B,) integers; a group whose rewards are all the same is divided by 1.
+    groups: (B,) integers; a group whose rewards are all the same is divided by 1. A reward that is not finite does not
+    count in its group, and its loss is not finite.
     """
     reward = widen(reward)
-    same = (groups[:, None] == groups[None]).to(reward)
-    share = same / same.sum(1, keepdim=True)
-    fixed = reward.detach()
+    scored = reward.detach().isfinite()
+    same = ((groups[:, None] == groups[None]) & scored).to(reward)
+    share = same / same.sum(1, keepdim=True).clamp(min=1)
+    fixed = torch.where(scored, reward.detach(), 0)
     mean = share @ fixed
     std = (share @ fixed.square() - mean.square()).clamp(min=0).sqrt()
     return -(reward - mean) / torch.where(std > 1e-6, std, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from diffalign.diffusion.unroll import in_slices
 from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss
 from diffalign.losses.srpo import relative_reward
 from diffalign.models import DiffusionModel
-from diffalign.rewards.base import Reward, ask
+from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
 from diffalign.structures import Prompt
 
 
@@ -52,45 +53,90 @@ class Judge:
         self.model, self.rewards, self.weights, self.recipe = model, rewards, weights, recipe
         self.loss, self.thresholds = get_reward_loss(recipe.reward_loss), thresholds
         self.slice_size, self.decode_dtype = slice_size, decode_dtype
+        self._asked: list[tuple[Sequence[Prompt], Tensor]] = []
+        self._error: Exception | None = None
 
     def __call__(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss, and the mean of each reward."""
+        """The mean loss, the mean of each reward over the samples that have one, and the share that has not.
+
+        A sample that a reward fails on, by raising or by no finite number, counts in nothing else.
+        """
         count = len(seen.latents)
         heard: list[dict[str, Tensor]] = []
 
         def loss(latents: Tensor, rows: slice) -> Tensor:
             losses, rewards = self._losses(latents, seen, rows)
+            self._asked.append((seen.prompts[rows], rewards["unscored"]))
             heard.append(rewards)
             return (seen.weight[rows] * losses).sum() / count
 
         sliced = 0 < self.slice_size < count
         total = in_slices(loss, seen.latents, self.slice_size) if sliced else loss(seen.latents, slice(None))
-        means = {name: torch.cat([one[name] for one in heard]).mean() for name in self.rewards}
+        found = {name: torch.cat([one[name] for one in heard]) for name in (*self.rewards, "unscored")}
+        means = {name: found[name].nanmean() for name in self.rewards}
         weighted = torch.stack([self.weights[name] * value for name, value in means.items()]).sum()
-        return total, {**{f"reward/{name}": value for name, value in means.items()}, "reward/mean": weighted}
+        figures = {f"reward/{name}": value for name, value in means.items()}
+        return total, {**figures, "reward/mean": weighted, "unscored": found["unscored"].float().mean()}
+
+    def failures(self, some: bool) -> str | None:
+        """What to say of the samples without a score since the last call. some: False where it is known of none."""
+        asked, error = self._asked, self._error
+        self._asked, self._error = [], None
+        flags = torch.cat([flag for _, flag in asked]).tolist() if some and asked else []
+        texts = [prompt.text for prompts, _ in asked for prompt in prompts]
+        failed = [text for text, flag in zip(texts, flags, strict=False) if flag]
+        if not failed:
+            return None
+        cause = f"{type(error).__name__}: {error}" if error else "a score is not finite"
+        named = ", ".join(map(repr, dict.fromkeys(failed)))
+        return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named}"
 
     def _losses(self, latents: Tensor, seen: Seen, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant."""
+        """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant.
+
+        "unscored", beside them, says which samples have none.
+        """
         dtype = self.decode_dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
             images = self.model.decode(latents)
         losses, rewards = latents.new_zeros(len(latents)), {}
+        scored = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         for name, reward in self.rewards.items():
             value = self._reward(reward, images, seen, seen.prompts[rows])
             options: dict[str, Any] = {"threshold": self.thresholds[name]} if self.loss.threshold else {}
             options |= {"groups": seen.group[rows].to(value.device)} if self.loss.groups else {}
             losses = losses + self.weights[name] * self.loss.function(value, **options)
             rewards[name] = value.detach()
-        return losses, rewards
+            scored = scored & rewards[name].isfinite().to(scored.device)
+        if images.requires_grad:
+            # Nothing times what is no number is no number: such a gradient must not reach the denoiser.
+            images.register_hook(lambda gradient: torch.where(scored[:, None, None, None], gradient, 0))
+        kept = {name: torch.where(scored.to(value.device), value, math.nan) for name, value in rewards.items()}
+        return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
 
     def _reward(self, reward: Reward, images: Tensor, seen: Seen, prompts: Sequence[Prompt]) -> Tensor:
         """What a reward says, relative to control words where the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
         if self.recipe.words is None:
-            return ask(reward, images, texts, metadata)[0]
+            return self._ask(reward, images, texts, metadata)
         words = self.recipe.words[::-1] if seen.inverted else self.recipe.words
-        wanted, unwanted = (ask(reward, images, [f"{w} {text}" for text in texts], metadata)[0] for w in words)
+        wanted, unwanted = (self._ask(reward, images, [f"{w} {text}" for text in texts], metadata) for w in words)
         return relative_reward(wanted, unwanted, seen.word_weight)
+
+    def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str], metadata: Metadata) -> Tensor:
+        """What a reward says, (b,); where it raises, it is asked image by image, and NaN is what it cannot say."""
+        try:
+            return ask(reward, images, texts, metadata)[0]
+        except (RewardUnavailable, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # rewards are user code: what they raise is unknown
+            self._error = error
+            if len(images) == 1:
+                return images.mean((1, 2, 3)) * math.nan
+            alone = [
+                self._ask(reward, images[i : i + 1], texts[i : i + 1], metadata[i : i + 1]) for i in range(len(images))
+            ]
+            return torch.cat(alone)
 
 
 def thresholds(recipe: Recipe, rewards: Mapping[str, Reward], given: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
+from diffalign.rollout.scoring import RewardWarning
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
 from diffalign.structures import Guidance, Level, Prompt
@@ -90,12 +92,12 @@ class ReFLTrainer(Trainer):
         if args.vae_checkpointing:
             self.model.pipeline.vae.enable_gradient_checkpointing()
         size, dtype = args.decode_slice, args.decode_dtype
-        judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
+        self.judge = Judge(self.model, self.rewards, weights, bounds, self.recipe, size, dtype)
         self.updates_per_iteration = 1
         self.levels = self.model.levels(self.recipe.num_steps, args.schedule)
         self.pictures = self._pictures(args.data)
         self.starts = self._starts(prompts)
-        self.gradient = RewardGradient(self, judge)
+        self.gradient = RewardGradient(self, self.judge)
         self.data_digest = digest([prompt.text for prompt in prompts or ()])
         self.watch = Watch(self, self.rewards, list(held_out))
 
@@ -228,8 +230,15 @@ class ReFLTrainer(Trainer):
         return {**figures, **self.watch(step, figures)} if figures else {}
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Keeps whether there was a gradient."""
+        """Keeps whether there was a gradient. ValueError: rewards failed on too many images."""
         self.moved = metrics["grad_norm"] > 0
+        if failures := self.judge.failures(some=metrics["unscored"] > 0):
+            warnings.warn(failures, RewardWarning, stacklevel=2)
+        if metrics["unscored"] > self.args.max_unscored:
+            raise ValueError(
+                f"rewards failed on {metrics['unscored']:.0%} of the images, more than max_unscored "
+                f"{self.args.max_unscored:.0%}: mend the reward (a warning names the samples), or raise max_unscored"
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is watched."""

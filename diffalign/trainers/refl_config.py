@@ -31,6 +31,7 @@ class ReFLConfig(TrainerConfig):
     )
     thresholds: dict[str, float] = option({}, "c of the losses hinge and distance, by reward, in its units")
     recipe: RecipeConfig = option(RecipeConfig(), "which steps carry the gradient, what the reward sees, the losses")
+    max_unscored: float = option(0.2, "largest share of a step's images that rewards may fail on")
     num_groups: int = option(16, "prompts per optimizer step, over all processes")
     group_size: int = option(1, "images per prompt")
     rollout_batch_size: int = option(16, "images that are sampled together, on the same random steps")
@@ -73,6 +74,8 @@ class ReFLConfig(TrainerConfig):
         for name in ("decode_slice", "sharpness_step", "early_stopping"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"max_unscored is a share, in [0, 1], got {self.max_unscored}")
         if not 0 <= self.base_share < 1:
             raise ValueError(f"base_share lies in [0, 1), got {self.base_share}")
         if not self.alarm_factor > 1:

@@ -1,5 +1,7 @@
 """Losses of rewards that carry a gradient: values and slopes."""
 
+import math
+
 import pytest
 import torch
 
@@ -37,6 +39,13 @@ def test_a_group_is_standardised_by_constants():
     std = reward.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(loss, (-(reward - reward.mean(1, keepdim=True)) / std).flatten())
     torch.testing.assert_close(slope, (-1 / std).expand(2, 3).flatten())
+
+
+def test_a_reward_that_is_no_number_leaves_its_group_as_if_it_were_not_there():
+    reward, groups = torch.tensor([1.0, math.nan, 3.0, 4.0, math.inf]), torch.tensor([0, 0, 0, 1, 1])
+    loss, kept = REWARD_LOSSES["group"].function(reward, groups=groups), torch.tensor([0, 2, 3])
+    assert torch.equal(loss[kept], REWARD_LOSSES["group"].function(reward[kept], groups=groups[kept]))
+    assert loss[[1, 4]].isfinite().tolist() == [False, False]
 
 
 def test_a_group_of_equal_rewards_is_divided_by_1():

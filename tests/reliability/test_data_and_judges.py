@@ -21,6 +21,8 @@ from tests.data.made import encoded, jsonl, picture
 from tests.data.test_images import BAD, GOOD
 from tests.reliability.compare import rows
 from tests.reliability.trainers import short
+from tests.trainers.made_refl import close, differentiable, gradients, redness, trainer_of
+from tests.trainers.made_refl import config as made_refl
 
 ASKING = (
     "ocr",
@@ -105,6 +107,28 @@ def test_r29_too_many_failures_stop_the_run(tmp_path, bad, stops):
         else:
             trainer.train()
     assert not stops or not [row for row in rows(tmp_path) if "loss" in row]
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "infinite"])
+def test_r29_such_a_sample_gives_refl_no_gradient_and_changes_no_other(tmp_path, fault):
+    """The reference weighs it with nothing."""
+
+    def judge(images, prompts, metadata):
+        bad, found = torch.tensor([text == "c" for text in prompts]), redness(images, prompts, metadata)
+        if fault == "raises" and bad.any():
+            raise ZeroDivisionError("c")
+        return found * torch.where(bad, {"nan": math.nan, "infinite": math.inf}.get(fault, 1), 1)
+
+    def without(images, prompts, metadata):
+        return redness(images, prompts, metadata) * torch.tensor([text != "c" for text in prompts])
+
+    made = [
+        trainer_of(made_refl(tmp_path, "draft_1", max_unscored=0.3), PROMPTS[:4], reward=differentiable(function))
+        for function in (judge, without)
+    ]
+    found, expected = map(gradients, made)
+    close(found, expected, 1e-6)
+    assert "failed on 1 of 4 samples" in made[0].judge.failures(some=True)
 
 
 FILES = {name: make for name, (make, _) in {**BAD, **GOOD}.items()}

@@ -18,7 +18,11 @@ def redness(images, prompts, metadata):
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
-REDNESS = FunctionReward("redness", redness, differentiable=True)
+def differentiable(function):
+    return FunctionReward(function.__name__, function, differentiable=True)
+
+
+REDNESS = differentiable(redness)
 
 
 def config(folder, preset="refl_script", recipe=None, **changes) -> ReFLConfig:
