@@ -14,14 +14,14 @@ from tests.conftest import ROOT
 from tests.trainers.short_shards import KINDS, SAVED, STEPS, flat_group, run, seen
 from tests.trainers.test_flow_grpo_processes import BIN, free_port
 
-NEAR = {"rtol": 0, "atol": 1e-5}
-
 
 def assert_near(found, expected, *parts):
+    """Weights to 1e-5; outputs, which are sums of many and larger than 1, to 1e-5 of their size too."""
     names = [name for name in expected if name.startswith(parts)]
     assert names
     for name in names:
-        torch.testing.assert_close(found[name], expected[name], **NEAR, msg=lambda text, name=name: f"{name}: {text}")
+        near = {"rtol": 1e-5 if name.startswith("output/") else 0, "atol": 1e-5}
+        torch.testing.assert_close(found[name], expected[name], **near, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
