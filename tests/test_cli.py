@@ -55,6 +55,7 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     assert "--dry_run" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # the README's quickstart does it at every check
 def test_the_launcher_trains_through_accelerate(tmp_path):
     """As the README starts it, with a run folder of its own and two steps."""
     small = ["--num_groups", "2", "--group_size", "4", "--max_train_steps", "2", "--eval_prompts", "null"]

@@ -119,7 +119,12 @@ def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"preset": "alignprop", "ema_decay": 0.9}, {"preset": "srpo"}, {"preset": "imagerefl"}, {"preset": "reneg"}],
+    [
+        {"preset": "alignprop", "ema_decay": 0.9},
+        {"preset": "reneg"},
+        pytest.param({"preset": "srpo"}, marks=pytest.mark.slow),
+        pytest.param({"preset": "imagerefl"}, marks=pytest.mark.slow),
+    ],
     ids=lambda setting: setting["preset"],
 )
 def test_resume_is_bit_exact(refl, tmp_path, train_prompts, setting):
