@@ -13,6 +13,18 @@ from diffalign.diffusion.schedule import flow_level_at, flow_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.structures import Level
 
+# Layers of attention over image and text together: the usual targets of a LoRA.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 # Scheduler's name of a number -> ours in ``calculate_shift``, with the value that pipelines take where it has none.
 SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffalign.models.flow import PackedFlowModel, pack, unpack
+from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
 from diffalign.structures import Conditioning
 
 
@@ -25,16 +25,7 @@ class FluxModel(PackedFlowModel):
     """
 
     negative_call = 'image = pipe("{prompt}", **negative, true_cfg_scale={scale:g}).images[0]'
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffalign.models.flow import PackedFlowModel, pack, unpack
+from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
 from diffalign.structures import Conditioning
 
 
@@ -22,16 +22,7 @@ class QwenImageModel(PackedFlowModel):
 
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_embeds_mask"}
     negative_call = 'image = pipe("{prompt}", **negative, true_cfg_scale={scale:g}).images[0]'
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def idle_layers(self) -> tuple[str, ...]:

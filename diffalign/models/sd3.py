@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffalign.models.flow import FlowModel
+from diffalign.models.flow import JOINT_ATTENTION, FlowModel
 from diffalign.structures import Conditioning
 
 
@@ -24,16 +24,7 @@ class SD3Model(FlowModel):
     negative_call = (
         'image = pipe("{prompt}", **negative, guidance_scale={scale:g}, max_sequence_length={length}).images[0]'
     )
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: int | None = None):
         super().__init__(pipeline, max_sequence_length, resolution)
