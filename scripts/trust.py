@@ -105,7 +105,8 @@ class Watcher:
         items[:], self.total = mine, len(mine)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """The clock starts."""
+        """The clock starts, and a signal stops the work again: commands that a test has called have handlers too."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.outcome, self.spent = "passed", cpu()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
