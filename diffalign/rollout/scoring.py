@@ -50,6 +50,15 @@ def score(
     return Scores(found)
 
 
+def check_unscored(share: float, limit: float) -> None:
+    """ValueError where rewards failed on a larger share of the images than ``limit``."""
+    if share > limit:
+        raise ValueError(
+            f"rewards failed on {share:.0%} of the images, more than max_unscored {limit:.0%}: "
+            "mend the reward (warnings above name the samples), or raise max_unscored"
+        )
+
+
 class ScoreBook:
     """Scores of a rollout, as its micro-batches come; rewards that need whole groups wait for the last of them.
 

@@ -252,7 +252,9 @@ class Loop:
             self.accelerator.backward(micros[-1]()[0] * 0)
         norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
         names = collected[0]
-        means = torch.stack([torch.stack([c[name].float() for c in collected]).mean() for name in names])
+        found = {name: torch.stack([c[name].float() for c in collected]) for name in names}
+        # The guard must see a loss that is no number; a figure that a pass has none of is the mean of the others.
+        means = torch.stack([x.mean() if name == "loss" else x.nanmean() for name, x in found.items()])
         stopping = torch.tensor([float(self.signals.received is not None)])
         seen = torch.cat([means, self.guard.flags(means[0], norm.to(means)), stopping.to(means)])
         # One synchronisation per optimizer step: the guard and the signals need numbers, and the log's come with them.

@@ -82,11 +82,13 @@ class Judge:
         """What to say of the samples without a score since the last call. some: False where it is known of none."""
         asked, error = self._asked, self._error
         self._asked, self._error = [], None
-        flags = torch.cat([flag for _, flag in asked]).tolist() if some and asked else []
-        texts = [prompt.text for prompts, _ in asked for prompt in prompts]
-        failed = [text for text, flag in zip(texts, flags, strict=False) if flag]
-        if not failed:
+        if not some:
             return None
+        flags = torch.cat([flag for _, flag in asked]).tolist()
+        texts = [prompt.text for prompts, _ in asked for prompt in prompts]
+        failed = [text for text, flag in zip(texts, flags, strict=True) if flag]
+        if not failed:
+            return None  # those of another process
         cause = f"{type(error).__name__}: {error}" if error else "a score is not finite"
         named = ", ".join(map(repr, dict.fromkeys(failed)))
         return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named}"

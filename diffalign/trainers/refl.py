@@ -23,7 +23,7 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
-from diffalign.rollout.scoring import RewardWarning
+from diffalign.rollout.scoring import RewardWarning, check_unscored
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
 from diffalign.structures import Guidance, Level, Prompt
@@ -234,11 +234,7 @@ class ReFLTrainer(Trainer):
         self.moved = metrics["grad_norm"] > 0
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
-        if metrics["unscored"] > self.args.max_unscored:
-            raise ValueError(
-                f"rewards failed on {metrics['unscored']:.0%} of the images, more than max_unscored "
-                f"{self.args.max_unscored:.0%}: mend the reward (a warning names the samples), or raise max_unscored"
-            )
+        check_unscored(metrics["unscored"], self.args.max_unscored)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is watched."""

@@ -23,7 +23,7 @@ from diffalign.rollout.advantages import flat_share, group_advantages
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.collect import Addresses, rollouts
 from diffalign.rollout.sampler import Route
-from diffalign.rollout.scoring import ScoreBook
+from diffalign.rollout.scoring import ScoreBook, check_unscored
 from diffalign.runtime.loop import Metrics
 from diffalign.structures import Conditioning, Prompt
 from diffalign.trainers.base import Trainer
@@ -132,11 +132,7 @@ class Collector:
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
         if args.save_rollouts:
             self._save(buffer, torch.cat(book.images))
-        if metrics["unscored"] > args.max_unscored:
-            raise ValueError(
-                f"rewards failed on {metrics['unscored']:.0%} of the images, more than max_unscored "
-                f"{args.max_unscored:.0%}: mend the reward (warnings above name the samples), or raise max_unscored"
-            )
+        check_unscored(metrics["unscored"], args.max_unscored)
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
 

@@ -1,5 +1,6 @@
 """R28 to R31: rewards that keep their promises or fail alone, and data with everything that real data have."""
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_r29_such_a_sample_gives_refl_no_gradient_and_changes_no_other(tmp_path,
     found, expected = map(gradients, made)
     close(found, expected, 1e-6)
     assert "failed on 1 of 4 samples" in made[0].judge.failures(some=True)
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(0.3, False), (0.2, True)])
+def test_r29_refl_names_such_a_sample_and_stops_where_there_are_too_many(tmp_path, limit, stops):
+    def judge(images, prompts, metadata):
+        return redness(images, prompts, metadata) * torch.tensor([math.nan if text == "c" else 1 for text in prompts])
+
+    args = made_refl(tmp_path, "draft_1", max_unscored=limit, train_batch_size=1, max_train_steps=2)
+    trainer = trainer_of(args, PROMPTS[:4], reward=differentiable(judge))
+    too_many = pytest.raises(ValueError, match="rewards failed on 25% of the images, more than max_unscored 20%")
+    with (
+        pytest.warns(UserWarning, match="failed on 1 of 4 samples.*train nothing: 'c'"),
+        too_many if stops else contextlib.nullcontext(),
+    ):
+        trainer.train()
+    found = [row for row in rows(args.output_dir) if "loss" in row]
+    assert len(found) == (0 if stops else 2)
+    assert all(math.isfinite(row["reward/mean"]) and row["unscored"] == 0.25 for row in found)
 
 
 FILES = {name: make for name, (make, _) in {**BAD, **GOOD}.items()}
