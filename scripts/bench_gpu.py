@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
     "base_4bit": {"quantise": "4bit"},
+    "rewards_in_turn": {"overlap_rewards": False},
     "fast": {"attention": "auto", "compile": True},
 }
 

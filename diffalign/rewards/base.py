@@ -33,6 +33,9 @@ class Reward(Protocol):
     """Judges images, each independently of the rest of its batch. Higher is better.
 
     One that ranks the images of a group against each other sets ``needs_groups``, and is called with their group ids.
+
+    While a run samples, images are judged in another thread than at other times, though in one at a time, unless its
+    ``overlap_rewards`` is off.
     """
 
     @property

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.guard import Batch, guarded
+from diffalign.rollout.aside import one_thread, start
 from diffalign.structures import Prompt, Scores
 
 
@@ -36,6 +40,26 @@ def score(
     ValueError: images and prompts differ in number, or two rewards share a name. RewardUnavailable, one too: a reward
     can score nothing, because weights or a package are missing or its result is no list of numbers.
     """
+    problems: list[str] = []
+    try:
+        return _score(rewards, images, prompts, groups, problems)
+    finally:
+        _warn(problems)
+
+
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        warnings.warn(problem, RewardWarning, stacklevel=3)
+
+
+def _score(
+    rewards: Mapping[str, Reward] | Sequence[Reward],
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    groups: Tensor | None,
+    problems: list[str],
+) -> Scores:
+    """``score``; what to warn of goes into ``problems``, because warning is for the caller's thread."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
     named = rewards if isinstance(rewards, Mapping) else {reward.name: reward for reward in rewards}
@@ -46,7 +70,7 @@ def score(
         groups = torch.tensor([place[prompt.text] for prompt in prompts])
     found: dict[str, Tensor] = {}
     for name, reward in named.items():
-        found |= _score_one(name, reward, Batch(images, prompts, groups.cpu()))
+        found |= _score_one(name, reward, Batch(images, prompts, groups.cpu()), problems)
     return Scores(found)
 
 
@@ -62,6 +86,9 @@ def check_unscored(share: float, limit: float) -> None:
 class ScoreBook:
     """Scores of a rollout, as its micro-batches come; rewards that need whole groups wait for the last of them.
 
+    A micro-batch may be scored aside, in a thread that ends when the book, a context, is left. Rewards are still asked
+    by one thread at a time, in the order of the micro-batches, and no more than one of these is under way.
+
     images: those that were added, where ``keep_images`` says so or a reward waits for them.
     """
 
@@ -72,16 +99,44 @@ class ScoreBook:
         self.images: list[Tensor] = []
         self.prompts: list[Prompt] = []
         self.parts: list[Scores] = []
+        self._thread = one_thread("rewards")
+        self._running: Future[Scores] | None = None
+        self._problems: list[str] = []
 
-    def add(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Scores a micro-batch."""
-        self.parts.append(score(self.at_once, images, prompts))
+    def __enter__(self) -> ScoreBook:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown()
+
+    def add(self, images: Tensor, prompts: Sequence[Prompt], aside: bool = False) -> None:
+        """Scores a micro-batch, once the one before it is scored. aside: while the caller goes on.
+
+        What rewards raise and warn of aside comes with the next ``add``, or with ``scores``.
+        """
+        self._wait()
+        if aside:
+            call = partial(_score, self.at_once, prompts=prompts, groups=None, problems=self._problems)
+            self._running = start(self._thread, call, images)
+        else:
+            self.parts.append(score(self.at_once, images, prompts))
         self.prompts += prompts
         if self.keep_images:
             self.images.append(images.cpu())
 
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            self.parts.append(running.result())
+        finally:
+            _warn(self._problems)
+            self._problems = []
+
     def scores(self, groups: Tensor) -> Scores:
         """Of everything that was added; groups: (B,), its group ids. Extras that no sample of a part has are NaN."""
+        self._wait()
         late = score(self.waiting, torch.cat(self.images), self.prompts, groups) if self.waiting else Scores({})
         sizes = [len(next(iter(part.values.values()), ())) for part in self.parts]
         names = dict.fromkeys(name for part in self.parts for name in part)
@@ -97,16 +152,14 @@ class ScoreBook:
         return Scores({**found, **late.values})
 
 
-def _score_one(name: str, reward: Reward, batch: Batch) -> dict[str, Tensor]:
+def _score_one(name: str, reward: Reward, batch: Batch, problems: list[str]) -> dict[str, Tensor]:
     table, error = guarded(name, reward, batch)
     images, prompts, values = batch.images, batch.prompts, table[name]
     finite = images.isfinite().flatten(1).all(1).cpu() & values.isfinite()
     if failed := [prompt.text for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]:
         cause = f"{type(error).__name__}: {error}" if error else "an image or its score is not finite"
-        warnings.warn(
+        problems.append(
             f"reward {name!r} failed on {len(failed)} of {len(prompts)} samples ({cause}); "
-            f"they count as NaN: {', '.join(map(repr, dict.fromkeys(failed)))}",
-            RewardWarning,
-            stacklevel=3,
+            f"they count as NaN: {', '.join(map(repr, dict.fromkeys(failed)))}"
         )
     return {key: torch.where(finite, found, math.nan) for key, found in table.items()}

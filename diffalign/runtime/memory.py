@@ -12,6 +12,12 @@ BATCHES = {
     "evaluate": ("eval_batch_size", "rollout_batch_size"),
     "update": ("train_batch_size",),
 }
+# What saves nothing there.
+USELESS = {
+    "collect": {"gradient_checkpointing", "lora.rank"},
+    "evaluate": {"gradient_checkpointing", "lora.rank", "overlap_rewards"},
+    "update": {"decode_precision", "group_size", "overlap_rewards"},
+}
 
 
 def batch_name(config: Any, phase: str) -> str:
@@ -26,16 +32,16 @@ def advice(config: Any, phase: str) -> str:
         (batch_name(config, phase), half),
         ("gradient_checkpointing", on),
         ("decode_precision", bf16),
+        ("overlap_rewards", off),
         ("lora.rank", half),
     ]
     wanted += [("mixed_precision", bf16), ("resolution", smaller), ("group_size", half)]
-    useless = {"gradient_checkpointing", "lora.rank"} if phase != "update" else {"decode_precision", "group_size"}
     found = []
     for name, change in wanted:
         value: Any = given
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if name not in useless and value is not None and (other := change(value)) is not None:
+        if name not in USELESS[phase] and value is not None and (other := change(value)) is not None:
             found.append(f"{name}: {str(other).lower()} (now {str(value).lower()})")
     return "; ".join(found[:3])
 
@@ -48,6 +54,11 @@ def half(value: int) -> int | None:
 def on(value: bool) -> bool | None:
     """A switch, where it is off."""
     return None if value else True
+
+
+def off(value: bool) -> bool | None:
+    """A switch, where it is on."""
+    return False if value else None
 
 
 def bf16(value: str) -> str | None:

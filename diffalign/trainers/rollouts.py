@@ -51,6 +51,9 @@ class RolloutConfig(TrainerConfig):
     advantage_clip: float = option(5.0, "bound on advantages")
     aggregate: Literal["rewards", "advantages"] = option("rewards", "what is summed over several rewards")
     max_unscored: float = option(0.2, "largest share of an iteration's images that rewards may fail on")
+    overlap_rewards: bool = option(
+        True, "score images while the next ones are sampled, but in the first iteration, and in bf16 on a CPU"
+    )
     save_rollouts: bool = option(False, "keep the last iteration's images, latents and rewards in rollouts/")
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ class Collector:
         plan = make_plan(args.plan, 0, args.seed)
         if plan.trained_steps:
             plan.validate(self.levels)
+        self.scored = False
 
     def __call__(self, iteration: int, *, means: bool = False) -> Rollout:
         """A buffer of this process's share. means: whether the trained nodes keep the means they were drawn around."""
@@ -119,15 +123,18 @@ class Collector:
         buffer, route, conditioning, prompts = empty.buffer, empty.route, empty.conditioning, empty.buffer.prompts
         group, member = self._own_samples()
         addresses = Addresses(trainer.noise, "rollout", iteration, group, member, args.shared_start)
-        book = ScoreBook(self.rewards, keep_images=args.save_rollouts)
         parts = rollouts(
             trainer.model, route, conditioning, addresses, buffer, args.rollout_batch_size, args.decode_dtype
         )
-        for rows, batch in parts:
-            trainer.loop.pulse(together=True)
-            book.add(batch, [prompts[g] for g in group[rows].tolist()])
-            trainer.loop.pulse(together=True)
-        own = book.scores(group)
+        overlap = self._may_overlap()
+        with ScoreBook(self.rewards, keep_images=args.save_rollouts) as book:
+            for rows, batch in parts:
+                trainer.loop.pulse(together=True)
+                # Beside the last one there is nothing to do.
+                book.add(batch, [prompts[g] for g in group[rows].tolist()], overlap and rows.stop < len(group))
+                trainer.loop.pulse(together=True)
+            own = book.scores(group)
+        self.scored = True
         metrics = self._advantages(buffer, {name: own[name] for name in self.rewards}, group)
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
         if args.save_rollouts:
@@ -135,6 +142,15 @@ class Collector:
         check_unscored(metrics["unscored"], args.max_unscored)
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
+
+    def _may_overlap(self) -> bool:
+        """Whether rewards may be asked in another thread while this one samples.
+
+        Not where one of them changes what is the process's: sampling, which kernels torch's attention may use, where it
+        is told to; rewards, torch's default dtype, while their networks load at the first use.
+        """
+        chooses_kernels = self.trainer.model.plain_attention or self.args.attention.startswith("_native_")
+        return self.args.overlap_rewards and self.scored and not chooses_kernels
 
     def _save(self, buffer: RolloutBuffer, images: Tensor) -> None:
         """Writes the shares of all processes as one buffer, in place of the last iteration's."""
