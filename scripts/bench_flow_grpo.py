@@ -47,7 +47,7 @@ class Bench:
         self.whole()  # a first iteration fills the buffer and warms everything up
         self.steps = trainer.rollout.route.plan.trained_steps
         torch.manual_seed(0)
-        self.pixels = decode(trainer.model, trainer.buffer.x[trainer.buffer.leaves])
+        self.pixels = decode(trainer.model, trainer.buffer.latents(trainer.buffer.leaves))
 
     def whole(self) -> dict[str, float]:
         """Seconds of an iteration's phases, its prompts encoded before: a run does that once for each of them."""
@@ -100,7 +100,7 @@ class Bench:
         return time.perf_counter()
 
     def _latents(self, count: int) -> torch.Tensor:
-        return self.trainer.buffer.x[self.trainer.buffer.leaves[:count]]
+        return self.trainer.buffer.latents(self.trainer.buffer.leaves[:count])
 
     def _predict(self, count: int) -> torch.Tensor:
         trainer, level = self.trainer, self.trainer.levels[self.steps[0]]

@@ -14,6 +14,7 @@ from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import bytes_needed
 from diffalign.rollout.collect import shared_steps
 from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.storage import pinned
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
 from diffalign.trainers.rollouts import RolloutConfig
@@ -41,6 +42,12 @@ def _rollout(args: RolloutConfig, share: Share, iteration: int) -> Work:
     first = share.rank * images
     steps = _steps_of_a_rollout(images, first, args.group_size, args.rollout_batch_size, len(plan), shared)
     return Work(generated=images, sampling=steps * guided(args))
+
+
+def _stored(buffer: int, pairs: int = 0) -> int:
+    """Bytes on the device of a buffer, and of pairs that are made of it, which are where it is."""
+    outside = torch.cuda.is_available() and pinned(buffer, torch.device("cuda"))
+    return 0 if outside else buffer + pairs
 
 
 def _rollout_batches(args: RolloutConfig, share: Share) -> list[str]:
@@ -90,7 +97,7 @@ def _grpo_batches(args: FlowGRPOConfig, share: Share) -> list[str]:
 
 def _grpo_stored(args: FlowGRPOConfig, latent: tuple[int, int, int], share: Share) -> int:
     plan, means = make_plan(args.plan, 0, args.seed), args.loss == "grpo_guard"
-    return bytes_needed(plan, _images(args, share), latent, torch.float32, means=means)
+    return _stored(bytes_needed(plan, _images(args, share), latent, torch.float32, means=means))
 
 
 def _grpo_copies(args: FlowGRPOConfig) -> int:
@@ -168,7 +175,7 @@ def _dpo_stored(args: DiffusionDPOConfig, latent: tuple[int, int, int], share: S
     if not args.online:
         return pairs
     plan = make_plan(args.plan, 0, args.seed)
-    return pairs + bytes_needed(plan, _images(args, share), latent, torch.float32)
+    return _stored(bytes_needed(plan, _images(args, share), latent, torch.float32), pairs)
 
 
 def _dpo_copies(args: DiffusionDPOConfig) -> int:

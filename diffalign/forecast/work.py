@@ -54,8 +54,9 @@ class Method:
     updates: optimizer steps per iteration. iteration: the work of so many updates of an iteration, at most: images
     without an advantage and groups without a pair cost less. checks: that of the first step's checks. eval_steps: of an
     evaluation. batches: lines on how an iteration is cut. passes: images per pass (while sampling, while training).
-    stored: bytes of latents that a process keeps for an iteration. copies: how many copies of the trained weights.
-    watched: evaluations beside the images of so many held-out prompts, each time. train: makes a model trainable.
+    stored: bytes of latents that a process keeps on its device for an iteration. copies: how many copies of the trained
+    weights. watched: evaluations beside the images of so many held-out prompts, each time. train: makes a model
+    trainable.
     """
 
     updates: Callable[[Any], int]

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from diffalign.diffusion.plan import Plan
 from diffalign.rewards.preprocess import to_bytes
+from diffalign.rollout import storage
 from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
@@ -51,6 +52,9 @@ class RolloutBuffer:
     log_prob: (N,) float32, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
     mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
     rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
+
+    x, log_prob, advantage and mean lie on the device that samples, but x and mean may wait beside it, in pinned memory:
+    ``latents`` and ``means`` bring rows of them to the device.
     """
 
     group: Tensor
@@ -78,17 +82,20 @@ class RolloutBuffer:
         device: torch.device | str = "cpu",
         means: bool = False,
         steps: Sequence[int] | None = None,
+        pinned: bool = False,
     ) -> RolloutBuffer:
         """An empty buffer for B samples; ``group`` and ``sample`` are (B,), on the CPU.
 
-        steps: the level indices at which nodes are kept, ascending; default: ``stored_steps``.
+        steps: the level indices at which nodes are kept, ascending; default: ``stored_steps``. pinned: whether latents
+        wait in pinned main memory.
         """
         steps = torch.tensor(stored_steps(plan) if steps is None else list(steps))
         per_sample, count = len(steps), len(group)
         rows = torch.arange(count * per_sample)
         step = steps.repeat(count)
         trained = torch.isin(step - 1, torch.tensor(plan.trained_steps))
-        latents = torch.empty(len(rows), *latent_shape, dtype=dtype, device=device)
+        place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
+        latents = torch.empty(len(rows), *latent_shape, dtype=dtype, **place)
         nan = torch.full((len(rows),), torch.nan, device=device)
         return cls(
             group=group.repeat_interleave(per_sample),
@@ -100,8 +107,31 @@ class RolloutBuffer:
             log_prob=nan,
             advantage=torch.zeros_like(nan),
             prompts=prompts,
-            mean=torch.empty(int(trained.sum()), *latent_shape, device=device) if means else None,
+            mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """That samples, and trains."""
+        return self.log_prob.device
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """x of nodes (n,), on the device: (n, C, h, w)."""
+        return storage.take(self.x, rows, self.device)
+
+    def means(self, rows: Tensor) -> Tensor:
+        """The means that trained nodes (n,) were drawn around, on the device: (n, C, h, w)."""
+        assert self.mean is not None
+        return storage.take(self.mean, self.trained_rank(rows), self.device)
+
+    def settle(self) -> None:
+        """To be called between writing latents and reading them: what a GPU still copies cannot be read."""
+        storage.settle(self.x, self.device)
+
+    def put_means(self, rows: Tensor, means: Tensor) -> None:
+        """Keeps them, where this buffer does."""
+        if self.mean is not None:
+            storage.put(self.mean, self.trained_rank(rows), means.float())
 
     @property
     def leaves(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffalign.diffusion.plan import Plan
 from diffalign.models import DiffusionModel
+from diffalign.rollout import storage
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, sample
 from diffalign.runtime.noise import Noise
@@ -114,18 +115,17 @@ def _after_shared_steps(
 
 def _store_latents(buffer: RolloutBuffer, rows: slice, step: int, x: Tensor) -> None:
     if (buffer.step[: buffer.nodes_per_sample] == step).any():
-        buffer.x[buffer.nodes(rows, step)] = x.to(buffer.x.device)
+        storage.put(buffer.x, buffer.nodes(rows, step), x)
 
 
 def _store(buffer: RolloutBuffer, rows: slice, index: int, result: StepResult) -> None:
     if not (buffer.step[: buffer.nodes_per_sample] == index + 1).any():
         return
     nodes = buffer.nodes(rows, index + 1)
-    buffer.x[nodes] = result.x_next.to(buffer.x.device)
+    storage.put(buffer.x, nodes, result.x_next)
     if buffer.trained[nodes[0]]:
-        buffer.log_prob[nodes] = result.log_prob.float().to(buffer.x.device)
-        if buffer.mean is not None:
-            buffer.mean[buffer.trained_rank(nodes)] = result.mean.float().to(buffer.x.device)
+        buffer.log_prob[nodes] = result.log_prob.float().to(buffer.device)
+        buffer.put_means(nodes, result.mean)
 
 
 def generate(

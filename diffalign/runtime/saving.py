@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Where NaN is a value like others: nodes that are not trained have no log-prob.
 MAY_HOLD_NAN = ("iteration", "collected")
 Tensors = dict[str, dict[str, Tensor]]
+PART = 1 << 26  # bytes that processes send each other at once
 
 
 def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
@@ -50,9 +52,7 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
         "origin": loop.origin(),
     }
     if loop.collected is not None and (data := loop.task.collected()):
-        tensors["iteration"] = {
-            name: accelerator.gather(tensor.to(accelerator.device)) for name, tensor in data.items()
-        }
+        tensors["iteration"] = {name: everyones(accelerator, tensor) for name, tensor in data.items()}
         tensors["collected"] = {n: torch.tensor(v, dtype=torch.float64) for n, v in loop.collected.items()}
     if loop.ema is not None:
         tensors["ema"] = indexed(loop.ema.shadow)
@@ -61,6 +61,19 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
         state["scaler"] = accelerator.scaler.state_dict()
     keep = accelerator.is_main_process
     return {group: {name: whole(t, keep) for name, t in named.items()} for group, named in tensors.items()}, state
+
+
+def everyones(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The rows of all processes, which have equally many, in the order of processes.
+
+    They travel in parts, so that a device need not have room for what waits in main memory.
+    """
+    if accelerator.num_processes == 1:
+        return tensor
+    parts = tensor.split(max(1, PART // tensor[:1].nbytes))
+    found = [accelerator.gather(part.to(accelerator.device)).cpu() for part in parts]
+    shares = zip(*(part.chunk(accelerator.num_processes) for part in found), strict=True)
+    return torch.cat([torch.cat(share) for share in shares])
 
 
 def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -88,6 +88,7 @@ class FlowGRPOTrainer(Trainer):
 
     def collect(self, iteration: int) -> Metrics:
         """Samples and scores the images of an iteration."""
+        vars(self).pop("rollout", None)  # the last one's memory is free for this one
         self.rollout = self.collector(iteration, means=self.args.loss == "grpo_guard")
         if self.args.old_log_prob == "recompute":
             self._recompute(len(self.buffer.leaves))
@@ -148,7 +149,7 @@ class FlowGRPOTrainer(Trainer):
         level, next_level = self.levels[step], self.levels[step + 1]
         old, advantage = buffer.log_prob[nodes], buffer.advantage[nodes]
         if args.loss == "grpo_guard":
-            old_mean = buffer.mean[buffer.trained_rank(nodes)]
+            old_mean = buffer.means(nodes)
             loss, metrics = grpo_guard(
                 result.log_prob, old, result.mean, old_mean, result.std, advantage, self.clip, level, next_level
             )
@@ -163,7 +164,7 @@ class FlowGRPOTrainer(Trainer):
     def _replay(self, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
         """The stored transition of ``step`` under the current weights, and the nodes it ends in."""
         nodes = self.buffer.nodes(samples, step + 1)
-        x, x_next = self.buffer.x[self.buffer.parent[nodes]], self.buffer.x[nodes]
+        x, x_next = self.buffer.latents(self.buffer.parent[nodes]), self.buffer.latents(nodes)
         conditioning = self.rollout.conditioning[self.buffer.group[nodes]]
         return self.rollout.route.replay(self.model, step, x, conditioning, x_next), nodes
 
@@ -179,8 +180,8 @@ class FlowGRPOTrainer(Trainer):
         for samples, step in self._passes(torch.arange(count)):
             result, nodes = self._replay(samples, step)
             self.buffer.log_prob[nodes] = result.log_prob.float()
-            if self.buffer.mean is not None:
-                self.buffer.mean[self.buffer.trained_rank(nodes)] = result.mean.float()
+            self.buffer.put_means(nodes, result.mean)
+        self.buffer.settle()
 
     # Checks ---------------------------------------------------------------------------------------------------------
 

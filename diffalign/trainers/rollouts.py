@@ -20,10 +20,11 @@ from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.rewards.base import Reward
 from diffalign.rewards.settings import RewardConfig
 from diffalign.rollout.advantages import flat_share, group_advantages
-from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
 from diffalign.rollout.collect import Addresses, rollouts
 from diffalign.rollout.sampler import Route
 from diffalign.rollout.scoring import ScoreBook, check_unscored
+from diffalign.rollout.storage import pinned
 from diffalign.runtime.loop import Metrics
 from diffalign.structures import Conditioning, Prompt
 from diffalign.trainers.base import Trainer
@@ -135,6 +136,7 @@ class Collector:
                 trainer.loop.pulse(together=True)
             own = book.scores(group)
         self.scored = True
+        buffer.settle()
         metrics = self._advantages(buffer, {name: own[name] for name in self.rewards}, group)
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
         if args.save_rollouts:
@@ -169,7 +171,9 @@ class Collector:
         prompts = self.prompts_of(iteration)
         plan = make_plan(args.plan, iteration, args.seed)
         shape, device = trainer.model.latent_shape(), trainer.accelerator.device
-        buffer = RolloutBuffer.allocate(plan, *self._own_samples(), prompts, shape, device=device, means=means)
+        group, member = self._own_samples()
+        outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means), device)
+        buffer = RolloutBuffer.allocate(plan, group, member, prompts, shape, device=device, means=means, pinned=outside)
         conditioning = trainer.encoded([p.text for p in prompts])
         return Rollout(buffer, Route(plan, self.levels, trainer.guidance), conditioning, {})
 
