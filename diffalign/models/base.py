@@ -45,8 +45,8 @@ class DiffusionModel(ABC):
         "embeds": "negative_prompt_embeds",
         "pooled": "negative_pooled_prompt_embeds",
     }
-    # How the pipeline is called with ``negative``, what ``save`` wrote of a trained one.
-    negative_call = 'image = pipe("{prompt}", **negative, guidance_scale={scale:g}).images[0]'
+    # How the pipeline is called with ``negative``, what ``save`` wrote of a trained one; the prompt comes as a literal.
+    negative_call = "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
     weights: WeightSets
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:

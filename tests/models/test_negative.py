@@ -60,7 +60,7 @@ def test_a_detached_negative_is_the_same_output_with_less_gradient(model):
 
 # In every family -----------------------------------------------------------------------------------------------------
 
-TEXT, STEPS, SCALE = "a red circle", 3, 3.0
+TEXT, STEPS, SCALE = 'a "red" circle', 3, 3.0
 
 
 @pytest.fixture(params=FAMILIES)
