@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.diffusion.plan import PlanConfig
+from diffalign.rewards.base import FunctionReward
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.flow_grpo import step_weights
@@ -327,6 +328,20 @@ def test_a_run_that_learned_nothing_says_so(small, train_prompts):
 
     with pytest.warns(UserWarning, match="this LoRA changes nothing"):
         FlowGRPOTrainer(args=small(adam_weight_decay=0.0), reward_funcs=constant, train_dataset=train_prompts).train()
+
+
+def test_held_out_rewards_that_fail_leave_a_run_with_what_was_measured(small, train_prompts, recwarn):
+    args = small()
+
+    def lost(images, prompts, metadata):
+        raise ZeroDivisionError
+
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts[:2])
+    trainer.evaluation.rewards = {"lost": FunctionReward("lost", lost)}
+    trainer.train()
+    assert all((args.output_dir / name).is_file() for name in ("curves.png", "compare.png", "README.md"))
+    assert "| lost | – | – |" in (args.output_dir / "README.md").read_text()
+    assert any("reward 'lost' failed on" in str(warning.message) for warning in recwarn)
 
 
 def test_averaged_weights_are_evaluated_and_exported(small, train_prompts):
