@@ -31,15 +31,15 @@ class Recipe:
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``Course``.
     copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
     invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
-        last place of the window, linear between them.
+        last level of the window, linear between them; a step's is that of its level with less noise.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.
     guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
         the guidance scale, by which a gradient is otherwise larger.
     reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
         denoising real images; "reference", the squared distance of recorded outputs from the reference's.
-    words: control words of SRPO, wanted and unwanted. word_weight, word_weight_inverted: its k, as ``discount``, for
-        steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative: whether a negative prompt is
-        trained, not the denoiser.
+    words: control words of SRPO, wanted ones and unwanted ones, each taken in turn. word_weight, word_weight_inverted:
+        its k, as ``discount``, for steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative:
+        whether a negative prompt is trained, not the denoiser.
     """
 
     num_steps: int = 10
@@ -59,7 +59,7 @@ class Recipe:
     reward_loss: str = "negative"
     regulariser: str = "none"
     regulariser_weight: float = 1.0
-    words: tuple[str, str] | None = None
+    words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] = (0.0, 0.0)
     word_weight_inverted: tuple[float, float] = (0.0, 0.0)
     gap_floor: float | None = None
@@ -87,6 +87,10 @@ class Recipe:
             (self.sees == "recovered" and not self.copies, "recovered needs at least one of copies"),
             ((self.choice == "random") != (self.sees == "straight_through"), "random steps go with straight_through"),
             (self.invert and not self.words, "inverted steps need control words to swap: give words"),
+            (
+                any(isinstance(side, str) or not side for side in self.words or ()),
+                "words are a list of wanted ones and one of unwanted ones, at least one each",
+            ),
             (self.invert and self.sees != "recovered", "only what sees recovered can be inverted"),
             (self.invert and not self.raised, "no step of the window can be inverted: give num_steps or window more"),
             (self.gap_floor is not None and self.sees != "straight_through", "gap_floor goes with straight_through"),
@@ -118,10 +122,10 @@ class Recipe:
         """The places at which a step up begins: those where one down, within the window, ends with noise left."""
         return range(max(self.places.start, 1) + 1, min(self.places.stop, self.num_steps - 1) + 1)
 
-    def between(self, ends: tuple[float, float], place: int) -> float:
-        """What lies at ``place`` on the line through ``ends``, those of the window."""
+    def between(self, ends: tuple[float, float], level: int) -> float:
+        """What lies at a level, by its place, on the line through ``ends``, those of the window."""
         low, high = ends
-        return low + (high - low) * (place - self.places.start) / max(len(self.places) - 1, 1)
+        return low + (high - low) * (level - self.places.start) / len(self.places)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -161,12 +165,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regulariser_weight": 0.01,
     },
     # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO; see ``losses.srpo`` for
-    # departures. k is what the code calls a discount; there it runs over the window from little noise to much.
+    # departures. k is what the code calls a discount; there it runs over the window from little noise to much. With
+    # PickScore the code has a threshold of 14, the window (0.1, 0.6), and for k (0.5, 0.1) and (0.01, 0.6).
     "direct_align": RECOVERED,
     "srpo": {
         **RECOVERED,
+        "copies": 2,
         "invert": True,
-        "words": ("Realistic photo.", "CG render."),
+        "words": (
+            ("Natural-lighting.", "Detail.", "Detailed.", "Real."),
+            ("Concept art.", "Painting.", "Anime.", "Flat.", "Oil."),
+        ),
         "word_weight": (0.25, 0.1),
         "word_weight_inverted": (0.01, 0.3),
     },
@@ -206,7 +215,7 @@ class RecipeConfig:
     reward_loss: str | None = None
     regulariser: str | None = None
     regulariser_weight: float | None = None
-    words: tuple[str, str] | None = None
+    words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] | None = None
     word_weight_inverted: tuple[float, float] | None = None
     gap_floor: float | None = None
@@ -224,7 +233,20 @@ def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ..
 
     integers(low, high): a draw from [low, high). iteration: tells whose turn it is to be inverted.
     """
-    return DRAWS[recipe.sees](recipe, iteration, integers)
+    courses = DRAWS[recipe.sees](recipe, iteration, integers)
+    return tuple(
+        replace(course, words=_words(recipe, iteration, number, course.inverted))
+        for number, course in enumerate(courses)
+    )
+
+
+def _words(recipe: Recipe, iteration: int, number: int, inverted: bool) -> tuple[str, str] | None:
+    if recipe.words is None:
+        return None
+    # A step down and the step up that follows it have the same words.
+    turn = (iteration * recipe.copies + number) // 2 if recipe.invert else iteration
+    wanted, unwanted = (side[turn % len(side)] for side in recipe.words)
+    return (unwanted, wanted) if inverted else (wanted, unwanted)
 
 
 def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
@@ -256,9 +278,9 @@ def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Co
         among = recipe.raised if up else recipe.places
         place = integers(among.start, among.stop)
         move = Move(place, place - 1 if up else place + 1)
-        high = place - 1 if up else place  # of the two levels the one with more noise
-        weight = recipe.between(recipe.discount, high)
-        k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, high)
+        low = place if up else place + 1  # of the two levels the one with less noise
+        weight = recipe.between(recipe.discount, low)
+        k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, low)
         found.append(Course((move,), recipe.through, renoised=True, recovered=True, weight=weight, word_weight=k))
     return tuple(found)
 

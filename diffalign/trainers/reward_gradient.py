@@ -66,7 +66,7 @@ class RewardGradient:
             [batch.prompts[row] for row in chosen],
             torch.tensor([batch.samples[row][0] for row in chosen]),
             self._weight(found, course),
-            course.inverted,
+            course.words,
             course.word_weight,
         )
         loss, metrics = self.judge(seen)
