@@ -36,7 +36,8 @@ class Recipe:
     guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
         the guidance scale, by which a gradient is otherwise larger.
     reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
-        denoising real images; "reference", the squared distance of recorded outputs from the reference's.
+        denoising real images, at random levels or, ``from_images``, where samplings begin; "reference", the squared
+        distance of recorded outputs from the reference's.
     words: control words of SRPO, wanted ones and unwanted ones, each taken in turn. word_weight, word_weight_inverted:
         its k, as ``discount``, for steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative:
         whether a negative prompt is trained, not the denoiser.
@@ -156,9 +157,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
     # arXiv 2405.00760: detached inputs, an early stop in the last 40 %.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
-    # arXiv 2505.22569.
+    # arXiv 2505.22569. Departure: of a real image's latents the mean, not a draw, is noised.
     "imagerefl": {
         **LATE,
+        "guidance": "off",
         "from_images": True,
         "image_start": 0.75,
         "regulariser": "pretraining",
