@@ -190,8 +190,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_loss": "hinge",
         "gap_floor": 0.1,
     },
-    # arXiv 2412.19637. Its authors published no training code: the window is ReFL's.
-    "reneg": {**LATE, "negative": True},
+    # arXiv 2412.19637, the prompt that is shared by all: the last 10 of 30 steps; there with HPSv2.1, AdamW at 5e-3 and
+    # 4000 steps of 64. Its authors published no training code.
+    "reneg": {"window": (2 / 3, 1.0), "negative": True},
 }
 
 

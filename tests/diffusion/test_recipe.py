@@ -110,6 +110,12 @@ def test_srpo_takes_its_words_in_turn_and_swaps_them_going_up(copies):
     assert drawn(1, preset="draft_1")[1][0][0].words is None
 
 
+def test_reneg_predicts_x0_from_the_last_ten_of_thirty_steps():
+    recipe, found = drawn(preset="reneg", num_steps=30)
+    assert starts(found) == set(range(20, 30))
+    assert (recipe.sees, recipe.guidance, recipe.negative) == ("predicted", "full", True)
+
+
 def test_leapalign_leaps_twice_to_the_end():
     _, found = drawn(preset="leapalign", num_steps=8)
     pairs = {tuple(m.start for m in course.moves) for (course,) in found}
