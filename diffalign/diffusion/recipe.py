@@ -26,7 +26,8 @@ class Recipe:
     sees: "sample", the end of the sampling; "predicted", x0 as predicted where it stops; "recovered", a finished sample
         that was noised, moved one step and freed of the known noise; "straight_through", the end of the sampling with
         the gradient of leaps over it.
-    choice: which calls carry a gradient: the "last", evenly "spaced" ones, or "random" ones (those of leaps).
+    choice: which calls carry a gradient: the "last", evenly "spaced" ones, all shifted at random, or "random" ones
+        (those of leaps).
     gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``Course``.
     copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
@@ -155,7 +156,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "draft_lv": {"sees": "sample", "copies": 2},
     # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c| is "distance".
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
-    # arXiv 2405.00760: detached inputs, an early stop in the last 40 %.
+    # arXiv 2405.00760: detached inputs, an early stop; its numbers and how its steps are shifted are FlowBP's.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
     # arXiv 2505.22569. Departure: of a real image's latents the mean, not a draw, is noised.
     "imagerefl": {
@@ -259,7 +260,7 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, 
     calls = range(recipe.first, stop + 1)
     count = recipe.gradient_steps or len(calls)
     count = min(integers(1, count + 1) if recipe.truncate else count, len(calls))
-    chosen = spaced(calls, count) if recipe.choice == "spaced" else calls[-count:]
+    chosen = spaced(calls, count, integers) if recipe.choice == "spaced" else calls[-count:]
     moves = tuple(
         Move(place, None if predicted and place == stop else place + 1, place in chosen)
         for place in range(chosen[0], stop + 1)
@@ -268,9 +269,11 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, 
     return (course, *(replace(course, renoised=True),) * recipe.copies)
 
 
-def spaced(calls: range, count: int) -> list[int]:
-    """``count`` of the calls, evenly spaced, the last among them."""
-    return [calls[(number + 1) * len(calls) // count - 1] for number in range(count)]
+def spaced(calls: range, count: int, integers: Integers) -> range:
+    """``count`` of the calls, as far apart as fits everywhere, the first of them at random."""
+    stride = len(calls) // count
+    first = integers(0, len(calls) - (count - 1) * stride)
+    return calls[first::stride][:count]
 
 
 def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:

@@ -53,18 +53,23 @@ def test_drtune_detaches_inputs_and_spaces_its_steps_up_to_an_early_stop():
     _, found = drawn(preset="drtune", num_steps=20)
     stops = {course.moves[-1].start for (course,) in found}
     assert stops == set(range(12, 20))
+    recorded = set()
     for (course,) in found:
-        recorded = [m.start for m in course.moves if m.gradient]
-        stop = course.moves[-1].start
+        one, two, three = (m.start for m in course.moves if m.gradient)
+        assert two - one == three - two == (course.moves[-1].start + 1) // 3
         assert course.through == 0
         assert course.moves[-1].end is None
-        assert recorded == [(i + 1) * (stop + 1) // 3 - 1 for i in range(3)]
+        recorded |= {one, two, three}
+    assert recorded == set(range(20))  # each step is taught at times
 
 
-def test_spaced_calls_hold_the_last_one_and_equal_gaps():
-    assert spaced(range(9), 3) == [2, 5, 8]
-    assert spaced(range(10), 1) == [9]
-    assert spaced(range(4), 4) == [0, 1, 2, 3]
+def test_spaced_calls_have_equal_gaps_and_begin_at_random():
+    def ends(low, high):
+        return low, high - 1
+
+    assert [list(spaced(range(10), 3, lambda *span, i=i: ends(*span)[i])) for i in (0, 1)] == [[0, 3, 6], [3, 6, 9]]
+    assert [list(spaced(range(2, 5), 1, lambda *span, i=i: ends(*span)[i])) for i in (0, 1)] == [[2], [4]]
+    assert list(spaced(range(4), 4, lambda *span: ends(*span)[1])) == [0, 1, 2, 3]
 
 
 def test_imagerefl_begins_at_its_images():
