@@ -154,7 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "draft_1": {"sees": "sample"},
     "draft_k": {"sees": "sample", "gradient_steps": 5},
     "draft_lv": {"sees": "sample", "copies": 2},
-    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c| is "distance".
+    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c|, of an aesthetic score,
+    # is "distance"; 3. where the gradient ends is uniform, as in the paper; its code draws from N(42, 5) of 50 steps.
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
     # arXiv 2405.00760: detached inputs, an early stop; its numbers and how its steps are shifted are FlowBP's.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
@@ -182,7 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "word_weight": (0.25, 0.1),
         "word_weight_inverted": (0.01, 0.3),
     },
-    # arXiv 2604.15311: two leaps, and weights by how far they miss; constants as FlowBP's reproduction has them.
+    # arXiv 2604.15311: two leaps, and weights by how far they miss; see ``losses.leapalign`` for its constants.
     "leapalign": {
         "sees": "straight_through",
         "choice": "random",
@@ -191,8 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_loss": "hinge",
         "gap_floor": 0.1,
     },
-    # arXiv 2412.19637, the prompt that is shared by all: the last 10 of 30 steps; there with HPSv2.1, AdamW at 5e-3 and
-    # 4000 steps of 64. Its authors published no training code.
+    # arXiv 2412.19637, its prompt for all images: the last 10 of 30 steps. Its authors published no training code.
     "reneg": {"window": (2 / 3, 1.0), "negative": True},
 }
 

@@ -64,12 +64,12 @@ def test_drtune_detaches_inputs_and_spaces_its_steps_up_to_an_early_stop():
 
 
 def test_spaced_calls_have_equal_gaps_and_begin_at_random():
-    def ends(low, high):
-        return low, high - 1
+    def both(*given):
+        return [list(spaced(*given, draw)) for draw in (lambda low, high: low, lambda low, high: high - 1)]
 
-    assert [list(spaced(range(10), 3, lambda *span, i=i: ends(*span)[i])) for i in (0, 1)] == [[0, 3, 6], [3, 6, 9]]
-    assert [list(spaced(range(2, 5), 1, lambda *span, i=i: ends(*span)[i])) for i in (0, 1)] == [[2], [4]]
-    assert list(spaced(range(4), 4, lambda *span: ends(*span)[1])) == [0, 1, 2, 3]
+    assert both(range(10), 3) == [[0, 3, 6], [3, 6, 9]]
+    assert both(range(2, 5), 1) == [[2], [4]]
+    assert both(range(4), 4) == [[0, 1, 2, 3]] * 2
 
 
 def test_imagerefl_begins_at_its_images():
