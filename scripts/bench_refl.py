@@ -140,7 +140,7 @@ class Bench:
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         total = latents.new_zeros(())
         for reward in trainer.rewards.values():
-            for text in trainer.recipe.words or ("",):
+            for text in batch.courses[0].words or ("",):
                 total = total + ask(reward, images, [f"{text} {t}" for t in texts], metadata)[0].sum()
         torch.autograd.grad(total, latents)
 

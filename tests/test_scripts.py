@@ -181,8 +181,8 @@ def pretended_run(folder, seed, gain):
         save_file({"score/shapes": scores, "prompt": torch.arange(12) // 2}, folder / f"samples/{name}.safetensors")
     rows = [
         {"step": 0, "eval/accuracy": 0.4, "eval/diversity": 0.2},
-        {"step": 1, "time/collect": 20.0, "time/update": 40.0},
-        {"step": 2, "time/collect": 20.0, "time/update": 40.0},
+        {"step": 1, "time/collect": 20.0, "time/update": 40.0, "winner_gain": -0.3},
+        {"step": 2, "time/collect": 20.0, "time/update": 40.0, "winner_gain": -0.1},
         {"step": 2, "eval/accuracy": 0.4 + gain, "eval/diversity": 0.1},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -195,7 +195,7 @@ def test_losses_are_tabled_and_drawn_at_their_best_learning_rate(losses, tmp_pat
             pretended_run(losses.Run(name, factor, seed).folder(tmp_path), seed, gain)
     assert losses.best_factor(tmp_path, "dpo", 0, (0.3, 1.0)) == 1.0
     assert losses.best_factor(tmp_path, "ipo", 0, (0.3, 1.0)) == 0.3
-    losses.write(tmp_path, [losses.Run(n, f, s) for n in losses.VARIANTS for f in losses.FACTORS for s in (0, 1)])
+    losses.write(tmp_path, [losses.Run(n, f, s) for n in losses.VARIANTS for f in (0.3, 1.0) for s in (0, 1)])
     rows = list(csv.DictReader(losses.CSV.open()))
     assert [(r["variant"], r["factor"], r["seed"]) for r in rows] == [
         ("dpo", "0.3", "0"),
@@ -214,7 +214,7 @@ def test_losses_are_tabled_and_drawn_at_their_best_learning_rate(losses, tmp_pat
     _, _, dpo, ipo = losses.TABLE.read_text().strip().split("\n")
     # Over both seeds 6 and 3 of 12 images won, the others tied.
     assert dpo.startswith("| dpo | 77.5 ± 17.7 | 37.5 ± 17.7 | 68.8 [")
-    assert ipo.endswith("| 0.100 | 2.0 | 0.00015 | `shapes.yaml`, `loss: ipo`, `beta: 62.5` |")
+    assert ipo.endswith("| 0.100 | -0.200 | 2.0 | 0.0003 | `shapes.yaml`, `loss: ipo`, `beta: 3.0` |")
     assert losses.PICTURE.stat().st_size > 5000
 
 

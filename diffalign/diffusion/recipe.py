@@ -26,20 +26,22 @@ class Recipe:
     sees: "sample", the end of the sampling; "predicted", x0 as predicted where it stops; "recovered", a finished sample
         that was noised, moved one step and freed of the known noise; "straight_through", the end of the sampling with
         the gradient of leaps over it.
-    choice: which calls carry a gradient: the "last", evenly "spaced" ones, or "random" ones (those of leaps).
+    choice: which calls carry a gradient: the "last", evenly "spaced" ones, all shifted at random, or "random" ones
+        (those of leaps).
     gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``Course``.
     copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
     invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
-        last place of the window, linear between them.
+        last level of the window, linear between them; a step's is that of its level with less noise.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.
     guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
         the guidance scale, by which a gradient is otherwise larger.
     reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
-        denoising real images; "reference", the squared distance of recorded outputs from the reference's.
-    words: control words of SRPO, wanted and unwanted. word_weight, word_weight_inverted: its k, as ``discount``, for
-        steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative: whether a negative prompt is
-        trained, not the denoiser.
+        denoising real images, at random levels or, ``from_images``, where samplings begin; "reference", the squared
+        distance of recorded outputs from the reference's.
+    words: control words of SRPO, wanted ones and unwanted ones, each taken in turn. word_weight, word_weight_inverted:
+        its k, as ``discount``, for steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative:
+        whether a negative prompt is trained, not the denoiser.
     """
 
     num_steps: int = 10
@@ -59,7 +61,7 @@ class Recipe:
     reward_loss: str = "negative"
     regulariser: str = "none"
     regulariser_weight: float = 1.0
-    words: tuple[str, str] | None = None
+    words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] = (0.0, 0.0)
     word_weight_inverted: tuple[float, float] = (0.0, 0.0)
     gap_floor: float | None = None
@@ -87,6 +89,10 @@ class Recipe:
             (self.sees == "recovered" and not self.copies, "recovered needs at least one of copies"),
             ((self.choice == "random") != (self.sees == "straight_through"), "random steps go with straight_through"),
             (self.invert and not self.words, "inverted steps need control words to swap: give words"),
+            (
+                any(isinstance(side, str) or not side for side in self.words or ()),
+                "words are a list of wanted ones and one of unwanted ones, at least one each",
+            ),
             (self.invert and self.sees != "recovered", "only what sees recovered can be inverted"),
             (self.invert and not self.raised, "no step of the window can be inverted: give num_steps or window more"),
             (self.gap_floor is not None and self.sees != "straight_through", "gap_floor goes with straight_through"),
@@ -118,10 +124,10 @@ class Recipe:
         """The places at which a step up begins: those where one down, within the window, ends with noise left."""
         return range(max(self.places.start, 1) + 1, min(self.places.stop, self.num_steps - 1) + 1)
 
-    def between(self, ends: tuple[float, float], place: int) -> float:
-        """What lies at ``place`` on the line through ``ends``, those of the window."""
+    def between(self, ends: tuple[float, float], level: int) -> float:
+        """What lies at a level, by its place, on the line through ``ends``, those of the window."""
         low, high = ends
-        return low + (high - low) * (place - self.places.start) / max(len(self.places) - 1, 1)
+        return low + (high - low) * (level - self.places.start) / len(self.places)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -148,29 +154,36 @@ PRESETS: dict[str, dict[str, Any]] = {
     "draft_1": {"sees": "sample"},
     "draft_k": {"sees": "sample", "gradient_steps": 5},
     "draft_lv": {"sees": "sample", "copies": 2},
-    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c| is "distance".
+    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c|, of an aesthetic score,
+    # is "distance"; 3. where the gradient ends is uniform, as in the paper; its code draws from N(42, 5) of 50 steps.
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
-    # arXiv 2405.00760: detached inputs, an early stop in the last 40 %.
+    # arXiv 2405.00760: detached inputs, an early stop; its numbers and how its steps are shifted are FlowBP's.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
-    # arXiv 2505.22569.
+    # arXiv 2505.22569. Departure: of a real image's latents the mean, not a draw, is noised.
     "imagerefl": {
         **LATE,
+        "guidance": "off",
         "from_images": True,
         "image_start": 0.75,
         "regulariser": "pretraining",
         "regulariser_weight": 0.01,
     },
     # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO; see ``losses.srpo`` for
-    # departures. k is what the code calls a discount; there it runs over the window from little noise to much.
+    # departures. k is what the code calls a discount; there it runs over the window from little noise to much. With
+    # PickScore the code has a threshold of 14, the window (0.1, 0.6), and for k (0.5, 0.1) and (0.01, 0.6).
     "direct_align": RECOVERED,
     "srpo": {
         **RECOVERED,
+        "copies": 2,
         "invert": True,
-        "words": ("Realistic photo.", "CG render."),
+        "words": (
+            ("Natural-lighting.", "Detail.", "Detailed.", "Real."),
+            ("Concept art.", "Painting.", "Anime.", "Flat.", "Oil."),
+        ),
         "word_weight": (0.25, 0.1),
         "word_weight_inverted": (0.01, 0.3),
     },
-    # arXiv 2604.15311: two leaps, and weights by how far they miss; constants as FlowBP's reproduction has them.
+    # arXiv 2604.15311: two leaps, and weights by how far they miss; see ``losses.leapalign`` for its constants.
     "leapalign": {
         "sees": "straight_through",
         "choice": "random",
@@ -179,8 +192,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_loss": "hinge",
         "gap_floor": 0.1,
     },
-    # arXiv 2412.19637. Its authors published no training code: the window is ReFL's.
-    "reneg": {**LATE, "negative": True},
+    # arXiv 2412.19637, its prompt for all images: the last 10 of 30 steps. Its authors published no training code.
+    "reneg": {"window": (2 / 3, 1.0), "negative": True},
 }
 
 
@@ -206,7 +219,7 @@ class RecipeConfig:
     reward_loss: str | None = None
     regulariser: str | None = None
     regulariser_weight: float | None = None
-    words: tuple[str, str] | None = None
+    words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] | None = None
     word_weight_inverted: tuple[float, float] | None = None
     gap_floor: float | None = None
@@ -224,7 +237,20 @@ def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ..
 
     integers(low, high): a draw from [low, high). iteration: tells whose turn it is to be inverted.
     """
-    return DRAWS[recipe.sees](recipe, iteration, integers)
+    courses = DRAWS[recipe.sees](recipe, iteration, integers)
+    return tuple(
+        replace(course, words=_words(recipe, iteration, number, course.inverted))
+        for number, course in enumerate(courses)
+    )
+
+
+def _words(recipe: Recipe, iteration: int, number: int, inverted: bool) -> tuple[str, str] | None:
+    if recipe.words is None:
+        return None
+    # A step down and the step up that follows it have the same words.
+    turn = (iteration * recipe.copies + number) // 2 if recipe.invert else iteration
+    wanted, unwanted = (side[turn % len(side)] for side in recipe.words)
+    return (unwanted, wanted) if inverted else (wanted, unwanted)
 
 
 def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
@@ -234,7 +260,7 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, 
     calls = range(recipe.first, stop + 1)
     count = recipe.gradient_steps or len(calls)
     count = min(integers(1, count + 1) if recipe.truncate else count, len(calls))
-    chosen = spaced(calls, count) if recipe.choice == "spaced" else calls[-count:]
+    chosen = spaced(calls, count, integers) if recipe.choice == "spaced" else calls[-count:]
     moves = tuple(
         Move(place, None if predicted and place == stop else place + 1, place in chosen)
         for place in range(chosen[0], stop + 1)
@@ -243,9 +269,11 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, 
     return (course, *(replace(course, renoised=True),) * recipe.copies)
 
 
-def spaced(calls: range, count: int) -> list[int]:
-    """``count`` of the calls, evenly spaced, the last among them."""
-    return [calls[(number + 1) * len(calls) // count - 1] for number in range(count)]
+def spaced(calls: range, count: int, integers: Integers) -> range:
+    """``count`` of the calls, as far apart as fits everywhere, the first of them at random."""
+    stride = len(calls) // count
+    first = integers(0, len(calls) - (count - 1) * stride)
+    return calls[first::stride][:count]
 
 
 def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:
@@ -256,9 +284,9 @@ def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Co
         among = recipe.raised if up else recipe.places
         place = integers(among.start, among.stop)
         move = Move(place, place - 1 if up else place + 1)
-        high = place - 1 if up else place  # of the two levels the one with more noise
-        weight = recipe.between(recipe.discount, high)
-        k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, high)
+        low = place if up else place + 1  # of the two levels the one with less noise
+        weight = recipe.between(recipe.discount, low)
+        k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, low)
         found.append(Course((move,), recipe.through, renoised=True, recovered=True, weight=weight, word_weight=k))
     return tuple(found)
 

@@ -51,7 +51,7 @@ class Course:
     sample, noised to the first level with noise that is known; False: at a state of a sampling.
     recovered: the known noise is taken off the sample, (x - sigma noise) / alpha: Direct-Align. straight: moves leap
     over steps of a sampling, and where they end its own states are put in their place, with the gradient of the leap.
-    weight: of its loss. word_weight: SRPO's k in its reward.
+    weight: of its loss. words, word_weight: SRPO's control words in its reward, the one to come closer to first, and k.
 
     ValueError: moves that do not join, no gradient in the first, a share outside [0, 1], or a recovery without known
     noise.
@@ -63,6 +63,7 @@ class Course:
     recovered: bool = False
     straight: bool = False
     weight: float = 1.0
+    words: tuple[str, str] | None = None
     word_weight: float = 0.0
 
     def __post_init__(self) -> None:

@@ -120,18 +120,25 @@ class Gallery:
         if not missing:
             return
         mend(place / f"scores-{self.process}.jsonl")
-        scale = self.sampling.guidance_scale
         with tuned(model, subject.path, subject.scale):
             # Encoded anew for each subject: its weights may be those of the text encoders too.
             encoded = EncodedPrompts(model)
             route = Route(
                 ode_plan(self.sampling.num_steps),
                 model.levels(self.sampling.num_steps, self.sampling.schedule),
-                Guidance(scale, encoded.empty if scale != 1 else None),
+                self._guidance(model, encoded),
                 self.sampling.base_steps if subject.path else 0,
             )
             for chunk in (missing[i : i + size] for i in range(0, len(missing), size)):
                 progress(self._draw(model, route, encoded, place, chunk))
+
+    def _guidance(self, model: DiffusionModel, encoded: EncodedPrompts) -> Guidance:
+        scale = self.sampling.guidance_scale
+        if model.negative is None:
+            return Guidance(scale, encoded.empty if scale != 1 else None)
+        if scale == 1:
+            raise ValueError("a negative prompt acts by guidance: give the guidance_scale that it was trained with")
+        return Guidance(scale, model.negative.conditioning(model.negative()))
 
     def _draw(
         self, model: DiffusionModel, route: Route, encoded: EncodedPrompts, place: Path, chunk: list[tuple[int, int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ from pathlib import Path
 import yaml
 
 REPOSITORY_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def literal(text: object) -> str:
+    """Text as Python writes it, on one line between double quotes, whatever is in it."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
         "by task": {name: f.tasks for name, f in models.items() if f.tasks},
         "win rate over base": {name: {r: w.rate for r, w in f.wins.items()} for name, f in models.items() if f.wins},
     }
-    shown = {title: bars for title, bars in panels.items() if bars}
+    shown = {title: bars for title, bars in panels.items() if any(bars.values())}
     widths = [1.2 + 0.28 * sum(map(len, bars.values())) for bars in shown.values()]
     figure = Figure(figsize=(max(6.0, sum(widths)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -35,11 +35,11 @@ def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
     figure.savefig(Path(path), dpi=120)
 
 
-def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval]], order: Sequence[str]) -> None:
-    groups = list(next(iter(bars.values())))
+def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval | None]], order: Sequence[str]) -> None:
+    groups = list(dict.fromkeys(group for values in bars.values() for group in values))
     width = BAR / len(bars)
     for number, (name, values) in enumerate(bars.items()):
-        found = [values.get(group, Interval(np.nan, np.nan, np.nan)) for group in groups]
+        found = [values.get(group) or Interval(np.nan, np.nan, np.nan) for group in groups]
         means = np.array([interval.mean for interval in found])
         error = np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]]).clip(min=0)
         place = np.arange(len(groups)) + (number - (len(bars) - 1) / 2) * width

@@ -16,12 +16,13 @@ from diffalign.evaluation.win_rate import Interval, WinRate, mean_interval, win_
 class Figures:
     """One model.
 
-    rewards: name -> mean over prompts, with its 95 % interval. tasks: tag -> mean of the first reward; empty where
-    prompts carry no tags, or one. wins: reward -> against the base; empty for the base itself.
+    rewards: name -> mean over prompts, with its 95 % interval; None where no image has a score. tasks: tag -> mean of
+    the first reward; empty where prompts carry no tags, or one. wins: reward -> against the base, where an image has a
+    score of both; empty for the base itself.
     diversity: "pixels", and "embedding" where an embedding model was given; empty with one image per prompt.
     """
 
-    rewards: dict[str, Interval]
+    rewards: dict[str, Interval | None]
     tasks: dict[str, Interval]
     wins: dict[str, WinRate]
     diversity: dict[str, float]
@@ -45,12 +46,10 @@ def figures(
         rows = torch.tensor([own == tag for own in tags])
         if first[rows].isfinite().any():
             tasks[tag] = mean_interval(first[rows], prompt[rows])
-    return Figures(
-        {name: mean_interval(values, prompt) for name, values in scores.items()},
-        tasks,
-        {name: win_rate(scores[name], base[name], prompt) for name in scores} if base else {},
-        dict(diversity),
-    )
+    means = {name: mean_interval(v, prompt) if v.isfinite().any() else None for name, v in scores.items()}
+    paired = [name for name, v in scores.items() if base and (v.isfinite() & base[name].isfinite()).any()]
+    wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
+    return Figures(means, tasks, wins, dict(diversity))
 
 
 def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -75,7 +74,8 @@ def to_markdown(models: Mapping[str, Figures]) -> str:
     rows = [["", *models], ["---", *("---:" for _ in models)]]
     rows += [[name, *(_plus_minus(f.rewards[name]) for f in found)] for name in found[0].rewards]
     first = next(iter(found[0].rewards))
-    rows += [[f"{first}: {tag}", *(_plus_minus(f.tasks[tag]) for f in found)] for tag in found[0].tasks]
+    tags = dict.fromkeys(tag for f in found for tag in f.tasks)
+    rows += [[f"{first}: {tag}", *(_plus_minus(f.tasks.get(tag)) for f in found)] for tag in tags]
     for name in found[0].rewards:
         if any(f.wins for f in found):
             rows.append([f"{name}: wins over base", *(_wins(f.wins.get(name)) for f in found)])
@@ -83,8 +83,8 @@ def to_markdown(models: Mapping[str, Figures]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
-def _plus_minus(interval: Interval) -> str:
-    return f"{interval.mean:.3f} ± {(interval.high - interval.low) / 2:.3f}"
+def _plus_minus(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.mean:.3f} ± {(interval.high - interval.low) / 2:.3f}"
 
 
 def _wins(found: WinRate | None) -> str:

@@ -19,7 +19,7 @@ class EvaluationConfig:
     """Fields of ``diffalign eval`` and ``diffalign compare``; null: as in the ``config.yaml`` of the first run."""
 
     models: tuple[str, ...] = option(
-        (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights"
+        (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts"
     )
     model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
     revision: str | None = option(None, "branch, tag or commit of a hub id")

@@ -23,7 +23,7 @@ from diffalign.trainers.inputs import load_optional
 GIB = 2**30
 MEANING = {
     "sampling": "to make images",
-    "training": "forward and backward",
+    "training": "forward and backward, at most",
     "comparing": "reference, recomputed calls, checks",
     "evaluating": "to make held-out images, and to watch them",
 }

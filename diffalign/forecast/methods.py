@@ -44,10 +44,10 @@ def _rollout(args: RolloutConfig, share: Share, iteration: int) -> Work:
     return Work(generated=images, sampling=steps * guided(args))
 
 
-def _stored(buffer: int, pairs: int = 0) -> int:
-    """Bytes on the device of a buffer, and of pairs that are made of it, which are where it is."""
+def _stored(buffer: int, more: int) -> int:
+    """Bytes on the device of a buffer, and of what is made of it, which is where it is."""
     outside = torch.cuda.is_available() and pinned(buffer, torch.device("cuda"))
-    return 0 if outside else buffer + pairs
+    return 0 if outside else buffer + more
 
 
 def _rollout_batches(args: RolloutConfig, share: Share) -> list[str]:
@@ -87,17 +87,23 @@ def _grpo_checks(args: FlowGRPOConfig, share: Share) -> Work:
 def _grpo_batches(args: FlowGRPOConfig, share: Share) -> list[str]:
     images = _images(args, share) // args.updates_per_rollout
     batch, trained = min(args.train_batch_size, images), len(make_plan(args.plan, 0, args.seed).trained_steps)
+    most = "at most " if args.filters else ""
+    left_out = ["images without an advantage are left out, and the others dealt evenly"] if args.filters else []
     return [
         *_rollout_batches(args, share),
-        f"training: {args.updates_per_rollout} optimizer step(s) per iteration, {images} images each and process",
-        f"each accumulates {-(-images // batch) * trained} passes: {-(-images // batch)} micro-batch(es) of {batch} "
-        f"images x {trained} trained steps",
+        f"training: {args.updates_per_rollout} optimizer step(s) per iteration, {most}{images} images each and process",
+        f"each accumulates {most}{-(-images // batch) * trained} passes: {-(-images // batch)} micro-batch(es) of "
+        f"{batch} images x {trained} trained steps",
+        *left_out,
     ]
 
 
 def _grpo_stored(args: FlowGRPOConfig, latent: tuple[int, int, int], share: Share) -> int:
-    plan, means = make_plan(args.plan, 0, args.seed), args.loss == "grpo_guard"
-    return _stored(bytes_needed(plan, _images(args, share), latent, torch.float32, means=means))
+    """An update that is dealt samples of other processes has those that it goes through once more."""
+    plan, means, images = make_plan(args.plan, 0, args.seed), args.loss == "grpo_guard", _images(args, share)
+    again = images // args.updates_per_rollout if args.filters and share.world > 1 else 0
+    own, more = (bytes_needed(plan, n, latent, torch.float32, means=means) for n in (images, again))
+    return _stored(own, more)
 
 
 def _grpo_copies(args: FlowGRPOConfig) -> int:

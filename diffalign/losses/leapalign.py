@@ -1,7 +1,8 @@
 """LeapAlign (arXiv 2604.15311): samples count by how far two leaps over their sampling miss it.
 
-Read beside the reproduction that FlowBP published: distances are means of absolute differences, each is bounded by
-tau = 0.1 before they are added, and alpha = 0.3 of the gradient passes through the second call's input.
+Distances are means of absolute differences, each is bounded by tau = 0.1 before they are added, and alpha = 0.3 of the
+gradient passes through the second call's input: the paper's constants for HPSv2.1, with a hinge at 0.55, which FlowBP's
+reproduction has too.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ REWARD_LOSSES: dict[str, RewardLoss] = {
     "group": RewardLoss(group, groups=True),
 }
 
-# Of the hinge, as published: ImageReward's by ReFL, HPSv2.1's by FlowBP for all that it compares. In the units of the
-# registered rewards.
+# Of the hinge, as published: ImageReward's by ReFL, HPSv2.1's by LeapAlign, and by FlowBP for all that it compares. In
+# the units of the registered rewards.
 PUBLISHED_THRESHOLDS: dict[str, float] = {"image_reward": 2.0, "hpsv2.1": 0.55}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,8 +45,8 @@ class DiffusionModel(ABC):
         "embeds": "negative_prompt_embeds",
         "pooled": "negative_pooled_prompt_embeds",
     }
-    # How the pipeline is called with ``negative``, what ``save`` wrote of a trained one.
-    negative_call = 'image = pipe("{prompt}", **negative, guidance_scale={scale:g}).images[0]'
+    # How the pipeline is called with ``negative``, what ``save`` wrote of a trained one; the prompt comes as a literal.
+    negative_call = "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
     weights: WeightSets
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
@@ -224,6 +224,24 @@ class DiffusionModel(ABC):
         self.weights = WeightSets(self.negative, has_adapter=False)
         self.weights.keep_copy(REFERENCE)
         return self.negative
+
+    @torch.no_grad()
+    def load_negative(self, file: Path) -> None:
+        """Puts a negative prompt that ``save`` wrote in the place of the empty one, which is the reference.
+
+        ValueError: it is of another model or length.
+        """
+        negative = self.train_negative()
+        here, saved = self.negative_arguments(negative.conditioning(negative())), load_file(file)
+        sizes, found = ({name: tuple(t.shape) for name, t in named.items()} for named in (here, saved))
+        if sizes != found:
+            raise ValueError(
+                f"{file} holds {found}, and a negative prompt of this model is {sizes}: "
+                "give the model and the max_sequence_length that it was trained with"
+            )
+        for name in negative.trained:
+            argument = self.negative_names[name]
+            here[argument].copy_(saved[argument])  # a view of what is trained, or all of it
 
     def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
         """A negative prompt as arguments of the plain pipeline, by name."""

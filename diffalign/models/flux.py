@@ -24,7 +24,7 @@ class FluxModel(PackedFlowModel):
     ValueError: embedded guidance for a model that is not told it, as FLUX.1-schnell.
     """
 
-    negative_call = 'image = pipe("{prompt}", **negative, true_cfg_scale={scale:g}).images[0]'
+    negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
     lora_targets = JOINT_ATTENTION
 
     def __init__(

@@ -21,7 +21,7 @@ class QwenImageModel(PackedFlowModel):
     """
 
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_embeds_mask"}
-    negative_call = 'image = pipe("{prompt}", **negative, true_cfg_scale={scale:g}).images[0]'
+    negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
     lora_targets = JOINT_ATTENTION
 
     @property

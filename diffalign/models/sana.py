@@ -34,7 +34,7 @@ import inspect
 
 instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
 embeds, mask, _, _ = pipe.encode_prompt(
-    "{prompt}", False, max_sequence_length={length}, complex_human_instruction=instruction
+    {prompt}, False, max_sequence_length={length}, complex_human_instruction=instruction
 )
 image = pipe(
     prompt_embeds=embeds,

@@ -22,7 +22,7 @@ class SD3Model(FlowModel):
     uniform_grid = False
     # Positive and negative prompts stand in one batch, and must be as long as each other.
     negative_call = (
-        'image = pipe("{prompt}", **negative, guidance_scale={scale:g}, max_sequence_length={length}).images[0]'
+        "image = pipe({prompt}, **negative, guidance_scale={scale:g}, max_sequence_length={length}).images[0]"
     )
     lora_targets = JOINT_ATTENTION
 

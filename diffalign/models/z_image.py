@@ -25,7 +25,7 @@ class ZImageModel(FlowModel):
     # It takes a list of prompts, none of them padded.
     negative_call = (
         "negative = {{name: list(rows) for name, rows in negative.items()}}\n"
-        'image = pipe("{prompt}", **negative, guidance_scale={scale:g} - 1).images[0]'
+        "image = pipe({prompt}, **negative, guidance_scale={scale:g} - 1).images[0]"
     )
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,21 @@ class RolloutBuffer:
     def set_advantages(self, advantages: Tensor) -> None:
         """Gives every node of a sample the advantage (B,) of its leaf: the rule of Flow-GRPO."""
         self.advantage = advantages.to(self.advantage).repeat_interleave(self.nodes_per_sample)
+
+    def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
+        """The buffer of the samples that ``move`` gives for ``samples`` of this one, without their rewards.
+
+        move: from a column of those, (b, ...), to that of at most as many as this buffer has.
+        """
+
+        def of(column: Tensor) -> Tensor:
+            per_sample = len(column) // len(self.leaves)
+            nodes = column.unflatten(0, (-1, per_sample))[samples].unbind(1)  # a device need not have room for all
+            return torch.stack([move(part) for part in nodes], 1).flatten(0, 1)
+
+        columns = {name: of(getattr(self, name)) for name in ("group", "sample", "x", "log_prob", "advantage")}
+        alike = {name: getattr(self, name)[: len(columns["group"])] for name in ("parent", "step", "trained")}
+        return replace(self, **columns, **alike, mean=None if self.mean is None else of(self.mean), rewards={})
 
     def save(
         self,

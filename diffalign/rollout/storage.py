@@ -34,12 +34,14 @@ def put_rows(column: Tensor, rows: Tensor, values: Tensor) -> None:
 
 def take(column: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """``column[rows]`` on ``device``."""
-    return column[rows] if column.device == device else take_rows(column, rows).to(device, non_blocking=True)
+    if column.device == device:
+        return column[rows]
+    return take_rows(column, rows, pin=device.type == "cuda").to(device, non_blocking=True)
 
 
-def take_rows(column: Tensor, rows: Tensor) -> Tensor:
-    """``column[rows]``, pinned where ``column`` is, because only then the copy that follows needs no wait."""
-    found = torch.empty(len(rows), *column.shape[1:], dtype=column.dtype, pin_memory=column.is_pinned())
+def take_rows(column: Tensor, rows: Tensor, pin: bool) -> Tensor:
+    """``column[rows]``. pin: in pinned memory, because only then the copy that follows needs no wait."""
+    found = torch.empty(len(rows), *column.shape[1:], dtype=column.dtype, pin_memory=pin)
     return torch.index_select(column, 0, rows, out=found)
 
 

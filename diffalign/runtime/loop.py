@@ -108,6 +108,11 @@ class Loop:
         """Whether all steps are done, or the task has seen enough."""
         return self.step >= self.args.max_train_steps or self.task.done
 
+    @property
+    def taken(self) -> int:
+        """How many optimizer steps were taken, and not skipped."""
+        return self.step - self.guard.skipped
+
     def _begin(self) -> bool:
         """Finds the place to go on from; False where nothing is left to do."""
         path = saving.find(self)
@@ -172,7 +177,7 @@ class Loop:
         while self.step < self.args.max_train_steps and (micros := next(updates, None)) is not None:
             started = time.perf_counter()
             try:
-                if self.step == 0:
+                if not self.taken:
                     self.task.before_first_update()
                 metrics = self._update(micros)
             except torch.OutOfMemoryError as error:
@@ -188,7 +193,7 @@ class Loop:
     def _close_update(self, metrics: Metrics, collected: Metrics, bar: tqdm) -> None:
         """What follows an optimizer step, after which the run is whole again."""
         self.task.after_update(self.step, metrics)
-        if self.step == 1:
+        if self.taken == 1 and "skipped" not in metrics:
             self.task.after_first_update()
         self._record({**collected, **metrics})
         collected.pop("time/collect", None)  # counted once, however many updates follow

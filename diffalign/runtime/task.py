@@ -51,13 +51,16 @@ class Task(Protocol):
         """Figures of the averaged weights where there are any, else of the policy."""
 
     def before_first_update(self) -> None:
-        """Checks that must hold when the weights have not moved yet; raises where they do not."""
+        """Checks that must hold when the weights have not moved yet; raises where they do not.
+
+        Called before each update until one is taken, and not skipped.
+        """
 
     def after_first_update(self) -> None:
         """Checks that must hold once they have."""
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Follows optimizer step number ``step`` (from 1), with its figures over all processes."""
+        """Follows optimizer step number ``step`` (from 1), with its figures over all processes, which it may add to."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint must hold besides weights, optimizer and counters: tensors, and what JSON can hold.

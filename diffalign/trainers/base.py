@@ -228,7 +228,7 @@ class Trainer:
         """Checks that must hold once they have."""
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Follows optimizer step number ``step`` (from 1), with its figures over all processes."""
+        """Follows optimizer step number ``step`` (from 1), with its figures over all processes, which it may add to."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint must hold of this trainer: tensors, and what JSON can hold."""

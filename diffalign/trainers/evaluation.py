@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
@@ -68,6 +69,7 @@ class Evaluation:
         self.per_prompt, self.batch_size, self.pulse = images_per_prompt, batch_size, pulse
         most = -(-len(prompts) // accelerator.num_processes)
         self.extra = (most - len(self.index)) * images_per_prompt if even else 0
+        self.filler = list(prompts[:1]) if self.extra else []
 
     def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
         """Figures of the weights in use, over all processes, and what to show of them. base_steps: see ``Route``.
@@ -79,16 +81,16 @@ class Evaluation:
         place = torch.arange(len(prompts))
         own, sample = place // self.per_prompt, place % self.per_prompt
         images = self._images(Route(ode_plan(len(levels) - 1), levels, guidance, base_steps), own, sample)
-        found = score(self.rewards, images, prompts)
+        found = score(self.rewards, images, prompts) if prompts else dict.fromkeys(self.rewards, torch.empty(0))
         scores = {name: found[name] for name in self.rewards}
         rows = [
             (self.index[i // self.per_prompt], i % self.per_prompt, str(p.metadata.get("tag", "all")), *values)
             for i, (p, *values) in enumerate(zip(prompts, *(scores[name].tolist() for name in scores), strict=True))
         ]
-        spread = [(len(self.prompts), pairwise_distance(images, own))] if self.per_prompt > 1 else []
+        spread = [(len(self.prompts), pairwise_distance(images, own))] if prompts and self.per_prompt > 1 else []
         everything, spread = sorted(gather_object(rows)), gather_object(spread)
         diversity = sum(n * value for n, value in spread) / sum(n for n, _ in spread) if spread else None
-        chosen = torch.tensor(spread_evenly(len(self.prompts), SHOWN)) * self.per_prompt
+        chosen = torch.tensor(spread_evenly(len(self.prompts), SHOWN), dtype=torch.long) * self.per_prompt
         shown = Shown(
             [prompts[i].text for i in chosen.tolist()],
             images[chosen],
@@ -101,13 +103,18 @@ class Evaluation:
         return summary(shown), shown
 
     def _images(self, route: Route, own: Tensor, sample: Tensor) -> Tensor:
-        conditioning, count = self.encoded([p.text for p in self.prompts]), len(own)
-        own, sample = (torch.cat([t, t[-1:].expand(self.extra)]) for t in (own, sample))
+        """Those of this process, which may have none: (B, 3, H, W)."""
+        count = len(own)
+        if not count + self.extra:
+            return torch.empty(0, 3, 1, 1)
+        drawn = [*self.prompts, *self.filler]
+        own, sample = pad(own, (0, self.extra), value=len(drawn) - 1), pad(sample, (0, self.extra))
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
-        addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, torch.tensor(self.index)[own], sample)
-        parts = generate(self.model, route, conditioning, own, addresses, self.batch_size)
+        place = torch.tensor([*self.index, *(0 for _ in self.filler)])
+        addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, place[own], sample)
+        conditioning = self.encoded([p.text for p in drawn])
         found = []
-        for _, images in parts:
+        for _, images in generate(self.model, route, conditioning, own, addresses, self.batch_size):
             found.append(images.cpu())
             self.pulse()
         return torch.cat(found)[:count]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
+from diffalign.rollout.dealing import at_home, deal, exchange
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.loop import Metrics, Micro
 from diffalign.runtime.origin import digest
@@ -121,31 +123,47 @@ class FlowGRPOTrainer(Trainer):
         for update in range(self.args.updates_per_rollout):
             self.part = part = order[update_of == update]
             self._weights = step_weights(self.rollout.route.plan, self.levels, self.args.step_weights)
-            yield [self._micro(samples, step, len(part)) for samples, step in self._passes(self.instructive(part))]
+            buffer, samples = self.dealt(part)
+            passes = self._passes(samples)
+            self.left_out = {
+                "trained_share": len(samples) / len(part),
+                "passes_saved": float(len(self._passes(part)) - len(passes)),
+            }
+            yield [self._micro(buffer, rows, step, len(part)) for rows, step in passes]
 
-    def instructive(self, samples: Tensor) -> Tensor:
-        """Those of ``samples`` that an update learns from: with an advantage, or all where a KL pulls on each.
+    def dealt(self, samples: Tensor) -> tuple[RolloutBuffer, Tensor]:
+        """What this process goes through for an update whose samples on it are ``samples``: a buffer and rows of it.
 
-        One at least: other processes may wait for gradients.
+        With ``filter_zero_advantage``, samples without an advantage are left out and the others dealt evenly over the
+        processes; those of other processes are in the buffer. The loss stays the mean over all samples, of which those
+        without an advantage have neither loss nor gradient: gradients are as without, up to rounding. A KL has a
+        gradient on each sample, so that none is left out where ``kl_beta`` is not 0.
         """
-        if self.args.kl_beta > 0:
-            return samples
-        advantage = self.buffer.advantage[self.buffer.leaves[samples]].cpu()
-        chosen = samples[advantage != 0]
-        return chosen if len(chosen) else samples[:1]
+        if not self.args.filters:
+            return self.buffer, samples
+        accelerator, own = self.accelerator, len(samples)
+        teaches = self.buffer.advantage[self.buffer.leaves[samples]] != 0
+        places = deal(accelerator.gather(teaches.long()).view(-1, own).cpu() > 0)
+        rank = accelerator.process_index
+        if at_home(places, own):
+            return self.buffer, samples[places[rank] - rank * own]
+        move = partial(exchange, dealt=places, rank=rank, device=accelerator.device)
+        return self.buffer.moved(samples, move), torch.arange(places.shape[1])
 
     def _passes(self, samples: Tensor) -> list[tuple[Tensor, int]]:
         parts = [samples[rows] for rows in micro_batches(len(samples), self.args.train_batch_size)]
         return [(part, step) for part in parts for step in self.rollout.route.plan.trained_steps]
 
-    def _micro(self, samples: Tensor, step: int, total: int) -> Micro:
+    def _micro(self, buffer: RolloutBuffer, samples: Tensor, step: int, total: int) -> Micro:
         scale = self._weights[step] * len(samples) / (total * len(self._weights))
-        return lambda: self._loss(samples, step, scale)
+        return lambda: self._loss(buffer, samples, step, scale)
 
-    def _loss(self, samples: Tensor, step: int, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, buffer: RolloutBuffer, samples: Tensor, step: int, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of one stored step of some samples, and metrics."""
-        args, buffer = self.args, self.buffer
-        result, nodes = self._replay(samples, step)
+        args = self.args
+        result, nodes = self._replay(buffer, samples, step)
         level, next_level = self.levels[step], self.levels[step + 1]
         old, advantage = buffer.log_prob[nodes], buffer.advantage[nodes]
         if args.loss == "grpo_guard":
@@ -157,20 +175,20 @@ class FlowGRPOTrainer(Trainer):
             loss, metrics = clipped_surrogate(result.log_prob, old, advantage, self.clip)
         loss = loss.mean()
         if args.kl_beta > 0:
-            kl = self._kl(samples, step, result).mean()
+            kl = self._kl(buffer, samples, step, result).mean()
             loss, metrics["kl"] = loss + args.kl_beta * kl, kl.detach()
         return loss * scale, metrics
 
-    def _replay(self, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
+    def _replay(self, buffer: RolloutBuffer, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
         """The stored transition of ``step`` under the current weights, and the nodes it ends in."""
-        nodes = self.buffer.nodes(samples, step + 1)
-        x, x_next = self.buffer.latents(self.buffer.parent[nodes]), self.buffer.latents(nodes)
-        conditioning = self.rollout.conditioning[self.buffer.group[nodes]]
+        nodes = buffer.nodes(samples, step + 1)
+        x, x_next = buffer.latents(buffer.parent[nodes]), buffer.latents(nodes)
+        conditioning = self.rollout.conditioning[buffer.group[nodes]]
         return self.rollout.route.replay(self.model, step, x, conditioning, x_next), nodes
 
-    def _kl(self, samples: Tensor, step: int, result: StepResult) -> Tensor:
+    def _kl(self, buffer: RolloutBuffer, samples: Tensor, step: int, result: StepResult) -> Tensor:
         with torch.no_grad(), self.model.using(REFERENCE):
-            reference = self._replay(samples, step)[0].mean
+            reference = self._replay(buffer, samples, step)[0].mean
         if self.args.kl_kind == "published":
             return published_kl(result.mean, reference, result.std, self.levels[step], self.levels[step + 1])
         return gaussian_kl(result.mean, reference, result.std)
@@ -178,10 +196,14 @@ class FlowGRPOTrainer(Trainer):
     @torch.no_grad()
     def _recompute(self, count: int) -> None:
         for samples, step in self._passes(torch.arange(count)):
-            result, nodes = self._replay(samples, step)
+            result, nodes = self._replay(self.buffer, samples, step)
             self.buffer.log_prob[nodes] = result.log_prob.float()
             self.buffer.put_means(nodes, result.mean)
         self.buffer.settle()
+
+    def after_update(self, step: int, metrics: Metrics) -> None:
+        """Adds what was left out of the update."""
+        metrics.update(self.left_out)
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
@@ -191,7 +213,7 @@ class FlowGRPOTrainer(Trainer):
         samples = torch.arange(min(self.args.train_batch_size, len(self.buffer.leaves)))
         drift = {}
         for step in self.rollout.route.plan.trained_steps:
-            result, nodes = self._replay(samples, step)
+            result, nodes = self._replay(self.buffer, samples, step)
             drift[step] = (result.log_prob - self.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
@@ -200,13 +222,13 @@ class FlowGRPOTrainer(Trainer):
                 "old_log_prob: recompute, or make train_batch_size equal to rollout_batch_size and train in float32"
             )
         self.tracked = (samples, self.rollout.route.plan.trained_steps[0])
-        self.first_log_prob = self._replay(*self.tracked)[0].log_prob
+        self.first_log_prob = self._replay(self.buffer, *self.tracked)[0].log_prob
 
     @torch.no_grad()
     def after_first_update(self) -> None:
-        """The canary: an update from non-zero advantages must have changed what the denoiser says."""
-        now = self._replay(*self.tracked)[0].log_prob
-        if torch.equal(now, self.first_log_prob) and self.buffer.advantage.any():
+        """The canary: an update with a gradient must have changed what the denoiser says."""
+        now = self._replay(self.buffer, *self.tracked)[0].log_prob
+        if torch.equal(now, self.first_log_prob):
             raise RuntimeError(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
                 "(check lora.targets), or learning_rate is too small for this precision"

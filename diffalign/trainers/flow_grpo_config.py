@@ -19,12 +19,20 @@ class FlowGRPOConfig(RolloutConfig):
     loss: Literal["flow_grpo", "grpo_guard"] = option("flow_grpo", "clipped surrogate, or with a guarded ratio")
     clip_range: float = option(1.0, "clip range of the ratio, in clip_unit")
     clip_unit: Literal["joint", "per_dim"] = option("joint", "nats of an image's log-ratio, or per latent dimension")
+    filter_zero_advantage: bool = option(
+        True, "leave images without an advantage out of the update, unless kl_beta needs them"
+    )
     kl_beta: float = option(0.0, "weight of the KL to the reference, in nats per dimension; 0 costs nothing")
     kl_kind: Literal["gaussian", "published"] = option("gaussian", "the true KL, or the one of the paper's code")
     step_weights: Literal["uniform", "tempflow"] = option("uniform", "tempflow: steps that explore more weigh more")
     old_log_prob: Literal["rollout", "recompute"] = option(
         "rollout", "recompute: another pass at training shapes, for bf16 or when batch sizes differ"
     )
+
+    @property
+    def filters(self) -> bool:
+        """Whether updates leave out images without an advantage: not where a KL pulls on each image."""
+        return self.filter_zero_advantage and self.kl_beta == 0
 
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""

@@ -23,14 +23,14 @@ from diffalign.structures import Prompt
 class Seen:
     """What the rewards are to judge. latents: (B, C, h, w). group: (B,), the prompt's. weight: (B,), of each loss.
 
-    inverted: control words are swapped. word_weight: SRPO's k.
+    words, word_weight: SRPO's control words and k, as in a ``Course``.
     """
 
     latents: Tensor
     prompts: Sequence[Prompt]
     group: Tensor
     weight: Tensor
-    inverted: bool = False
+    words: tuple[str, str] | None = None
     word_weight: float = 0.0
 
 
@@ -50,7 +50,7 @@ class Judge:
         slice_size: int,
         decode_dtype: torch.dtype,
     ) -> None:
-        self.model, self.rewards, self.weights, self.recipe = model, rewards, weights, recipe
+        self.model, self.rewards, self.weights = model, rewards, weights
         self.loss, self.thresholds = get_reward_loss(recipe.reward_loss), thresholds
         self.slice_size, self.decode_dtype = slice_size, decode_dtype
         self._asked: list[tuple[Sequence[Prompt], Tensor]] = []
@@ -119,10 +119,9 @@ class Judge:
     def _reward(self, reward: Reward, images: Tensor, seen: Seen, prompts: Sequence[Prompt]) -> Tensor:
         """What a reward says, relative to control words where the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
-        if self.recipe.words is None:
+        if seen.words is None:
             return self._ask(reward, images, texts, metadata)
-        words = self.recipe.words[::-1] if seen.inverted else self.recipe.words
-        wanted, unwanted = (self._ask(reward, images, [f"{w} {text}" for text in texts], metadata) for w in words)
+        wanted, unwanted = (self._ask(reward, images, [f"{w} {text}" for text in texts], metadata) for w in seen.words)
         return relative_reward(wanted, unwanted, seen.word_weight)
 
     def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str], metadata: Metadata) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from diffalign.config import to_yaml
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
-from diffalign.evaluation.model_card import ModelCard, write_model_card
+from diffalign.evaluation.model_card import ModelCard, literal, write_model_card
 from diffalign.evaluation.results import figures, to_markdown
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
+from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.sharding import plain_class
@@ -28,22 +30,22 @@ SNIPPET = """
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model})
-pipe.load_lora_weights("{folder}")
-image = pipe("{prompt}").images[0]
+pipe.load_lora_weights({folder})
+image = pipe({prompt}).images[0]
 """
 FULL_SNIPPET = """
 from diffusers import {denoiser}, DiffusionPipeline
 
-denoiser = {denoiser}.from_pretrained("{folder}/{component}")
+denoiser = {denoiser}.from_pretrained({weights})
 pipe = DiffusionPipeline.from_pretrained({model}, {component}=denoiser)
-image = pipe("{prompt}").images[0]
+image = pipe({prompt}).images[0]
 """
 NEGATIVE_SNIPPET = """
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 pipe = DiffusionPipeline.from_pretrained({model})
-negative = load_file("{folder}/negative_prompt.safetensors")
+negative = load_file({negative})
 """
 
 
@@ -129,20 +131,24 @@ class Report:
 
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
         prompt = self.shown.texts[-1] if self.shown else "..."
+        component = self.model.denoiser_name
         snippet = self._snippet.format(
-            model=", revision=".join(f'"{name}"' for name in (self.args.model, self.args.revision) if name),
-            folder=self.folder,
-            prompt=prompt,
+            model=", revision=".join(literal(name) for name in (self.args.model, self.args.revision) if name),
+            folder=literal(self.folder),
+            weights=literal(self.folder / component),
+            negative=literal(self.folder / NEGATIVE_NAME),
+            prompt=literal(prompt),
             denoiser=plain_class(self.model.raw_denoiser).__name__,
-            component=self.model.denoiser_name,
+            component=component,
             scale=self.args.guidance_scale,
             length=getattr(self.model, "max_sequence_length", None),
         )
+        config = shlex.quote(str(self.folder / "config.yaml"))
         return ModelCard(
             title=self.folder.name,
             base_model=str(self.args.model),
             trainer=self.trainer,
-            command=f"accelerate launch scripts/train_{self.trainer}.py --config {self.folder}/config.yaml",
+            command=f"accelerate launch scripts/train_{self.trainer}.py --config {config}",
             config_yaml=to_yaml(self.args),
             load_snippet=snippet,
             results=results,

@@ -66,7 +66,7 @@ class RewardGradient:
             [batch.prompts[row] for row in chosen],
             torch.tensor([batch.samples[row][0] for row in chosen]),
             self._weight(found, course),
-            course.inverted,
+            course.words,
             course.word_weight,
         )
         loss, metrics = self.judge(seen)
@@ -93,15 +93,19 @@ class RewardGradient:
         ).mean()
 
     def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The error of denoising real images, one for each group and at a level for each sample: (b,)."""
+        """The error of denoising real images, one for each group and with a noise for each sample: (b,)."""
         assert self.trainer.pictures is not None
         model = self.model
         samples = [batch.samples[row] for row in rows.tolist()]
         latents, prompts, sizes = self.trainer.pictures(self.trainer.iteration, [group for group, _ in samples])
         addresses = [(self.trainer.iteration, *sample) for sample in samples]
-        drawn = [self.trainer.noise.generator("refl/time", *address).random() for address in addresses]
-        level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
-        noise = self.trainer.noise.normal_batch(latents.shape[1:], "refl/image", addresses).to(model.device)
+        if self.recipe.from_images:
+            stream, level = "refl/start", self.trainer.levels[self.recipe.first]
+        else:
+            drawn = [self.trainer.noise.generator("refl/time", *address).random() for address in addresses]
+            stream = "refl/image"
+            level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
+        noise = self.trainer.noise.normal_batch(latents.shape[1:], stream, addresses).to(model.device)
         latents = latents.to(model.device)
         told = [
             torch.tensor([getattr(size, name) for size in sizes])

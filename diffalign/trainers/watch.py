@@ -138,7 +138,7 @@ class Watch:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint must hold."""
         plain = {
-            "base": self.base,
+            "base": {name: None if math.isnan(value) else value for name, value in self.base.items()},
             "best_value": self.best_value if self.best else None,
             "best_step": self.best_step,
             "waited": self.waited,
@@ -147,7 +147,8 @@ class Watch:
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Goes on from what ``state`` gave."""
-        self.base, self.best_step, self.waited = dict(plain["base"]), plain["best_step"], plain["waited"]
+        self.base = {name: math.nan if value is None else value for name, value in plain["base"].items()}
+        self.best_step, self.waited = plain["best_step"], plain["waited"]
         if plain["best_value"] is not None:
             self.best_value = plain["best_value"]
             self.best = [torch.empty_like(p) for p in self.trainer.model.weights.trainable]

@@ -53,18 +53,23 @@ def test_drtune_detaches_inputs_and_spaces_its_steps_up_to_an_early_stop():
     _, found = drawn(preset="drtune", num_steps=20)
     stops = {course.moves[-1].start for (course,) in found}
     assert stops == set(range(12, 20))
+    recorded = set()
     for (course,) in found:
-        recorded = [m.start for m in course.moves if m.gradient]
-        stop = course.moves[-1].start
+        one, two, three = (m.start for m in course.moves if m.gradient)
+        assert two - one == three - two == (course.moves[-1].start + 1) // 3
         assert course.through == 0
         assert course.moves[-1].end is None
-        assert recorded == [(i + 1) * (stop + 1) // 3 - 1 for i in range(3)]
+        recorded |= {one, two, three}
+    assert recorded == set(range(20))  # each step is taught at times
 
 
-def test_spaced_calls_hold_the_last_one_and_equal_gaps():
-    assert spaced(range(9), 3) == [2, 5, 8]
-    assert spaced(range(10), 1) == [9]
-    assert spaced(range(4), 4) == [0, 1, 2, 3]
+def test_spaced_calls_have_equal_gaps_and_begin_at_random():
+    def both(*given):
+        return [list(spaced(*given, draw)) for draw in (lambda low, high: low, lambda low, high: high - 1)]
+
+    assert both(range(10), 3) == [[0, 3, 6], [3, 6, 9]]
+    assert both(range(2, 5), 1) == [[2], [4]]
+    assert both(range(4), 4) == [[0, 1, 2, 3]] * 2
 
 
 def test_imagerefl_begins_at_its_images():
@@ -76,25 +81,44 @@ def test_imagerefl_begins_at_its_images():
 def test_direct_align_begins_anywhere_and_srpo_turns_every_other_time():
     _, found = drawn(preset="direct_align", num_steps=8, window=(0.0, 1.0))
     assert starts(found) == set(range(8))
-    _, found = drawn(preset="srpo", num_steps=8, window=(0.0, 1.0), discount=(0.5, 2.25))
+    _, found = drawn(preset="srpo", copies=1, num_steps=8, window=(0.0, 1.0), discount=(0.5, 2.5))
     assert [courses[0].inverted for courses in found[:4]] == [False, True, False, True]
     for (course,) in found:
         (move,) = course.moves
         assert course.recovered
         assert move.end == move.start + (-1 if course.inverted else 1)
         assert move.end >= 1
-        assert course.weight == pytest.approx(0.5 + 0.25 * min(move.start, move.end))
+        assert course.weight == pytest.approx(0.5 + 0.25 * max(move.start, move.end))
 
 
 def test_srpo_steps_within_the_published_window_and_k_runs_over_it():
     _, found = drawn(preset="srpo", num_steps=50)
-    down = {c.start: c.word_weight for (c,) in found if not c.inverted}
-    up = {c.start: c.word_weight for (c,) in found if c.inverted}
+    assert all((d.inverted, u.inverted) == (False, True) for d, u in found)
+    down = {d.start: d.word_weight for d, _ in found}
+    up = {u.start: u.word_weight for _, u in found}
     assert set(down) == set(range(5, 25))
     assert set(up) == set(range(6, 26))  # the same pairs of levels, the other way
-    assert (down[5], down[24]) == pytest.approx((0.25, 0.1))
-    assert (up[6], up[25]) == pytest.approx((0.01, 0.3))
-    assert all(course.weight == 1 for (course,) in found)
+    # As if the window's 20 steps were 1000 and k read where the noise is less.
+    assert (down[5], down[24]) == pytest.approx((0.1 + 0.15 * 19 / 20, 0.1))
+    assert (up[6], up[25]) == pytest.approx((0.3 - 0.29 * 19 / 20, 0.3))
+    assert all(course.weight == 1 for courses in found for course in courses)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_srpo_takes_its_words_in_turn_and_swaps_them_going_up(copies):
+    recipe, found = drawn(40, preset="srpo", copies=copies, num_steps=50)
+    courses = [course for courses in found for course in courses]
+    for turn, (down, up) in enumerate(zip(courses[::2], courses[1::2], strict=True)):
+        assert down.words == (recipe.words[0][turn % 4], recipe.words[1][turn % 5])
+        assert up.words == down.words[::-1]
+    assert drawn(1, preset="draft_1", words=(("a", "b"), ("c",)))[1][0][0].words == ("a", "c")
+    assert drawn(1, preset="draft_1")[1][0][0].words is None
+
+
+def test_reneg_predicts_x0_from_the_last_ten_of_thirty_steps():
+    recipe, found = drawn(preset="reneg", num_steps=30)
+    assert starts(found) == set(range(20, 30))
+    assert (recipe.sees, recipe.guidance, recipe.negative) == ("predicted", "full", True)
 
 
 def test_leapalign_leaps_twice_to_the_end():
@@ -139,6 +163,8 @@ def test_every_cell_of_a_preset_can_be_overridden():
         ({"copies": 1}, "copies are of finished samples"),
         ({"choice": "random"}, "random steps go with straight_through"),
         ({"preset": "direct_align", "invert": True}, "need control words"),
+        ({"words": ("a", "b")}, "words are a list of wanted ones"),
+        ({"words": (("a",), ())}, "words are a list of wanted ones"),
         ({"gap_floor": 0.1}, "gap_floor goes with straight_through"),
         ({"preset": "imagerefl", "window": (0.2, 0.5)}, "window lies before image_start"),
         ({"preset": "srpo", "num_steps": 2}, "no step of the window can be inverted"),

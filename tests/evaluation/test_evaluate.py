@@ -7,6 +7,9 @@ import re
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffalign.cli import main
@@ -17,8 +20,12 @@ from diffalign.evaluation.page import write_page
 from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.evaluation.subjects import BASE, Subject
 from diffalign.rewards import get_reward
+from diffalign.rollout.collect import Addresses, generate
+from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.rollout.sampler import Route, ode_plan
+from diffalign.runtime.noise import Noise
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.structures import Prompt
+from diffalign.structures import Guidance, Prompt
 from tests.conftest import PIPELINE
 
 
@@ -152,6 +159,55 @@ def test_the_base_makes_the_first_steps_of_what_is_tuned(frozen, run_folder, tmp
     assert not torch.equal(half, base)
     assert not torch.equal(half, none)
     assert not hasattr(frozen, "weights")
+
+
+@pytest.fixture
+def negative_run(model, tmp_path):
+    """A run folder whose negative prompt has moved far, and the model that it was trained on."""
+    folder = tmp_path / "reneg"
+    negative = model.train_negative()
+    with torch.no_grad():
+        for parameter in negative.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save(folder)
+    (folder / "prompts.txt").write_text("a red circle\ntwo squares\n")
+    config = {"model": str(PIPELINE), "max_sequence_length": 16, "eval_prompts": str(folder / "prompts.txt")}
+    config |= {"rewards": {"jpeg_compressibility": 1.0}, "guidance_scale": 3.0, "eval_num_steps": 2}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder, model
+
+
+def test_a_trained_negative_prompt_is_what_its_run_guides_away_from(negative_run, tmp_path):
+    folder, model = negative_run
+    assert main(["eval", str(folder), "--images_per_prompt", "1", "--output_dir", str(tmp_path / "eval")]) == 0
+    place = torch.arange(2)
+    addresses = Addresses(Noise(0), "evaluation", 0, place, torch.zeros_like(place))
+    conditioning = EncodedPrompts(model)(["a red circle", "two squares"])
+    for name, against in (("base", model.unconditional()), ("reneg", model.negative.conditioning(model.negative()))):
+        route = Route(ode_plan(2), model.levels(2), Guidance(3.0, against))
+        ((_, expected),) = generate(model, route, conditioning, place, addresses, 2)
+        for i, image in enumerate(expected):
+            with Image.open(tmp_path / f"eval/images/{name}/images/{i:05d}-0.png") as picture:
+                assert (pil_to_tensor(picture) / 255 - image).abs().max() < 1 / 255 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("guidance", "scale", "tokens", "message"),
+    [
+        (1.0, 1.0, 0, "give the guidance_scale that it was trained with"),
+        (3.0, 0.5, 0, "is no LoRA, and has no scale: leave out @0.5"),
+        (3.0, 1.0, 8, "give the model and the max_sequence_length that it was trained with"),
+    ],
+)
+def test_a_negative_prompt_that_cannot_act_is_refused(frozen, tmp_path, guidance, scale, tokens, message):
+    named = frozen.negative_arguments(frozen.unconditional())
+    named["negative_prompt_embeds"] = pad(named["negative_prompt_embeds"], (0, 0, 0, tokens))
+    save_file(named, tmp_path / "negative_prompt.safetensors")
+    sampling = Sampling(str(PIPELINE), 16, None, 2, "pipeline", guidance, 1, 0)
+    found = Gallery(tmp_path / "images", sampling, [Prompt("a circle")], {})
+    with pytest.raises(ValueError, match=message):
+        found.draw(frozen, Subject("tuned", tmp_path, scale), 2, lambda n: None)
+    assert frozen.negative is None
 
 
 def test_the_share_of_the_base_and_the_steps_come_from_the_run(tmp_path):

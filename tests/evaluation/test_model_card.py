@@ -1,10 +1,11 @@
+import ast
 from dataclasses import replace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard as HubCard
 
-from diffalign.evaluation.model_card import ModelCard, write_model_card
+from diffalign.evaluation.model_card import ModelCard, literal, write_model_card
 
 CARD = ModelCard(
     title="Shapes, tuned",
@@ -55,6 +56,14 @@ def test_the_body_tells_how_to_use_it_what_it_reached_and_how_it_was_made(tmp_pa
         "```yaml\nseed: 3\nprompt: a `b`\n```",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("text", ["a circle", 'a "red" circle', "a\\b", "two\r\nlines", "{x} it's ○\t\0", "```"])
+def test_a_text_is_a_python_literal_of_one_line(text):
+    found = literal(text)
+    assert ast.literal_eval(found) == text
+    assert len(found.splitlines()) == 1
+    assert found.startswith('"')
 
 
 def test_a_configuration_with_a_fence_inside_stays_whole(tmp_path):

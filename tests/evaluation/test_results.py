@@ -56,6 +56,25 @@ def test_the_table_has_a_column_per_model_and_a_row_per_figure(models):
     assert rows[8][1:] == ["0.2", "0.1"]
 
 
+NOWHERE = torch.full((8,), torch.nan)
+
+
+@pytest.mark.parametrize("lost", [("base", "tuned"), ("tuned",)])
+def test_a_reward_that_scored_nothing_has_no_figure_and_costs_no_other_one(lost, tmp_path):
+    base, tuned = ({**own, **({"right": NOWHERE} if name in lost else {})}
+                   for name, own in (("base", BASE), ("tuned", BETTER)))  # fmt: skip
+    found = {"base": figures(PROMPT, base, TAGS, None, {}), "tuned": figures(PROMPT, tuned, TAGS, base, {})}
+    assert found["tuned"].rewards["right"] is None
+    assert found["tuned"].rewards["nice"].mean == pytest.approx(0.6)
+    assert list(found["tuned"].wins) == ["nice"]
+    rows = {line.split(" | ")[0].strip("| "): line for line in to_markdown(found).splitlines()}
+    assert rows["right"].endswith("| – |")
+    assert rows["right: wins over base"] == "| right: wins over base | – | – |"
+    assert ("right: a" in rows) == ("base" not in lost)
+    assert json.loads(json.dumps(to_json(found, {}), allow_nan=False))["models"]["tuned"]["rewards"]["right"] is None
+    plot_figures(found, tmp_path / "results.png")
+
+
 def test_the_picture_is_written(models, tmp_path):
     plot_figures(models, tmp_path / "results.png")
     assert (tmp_path / "results.png").stat().st_size > 5000

@@ -48,7 +48,8 @@ def test_figures_of_the_quickstart(tmp_path, monkeypatch, capsys):
     assert main([*GRPO, "--output_dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "32 prompts x 8 images = 256 images per iteration over 1 process(es): 256 each" in text
-    assert "each accumulates 2 passes: 1 micro-batch(es) of 256 images x 2 trained steps" in text
+    assert "each accumulates at most 2 passes: 1 micro-batch(es) of 256 images x 2 trained steps" in text
+    assert "images without an advantage are left out" in text
     assert f"training   {150 * 256 * 2:>15,}        2.00 per image" in text
     assert f"comparing  {256 * 4:>15,}" in text
     assert f"{150 * 256:,} images are made to train on" in text

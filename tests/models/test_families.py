@@ -245,8 +245,9 @@ class Run:
 def old_ratios(trainer):
     """(trained steps, samples): of the policy to itself."""
     trainer.collect(0)
-    replays = [trainer._replay(torch.arange(4), step) for step in trainer.rollout.route.plan.trained_steps]
-    return torch.stack([(result.log_prob - trainer.buffer.log_prob[nodes]).exp() for result, nodes in replays])
+    buffer, steps = trainer.buffer, trainer.rollout.route.plan.trained_steps
+    replays = [trainer._replay(buffer, torch.arange(4), step) for step in steps]
+    return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
 
 
 @pytest.fixture(scope="module")

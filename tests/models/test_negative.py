@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from diffalign import ReFLConfig
 from diffalign.models import load_model
 from diffalign.models.negative import NegativePrompt
+from diffalign.models.tuned import tuned
 from diffalign.models.weights import POLICY
 from diffalign.rollout.sampler import Route, ode_plan, sample
 from diffalign.structures import Conditioning, Guidance
@@ -59,7 +60,7 @@ def test_a_detached_negative_is_the_same_output_with_less_gradient(model):
 
 # In every family -----------------------------------------------------------------------------------------------------
 
-TEXT, STEPS, SCALE = "a red circle", 3, 3.0
+TEXT, STEPS, SCALE = 'a "red" circle', 3, 3.0
 
 
 @pytest.fixture(params=FAMILIES)
@@ -103,6 +104,20 @@ def test_a_card_says_how_a_plain_pipeline_draws_with_it(trained, plain, tmp_path
     assert (found["image"] - drawn[0]).abs().max() < 3e-5
     plain_guidance = images(family, model, Guidance(SCALE, model.unconditional()))
     assert (drawn - plain_guidance).abs().max() > 1e-3, "training must matter"
+
+
+@pytest.mark.parametrize("trained", ["sd3", "z_image"], indirect=True)  # all of it is saved, or its text alone
+def test_what_was_saved_comes_back(trained, family_pipelines, tmp_path):
+    name, model, _ = trained
+    file = model.save(tmp_path)
+    again = load_model(family_pipelines[name], **FAMILIES[name].options)
+    with tuned(again, tmp_path):
+        found = again.negative.conditioning(again.negative())
+        torch.testing.assert_close(again.negative_arguments(found), load_file(file), rtol=0, atol=0)
+        with again.using("reference"):
+            start = again.unconditional().tensors["embeds"]
+            torch.testing.assert_close(again.negative()["embeds"], start.float(), rtol=0, atol=0)
+    assert again.negative is None
 
 
 def test_gradients_reach_its_text_and_nothing_else(trained):

@@ -83,10 +83,10 @@ class NullTask:
         return {"accuracy": self.loop.parameters[0].sum().item()}
 
     def before_first_update(self):
-        assert self.loop.step == 0
+        assert self.loop.taken == 0
 
     def after_first_update(self):
-        assert self.loop.step == 1
+        assert self.loop.taken == 1
 
     def after_update(self, step, metrics):
         self.total += metrics["loss"]

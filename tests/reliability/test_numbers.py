@@ -174,7 +174,7 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
                 assert metrics["ratio_mean"].item() == 1.0
         whole = torch.arange(4)
         for step in trainer.rollout.route.plan.trained_steps:
-            result, nodes = trainer._replay(whole, step)
+            result, nodes = trainer._replay(trainer.buffer, whole, step)
             stored = trainer.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
             assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5

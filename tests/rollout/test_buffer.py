@@ -50,6 +50,25 @@ def test_every_trained_node_has_its_true_parent():
     assert set(buffer.step[buffer.trained].tolist()) == {2, 3}
 
 
+def test_samples_that_move_take_along_all_that_is_known_of_them():
+    buffer = filled(Plan((SDE, ODE, SDE, ODE)), means=True)
+    buffer.mean = torch.randn(buffer.mean.shape)
+    buffer.set_advantages(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    buffer.set_rewards({"shapes": torch.arange(4.0)})
+    moved = buffer.moved(torch.tensor([3, 0, 2]), lambda column: column[[2, 0]])  # samples 2 and 3
+    for place, sample in enumerate((2, 3)):
+        here, there = (b.nodes(torch.tensor([n]), 4) for b, n in ((moved, place), (buffer, sample)))
+        for step in (3, 1):
+            new, old = (b.nodes(torch.tensor([n]), step) for b, n in ((moved, place), (buffer, sample)))
+            for column in ("group", "sample", "x", "log_prob", "advantage", "step", "trained"):
+                assert torch.equal(getattr(moved, column)[new], getattr(buffer, column)[old]), column
+            assert torch.equal(moved.x[moved.parent[new]], buffer.x[buffer.parent[old]])
+            assert torch.equal(moved.mean[moved.trained_rank(new)], buffer.mean[buffer.trained_rank(old)])
+        assert torch.equal(moved.x[here], buffer.x[there])
+    assert moved.leaves.tolist() == [4, 9]
+    assert not moved.rewards
+
+
 def test_nodes_finds_samples_at_a_step():
     buffer = filled(Plan((SDE, SDE, ODE)))
     rows = buffer.nodes(torch.tensor([3, 1]), 1)

@@ -17,7 +17,6 @@ from diffalign.structures import Guidance
 from tests.conftest import PROMPTS, ROOT
 
 PIPELINE = ROOT / "assets/shapes-sd"
-pytestmark = pytest.mark.skipif(not PIPELINE.exists(), reason="scripts/build_shapes_sd.py has not been run")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,12 @@ def test_the_model_is_of_the_families_kind(model):
     assert model.latent_shape() == (8, 8, 8)
 
 
-@pytest.mark.parametrize(("guidance", "lowest", "highest"), [(1.0, 0.25, 0.55), (2.0, 0.3, 0.65)])
+@pytest.mark.parametrize(
+    ("guidance", "lowest", "highest"), [(1.0, 0.5, 0.75), pytest.param(2.0, 0.65, 0.92, marks=pytest.mark.slow)]
+)
 def test_the_base_is_good_but_improvable(model, guidance, lowest, highest):
     """On held-out prompts, and above chance on every task."""
-    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")
+    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")[::2]
     images = draw(model, prompts, guidance)
     right = strict(images, prompts)
     assert lowest <= right.mean() <= highest

@@ -107,7 +107,7 @@ def both(folder: Path, other: Path) -> None:
 
 
 def flat_group(folder: Path) -> FlowGRPOTrainer:
-    """Flow-GRPO on two groups, of which one teaches nothing: its process has fewer passes to make."""
+    """Flow-GRPO on two groups, of which one teaches nothing: its process makes passes for the other."""
     AcceleratorState._reset_state(reset_partial_state=False)
     args = FlowGRPOConfig(
         model=str(PIPELINE),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.diffusion.plan import PlanConfig
+from diffalign.rewards.base import FunctionReward
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.flow_grpo import step_weights
@@ -55,7 +56,7 @@ def test_gradient_is_minus_advantage_times_score(small, train_prompts):
     for parameter in trainer.loop.parameters:
         parameter.grad = None
     for step in trainer.rollout.route.plan.trained_steps:
-        result, nodes = trainer._replay(samples, step)
+        result, nodes = trainer._replay(trainer.buffer, samples, step)
         (-(trainer.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
     assert expected.norm() > 0
@@ -102,11 +103,29 @@ def test_samples_without_advantage_are_not_trained_on(small, train_prompts, monk
     assert sum(rows) == 4 * 2
     for parameter in trainer.loop.parameters:
         parameter.grad = None
-    monkeypatch.setattr(trainer, "instructive", lambda samples: samples)
+    trainer.args.filter_zero_advantage = False
     whole = gradients(trainer)
     assert sum(rows) == 4 * 2 + 8 * 2
     assert whole.norm() > 0
     assert (whole - sparse).norm() < 1e-5 * whole.norm()
+
+
+def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(small, train_prompts):
+    """The first update's samples score as their groups do on average, the second's do not."""
+    args = small(updates_per_rollout=2, max_train_steps=3)
+
+    def judge(images, prompts, metadata):
+        here = update_of[:4] if prompts[0] == first else update_of[4:]
+        return torch.where(here == 0, 0.5, (here.cumsum(0) - 1).float())
+
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=judge)
+    update_of, first = trainer.collector.dealt(0), trainer.collector.prompts_of(0)[0].text
+    trainer.train()
+    rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
+    assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
+    assert [row.get("skipped") for row in rows[:2]] == [1.0, None]
+    assert [row["trained_share"] for row in rows[:2]] == [0.25, 1.0]
+    assert [row["passes_saved"] for row in rows[:2]] == [0.0, 0.0]
 
 
 def test_a_kl_is_paid_for_every_sample(small, train_prompts, monkeypatch):
@@ -132,15 +151,15 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
 def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_prompts):
     trainer = collected(small(kl_beta=0.1), train_prompts)
     samples, step = torch.arange(4), trainer.rollout.route.plan.trained_steps[0]
-    result, _ = trainer._replay(samples, step)
-    assert trainer._kl(samples, step, result).abs().max() == 0
+    result, _ = trainer._replay(trainer.buffer, samples, step)
+    assert trainer._kl(trainer.buffer, samples, step, result).abs().max() == 0
     with torch.no_grad():
         for parameter in trainer.loop.parameters:
             parameter.add_(0.01)
-    moved, _ = trainer._replay(samples, step)
+    moved, _ = trainer._replay(trainer.buffer, samples, step)
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
-    assert torch.allclose(trainer._kl(samples, step, moved), expected.float(), rtol=1e-4)
-    trainer._kl(samples, step, moved).mean().backward()
+    assert torch.allclose(trainer._kl(trainer.buffer, samples, step, moved), expected.float(), rtol=1e-4)
+    trainer._kl(trainer.buffer, samples, step, moved).mean().backward()
     assert any(p.grad is not None and p.grad.any() for p in trainer.loop.parameters)
 
 
@@ -309,6 +328,20 @@ def test_a_run_that_learned_nothing_says_so(small, train_prompts):
 
     with pytest.warns(UserWarning, match="this LoRA changes nothing"):
         FlowGRPOTrainer(args=small(adam_weight_decay=0.0), reward_funcs=constant, train_dataset=train_prompts).train()
+
+
+def test_held_out_rewards_that_fail_leave_a_run_with_what_was_measured(small, train_prompts, recwarn):
+    args = small()
+
+    def lost(images, prompts, metadata):
+        raise ZeroDivisionError
+
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts[:2])
+    trainer.evaluation.rewards = {"lost": FunctionReward("lost", lost)}
+    trainer.train()
+    assert all((args.output_dir / name).is_file() for name in ("curves.png", "compare.png", "README.md"))
+    assert "| lost | – | – |" in (args.output_dir / "README.md").read_text()
+    assert any("reward 'lost' failed on" in str(warning.message) for warning in recwarn)
 
 
 def test_averaged_weights_are_evaluated_and_exported(small, train_prompts):

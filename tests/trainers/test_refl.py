@@ -118,6 +118,19 @@ def test_the_regulariser_is_zero_at_the_reference_and_pulls_back(refl, train_pro
     assert own.item() == pytest.approx((5 * metrics["regulariser"] - metrics["reward/mean"]).item() / 2, rel=1e-4)
 
 
+def test_imagerefl_denoises_its_images_where_its_samplings_begin(refl, train_prompts):
+    trainer = trainer_of(refl("imagerefl", guidance_scale=3.0), train_prompts)
+    trainer.collect(0)
+    (micros,) = trainer.updates(0)
+    found = micros[0]()[1]["regulariser"]
+    batch, first = trainer.batches[0], trainer.recipe.first
+    level, x = trainer.levels[first], trainer.starts(0, batch.samples, first).x
+    images, _, _ = trainer.pictures(0, [group for group, _ in batch.samples])
+    with torch.no_grad():
+        output = trainer.model.predict(x, level, batch.conditioning)
+    assert found.item() == pytest.approx((output - (x - images) / level.sigma).square().mean().item(), rel=1e-4)
+
+
 # Everything that can be asked for ------------------------------------------------------------------------------------
 
 

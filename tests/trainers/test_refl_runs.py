@@ -1,15 +1,19 @@
 """Runs of ReFL: where they start, what is watched, the same run whatever interrupts it, and what it leaves."""
 
 import dataclasses
+import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, Prompt
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
+from diffalign.trainers.watch import Watch
 from tests.conftest import PIPELINE
 from tests.reliability.compare import same_checkpoint
 from tests.reliability.stops import crash_before
@@ -112,6 +116,17 @@ def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
     assert torch.equal(images[4], base)
     assert not torch.equal(images[2], base)
     assert not torch.equal(images[2], images[0])
+
+
+def test_figures_that_nothing_was_measured_of_are_kept_in_a_checkpoint():
+    args = SimpleNamespace(watched="accuracy", early_stopping=0)
+    trainer = SimpleNamespace(args=args, evaluation=SimpleNamespace(rewards={}), eval_prompts=[Prompt("a circle")])
+    watch, again = Watch(trainer, {}, []), Watch(trainer, {}, [])
+    watch.base = {"accuracy": math.nan, "diversity": 0.25}
+    tensors, plain = watch.state()
+    again.restore(tensors, json.loads(json.dumps(plain, allow_nan=False)))
+    assert math.isnan(again.base.pop("accuracy"))
+    assert again.base == {"diversity": 0.25}
 
 
 # Resume, export ------------------------------------------------------------------------------------------------------

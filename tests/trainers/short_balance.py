@@ -1,0 +1,76 @@
+"""Updates of Flow-GRPO in which few samples teach, for ``test_balance``: each process writes what it saw."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
+from diffalign.diffusion.plan import PlanConfig
+from tests.conftest import PIPELINE, PROMPTS
+
+# One of two groups teaches, whose samples are all on one of two processes.
+SCORES = torch.tensor([[1.0, 2.0, 4.0, 7.0], [1.0] * 4])
+FLAT = torch.ones(2, 4)
+
+
+def trainer_of(folder: Path, scores: list[Tensor]) -> FlowGRPOTrainer:
+    """One whose iterations find these scores, (groups, group size) each, one after the other."""
+    args = FlowGRPOConfig(
+        model=str(PIPELINE),
+        max_sequence_length=16,
+        train_prompts=PROMPTS / "shapes_train.jsonl",
+        output_dir=folder / "run",
+        lora=LoraConfig(rank=2),
+        plan=PlanConfig(preset="first_steps", num_steps=3, window_size=2),
+        loss="grpo_guard",
+        clip_range=1e-3,
+        clip_unit="per_dim",
+        num_groups=2,
+        group_size=4,
+        rollout_batch_size=4,
+        train_batch_size=2,
+        max_train_steps=2,
+        shared_start=False,
+    )
+    found: list[float] = []
+    trainer = FlowGRPOTrainer(args=args, reward_funcs=lambda images, *_: torch.tensor([found.pop(0) for _ in images]))
+    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    found += torch.cat([each.flatten().chunk(world)[rank] for each in scores]).tolist()
+    trainer.finish = lambda: None
+    return trainer
+
+
+def gradients(trainer: FlowGRPOTrainer, filtering: bool) -> dict[str, Tensor]:
+    """Those of the update of a first iteration, the mean over processes, and the images of each of its passes."""
+    trainer.args.filter_zero_advantage = filtering
+    (micros,) = trainer.updates(0)
+    images: list[int] = []
+    hook = trainer.model.raw_denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    with trainer.accelerator.no_sync(trainer.loop.module):
+        for micro in micros:
+            micro()[0].backward()
+    hook.remove()
+    own = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+    trainer.loop.optimizer.zero_grad()
+    return {"gradient": trainer.accelerator.reduce(own, "mean"), "passes": torch.tensor(images)}
+
+
+def seen(folder: Path) -> dict[str, Tensor]:
+    """Gradients of all and of few samples; then the weights after two iterations, the first of which is flat."""
+    trainer = trainer_of(folder, [SCORES, FLAT, SCORES])
+    trainer.collect(0)
+    found = {f"{name}/{key}": t for name in ("all", "few") for key, t in gradients(trainer, name == "few").items()}
+    found["before"] = torch.cat([p.detach().flatten() for p in trainer.loop.parameters])
+    trainer.train()
+    found["after"] = torch.cat([p.detach().flatten() for p in trainer.loop.parameters])
+    return found | {"rank": torch.tensor(trainer.accelerator.process_index)}
+
+
+def write(folder: str) -> None:
+    """What this process saw, into the folder."""
+    found = seen(Path(folder))
+    save_file(found, Path(folder) / f"{found['rank']}.safetensors")

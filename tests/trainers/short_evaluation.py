@@ -1,0 +1,45 @@
+"""An evaluation of fewer prompts than processes, for ``test_evaluation``: each process writes its figures."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from diffalign import load_model
+from diffalign.data.prompts import load_prompts
+from diffalign.models import DiffusionModel
+from diffalign.rewards import get_reward
+from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.structures import Guidance
+from diffalign.trainers.evaluation import Evaluation, Shown
+from tests.conftest import PIPELINE, PROMPTS
+
+
+def evaluated(model: DiffusionModel, even: bool) -> tuple[dict[str, float], Shown]:
+    """Two images of one prompt."""
+    evaluation = Evaluation(
+        model,
+        load_prompts(PROMPTS / "shapes_held_out.jsonl", 1),
+        {"shapes": get_reward("shapes")},
+        EncodedPrompts(model),
+        Accelerator(),
+        images_per_prompt=2,
+        batch_size=2,
+        pulse=lambda: None,
+        even=even,
+    )
+    return evaluation.run(model.levels(2), Guidance())
+
+
+def write(folder: str) -> None:
+    """The figures, with and without images for the sake of others, and what there is to show."""
+    model = load_model(PIPELINE, max_sequence_length=16)
+    calls: list[int] = []
+    model.raw_denoiser.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    found = {}
+    for even in (False, True):
+        calls.clear()
+        figures, shown = evaluated(model, even)
+        found[str(even)] = {"figures": figures, "shown": shown.texts, "calls": len(calls)}
+    (Path(folder) / f"{Accelerator().process_index}.json").write_text(json.dumps(found))
