@@ -25,6 +25,7 @@ def advice(config: Any, phase: str) -> str:
     wanted = [
         (batch_name(config, phase), half),
         ("gradient_checkpointing", on),
+        ("offload", leaving),
         ("decode_precision", bf16),
         ("lora.rank", half),
     ]
@@ -48,6 +49,11 @@ def half(value: int) -> int | None:
 def on(value: bool) -> bool | None:
     """A switch, where it is off."""
     return None if value else True
+
+
+def leaving(value: list[str]) -> str | None:
+    """Parts that leave the device, where none does."""
+    return None if value else "[text_encoders, vae]"
 
 
 def bf16(value: str) -> str | None:

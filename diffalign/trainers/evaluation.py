@@ -14,6 +14,7 @@ from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.settings import spread as spread_evenly
 from diffalign.models import DiffusionModel
+from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rollout.collect import Addresses, generate
 from diffalign.rollout.encoding import EncodedPrompts
@@ -101,15 +102,16 @@ class Evaluation:
         return summary(shown), shown
 
     def _images(self, route: Route, own: Tensor, sample: Tensor) -> Tensor:
-        conditioning, count = self.encoded([p.text for p in self.prompts]), len(own)
+        conditioning, count = self.encoded.rows([p.text for p in self.prompts]), len(own)
         own, sample = (torch.cat([t, t[-1:].expand(self.extra)]) for t in (own, sample))
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
         addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, torch.tensor(self.index)[own], sample)
         parts = generate(self.model, route, conditioning, own, addresses, self.batch_size)
         found = []
-        for _, images in parts:
-            found.append(images.cpu())
-            self.pulse()
+        with self.model.keeping(VAE):
+            for _, images in parts:
+                found.append(images.cpu())
+                self.pulse()
         return torch.cat(found)[:count]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.config import option
 from diffalign.data.order import take
 from diffalign.diffusion.plan import PlanConfig, make_plan
+from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rewards.settings import RewardConfig
 from diffalign.rollout.advantages import flat_share, group_advantages
@@ -123,10 +124,11 @@ class Collector:
         parts = rollouts(
             trainer.model, route, conditioning, addresses, buffer, args.rollout_batch_size, args.decode_dtype
         )
-        for rows, batch in parts:
-            trainer.loop.pulse(together=True)
-            book.add(batch, [prompts[g] for g in group[rows].tolist()])
-            trainer.loop.pulse(together=True)
+        with trainer.model.keeping(VAE):
+            for rows, batch in parts:
+                trainer.loop.pulse(together=True)
+                book.add(batch, [prompts[g] for g in group[rows].tolist()])
+                trainer.loop.pulse(together=True)
         own = book.scores(group)
         metrics = self._advantages(buffer, {name: own[name] for name in self.rewards}, group)
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
