@@ -30,18 +30,27 @@ class Shards:
 
 
 def shard(module: nn.Module, to: Shards) -> None:
-    """Spreads a diffusers model over all processes, block by block.
-
-    Each process must have the same weights. Blocks are what diffusers names as not to be split.
-    """
+    """Spreads a diffusers model over all processes, unit by unit. Each process must have the same weights."""
     mesh = init_device_mesh(to.device.type, (get_world_size(),))
-    names = getattr(module, "_no_split_modules", None) or ()
-    blocks = [part for part in module.modules() if type(part).__name__ in names and part is not module]
-    for part in [*reversed(blocks), module]:
+    for part, _ in units(module):
         # The outermost part too: what it kept after a pass without gradients would be old after the next update.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     if to.keep:
         module.register_forward_pre_hook(_keep_if_recorded)
+
+
+def units(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """What is gathered one after another, with its parameters: blocks, inner ones first, then the rest as ``module``.
+
+    Blocks are what diffusers names as not to be split.
+    """
+    names = getattr(module, "_no_split_modules", None) or ()
+    blocks = [part for part in module.modules() if type(part).__name__ in names and part is not module]
+    found, seen = [], set[int]()
+    for part in [*reversed(blocks), module]:
+        found.append((part, [p for p in part.parameters() if id(p) not in seen]))
+        seen |= {id(p) for p in part.parameters()}
+    return found
 
 
 def _keep_if_recorded(module: FSDPModule, _: Any) -> None:

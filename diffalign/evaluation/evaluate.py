@@ -43,6 +43,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         config.build_rewards(),
         process=state.process_index,
         processes=state.num_processes,
+        cache=config.cache_dir,
     )
     model = load_model(
         config.model,
@@ -51,7 +52,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         resolution=config.resolution,
         embedded_guidance=config.embedded_guidance,
     )
-    model.pipeline.to(state.device)
+    model.place(state.device, config.offload)
     total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
     for subject in subjects:
         with tqdm(total=total, desc=subject.name, unit="img", disable=not state.is_main_process) as bar:

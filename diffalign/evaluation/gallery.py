@@ -24,6 +24,7 @@ from torchvision.transforms.functional import to_pil_image
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
 from diffalign.evaluation.subjects import Subject
 from diffalign.models import DiffusionModel, tuned
+from diffalign.models.offload import VAE
 from diffalign.models.tuned import weights_file
 from diffalign.rewards.base import Reward
 from diffalign.rewards.preprocess import to_bytes
@@ -33,6 +34,8 @@ from diffalign.rollout.sampler import Route, ode_plan
 from diffalign.rollout.scoring import score
 from diffalign.runtime.noise import Noise
 from diffalign.structures import Guidance, Prompt
+
+AHEAD = 8  # batches whose prompts are encoded at once
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Judged:
 class Gallery:
     """A folder of images and rewards. ``process`` of ``processes`` draws its share of the prompts.
 
-    ValueError: the folder holds images of other settings, prompts or rewards.
+    cache: a folder for prompt embeddings. ValueError: the folder holds images of other settings, prompts or rewards.
     """
 
     def __init__(
@@ -93,9 +96,11 @@ class Gallery:
         *,
         process: int = 0,
         processes: int = 1,
+        cache: Path | None = None,
     ) -> None:
         self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.cache = process, processes, cache
+        self._encoded: dict[str, EncodedPrompts] = {}
         texts = json.dumps([[p.text, dict(p.metadata)] for p in prompts], sort_keys=True)
         settings = {
             **asdict(sampling),
@@ -121,16 +126,20 @@ class Gallery:
             return
         mend(place / f"scores-{self.process}.jsonl")
         with tuned(model, subject.path, subject.scale):
-            # Encoded anew for each subject: its weights may be those of the text encoders too.
-            encoded = EncodedPrompts(model)
+            # A subject's weights may be those of the text encoders too.
+            encoded = EncodedPrompts(model, folder=self.cache)
+            encoded = self._encoded.setdefault(encoded.identity, encoded)
             route = Route(
                 ode_plan(self.sampling.num_steps),
                 model.levels(self.sampling.num_steps, self.sampling.schedule),
                 self._guidance(model, encoded),
                 self.sampling.base_steps if subject.path else 0,
             )
-            for chunk in (missing[i : i + size] for i in range(0, len(missing), size)):
-                progress(self._draw(model, route, encoded, place, chunk))
+            with model.keeping(VAE):
+                for i in range(0, len(missing), size):
+                    if i % (AHEAD * size) == 0:
+                        encoded.prepare([self.prompts[prompt].text for prompt, _ in missing[i : i + AHEAD * size]])
+                    progress(self._draw(model, route, encoded, place, missing[i : i + size]))
 
     def _guidance(self, model: DiffusionModel, encoded: EncodedPrompts) -> Guidance:
         scale = self.sampling.guidance_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffalign.config import from_dict, load_yaml, option
 from diffalign.evaluation.gallery import Sampling
@@ -45,6 +45,10 @@ class EvaluationConfig:
     )
     seed: int = option(0, "of the noise, the same for every model; a trainer's own evaluation uses 0")
     batch_size: int | None = option(None, "images per forward pass")
+    offload: tuple[Literal["text_encoders", "vae"], ...] | None = option(
+        None, "parts that are on the device only while they are used"
+    )
+    cache_dir: Path | None = option(None, "keeps prompt embeddings; default: the run's cache_dir, else nothing is kept")
     scales: tuple[float, ...] = option((), "each LoRA at each of these scales")
     checkpoints: bool = option(False, "each run as a strip over its checkpoints")
     embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
@@ -106,6 +110,8 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         "guidance_scale": run.get("guidance_scale", 1.0),
         "embedded_guidance": run.get("embedded_guidance"),
         "base_share": run.get("base_share", 0.0),
+        "offload": tuple(run.get("offload", ())),
+        "cache_dir": run.get("cache_dir") and Path(run["cache_dir"]),
         "output_dir": output_dir,
         "images_per_prompt": images_per_prompt,
         "batch_size": run.get("rollout_batch_size", 16),

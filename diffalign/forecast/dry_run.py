@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import psutil
 import torch
 
 from diffalign.config import to_yaml
+from diffalign.forecast.memory import free_memory, memory_lines, memory_of
 from diffalign.forecast.methods import METHODS
 from diffalign.forecast.timing import Pace, measure
 from diffalign.forecast.work import Method, Share, Work, run_work
-from diffalign.models import DiffusionModel
-from diffalign.models.memory import MemoryNeeds, memory_needs
+from diffalign.models.memory import Spread
 from diffalign.models.meta import model_on_meta
-from diffalign.models.quantise import saved_bytes
+from diffalign.runtime.processes import wants_shards
 from diffalign.trainers.inputs import load_optional
 
-GIB = 2**30
 MEANING = {
     "sampling": "to make images",
     "training": "forward and backward, at most",
@@ -33,6 +31,10 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     """Prints what the run of trainer ``name`` will do; 1 where it does not fit. ValueError: it cannot run at all."""
     args.validate()
     share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    spread = None
+    if (shards := wants_shards(torch.device("cpu"))) is not None:
+        args.validate_shards()
+        spread = Spread(share.world, shards.keep)
     show = print if share.rank == 0 else lambda *lines: None
     show(f"configuration\n{_indented(to_yaml(args).splitlines())}")
     method = METHODS[name]
@@ -49,26 +51,17 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
         embedded_guidance=args.embedded_guidance,
     )
     method.train(args, model)
-    needs, needed, saved = memory_of(model, method, args, share)
+    # In main memory there is no place to leave to.
+    there = args if torch.cuda.is_available() else replace(args, offload=())
+    forecast = memory_of(model, method, there, share, spread)
     free, place = free_memory()
-    show(f"\nmemory of a process\n{_indented(memory_lines(needs, needed, saved, free, place))}")
+    show(f"\nmemory of a process\n{_indented(memory_lines(forecast, free, place))}")
     show("\ntime")
-    if needed > free:
-        show(_indented(["not measured: it does not fit. Shard it (configs/accelerate), or take a smaller model"]))
+    if forecast.peak > free:
+        advice = "set offload: [text_encoders, vae], shard it (configs/accelerate), or take a smaller model"
+        show(_indented([f"not measured: it does not fit. Where it is not done yet, {advice}"]))
         return 1
     return _timed(trainer(args=args), method, run_work(method, args, share, held_out), show)
-
-
-def memory_of(model: DiffusionModel, method: Method, args: Any, share: Share) -> tuple[MemoryNeeds, int, int]:
-    """Bytes of a process by purpose, in all, and what quantisation saves. model: made trainable, on meta or not.
-
-    What an iteration keeps is in it; activations and rewards are not.
-    """
-    needs = memory_needs(model, pairs=0, copies=method.copies(args))
-    if args.optimizer == "adamw_8bit":
-        needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
-    saved = saved_bytes(model.raw_denoiser, args.quantise)
-    return needs, needs.total - saved + method.stored(args, model.latent_shape(), share), saved
 
 
 def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:
@@ -94,23 +87,6 @@ def evaluation_lines(work: Work, args: Any) -> list[str]:
     return [*lines, f"{'in all':10} {work.evaluations:>15,}  {work.evaluations / per:10.2f} per {noun}", *generated]
 
 
-def memory_lines(needs: MemoryNeeds, needed: int, saved: int, free: int, place: str) -> list[str]:
-    """A line per purpose."""
-    frozen = {f"frozen, {str(dtype).removeprefix('torch.')}": size for dtype, size in needs.frozen.items()}
-    rows = {
-        **frozen,
-        "trained": needs.trainable,
-        "gradients": needs.gradients,
-        "optimizer": needs.moments,
-        "copies of what is trained": needs.copies,
-        "stored latents": needed + saved - needs.total,
-        "saved by quantisation": -saved,
-        "in all": needed,
-    }
-    lines = [f"{name:26} {size / GIB:8.3f} GiB" for name, size in rows.items() if size]
-    return [*lines, f"free: {free / GIB:.1f} GiB, {place}; activations and rewards come on top"]
-
-
 def time_lines(pace: Pace, work: Work, steps: int) -> list[str]:
     """Seconds per image as measured, and what follows for the run."""
     seconds = pace.seconds(work)
@@ -128,13 +104,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def free_memory() -> tuple[int, str]:
-    """(bytes, of what) where the model would go."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    return psutil.virtual_memory().available, "main memory"
 
 
 def _indented(lines: Sequence[str]) -> str:

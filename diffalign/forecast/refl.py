@@ -14,6 +14,7 @@ from diffalign.models import DiffusionModel
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.noise import Noise
+from diffalign.trainers.refl import ReFLTrainer
 from diffalign.trainers.refl_config import ReFLConfig
 from diffalign.trainers.starts import draw_courses, places
 from diffalign.trainers.watch import PROBES
@@ -153,4 +154,5 @@ REFL = Method(
     copies=_copies,
     watched=_watched,
     train=_train,
+    taught_through=ReFLTrainer.taught_through,
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from diffalign.forecast.work import Work
+from diffalign.models.offload import VAE
 from diffalign.rollout.collect import decode
 from diffalign.structures import Guidance
 from diffalign.trainers.base import Trainer
@@ -65,8 +66,10 @@ def measure(trainer: Trainer, sampling: int, training: int, judging: bool = Fals
     with torch.no_grad():
         sampled = _seconds(lambda: predict(sampling), device) / sampling
         latents = torch.zeros(min(sampling, 8), *model.latent_shape(), device=device)
+    with model.keeping(VAE):
         decoded = _seconds(lambda: decode(model, latents), device) / len(latents)
-    return Pace(sampled, taught, decoded, peak, _seconds(judge, device) if judging else 0.0)
+        judged = _seconds(judge, device) if judging else 0.0
+    return Pace(sampled, taught, decoded, peak, judged)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -56,7 +56,7 @@ class Method:
     evaluation. batches: lines on how an iteration is cut. passes: images per pass (while sampling, while training).
     stored: bytes of latents that a process keeps on its device for an iteration. copies: how many copies of the trained
     weights. watched: evaluations beside the images of so many held-out prompts, each time. train: makes a model
-    trainable.
+    trainable. taught_through: parts that gradients come back through.
     """
 
     updates: Callable[[Any], int]
@@ -69,6 +69,7 @@ class Method:
     copies: Callable[[Any], int]
     watched: Callable[[Any, int], int] = lambda args, held_out: 0
     train: Callable[[Any, DiffusionModel], None] = lambda args, model: model.train(args.lora)
+    taught_through: tuple[str, ...] = ()
 
 
 def run_work(method: Method, args: Any, share: Share, held_out: int) -> Work:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
 from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
+from diffalign.models.offload import VAE, Visitor, needs, place
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.sharding import Shards, gathered, is_sharded, shard, unsharded
 from diffalign.structures import Conditioning, Guidance, Level
@@ -61,6 +62,8 @@ class DiffusionModel(ABC):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.denoiser = self.raw_denoiser
+        # Parts that are on the device only while they are used: see ``place``.
+        self.visitors: dict[str, Visitor] = {}
         # Weights in 4 or 8 bits are stored as whole numbers.
         self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
@@ -75,7 +78,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The conditioning of a list of texts, a row each, without gradients."""
+        """The conditioning of a list of texts, a row each, without gradients; decorated with ``needs``."""
 
     @abstractmethod
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
@@ -126,6 +129,22 @@ class DiffusionModel(ABC):
         setattr(self.pipeline, self.denoiser_name, module)
         self.denoiser = module
 
+    def place(self, device: torch.device, offload: Sequence[str] = (), *, denoiser: bool = True) -> None:
+        """Moves the pipeline to ``device``; without ``denoiser``, which stays where it is, if that will be sharded.
+
+        offload: "text_encoders", "vae": they come when they are used, and leave after it, or after ``keeping``.
+        """
+        self.visitors = place(self.pipeline, device, offload, without=None if denoiser else self.denoiser_name)
+
+    @contextmanager
+    def keeping(self, *parts: str) -> Iterator[None]:
+        """A phase within which ``parts`` do not leave the device again once they have come; others come and go."""
+        with ExitStack() as stack:
+            for part in parts:
+                if part in self.visitors:
+                    stack.enter_context(self.visitors[part].kept())
+            yield
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
@@ -171,12 +190,14 @@ class DiffusionModel(ABC):
         """The guided output of a negative and a positive one."""
         return against + scale * (towards - against)
 
+    @needs(VAE)
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, differentiable."""
         vae = self.pipeline.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._latent_shift
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    @needs(VAE)
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images, scaled for the denoiser.
 

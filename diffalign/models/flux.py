@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
+from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning
 
 
@@ -43,6 +44,7 @@ class FluxModel(PackedFlowModel):
             )
         self.embedded_guidance = (3.5 if embedded_guidance is None else embedded_guidance) if told else None
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: T5's embeddings (B, L, D), CLIP's pooled (B, P), and text ids (L, 3)."""

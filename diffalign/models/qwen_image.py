@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
+from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
 from diffalign.structures import Conditioning
 
 
@@ -30,6 +31,7 @@ class QwenImageModel(PackedFlowModel):
         last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), true where there is text."""
@@ -72,6 +74,7 @@ class QwenImageModel(PackedFlowModel):
         mean, std = (torch.tensor(values).reshape(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return mean.to(like), std.to(like)
 
+    @needs(VAE)
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, differentiable: the VAE is one of films, and these have one frame."""
         vae = self.pipeline.vae
@@ -80,6 +83,7 @@ class QwenImageModel(PackedFlowModel):
         frame = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
         return (frame.float() / 2 + 0.5).clamp(0, 1)
 
+    @needs(VAE)
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images, each channel of zero mean and unit deviation over the VAE's training data."""
         vae = self.pipeline.vae

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.diffusion.schedule import flow_levels, shift_sigmas
 from diffalign.models.base import check_schedule
 from diffalign.models.flow import FlowModel
+from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
 from diffalign.structures import Conditioning, Level
 
 
@@ -74,11 +75,13 @@ image = pipe(
         )
         return Conditioning({"embeds": embeds, "mask": mask}).to(self.device)
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), 1 where there is text."""
         return self._encode(texts, self.instruction)
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
         """The empty prompt, without the instruction."""
@@ -96,6 +99,7 @@ image = pipe(
         )[0]
         return output.float()
 
+    @needs(VAE)
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of images; this autoencoder has no distribution, so that ``noise`` finds a deviation of 0."""
         vae = self.pipeline.vae

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.diffusion.schedule import vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
+from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning, Level
 
 # What the scheduler's configuration calls an output -> what this package calls it.
@@ -45,6 +46,7 @@ class SDModel(DiffusionModel):
             )
         self.parameterization = PREDICTIONS[config.get("prediction_type", "epsilon")]
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D)."""

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffalign.models.flow import JOINT_ATTENTION, FlowModel
+from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning
 
 
@@ -34,6 +35,7 @@ class SD3Model(FlowModel):
         """Side of the square of latents that is one token."""
         return self.raw_denoiser.config.patch_size
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D) and pooled (B, P)."""

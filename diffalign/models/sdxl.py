@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.sd import SDModel
 from diffalign.structures import Conditioning
 
@@ -22,6 +23,7 @@ class SDXLModel(SDModel):
 
     load_options: Mapping[str, Any] = {}
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding: embeddings (B, L, D) of both encoders, pooled (B, P) of the second."""
@@ -30,6 +32,7 @@ class SDXLModel(SDModel):
         )
         return self._conditioning(embeds, pooled)
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
         """Zeros where the pipeline's ``force_zeros_for_empty_prompt`` says so, as in SDXL's own training."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffalign.models.flow import FlowModel, check_resolution
+from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning
 
 
@@ -39,6 +40,7 @@ class ZImageModel(FlowModel):
         check_resolution(resolution or self.default_resolution, self.pipeline.vae_scale_factor * self.patch_size)
         return super().latent_shape(resolution)
 
+    @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The pipeline's own encoding, padded: embeddings (B, L, D), and length (B,), how many of them are text."""

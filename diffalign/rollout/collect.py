@@ -133,13 +133,12 @@ def generate(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Samples and images of a route that nothing is trained on, e.g. the ODE of an evaluation. See ``rollouts``.
 
-    own: (B,), the row of ``conditioning`` of each sample.
+    own: (B,), the row of ``conditioning``, which may be on the CPU, of each sample.
     """
     shape = model.latent_shape()
     for rows in micro_batches(len(own), size):
         part = addresses[rows]
         start = part.start(shape).to(model.device, non_blocking=True)
-        final = sample(
-            model, route, conditioning[own[rows]], start, draw=lambda index, part=part: part.step(shape, index)
-        )
+        told = conditioning[own[rows]].to(model.device, non_blocking=True)
+        final = sample(model, route, told, start, draw=lambda index, part=part: part.step(shape, index))
         yield rows, decode(model, final)

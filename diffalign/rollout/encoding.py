@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.models import DiffusionModel
+from diffalign.models.offload import TEXT_ENCODERS
 from diffalign.runtime.cache import TensorCache
 from diffalign.structures import Conditioning
 
@@ -19,40 +20,65 @@ PROBE = 64  # numbers of each tensor that tell one model from another
 
 
 class EncodedPrompts:
-    """The conditioning of prompts, from memory where it is there. Oldest entries go beyond ``limit`` bytes."""
+    """The conditioning of prompts, from memory where it is there.
 
-    def __init__(self, model: DiffusionModel, limit: int = 2 << 30) -> None:
-        self.model, self.limit = model, limit
-        self.cache = TensorCache(None)  # one with a folder keeps them on disk as well
-        self._rows: OrderedDict[str, Conditioning] = OrderedDict()
+    limit: bytes beyond which the oldest are forgotten, but for what was prepared last. folder: where they are kept on
+    disk as well; None: they are not.
+    """
+
+    def __init__(self, model: DiffusionModel, limit: int = 2 << 30, folder: Path | None = None) -> None:
+        self.model, self.limit, self.cache = model, limit, TensorCache(folder)
+        self._rows: dict[str, Conditioning] = {}
+        self._prepared: frozenset[str] = frozenset()
         self._empty: Conditioning | None = None
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """The conditioning of ``texts``, a row each, on the denoiser's device."""
-        for text in dict.fromkeys(texts):
-            if text not in self._rows:
-                # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend on
-                # which others a run, or a resumed run, happens to meet for the first time along with it.
-                self._rows[text] = self._row(text)
-        result = Conditioning.cat([self._rows[text] for text in texts]).to(self.model.device)
+        return self.rows(texts).to(self.model.device)
+
+    def rows(self, texts: Sequence[str]) -> Conditioning:
+        """The conditioning of ``texts``, a row each, on the CPU: for more of them than the device should hold."""
+        self._encode(texts)
+        result = Conditioning.cat([self._rows[text] for text in texts])
         self._shrink()
         return result
 
-    def _row(self, text: str) -> Conditioning:
+    def prepare(self, texts: Sequence[str], *, empty: bool = False) -> None:
+        """Encodes what is new among ``texts`` for a phase in which no text encoder is to come to the device.
+
+        empty: ``empty`` too.
+        """
+        self._prepared = frozenset(texts)
+        self._encode(texts, empty)
+
+    def _encode(self, texts: Sequence[str], empty: bool = False) -> None:
+        """Text encoders that leave the device come once for all of it."""
+        with self.model.keeping(TEXT_ENCODERS):
+            if empty and self._empty is None:
+                self._empty = self._kept("unconditional", self.model.unconditional)
+            for text in dict.fromkeys(texts):
+                if text not in self._rows:
+                    # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend
+                    # on which others a run, or a resumed run, happens to meet for the first time along with it.
+                    self._rows[text] = self._kept(f"prompt {text}", lambda text=text: self.model.encode([text]))
+
+    def _kept(self, what: str, encode: Callable[[], Conditioning]) -> Conditioning:
+        """One row, on the CPU: from disk, or what ``encode`` gives."""
         if self.cache.folder is None:
-            return self.model.encode([text]).to("cpu")
-        key = f"prompt {self.identity} {text}"
+            return encode().to("cpu")
+        key = f"{self.identity} {self.model.default_resolution} {what}"
         if (kept := self.cache.get(key)) is not None:
             shared = {name: kept.pop(name) for name in [*kept] if name.startswith(SHARED)}
             return Conditioning(kept, {name.removeprefix(SHARED): tensor for name, tensor in shared.items()})
-        row = self.model.encode([text]).to("cpu")
+        row = encode().to("cpu")
         if all(isinstance(value, Tensor) for value in row.shared.values()):
             self.cache.put(key, {**row.tensors, **{SHARED + name: value for name, value in row.shared.items()}})
         return row
 
     @cached_property
     def identity(self) -> str:
-        """Equal for models whose text encoders and VAE say the same: their configurations and the begin of each tensor.
+        """Equal for models whose text encoders and VAE say the same: their configurations and the begin of each tensor,
+        and the scales of adapters on them.
 
         All of a tensor would be gigabytes; a fine-tuned encoder differs everywhere.
         """
@@ -60,7 +86,8 @@ class EncodedPrompts:
         digest.update(f"{getattr(self.model, 'max_sequence_length', None)}".encode())
         for name, component in sorted(self.model.pipeline.components.items()):
             if isinstance(component, nn.Module) and name.startswith(("vae", "text_encoder")):
-                digest.update(f"{name} {component.dtype} {component.config}".encode())
+                scales = [getattr(layer, "scaling", None) for layer in component.modules()]
+                digest.update(f"{name} {component.dtype} {component.config} {scales}".encode())
                 for tensor in component.state_dict().values():
                     begin = tensor.detach().flatten()[:PROBE].cpu().contiguous()
                     digest.update(begin.view(torch.uint8).numpy())
@@ -69,12 +96,13 @@ class EncodedPrompts:
     def _shrink(self) -> None:
         row = next(iter(self._rows.values()))
         size = sum(t.numel() * t.element_size() for t in row.tensors.values())
-        while len(self._rows) > max(1, self.limit // size):
-            self._rows.popitem(last=False)
+        if (extra := len(self._rows) - max(1, self.limit // size)) > 0:
+            for text in [text for text in self._rows if text not in self._prepared][:extra]:
+                del self._rows[text]
 
     @property
     def empty(self) -> Conditioning:
         """What classifier-free guidance leads away from: see ``DiffusionModel.unconditional``."""
-        if self._empty is None:
-            self._empty = self.model.unconditional().to("cpu")
+        self._encode((), empty=True)
+        assert self._empty is not None
         return self._empty.to(self.model.device)

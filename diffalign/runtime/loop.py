@@ -242,19 +242,10 @@ class Loop:
     # One optimizer step ---------------------------------------------------------------------------------------------
 
     def _update(self, micros: Sequence[Micro]) -> Metrics:
-        """One optimizer step. Gradients of all micro-batches add up; processes synchronise at the last one."""
+        """One optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)  # what a stopped or failed attempt left
-        collected: list[dict[str, Tensor]] = []
-        missing = shortfall(len(micros)) if self.sharded else 0
-        for index, micro in enumerate(micros):
-            self.pulse()
-            last = index == len(micros) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, metrics = micro()
-                self.accelerator.backward(loss)
-            collected.append({"loss": loss.detach() * len(micros), **metrics})
-        for _ in range(missing):
-            self.accelerator.backward(micros[-1]()[0] * 0)
+        with self.task.updating():
+            collected = self._passes(micros)
         norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
         names = collected[0]
         found = {name: torch.stack([c[name].float() for c in collected]) for name in names}
@@ -270,6 +261,21 @@ class Loop:
         self._apply(reason, norm)
         row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
         return row if reason is None else {**row, "skipped": float(self.guard.skipped)}
+
+    def _passes(self, micros: Sequence[Micro]) -> list[dict[str, Tensor]]:
+        """Forwards and backwards; figures of each. Gradients add up; processes synchronise at the last one."""
+        collected = []
+        missing = shortfall(len(micros)) if self.sharded else 0
+        for index, micro in enumerate(micros):
+            self.pulse()
+            last = index == len(micros) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss, metrics = micro()
+                self.accelerator.backward(loss)
+            collected.append({"loss": loss.detach() * len(micros), **metrics})
+        for _ in range(missing):
+            self.accelerator.backward(micros[-1]()[0] * 0)
+        return collected
 
     def _apply(self, reason: str | None, norm: float) -> None:
         """Steps the optimizer, or leaves every weight, moment and the learning rate as they are.

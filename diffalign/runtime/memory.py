@@ -31,6 +31,7 @@ def advice(config: Any, phase: str) -> str:
     wanted = [
         (batch_name(config, phase), half),
         ("gradient_checkpointing", on),
+        ("offload", leaving),
         ("decode_precision", bf16),
         ("overlap_rewards", off),
         ("lora.rank", half),
@@ -59,6 +60,11 @@ def on(value: bool) -> bool | None:
 def off(value: bool) -> bool | None:
     """A switch, where it is on."""
     return False if value else None
+
+
+def leaving(value: list[str]) -> str | None:
+    """Parts that leave the device, where none does."""
+    return None if value else "[text_encoders, vae]"
 
 
 def bf16(value: str) -> str | None:

@@ -13,7 +13,7 @@ CHANGEABLE = frozenset(
     {"output_dir", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"}
     | {"report_to", "hang_timeout", "auto_batch", "rollout_batch_size", "train_batch_size", "gradient_checkpointing"}
     | {"save_rollouts", "cache", "cache_dir", "eval_prompts", "eval_rewards", "eval_images_per_prompt"}
-    | {"eval_num_steps", "max_unscored", "allow_reward_code", "overlap_rewards"}
+    | {"eval_num_steps", "max_unscored", "allow_reward_code", "offload", "overlap_rewards"}
 )
 
 

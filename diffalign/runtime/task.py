@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Task(Protocol):
 
         The same data give the same updates, however often it is asked.
         """
+
+    def updating(self) -> AbstractContextManager[None]:
+        """A context around the passes of an optimizer step, forward and backward."""
 
     def samples(self) -> list[dict[str, Any]]:
         """What tells the samples of the current update from all others, for the record of a step not taken."""

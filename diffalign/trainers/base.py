@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
@@ -59,6 +60,7 @@ class Trainer:
     same_updates = True
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
     data_digest = ""
+    taught_through: ClassVar[tuple[str, ...]] = ()  # parts that gradients come back through
 
     def __init__(
         self,
@@ -94,14 +96,15 @@ class Trainer:
         if (known := loaded_commit(self.model)) is not None:
             # What a branch is may change; the run's config.yaml says what it was.
             self.args = args = dataclasses.replace(args, revision=known)
-        self._place()
+        # A denoiser that will be sharded need not fit on the device whole.
+        self.model.place(self.accelerator.device, args.offload, denoiser=self.shards is None)
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.plain_attention = slow and not args.gradient_checkpointing
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
         self.noise = Noise(args.seed)
-        self.encoded = EncodedPrompts(self.model)
+        self.encoded = EncodedPrompts(self.model, folder=args.cache_folder)
         self.loop = self.prepare(keep_reference)
         if self.loop.ema is not None:
             self.model.weights.add(EMA_SET, self.loop.ema.shadow)
@@ -130,15 +133,6 @@ class Trainer:
         loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
         self.model.denoiser = loop.module
         return loop
-
-    def _place(self) -> None:
-        """The pipeline onto the device; but a denoiser that will be sharded need not fit there whole."""
-        if self.shards is None:
-            self.model.pipeline.to(self.accelerator.device)
-            return
-        for name, part in self.model.pipeline.components.items():
-            if isinstance(part, nn.Module) and name != self.model.denoiser_name:
-                part.to(self.accelerator.device)
 
     def _load(self) -> DiffusionModel:
         args = self.args
@@ -220,6 +214,10 @@ class Trainer:
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
         """Goes on with the iteration that ``collected`` is of."""
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Around the passes of an optimizer step."""
+        return self.model.keeping(*self.taught_through)
 
     def before_first_update(self) -> None:
         """Checks that must hold when the weights have not moved yet."""

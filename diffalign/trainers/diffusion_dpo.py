@@ -28,7 +28,6 @@ from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rollout.sampler import micro_batches
-from diffalign.runtime.cache import TensorCache
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
 from diffalign.runtime.origin import digest
@@ -101,7 +100,6 @@ class DiffusionDPOTrainer(Trainer):
         )
         self.objective = args.objective() if self.kind.paired else None
         self.single = None if self.kind.paired else SingleObjective(args.loss, args.loss_options, self.accelerator)
-        self.encoded.cache = TensorCache(args.cache_folder)
         self.source = self._source(data, weights)
         self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
         self.updates_per_iteration = args.updates_per_rollout if args.online else 1
@@ -148,6 +146,7 @@ class DiffusionDPOTrainer(Trainer):
     def collect(self, iteration: int) -> Metrics:
         """The examples of an iteration."""
         self.examples, metrics = self.source(iteration)
+        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder has to come in the update
         return metrics
 
     def collected(self) -> dict[str, Tensor]:

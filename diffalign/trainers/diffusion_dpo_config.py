@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from diffalign.config import option
@@ -33,7 +32,6 @@ class DiffusionDPOConfig(RolloutConfig):
     random_crop: bool = option(False, "crop a pair at a random place, not in the middle")
     random_flip: bool = option(False, "mirror half of the pairs; not where captions tell left from right")
     cache: bool = option(True, "keep latents and prompt embeddings on disk")
-    cache_dir: Path | None = option(None, "where, so that runs share them; default: cache/ in output_dir")
     num_pairs: int = option(64, "pairs (or single images) of train_data per optimizer step, over all processes")
     train_batch_size: int = option(16, "pairs (or single images) per forward pass while training")
     prompt_dropout: float = option(0.1, "share of prompts that are trained as the empty one, for guidance")
@@ -60,20 +58,10 @@ class DiffusionDPOConfig(RolloutConfig):
     reference_steps: int = option(0, "the reference becomes the policy every so many optimizer steps; 0: never")
     bins: int = option(5, "margins are logged by noise level in so many parts")
 
-    def __post_init__(self) -> None:
-        """Paths may be given as text."""
-        super().__post_init__()
-        self.cache_dir = self.cache_dir and Path(self.cache_dir)
-
     @property
     def online(self) -> bool:
         """Whether pairs are the model's own images."""
         return bool(self.train_prompts or self.rewards)
-
-    @property
-    def cache_folder(self) -> Path | None:
-        """Where latents and prompt embeddings are kept."""
-        return (self.cache_dir or self.output_dir / "cache") if self.cache else None
 
     def objective(self) -> PairObjective:
         """The loss with its options. ValueError: one that does not go with another."""

@@ -15,6 +15,7 @@ from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.settings import spread as spread_evenly
 from diffalign.models import DiffusionModel
+from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rollout.collect import Addresses, generate
 from diffalign.rollout.encoding import EncodedPrompts
@@ -112,11 +113,12 @@ class Evaluation:
         # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
         place = torch.tensor([*self.index, *(0 for _ in self.filler)])
         addresses = Addresses(Noise(EVALUATION_SEED), "evaluation", 0, place[own], sample)
-        conditioning = self.encoded([p.text for p in drawn])
+        conditioning = self.encoded.rows([p.text for p in drawn])
         found = []
-        for _, images in generate(self.model, route, conditioning, own, addresses, self.batch_size):
-            found.append(images.cpu())
-            self.pulse()
+        with self.model.keeping(VAE):
+            for _, images in generate(self.model, route, conditioning, own, addresses, self.batch_size):
+                found.append(images.cpu())
+                self.pulse()
         return torch.cat(found)[:count]
 
 

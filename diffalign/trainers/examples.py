@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.framing import DRAWS, Framing, SizeConditioning, frame
+from diffalign.models.offload import VAE
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.runtime.noise import Noise
 from diffalign.structures import LabelledImage, Pair
@@ -72,10 +73,11 @@ class Framer:
         samples: what reads each. places: their numbers in a data set, whose samples come again every epoch: one that
         is still in memory, framed alike, is not read again.
         """
-        rows = [
-            self._row(sample, self._framing(iteration, number), None if places is None else places[i])
-            for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
-        ]
+        with self.model.keeping(VAE):
+            rows = [
+                self._row(sample, self._framing(iteration, number), None if places is None else places[i])
+                for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
+            ]
         label = torch.tensor([row.label for row in rows])
         return Examples(
             torch.stack([row.latents for row in rows]),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffalign.data.settings import PreferenceSettings
 from diffalign.models import DiffusionModel
+from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
@@ -58,6 +59,7 @@ class ReFLTrainer(Trainer):
     """
 
     name = "refl"
+    taught_through = (VAE,)
     args: ReFLConfig
 
     def __init__(
@@ -172,12 +174,22 @@ class ReFLTrainer(Trainer):
         own = [divmod(first + place, args.group_size) for place in range(share)]
         self.iteration = iteration
         self.batches = []
-        for rows in micro_batches(share, args.rollout_batch_size):
-            self.loop.pulse(together=True)
-            # Processes that gather weights together go through courses of one length.
-            lead = own[rows.start] if self.shards is None else divmod(rows.start, args.group_size)
-            self.batches.append(self._batch(iteration, own[rows], lead))
+        self.encoded.prepare(self._texts(iteration, own))
+        with self.model.keeping(VAE):
+            for rows in micro_batches(share, args.rollout_batch_size):
+                self.loop.pulse(together=True)
+                # Processes that gather weights together go through courses of one length.
+                lead = own[rows.start] if self.shards is None else divmod(rows.start, args.group_size)
+                self.batches.append(self._batch(iteration, own[rows], lead))
         return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
+
+    def _texts(self, iteration: int, samples: Sequence[tuple[int, int]]) -> list[str]:
+        """All that an iteration asks text encoders, its update included."""
+        prompts = self.starts.prompts_of(iteration, samples)
+        if self.recipe.regulariser == "pretraining":
+            assert self.pictures is not None
+            prompts += self.pictures.prompts_of(iteration, [group for group, _ in samples])
+        return [prompt.text for prompt in prompts]
 
     def _batch(self, iteration: int, samples: Sequence[tuple[int, int]], lead: tuple[int, int]) -> Batch:
         """Sampled as far as needed. lead: the sample that the courses are drawn for."""

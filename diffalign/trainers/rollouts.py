@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.config import option
 from diffalign.data.order import take
 from diffalign.diffusion.plan import PlanConfig, make_plan
+from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rewards.settings import RewardConfig
 from diffalign.rollout.advantages import flat_share, group_advantages
@@ -129,11 +130,12 @@ class Collector:
         )
         overlap = self._may_overlap()
         with ScoreBook(self.rewards, keep_images=args.save_rollouts) as book:
-            for rows, batch in parts:
-                trainer.loop.pulse(together=True)
-                # Beside the last one there is nothing to do.
-                book.add(batch, [prompts[g] for g in group[rows].tolist()], overlap and rows.stop < len(group))
-                trainer.loop.pulse(together=True)
+            with trainer.model.keeping(VAE):
+                for rows, batch in parts:
+                    trainer.loop.pulse(together=True)
+                    # Beside the last one there is nothing to do.
+                    book.add(batch, [prompts[g] for g in group[rows].tolist()], overlap and rows.stop < len(group))
+                    trainer.loop.pulse(together=True)
             own = book.scores(group)
         self.scored = True
         buffer.settle()

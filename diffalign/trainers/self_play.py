@@ -51,6 +51,7 @@ class SelfPlaySource:
         number = torch.tensor(examples.number)
         addresses = Addresses(trainer.noise, "self play", iteration, number, torch.zeros_like(number))
         shape, drawn = model.latent_shape(), []
+        trainer.encoded.prepare(examples.texts, empty=True)
         with model.using(REFERENCE):
             for rows in micro_batches(len(number), args.rollout_batch_size):
                 part, conditioning = addresses[rows], trainer.encoded(examples.texts[rows])

@@ -43,6 +43,11 @@ class TrainerConfig(TrainingConfig):
     )
     quantise: Literal["no", "8bit", "4bit"] = option("no", "the frozen base, by bitsandbytes; for a LoRA on a GPU")
     gradient_checkpointing: bool = option(False, "less memory, one more forward pass")
+    offload: tuple[Literal["text_encoders", "vae"], ...] = option(
+        (), "parts that are on the device only while a phase uses them: less memory there, for copies from the CPU's"
+    )
+    cache: bool = option(False, "keep prompt embeddings on disk")
+    cache_dir: Path | None = option(None, "where, so that runs share them; default: cache/ in output_dir")
     allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
     eval_prompts: Path | None = option(None, ".txt or .jsonl of held-out prompts; none: no evaluation")
     eval_rewards: tuple[str, ...] = option((), "names of rewards; the first one is reported as accuracy")
@@ -52,11 +57,17 @@ class TrainerConfig(TrainingConfig):
         """Paths may be given as text."""
         super().__post_init__()
         self.eval_prompts = self.eval_prompts and Path(self.eval_prompts)
+        self.cache_dir = self.cache_dir and Path(self.cache_dir)
 
     @property
     def base_dtype(self) -> torch.dtype:
         """What the base loads in."""
         return torch.bfloat16 if self.base_precision == "bf16" else torch.float32
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where prompt embeddings, and what else a trainer encodes, are kept."""
+        return (self.cache_dir or self.output_dir / "cache") if self.cache else None
 
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""
@@ -67,6 +78,8 @@ class TrainerConfig(TrainingConfig):
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:
             raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
+        if self.cache_dir and not self.cache:
+            raise ValueError(f"cache_dir {self.cache_dir}, and nothing is kept: set cache: true, or leave it out")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 

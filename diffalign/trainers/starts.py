@@ -41,6 +41,9 @@ class Starts(Protocol):
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Those of some samples of an iteration, at place ``latest`` or before it."""
 
+    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
+        """The prompts of these samples, as they will be in their ``Start``."""
+
 
 class NoiseStarts:
     """Start noise, with a prompt per group; each epoch goes through all prompts in a new order."""
@@ -50,9 +53,13 @@ class NoiseStarts:
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Noise."""
-        order = _order(len(self.prompts), self.num_groups, iteration, self.noise, "prompts")
         x = self.noise.normal_batch(self.shape, "refl/start", [(iteration, *own) for own in samples])
-        return Start(x, 0, [self.prompts[order[group]] for group, _ in samples])
+        return Start(x, 0, self.prompts_of(iteration, samples))
+
+    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
+        """One for each group."""
+        order = _order(len(self.prompts), self.num_groups, iteration, self.noise, "prompts")
+        return [self.prompts[order[group]] for group, _ in samples]
 
 
 class BufferStarts:
@@ -78,22 +85,30 @@ class BufferStarts:
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """The last stored states that are not after ``latest``. ValueError where there are none."""
-        groups = list(self.members)
-        order = _order(len(groups), self.num_groups, iteration, self.noise, "prompts")
         stored = self.buffer.step[: self.buffer.nodes_per_sample].tolist()
         if not (usable := [step for step in stored if step <= latest]):
             raise ValueError(
                 f"{self.folder} keeps states at steps {', '.join(map(str, stored))}, and the recipe begins at "
                 f"{latest}: use one that sees recovered, or a buffer of a plan that trains earlier steps"
             )
-        own = [groups[order[group]] for group, _ in samples]
+        own = self._groups(iteration, samples)
         rows = torch.tensor([self.members[g][member] for g, (_, member) in zip(own, samples, strict=True)])
         nodes = self.buffer.nodes(rows, usable[-1])
-        return Start(self.buffer.x[nodes], usable[-1], [self.buffer.prompts[g] for g in own])
+        return Start(self.buffer.x[nodes], usable[-1], self.prompts_of(iteration, samples))
+
+    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
+        """Those of the buffer."""
+        return [self.buffer.prompts[group] for group in self._groups(iteration, samples)]
+
+    def _groups(self, iteration: int, samples: Samples) -> list[int]:
+        """The buffer's group of each sample."""
+        groups = list(self.members)
+        order = _order(len(groups), self.num_groups, iteration, self.noise, "prompts")
+        return [groups[order[group]] for group, _ in samples]
 
 
 class Pictures:
-    """Real images with captions, as latents: framed in the middle, encoded when they are asked for.
+    """Real images with captions, as latents: framed in the middle, read once an iteration, encoded when asked for.
 
     ValueError: none that is liked.
     """
@@ -106,17 +121,30 @@ class Pictures:
         self.liked = [i for i, liked in enumerate(self.data.places[4::5]) if liked]
         if not self.liked:
             raise ValueError(f"train_images: {', '.join(paths)} hold no image that is liked")
+        self._iteration, self._read = -1, dict[int, tuple[Tensor, SizeConditioning, Prompt]]()
 
     @torch.no_grad()
     def __call__(self, iteration: int, numbers: Sequence[int]) -> tuple[Tensor, list[Prompt], list[SizeConditioning]]:
         """Latents (B, C, h, w), prompts and sizes of images ``numbers`` among the ``count`` of an iteration."""
-        order = _order(len(self.liked), self.count, iteration, self.noise, "images")
-        side = self.model.default_resolution[0]
-        loaded = [self.data.load(self.liked[order[number]]) for number in numbers]
-        framed = [frame(images[0], side, Framing()) for _, images in loaded]
-        pixels = torch.stack([image for image, _ in framed]).float() / 255
+        framed, sizes, prompts = zip(*self._framed(iteration, numbers), strict=True)
+        pixels = torch.stack(framed).float() / 255
         latents = self.model.encode_images(pixels.to(self.model.device)).float().cpu()
-        return latents, [one.prompt for one, _ in loaded], [sizes for _, sizes in framed]
+        return latents, list(prompts), list(sizes)
+
+    def prompts_of(self, iteration: int, numbers: Sequence[int]) -> list[Prompt]:
+        """The captions of these images."""
+        return [prompt for _, _, prompt in self._framed(iteration, numbers)]
+
+    def _framed(self, iteration: int, numbers: Sequence[int]) -> list[tuple[Tensor, SizeConditioning, Prompt]]:
+        """Pixels, sizes and prompt of each image; those of one iteration are kept."""
+        if iteration != self._iteration:
+            self._iteration, self._read = iteration, {}
+        order = _order(len(self.liked), self.count, iteration, self.noise, "images")
+        for number in numbers:
+            if number not in self._read:
+                one, images = self.data.load(self.liked[order[number]])
+                self._read[number] = (*frame(images[0], self.model.default_resolution[0], Framing()), one.prompt)
+        return [self._read[number] for number in numbers]
 
 
 class ImageStarts:
@@ -132,6 +160,10 @@ class ImageStarts:
             latents.shape[1:], "refl/start", [(iteration, *own) for own in samples]
         )
         return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts)
+
+    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
+        """The captions of the images."""
+        return self.pictures.prompts_of(iteration, [group for group, _ in samples])
 
 
 def _order(count: int, wanted: int, iteration: int, noise: Noise, stream: str) -> list[int]:

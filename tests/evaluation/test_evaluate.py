@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_processes_share_the_prompts(frozen, tmp_path, train_prompts):
     assert torch.equal(one.prompt, two.prompt)
     assert torch.equal(one.scores["shapes"], two.scores["shapes"])
     assert torch.allclose(one.images(), two.images(), atol=1 / 255 + 1e-6)
+
+
+def test_a_prompt_is_encoded_once_for_all_models_and_commands(frozen, run_folder, tmp_path, train_prompts, monkeypatch):
+    asked, encode = [], type(frozen).encode
+    monkeypatch.setattr(type(frozen), "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    sampling, rewards = Sampling(str(PIPELINE), 16, None, 1, "pipeline", 1.0, 1, 0), {"shapes": get_reward("shapes")}
+    for folder, subjects in (("one", [BASE, Subject("tuned", run_folder)]), ("two", [BASE])):
+        drawn = Gallery(tmp_path / folder, sampling, train_prompts[:2], rewards, cache=tmp_path / "cache")
+        for subject in subjects:
+            drawn.draw(frozen, subject, 1, lambda n: None)
+    assert asked == [p.text for p in train_prompts[:2]]
+
+
+def test_what_leaves_and_where_prompts_are_kept_come_from_the_run(eval_prompts, tmp_path):
+    lines = [f"model: {PIPELINE}", f"eval_prompts: {eval_prompts}", "rewards: {shapes: 1.0}"]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae]", "cache_dir: kept"]))
+    found = resolve(EvaluationConfig(models=(str(tmp_path),)), tmp_path, 1)
+    assert (found.offload, found.cache_dir) == (("vae",), Path("kept"))
+    own = resolve(EvaluationConfig(models=(str(tmp_path),), offload=()), tmp_path, 1)
+    assert own.offload == ()
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -55,6 +55,23 @@ def test_figures_of_the_quickstart(tmp_path, monkeypatch, capsys):
     assert f"{150 * 256:,} images are made to train on" in text
 
 
+def test_weights_in_shards_are_counted_as_such(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "free_memory", lambda: (10, "a small card"))
+    found = []
+    monkeypatch.setattr(module, "memory_lines", lambda forecast, *_: found.append(forecast.needs) or [])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert main([*GRPO, "--output_dir", str(tmp_path), "--lora.rank", "0"]) == 1
+    one, two = found
+    assert two.trainable == pytest.approx(one.trainable / 2, abs=1000)
+    assert (one.gathered, two.gathered > 0) == (0, True)
+    assert two.frozen == one.frozen  # what does not train is in no shards
+    assert main([*GRPO, "--output_dir", str(tmp_path), "--compile", "true"]) == 2
+    assert "compile True does not go with FSDP2" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_not_loaded_and_gives_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(module, "free_memory", lambda: (10, "a small card"))

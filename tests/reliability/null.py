@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +68,9 @@ class NullTask:
             return error.square().mean() / 2, {"error": error.detach().abs().mean()}
 
         return run
+
+    def updating(self):
+        return contextlib.nullcontext()
 
     def samples(self):
         return [{"rank": self.loop.accelerator.process_index}]

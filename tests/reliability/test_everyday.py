@@ -45,7 +45,10 @@ def test_r39_the_message_names_three_settings_with_numbers(tmp_path, name, phase
 
 
 def test_r39_what_is_at_its_least_is_not_advised(tmp_path):
-    least = short("flow_grpo", tmp_path, train_batch_size=1, gradient_checkpointing=True, resolution=512)
+    settings = {"train_batch_size": 1, "gradient_checkpointing": True, "resolution": 512}
+    advised = advice(short("flow_grpo", tmp_path, **settings), "update")
+    assert advised.startswith("offload: [text_encoders, vae] (now []); lora.rank: 1 (now 2)")
+    least = short("flow_grpo", tmp_path, **settings, offload=("vae",))
     assert advice(least, "update") == "lora.rank: 1 (now 2); mixed_precision: bf16 (now no); resolution: 384 (now 512)"
 
 

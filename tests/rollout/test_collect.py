@@ -142,7 +142,18 @@ def test_each_distinct_prompt_is_encoded_once(frozen, monkeypatch):
     assert asked == ["a red circle", "a blue square", "a circle"]
 
 
+def test_text_encoders_are_known_by_the_scales_of_adapters_on_them(frozen, monkeypatch):
+    layer, found = next(frozen.pipeline.text_encoder.children()), [EncodedPrompts(frozen).identity]
+    for scale in (1.0, 0.5):
+        monkeypatch.setattr(layer, "scaling", {"default": scale}, raising=False)  # as peft calls it
+        found.append(EncodedPrompts(frozen).identity)
+    assert len({*found}) == 3
+
+
 def test_the_memory_of_encoded_prompts_is_bounded(frozen):
     encoded = EncodedPrompts(frozen, limit=1)
     encoded(["a red circle", "a blue square"])
-    assert len(encoded._rows) == 1
+    assert [*encoded._rows] == ["a blue square"]
+    encoded.prepare(["a red circle", "a circle"])
+    encoded(["a circle"])
+    assert [*encoded._rows] == ["a red circle", "a circle"]  # a phase is to find what it prepared

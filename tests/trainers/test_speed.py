@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffalign import FlowGRPOTrainer
+from diffalign import FlowGRPOConfig, FlowGRPOTrainer
+from diffalign.config import parse
 from diffalign.models import LoraConfig, load_model, quantise
 from diffalign.models.attention import Dispatched
 from diffalign.models.quantise import quantisation, saved_bytes
@@ -70,6 +71,18 @@ def test_a_base_in_half_precision_carries_a_lora_in_float32(small, train_prompts
     assert any(p.abs().max() > 0 for n, p in denoiser.named_parameters() if "lora_B" in n)
     with pytest.raises(ValueError, match="base_precision bf16 freezes the base"):
         small(base_precision="bf16", lora=LoraConfig(rank=0)).validate()
+
+
+def test_settings_of_parts_that_leave_and_of_the_cache_say_no_in_time(small, tmp_path):
+    with pytest.raises(ValueError, match=r"cache_dir .*, and nothing is kept: set cache: true"):
+        small(cache_dir=tmp_path).validate()
+    args = small(cache=True, cache_dir=str(tmp_path))
+    args.validate()
+    assert args.cache_folder == tmp_path
+    assert (small().cache_folder, small(cache=True).cache_folder) == (None, small().output_dir / "cache")
+    assert parse(FlowGRPOConfig, ["--offload", "[vae]"]).offload == ("vae",)
+    with pytest.raises(ValueError, match=r"offload.*text_encoders\|vae"):
+        parse(FlowGRPOConfig, ["--offload", "[text]"])
 
 
 def test_bytes_that_quantisation_saves():

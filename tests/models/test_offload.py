@@ -1,0 +1,229 @@
+"""Parts that leave the device: when they come, that they go, and that nothing else changes."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffalign.models import FAMILIES, load_model
+from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, Visitor, part_of, place
+from diffalign.rollout.collect import decode
+from diffalign.rollout.encoding import EncodedPrompts
+from tests.conftest import PIPELINE
+from tests.models.visits import Logged
+
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
+
+
+class Tied(nn.Module):
+    """A convolution whose layout is that of a VAE's, a buffer, and a weight that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        self.three = self.one
+        self.register_buffer("shift", torch.ones(4))
+
+
+def addresses(network):
+    return [t.data_ptr() for t in [*network.parameters(), *network.buffers()]]
+
+
+def test_a_visitor_is_a_copy_of_what_stays_at_home():
+    network, layouts = Tied(), lambda: [(t.dtype, t.stride(), t.requires_grad) for t in network.parameters()]
+    visitor, home, known, plain = Visitor([network], CPU), addresses(network), network.state_dict(), layouts()
+    kept = {name: tensor.clone() for name, tensor in known.items()}
+    with visitor.kept():
+        assert addresses(network) == home  # nobody has asked for it
+        visitor.come()
+        there = addresses(network)
+        assert not {*there} & {*home}
+        assert network.three.weight is network.one.weight
+        assert layouts() == plain
+        with visitor.kept():
+            visitor.come()
+        assert addresses(network) == there  # the outer phase is not over
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items())
+    assert addresses(network) == home
+    assert layouts() == plain
+
+
+def test_it_leaves_whatever_happens(monkeypatch):
+    network = Tied()
+    visitor, home, moves = Visitor([network], CPU), addresses(network), []
+
+    def half(tensor, *arguments, own=torch.Tensor.to, **options):
+        moves.append(tensor)
+        if len(moves) == 3:
+            raise torch.OutOfMemoryError
+        return own(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", half)
+    with visitor.kept():
+        with pytest.raises(torch.OutOfMemoryError):
+            visitor.come()
+        assert not visitor.here
+        assert addresses(network) == home
+        visitor.come()
+        assert visitor.here
+    monkeypatch.undo()
+    with pytest.raises(KeyError), visitor.kept():  # noqa: PT012
+        visitor.come()
+        raise KeyError
+    assert addresses(network) == home
+
+
+class Came(Exception):
+    pass
+
+
+class Door:
+    """A visitor that tells of itself instead of coming."""
+
+    keepers = 1
+
+    def __init__(self, part):
+        self.part = part
+
+    def kept(self):
+        return nullcontext()
+
+    def come(self):
+        raise Came(self.part)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_says_what_it_needs(family):
+    model, image = object.__new__(family), torch.zeros(1, 3, 16, 16)
+    model.visitors = {part: Door(part) for part in PARTS}
+    calls = {
+        lambda: model.encode(["a"]): TEXT_ENCODERS,
+        lambda: model.unconditional(): TEXT_ENCODERS,
+        lambda: model.decode(image): VAE,
+        lambda: model.encode_images(image): VAE,
+    }
+    for call, part in calls.items():
+        with pytest.raises(Came, match=part):
+            call()
+
+
+def networks(**quantised):
+    names = ("text_encoder", "text_encoder_2", "vae", "transformer")
+    found = {name: nn.Linear(2, 2) for name in names}
+    for name, method in quantised.items():
+        found[name].quantization_method = method
+    return SimpleNamespace(components={**found, "tokenizer": object(), "text_encoder_3": None})
+
+
+def places(pipeline):
+    return {name: part.weight.device for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def test_what_does_not_leave_is_placed_and_the_rest_stays_at_home():
+    pipeline = networks()
+    visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    assert {**places(pipeline)} == {
+        "text_encoder": CPU,
+        "text_encoder_2": CPU,
+        "vae": ELSEWHERE,
+        "transformer": ELSEWHERE,
+    }
+    assert {part: len(visitor.networks) for part, visitor in visitors.items()} == {TEXT_ENCODERS: 2}
+    pipeline = networks()
+    assert place(pipeline, ELSEWHERE, [VAE], without="transformer").keys() == {VAE}
+    assert {name for name, where in places(pipeline).items() if where == CPU} == {"vae", "transformer"}
+
+
+def test_what_is_quantised_stays_where_it_was_loaded():
+    pipeline = networks(text_encoder_2="bitsandbytes", transformer="bitsandbytes")
+    with pytest.warns(UserWarning, match="text_encoder_2 is quantised, and stays on the device"):
+        visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    assert [*visitors[TEXT_ENCODERS].networks] == [pipeline.components["text_encoder"]]
+    assert places(pipeline)["vae"] == ELSEWHERE
+    assert {places(pipeline)[name] for name in ("text_encoder_2", "transformer")} == {CPU}  # as they were
+
+
+def test_on_a_cpu_nothing_leaves_and_names_are_checked():
+    asked = []
+    pipeline = SimpleNamespace(components={}, to=asked.append)
+    assert place(pipeline, CPU, [TEXT_ENCODERS, VAE]) == {}
+    assert asked == [CPU]
+    with pytest.raises(ValueError, match="no part is named text; known: text_encoders, vae"):
+        place(pipeline, CPU, ["text"])
+
+
+@pytest.fixture
+def visited(frozen, monkeypatch):
+    """The shipped pipeline as if it were on a device that its parts leave, and the list of their visits."""
+    log = []
+    visitors = {part: Logged(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
+    monkeypatch.setattr(frozen, "visitors", visitors)
+    yield frozen, log
+    assert not any(visitor.here for visitor in visitors.values())
+
+
+@contextmanager
+def staying(model):
+    """Within it nothing leaves."""
+    visitors, model.visitors = model.visitors, {}
+    yield
+    model.visitors = visitors
+
+
+def test_new_prompts_are_one_visit_and_known_ones_none(visited, tmp_path):
+    model, log = visited
+    texts = ["a red circle", "two stars"]
+    with staying(model):
+        plain = EncodedPrompts(model)(texts)
+    encoded = EncodedPrompts(model, folder=tmp_path)
+    found = encoded(texts)
+    assert all(torch.equal(found.tensors[name], plain.tensors[name]) for name in plain.tensors)
+    assert log == [TEXT_ENCODERS]
+    encoded(texts)
+    encoded.prepare(["a star"], empty=True)
+    assert log == [TEXT_ENCODERS] * 2
+    again = EncodedPrompts(model, folder=tmp_path)  # all of it is on disk
+    again([*texts, "a star"])
+    assert torch.equal(again.empty.tensors["embeds"], encoded.empty.tensors["embeds"])
+    assert log == [TEXT_ENCODERS] * 2
+
+
+def test_slices_are_decoded_in_one_visit_and_gradients_need_it_to_last(visited):
+    model, log = visited
+    latents = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with model.keeping(VAE, TEXT_ENCODERS):
+        for _ in range(2):
+            decode(model, latents)
+        model.decode(latents).square().mean().backward()
+    assert log == [VAE]
+    with pytest.raises(RuntimeError, match=r'decode with gradients .* within model.keeping\("vae"\)'):
+        model.decode(latents)
+    found, latents.grad = latents.grad, None
+    with staying(model):
+        model.decode(latents).square().mean().backward()
+    assert torch.equal(found, latents.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_part_takes_memory_while_it_visits_and_says_the_same():
+    cuda, texts = torch.device("cuda"), ["a red circle", "two stars"]
+    found, sizes = [], []
+    for offload in ((), (TEXT_ENCODERS, VAE)):
+        model = load_model(PIPELINE, max_sequence_length=16)
+        before = torch.cuda.memory_allocated()
+        model.place(cuda, offload)
+        assert model.device.type == "cuda"
+        sizes.append(torch.cuda.memory_allocated() - before)
+        torch.cuda.reset_peak_memory_stats()
+        conditioning = EncodedPrompts(model)(texts)
+        x = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0)).to(cuda)
+        images = decode(model, x)
+        assert not torch.cuda.memory_allocated() - before > sizes[-1] + 2**20
+        found.append((*conditioning.tensors.values(), images))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    weights = sum(t.nbytes for part in PARTS for n in part_of(model.pipeline, part).values() for t in n.parameters())
+    assert sizes[1] < sizes[0] - 0.9 * weights
