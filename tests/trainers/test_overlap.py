@@ -71,7 +71,11 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
     assert collect()[0] == in_turn
     trainer.model.plain_attention = False
 
-    reward.on_ask = lambda: setattr(trainer.loop.signals, "received", signal.SIGTERM)
+    def stop():
+        trainer.loop.signals.received = signal.SIGTERM
+        reward.sampled.set()
+
+    reward.on_ask = stop
     with pytest.raises(StopRequested):
         collect()
     assert reward.asked == ["aside"]
