@@ -43,7 +43,7 @@ def watched(trainer: Any, act: Callable[[int], None]) -> list[Place]:
         name = caller.f_code.co_name
         if name == "__call__":  # a collector's: before it scores a batch, and before it draws the next one
             return ROLLOUT if places[-1].phase == BEFORE_REWARD else BEFORE_REWARD
-        if name == "_update":
+        if name == "_passes":
             first = BETWEEN_UPDATES if trainer.loop.update else BEFORE_UPDATES
             return ACCUMULATION if caller.f_locals["index"] else first
         return PHASES[name]
