@@ -2,13 +2,15 @@
 
     python scripts/compare_refl.py                                   # all presets; hours, goes on where it stopped
     python scripts/compare_refl.py --variants draft_1 drtune         # some of them
+    python scripts/compare_refl.py --factors 0.5 1 2                 # learning rates tuned for each, at twice the cost
     python scripts/compare_refl.py --judge vqascore                  # another judge trains, the rest are held out
     python scripts/compare_refl.py --draw                            # the table and the picture of what is finished
 
-Every run takes as many images as the others. Its learning rate is tuned: the best held-out reward, not the verifier, of
-three factors on the first seed, which then runs with the other seeds too. ``--jobs`` runs go side by side, each on its
-share of the cores. Writes ``assets/results/refl.csv`` (a line per run) and ``assets/pictures/refl.png``: the trained
-reward, a held-out one and the verifier's accuracy, as changes, with a mark where an alarm rang.
+Every run takes as many images as the others. With several ``--factors`` of the learning rate, the one of the best
+held-out reward, not of the verifier, on the first seed runs with the other seeds too. ``--jobs`` runs go side by side,
+each on its share of the cores. Writes ``assets/results/refl.csv`` (a line per run), ``refl.md`` (the README's table)
+and ``assets/pictures/refl.png``: trained reward, held-out ones, the verifier's accuracy and diversity, as changes, red
+where an alarm rang.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from pathlib import Path
 import trials
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from repeat_seeds import ROOT
+from repeat_seeds import ROOT, spread
 
 from diffalign.config import load_yaml
 from diffalign.runtime.tracking import MetricsLog
 
 CONFIGS = ROOT / "configs/refl"
 CSV = ROOT / "assets/results/refl.csv"
+TABLE = ROOT / "assets/results/refl.md"
 PICTURE = ROOT / "assets/pictures/refl.png"
-STEPS = 150
-FACTORS = (0.5, 1.0, 2.0)
+STEPS = 40
 JUDGES: dict[str, dict[str, object]] = {
     "pickscore": {"path": "assets/judges/pickscore", "tokenizer": "assets/judges/pickscore"},
     "hpsv2.1": {"path": "assets/judges/hps"},
@@ -60,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "srpo": ("shapes_srpo", {}),
     "leapalign": ("shapes_leapalign", {}),
     "reneg": ("shapes_reneg", {}),
+    "drtune, epsilon": ("shapes_sd", {}),
 }
 FIGURES = ("accuracy", *JUDGES, "diversity", "reference_distance")
 COLUMNS = (
@@ -102,7 +105,7 @@ class Run:
             "seed": self.seed,
             "output_dir": self.folder(root),
             "max_train_steps": STEPS,
-            "eval_steps": STEPS // 3,
+            "eval_steps": STEPS // 2,
             "checkpointing_steps": 0,
         }
         assert images == 64, f"{self.config} takes {images} images per step, the others 64"
@@ -141,12 +144,39 @@ def chosen_by(row: trials.Row) -> float:
     return statistics.mean((row[f"{n}/tuned"] - row[f"{n}/base"]) / abs(row[f"{n}/base"]) for n in names)
 
 
-def best_factor(root: Path, variant: str, judge: str, seed: int) -> float:
-    return max(FACTORS, key=lambda factor: chosen_by(Run(variant, judge, factor, seed).row(root)))
+def best_factor(root: Path, variant: str, judge: str, seed: int, factors: Sequence[float]) -> float:
+    return max(factors, key=lambda factor: chosen_by(Run(variant, judge, factor, seed).row(root)))
 
 
-def every(seeds: Sequence[int]) -> list[Run]:
-    return [Run(v, j, f, s) for v in VARIANTS for j in JUDGES for f in FACTORS for s in seeds]
+def every(seeds: Sequence[int], factors: Sequence[float]) -> list[Run]:
+    return [Run(v, j, f, s) for v in VARIANTS for j in JUDGES for f in factors for s in seeds]
+
+
+def markdown(rows: Sequence[trials.Row], judge: str) -> str:
+    """A line per variant: means over seeds, the verifier's accuracy with its deviation; before and after the arrow base
+    and tuned model. "distance": to the reference. "alarms": evaluations of all seeds at which one rang. "minutes": of
+    training alone.
+    """
+    figures = {judge: 2, **{name: 3 for name in JUDGES if name != judge}, "diversity": 3}
+    lines = [
+        f"| | accuracy, % | gain, points | {' | '.join(figures)} | distance | alarms | GiB | minutes |",
+        "|---|" + "---:|" * (len(figures) + 6),
+    ]
+    for name in dict.fromkeys(str(row["variant"]) for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        mean = {key: statistics.mean(row[key] for row in own) for key in own[0] if isinstance(own[0][key], float)}
+        cells = [
+            name,
+            f"{100 * mean['accuracy/base']:.1f} → {spread([row['accuracy/tuned'] for row in own], 100)}",
+            spread([row["gain"] for row in own], 100),
+            *(f"{mean[f'{n}/base']:.{digits}f} → {mean[f'{n}/tuned']:.{digits}f}" for n, digits in figures.items()),
+            f"{mean['reference_distance/tuned']:.3f}",
+            f"{sum(row['alarms'] for row in own)}",
+            f"{max(row['peak_memory_gib'] for row in own):.2f}",
+            f"{mean['minutes']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: Sequence[trials.Row], judge: str) -> None:
@@ -181,11 +211,13 @@ def draw(rows: Sequence[trials.Row], judge: str) -> None:
     trials.save(figure, PICTURE)
 
 
-def write(root: Path, seeds: Sequence[int], judge: str) -> None:
-    rows = trials.finished(every(seeds), root)
+def write(root: Path, seeds: Sequence[int], factors: Sequence[float], judge: str) -> None:
+    rows = trials.finished(every(seeds, factors), root)
     trials.write_csv(CSV, COLUMNS, rows)
     if reported := [row for row in trials.tuned(rows, ("variant", "judge")) if row["judge"] == judge]:
+        TABLE.write_text(markdown(reported, judge))
         draw(reported, judge)
+        print(TABLE.read_text(), end="")
 
 
 def main() -> None:
@@ -193,18 +225,19 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--judge", choices=list(JUDGES), default="pickscore")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the learning rate")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/refl_recipes"))
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
     root, first = args.output_dir, args.seeds[0]
     if not args.draw:
-        tries = [Run(name, args.judge, factor, first) for name in args.variants for factor in FACTORS]
+        tries = [Run(name, args.judge, factor, first) for name in args.variants for factor in args.factors]
         trials.work(tries, root, args.jobs)
-        best = {name: best_factor(root, name, args.judge, first) for name in args.variants}
+        best = {name: best_factor(root, name, args.judge, first, args.factors) for name in args.variants}
         chosen = [Run(name, args.judge, best[name], seed) for name in args.variants for seed in args.seeds]
         trials.work(chosen, root, args.jobs)
-    write(root, args.seeds, args.judge)
+    write(root, args.seeds, args.factors, args.judge)
 
 
 if __name__ == "__main__":

@@ -53,14 +53,15 @@ def test_the_best_learning_rate_is_chosen_by_held_out_rewards(compare, tmp_path)
                 figures |= {"sharpness/pickscore": 1.0 + (step > 0) * factor, "alarm": float(change < 0)}
                 rows.insert(step, {"step": step, **{f"eval/{name}": value for name, value in figures.items()}})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert compare.best_factor(tmp_path, "draft_1", "pickscore", 0) == 1.0
+    assert compare.best_factor(tmp_path, "draft_1", "pickscore", 0, (0.5, 1.0, 2.0)) == 1.0
     row = compare.Run("draft_1", "pickscore", 1.0, 0).row(tmp_path)
     assert (row["images"], row["minutes"], row["alarms"], row["sharpness_ratio"]) == (9600, 1.5, 0, 2.0)
     assert row["accuracy/tuned"] == pytest.approx(0.55)
     assert row["peak_memory_gib"] == 0.5
-    compare.CSV, compare.PICTURE = tmp_path / "refl.csv", tmp_path / "refl.png"
-    compare.write(tmp_path, [0, 1], "pickscore")
+    compare.CSV, compare.TABLE, compare.PICTURE = (tmp_path / f"refl.{kind}" for kind in ("csv", "md", "png"))
+    compare.write(tmp_path, [0, 1], [0.5, 1.0, 2.0], "pickscore")
     assert len(compare.CSV.read_text().splitlines()) == 1 + 4
+    assert "| draft_1 | 40.0 → 55.0 ± 0.0 | 15.0 ± 0.0 | 8.00 → 38.00 | 0.500 → 0.800 |" in compare.TABLE.read_text()
     assert compare.PICTURE.stat().st_size > 5000
 
 
