@@ -45,26 +45,30 @@ JUDGES: dict[str, dict[str, object]] = {
         "precision": "no",
     },
 }
+# It knows no captions: what trains on it shows what the alarm is for.
+WEAK = {"aesthetic": {"path": "assets/judges/aesthetic/aesthetic-model.pth", "clip": "assets/judges/pickscore"}}
 THRESHOLDS = {"pickscore": 16.0, "hpsv2.1": 0.9, "vqascore": 1.0}
 
+LARGER = {"rollout_batch_size": 32}  # but for DRTune, which draws its steps for each batch, and needs many draws
 # Variant -> its configuration, and what differs from it.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "refl": ("shapes_published", {}),
     "refl_script": ("shapes_leapalign", {"recipe.preset": "refl_script"}),
-    "draft_1": ("shapes", {"recipe.preset": "draft_1"}),
-    "draft_k": ("shapes", {"recipe.preset": "draft_k"}),
-    "draft_lv": ("shapes", {"recipe.preset": "draft_lv"}),
-    "alignprop": ("shapes", {"recipe.preset": "alignprop"}),
+    "draft_1": ("shapes", {"recipe.preset": "draft_1", **LARGER}),
+    "draft_k": ("shapes", {"recipe.preset": "draft_k", **LARGER}),
+    "draft_lv": ("shapes", {"recipe.preset": "draft_lv", **LARGER}),
+    "alignprop": ("shapes", {"recipe.preset": "alignprop", **LARGER}),
     "drtune": ("shapes", {}),
-    "drtune, regularised": ("shapes", {"recipe.regulariser": "reference", "recipe.regulariser_weight": 10.0}),
     "imagerefl": ("shapes_imagerefl", {}),
     "direct_align": ("shapes_leapalign", {"recipe.preset": "direct_align"}),
     "srpo": ("shapes_srpo", {}),
     "leapalign": ("shapes_leapalign", {}),
     "reneg": ("shapes_reneg", {}),
     "drtune, epsilon": ("shapes_sd", {}),
+    "drtune, aesthetic": ("shapes", {}),
 }
-FIGURES = ("accuracy", *JUDGES, "diversity", "reference_distance")
+OWN_JUDGE = {"drtune, aesthetic": "aesthetic"}  # instead of the one that the others train on
+FIGURES = ("accuracy", *JUDGES, *WEAK, "diversity", "reference_distance")
 COLUMNS = (
     *("variant", "judge", "factor", "learning_rate", "seed", "images", "minutes", "peak_memory_gib"),
     *("gain", "alarms", "sharpness_ratio"),
@@ -86,8 +90,14 @@ class Run:
         return CONFIGS / f"{VARIANTS[self.variant][0]}.yaml"
 
     @property
+    def trains(self) -> str:
+        """The judge that gives the gradient."""
+        return OWN_JUDGE.get(self.variant, self.judge)
+
+    @property
     def learning_rate(self) -> float:
-        return float(load_yaml(self.config)["learning_rate"]) * self.factor
+        settings = load_yaml(self.config) | VARIANTS[self.variant][1]
+        return float(settings["learning_rate"]) * self.factor
 
     def folder(self, root: Path) -> Path:
         name = f"{self.variant}-{self.judge}-{self.factor:g}-{self.seed}"
@@ -95,11 +105,11 @@ class Run:
 
     def command(self, root: Path) -> list[str]:
         config = load_yaml(self.config)
-        others = {name: {"options": options} for name, options in JUDGES.items() if name != self.judge}
+        others = {name: {"options": options} for name, options in JUDGES.items() if name != self.trains}
         images = config["num_groups"] * config.get("group_size", 1)
         changes: dict[str, object] = {
             **VARIANTS[self.variant][1],
-            "rewards": json.dumps({self.judge: {"options": JUDGES[self.judge]}}),
+            "rewards": json.dumps({self.trains: {"options": (JUDGES | WEAK)[self.trains]}}),
             "held_out": json.dumps(others),
             "learning_rate": self.learning_rate,
             "seed": self.seed,
@@ -120,7 +130,7 @@ class Run:
         base, tuned = found[0], found[-1]
         seconds = sum(row.get("time/collect", 0.0) + row["time/update"] for row in rows if "time/update" in row)
         config = load_yaml(folder / "config.yaml")
-        sharp = f"eval/sharpness/{self.judge}"
+        sharp = f"eval/sharpness/{self.trains}"
         head = {
             "variant": self.variant,
             "judge": self.judge,
