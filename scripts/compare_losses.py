@@ -92,7 +92,7 @@ VARIANTS: dict[str, Variant] = {
     "spin": Variant("shapes_spin", {"reference_steps": 34}),  # three iterations
     "online dpo": Variant("shapes_online"),
     "online kto": Variant("shapes_online", {"loss": "kto", "beta": 25.0, "train_batch_size": 128}),
-    "raft": Variant("shapes_raft", {"learning_rate": 2e-4}),
+    "raft": Variant("shapes_raft", {"learning_rate": 5e-5}),
 }
 
 

@@ -213,6 +213,7 @@ def draw(rows: Sequence[trials.Row], judge: str) -> None:
         axes.set_title(title, fontsize=9, loc="left")
         axes.axvline(0, color="#404040", linewidth=0.8)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

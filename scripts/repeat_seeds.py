@@ -2,6 +2,7 @@
 
     python scripts/repeat_seeds.py                                             # the quickstart: three runs, one by one
     python scripts/repeat_seeds.py --config configs/flow_grpo/shapes_long.yaml
+    python scripts/repeat_seeds.py --config configs/refl/shapes_draft_k.yaml   # the folder names the trainer
     python scripts/repeat_seeds.py --check runs/shapes                         # exit 1 unless accuracy rose well
 
 A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/flow_grpo/shapes.yaml"
 LEAST_GAIN = 0.12  # of a single run of the quickstart; seeds and machines differ a little
 TASKS = [f"accuracy/{tag}" for tag in TAGS]
-FIGURES = ("accuracy", *TASKS, "shapes", "diversity")
+FIGURES = ("accuracy", *TASKS, "shapes", "pickscore", "hpsv2.1", "vqascore", "diversity")
 
 TIMES = (("collect", "update"), ("save",))
 
@@ -125,7 +126,8 @@ def main() -> int:
         folder = (args.output_dir or Path("runs") / name) / f"seed-{seed}"
         if not (folder / "README.md").is_file():  # the last file that a run writes
             options = ["--config", str(args.config), "--seed", str(seed), "--output_dir", str(folder), *overrides]
-            subprocess.run([sys.executable, str(ROOT / "scripts/train_flow_grpo.py"), *options], check=True)
+            script = ROOT / f"scripts/train_{args.config.parent.name}.py"
+            subprocess.run([sys.executable, str(script), *options], check=True)
         runs.append(evaluations(folder))
     path = ROOT / f"assets/results/{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

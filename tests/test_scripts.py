@@ -218,10 +218,10 @@ def test_losses_are_tabled_and_drawn_at_their_best_learning_rate(losses, tmp_pat
     assert losses.PICTURE.stat().st_size > 5000
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes_long"])
+@pytest.mark.parametrize("name", ["flow_grpo/shapes", "flow_grpo/shapes_long", "refl/shapes_draft_k"])
 def test_the_seeds_csv_is_of_the_shipped_config(name):
-    config = safe_load((ROOT / f"configs/flow_grpo/{name}.yaml").read_text())
-    rows = list(csv.DictReader((ROOT / f"assets/results/{name}_seeds.csv").open()))
+    config = safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    rows = list(csv.DictReader((ROOT / f"assets/results/{Path(name).name}_seeds.csv").open()))
     steps = range(0, config["max_train_steps"] + 1, config["eval_steps"])
     assert [(row["seed"], int(row["step"])) for row in rows] == [(seed, step) for seed in "012" for step in steps]
 

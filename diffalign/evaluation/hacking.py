@@ -23,7 +23,7 @@ def plot_hacking(
 
     Trained rewards; held-out ones and accuracy; diversity and the distance to the reference; sharpness. Rewards are
     drawn as their change since the first evaluation, in units of its largest over the run, so that different scales
-    compare. Evaluations at which an alarm rang are shaded.
+    compare; the legend has their first and last value. Evaluations at which an alarm rang are shaded.
 
     rows: the objects of ``metrics.jsonl``. ValueError: no evaluation among them.
     """
@@ -41,23 +41,24 @@ def plot_hacking(
     FigureCanvasAgg(figure)
     drawn: list[str] = []
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        known = [name for name in names if any(PREFIX + name in row for row in found)]
+        known = [name for name in names if any(isinstance(row.get(PREFIX + name), int | float) for row in found)]
         for name, color in zip(known, COLORS, strict=False):
-            steps, values = _series(found, PREFIX + name, title.endswith("change"))
-            axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=3, label=name)
+            steps, values = _series(found, PREFIX + name)
+            label = name
+            if title.endswith("change"):
+                label += f"  {values[0]:.3g} → {values[-1]:.3g}"
+                values = values - values[0]
+                values = values / (np.abs(values).max() or 1.0)
+            axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=3, label=label)
         drawn += known
         _dress(axes, title, found, bool(known))
     figure.savefig(Path(path), dpi=120)
     return drawn
 
 
-def _series(rows: Sequence[Mapping[str, Any]], key: str, change: bool) -> tuple[list[int], np.ndarray]:
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], np.ndarray]:
     own = [row for row in rows if isinstance(row.get(key), int | float)]
-    values = np.array([float(row[key]) for row in own])
-    if change and len(values):
-        values = values - values[0]
-        values = values / (np.abs(values).max() or 1.0)
-    return [row["step"] for row in own], values
+    return [row["step"] for row in own], np.array([float(row[key]) for row in own])
 
 
 def _dress(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], legend: bool) -> None:
