@@ -41,8 +41,9 @@ class Denoising:
         x0, noise = latents.transpose(0, 1).flatten(0, 1), noise.repeat(sides, 1, 1, 1)
         x = add_noise(x0, noise, levels)
         goals = target(model.parameterization, x0, noise, levels).chunk(sides)
-        outputs = model.predict(x, levels, conditioning).chunk(sides)
+        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
         references = self._reference(x, levels, conditioning, sides)
+        outputs = model.predict(x, levels, conditioning).chunk(sides)
         return [
             Denoised(output, goal, reference, reduction=self.args.reduction)
             for output, goal, reference in zip(outputs, goals, references, strict=True)

@@ -163,6 +163,8 @@ class FlowGRPOTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of one stored step of some samples, and metrics."""
         args = self.args
+        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
+        reference = self._reference_mean(buffer, samples, step) if args.kl_beta > 0 else None
         result, nodes = self._replay(buffer, samples, step)
         level, next_level = self.levels[step], self.levels[step + 1]
         old, advantage = buffer.log_prob[nodes], buffer.advantage[nodes]
@@ -174,8 +176,8 @@ class FlowGRPOTrainer(Trainer):
         else:
             loss, metrics = clipped_surrogate(result.log_prob, old, advantage, self.clip)
         loss = loss.mean()
-        if args.kl_beta > 0:
-            kl = self._kl(buffer, samples, step, result).mean()
+        if reference is not None:
+            kl = self._kl(result, reference, step).mean()
             loss, metrics["kl"] = loss + args.kl_beta * kl, kl.detach()
         return loss * scale, metrics
 
@@ -186,9 +188,12 @@ class FlowGRPOTrainer(Trainer):
         conditioning = self.rollout.conditioning[buffer.group[nodes]]
         return self.rollout.route.replay(self.model, step, x, conditioning, x_next), nodes
 
-    def _kl(self, buffer: RolloutBuffer, samples: Tensor, step: int, result: StepResult) -> Tensor:
-        with torch.no_grad(), self.model.using(REFERENCE):
-            reference = self._replay(buffer, samples, step)[0].mean
+    @torch.no_grad()
+    def _reference_mean(self, buffer: RolloutBuffer, samples: Tensor, step: int) -> Tensor:
+        with self.model.using(REFERENCE):
+            return self._replay(buffer, samples, step)[0].mean
+
+    def _kl(self, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.args.kl_kind == "published":
             return published_kl(result.mean, reference, result.std, self.levels[step], self.levels[step + 1])
         return gaussian_kl(result.mean, reference, result.std)

@@ -152,14 +152,15 @@ def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_
     trainer = collected(small(kl_beta=0.1), train_prompts)
     samples, step = torch.arange(4), trainer.rollout.route.plan.trained_steps[0]
     result, _ = trainer._replay(trainer.buffer, samples, step)
-    assert trainer._kl(trainer.buffer, samples, step, result).abs().max() == 0
+    assert trainer._kl(result, trainer._reference_mean(trainer.buffer, samples, step), step).abs().max() == 0
     with torch.no_grad():
         for parameter in trainer.loop.parameters:
             parameter.add_(0.01)
     moved, _ = trainer._replay(trainer.buffer, samples, step)
+    reference = trainer._reference_mean(trainer.buffer, samples, step)
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
-    assert torch.allclose(trainer._kl(trainer.buffer, samples, step, moved), expected.float(), rtol=1e-4)
-    trainer._kl(trainer.buffer, samples, step, moved).mean().backward()
+    assert torch.allclose(trainer._kl(moved, reference, step), expected.float(), rtol=1e-4)
+    trainer._kl(moved, reference, step).mean().backward()
     assert any(p.grad is not None and p.grad.any() for p in trainer.loop.parameters)
 
 
