@@ -78,6 +78,14 @@ def several(count: int, folder: Path, function: Callable[..., Any], *arguments: 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    common |= {"LOCAL_WORLD_SIZE": str(count)}
+    # Else accelerate gives each its share of the cores, and threads of the process that forked are gone here.
+    common |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [Child(folder, function, *arguments, **common, **rank) for rank in ranks]
+
+
+def finished(count: int, folder: Path, function: Callable[..., Any], *arguments: Any, limit: float = 240) -> Path:
+    """The folder into which connected processes have written; ``function`` takes it first."""
+    children = several(count, folder, function, folder, *arguments)
+    assert [child.wait(limit) for child in children] == [0] * count, "\n".join(child.text for child in children)
+    return folder

@@ -70,7 +70,7 @@ def seen(folder: Path) -> dict[str, Tensor]:
     return found | {"rank": torch.tensor(trainer.accelerator.process_index)}
 
 
-def write(folder: str) -> None:
+def write(folder: Path) -> None:
     """What this process saw, into the folder."""
-    found = seen(Path(folder))
-    save_file(found, Path(folder) / f"{found['rank']}.safetensors")
+    found = seen(folder)
+    save_file(found, folder / f"{found['rank']}.safetensors")

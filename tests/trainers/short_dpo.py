@@ -1,6 +1,5 @@
 """A short Diffusion-DPO that writes what each process saw, for ``test_diffusion_dpo_processes``."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +11,7 @@ from diffalign.runtime.loop import indexed
 from tests.conftest import PIPELINE, ROOT
 
 
-def main(folder: Path, loss: str) -> None:
-    torch.set_num_threads(1)
+def write(folder: Path, loss: str) -> None:
     args = DiffusionDPOConfig(
         model=str(PIPELINE),
         max_sequence_length=16,
@@ -40,7 +38,3 @@ def main(folder: Path, loss: str) -> None:
     rank = accelerator.process_index
     save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.txt").write_text("\n".join(texts))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -32,7 +32,7 @@ def evaluated(model: DiffusionModel, even: bool) -> tuple[dict[str, float], Show
     return evaluation.run(model.levels(2), Guidance())
 
 
-def write(folder: str) -> None:
+def write(folder: Path) -> None:
     """The figures, with and without images for the sake of others, and what there is to show."""
     model = load_model(PIPELINE, max_sequence_length=16)
     calls: list[int] = []
@@ -42,4 +42,4 @@ def write(folder: str) -> None:
         calls.clear()
         figures, shown = evaluated(model, even)
         found[str(even)] = {"figures": figures, "shown": shown.texts, "calls": len(calls)}
-    (Path(folder) / f"{Accelerator().process_index}.json").write_text(json.dumps(found))
+    (folder / f"{Accelerator().process_index}.json").write_text(json.dumps(found))

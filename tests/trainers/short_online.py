@@ -1,6 +1,5 @@
 """Short trainings on single images of the model's own, which write what each process ended with: ``test_company``."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -46,8 +45,7 @@ def train(folder: Path, loss: str) -> DiffusionDPOTrainer:
     return trainer
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def write(folder: Path) -> None:
     found = {}
     for loss in ("kto", "bco"):
         trainer = train(folder, loss)
@@ -55,7 +53,3 @@ def main(folder: Path) -> None:
         found |= {f"shift/{loss}": trainer.single.shift.value.reshape(())}
     found |= {"world": torch.tensor(trainer.accelerator.num_processes)}
     save_file(found, folder / f"{trainer.accelerator.process_index}.safetensors")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

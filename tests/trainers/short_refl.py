@@ -1,6 +1,5 @@
 """A short ReFL that writes what each process trained, for ``test_refl_processes``."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +11,7 @@ from tests.conftest import PROMPTS
 from tests.trainers.made_refl import config, trainer_of
 
 
-def main(folder: Path, preset: str) -> None:
-    torch.set_num_threads(1)
+def write(folder: Path, preset: str) -> None:
     # Rollouts of four: processes of eight and of four images draw the same courses for the same images.
     args = config(folder, preset, num_groups=8, rollout_batch_size=4, max_train_steps=3, max_grad_norm=1e9)
     trainer = trainer_of(args, load_prompts(PROMPTS / "shapes_train.jsonl")[::70])
@@ -24,7 +22,3 @@ def main(folder: Path, preset: str) -> None:
     found |= {"courses": torch.tensor([len(batch.courses[0].moves) for batch in trainer.batches])}
     rank = accelerator.process_index
     save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / f"{rank}.safetensors")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.runtime.tracking import MetricsLog
-from tests.reliability.forks import several
+from tests.reliability.forks import finished
 from tests.trainers.short_balance import seen, write
 
 
@@ -17,9 +17,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("both")
-    children = several(2, folder, write, str(folder))
-    assert [child.wait(240) for child in children] == [0, 0], children[0].text + children[1].text
+    folder = finished(2, tmp_path_factory.mktemp("both"), write)
     return folder, [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 

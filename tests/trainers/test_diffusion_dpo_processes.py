@@ -1,20 +1,17 @@
 """Diffusion-DPO in one process and in two: the same pairs, noise and weights; each process draws noise of its own."""
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffalign.runtime.tracking import MetricsLog
-from tests.trainers.test_flow_grpo_processes import launcher_command, train
+from tests.reliability.forks import finished
+from tests.trainers.short_dpo import write
 
 
-@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_two_processes_do_what_one_does(tmp_path, loss):
-    script = ("tests/trainers/short_dpo.py", loss)
-    alone = train([sys.executable], tmp_path / "alone", script)
-    both = train(launcher_command("torchrun"), tmp_path / "both", script)
+    alone, both = (finished(count, tmp_path / str(count), write, loss) for count in (1, 2))
     one, first, second = map(load_file, (alone / "0.safetensors", both / "0.safetensors", both / "1.safetensors"))
     assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
     assert (alone / "0.txt").read_text() == "\n".join((both / f"{rank}.txt").read_text() for rank in (0, 1))

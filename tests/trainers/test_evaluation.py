@@ -2,14 +2,13 @@
 
 import json
 
-from tests.reliability.forks import several
+from tests.reliability.forks import finished
 from tests.trainers.short_evaluation import evaluated, write
 
 
 def test_fewer_prompts_than_processes(frozen, tmp_path):
     expected, shown = evaluated(frozen, even=False)
-    children = several(2, tmp_path, write, str(tmp_path))
-    assert [child.wait(240) for child in children] == [0, 0], children[0].text + children[1].text
+    finished(2, tmp_path, write)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for even, calls in (("False", 0), ("True", 2)):
         assert first[even] == {"figures": expected, "shown": shown.texts, "calls": 2}

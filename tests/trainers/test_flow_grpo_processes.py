@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import ROOT
+from tests.reliability.forks import finished
+from tests.trainers.short_training import main
 
-SCRIPT = ("tests/trainers/short_training.py",)
+SCRIPT = "tests/trainers/short_training.py"
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "accelerate": "accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}",
@@ -34,12 +36,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def train(command, folder, script=SCRIPT):
+def train(command, folder):
     folder.mkdir()
-    program, *options = script
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*map(str, command), program, str(folder), *options],
+        [*map(str, command), SCRIPT, str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -52,7 +53,7 @@ def train(command, folder, script=SCRIPT):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return train([sys.executable], tmp_path_factory.mktemp("one") / "alone")
+    return finished(1, tmp_path_factory.mktemp("alone"), main)
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
@@ -89,7 +90,7 @@ def same_rollouts(alone, both):
 
 
 def test_a_launcher_that_starts_too_few_is_refused(tmp_path):
-    command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", *SCRIPT, tmp_path]
+    command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", SCRIPT, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
