@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores; torch reads this when it is imported
-    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Each worker has cores of its own, and so have the processes that it starts: many here take all that they see.
+    number, count = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"), os.environ["PYTEST_XDIST_WORKER_COUNT"]
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[int(number) :: int(count)] or cores)
 
 import pytest
 from accelerate.state import AcceleratorState
