@@ -160,13 +160,14 @@ class Pair:
     """Two images of a prompt, and which of them is preferred.
 
     key: tells it from the other pairs of its data set. label: the probability that the first image is preferred,
-    [0, 1]; 1 and 0 are plain choices, 0.5 is a tie.
+    [0, 1]; 1 and 0 are plain choices, 0.5 is a tie. mask: of both images, white where they count; None: everywhere.
     """
 
     key: str
     prompt: Prompt
     images: tuple[ImageSource, ImageSource]
     label: float
+    mask: ImageSource | None = None
 
     @property
     def tie(self) -> bool:
@@ -194,12 +195,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image of a prompt that somebody liked or disliked, without another one to compare it with."""
+    """An image of a prompt that somebody liked or disliked, without another one to compare it with.
+
+    mask: white where the image counts; None: everywhere.
+    """
 
     key: str
     prompt: Prompt
     image: ImageSource
     liked: bool
+    mask: ImageSource | None = None
 
     @property
     def images(self) -> tuple[ImageSource]:

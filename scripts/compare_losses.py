@@ -16,6 +16,7 @@ a bootstrap over prompts. Writes ``assets/results/losses.csv`` (a line per run),
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,12 +25,18 @@ from pathlib import Path
 
 import torch
 import trials
+from datasets import Dataset
+from PIL import Image, ImageFilter
 from repeat_seeds import ROOT, evaluations, spread
 from safetensors.torch import load_file
+from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.evaluation.win_rate import WinRate, win_rate
 from diffalign.runtime.tracking import MetricsLog
+from diffalign.shapes.verifier import nearest_colors
 
+PAIRS = ROOT / "assets/preferences/shapes.parquet"
+AROUND = 4  # pixels
 CSV = ROOT / "assets/results/losses.csv"
 TABLE = ROOT / "assets/results/losses.md"
 PICTURE = ROOT / "assets/pictures/losses.png"
@@ -87,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "dpo, margin bound": pairs("dpo", beta=50.0, max_margin=0.1),
     "dpo, anchored": pairs("dpo", beta=50.0, anchor_weight=1.0),
     "dpo, auto beta": pairs("dpo", auto_beta=0.2),
+    "dpo, masked": pairs("dpo", beta=50.0, **{"data.mask": "mask"}),
     "dpo, all weights": pairs("dpo", beta=50.0, learning_rate=1e-4, **{"lora.rank": 0}),
     "dpo, epsilon": Variant("shapes_sd"),
     "dpo, epsilon, all weights": Variant("shapes_sd", {"learning_rate": 5e-5, "lora.rank": 0}),
@@ -128,6 +136,8 @@ class Run:
             "checkpointing_steps": 0,
             "max_train_steps": self.steps,
         }
+        if "data.mask" in changes:
+            changes["train_data"] = f"[{masked_pairs(root)}]"
         return trials.train_command("diffusion_dpo", self.variant.path, changes)
 
     def row(self, root: Path) -> trials.Row:
@@ -143,6 +153,25 @@ class Run:
         """What preferred images' errors fell by, against the reference's, at the end; NaN where there is none."""
         rows = [row for row in MetricsLog.read(self.folder(root) / "metrics.jsonl") if "time/update" in row]
         return statistics.mean(row.get("winner_gain", math.nan) for row in rows[-LAST:])
+
+
+def masked_pairs(root: Path) -> Path:
+    """The embedded pairs with masks: white where one of the images, or both, shows an object, and ``AROUND`` it."""
+    file = root / "masked.parquet"
+    if not file.is_file():
+        pairs = Dataset.from_parquet(str(PAIRS))
+        masks = [mask(row["jpg_0"], row["jpg_1"]) for row in pairs.select_columns(["jpg_0", "jpg_1"])]
+        pairs.add_column("mask", masks).to_parquet(file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    return file
+
+
+def mask(*pictures: bytes) -> bytes:
+    images = torch.stack([pil_to_tensor(Image.open(io.BytesIO(p)).convert("RGB")) for p in pictures])
+    drawn = (nearest_colors(images.float() / 255) > 0).any(0)
+    wide = Image.fromarray(drawn.astype("uint8") * 255).filter(ImageFilter.MaxFilter(2 * AROUND + 1))
+    wide.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
 
 
 def against_base(folders: Sequence[Path]) -> WinRate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,13 +61,15 @@ def to_uint8(image: Image.Image) -> Tensor:
 def decode_sample(sample: Sample, min_side: int = 1) -> tuple[tuple[Image.Image, ...], list[Fault]]:
     """Its images, and what is odd about them: "too_small", "same_image", "different_size".
 
-    Fault "unreadable": one of them cannot be used. Faults name the sample, and the image where one is to blame.
+    Fault "unreadable", "bad_mask": one of them, or their mask, cannot be used. Faults name the sample, and the image
+    where one is to blame.
     """
     try:
         contents = [_read(source) for source in sample.images]
         images = tuple(decode(source, content) for source, content in zip(sample.images, contents, strict=True))
     except Fault as fault:
         raise Fault(fault.kind, sample.key, f"{fault.where.removeprefix(f'{sample.key}, ')}: {fault.detail}") from fault
+    _check_mask(sample, images)
     sizes = [f"{image.width} x {image.height}" for image in images]
     odd = []
     if min(min(image.size) for image in images) < min_side:
@@ -76,6 +79,18 @@ def decode_sample(sample: Sample, min_side: int = 1) -> tuple[tuple[Image.Image,
     if len(set(sizes)) > 1:
         odd.append(Fault("different_size", sample.key, " and ".join(sizes)))
     return images, odd
+
+
+def _check_mask(sample: Sample, images: Sequence[Image.Image]) -> None:
+    if sample.mask is None:
+        return
+    try:
+        mask = decode(sample.mask)
+    except Fault as fault:
+        raise Fault("bad_mask", sample.key, f"{fault.where.removeprefix(f'{sample.key}, ')}: {fault.detail}") from fault
+    if any(image.size != mask.size for image in images):
+        sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
+        raise Fault("bad_mask", sample.key, f"a mask of {mask.width} x {mask.height} for images of {sizes}")
 
 
 def _read(source: ImageSource) -> bytes:

@@ -95,7 +95,7 @@ def judgements(row: Row, format: Format) -> list[tuple[Pair, float | None]]:
     prompt, found = row.prompt(), list(format.read(row))
     names = [row.name] if len(found) == 1 else [f"{row.name}, pair {place}" for place in range(len(found))]
     return [
-        (Pair(name, prompt, (first, second), 0.5 if label is None else label), label)
+        (Pair(name, prompt, (first, second), 0.5 if label is None else label, row.mask()), label)
         for name, (first, second, label) in zip(names, found, strict=True)
     ]
 

@@ -26,6 +26,7 @@ KINDS: dict[str, Kind] = {
     "empty_caption": Kind("no text to go with the images", ("drop", "keep", "error")),
     "bad_row": Kind("a row whose cells do not fit its format", ("drop", "error")),
     "unreadable": Kind("an image that is missing or cannot be decoded", ("drop", "error"), image=True),
+    "bad_mask": Kind("a mask that is missing, or does not fit its images", ("drop", "error"), image=True),
     "too_small": Kind("an image with a side below min_side", ("drop", "keep", "error"), image=True),
     "same_image": Kind("the same image on both sides", ("drop", "keep", "error"), image=True),
     "different_size": Kind("two images of different size", ("keep", "drop", "error"), image=True),

@@ -20,13 +20,14 @@ PROMPTS = ("prompt", "caption", "text")
 class Row:
     """A row. name: of its source and its number; key: the number, as text; root: where relative image paths start.
 
-    A cell that is a function is fetched when its image is read.
+    A cell that is a function is fetched when its image is read. masks: the column of masks, where they are asked for.
     """
 
     name: str
     key: str
     values: Mapping[str, Any] = field(repr=False)
     root: Path = Path()
+    masks: str | None = None
 
     def first(self, columns: Sequence[str]) -> str:
         """The first of ``columns`` that has a value here, else the first that is there."""
@@ -55,6 +56,10 @@ class Row:
         if isinstance(content, Path):
             name, identity = printable(content), identity or str(content)
         return ImageSource(name, content, None if identity is None else str(identity))
+
+    def mask(self) -> ImageSource | None:
+        """The mask of the row's images; None where masks are not asked for."""
+        return None if self.masks is None else self.image(self.masks)
 
     def _fetch(self, cell: Any, place: int | None) -> bytes | Path | None:
         return self._content(cell(), place)

@@ -38,6 +38,10 @@ class PreferenceSettings:
         default_factory=dict,
         metadata=_help("drop, keep or error, by kind of fault, e.g. --on_fault.different_size drop"),
     )
+    mask: str | None = field(
+        default=None,
+        metadata=_help("column of masks, one for all images of a row and of their size: white counts, black does not"),
+    )
     max_bad_share: float = field(
         default=0.01, metadata=_help("a run with a larger share of unusable samples stops before its first step")
     )

@@ -27,12 +27,15 @@ BATCH = 1000  # rows that are read at once where every row is read
 
 
 class Table:
-    """The rows of a source. ``data``: a ``Dataset``, or rows in memory."""
+    """The rows of a source. data: a ``Dataset``, or rows in memory. masks: the column of masks, if they have any."""
 
-    def __init__(self, name: str, data: Dataset | Sequence[Mapping[str, Any]], root: Path) -> None:
-        self.name, self.data, self.root = name, data, root
+    def __init__(
+        self, name: str, data: Dataset | Sequence[Mapping[str, Any]], root: Path, masks: str | None = None
+    ) -> None:
+        self.name, self.data, self.root, self.masks = name, data, root, masks
         features = getattr(data, "features", None) or {}
         self.columns = list(features) or list(dict.fromkeys(key for row in data for key in row))
+        _check_masks(name, masks, self.columns)
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
@@ -59,16 +62,17 @@ class Table:
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         cells = {column: partial(self._cell, number, column) for column in self.encoded}
-        return named_row(f"{self.name}, row {number}", str(number), {**values, **cells}, self.root)
+        return named_row(f"{self.name}, row {number}", str(number), {**values, **cells}, self.root, self.masks)
 
 
 class Stream:
     """The rows of a source that are read one after the other; shards are its files, in the order of their names."""
 
-    def __init__(self, name: str, data: IterableDataset | Table, root: Path) -> None:
-        self.name, self.data, self.root = name, data, root
+    def __init__(self, name: str, data: IterableDataset | Table, root: Path, masks: str | None = None) -> None:
+        self.name, self.data, self.root, self.masks = name, data, root, masks
         self.shards = data.num_shards if isinstance(data, IterableDataset) else 1
         self.columns = data.columns if isinstance(data, Table) else data.column_names or list(next(iter(data)))
+        _check_masks(name, masks, self.columns)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
         """The rows of a shard, from its row ``start`` on."""
@@ -78,13 +82,13 @@ class Stream:
         part = self.data.shard(num_shards=self.shards, index=shard).skip(start)
         for number, values in enumerate(part, start=start):
             key = f"{shard}/{number}"
-            yield named_row(f"{self.name}, shard {shard}, row {number}", key, values, self.root)
+            yield named_row(f"{self.name}, shard {shard}, row {number}", key, values, self.root, self.masks)
 
 
-def named_row(name: str, key: str, values: Mapping[str, Any], root: Path) -> Row:
+def named_row(name: str, key: str, values: Mapping[str, Any], root: Path, masks: str | None) -> Row:
     """A row; one with a "name" of its own, as folders and buffers have, is called by it."""
     own = values.get("name") if isinstance(values.get("name"), str) else None
-    return Row(f"{name} ({own})" if own else name, key, values, root)
+    return Row(f"{name} ({own})" if own else name, key, values, root, masks)
 
 
 def open_table(source: str | Path, settings: PreferenceSettings) -> Table:
@@ -96,7 +100,7 @@ def open_table(source: str | Path, settings: PreferenceSettings) -> Table:
                 data = data.cast_column(column, raw)
     if not len(data):
         raise ValueError(f"{printable(source)} holds no row: name a data set with at least one")
-    return Table(printable(source), data, settings.image_root or root)
+    return Table(printable(source), data, settings.image_root or root, settings.mask)
 
 
 def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
@@ -104,8 +108,8 @@ def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
     data, root = _open(source, settings, streaming=True)
     if not isinstance(data, IterableDataset):
         table = open_table(source, settings)
-        return Stream(table.name, table, table.root)
-    return Stream(printable(source), data.decode(False), settings.image_root or root)
+        return Stream(table.name, table, table.root, settings.mask)
+    return Stream(printable(source), data.decode(False), settings.image_root or root, settings.mask)
 
 
 def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> tuple[Any, Path]:
@@ -150,6 +154,11 @@ def _load(*args: Any, **options: Any) -> Any:
         raise ValueError(f"{_asked(args, options)} holds no row: name a data set with at least one") from None
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(f"{_asked(args, options)} cannot be read: {error.__cause__ or error}") from error
+
+
+def _check_masks(name: str, masks: str | None, columns: Sequence[str]) -> None:
+    if masks is not None and masks not in columns:
+        raise ValueError(f"{name} has no column {masks!r} of masks: name one of {', '.join(columns)} as data.mask")
 
 
 def _asked(args: Sequence[Any], options: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def unpair(pairs: Iterable[Pair]) -> dict[tuple[str, str], tuple[int, int, bool]
 def labelled_row(row: Row, format: Format) -> LabelledImage:
     """The image of a row of an unpaired format. Fault, as from its reader."""
     ((image, liked),) = format.read(row)
-    return LabelledImage(row.name, row.prompt(), image, liked)
+    return LabelledImage(row.name, row.prompt(), image, liked, row.mask())
 
 
 class LabelledData(Samples[LabelledImage]):
@@ -67,7 +67,7 @@ class LabelledData(Samples[LabelledImage]):
         if part.format in UNPAIRED.values():
             return labelled_row(part.table.row(row), part.format)
         pair = part.pair(row, place)
-        return LabelledImage(f"{pair.key}, image {side}", pair.prompt, pair.images[side], bool(liked))
+        return LabelledImage(f"{pair.key}, image {side}", pair.prompt, pair.images[side], bool(liked), pair.mask)
 
     @property
     def liked_share(self) -> float:

@@ -42,10 +42,11 @@ class Denoising:
         x = add_noise(x0, noise, levels)
         goals = target(model.parameterization, x0, noise, levels).chunk(sides)
         # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
+        mask = None if examples.mask is None else examples.mask[rows].to(model.device, non_blocking=True)
         references = self._reference(x, levels, conditioning, sides)
         outputs = model.predict(x, levels, conditioning).chunk(sides)
         return [
-            Denoised(output, goal, reference, reduction=self.args.reduction)
+            Denoised(output, goal, reference, mask, reduction=self.args.reduction)
             for output, goal, reference in zip(outputs, goals, references, strict=True)
         ], level
 

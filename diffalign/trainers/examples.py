@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.framing import DRAWS, Framing, SizeConditioning, frame
+from diffalign.data.images import decode
+from diffalign.losses.errors import latent_mask
 from diffalign.models.offload import VAE
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.runtime.noise import Noise
-from diffalign.structures import LabelledImage, Pair
+from diffalign.structures import ImageSource, LabelledImage, Pair
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 
 
@@ -26,7 +28,8 @@ class Examples:
     latents: (P, K, C, h, w). label: (P,), the probability that the first image is the preferred one; of single images
     1 for liked, 0 for disliked. texts: P prompts. sizes: per example and image, where the images are framed data.
     number: per example, what tells it from the others of its optimizer step, on all processes. weight: (P,), 1 on
-    average over all processes, 0 for an example that only keeps a process company.
+    average over all processes, 0 for an example that only keeps a process company. mask: (P, 1, h, w) in [0, 1], what
+    each position of the latents counts; None: all alike.
     """
 
     latents: Tensor
@@ -35,6 +38,7 @@ class Examples:
     number: list[int]
     weight: Tensor
     sizes: list[tuple[SizeConditioning, ...]] | None = None
+    mask: Tensor | None = None
 
 
 Loaded = tuple[Pair | LabelledImage, tuple[Image.Image, ...]]
@@ -43,12 +47,13 @@ KEPT = 1 << 30  # bytes of latents that stay in memory
 
 @dataclass(frozen=True)
 class _Row:
-    """One example: latents (K, C, h, w), what SDXL is told of each image, label and prompt."""
+    """One example: latents (K, C, h, w), what SDXL is told of each image, label, prompt, and mask (1, h, w)."""
 
     latents: Tensor
     sizes: tuple[SizeConditioning, ...]
     label: float
     text: str
+    mask: Tensor | None
 
 
 class Framer:
@@ -79,6 +84,7 @@ class Framer:
                 for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
             ]
         label = torch.tensor([row.label for row in rows])
+        masks = [row.mask for row in rows if row.mask is not None]
         return Examples(
             torch.stack([row.latents for row in rows]),
             label,
@@ -86,6 +92,7 @@ class Framer:
             list(self.share),
             torch.ones_like(label),
             [row.sizes for row in rows],
+            torch.stack(masks) if masks else None,
         )
 
     def _framing(self, iteration: int, number: int) -> Framing:
@@ -109,7 +116,13 @@ class Framer:
             label = float(sample.liked)
         framed = [frame(image, self.resolution, framing) for image in images]
         latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
-        return _Row(latents, tuple(told for _, told in framed), label, sample.prompt.text)
+        mask = None if sample.mask is None else self._mask(sample.mask, framing, latents.shape[-2:])
+        return _Row(latents, tuple(told for _, told in framed), label, sample.prompt.text, mask)
+
+    def _mask(self, source: ImageSource, framing: Framing, size: Sequence[int]) -> Tensor:
+        """Cropped and mirrored as its images are, on the latent grid: (1, h, w)."""
+        pixels, _ = frame(decode(source), self.resolution, framing)
+        return latent_mask(pixels[None, :1].float() / 255, size)[0]
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:

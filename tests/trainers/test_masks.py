@@ -1,0 +1,93 @@
+"""Training on what a mask shows of its images."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms.functional import pil_to_tensor
+
+from diffalign import DiffusionDPOTrainer
+from diffalign.data.pairs import load_pairs
+from diffalign.data.settings import PreferenceSettings
+
+MASKED = PreferenceSettings(mask="mask")
+WEIGHTS = "run/pytorch_lora_weights.safetensors"
+
+
+def encoded(values):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def blot(number, side=64):
+    """Random blocks of 16 pixels, another half of them for each number."""
+    blocks = np.random.default_rng(number).permutation(np.repeat([0, 255], (side // 16) ** 2 // 2))
+    return np.kron(blocks.reshape(side // 16, -1), np.ones((16, 16))).astype(np.uint8)
+
+
+@pytest.fixture
+def masked(pairs, tmp_path):
+    """The pairs with masks: a file of them."""
+
+    def make(mask):
+        rows = Dataset.from_parquet(str(pairs))
+        file = tmp_path / "masked.parquet"
+        rows.add_column("mask", [encoded(mask(i)) for i in range(len(rows))]).to_parquet(file)
+        return (str(file),)
+
+    return make
+
+
+def test_masks_are_mirrored_as_their_images_are(dpo, masked):
+    args = dpo(train_data=masked(blot), data=MASKED, num_pairs=12, random_flip=True, cache=False)
+    trainer = DiffusionDPOTrainer(args=args)
+    trainer.collect(0)
+    examples, mirrored = trainer.examples, []
+    h, w = examples.latents.shape[-2:]
+    data = load_pairs(*args.train_data, settings=MASKED)
+    rows = {data[i].prompt.text: data[i] for i in range(12)}
+    for i, text in enumerate(examples.texts):
+        with Image.open(io.BytesIO(rows[text].mask.read())) as image:
+            pixels = pil_to_tensor(image)[0].double() / 255
+        cells = pixels.reshape(h, 64 // h, w, 64 // w).mean((1, 3))
+        straight, flipped = ((examples.mask[i, 0] - m).abs().max() < 1e-6 for m in (cells, cells.flip(-1)))
+        assert straight != flipped
+        mirrored.append(bool(flipped))
+        with Image.open(io.BytesIO(rows[text].winner.read())) as image:
+            image = pil_to_tensor(image.convert("RGB"))[None].float() / 255
+        with torch.no_grad():
+            expected = trainer.model.encode_images(image.flip(-1) if flipped else image)[0]
+        torch.testing.assert_close(examples.latents[i, 0], expected, rtol=0, atol=1e-5)
+    assert 0 < sum(mirrored) < 12
+
+
+def test_only_what_they_show_counts(dpo, masked):
+    trainer = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED))
+    trainer.collect(0)
+    for side in trainer.denoise(torch.arange(4), 0)[0]:
+        residual = (side.output - side.target).double().square().mean(1, keepdim=True)
+        counts = trainer.examples.mask.double()
+        expected = (counts * residual).sum((1, 2, 3)) / counts.sum((1, 2, 3))
+        torch.testing.assert_close(side.error.double(), expected, rtol=1e-5, atol=0)
+        assert (expected - residual.mean((1, 2, 3))).abs().min() > 1e-3 * expected.min()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_masks_that_show_everything_change_nothing_and_others_do(dpo, masked, tmp_path, loss):
+    found = {}
+    for name, mask in {"none": None, "all": lambda _: np.full((64, 64), 255, np.uint8), "some": blot}.items():
+        data = {} if mask is None else {"train_data": masked(mask), "data": MASKED}
+        DiffusionDPOTrainer(args=dpo(**data, loss=loss, output_dir=tmp_path / name / "run", cache=False)).train()
+        found[name] = load_file(tmp_path / name / WEIGHTS)
+    assert all(torch.equal(found["all"][name], found["none"][name]) for name in found["none"])
+    assert any(not torch.equal(found["some"][name], found["none"][name]) for name in found["none"])
+
+
+def test_images_that_the_model_draws_have_none(dpo):
+    with pytest.raises(ValueError, match=r"data\.mask: the model's own images have no masks"):
+        dpo(train_data=(), rewards={"shapes": 1.0}, data=MASKED).validate()
