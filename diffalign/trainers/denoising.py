@@ -41,8 +41,8 @@ class Denoising:
         x0, noise = latents.transpose(0, 1).flatten(0, 1), noise.repeat(sides, 1, 1, 1)
         x = add_noise(x0, noise, levels)
         goals = target(model.parameterization, x0, noise, levels).chunk(sides)
-        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
         mask = None if examples.mask is None else examples.mask[rows].to(model.device, non_blocking=True)
+        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
         references = self._reference(x, levels, conditioning, sides)
         outputs = model.predict(x, levels, conditioning).chunk(sides)
         return [

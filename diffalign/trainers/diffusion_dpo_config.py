@@ -87,8 +87,10 @@ class DiffusionDPOConfig(RolloutConfig):
             raise ValueError(f"time_std must be positive, got {self.time_std}")
         if self.online and self.train_data:
             raise ValueError("train_data and train_prompts with rewards are two sources of pairs: give one")
-        if self.online and self.data.mask is not None:
-            raise ValueError("data.mask: the model's own images have no masks: leave it out, or give train_data")
+        if self.data.mask is not None and (self.online or self.losers == "reference"):
+            raise ValueError(
+                "data.mask: the model's own images have no masks: leave it out, or train on pairs of train_data"
+            )
         if self.online and self.shared_start and self.plan.preset == "ode":
             raise ValueError("images that start alike and draw no noise are all the same: set shared_start: false")
         self._validate_reference()

@@ -84,7 +84,8 @@ class Framer:
                 for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
             ]
         label = torch.tensor([row.label for row in rows])
-        masks = [row.mask for row in rows if row.mask is not None]
+        everywhere = torch.ones_like(rows[0].latents[0, :1])
+        masks = [everywhere if row.mask is None else row.mask for row in rows]
         return Examples(
             torch.stack([row.latents for row in rows]),
             label,
@@ -92,7 +93,7 @@ class Framer:
             list(self.share),
             torch.ones_like(label),
             [row.sizes for row in rows],
-            torch.stack(masks) if masks else None,
+            None if all(row.mask is None for row in rows) else torch.stack(masks),
         )
 
     def _framing(self, iteration: int, number: int) -> Framing:

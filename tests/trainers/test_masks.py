@@ -1,6 +1,8 @@
 """Training on what a mask shows of its images."""
 
 import io
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -88,6 +90,19 @@ def test_masks_that_show_everything_change_nothing_and_others_do(dpo, masked, tm
     assert any(not torch.equal(found["some"][name], found["none"][name]) for name in found["none"])
 
 
-def test_images_that_the_model_draws_have_none(dpo):
+def test_a_sample_without_one_among_others_counts_everywhere(dpo, masked):
+    source = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED)).source
+
+    def load(place):
+        pair, images = source.data.load(place)
+        return (replace(pair, mask=None) if place == 1 else pair), images
+
+    found = source.framer([partial(load, place) for place in range(4)], 0)
+    assert found.mask.shape == (4, 1, *found.latents.shape[-2:])
+    assert [bool((mask == 1).all()) for mask in found.mask] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("changes", [{"train_data": (), "rewards": {"shapes": 1.0}}, {"losers": "reference"}])
+def test_images_that_the_model_draws_have_none(dpo, changes):
     with pytest.raises(ValueError, match=r"data\.mask: the model's own images have no masks"):
-        dpo(train_data=(), rewards={"shapes": 1.0}, data=MASKED).validate()
+        dpo(**changes, data=MASKED).validate()
