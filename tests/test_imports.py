@@ -50,22 +50,20 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def files():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield pytest.param(path, id=str(path.relative_to(PACKAGE)))
+FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", files())
+@pytest.mark.parametrize("path", FILES)
 def test_rooms_import_downwards_only(path):
     known = {name.split(".")[1] for name in imports(path) if name.startswith("diffalign.")}
     assert known <= ALLOWED[room(path)] | {room(path)}
 
 
-@pytest.mark.parametrize("path", files())
+@pytest.mark.parametrize("path", FILES)
 def test_libraries_stay_in_their_rooms(path):
     for library, rooms in PRIVATE.items():
         if room(path) not in rooms:

@@ -94,7 +94,8 @@ def test_memory_that_was_needed_before_does_not_hide_what_a_step_needs(bench):
 
 @pytest.mark.slow
 def test_the_bench_measures_each_saving_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "scripts/bench_refl.py", *TINY, "--repeats", "1"]
+    sizes = ["--num_groups", "16", "--rollout_batch_size", "16", "--train_batch_size", "16"]  # of two nothing is saved
+    command = [sys.executable, "scripts/bench_refl.py", *TINY, *sizes, "--repeats", "1"]
     command += ["--savings", "none", "train_batch_size 1", "--write", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())["memory"]["own"]

@@ -92,6 +92,8 @@ def test_r18_a_lost_process_takes_the_others_along_and_a_restart_ends_as_if_noth
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command += ["--max-restarts", str(restarts), str(ROOT / "tests/reliability/lost.py"), str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # Else restarted processes may find the addresses of those that are gone (pytorch's issue 135712).
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         family = []
         while launcher.poll() is None:
