@@ -68,6 +68,27 @@ def test_masks_are_mirrored_as_their_images_are(dpo, masked):
     assert 0 < sum(mirrored) < 12
 
 
+def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
+    """Masks of 64 x 96 pixels beside images of that size: a crop is told of by the sizes of its image."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 96), dtype=np.uint8)
+    pictures = [[encoded(np.repeat(grey[..., None], 3, -1)) for grey in row] for row in noise]
+    rows = [dict(zip(("chosen", "rejected", "mask"), row, strict=True)) for row in pictures]
+    file = tmp_path / "wide.parquet"
+    Dataset.from_list([{"prompt": str(i), **row} for i, row in enumerate(rows)]).to_parquet(file)
+    args = dpo(train_data=(str(file),), data=MASKED, random_crop=True)
+    trainer = DiffusionDPOTrainer(args=args)
+    trainer.collect(0)
+    examples, lefts = trainer.examples, set()
+    h, w = examples.latents.shape[-2:]
+    for mask, text, sizes in zip(examples.mask, examples.texts, examples.sizes, strict=True):
+        top, left = sizes[0].crop_top_left
+        shown = torch.from_numpy(noise[int(text), 2, top : top + 64, left : left + 64]).double() / 255
+        expected = shown.reshape(h, 64 // h, w, 64 // w).mean((1, 3))
+        torch.testing.assert_close(mask[0].double(), expected, rtol=0, atol=1e-6)
+        lefts.add(left)
+    assert len(lefts) > 1
+
+
 def test_only_what_they_show_counts(dpo, masked):
     trainer = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED))
     trainer.collect(0)
