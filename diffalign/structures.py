@@ -59,7 +59,7 @@ class StepResult:
     x_next: (B, C, H, W), rounded to the dtype in which it is stored.
     mean: (B, C, H, W), float32 or wider; carries the gradient of the policy.
     std: () or (B,), float64 on the CPU, the true standard deviation of this step.
-    log_prob: (B,), float32 or wider, the mean over the sample's dimensions of log N(x_next; mean, std);
+    log_prob: (B,), float64, the mean over the sample's dimensions of log N(x_next; mean, std);
         None where std is 0, because then there is no density.
     """
 

@@ -7,18 +7,24 @@ preset names the stochastic steps of an iteration, and every other step follows 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from diffalign.diffusion.steps import transition
+from diffalign.diffusion.steps import Transition, transition
 from diffalign.structures import Level
 
 ODE_SOLVERS = ("ode", "dpmpp_2m")
 # The stochastic solvers, each with the noise level that its paper trains with.
 PUBLISHED_NOISE_LEVEL: dict[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0}
+
+# A trained step with less noise has no density to speak of: float32 latents of 4 are rounded to 2e-7.
+SMALLEST_STD = 1e-5
+# The largest ratio of the noise after a step that keeps less than none to the noise before it.
+GROWTH = 1.2
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Plan:
         """Refuses a plan that cannot be run or trained on these N + 1 levels.
 
         ValueError: another number of levels; no trained row; an unknown solver, or one that these levels or the noise
-        level rule out; a trained or branching row without noise.
+        level rule out; a trained or branching row without a density; a row whose numbers are not finite, or that keeps
+        less than no noise (see ``_check_kept``).
         """
         if len(levels) != len(self.rows) + 1:
             raise ValueError(f"{len(self.rows)} steps need {len(self.rows) + 1} levels, got {len(levels)}")
@@ -74,13 +81,41 @@ def _check_row(row: Row, level: Level, next_level: Level) -> None:
     if row.branch < 1:
         raise ValueError(f"a branch factor is at least 1, got {row.branch}")
     # For noise and density a multistep ODE solver is the ODE: it has neither.
-    std = transition("ode" if row.solver in ODE_SOLVERS else row.solver, level, next_level, row.noise_level).std
-    if std > 0 or not (row.trained or row.branch > 1):
+    move = transition("ode" if row.solver in ODE_SOLVERS else row.solver, level, next_level, row.noise_level)
+    _check_kept(row, move, level, next_level)
+    if move.std >= SMALLEST_STD or not (row.trained or row.branch > 1):
         return
     use = f"trained or branching, but draws no noise from sigma {level.sigma:.4g} to {next_level.sigma:.4g}"
     if row.noise_level == 0:
         raise ValueError(f"{use}: use a stochastic solver ({', '.join(PUBLISHED_NOISE_LEVEL)}) with a noise level")
     raise ValueError(f"{use}: leave this step untrained with branch 1, it ends at a level without noise")
+
+
+def _check_kept(row: Row, move: Transition, level: Level, next_level: Level) -> None:
+    """Refuse a step whose coefficients are not finite, or that keeps less than none of the noise.
+
+    A step keeps ``m_noise`` of the predicted noise. An Euler-Maruyama step that is too long for its diffusion subtracts
+    more than there is, m_noise < 0, and adds noise to what it should free of it.
+
+    One such step is published and is let pass: SD3's schedules end with sigma' = .009 before 0, and Flow-GRPO's step to
+    there keeps -.08 of the noise and draws .22, where there was .28 (10 steps, a = .7). Its density is right, and it
+    leaves no more noise than it found, up to ``GROWTH``.
+    """
+    span = f"from sigma {level.sigma:.4g} to {next_level.sigma:.4g}"
+    if not all(value.isfinite() for value in (move.m_x0, move.m_noise, move.std)):
+        raise ValueError(f"its coefficients {span} are not finite: use another solver, or another schedule")
+    if move.m_noise >= 0:
+        return
+    left = torch.hypot(move.m_noise, move.std)
+    if next_level.sigma > 0 and left <= GROWTH * level.sigma:
+        return
+    # Euler-Maruyama steps keep sigma' - c a^2 of the noise, with the noise level a.
+    largest = row.noise_level * (next_level.sigma / (next_level.sigma - move.m_noise)).sqrt()
+    cure = f"a noise_level of at most {math.floor(largest * 100) / 100:g}" if largest >= 0.01 else "'ode' for this step"
+    raise ValueError(
+        f"it keeps {move.m_noise:.3g} of the noise {span} and draws {move.std:.3g}, so that it leaves more than it "
+        f"should: use {cure}, more steps, or 'cps' or 'ddim', which keep what they do not draw"
+    )
 
 
 @dataclass(frozen=True)
@@ -109,68 +144,86 @@ class PlanConfig:
 Options = Mapping[str, Any]
 
 
-def _all_but_last(options: Options, iteration: int, seed: int) -> range:
+def _all_but_last(options: Options) -> tuple[range, ...]:
     """The last step has little noise or none (cps, ddim): its density is degenerate, and it is not trained."""
-    return range(options["num_steps"] - 1)
+    return (range(options["num_steps"] - 1),)
 
 
-def _no_step(options: Options, iteration: int, seed: int) -> range:
-    return range(0)
+def _no_step(options: Options) -> tuple[range, ...]:
+    return (range(0),)
 
 
-def _first_steps(options: Options, iteration: int, seed: int) -> range:
-    return range(options["window_size"])
+def _first_steps(options: Options) -> tuple[range, ...]:
+    return (range(options["window_size"]),)
 
 
-def _random_window(options: Options, iteration: int, seed: int) -> range:
-    """A start drawn from the address (seed, iteration): the same for every sample, process and resumed run."""
+def _windows_in_range(options: Options) -> tuple[range, ...]:
     size = options["window_size"]
     low, high = options["window_range"] or (0, options["num_steps"] // 2)
     if low < 0 or low + size > high:
         raise ValueError(
             f"no window of {size} steps fits in window_range [{low}, {high}): widen it or shrink window_size"
         )
-    address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
-    start = int(torch.randint(low, high - size + 1, (), generator=generator))
-    return range(start, start + size)
+    return tuple(range(start, start + size) for start in range(low, high - size + 1))
 
 
-def _sliding_window(options: Options, iteration: int, seed: int) -> range:
-    """Moves on every ``shift_every`` iterations and, after the last full window, back to the first step."""
+def _sliding_windows(options: Options) -> tuple[range, ...]:
     size, stride = options["window_size"], options["window_stride"]
     starts = range(0, options["num_steps"] - size, stride)
     if not starts:
         raise ValueError(f"window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it")
-    start = starts[iteration // options["shift_every"] % len(starts)]
-    return range(start, start + size)
+    return tuple(range(start, start + size) for start in starts)
+
+
+def _only(options: Options, windows: int, iteration: int, seed: int) -> int:
+    return 0
+
+
+def _random(options: Options, windows: int, iteration: int, seed: int) -> int:
+    """Draw from the address (seed, iteration): the same for every sample, process and resumed run."""
+    address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
+    return int(torch.randint(0, windows, (), generator=generator))
+
+
+def _in_turn(options: Options, windows: int, iteration: int, seed: int) -> int:
+    """Move on every ``shift_every`` iterations and, after the last full window, back to the first step."""
+    return int(iteration // options["shift_every"] % windows)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """steps: (options, iteration, seed) -> the stochastic, trained steps. options: what it reads, with defaults."""
+    """windows: options -> the runs of stochastic, trained steps that an iteration may have. options: what it reads,
+    with defaults. choose: (options, number of windows, iteration, seed) -> which of them an iteration has.
+    """
 
-    steps: Callable[[Options, int, int], range]
+    windows: Callable[[Options], tuple[range, ...]]
     options: Options
+    choose: Callable[[Options, int, int, int], int] = _only
 
 
 PRESETS: dict[str, Preset] = {
     # arXiv 2505.05470.
     "flow_grpo": Preset(_all_but_last, {"solver": "flow_sde"}),
     "flow_grpo_fast": Preset(
-        _random_window, {"solver": "flow_sde", "window_size": 2, "window_range": None, "ode_solver": "ode"}
+        _windows_in_range,
+        {"solver": "flow_sde", "window_size": 2, "window_range": None, "ode_solver": "ode"},
+        _random,
     ),
     # arXiv 2507.21802. Departures: 1. windows never reach the last step; 2. after the last window the first follows,
     # for as long as the training lasts; 3. "dpmpp_2m" serves before the window too, and skips no steps after it.
     "mix_grpo": Preset(
-        _sliding_window,
+        _sliding_windows,
         {"solver": "flow_sde", "window_size": 4, "window_stride": 1, "shift_every": 25, "ode_solver": "ode"},
+        _in_turn,
     ),
     # arXiv 2505.07818. Departure: every step is trained at each iteration, not a random 60 %.
     "dance_grpo": Preset(_all_but_last, {"solver": "dance_sde"}),
     # arXiv 2509.05952, and with the window that its authors train in.
     "cps": Preset(_all_but_last, {"solver": "cps"}),
-    "cps_fast": Preset(_random_window, {"solver": "cps", "window_size": 3, "window_range": None, "ode_solver": "ode"}),
+    "cps_fast": Preset(
+        _windows_in_range, {"solver": "cps", "window_size": 3, "window_range": None, "ode_solver": "ode"}, _random
+    ),
     # No noise after the start: for trainers that need images and no density of them.
     "ode": Preset(_no_step, {"ode_solver": "ode"}),
     "first_steps": Preset(_first_steps, {"solver": "flow_sde", "window_size": 2, "ode_solver": "ode"}),
@@ -202,21 +255,28 @@ def _check_options(options: Options) -> None:
             raise ValueError(f"{name} must be at least 1, got {options[name]}")
 
 
+def _plan(config: PlanConfig, options: Options, window: range) -> Plan:
+    if not window.stop < config.num_steps:
+        raise ValueError(f"the last of {config.num_steps} steps is not trained: steps up to {window.stop - 1} asked")
+    ode = Row(options.get("ode_solver", "ode"), 0.0, False)
+    return Plan(tuple(_sde(options) if step in window else ode for step in range(config.num_steps)))
+
+
+def possible_plans(config: PlanConfig) -> tuple[Plan, ...]:
+    """Return every plan that an iteration may have, whatever its number and the seed. ValueError: see ``make_plan``."""
+    options = _resolve(config)
+    _check_options(options)
+    return tuple(_plan(config, options, window) for window in PRESETS[config.preset].windows(options))
+
+
 def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
-    """The plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
+    """Return the plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
 
     A function of its arguments alone. ValueError: unknown names, an option that the preset does not read, a window that
     does not fit before the last step.
     """
-    options = _resolve(config)
-    _check_options(options)
-    stochastic = PRESETS[config.preset].steps(options, iteration, seed)
-    if not stochastic.stop < config.num_steps:
-        raise ValueError(
-            f"the last of {config.num_steps} steps is not trained: steps up to {stochastic.stop - 1} asked"
-        )
-    ode = Row(options.get("ode_solver", "ode"), 0.0, False)
-    return Plan(tuple(_sde(options) if step in stochastic else ode for step in range(config.num_steps)))
+    plans = possible_plans(config)
+    return plans[PRESETS[config.preset].choose(_resolve(config), len(plans), iteration, seed)]
 
 
 def _sde(options: Options) -> Row:

@@ -45,12 +45,21 @@ def _euler_sde(level: Level, next_level: Level, s: Tensor) -> Transition:
     return Transition(next_level.alpha, kept, s * step_size.sqrt())
 
 
+# Schedules start at 1 or, as SANA's, at .9997: from here on 1 / (1 - sigma) is too large to step with.
+PURE_NOISE = 1 - 1e-3
+
+
 def _flow_sde(level: Level, next_level: Level, noise_level: float) -> Transition:
-    """Flow-GRPO (arXiv 2505.05470): s = a sqrt(sigma / (1 - sigma)), with sigma' under the root where sigma = 1.
+    """Flow-GRPO (arXiv 2505.05470): s = a sqrt(sigma / (1 - sigma)), with sigma' under the root near sigma = 1.
 
     So a schedule that starts at 1 starts with std = a, because s^2 (-dt) = a^2 / (1 - sigma') * (1 - sigma').
+
+    Departures from the released code:
+    1. sigma' replaces sigma from ``PURE_NOISE`` on, where that code asks for sigma = 1 exactly: a start at .9997 would
+       otherwise draw ten times the noise. The released code's schedules start at 1 and step below ``PURE_NOISE`` at
+       once, so that their steps are the same to the last bit.
     """
-    guarded = torch.where(level.sigma >= 1, next_level.sigma, level.sigma)
+    guarded = torch.where(level.sigma >= PURE_NOISE, next_level.sigma, level.sigma)
     return _euler_sde(level, next_level, noise_level * (level.sigma / (1 - guarded)).sqrt())
 
 
@@ -115,16 +124,21 @@ def transition(kind: str, level: Level, next_level: Level, noise_level: float = 
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x_next; mean, std^2), the mean over a sample's dimensions: (B,), float32 or wider, in nats per dimension.
+    """Return log N(x_next; mean, std^2) as the mean over a sample's dimensions: (B,), float64, in nats per dimension.
 
     -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, with ``x_next`` a constant: the gradient is the policy's.
     x_next, mean: (B, ...). std: () or (B,), positive.
+
+    What is trained on are differences of log-probs, which at 1024 pixels are clipped at 4e-6 where a log-prob is about
+    1: float32 would keep one digit of them. So squares, which are float32 or wider, are added up in float64, and only
+    their mean is divided by std^2: a sample lies on the grid of its own rounding, on which products with one factor are
+    rounded to the same side.
     """
     mean = widen(mean)
-    # A product with the float64 reciprocal rounds alike for () and (B,), which a division does not on every device.
-    standardised = (x_next.detach() - mean) * expand(1 / std, mean)
-    log_density = -0.5 * standardised.square().reshape(len(mean), -1).mean(1)
-    return log_density - expand(std.log() + 0.5 * math.log(2 * math.pi), log_density)
+    squared_error = (x_next.detach() - mean).square().reshape(len(mean), -1).mean(1, dtype=torch.float64)
+    return -0.5 * squared_error * expand(std**-2, squared_error) - expand(
+        std.log() + 0.5 * math.log(2 * math.pi), squared_error
+    )
 
 
 def _mean(move: Transition, x: Tensor, output: Tensor, level: Level, parameterization: str) -> Tensor:

@@ -23,6 +23,7 @@ def clipped_surrogate(
 
     log_prob, old_log_prob: (B,), nats per dimension. advantage: (B,). clip_range: e > 0, on the per-dimension ratio;
     see ``clip_range_per_dimension``. Only ``log_prob`` receives a gradient, on-policy -A grad log_prob.
+    Computed in float64, because 1 +- e, with e of 1e-6 to 1e-4, has a digit or two in float32.
 
     Metrics, detached and 0-dim: ratio_mean; log_ratio_max, the largest |log r|; clip_share, the share of samples whose
     gradient the clip removes; approx_kl = mean (log r)^2 / 2.
@@ -32,7 +33,7 @@ def clipped_surrogate(
     2. log r is held within +-40, far beyond any clip range, so that a diverged sample cannot make the loss NaN.
     """
     old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
-    log_ratio = (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = (log_prob.double() - old_log_prob.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, _metrics(log_ratio.detach(), advantage, clip_range)
@@ -60,14 +61,20 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
     return standardised.square().reshape(len(mean), -1).mean(1) / 2
 
 
-def published_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, level: Level, next_level: Level) -> Tensor:
-    """The KL term of the paper's released code: ``gaussian_kl`` times -dt = sigma - sigma'. (B,).
+def published_kl(
+    mean: Tensor, reference_mean: Tensor, std: Tensor, level: Level, next_level: Level, solver: str = "flow_sde"
+) -> Tensor:
+    """Return the KL term of the paper's released code, which weights a step of "flow_sde" by its length. (B,).
 
-    That code divides by the diffusion s^2 where the variance of the step is s^2 (-dt). Use it only to reproduce results
-    with published coefficients: it weights a step by its length. Other arguments as in ``gaussian_kl``.
+    That code divides mean_d (mean - reference_mean)^2 by twice the square of what its step function returns beside the
+    mean (``std_dev_t``). For "flow_sde" this is the diffusion s, where the step's variance is s^2 (-dt), so that the
+    term is ``gaussian_kl`` times -dt = sigma - sigma'. For "cps", and in the code that has "dance_sde", it is the
+    step's own std, so that the term is ``gaussian_kl``; so it is here for "ddim", which that code does not have.
+    Use it only to reproduce results with published coefficients. solver: of the step. Other arguments as in
+    ``gaussian_kl``.
     """
     kl = gaussian_kl(mean, reference_mean, std)
-    return kl * expand(level.sigma - next_level.sigma, kl)
+    return kl * expand(level.sigma - next_level.sigma, kl) if solver == "flow_sde" else kl
 
 
 def clip_range_per_dimension(value: float, unit: str, num_dimensions: int) -> float:

@@ -12,10 +12,11 @@ from diffalign.structures import Level
 def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
     """c [log_prob - old_log_prob + mean_d (mean - old_mean)^2 / (2 c^2)] with c = std: (B,).
 
-    For a sample drawn as old_mean + c eps this is mean_d eps (mean - old_mean): centred, and free of 1 / c.
+    For a sample drawn as old_mean + c eps this is mean_d eps (mean - old_mean): centred, and free of 1 / c. In float64,
+    as the clip range of 2e-6 is close to the rounding of float32 at 1.
     log_prob, old_log_prob: (B,). mean, old_mean: (B, ...). std: () or (B,), positive, the true one of the step.
     """
-    log_ratio = log_prob - old_log_prob.detach() + gaussian_kl(mean, old_mean, std)
+    log_ratio = log_prob.double() - old_log_prob.detach().double() + gaussian_kl(mean, old_mean, std)
     return log_ratio * expand(std, log_ratio)
 
 

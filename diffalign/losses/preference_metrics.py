@@ -44,7 +44,7 @@ def preference_metrics(
         **{f"{name}_error": side.error.mean() for name, side in sides.items()},
         **gains,
         "logit_size": logit.abs().mean(),
-        "logit_std": logit.std(correction=0),
+        "logit_std": logit.double().std(correction=0).to(logit),
         **_by_bin(margin, position, bins),
     }
 

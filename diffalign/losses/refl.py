@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from diffalign.diffusion.parameterization import widen
 
+# Rewards that differ by so many units in their last place are equal.
+TIED = 4
+
 
 def hinge(reward: Tensor, *, threshold: float) -> Tensor:
     """relu(c - r): ReFL. No gradient beyond the threshold, where a reward is more likely to be fooled."""
@@ -28,19 +31,22 @@ def distance(reward: Tensor, *, threshold: float) -> Tensor:
 
 
 def group(reward: Tensor, *, groups: Tensor) -> Tensor:
-    """-(r - mean) / std, both of the reward's group and constants: prompts that are easy weigh no more than others.
+    """Return -(r - mean) / std, both of the reward's group and constants, so that easy prompts weigh no more.
 
-    groups: (B,) integers; a group whose rewards are all the same is divided by 1. A reward that is not finite does not
-    count in its group, and its loss is not finite.
+    groups: (B,) integers; a group whose rewards are equal up to their rounding is divided by 1. A reward that is not
+    finite does not count in its group, and its loss is not finite. std is the population deviation, in two passes in
+    float64: E[r^2] - E[r]^2 in float32 has no digit left where rewards of 22 differ by .02.
     """
     reward = widen(reward)
     scored = reward.detach().isfinite()
-    same = ((groups[:, None] == groups[None]) & scored).to(reward)
+    same = ((groups[:, None] == groups[None]) & scored).double()
     share = same / same.sum(1, keepdim=True).clamp(min=1)
-    fixed = torch.where(scored, reward.detach(), 0)
+    fixed = torch.where(scored, reward.detach(), 0).double()
+
     mean = share @ fixed
-    std = (share @ fixed.square() - mean.square()).clamp(min=0).sqrt()
-    return -(reward - mean) / torch.where(std > 1e-6, std, 1)
+    std = (share * (fixed - mean[:, None]).square()).sum(1).sqrt()
+    rounding = TIED * torch.finfo(reward.dtype).eps * (same * fixed.abs()).amax(1)
+    return -(reward - mean.to(reward)) / torch.where(std > rounding, std, 1).to(reward)
 
 
 def squared_distance(output: Tensor, goal: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from diffalign.rewards.base import Facts, Metadata, Reward, ask, needs_groups, r
 from diffalign.rewards.settings import RewardConfig, build_rewards
 
 QUANTILES = 101
+TIED = 4  # units in the last place by which equal scores may differ
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Calibration:
 
 
 def calibrate(values: Tensor) -> Calibration:
-    """From scores (N,) of the base model's images; those that are not finite do not count.
+    """Measure scores (N,) of the base model's images; those that are not finite do not count.
 
-    ValueError: fewer than two finite scores, or all the same.
+    ValueError: fewer than two finite scores, or all the same up to float32's rounding.
     """
     values = values[values.isfinite()].double()
-    if len(values) < 2 or values.max() == values.min():
+    rounding = TIED * torch.finfo(torch.float32).eps
+    if len(values) < 2 or values.max() - values.min() <= rounding * values.abs().max():
         raise ValueError(f"{len(values)} finite scores that do not differ calibrate nothing: score more images")
     quantiles = values.quantile(torch.linspace(0, 1, QUANTILES, dtype=torch.float64))
     return Calibration(values.mean().item(), values.std(correction=0).item(), tuple(quantiles.tolist()))
@@ -88,12 +90,19 @@ def soft_and(scores: Tensor, weights: Tensor, k: float) -> Tensor:
 
 
 def pessimistic(scores: Tensor, weights: Tensor, k: float) -> Tensor:
-    """Weighted mean minus k weighted deviations: judges that disagree lower the score."""
-    share = (weights / weights.sum())[:, None]
-    mean = (share * scores).sum(0)
-    variance = (share * (scores - mean).square()).sum(0)
+    """Return the weighted mean minus k weighted deviations: judges that disagree lower the score.
+
+    Judges whose scores are equal up to their rounding have a deviation of 0 and no slope from it.
+    """
+    share = (weights / weights.sum()).double()[:, None]
+    wide = scores.double()
+    mean = (share * wide).sum(0)
+    variance = (share * (wide - mean).square()).sum(0)
+
+    rounding = TIED * torch.finfo(scores.dtype).eps * wide.detach().abs().amax(0)
+    differ = variance.detach() > rounding.square()
     # The root has no slope at 0, where all judges agree.
-    return mean - k * torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)
+    return (mean - k * torch.where(differ, variance, 1.0).sqrt() * differ).to(scores)
 
 
 def minimum(scores: Tensor, weights: Tensor, k: float) -> Tensor:

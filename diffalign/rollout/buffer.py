@@ -49,7 +49,7 @@ class RolloutBuffer:
     group, sample: (N,) int64, the prompt's index in the iteration and the sample's index in its group.
     parent: (N,) int64, a row, -1 for a node without a stored ancestor. step: (N,) int64, the index of its level.
     trained: (N,) bool. x: (N, C, h, w), in the dtype that the sampler computed with.
-    log_prob: (N,) float32, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
+    log_prob: (N,) float64, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
     mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
     rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
 
@@ -96,7 +96,7 @@ class RolloutBuffer:
         trained = torch.isin(step - 1, torch.tensor(plan.trained_steps))
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(len(rows), *latent_shape, dtype=dtype, **place)
-        nan = torch.full((len(rows),), torch.nan, device=device)
+        nan = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=device)
         return cls(
             group=group.repeat_interleave(per_sample),
             sample=sample.repeat_interleave(per_sample),
@@ -105,7 +105,7 @@ class RolloutBuffer:
             trained=trained,
             x=latents,
             log_prob=nan,
-            advantage=torch.zeros_like(nan),
+            advantage=torch.zeros(len(rows), device=device),
             prompts=prompts,
             mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
         )
@@ -258,6 +258,7 @@ class RolloutBuffer:
             part["parent"] = torch.where(part["parent"] < 0, -1, part["parent"] + begin)
             begin += len(part["parent"])
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
         prompts = [Prompt(**entry) for entry in json.loads((directory / "prompts.json").read_text())]
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
         return cls(

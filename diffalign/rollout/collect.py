@@ -124,7 +124,7 @@ def _store(buffer: RolloutBuffer, rows: slice, index: int, result: StepResult) -
     nodes = buffer.nodes(rows, index + 1)
     storage.put(buffer.x, nodes, result.x_next)
     if buffer.trained[nodes[0]]:
-        buffer.log_prob[nodes] = result.log_prob.float().to(buffer.device)
+        buffer.log_prob[nodes] = result.log_prob.to(buffer.device)
         buffer.put_means(nodes, result.mean)
 
 

@@ -195,14 +195,15 @@ class FlowGRPOTrainer(Trainer):
 
     def _kl(self, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.args.kl_kind == "published":
-            return published_kl(result.mean, reference, result.std, self.levels[step], self.levels[step + 1])
+            solver = self.rollout.route.plan.rows[step].solver
+            return published_kl(result.mean, reference, result.std, self.levels[step], self.levels[step + 1], solver)
         return gaussian_kl(result.mean, reference, result.std)
 
     @torch.no_grad()
     def _recompute(self, count: int) -> None:
         for samples, step in self._passes(torch.arange(count)):
             result, nodes = self._replay(self.buffer, samples, step)
-            self.buffer.log_prob[nodes] = result.log_prob.float()
+            self.buffer.log_prob[nodes] = result.log_prob
             self.buffer.put_means(nodes, result.mean)
         self.buffer.settle()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.config import option
 from diffalign.data.order import take
-from diffalign.diffusion.plan import PlanConfig, make_plan
+from diffalign.diffusion.plan import PlanConfig, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rewards.settings import RewardConfig
@@ -113,9 +113,10 @@ class Collector:
         assert isinstance(args, RolloutConfig)
         self.args, self.trainer, self.prompts, self.rewards, self.weights = args, trainer, prompts, rewards, weights
         self.levels = trainer.model.levels(args.plan.num_steps, args.schedule)
-        plan = make_plan(args.plan, 0, args.seed)
-        if plan.trained_steps:
-            plan.validate(self.levels)
+        # All of them now: a window that moves may reach a step that cannot be trained in an hour.
+        for plan in possible_plans(args.plan):
+            if plan.trained_steps:
+                plan.validate(self.levels)
         self.scored = False
 
     def __call__(self, iteration: int, *, means: bool = False) -> Rollout:
@@ -240,7 +241,7 @@ class Collector:
         first = share * accelerator.process_index
         buffer.set_rewards(own)
         buffer.set_advantages(advantages[first : first + share])
-        total = sum(self.weights[name] * rewards[name] for name in names)
+        total = sum(self.weights[name] * rewards[name].double() for name in names)
         finite = total[~total.isnan()]
         return {
             "reward/mean": finite.mean().item(),

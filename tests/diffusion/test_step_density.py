@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffalign.diffusion.schedule import flow_levels, shift_sigmas, uniform_sigmas
+from diffalign.diffusion.schedule import flow_levels, flow_match_euler_sigmas, shift_sigmas, uniform_sigmas
 from diffalign.diffusion.steps import log_prob, step
 
 LEVELS = flow_levels(shift_sigmas(uniform_sigmas(8), 2.0))
@@ -26,7 +26,7 @@ def test_log_prob_is_the_gaussian_one_of_the_stored_sample(kind, dtype):
             kind, x, v, LEVELS[index], LEVELS[index + 1], parameterization="flow", noise_level=SDE[kind], noise=noise
         )
         assert result.x_next.dtype == dtype
-        assert result.log_prob.dtype == torch.promote_types(dtype, torch.float32)
+        assert result.log_prob.dtype == torch.float64
         normal = torch.distributions.Normal(result.mean.double(), result.std)
         expected = normal.log_prob(result.x_next.double()).mean((1, 2, 3))
         tolerance = 1e-13 if dtype == torch.float64 else 1e-6
@@ -52,7 +52,7 @@ def test_log_prob_widens_and_differentiates_the_mean_only():
     log_prob(x_next, mean, std).sum().backward()
     assert x_next.grad is None
     torch.testing.assert_close(mean.grad, ((x_next - mean) / 0.25 / 32).detach())
-    assert log_prob(x_next.bfloat16(), mean.bfloat16(), std).dtype == torch.float32
+    assert log_prob(x_next.bfloat16(), mean.bfloat16(), std).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -80,5 +80,23 @@ def test_a_batch_of_levels_equals_single_steps_bit_for_bit(kind, dtype):
         assert torch.equal(together.x_next[one], alone.x_next)
         assert together.std[i] == alone.std
         if kind != "ode":
-            assert together.log_prob.dtype == torch.float32
+            assert together.log_prob.dtype == torch.float64
             assert torch.equal(together.log_prob[one], alone.log_prob)
+
+
+@pytest.mark.parametrize(
+    ("index", "kind"), [(0, "flow_sde"), (8, "flow_sde"), (4, "cps"), (4, "dance_sde"), (4, "ddim")]
+)
+def test_differences_of_log_probs_keep_their_digits_at_1024_pixels(index, kind):
+    """The on-policy check allows a tenth of the clip range, 1 nat over the latent's 262,144 dimensions: 3.8e-7."""
+    levels, shape = flow_levels(flow_match_euler_sigmas(10, 3.0)), (2, 16, 128, 128)
+    x, v, noise, change = (draw(seed, torch.float32, shape) for seed in range(4))
+    options = {"parameterization": "flow", "noise_level": SDE[kind]}
+    old = step(kind, x, v, levels[index], levels[index + 1], noise=noise, **options)
+    for size in (1e-4, 1e-2):
+        new = step(kind, x, v + size * change, levels[index], levels[index + 1], x_next=old.x_next, **options)
+        normals = (torch.distributions.Normal(r.mean.double(), r.std) for r in (new, old))
+        exact = torch.sub(*(normal.log_prob(old.x_next.double()).mean((1, 2, 3)) for normal in normals))
+        rounding = (new.log_prob - old.log_prob - exact).abs().max().item()
+        assert exact.abs().max() > 100 * rounding or size == 1e-4
+        assert 100 * rounding < 0.1 / old.x_next[0].numel()

@@ -114,6 +114,33 @@ def test_published_kl_divides_by_the_diffusion():
     torch.testing.assert_close(one[0], expected[0])
 
 
+@pytest.mark.parametrize("solver", ["cps", "dance_sde", "ddim"])
+def test_published_kl_of_other_solvers_divides_by_the_steps_own_std(solver):
+    """The released code's ``std_dev_t`` is sigma' sin(a pi / 2) under "cps", the whole deviation of the step."""
+    mean, reference = draw(0, 3, 2, 4), draw(1, 3, 2, 4)
+    level, after = LEVELS[torch.tensor([1, 2, 3])], LEVELS[torch.tensor([2, 3, 4])]
+    std_dev_t = {
+        "cps": after.sigma * math.sin(0.8 * math.pi / 2),
+        "dance_sde": 0.8 * (level.sigma - after.sigma).sqrt(),
+        "ddim": transition("ddim", level, after, 0.8).std,
+    }[solver]
+    expected = (mean - reference).square().mean((1, 2)) / (2 * std_dev_t.square())
+    std = transition(solver, level, after, 0.8).std
+    torch.testing.assert_close(published_kl(mean, reference, std, level, after, solver), expected)
+
+
+def test_a_clip_range_at_1024_pixels_is_resolved():
+    """1 nat over 262,144 dimensions is 3.8e-6, of which float32 has 3 % steps at a ratio of 1."""
+    clip = 1 / 262144
+    log_ratio = torch.linspace(-2, 2, 41, dtype=torch.float64) * clip
+    loss, metrics = clipped_surrogate(
+        log_ratio - 1.4, torch.full((41,), -1.4, dtype=torch.float64), torch.ones(41), clip
+    )
+    expected = -log_ratio.exp().clamp(max=1 + clip)
+    assert (loss - expected).abs().max() < 1e-3 * clip
+    assert metrics["clip_share"] == pytest.approx((log_ratio.exp() > 1 + clip).double().mean().item())
+
+
 def test_clip_range_units():
     assert clip_range_per_dimension(1e-4, "per_dim", 65536) == 1e-4
     assert clip_range_per_dimension(6.5536, "joint", 65536) == pytest.approx(1e-4)

@@ -64,3 +64,20 @@ def test_on_policy_gradient():
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
     assert gradient[:2].abs().min() > 0
     assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))
+
+
+def test_the_ratio_keeps_its_digits_at_1024_pixels():
+    """At a clip of 2e-6, which is 17 times the spacing of float32 at 1: a hundredth of it is resolved."""
+    shape, std = (2, 16, 128, 128), torch.tensor(0.392, dtype=torch.float64)
+    old_mean, eps, change = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    x_next = old_mean + std * eps
+    for size in (1e-5, 1e-3):
+        mean = old_mean + size * change
+        arguments = log_prob(x_next, mean, std), log_prob(x_next, old_mean, std), mean, old_mean, std
+        drawn = (x_next.double() - old_mean.double()) / std
+        exact = (drawn * (mean.double() - old_mean.double())).mean((1, 2, 3))
+        assert (guarded_log_ratio(*arguments) - exact).abs().max() < 2e-8
+        loss, metrics = grpo_guard(*arguments, torch.ones(2), 2e-6, LEVELS[2], LEVELS[3])
+        expected = -torch.minimum(exact.exp(), exact.exp().clamp(max=1 + 2e-6)) / 0.2
+        assert (loss - expected).abs().max() < 2e-8 / 0.2
+        assert metrics["clip_share"] == (exact > 2e-6).double().mean()

@@ -60,6 +60,19 @@ def test_judges_that_agree_have_a_finite_gradient():
     torch.testing.assert_close(gradient, (WEIGHTS / WEIGHTS.sum())[:, None].expand(3, 2))
 
 
+@pytest.mark.parametrize("value", [0.273, 22.0, -0.1, 1e6])
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_judges_that_agree_have_no_deviation_whatever_their_scores(value, count, dtype):
+    """A mean that is rounded leaves a deviation of one unit in the last place, whose slope is as large as k."""
+    scores = torch.full((count, 2), value, dtype=dtype, requires_grad=True)
+    weights = torch.arange(1, count + 1).to(dtype)
+    found = RULES["pessimistic"](scores, weights, 5.0)
+    (gradient,) = torch.autograd.grad(found.sum(), scores)
+    torch.testing.assert_close(found.detach(), torch.full((2,), value, dtype=dtype))
+    torch.testing.assert_close(gradient, (weights / weights.sum())[:, None].expand(count, 2))
+
+
 def test_the_soft_and_is_not_bought_by_one_reward():
     scores = torch.tensor([[50.0, 1.0], [-5.0, 1.0]])
     assert RULES["soft_and"](scores, torch.ones(2), 0).argmax() == 1
@@ -74,6 +87,12 @@ def test_calibration_against_numpy():
     torch.testing.assert_close(found.standardise(new), (new - values.mean()) / values.std())
     knots = np.quantile(values, np.linspace(0, 1, 101))
     np.testing.assert_allclose(found.rank(new), np.interp(new, knots, np.linspace(0, 1, 101)), atol=1e-12)
+
+
+def test_scores_that_differ_by_rounding_alone_calibrate_nothing():
+    for values in (torch.full((5,), 0.273), torch.tensor([22.0, 22.0 + 2e-6])):
+        with pytest.raises(ValueError, match="that do not differ calibrate nothing"):
+            calibrate(values)
 
 
 def test_a_rank_of_scores_with_ties_is_defined():
