@@ -1,7 +1,9 @@
 """VQAScore (arXiv 2404.01291) asked of Qwen's vision-language models, as the authors' package does since version 3.1.
 
 The likelihood comes from the plain logits of one forward pass: what ``generate`` reports has gone through the model's
-generation settings, such as a repetition penalty.
+generation settings, such as a repetition penalty. As in that package, which takes the softmax of what ``generate``
+reports, it is among all rows of the head. Unlike CLIP-FlanT5's, whose head it cuts to the words of the tokenizer, those
+of Qwen have some hundred rows more than words, which training has made unlikely.
 """
 
 from __future__ import annotations

@@ -97,7 +97,20 @@ def _load(weights: Weights, tokenizer: str, tower: str | None) -> tuple[ClipT5, 
     inside = Path(weights.path) / config.mm_vision_tower
     vision = AutoConfig.from_pretrained(**pinned(tower or str(inside if inside.is_dir() else config.mm_vision_tower)))
     model = build(weights.path, config, getattr(vision, "vision_config", vision), revision=weights.revision)
-    return frozen(model, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer))
+    words = AutoTokenizer.from_pretrained(**pinned(tokenizer))
+    _cut_head(model, len(words))
+    return frozen(model, weights), words
+
+
+def _cut_head(model: ClipT5, count: int) -> None:
+    """Drop the rows of the words' head that stand for no word, as the published code does when it loads the model.
+
+    FlanT5's head has 32,128 rows for the 32,100 words of its tokenizer; the others would take part in the softmax.
+    """
+    head = model.lm_head
+    if head.out_features > count:
+        head.weight = nn.Parameter(head.weight.detach()[:count].clone())
+        head.out_features = count
 
 
 def yes_eos(log_probs: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -80,6 +80,17 @@ def test_the_score_is_the_likelihood_of_yes(kind, qwen_folders):
         np.testing.assert_allclose(reward(IMAGES, PROMPTS, [{}] * 3), expected, rtol=1e-5, err_msg=answer)
 
 
+def test_all_rows_of_the_head_take_part_as_published(qwen_folders, tmp_path):
+    """The authors' package takes the softmax of what ``generate`` reports, with rows that are no words."""
+    folder = shutil.copytree(qwen_folders["qwen2_5_vl"], tmp_path / "padded")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(folder)) + 28, mean_resizing=False)
+    model.save_pretrained(folder)
+    expected = np.exp(likelihoods(folder))[:, 0]
+    found = qwen_vqascore("q", str(folder), precision="fp64")(IMAGES, PROMPTS, [{}] * 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_unknown_answers_and_questions_are_refused():
     with pytest.raises(ValueError, match="answer must be one of yes, yes_no, got 'yes_eos'"):
         qwen_vqascore("q", "nowhere", "yes_eos")

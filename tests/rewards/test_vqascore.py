@@ -1,11 +1,13 @@
 """VQAScore against a literal transcription of the paper's recipe, one image at a time."""
 
 import json
+import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -78,6 +80,28 @@ def test_the_three_forms_of_the_score(clip_t5_folder):
     for answer, values in expected.items():
         found = reward(clip_t5_folder, answer=answer)(IMAGES, PROMPTS, [{}] * 3)
         np.testing.assert_allclose(found, values, rtol=1e-6, err_msg=answer)
+
+
+def padded(folder, target, rows=28):
+    """The same network with rows in its embedding and its head that stand for no word, as FlanT5 is published."""
+    shutil.copytree(folder, target)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in ("shared.weight", "lm_head.weight"):
+        more = torch.randn(rows, tensors[name].shape[1], generator=generator)
+        tensors[name] = torch.cat([tensors[name], more])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + rows}))
+    return target
+
+
+@pytest.mark.parametrize("answer", ["yes_eos", "yes", "yes_no"])
+def test_rows_of_the_head_that_are_no_words_take_no_part(clip_t5_folder, tmp_path, answer):
+    """The published code cuts the head to ``len(tokenizer)`` words."""
+    wide = padded(clip_t5_folder, tmp_path / "padded")
+    assert len(load_file(wide / "model.safetensors")["lm_head.weight"]) == len(AutoTokenizer.from_pretrained(wide)) + 28
+    expected = reward(clip_t5_folder, answer=answer)(IMAGES, PROMPTS, [{}] * 3)
+    torch.testing.assert_close(reward(wide, answer=answer)(IMAGES, PROMPTS, [{}] * 3), expected, rtol=1e-6, atol=0)
 
 
 def test_a_long_prompt_is_cut_where_the_published_code_cuts_it(clip_t5_folder, monkeypatch):
