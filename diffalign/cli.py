@@ -135,4 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+        # Code of the user's, such as a reward's constructor; the command itself ends by returning.
+        print("diffalign: something called sys.exit() before the work was done; nothing was finished", file=sys.stderr)
+        return 1
     return code if isinstance(code, int) else 0

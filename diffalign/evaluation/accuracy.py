@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 
 def summarise(strict: Sequence[bool] | Tensor, tags: Sequence[str]) -> dict[str, float]:
-    """``{"accuracy": share of right images, "accuracy/<tag>": the same among those of one task}``, in [0, 1].
+    """Return ``{"accuracy": share of right images, "accuracy/<tag>": the same among those of one task}``, in [0, 1].
 
     strict, tags: one entry per image; tags appear in the order in which they are first met. The overall number is the
-    mean over images, not over tasks. ValueError: nothing to count, or lengths that differ.
+    mean over images, not over tasks. Images without a verdict (NaN) do not count; a task of such images alone has NaN.
+    ValueError: nothing to count, or lengths that differ.
     """
     right = [float(value) for value in strict]
     if not right or len(right) != len(tags):
         raise ValueError(f"{len(right)} verdicts for {len(tags)} tags: pass one tag per image, and at least one image")
-    result = {"accuracy": sum(right) / len(right)}
+    result = {"accuracy": _mean(right)}
     for tag in dict.fromkeys(tags):
-        own = [value for value, other in zip(right, tags, strict=True) if other == tag]
-        result[f"accuracy/{tag}"] = sum(own) / len(own)
+        result[f"accuracy/{tag}"] = _mean([value for value, other in zip(right, tags, strict=True) if other == tag])
     return result
+
+
+def _mean(verdicts: Sequence[float]) -> float:
+    known = [value for value in verdicts if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

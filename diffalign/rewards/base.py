@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.code import load_code
+from diffalign.rewards.isolation import isolated, own_copy
+from diffalign.rewards.preprocess import wants_grad
 
 Metadata = Sequence[Mapping[str, Any]]
 Extras = Mapping[str, Tensor]
@@ -28,6 +30,10 @@ class RewardUnavailable(ValueError):
     """
 
 
+class WrongShape(RewardUnavailable):
+    """A reward whose result is no list of numbers."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Judges images, each independently of the rest of its batch. Higher is better.
@@ -35,7 +41,8 @@ class Reward(Protocol):
     One that ranks the images of a group against each other sets ``needs_groups``, and is called with their group ids.
 
     While a run samples, images are judged in another thread than at other times, though in one at a time, unless its
-    ``overlap_rewards`` is off.
+    ``overlap_rewards`` is off. Images, prompts and metadata are the reward's own. Process-wide state that it changes,
+    such as generators' seeds, default dtype, environment or working directory, is put back after each call.
     """
 
     @property
@@ -158,22 +165,84 @@ def needs_groups(reward: object) -> bool:
 def ask(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Tensor | None = None
 ) -> tuple[Tensor, Extras]:
-    """What a reward of any kind says: scores (B,), and its extras. groups: (B,), for one that needs them.
+    """Return what a reward of any kind says: scores (B,), and its extras. groups: (B,), for one that needs them.
 
-    RewardUnavailable: see there. ValueError: scores of another number of images.
+    The reward gets inputs of its own, and what it changes in the process is put back: see ``isolated``. Rewards of this
+    package are known to leave images alone, and get them as they are; others get a copy, which carries the gradient.
+
+    RewardUnavailable: see there. RewardExit: see there. ValueError: scores of another number of images.
     """
+    foreign = not _is_ours(reward)
+
+    def call(seen: Tensor) -> tuple[Tensor, Extras]:
+        own = [own_copy(entry) for entry in metadata]
+        return _asked(reward, seen, list(prompts), own, None if groups is None else groups.clone(), foreign)
+
     try:
-        result = reward(images, prompts, metadata, *([groups] if needs_groups(reward) else []))
+        if foreign and reward.differentiable and wants_grad(images) and not needs_groups(reward):
+            return _with_gradient(reward, images, lambda leaf: isolated(lambda: call(leaf)))
+        return isolated(lambda: call(images.clone() if foreign else images))
+    except WrongShape:
+        raise
     except (RewardUnavailable, ImportError) as error:
         raise RewardUnavailable(f"reward {reward.name!r}: {error}") from error
+
+
+def _asked(
+    reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata, groups: Tensor | None, foreign: bool
+) -> tuple[Tensor, Extras]:
+    """The call itself; nothing that it returns is the reward's to change later."""
+    count = len(images)  # before the reward may change the tensor's shape
+    result = reward(images, prompts, metadata, *([groups] if needs_groups(reward) else []))
     found, extras = result if isinstance(result, tuple) else (result, {})
     values = torch.as_tensor(found)
-    if values.shape != (len(images),):
-        problem = f"reward {reward.name!r} returned shape {tuple(values.shape)} for {len(images)} images"
+    if values.shape != (count,):
+        problem = f"reward {reward.name!r} returned shape {tuple(values.shape)} for {count} images"
         # Another number of scores can be one sample's doing; another number of dimensions cannot.
-        kind = ValueError if values.ndim == 1 else RewardUnavailable
+        kind = ValueError if values.ndim == 1 else WrongShape
         raise kind(f"{problem}: return one number each")
-    return values, extras
+    return (values.clone(), {name: extra.clone() for name, extra in extras.items()}) if foreign else (values, extras)
+
+
+def _with_gradient(
+    reward: Reward, images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]
+) -> tuple[Tensor, Extras]:
+    """``call`` on images of its own, whose gradient is taken at once: what raises there costs the sample as well.
+
+    Exact for rewards that judge each image by itself, as all do that need no groups.
+    """
+    leaf = images.detach().requires_grad_()
+    found, extras = call(leaf.clone())  # no leaf, so that the reward may write to it as to any image
+    gradient = None
+    if found.requires_grad:
+        (gradient,) = isolated(lambda: torch.autograd.grad(found.sum(), leaf, allow_unused=True))
+    if gradient is None:
+        raise RewardUnavailable("it says that it is differentiable, and its scores carry no gradient to the images")
+    values: Tensor = _GivenGradient.apply(images, found.detach(), gradient)
+    return values, {name: extra.detach() for name, extra in extras.items()}
+
+
+class _GivenGradient(torch.autograd.Function):
+    """Scores (B,) of images (B, 3, H, W) whose gradient is known. One that is not finite makes its score NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        finite = gradient.isfinite().flatten(1).all(1).to(values.device)
+        return torch.where(finite, values, math.nan)
+
+    @staticmethod
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return output.to(gradient).view(-1, *[1] * (gradient.ndim - 1)) * gradient, None, None
+
+
+def _is_ours(reward: object) -> bool:
+    """Whether a reward is this package's code: tests hold every registered reward to leave its images alone."""
+    function = getattr(reward, "function", None) if type(reward) is FunctionReward else type(reward)
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__module__", "")).startswith("diffalign.")
 
 
 def registered(name: str) -> Registered:

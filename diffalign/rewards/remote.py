@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import Facts, Metadata, Reward, RewardUnavailable, needs_groups, register
 from diffalign.rewards.guard import Batch, guarded
+from diffalign.rewards.isolation import said
 from diffalign.rewards.wire import RemoteError, Wire, decode_image, encode_image
 from diffalign.structures import Prompt
 
@@ -153,7 +154,7 @@ class RewardServer(ThreadingHTTPServer):
                 images = torch.stack([pictures[i] for i in rows]).to(self.device)
                 batch = Batch(images, [prompts[i] for i in rows], torch.zeros(len(rows)))
                 table, error = guarded(name, self.rewards[name], batch)
-                errors += [f"{type(error).__name__}: {error}"] if error else []
+                errors += [said(error)] if error else []
                 for i, value in zip(rows, table[name].tolist(), strict=True):
                     scores[i] = value if math.isfinite(value) else None
         return {"scores": scores, **({"error": errors[-1]} if errors else {})}
@@ -212,8 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:  # bad JSON is one
             return self._answer(HTTPStatus.BAD_REQUEST, {"error": str(error)})
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-            return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": problem})
+            return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": said(error)})
         return self._answer(HTTPStatus.OK, answer)
 
     def _allowed(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.guard import Batch, guarded
+from diffalign.rewards.isolation import named, said
 from diffalign.rollout.aside import one_thread, start
 from diffalign.structures import Prompt, Scores
 
@@ -33,9 +34,9 @@ def score(
     Names are the mapping's keys, or the rewards' own; what else a reward says of each image, a number each, is named
     "reward/extra". groups: (B,), whole groups, for rewards that need them; None: images of one prompt are a group.
 
-    A reward that raises is asked again sample by sample (group by group if it needs groups); the samples on which it
-    raises again, or returns no finite number, get NaN, with a ``RewardWarning`` that names them. So do images that are
-    not finite. No gradient is kept.
+    A reward that raises, ``SystemExit`` and the like included, is asked again sample by sample (group by group if it
+    needs groups); the samples on which it raises again, or returns no finite number, get NaN, with a ``RewardWarning``
+    that names them. So do images that are not finite. No gradient is kept.
 
     ValueError: images and prompts differ in number, or two rewards share a name. RewardUnavailable, one too: a reward
     can score nothing, because weights or a package are missing or its result is no list of numbers.
@@ -62,14 +63,14 @@ def _score(
     """``score``; what to warn of goes into ``problems``, because warning is for the caller's thread."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
-    named = rewards if isinstance(rewards, Mapping) else {reward.name: reward for reward in rewards}
-    if len(named) != len(rewards):
+    table = rewards if isinstance(rewards, Mapping) else {reward.name: reward for reward in rewards}
+    if len(table) != len(rewards):
         raise ValueError(f"rewards share a name: {[reward.name for reward in rewards]}; pass a mapping with names")
     if groups is None:
         place = {prompt.text: i for i, prompt in enumerate(prompts)}
         groups = torch.tensor([place[prompt.text] for prompt in prompts])
     found: dict[str, Tensor] = {}
-    for name, reward in named.items():
+    for name, reward in table.items():
         found |= _score_one(name, reward, Batch(images, prompts, groups.cpu()), problems)
     return Scores(found)
 
@@ -157,9 +158,9 @@ def _score_one(name: str, reward: Reward, batch: Batch, problems: list[str]) -> 
     images, prompts, values = batch.images, batch.prompts, table[name]
     finite = images.isfinite().flatten(1).all(1).cpu() & values.isfinite()
     if failed := [prompt.text for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]:
-        cause = f"{type(error).__name__}: {error}" if error else "an image or its score is not finite"
+        cause = said(error) if error else "an image or its score is not finite"
         problems.append(
             f"reward {name!r} failed on {len(failed)} of {len(prompts)} samples ({cause}); "
-            f"they count as NaN: {', '.join(map(repr, dict.fromkeys(failed)))}"
+            f"they count as NaN: {named(failed)}"
         )
     return {key: torch.where(finite, found, math.nan) for key, found in table.items()}

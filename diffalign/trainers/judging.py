@@ -16,6 +16,7 @@ from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss
 from diffalign.losses.srpo import relative_reward
 from diffalign.models import DiffusionModel
 from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
+from diffalign.rewards.isolation import named, said
 from diffalign.structures import Prompt
 
 
@@ -89,9 +90,8 @@ class Judge:
         failed = [text for text, flag in zip(texts, flags, strict=True) if flag]
         if not failed:
             return None  # those of another process
-        cause = f"{type(error).__name__}: {error}" if error else "a score is not finite"
-        named = ", ".join(map(repr, dict.fromkeys(failed)))
-        return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named}"
+        cause = said(error) if error else "a score is not finite"
+        return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named(failed)}"
 
     def _losses(self, latents: Tensor, seen: Seen, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant.

@@ -13,9 +13,11 @@ from torch import Tensor
 from diffalign.evaluation.hacking import ALARM, plot_hacking
 from diffalign.evaluation.sharpness import sharpness
 from diffalign.models.weights import REFERENCE
-from diffalign.rewards.base import Reward, ask
+from diffalign.rewards.base import Reward, RewardUnavailable, ask
+from diffalign.rewards.isolation import said
 from diffalign.rollout.collect import Addresses
 from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.scoring import RewardWarning
 from diffalign.runtime.loop import Metrics, indexed, restore
 from diffalign.runtime.noise import Noise
 from diffalign.runtime.tracking import MetricsLog
@@ -93,21 +95,23 @@ class Watch:
             )
 
     def _sharpness(self) -> Metrics:
-        """Of the images that the report shows, by the main process."""
+        """Sharpness of the images that the report shows, by the main process; NaN where a reward fails on them."""
         trainer, shown = self.trainer, self.trainer.report.shown
         assert shown is not None
         known = {prompt.text: prompt.metadata for prompt in trainer.eval_prompts}
         images = shown.images.to(trainer.accelerator.device)
-        metadata = [known[text] for text in shown.texts]
-        step = trainer.args.sharpness_step
-        return {
-            f"sharpness/{name}": sharpness(
-                lambda x, reward=reward: ask(reward, x, shown.texts, metadata)[0], images, step
-            )
-            .mean()
-            .item()
-            for name, reward in self.rewards.items()
-        }
+        metadata, step = [known[text] for text in shown.texts], trainer.args.sharpness_step
+
+        def measured(reward: Reward) -> float:
+            try:
+                return sharpness(lambda x: ask(reward, x, shown.texts, metadata)[0], images, step).mean().item()
+            except (RewardUnavailable, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # rewards are user code: what they raise is unknown
+                warnings.warn(f"no sharpness of reward {reward.name!r}: {said(error)}", RewardWarning, stacklevel=4)
+                return math.nan
+
+        return {f"sharpness/{name}": measured(reward) for name, reward in self.rewards.items()}
 
     def _alarms(self, figures: Metrics) -> list[str]:
         args, base = self.trainer.args, self.base
