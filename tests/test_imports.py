@@ -19,7 +19,7 @@ ALLOWED = {
     "shapes": {"structures"},
     "rewards": {"files", "media", "structures", "config", "shapes"},
     "data": {"files", "media", "structures"},
-    "models": {"structures", "config", "sharding", "diffusion"},
+    "models": {"files", "structures", "config", "sharding", "diffusion"},
     "runtime": {"structures", "config", "sharding"},
     "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": {"files", "media", "structures", "config", "models", "rewards", "data", "rollout", "runtime"},

@@ -8,6 +8,7 @@ the others by ``datasets``. Cells with encoded images are left on disk until som
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,9 +179,9 @@ def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
 
 def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> Opened:
     path = Path(source)
-    if len(str(source)) < 4096 and path.is_dir():
+    if os.path.isdir(source):
         return _folder(path, settings, streaming)
-    if len(str(source)) < 4096 and path.exists():
+    if os.path.lexists(source):
         return _file(path, streaming)
     if path.suffix or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def read(source: str, image_root: Path | None = None, allow_outside: bool = Fals
     """
     path = Path(source)
     settings = PreferenceSettings(image_root=image_root, allow_outside=allow_outside)
-    if len(source) > 4096 or not path.exists():
+    if not os.path.lexists(source):  # unlike Path.exists, False for names that are too long
         raise FileNotFoundError(f"nothing at {shorten(source)}: check the path (relative to {Path.cwd()})")
     saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     if saved or (not path.is_dir() and path.suffix.lower() in (*LOADERS, *TEXTS)):
