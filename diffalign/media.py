@@ -86,21 +86,21 @@ _REFUSED = (
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
-def decode(content: bytes) -> Image.Image:
+def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
     """Decode an image file to RGB, 8 bits, upright by its EXIF orientation; the first frame of an animation.
 
     Grey is repeated, CMYK and palettes are converted and transparency is dropped, as published rewards do. Grey of 9 to
     16 bits is scaled; wider grey is read where its values tell the white (16 bits in 32, or floats in [0, 1]). The
     suffix of a file does not matter.
 
-    One of ``BROKEN``: no image, a truncated one, a format or a depth that cannot be read, or more than PIL's
-    MAX_IMAGE_PIXELS.
+    max_pixels: the largest area, checked before anything is decoded; default: PIL's MAX_IMAGE_PIXELS.
+    One of ``BROKEN``: no image, a truncated one, a format or a depth that cannot be read, or more pixels.
     """
     if (kind := next((name for place, mark, name in _REFUSED if content.startswith(mark, place)), None)) is not None:
         raise ValueError(f"{kind} is not read; save it as PNG or JPEG")
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS or float("inf")):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many: a decompression bomb")
             image.load()
             return to_rgb(image)

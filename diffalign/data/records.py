@@ -200,7 +200,8 @@ def read_json(path: Path) -> Sequence[Mapping[str, Any]] | None:
             f"{shorten(path)}, line {error.lineno}: bad JSON ({error.msg}, column {error.colno})"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{shorten(path)}: bad JSON ({shorten(error)})") from error
+        detail = "nested too deeply" if isinstance(error, RecursionError) else shorten(error)
+        raise ValueError(f"{shorten(path)}: bad JSON ({detail})") from error
     if isinstance(found, dict):
         columns = list(found.values())
         if columns and all(isinstance(cells, list) and len(cells) == len(columns[0]) for cells in columns):

@@ -37,7 +37,8 @@ PROBED = 100  # rows that tell the columns of a stream
 @dataclass(frozen=True)
 class Opened:
     """An opened source. data: its rows; root: where relative paths start; inside: folders that hold its image files,
-    besides the root; notes: what of a folder is not read; files: the text files whose rows ``data`` holds.
+    besides the root; notes: what of a folder is not read; files: the text files whose rows ``data`` holds; local: false
+    for a hub data set, whose paths may not lead to files that happen to lie in the working folder.
     """
 
     data: Any
@@ -45,13 +46,14 @@ class Opened:
     inside: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    local: bool = True
 
     def within(self, settings: PreferenceSettings) -> tuple[Path, ...] | None:
         """The folders of which one must hold an image file; None: any place."""
         if settings.allow_outside:
             return None
-        roots = (self.root,) if settings.image_root is None else (settings.image_root, self.root)
-        return (*roots, *self.inside)
+        asked = () if settings.image_root is None else (settings.image_root,)
+        return (*asked, *((self.root,) if self.local else ()), *self.inside)
 
 
 class Table:
@@ -189,7 +191,8 @@ def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> 
             "such as owner/name"
         )
     options = {"name": settings.subset, "revision": settings.revision}
-    return Opened(_load(str(source), split=settings.split, streaming=streaming, **options), Path.cwd(), _caches())
+    loaded = _load(str(source), split=settings.split, streaming=streaming, **options)
+    return Opened(loaded, Path.cwd(), _caches(), local=False)
 
 
 def _file(path: Path, streaming: bool) -> Opened:

@@ -68,9 +68,10 @@ def relabel(source: str | Path, config: RelabelConfig) -> Path:
     book = Book(path, about)
     quarantine = Quarantine(config.on_fault, config.max_bad_share)
     order: list[tuple[str, str]] = []
-    for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
-        for entry, scores in zip(batch, judge(rewards, batch), strict=True):
-            book.add(entry.content, scores)
+    with book.file:
+        for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
+            for entry, scores in zip(batch, judge(rewards, batch), strict=True):
+                book.add(entry.content, scores)
     rows = [_row(key, content, book.known.get(content, {}), weights, config) for key, content in order]
     if not rows:
         text = "\n".join([f"{shorten(source)}: not one pair can be judged", *quarantine.lines()])
