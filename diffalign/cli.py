@@ -24,6 +24,7 @@ from diffalign.evaluation.relabel import run as relabel
 from diffalign.evaluation.score import ScoreConfig
 from diffalign.evaluation.score import run as score
 from diffalign.evaluation.settings import EvaluationConfig
+from diffalign.files import bounded
 from diffalign.forecast.dry_run import dry_run
 from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
 from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = COMMANDS[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        print(f"diffalign: {error}", file=sys.stderr)
+        print(bounded(f"diffalign: {error}"), file=sys.stderr)
         return 2
     except (SaveFailed, NotFinite, OutOfMemory) as error:
         print(f"diffalign: {error}", file=sys.stderr)

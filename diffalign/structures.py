@@ -13,6 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.files import check_inside, read_bytes
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop the members of mappings that are None, at any depth: tables write null where a member is absent."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -137,22 +146,29 @@ class Scores:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An encoded image that is read when it is asked for, and decoded by who reads it.
+    """An encoded image that is read on demand.
 
     name: what messages call it. content: its bytes, the path of its file, a function that fetches either, or None where
     the data hold no image. identity: equal for the same image in several pairs, where the data tell (an id, a path).
+    within: the folders of which one must hold its file, after links are followed; None: any place.
     """
 
     name: str
     content: bytes | Path | Callable[[], bytes | Path | None] | None = field(repr=False)
     identity: str | None = None
+    within: tuple[Path, ...] | None = field(default=None, repr=False, compare=False)
 
     def read(self) -> bytes:
-        """The encoded bytes. OSError: its file cannot be read. ValueError: there is no image."""
+        """Read the encoded bytes, of regular files of bounded size only.
+
+        OSError: the file cannot be read. ValueError: no image, no regular file, or a file outside ``within``.
+        """
         content = self.content() if callable(self.content) else self.content
         if content is None:
             raise ValueError("no image")
-        return content.read_bytes() if isinstance(content, Path) else content
+        if isinstance(content, Path) and self.within is not None:
+            check_inside(content, self.within)
+        return read_bytes(content) if isinstance(content, Path) else content
 
 
 @dataclass(frozen=True)

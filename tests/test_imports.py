@@ -9,18 +9,20 @@ PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
 ALLOWED = {
-    "structures": set(),
-    "config": set(),
+    "files": set(),
+    "media": {"files"},
+    "structures": {"files"},
+    "config": {"files"},
     "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
-    "rewards": {"structures", "config", "shapes"},
-    "data": {"structures"},
-    "models": {"structures", "config", "sharding", "diffusion"},
+    "rewards": {"files", "media", "structures", "config", "shapes"},
+    "data": {"files", "media", "structures"},
+    "models": {"files", "structures", "config", "sharding", "diffusion"},
     "runtime": {"structures", "config", "sharding"},
     "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
+    "evaluation": {"files", "media", "structures", "config", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)

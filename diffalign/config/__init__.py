@@ -36,6 +36,7 @@ from diffalign.config.schema import (
     leaves,
     type_name,
 )
+from diffalign.files import bounded, read_text, shorten
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -61,11 +62,12 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configura
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping of a YAML file. ValueError naming the file: missing, not YAML, a key given twice, not a mapping."""
     try:
-        content = yaml_dialect.load(Path(path).read_text(encoding="utf-8"))
+        content = yaml_dialect.load(read_text(path))
     except OSError as error:
-        raise ValueError(f"cannot read the config file {path}: {error.strerror}; check --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from error
+        raise ValueError(f"cannot read the config file {shorten(path)}: {error.strerror}; check --config") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else bounded(error, 1000)
+        raise ValueError(f"{shorten(path)} is not a YAML file: {detail}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -1,100 +1,204 @@
-"""Folders of pairs, as rows.
+"""Folders of pairs, as rows; and which files of any folder are its pictures.
 
-Two sides, with files of the same stem, and texts in ``STEM.txt`` beside the chosen image or in ``metadata.jsonl``
-("file_name", relative to the folder or to its side, and "prompt", "caption" or "text"):
+Two sides, with files of the same stem, and texts in ``STEM.txt`` beside the chosen image or in ``metadata.jsonl`` (or
+``metadata.csv``: "file_name", relative to the folder or to its side, and "prompt", "caption" or "text"):
 
     FOLDER/chosen/001.png  FOLDER/rejected/001.jpg  FOLDER/chosen/001.txt
 
 The sides may also be called winner and loser, win and lose, or w and l. Or a folder for each pair:
 
     FOLDER/001/winner.png  FOLDER/001/loser.png  FOLDER/001/prompt.txt
+
+Names are in natural order (2 before 10). Files that systems and editors keep are left out; whatever else is not read is
+said in the notes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from diffalign.data.quarantine import printable
+from diffalign.data.records import Records
 from diffalign.data.rows import PROMPTS
+from diffalign.files import natural, printable, read_text, shorten, some
+from diffalign.media import SUFFIXES, UNREADABLE_SUFFIXES
 
 SIDES = (("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("w", "l"))
+LISTS = ("metadata.jsonl", "metadata.csv")  # beside the pictures that they describe
+LABELS = ".labels"  # of AI labels; hidden, so that no loader takes what is in it for data
+# Kept by systems, editors and archives; whatever begins with a dot is, too.
+CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, UTF-8 with or without a byte order mark. ValueError: names a bad line."""
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: bad JSON ({error.msg}); write one object per line") from error
-            if entry is not None and not isinstance(entry, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {line[:40].strip()}")
-            if entry is not None:
-                yield entry
+@dataclass
+class Listing:
+    """What a folder holds. hidden, strange: paths, relative to it, that are not read: clutter, and other files."""
+
+    hidden: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+
+    def notes(self, folder: Path) -> list[str]:
+        """A line for each kind of file that is not read."""
+        kinds = {
+            "hidden or system files": self.hidden,
+            "files or folders of other kinds": self.strange,
+            "pictures without a line in the metadata": self.unlisted,
+        }
+        where = shorten(folder)
+        return [f"{where}: {len(names)} {kind} not read: {some(names)}" for kind, names in kinds.items() if names]
 
 
-def folder_rows(folder: Path) -> list[dict[str, Any]] | None:
-    """Rows "name", "chosen", "rejected", "prompt", "metadata", by name; None where the layout is another.
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is kept by a system or an editor, and is no data of its owner."""
+    return name.startswith(".") or name.lower() in CLUTTER
 
-    Paths are relative to the folder. A file without a partner is a row with None on the other side.
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture to its owner, by its suffix; some cannot be decoded, which is said later."""
+    return path.suffix.lower() in SUFFIXES | UNREADABLE_SUFFIXES
+
+
+def visible(folder: Path, listing: Listing, below: Path | None = None) -> list[Path]:
+    """What lies in a folder, in natural order; clutter goes to the listing, by its path from ``below``."""
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: natural(path.name)):
+        if path.name == LABELS:
+            continue
+        if is_clutter(path.name):
+            listing.hidden.append(str(path.relative_to(below or folder)))
+        else:
+            found.append(path)
+    return found
+
+
+def pictures_below(folder: Path) -> tuple[list[Path], Listing]:
+    """Every picture below a folder, in natural order of their paths. Captions beside pictures are no strange files."""
+    listing, found, captions = Listing(), [], []
+
+    def walk(place: Path) -> None:
+        for path in visible(place, listing, folder):
+            if path.is_dir():
+                if not path.is_symlink():  # a link to a folder above would never end
+                    walk(path)
+                else:
+                    listing.strange.append(str(path.relative_to(folder)))
+            elif is_picture(path):
+                found.append(path)
+            elif path.name not in LISTS:
+                captions.append(path)
+
+    walk(folder)
+    stems = {path.with_suffix("") for path in found}
+    strange = [path for path in captions if path.suffix.lower() != ".txt" or path.with_suffix("") not in stems]
+    listing.strange += [str(path.relative_to(folder)) for path in strange]
+    return found, listing
+
+
+def by_stem(pictures: Iterable[Path]) -> dict[str, Path]:
+    """Pictures by their stem, as it looks: accents may be written in two ways. ValueError: two pictures of one stem."""
+    found: dict[str, Path] = {}
+    for path in pictures:
+        stem = unicodedata.normalize("NFC", path.stem)
+        if stem in found:
+            both = f"{shorten(found[stem])} and {shorten(path.name)}"
+            raise ValueError(f"{both} have the same name but for the suffix: rename or remove one of them")
+        found[stem] = path
+    return found
+
+
+def listed(folder: Path) -> Records | None:
+    """The rows of the folder's ``metadata.jsonl`` or ``metadata.csv``; None without one. ValueError: there are both."""
+    there = [folder / name for name in LISTS if (folder / name).is_file()]
+    if len(there) > 1:
+        raise ValueError(f"{shorten(folder)} has {' and '.join(LISTS)}: remove the one that does not count")
+    return Records(there) if there else None
+
+
+def folder_rows(folder: Path) -> tuple[list[dict[str, Any]], list[str]] | None:
+    """Rows "name", "chosen", "rejected", "prompt", "metadata", and notes; None where the layout is another.
+
+    Paths are relative to the folder. A file without a partner is a row with None on the other side. ValueError: two
+    pictures with one stem, two layouts at once, or a text that is not UTF-8.
     """
-    for names in SIDES:
-        if all((folder / name).is_dir() for name in names):
-            return _two_sides(folder, *(folder / name for name in names))
-    found = [_one_pair(place) for place in sorted(folder.iterdir()) if place.is_dir()]
-    return [row for row in found if row] or None
+    listing = Listing()
+    there = visible(folder, listing)
+    names = {path.name for path in there if path.is_dir()}
+    sides = [pair for pair in SIDES if set(pair) <= names]
+    if len(sides) > 1:
+        both = " and ".join("/".join(pair) for pair in sides)
+        raise ValueError(f"{shorten(folder)} has the sides {both}: move one pair of folders elsewhere")
+    if sides:
+        others = [path for path in there if path.name not in (*sides[0], *LISTS)]
+        listing.strange += [path.name for path in others]
+        rows = _two_sides(folder, *(folder / name for name in sides[0]), listing)
+        return rows, listing.notes(folder)
+    found = [(path, _one_pair(path, listing)) for path in there if path.is_dir()]
+    if not any(row for _, row in found):
+        return None
+    listing.strange += [path.name for path, row in found if not row]
+    listing.strange += [path.name for path in there if not path.is_dir()]
+    return [row for _, row in found if row], listing.notes(folder)
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    known = Image.registered_extensions()
-    return {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in known}
-
-
-def _two_sides(folder: Path, chosen: Path, rejected: Path) -> list[dict[str, Any]]:
-    listed = _listed(folder)
-    sides = _pictures(chosen), _pictures(rejected)
-    rows = []
-    for stem in sorted({*sides[0], *sides[1]}):
-        files = [side.get(stem) for side in sides]
-        entry = next((listed[name] for file in files if file for name in _names(folder, file) if name in listed), {})
-        text = _text(chosen / f"{stem}.txt") or _first(entry)
-        rows.append(_row(folder, stem, files, text, entry.get("metadata")))
+def _two_sides(folder: Path, chosen: Path, rejected: Path, listing: Listing) -> list[dict[str, Any]]:
+    entries = _listed(folder)
+    files = [visible(side, listing, folder) for side in (chosen, rejected)]
+    sides = [by_stem(path for path in side if is_picture(path) and not path.is_dir()) for side in files]
+    rows, used = [], set()
+    for stem in sorted({*sides[0], *sides[1]}, key=natural):
+        pair = [side.get(stem) for side in sides]
+        names = [name for file in pair if file for name in _names(folder, file)]
+        entry = next((entries[name] for name in names if name in entries), {})
+        used.update(names)
+        beside = pair[0] or pair[1]
+        text = _text(chosen / f"{beside.stem}.txt" if beside else chosen) or _first(entry)
+        rows.append(_row(folder, stem, pair, text, entry.get("metadata")))
+    captions = {path.stem for path in sides[0].values()} | {path.stem for path in sides[1].values()}
+    listing.strange += [
+        str(path.relative_to(folder))
+        for side in files
+        for path in side
+        if not is_picture(path) and not (path.suffix == ".txt" and path.parent == chosen and path.stem in captions)
+    ]
+    listing.strange += [f"{name} (in the metadata)" for name in entries if name not in used]
     return rows
 
 
-def _names(folder: Path, file: Path) -> tuple[str, str]:
-    return file.relative_to(folder).as_posix(), file.name
+def _names(folder: Path, file: Path) -> Iterator[str]:
+    for name in (file.relative_to(folder).as_posix(), file.name):
+        yield unicodedata.normalize("NFC", name)
 
 
 def _listed(folder: Path) -> dict[str, Mapping[str, Any]]:
-    path = folder / "metadata.jsonl"
-    return {str(entry.get("file_name")): entry for entry in read_jsonl(path)} if path.is_file() else {}
+    rows = listed(folder) or ()
+    return {unicodedata.normalize("NFC", str(entry.get("file_name"))): entry for entry in rows}
 
 
-def _first(entry: Mapping[str, Any]) -> str | None:
-    return next((entry[key] for key in PROMPTS if key in entry), None)
+def _first(entry: Mapping[str, Any]) -> Any:
+    return next((entry[key] for key in PROMPTS if entry.get(key) is not None), None)
 
 
-def _one_pair(place: Path) -> dict[str, Any] | None:
-    pictures = _pictures(place)
-    names = next((names for names in SIDES if set(names) & set(pictures)), None)
-    files = [pictures.get(name) for name in names or ()]
-    return _row(place.parent, place.name, files, _text(place / "prompt.txt"), None) if files else None
+def _one_pair(place: Path, listing: Listing) -> dict[str, Any] | None:
+    own = Listing()
+    there = visible(place, own, place.parent)
+    files = by_stem(path for path in there if is_picture(path) and not path.is_dir())
+    names = next((names for names in SIDES if set(names) & set(files)), None)
+    if names is None:
+        return None
+    read = {*(files[name] for name in names if name in files), place / "prompt.txt"}
+    listing.hidden += own.hidden
+    listing.strange += [str(path.relative_to(place.parent)) for path in there if path not in read]
+    return _row(place.parent, place.name, [files.get(name) for name in names], _text(place / "prompt.txt"), None)
 
 
-def _row(folder: Path, name: str, files: Sequence[Path | None], text: str | None, metadata: Any) -> dict[str, Any]:
+def _row(folder: Path, name: str, files: Sequence[Path | None], text: Any, metadata: Any) -> dict[str, Any]:
     chosen, rejected = (file and file.relative_to(folder) for file in files)
-    return {"name": printable(name), "chosen": chosen, "rejected": rejected, "prompt": text, "metadata": metadata}
+    return {"name": printable(Path(name)), "chosen": chosen, "rejected": rejected, "prompt": text, "metadata": metadata}
 
 
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{printable(path)}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    return read_text(path).strip() if path.exists() and not path.is_dir() else None

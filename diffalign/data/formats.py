@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from diffalign.data.rows import PROMPTS, Row
+from diffalign.files import shorten, some
 from diffalign.structures import ImageSource
 
 Judgement = tuple[ImageSource, ImageSource, float | None]
@@ -32,7 +33,7 @@ class Format:
 
 def pick_a_pic(row: Row) -> Iterator[Judgement]:
     """Pick-a-Pic v1 and v2 (arXiv 2305.01569): bytes in jpg_0 and jpg_1, label_0 in {0, 0.5, 1}."""
-    unjudged = row.values.get("has_label") is False
+    unjudged = row.flag("has_label") is False
     label = None if unjudged else row.choice("label_0", (0, 0.5, 1))
     images = (row.image(f"jpg_{side}", row.values.get(f"image_{side}_uid")) for side in (0, 1))
     yield *images, label
@@ -45,16 +46,19 @@ def hpdv2(row: Row) -> Iterator[Judgement]:
     or ten and their averaged ranks, 0 for the best: each two of them are a pair.
     """
     column = row.first(("image", "image_path", "file_path"))
-    preference, rank = row.values.get("human_preference"), row.values.get("rank")
+    preference, rank = row.cell("human_preference"), row.cell("rank")
     if preference:
-        if sorted(preference) != [0, 1]:
-            raise row.fault("bad_label", "human_preference", f"{preference} is not [1, 0] or [0, 1]")
+        if preference not in ([0, 1], [1, 0]):
+            raise row.fault("bad_label", "human_preference", f"{shorten(preference, 60)} is not [1, 0] or [0, 1]")
         rank = [1 - value for value in preference]
     elif not rank:
         raise row.fault("bad_label", "rank", "neither human_preference nor rank is given")
-    cell = row.values[column]
-    if not callable(cell) and len(cell or ()) != len(rank):
-        raise row.fault("bad_row", column, f"{len(cell or ())} images for {len(rank)} ranks")
+    if not isinstance(rank, list) or not all(isinstance(value, (int, float)) for value in rank):
+        raise row.fault("bad_label", "rank", f"{shorten(rank, 60)} is not a list of numbers")
+    cell = row.cell(column)
+    count = len(cell) if isinstance(cell, (list, tuple)) else int(cell is not None)
+    if not callable(cell) and count != len(rank):
+        raise row.fault("bad_row", column, f"{count} images for {len(rank)} ranks")
     for first, second in combinations(range(len(rank)), 2):
         label = 0.5 + 0.5 * ((rank[first] < rank[second]) - (rank[first] > rank[second]))
         yield row.image(column, place=first), row.image(column, place=second), label
@@ -65,9 +69,14 @@ def hpdv3(row: Row) -> Iterator[Judgement]:
 
     choice_dist counts the votes in either order. Without it the label is 1.
     """
-    votes = row.values.get("choice_dist")
-    if votes and (len(votes) != 2 or min(votes) < 0 or not sum(votes)):
-        raise row.fault("bad_label", "choice_dist", f"{votes} are not the votes for two images")
+    votes = row.cell("choice_dist")
+    if votes and not (
+        isinstance(votes, (list, tuple))
+        and len(votes) == 2
+        and all(isinstance(count, (int, float)) and count >= 0 for count in votes)
+        and sum(votes)
+    ):
+        raise row.fault("bad_label", "choice_dist", f"{shorten(votes, 60)} are not the votes for two images")
     yield row.image("path1"), row.image("path2"), max(votes) / sum(votes) if votes else 1.0
 
 
@@ -96,10 +105,11 @@ LIKED: dict[Any, bool] = {1: True, 0: False, "exclusive_win": True, "intersectio
 def liked(row: Row) -> Iterator[tuple[ImageSource, bool]]:
     """An image, a text and whether it is liked: 1 or 0, or Diffusion-KTO's split."""
     column = row.first(("liked", "label", "split", "score"))
-    value = row.values[column]
-    if not isinstance(value, (str, int, float)) or value not in LIKED:
-        raise row.fault("bad_label", column, f"{value!r} is not one of {', '.join(map(str, LIKED))}")
-    yield row.image(row.first(("image", "file_name", "file_path"))), LIKED[value]
+    value = row.cell(column)
+    known = row.flag(column) if not isinstance(value, str) or value not in LIKED else LIKED[value]
+    if known is None:
+        raise row.fault("bad_label", column, f"{shorten(repr(value), 60)} is not one of {', '.join(map(str, LIKED))}")
+    yield row.image(row.first(("image", "file_name", "file_path"))), known
 
 
 UNPAIRED: dict[str, Format] = {
@@ -117,7 +127,7 @@ def detect(columns: Sequence[str], asked: str, formats: Mapping[str, Format], wh
     if asked != "auto":
         if lacking := formats[asked].missing(columns):
             raise ValueError(
-                f"{where}: format {asked} needs the column {', '.join(lacking)}; there are {', '.join(columns)}. "
+                f"{where}: format {asked} needs the column {', '.join(lacking)}; there are {some(columns, 30, 40)}. "
                 "Rename one, or name another format"
             )
         return formats[asked]
@@ -127,4 +137,4 @@ def detect(columns: Sequence[str], asked: str, formats: Mapping[str, Format], wh
     if fitting:
         raise ValueError(f"{where}: its columns fit {' and '.join(fitting)}; say which with format")
     needs = "; ".join(f"{name} lacks {', '.join(format.missing(columns))}" for name, format in formats.items())
-    raise ValueError(f"{where}: columns {', '.join(columns)} fit no format ({needs}). Rename some, or name a format")
+    raise ValueError(f"{where}: columns {some(columns, 30, 40)} fit no format ({needs}). Rename some, or name a format")

@@ -1,56 +1,33 @@
-"""Encoded images become pixels here, and nowhere else: what is trained on is what AI labels were made of."""
+"""Images of samples: decoded, checked and identified by content."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from diffalign import media
 from diffalign.data.quarantine import Fault
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 Sample = Pair | LabelledImage
 
-# What PIL raises on broken or hostile files; SyntaxError and EOFError come from its PNG reader.
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
-
 
 def decode(source: ImageSource, content: bytes | None = None) -> Image.Image:
-    """The image in RGB, 8 bits, turned upright as its EXIF data say; the first frame of an animation.
+    """Decode an image to RGB, 8 bits: see ``media.decode``. content: its bytes, where they were read already.
 
-    Grey is repeated, CMYK and palettes are resolved and transparency is dropped, as rewards do. Grey of 16 bits is
-    scaled. The suffix of a file does not matter. content: the bytes, where they were read already.
-
-    Fault "unreadable": no file, no permission, no image, a truncated one, or more than PIL's MAX_IMAGE_PIXELS.
+    Fault "unreadable": no file, no permission, or nothing that can be decoded.
     """
     try:
-        with Image.open(io.BytesIO(source.read() if content is None else content)) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                raise ValueError(f"{image.width} x {image.height} pixels are too many: a decompression bomb")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _from_16_bits(upright) if upright.mode.startswith("I") else upright.convert("RGB")
-    except BROKEN as error:
-        raise Fault("unreadable", source.name, _reason(error)) from error
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, which ``convert`` would clip at 255."""
-    levels = np.asarray(image).astype(np.float64) / 257
-    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+        return media.decode(source.read() if content is None else content)
+    except media.BROKEN as error:
+        raise Fault("unreadable", source.name, media.reason(error)) from error
 
 
 def to_uint8(image: Image.Image) -> Tensor:
@@ -96,8 +73,8 @@ def _check_mask(sample: Sample, images: Sequence[Image.Image]) -> None:
 def _read(source: ImageSource) -> bytes:
     try:
         return source.read()
-    except BROKEN as error:
-        raise Fault("unreadable", source.name, _reason(error)) from error
+    except media.BROKEN as error:
+        raise Fault("unreadable", source.name, media.reason(error)) from error
 
 
 def fetched(sample: Sample) -> Sample:

@@ -17,11 +17,11 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from diffalign.data.folders import LABELS
 from diffalign.data.images import content_key
-from diffalign.data.quarantine import printable
+from diffalign.files import shorten, some
 from diffalign.structures import Pair
 
-FOLDER = ".labels"  # hidden, so that no loader takes what is in it for data
 Gaps = Sequence[tuple[float, float | None]]  # by reward its weight, and the first score minus the second
 
 
@@ -54,10 +54,10 @@ def labels_path(source: str | Path, name: str) -> Path:
     if name.endswith(".parquet"):
         return Path(name)
     if path.is_dir():
-        return path / FOLDER / f"{name}.parquet"
+        return path / LABELS / f"{name}.parquet"
     if path.is_file():
-        return path.parent / FOLDER / path.name / f"{name}.parquet"
-    raise ValueError(f"labels {name!r}: {source} is no file or folder here; give a path that ends in .parquet")
+        return path.parent / LABELS / path.name / f"{name}.parquet"
+    raise ValueError(f"labels {name!r}: {shorten(source)} is no file or folder here; give a path that ends in .parquet")
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -92,8 +92,8 @@ class Labels:
         path = labels_path(source, name)
         if not path.is_file():
             others = sorted(file.stem for file in path.parent.glob("*.parquet"))
-            known = f"; there are {', '.join(others)}" if others else ""
-            raise FileNotFoundError(f"no labels at {printable(path)}{known}: make them with diffalign relabel")
+            known = f"; there are {some(others, 10)}" if others else ""
+            raise FileNotFoundError(f"no labels at {shorten(path)}{known}: make them with diffalign relabel")
         rows = read_table(path)
         judged = {row["key"]: (row["content"], row["label"]) for row in rows}
         return cls(path, judged, {row["content"]: row["label"] for row in rows})
@@ -101,17 +101,17 @@ class Labels:
     def of(self, key: str) -> float | None:
         """The label of a pair by its key; None where no reward could say. ValueError: it was never judged."""
         if key not in self.judged:
-            raise ValueError(f"{printable(self.path)} has no label for pair {key}: the data changed, relabel them")
+            raise ValueError(f"{shorten(self.path)} has no label for pair {key}: the data changed, relabel them")
         return self.judged[key][1]
 
     def of_content(self, pair: Pair) -> float | None:
         """The label of a pair by its content. ValueError: it was never judged."""
         content = content_key(pair)
         if content not in self.by_content:
-            raise ValueError(f"{printable(self.path)} has no label for {pair.key}: the data changed, relabel them")
+            raise ValueError(f"{shorten(self.path)} has no label for {pair.key}: the data changed, relabel them")
         return self.by_content[content]
 
     def check(self, key: str, pair: Pair) -> None:
         """ValueError: the text or an image of this pair is not what was judged."""
         if content_key(pair) != self.judged[key][0]:
-            raise ValueError(f"{printable(self.path)}: {pair.key} is not what was judged: the data changed, relabel")
+            raise ValueError(f"{shorten(self.path)}: {pair.key} is not what was judged: the data changed, relabel")

@@ -19,6 +19,7 @@ from diffalign.data.quarantine import DataWarning, Fault, Quarantine
 from diffalign.data.rows import Row
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.tables import Table, open_table
+from diffalign.files import bounded, shorten
 from diffalign.structures import LabelledImage, Pair
 
 T = TypeVar("T", Pair, LabelledImage)
@@ -159,6 +160,7 @@ class PairData(Samples[Pair]):
         # Three numbers a pair: a million pairs are 24 MB.
         self.places = array("q")
         for number, part in enumerate(parts):
+            quarantine.notes += part.table.notes
             for row, place, pair, label in part.pairs(quarantine):
                 if counts(pair, label, settings, quarantine):
                     self.places.extend((number, row, place))
@@ -214,8 +216,8 @@ def examined(data: S, where: str) -> S:
     data.quarantine.enforce()
     if not len(data):
         lines = [f"{kind}: {count}" for kind, count in data.quarantine.skipped.items()] + data.quarantine.lines()
-        raise ValueError("\n".join([f"{where}: not one sample is left", *lines]))
+        raise ValueError(bounded("\n".join([f"{shorten(where)}: not one sample is left", *lines])))
     data.examine(data.settings.scan)
     if lines := data.quarantine.lines():
-        warnings.warn("\n".join([f"{where}:", *lines]), DataWarning, stacklevel=3)
+        warnings.warn(bounded("\n".join([f"{shorten(where)}:", *lines])), DataWarning, stacklevel=3)
     return data

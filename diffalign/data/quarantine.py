@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from diffalign.files import bounded, printable, shorten
+
+__all__ = [
+    "EXAMPLES",
+    "KINDS",
+    "DataWarning",
+    "Fault",
+    "Kind",
+    "Quarantine",
+    "check_actions",
+    "fault_lines",
+    "printable",
+]
 EXAMPLES = 5  # of each kind of fault, in a message
 
 
@@ -42,13 +53,9 @@ class Fault(ValueError):
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
         assert kind in KINDS, kind
-        super().__init__(f"{where}: {detail}")
+        detail = shorten(detail, 400)
+        super().__init__(f"{shorten(where, 600)}: {detail}")
         self.kind, self.where, self.detail = kind, where, detail
-
-
-def printable(path: Path | str) -> str:
-    """A path in valid UTF-8: bytes of a file name that are not appear as ``\\xff``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class Quarantine:
@@ -56,8 +63,8 @@ class Quarantine:
 
     actions: by kind, where the default will not do. max_bad_share: the largest share of samples that may be left out.
     rows: of the data set; examined: samples whose images were decoded before the run; skipped: what is left out without
-    being a fault, "ties" and "unlabelled"; dropped: where a sample was left out; found: by kind, where and why, of kept
-    samples only the first few; kept: by kind, how many.
+    being a fault, "ties" and "unlabelled"; notes: files of a folder that are not read, a line per kind; dropped: where
+    a sample was left out; found: by kind, where and why, of kept samples only the first few; kept: by kind, how many.
     """
 
     def __init__(self, actions: Mapping[str, str] | None = None, max_bad_share: float = 0.01) -> None:
@@ -66,6 +73,7 @@ class Quarantine:
         self.rows = 0
         self.examined = 0
         self.skipped: Counter[str] = Counter()
+        self.notes: list[str] = []
         self.kept: Counter[str] = Counter()
         self.found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
         self.dropped: set[str] = set()
@@ -103,15 +111,16 @@ class Quarantine:
     def enforce(self, images: int | None = None) -> None:
         """ValueError where more than ``max_bad_share`` is left out."""
         if (share := self.bad_share(images)) > self.max_bad_share:
-            raise ValueError(
+            text = (
                 f"{share:.1%} of the data cannot be used, more than max_bad_share {self.max_bad_share:.1%}:\n"
                 + "\n".join(self.lines())
-                + "\nmend the data (diffalign check names every fault), or raise max_bad_share"
+                + "\nfix the data (diffalign check names every fault), or raise max_bad_share"
             )
+            raise ValueError(bounded(text))
 
     def lines(self) -> list[str]:
-        """A line per kind of fault that was found, with the first few by name."""
-        return fault_lines(self.summary()["faults"])
+        """A line per kind of fault that was found, with the first few by name, and the notes."""
+        return [*fault_lines(self.summary()["faults"]), *self.notes]
 
     def summary(self) -> dict[str, Any]:
         """For JSON: rows, examined, skipped, bad_share, and of each kind action, count and samples."""
@@ -119,6 +128,7 @@ class Quarantine:
             "rows": self.rows,
             "examined": self.examined,
             "skipped": dict(self.skipped),
+            "not_read": list(self.notes),
             "bad_share": self.bad_share(),
             "faults": {
                 kind: {"action": self.actions[kind], "count": self.count(kind), "samples": dict(faults)}
@@ -133,7 +143,9 @@ def fault_lines(faults: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for kind, found in faults.items():
         if count := found["count"]:
             lines.append(f"{kind}: {count} ({KINDS[kind].meaning}; {found['action']})")
-            lines += [f"  {where}: {detail}" for where, detail in list(found["samples"].items())[:EXAMPLES]]
+            lines += [
+                f"  {shorten(f'{where}: {detail}', 300)}" for where, detail in list(found["samples"].items())[:EXAMPLES]
+            ]
             lines += [f"  ... and {count - EXAMPLES} more"] if count > EXAMPLES else []
     return lines
 

@@ -9,6 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from diffalign.files import some
+
+# What a line of a buffer's metadata.jsonl must hold.
+LINE: dict[str, Any] = {"file_name": str, "group": int, "sample": int, "rewards": Mapping}
+
 
 def _best_and_worst(ranked: Sequence[int]) -> list[tuple[int, int]]:
     return [(ranked[0], ranked[-1])] if len(ranked) > 1 else []
@@ -75,6 +80,10 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
     ValueError: a reward that the lines do not have, or several and none named.
     """
     lines = list(rows)
+    for number, line in enumerate(lines, start=1):
+        wrong = [name for name, kind in LINE.items() if not isinstance(line.get(name), kind)]
+        if wrong:
+            raise ValueError(f"{where}: line {number} of its metadata has no {wrong[0]}; is it a rollout buffer's?")
     weights = _weights(lines, pairing.rewards, where)
     scores = [_score(line["rewards"], weights) for line in lines]
     found = []
@@ -85,8 +94,8 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
                 "name": f"group {first['group']}, samples {first['sample']} and {second['sample']}",
                 "image_0": Path(first["file_name"]),
                 "image_1": Path(second["file_name"]),
-                "prompt": first["prompt"],
-                "metadata": first.get("metadata") or {},
+                "prompt": first.get("prompt"),
+                "metadata": first.get("metadata"),
                 "label": pairing.label(scores[better] - scores[worse]),
             }
         )
@@ -96,9 +105,9 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
 def _weights(lines: Sequence[Mapping[str, Any]], asked: Mapping[str, float], where: str) -> Mapping[str, float]:
     known = list(dict.fromkeys(name for line in lines for name in line["rewards"]))
     if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"{where} has no reward {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ValueError(f"{where} has no reward {some(unknown)}; it has {some(known, 20)}")
     if not asked and len(known) != 1:
-        names = ", ".join(known) or "(none)"
+        names = some(known, 20) or "(none)"
         raise ValueError(f"{where} has the rewards {names}: name those that count in rollouts.rewards")
     return asked or {known[0]: 1.0}
 

@@ -28,6 +28,10 @@ class PreferenceSettings:
     image_root: Path | None = field(
         default=None, metadata=_help("where relative image paths start; default: the folder of the table")
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata=_help("read image files that lie outside the folder of the data (or image_root), also through links"),
+    )
     ties: Literal["drop", "soft", "error"] = field(
         default="drop", metadata=_help("what becomes of a label of 0.5: soft keeps it")
     )

@@ -24,6 +24,7 @@ from diffalign.data.quarantine import DataWarning, Quarantine
 from diffalign.data.rows import Row
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.tables import Stream, open_stream
+from diffalign.files import bounded, shorten
 from diffalign.structures import Pair
 
 Permutation = Callable[..., Tensor]
@@ -82,6 +83,7 @@ class PairStream:
         self.rank, self.world = rank, world
         self.shards = [(part, number) for part in parts for number in range(part.stream.shards)]
         self.quarantine = Quarantine(settings.on_fault, settings.max_bad_share)
+        self.quarantine.notes += [note for part in parts for note in part.stream.notes]
         self.counted = Cursor(-1)  # the last row that the quarantine has counted
         if window < 1 or not 0 <= rank < world:
             raise ValueError(f"window {window} must be at least 1, and rank {rank} in [0, {world})")
@@ -97,7 +99,7 @@ class PairStream:
                 found = True
                 yield pair, after
             if not found and cursor == Cursor(cursor.epoch):
-                raise ValueError("\n".join(["not one pair can be used", *self.quarantine.lines()]))
+                raise ValueError(bounded("\n".join(["not one pair can be used", *self.quarantine.lines()])))
             cursor = Cursor(cursor.epoch + 1)
 
     def load(self, cursor: Cursor | None = None) -> Iterator[tuple[Pair, tuple[Image.Image, ...], Cursor]]:
@@ -181,5 +183,6 @@ def stream_pairs(
     stream = PairStream(parts, settings, permutation, window, rank, world)
     stream.examine(settings.scan)
     if lines := stream.quarantine.lines():
-        warnings.warn("\n".join([f"{', '.join(map(str, sources))}:", *lines]), DataWarning, stacklevel=2)
+        text = "\n".join([f"{shorten(', '.join(map(str, sources)))}:", *lines])
+        warnings.warn(bounded(text), DataWarning, stacklevel=2)
     return stream

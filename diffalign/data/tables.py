@@ -1,41 +1,81 @@
-"""Where rows come from: files, folders and hub data sets, through the loaders of ``datasets``.
+"""Where rows come from: files, folders and hub data sets.
 
 A source is a .parquet, .arrow, .jsonl, .json or .csv file; a folder that ``datasets`` can load or has saved, a folder
-of pairs (see ``folders``), or a rollout buffer (see ``RolloutBuffer.save``); or the id of a data set on the hub. Cells
-with encoded images are left on disk until somebody reads the image.
+of pairs (see ``folders``), a folder with pictures and a ``metadata.jsonl``, or a rollout buffer (see
+``RolloutBuffer.save``); or the id of a data set on the hub. Text files are read as they are written (see ``records``),
+the others by ``datasets``. Cells with encoded images are left on disk until somebody reads the image.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
-from diffalign.data.folders import folder_rows, read_jsonl
+from diffalign.data.folders import Listing, folder_rows, listed, pictures_below
 from diffalign.data.quarantine import printable
+from diffalign.data.records import Records, read_json, read_rows
 from diffalign.data.rollouts import rollout_pairs
-from diffalign.data.rows import Row
+from diffalign.data.rows import Row, columns_of, named_row
 from diffalign.data.settings import PreferenceSettings
+from diffalign.files import open_regular, shorten, some
 
-LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
+TEXTS = (".jsonl", ".json", ".csv")
 BATCH = 1000  # rows that are read at once where every row is read
+PROBED = 100  # rows that tell the columns of a stream
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened source. data: its rows; root: where relative paths start; inside: folders that hold its image files,
+    besides the root; notes: what of a folder is not read; files: the text files whose rows ``data`` holds; local: false
+    for a hub data set, whose paths may not lead to files that happen to lie in the working folder.
+    """
+
+    data: Any
+    root: Path
+    inside: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    local: bool = True
+
+    def within(self, settings: PreferenceSettings) -> tuple[Path, ...] | None:
+        """The folders of which one must hold an image file; None: any place."""
+        if settings.allow_outside:
+            return None
+        asked = () if settings.image_root is None else (settings.image_root,)
+        return (*asked, *((self.root,) if self.local else ()), *self.inside)
 
 
 class Table:
-    """The rows of a source. data: a ``Dataset``, or rows in memory. masks: the column of masks, if they have any."""
+    """The rows of a source. data: a ``Dataset``, or rows in memory. masks: the column of masks, if they have any.
+
+    within: the folders that hold image files, None: any. notes: what of a folder is not read.
+    """
 
     def __init__(
-        self, name: str, data: Dataset | Sequence[Mapping[str, Any]], root: Path, masks: str | None = None
+        self,
+        name: str,
+        data: Dataset | Sequence[Mapping[str, Any]],
+        root: Path,
+        masks: str | None = None,
+        within: tuple[Path, ...] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        self.name, self.data, self.root, self.masks = name, data, root, masks
+        self.name, self.data, self.root, self.masks, self.within = shorten(name), data, root, masks, within
+        self.notes = tuple(notes)
         features = getattr(data, "features", None) or {}
-        self.columns = list(features) or list(dict.fromkeys(key for row in data for key in row))
-        _check_masks(name, masks, self.columns)
+        self.columns = list(features) or (data.columns if isinstance(data, Records) else columns_of(data))
+        _check_masks(self.name, masks, self.columns)
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
@@ -51,118 +91,209 @@ class Table:
 
     def rows(self) -> Iterator[Row]:
         """Every row, in order."""
+        return (self._row(number, values) for number, values in enumerate(self._values()))
+
+    def _values(self) -> Iterator[Mapping[str, Any]]:
+        if not isinstance(self._plain, Dataset):
+            yield from self._plain
+            return
         for start in range(0, len(self), BATCH):
             block = self._plain[start : start + BATCH]
-            if isinstance(block, Mapping):
-                block = [dict(zip(block, cells, strict=True)) for cells in zip(*block.values(), strict=True)]
-            yield from (self._row(start + i, values) for i, values in enumerate(block))
+            if not block:  # every column is encoded
+                block = {"": [None] * (min(start + BATCH, len(self)) - start)}
+            yield from (dict(zip(block, cells, strict=True)) for cells in zip(*block.values(), strict=True))
 
     def _cell(self, number: int, column: str) -> Any:
         return self._cells[column][number][column]
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         cells = {column: partial(self._cell, number, column) for column in self.encoded}
-        return named_row(f"{self.name}, row {number}", str(number), {**values, **cells}, self.root, self.masks)
+        name = f"{self.name}, row {number}"
+        return named_row(name, str(number), {**values, **cells}, self.root, self.masks, self.within)
 
 
 class Stream:
-    """The rows of a source that are read one after the other; shards are its files, in the order of their names."""
+    """The rows of a source that are read one after the other; shards are its files, in the order of their names.
 
-    def __init__(self, name: str, data: IterableDataset | Table, root: Path, masks: str | None = None) -> None:
-        self.name, self.data, self.root, self.masks = name, data, root, masks
-        self.shards = data.num_shards if isinstance(data, IterableDataset) else 1
-        self.columns = data.columns if isinstance(data, Table) else data.column_names or list(next(iter(data)))
-        _check_masks(name, masks, self.columns)
+    data: an ``IterableDataset``, a table in memory, or text files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: IterableDataset | Table | Sequence[Path],
+        root: Path,
+        masks: str | None = None,
+        within: tuple[Path, ...] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name, self.data, self.root, self.masks, self.within = shorten(name), data, root, masks, within
+        self.notes = tuple(notes)
+        if isinstance(data, Table):
+            self.shards, self.columns = 1, data.columns
+        elif isinstance(data, IterableDataset):
+            self.shards = data.num_shards
+            self.columns = data.column_names or columns_of(islice(data, PROBED))
+        else:
+            self.shards = len(data)
+            self.columns = columns_of(row for path in data for row in islice(read_rows(path), PROBED))
+        if not self.columns:
+            raise ValueError(f"{self.name} holds no row: name a data set with at least one")
+        _check_masks(self.name, masks, self.columns)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
         """The rows of a shard, from its row ``start`` on."""
         if isinstance(self.data, Table):
             yield from (self.data.row(number) for number in range(start, len(self.data)))
             return
-        part = self.data.shard(num_shards=self.shards, index=shard).skip(start)
+        if isinstance(self.data, IterableDataset):
+            part = self.data.shard(num_shards=self.shards, index=shard).skip(start)
+        else:
+            part = read_rows(self.data[shard], start)
         for number, values in enumerate(part, start=start):
-            key = f"{shard}/{number}"
-            yield named_row(f"{self.name}, shard {shard}, row {number}", key, values, self.root, self.masks)
-
-
-def named_row(name: str, key: str, values: Mapping[str, Any], root: Path, masks: str | None) -> Row:
-    """A row; one with a "name" of its own, as folders and buffers have, is called by it."""
-    own = values.get("name") if isinstance(values.get("name"), str) else None
-    return Row(f"{name} ({own})" if own else name, key, values, root, masks)
+            name, key = f"{self.name}, shard {shard}, row {number}", f"{shard}/{number}"
+            yield named_row(name, key, values, self.root, self.masks, self.within)
 
 
 def open_table(source: str | Path, settings: PreferenceSettings) -> Table:
     """The rows of ``source``. FileNotFoundError: nothing there. ValueError: nothing that can be read."""
-    data, root = _open(source, settings, streaming=False)
+    opened = _open(source, settings, streaming=False)
+    data = Records(opened.files) if opened.files and opened.data is None else opened.data
     if isinstance(data, Dataset):
         for column, feature in data.features.items():
             if (raw := _undecoded(feature)) != feature:
                 data = data.cast_column(column, raw)
     if not len(data):
-        raise ValueError(f"{printable(source)} holds no row: name a data set with at least one")
-    return Table(printable(source), data, settings.image_root or root, settings.mask)
+        raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
+    root = settings.image_root or opened.root
+    return Table(printable(Path(source)), data, root, settings.mask, opened.within(settings), opened.notes)
 
 
 def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
     """The same rows, read one after the other; folders of pairs and buffers are lists of names, and held in memory."""
-    data, root = _open(source, settings, streaming=True)
-    if not isinstance(data, IterableDataset):
-        table = open_table(source, settings)
-        return Stream(table.name, table, table.root, settings.mask)
-    return Stream(printable(source), data.decode(False), settings.image_root or root, settings.mask)
+    opened = _open(source, settings, streaming=True)
+    root, within = settings.image_root or opened.root, opened.within(settings)
+    data = opened.data.decode(False) if isinstance(opened.data, IterableDataset) else opened.files
+    if not data:
+        data = open_table(source, settings)
+    return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes)
 
 
-def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> tuple[Any, Path]:
+def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> Opened:
     path = Path(source)
-    if path.is_dir():
-        return _folder(path, settings, streaming), path
-    if path.is_file():
-        if path.suffix.lower() not in LOADERS:
-            raise ValueError(f"{printable(path)}: unknown suffix {path.suffix!r}; known: {', '.join(LOADERS)}")
-        loaded = _load(
-            LOADERS[path.suffix.lower()], data_files={"train": str(path)}, split="train", streaming=streaming
-        )
-        return loaded, path.parent
+    if os.path.isdir(source):
+        return _folder(path, settings, streaming)
+    if os.path.lexists(source):
+        return _file(path, streaming)
     if path.suffix or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(
-            f"no preference data at {printable(source)}: check the path (relative to {Path.cwd()}), or name a hub id "
-            "such as yuvalkirstain/pickapic_v2"
+            f"no preference data at {shorten(source)}: check the path (relative to {Path.cwd()}), or name a hub id "
+            "such as owner/name"
         )
     options = {"name": settings.subset, "revision": settings.revision}
-    return _load(str(source), split=settings.split, streaming=streaming, **options), Path.cwd()
+    loaded = _load(str(source), split=settings.split, streaming=streaming, **options)
+    return Opened(loaded, Path.cwd(), _caches(), local=False)
 
 
-def _folder(path: Path, settings: PreferenceSettings, streaming: bool) -> Any:
+def _file(path: Path, streaming: bool) -> Opened:
+    suffix = path.suffix.lower()
+    if suffix not in (*LOADERS, *TEXTS):
+        known = ", ".join((*LOADERS, *TEXTS))
+        raise ValueError(f"{shorten(path)}: unknown suffix {shorten(path.suffix, 40)!r}; known: {known}")
+    try:
+        open_regular(path).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shorten(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if suffix in TEXTS:
+        rows = read_json(path) if suffix == ".json" else None
+        return Opened(rows, path.parent, files=(path,) if rows is None else ())
+    loaded = _load(LOADERS[suffix], data_files={"train": str(path)}, split="train", streaming=streaming)
+    return Opened(loaded, path.parent)
+
+
+def _folder(path: Path, settings: PreferenceSettings, streaming: bool) -> Opened:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             if settings.split not in saved:
-                raise ValueError(f"{printable(path)} has no split {settings.split!r}; it has {', '.join(saved)}")
+                raise ValueError(f"{shorten(path)} has no split {settings.split!r}; it has {some(saved, 20)}")
             saved = saved[settings.split]
-        return saved.to_iterable_dataset() if streaming else saved
-    listed = list(read_jsonl(path / "metadata.jsonl")) if (path / "metadata.jsonl").is_file() else []
-    if listed and {"group", "rewards", "file_name"} <= set(listed[0]):
-        return rollout_pairs(listed, settings.rollouts, printable(path))
-    found = folder_rows(path)
-    return found or _load(str(path), split=settings.split, streaming=streaming)
+        return Opened(saved.to_iterable_dataset() if streaming else saved, path)
+    entries = listed(path)
+    if entries and {"group", "rewards", "file_name"} <= set(entries.columns):
+        return Opened(rollout_pairs(entries, settings.rollouts, shorten(path)), path)
+    if (found := folder_rows(path)) is not None:
+        return Opened(found[0], path, notes=tuple(found[1]))
+    for place in (path, path / settings.split):
+        if place.is_dir() and (entries := listed(place)) is not None:
+            return _pictures(place, entries)
+    return _loadable(path, settings, streaming)
+
+
+def _pictures(folder: Path, entries: Records) -> Opened:
+    """A folder of pictures with a line of metadata each, in ``datasets``' layout: X_file_name is the image X."""
+    rows: list[dict[str, Any]] = []
+    named: set[Path] = set()
+    for entry in entries:
+        files = {key: value for key, value in entry.items() if key.endswith("file_name") and isinstance(value, str)}
+        named |= {folder / value for value in files.values()}
+        renamed = {key: key.removesuffix("_file_name") or key for key in entry}
+        rows.append({renamed[key]: value for key, value in entry.items()})
+    pictures, listing = pictures_below(folder)
+    unlisted = [str(path.relative_to(folder)) for path in pictures if path not in named]
+    notes = Listing(listing.hidden, listing.strange, unlisted).notes(folder)
+    return Opened(rows, folder, notes=tuple(notes))
+
+
+def _loadable(path: Path, settings: PreferenceSettings, streaming: bool) -> Opened:
+    """A folder whose files ``datasets`` finds; those of text are read here, as they are written."""
+    try:
+        builder = datasets.load_dataset_builder(str(path))
+    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(f"{shorten(path)} cannot be read: {shorten(error, 400)}") from error
+    files = [Path(str(name)) for name in (builder.config.data_files or {}).get(settings.split, ())]
+    folders = {file.parent for file in files}
+    root = folders.pop() if len(folders) == 1 and builder.name in ("parquet", "json", "csv", "arrow") else path
+    if files and builder.name in ("json", "csv") and all(file.suffix.lower() in TEXTS for file in files):
+        rows = [read_json(file) for file in files if file.suffix.lower() == ".json"]
+        if not rows:
+            return Opened(None, root, (path,), files=tuple(files))
+        if len(rows) == len(files) and all(part is not None for part in rows):
+            return Opened([row for part in rows if part is not None for row in part], root, (path,))
+    return Opened(_load(str(path), split=settings.split, streaming=streaming), root, (path, *_caches()))
+
+
+def _caches() -> tuple[Path, ...]:
+    """Where ``datasets`` puts what it downloads and unpacks."""
+    places = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        datasets.config.EXTRACTED_DATASETS_PATH,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    return tuple(Path(place) for place in places)
 
 
 def _load(*args: Any, **options: Any) -> Any:
     try:
-        return datasets.load_dataset(*args, **options)
-    except StopIteration:  # of an empty file of JSON
+        loaded = datasets.load_dataset(*args, **options)
+        if getattr(getattr(loaded, "info", None), "builder_name", None) == "csv":
+            # By default pandas takes captions such as None, NA and null for nothing, and 007 for 7.
+            loaded = datasets.load_dataset(*args, **options, keep_default_na=False, dtype=str)
+        return loaded
+    except StopIteration:  # of an empty file
         raise ValueError(f"{_asked(args, options)} holds no row: name a data set with at least one") from None
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"{_asked(args, options)} cannot be read: {error.__cause__ or error}") from error
+        raise ValueError(f"{_asked(args, options)} cannot be read: {shorten(error.__cause__ or error, 400)}") from error
 
 
 def _check_masks(name: str, masks: str | None, columns: Sequence[str]) -> None:
     if masks is not None and masks not in columns:
-        raise ValueError(f"{name} has no column {masks!r} of masks: name one of {', '.join(columns)} as data.mask")
+        raise ValueError(f"{name} has no column {masks!r} of masks: name one of {some(columns, 30, 40)} as data.mask")
 
 
 def _asked(args: Sequence[Any], options: Mapping[str, Any]) -> str:
-    return printable(options["data_files"]["train"] if "data_files" in options else args[0])
+    return shorten(options["data_files"]["train"] if "data_files" in options else args[0])
 
 
 def _is_encoded(feature: Any) -> bool:

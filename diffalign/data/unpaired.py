@@ -52,6 +52,7 @@ class LabelledData(Samples[LabelledImage]):
         # Five numbers an image: source, row, place in the row, side, liked.
         self.places = array("q")
         for number, part in enumerate(parts):
+            quarantine.notes += part.table.notes
             for place in self._plain(part) if part.format in UNPAIRED.values() else self._unpaired(part):
                 self.places.extend((number, *place))
 

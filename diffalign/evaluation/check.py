@@ -20,7 +20,9 @@ from diffalign.data.quarantine import EXAMPLES, fault_lines
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import PairStream, open_stream_part
 from diffalign.data.unpaired import LabelledData, open_labelled
-from diffalign.evaluation.check_prompts import examine_prompts, prompts_text
+from diffalign.evaluation.check_prompts import examine_prompts, prompts_text, too_long
+from diffalign.files import shorten, some
+from diffalign.models.prompt_length import Encoder, text_encoders
 from diffalign.structures import LabelledImage, Pair
 
 
@@ -31,6 +33,8 @@ class CheckConfig(PreferenceSettings):
     data: tuple[str, ...] = option((), "files, folders or hub ids of preference data, or files of prompts")
     prompts: bool = option(False, "as prompts, a line each; .txt files always are")
     scan: int | None = option(None, "at most so many samples from the first on; null: all")
+    model: str | None = option(None, "folder or hub id of a model whose tokens count, where a prompt is too long")
+    max_sequence_length: int | None = option(None, "tokens per prompt, as in the training; default: the model's own")
     unpaired: bool = option(False, "as single images that are liked or not, which pairs can be too")
     streaming: bool = option(False, "one row after the other, without a copy on disk")
     json: bool = option(False, "print JSON, with every sample that would be left out")
@@ -39,6 +43,10 @@ class CheckConfig(PreferenceSettings):
     def of_prompts(self) -> bool:
         """Whether the data are prompts, and no preferences."""
         return self.prompts or (bool(self.data) and all(source.lower().endswith(".txt") for source in self.data))
+
+    def encoders(self) -> list[Encoder] | None:
+        """The text encoders of ``model``; None where it is not given. FileNotFoundError, ValueError: no such model."""
+        return None if self.model is None else text_encoders(self.model, self.max_sequence_length)
 
     def settings(self) -> PreferenceSettings:
         """What a run would be told, but nothing that is found stops the reading."""
@@ -108,13 +116,15 @@ def samples(data: PairData | LabelledData | PairStream) -> Iterable[Pair | Label
 
 def examine(config: CheckConfig) -> dict[str, Any]:
     """Everything that is known after reading the data once: what ``run`` prints."""
+    encoders = config.encoders()
     data, settings = config.open(), config.settings()
-    tally, repeats, sizes, prompts = Tally(), Repeats(), Counter(), set()
+    tally, repeats, sizes = Tally(), Repeats(), Counter()
+    prompts: dict[str, None] = {}
     for sample, images in _looked_at(data, settings, config.scan):
         tally.add(sample)
         repeats.add(sample)
         sizes.update(f"{image.width} x {image.height}" for image in images)
-        prompts.add(sample.prompt.text)
+        prompts[sample.prompt.text] = None
     found = data.quarantine.summary()
     skipped = found.pop("skipped")
     report = {
@@ -127,6 +137,7 @@ def examine(config: CheckConfig) -> dict[str, Any]:
         "soft_labels": tally.soft,
         "repeated": {"count": len(repeats.names), "contradicting": repeats.contradicting, "samples": repeats.names},
         "prompts": len(prompts),
+        "long": [f"{length}: {shorten(text, 60)}" for text in prompts if (length := too_long(text, encoders))],
         "sizes": dict(sizes.most_common()),
     }
     return {**report, "verdict": verdict(config, report)}
@@ -166,14 +177,17 @@ def text(report: dict[str, Any]) -> str:
     sizes = [f"{size} ({count})" for size, count in list(report["sizes"].items())[:EXAMPLES]]
     rest = len(report["sizes"]) - len(sizes)
     repeated = report["repeated"]
+    long = report["long"]
     parts = [
-        f"{', '.join(report['data'])}: {report['good']} good samples in {report['rows']} rows",
+        f"{some(report['data'], 5, 200)}: {report['good']} good samples in {report['rows']} rows",
         f"labels: {share}; {report['ties']} ties, {report['unlabelled']} unlabelled, {report['soft_labels']} soft",
-        f"prompts: {report['prompts']} different",
+        f"prompts: {report['prompts']} different, {len(long)} too long for a text encoder",
+        *(f"  {name}" for name in long[:EXAMPLES]),
         f"sizes: {', '.join(sizes) or 'none'}" + (f" and {rest} more" if rest else ""),
         f"repeated: {repeated['count']}, of which {repeated['contradicting']} contradict the first",
-        *(f"  {name}" for name in repeated["samples"][:EXAMPLES]),
+        *(f"  {shorten(name, 300)}" for name in repeated["samples"][:EXAMPLES]),
         *fault_lines(report["faults"]),
+        *report["not_read"],
         *(f"a run would stop: {reason}" for reason in report["verdict"]),
     ]
     return "\n".join(parts)
@@ -181,7 +195,7 @@ def text(report: dict[str, Any]) -> str:
 
 def run(config: CheckConfig) -> int:
     """The command: prints the report; 1 where a run with these settings would stop, else 0."""
-    report = examine_prompts(config.data) if config.of_prompts else examine(config)
+    report = examine_prompts(config.data, config.encoders()) if config.of_prompts else examine(config)
     said = prompts_text if config.of_prompts else text
     print(json.dumps(report, indent=1) if config.json else said(report))
     return 1 if report["verdict"] else 0

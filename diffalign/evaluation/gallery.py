@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
 from diffalign.evaluation.subjects import Subject
+from diffalign.files import read_bytes
+from diffalign.media import decode
 from diffalign.models import DiffusionModel, tuned
 from diffalign.models.offload import VAE
 from diffalign.models.tuned import weights_file
@@ -77,7 +78,7 @@ class Judged:
     def images(self, rows: Sequence[int] | None = None) -> Tensor:
         """All images, or those of ``rows``: (N, 3, H, W), float32, [0, 1]."""
         files = self.files if rows is None else [self.files[row] for row in rows]
-        pixels = [np.array(Image.open(file).convert("RGB")) for file in files]
+        pixels = [np.array(decode(read_bytes(file))) for file in files]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -7,8 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
+
+from diffalign.evaluation.markdown import inert, inline_code
 
 REPOSITORY_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -46,12 +49,12 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
     file = path / "README.md" if path.is_dir() else path
     what = "A LoRA" if card.lora else "A denoiser with all of its weights tuned,"
     sections = [
-        f"# {card.title}",
-        f"{what} for `{card.base_model}`, trained with diffalign ({card.trainer}).",
+        f"# {inert(card.title)}",
+        f"{what} for {inline_code(card.base_model)}, trained with diffalign ({card.trainer}).",
         "## Use",
         _fenced(card.load_snippet, "python"),
         *(["## Results", card.results] if card.results else []),
-        *(f"![{Path(name).stem}]({name.replace(' ', '%20')})" for name in card.pictures),
+        *(f"![{inert(Path(name).stem)}]({quote(name)})" for name in card.pictures),
         "## Training",
         _fenced(card.command, "bash"),
         _fenced(card.config_yaml, "yaml"),

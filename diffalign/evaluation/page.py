@@ -13,6 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from diffalign.evaluation.gallery import Judged
+from diffalign.files import read_bytes
+from diffalign.media import decode
 from diffalign.structures import Prompt
 
 BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
@@ -30,7 +32,7 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     first = {
         name: [(judged.prompt == i).nonzero()[0].item() for i in range(len(prompts))] for name, judged in models.items()
     }
-    pictures = [[Image.open(judged.files[row]) for row in first[name]] for name, judged in models.items()]
+    pictures = [[decode(read_bytes(judged.files[row])) for row in first[name]] for name, judged in models.items()]
     small = max(picture.width for column in pictures for picture in column) <= SMALL
     columns = _embedded(pictures, small)
     rewards = list(next(iter(models.values())).scores)

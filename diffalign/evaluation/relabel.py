@@ -21,6 +21,7 @@ from diffalign.data.quarantine import Fault, Quarantine
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import open_stream_part
 from diffalign.evaluation.ledger import mend, whole_rows
+from diffalign.files import bounded, shorten
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.settings import RewardConfig, build_rewards
 from diffalign.rollout.scoring import score
@@ -67,12 +68,14 @@ def relabel(source: str | Path, config: RelabelConfig) -> Path:
     book = Book(path, about)
     quarantine = Quarantine(config.on_fault, config.max_bad_share)
     order: list[tuple[str, str]] = []
-    for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
-        for entry, scores in zip(batch, judge(rewards, batch), strict=True):
-            book.add(entry.content, scores)
+    with book.file:
+        for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
+            for entry, scores in zip(batch, judge(rewards, batch), strict=True):
+                book.add(entry.content, scores)
     rows = [_row(key, content, book.known.get(content, {}), weights, config) for key, content in order]
     if not rows:
-        raise ValueError("\n".join([f"{source}: not one pair can be judged", *quarantine.lines()]))
+        text = "\n".join([f"{shorten(source)}: not one pair can be judged", *quarantine.lines()])
+        raise ValueError(bounded(text))
     write_table(path, rows, {**about, "weights": weights, "rule": config.rule, "scale": config.scale})
     book.close()
     print("\n".join([f"{path}: {_summary(rows)}", *quarantine.lines()]))
@@ -109,9 +112,13 @@ def _pending(
 
 def _every(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
     if config.streaming:
-        yield from ((key, pair) for key, pair, _ in open_stream_part(source, config.settings()).pairs(quarantine))
+        streamed = open_stream_part(source, config.settings())
+        quarantine.notes += streamed.stream.notes
+        yield from ((key, pair) for key, pair, _ in streamed.pairs(quarantine))
         return
-    for row, place, pair, _ in open_part(source, config.settings()).pairs(quarantine):
+    part = open_part(source, config.settings())
+    quarantine.notes += part.table.notes
+    for row, place, pair, _ in part.pairs(quarantine):
         yield f"{row}.{place}", pair
 
 

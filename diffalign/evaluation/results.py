@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.evaluation.diversity import embedding_distance, pairwise_distance
+from diffalign.evaluation.markdown import inert
 from diffalign.evaluation.win_rate import Interval, WinRate, mean_interval, win_rate
 
 
@@ -71,16 +72,16 @@ def to_json(models: Mapping[str, Figures], settings: Mapping[str, object]) -> di
 def to_markdown(models: Mapping[str, Figures]) -> str:
     """A table with a column per model: rewards and tasks with half the width of their interval, wins, diversity."""
     found = list(models.values())
-    rows = [["", *models], ["---", *("---:" for _ in models)]]
-    rows += [[name, *(_plus_minus(f.rewards[name]) for f in found)] for name in found[0].rewards]
+    rows = [["", *map(inert, models)], ["---", *("---:" for _ in models)]]
+    rows += [[inert(name), *(_plus_minus(f.rewards[name]) for f in found)] for name in found[0].rewards]
     first = next(iter(found[0].rewards))
     tags = dict.fromkeys(tag for f in found for tag in f.tasks)
-    rows += [[f"{first}: {tag}", *(_plus_minus(f.tasks.get(tag)) for f in found)] for tag in tags]
+    rows += [[inert(f"{first}: {tag}"), *(_plus_minus(f.tasks.get(tag)) for f in found)] for tag in tags]
     for name in found[0].rewards:
         if any(f.wins for f in found):
-            rows.append([f"{name}: wins over base", *(_wins(f.wins.get(name)) for f in found)])
+            rows.append([inert(f"{name}: wins over base"), *(_wins(f.wins.get(name)) for f in found)])
     rows += [[f"diversity ({kind})", *(f"{f.diversity[kind]:.4g}" for f in found)] for kind in found[0].diversity]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _plus_minus(interval: Interval | None) -> str:

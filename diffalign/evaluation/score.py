@@ -33,7 +33,9 @@ from diffalign.structures import Prompt
 class ScoreConfig:
     """Fields of ``diffalign score``."""
 
-    images: tuple[str, ...] = option((), "picture files, folders, .parquet or .jsonl files")
+    images: tuple[str, ...] = option((), "picture files, folders, .parquet, .arrow, .jsonl, .json or .csv files")
+    image_root: Path | None = option(None, "where relative paths of tables start; default: the folder of the table")
+    allow_outside: bool = option(False, "read pictures that lie outside the folder of their table, also through links")
     prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")
     prompts: Path | None = option(None, ".txt or .jsonl, a prompt per picture in their order")
     rewards: str | tuple[str, ...] = option((), "a reward, or several in a list or with commas between")
@@ -75,7 +77,7 @@ class ScoreConfig:
         """The pictures and their prompts. ValueError: nothing to score, or a prompt is missing."""
         if not self.images:
             raise ValueError("name pictures: diffalign score FOLDER --rewards pickscore --prompt 'a red circle'")
-        items = chain.from_iterable(map(read, self.images))
+        items = chain.from_iterable(read(source, self.image_root, self.allow_outside) for source in self.images)
         if self.prompt is not None:
             return with_prompts(items, [Prompt(self.prompt)])
         return with_prompts(items, load_prompts(self.prompts)) if self.prompts else items

@@ -1,27 +1,28 @@
-"""Where pictures to be judged come from: files, folders, Parquet files, JSON lines; read one by one, when needed."""
+"""Where pictures to be judged come from: files, folders, tables; read one by one, when needed."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
-from PIL import Image
 from torch import Tensor
 
-from diffalign.data.prompts import TEXT_KEYS
-from diffalign.rewards.pictures import as_image
-from diffalign.structures import Prompt
+from diffalign import media
+from diffalign.data.folders import Listing, listed, pictures_below
+from diffalign.data.quarantine import DataWarning
+from diffalign.data.records import Records
+from diffalign.data.rows import PROMPTS, Row
+from diffalign.data.settings import PreferenceSettings
+from diffalign.data.tables import LOADERS, TEXTS, Table, open_table
+from diffalign.files import bounded, check_inside, printable, read_text, shorten, some
+from diffalign.rewards.pictures import as_image, from_pil
+from diffalign.structures import ImageSource, Prompt
 
-TEXTS = (*TEXT_KEYS, "caption")
-PICTURES = ("image", "jpg_0", "file_name")
-# Not all that PIL registers: .pdf and .h5 are among it, which it cannot read.
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".ppm"})
+PICTURES = ("image", "jpg_0", "file_name", "file_path")
 
 
 @dataclass(frozen=True)
@@ -37,99 +38,101 @@ class Item:
         return replace(self, prompt=prompt)
 
 
-def read(source: str) -> Iterator[Item]:
+def read(source: str, image_root: Path | None = None, allow_outside: bool = False) -> Iterator[Item]:
     """The pictures of a file or folder, in order.
 
-    A folder: every picture below it, by name, with the prompts of a ``metadata.jsonl`` in it ("file_name", and
-    "prompt", "text" or "caption"; the other members become metadata), or of a ``.txt`` file beside each. ``.parquet``:
-    a picture ("image", or Pick-a-Pic's "jpg_0") and a prompt per row. ``.jsonl``: as ``metadata.jsonl``, with "image"
-    or "file_name", a path relative to the file. Anything else is a picture.
+    A folder: every picture below it, in natural order, with the prompts of a ``metadata.jsonl`` or ``metadata.csv`` in
+    it ("file_name", and "prompt", "caption" or "text"; the other members become metadata), or of a ``.txt`` file beside
+    each. A table (.parquet, .arrow, .jsonl, .json, .csv, a folder that ``datasets`` saved): a picture ("image",
+    "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row; paths start at the table's folder, or at ``image_root``.
+    Anything else is a picture.
 
     FileNotFoundError: nothing there. ValueError: no picture in it, or columns that cannot be told.
     """
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"nothing at {path}: check the path (relative to {Path.cwd()})")
-    if path.is_dir():
-        yield from _folder(path)
-    elif path.suffix.lower() == ".parquet":
-        yield from _parquet(path)
-    elif path.suffix.lower() == ".jsonl":
-        yield from (_listed(path.parent, row) for row in _rows(path))
+    settings = PreferenceSettings(image_root=image_root, allow_outside=allow_outside)
+    if not os.path.lexists(source):  # unlike Path.exists, False for names that are too long
+        raise FileNotFoundError(f"nothing at {shorten(source)}: check the path (relative to {Path.cwd()})")
+    saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if saved or (not path.is_dir() and path.suffix.lower() in (*LOADERS, *TEXTS)):
+        yield from _table(open_table(path, settings))
+    elif path.is_dir():
+        yield from _folder(path, settings)
     else:
-        yield _file(path)
+        yield _file(path, None)
 
 
-def _folder(path: Path) -> Iterator[Item]:
-    if (path / "metadata.jsonl").is_file():
-        yield from (_listed(path, row) for row in _rows(path / "metadata.jsonl"))
+def _folder(path: Path, settings: PreferenceSettings) -> Iterator[Item]:
+    pictures, listing = pictures_below(path)
+    entries = listed(path)
+    if entries is not None:
+        named = {path / str(entry[key]) for entry in entries for key in PICTURES if entry.get(key)}
+        listing.unlisted = [str(file.relative_to(path)) for file in pictures if file not in named]
+    elif not pictures:
+        raise ValueError(f"{shorten(path)} holds no picture: name the folder that does")
+    _say(listing, path)
+    if entries is not None:
+        yield from _listed(path, entries, settings)
         return
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
-    if not files:
-        raise ValueError(f"{path} holds no picture: name the folder that does")
-    yield from map(_file, files)
+    stems: dict[Path, Path] = {}
+    for file in pictures:
+        other = stems.setdefault(file.with_suffix(""), file)
+        if other != file and file.with_suffix(".txt").is_file():
+            both = f"{shorten(other)} and {shorten(file.name)}"
+            raise ValueError(f"{both} have one text, {file.with_suffix('.txt').name}: rename one of the pictures")
+    yield from (_file(file, None if settings.allow_outside else path) for file in pictures)
 
 
-def _file(path: Path) -> Item:
+def _say(listing: Listing, folder: Path) -> None:
+    if notes := listing.notes(folder):
+        warnings.warn(bounded("\n".join(notes)), DataWarning, stacklevel=3)
+
+
+def _listed(folder: Path, entries: Records, settings: PreferenceSettings) -> Iterator[Item]:
+    within = None if settings.allow_outside else (*filter(None, [settings.image_root]), folder)
+    name = printable(entries.paths[0])
+    yield from _table(Table(name, entries, settings.image_root or folder, within=within))
+
+
+def _file(path: Path, within: Path | None) -> Item:
+    def load() -> Tensor:
+        if within is not None:
+            check_inside(path, (within,))
+        return as_image(path)
+
     beside = path.with_suffix(".txt")
-    prompt = Prompt(beside.read_text(encoding="utf-8").strip()) if beside.is_file() else None
-    return Item(str(path), lambda: as_image(path), prompt)
+    prompt = Prompt(read_text(beside).strip()) if beside != path and beside.is_file() else None
+    return Item(printable(path), load, prompt)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: bad JSON ({error.msg}); write one object per line") from error
-            if isinstance(row, dict) and isinstance(row.get(_picture_key(row)), str):
-                yield row
-            elif row is not None:
-                raise ValueError(f'{path}, line {number}: no picture; write {{"image": "FILE", "prompt": "..."}}')
-
-
-def _picture_key(row: Mapping[str, Any]) -> str:
-    return next((key for key in PICTURES if key in row), "")
-
-
-def _listed(folder: Path, row: dict[str, Any]) -> Item:
-    file = folder / row[_picture_key(row)]
-    return Item(str(file), lambda: as_image(file), _prompt({k: v for k, v in row.items() if k not in PICTURES}))
-
-
-def _prompt(row: Mapping[str, Any]) -> Prompt | None:
-    key = next((key for key in TEXTS if row.get(key) is not None), None)
-    return None if key is None else Prompt(str(row[key]), {name: row[name] for name in row if name != key})
-
-
-def _parquet(path: Path) -> Iterator[Item]:
-    table = Dataset.from_parquet(str(path))
-    column = next((key for key in PICTURES if key in table.column_names), None)
+def _table(table: Table) -> Iterator[Item]:
+    column = next((key for key in PICTURES if key in table.columns), None)
     if column is None:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"{path} has no column {' or '.join(PICTURES)} (it has {columns}): rename one")
-    if hasattr(table.features[column], "decode"):  # decoded here, one by one: a broken picture costs nothing else
-        table = table.cast_column(column, type(table.features[column])(decode=False))
-
-    def load(number: int) -> Tensor:
-        found = table[number][column]
-        if isinstance(found, Mapping):
-            found = found["bytes"] or found["path"]
-        if found is None:
-            raise ValueError("the row holds no picture")
-        return _from_bytes(found) if isinstance(found, bytes) else as_image(found)
-
-    for number, row in enumerate(table.remove_columns(column)):
-        yield Item(f"{path}#{number}", partial(load, number), _prompt(row))
+        columns = some(table.columns, 20, 40)
+        raise ValueError(f"{table.name} has no column {' or '.join(PICTURES)} (it has {columns}): rename one")
+    for number, row in enumerate(table.rows()):
+        chosen = row.first(PICTURES)
+        source = row.image(chosen)
+        if isinstance(table.data, Records) and row.cell(chosen) is None:
+            raise ValueError(f'{table.data.where(number)}: no picture; write {{"image": "FILE", "prompt": "..."}}')
+        name = printable(source.content) if isinstance(source.content, Path) else f"{table.name}#{number}"
+        yield Item(name, partial(_load, source), _prompt(row, table))
 
 
-def _from_bytes(content: bytes) -> Tensor:
+def _load(source: ImageSource) -> Tensor:
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return as_image(picture)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"these bytes cannot be read as a picture: {error}") from error
+        return from_pil(media.decode(source.read()))
+    except media.BROKEN as error:
+        raise ValueError(f"{source.name} cannot be read as a picture: {media.reason(error)}") from error
+
+
+def _prompt(row: Row, table: Table) -> Prompt | None:
+    """The text of a row, None without one; its other cells but pictures are metadata, as in prompt files."""
+    column = row.first(PROMPTS)
+    if row.values.get(column) is None:
+        return None
+    used = {*PICTURES, column, "metadata", *table.encoded}
+    return Prompt(row.text(), row.metadata(name for name in row.values if name not in used))
 
 
 def with_prompts(items: Iterator[Item], prompts: Sequence[Prompt]) -> Iterator[Item]:

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoTokenizer, CLIPModel
 
+from diffalign.files import shorten
 from diffalign.rewards.base import Facts, Metadata, register
 from diffalign.rewards.clip import image_embeddings, load_clip, text_embeddings
+from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned, split
 from diffalign.rewards.preprocess import centre_round, on_images, to_bytes
 
@@ -204,22 +206,18 @@ class GenEvalReward:
 
         ValueError: metadata without a specification, or with a class that the detector does not know.
         """
-        for prompt, spec in zip(prompts, metadata, strict=True):
-            if not spec.get("include"):
+        for prompt, given in zip(prompts, metadata, strict=True):
+            if not given.get("include"):
                 raise ValueError(
-                    f"reward {self.name!r} needs the objects of {prompt!r}: add metadata in GenEval's format, "
-                    '"tag": "colors", "include": [{"class": "bench", "count": 1, "color": "red"}]'
+                    f"reward {self.name!r} needs the objects of {shorten(prompt, 80)!r}: add metadata in GenEval's "
+                    'format, "tag": "colors", "include": [{"class": "bench", "count": 1, "color": "red"}]'
                 )
         detector, processor, clip, tokenizer = load_once(_load, self.weights, self.clip)
         known = set(class_names(detector).values())
-        for spec in metadata:
-            if strange := [c["class"] for c in (*spec["include"], *spec.get("exclude", ())) if c["class"] not in known]:
-                raise ValueError(
-                    f"reward {self.name!r}: the detector knows no {strange[0]!r}; it knows {', '.join(sorted(known))}"
-                )
+        specs = [self._spec(prompt, given, known) for prompt, given in zip(prompts, metadata, strict=True)]
         scores = []
         with hosted(detector, self.weights, images.device), hosted(clip, self.weights, images.device):
-            for image, spec in zip(images, metadata, strict=True):
+            for image, spec in zip(images, specs, strict=True):
                 least = COUNTING_THRESHOLD if spec.get("tag") == "counting" else THRESHOLD
                 objects = detect(detector, processor, image, least)
 
@@ -228,6 +226,13 @@ class GenEvalReward:
 
                 scores.append(VERDICTS[self.verdict](objects, colors_of, spec))
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _spec(self, prompt: str, given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+        try:
+            return read_spec(given, known, COLORS, "the detector")
+        except ValueError as error:
+            where = f"reward {self.name!r} cannot read the metadata of {shorten(prompt, 80)!r}"
+            raise ValueError(f"{where}: {error}") from error
 
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"

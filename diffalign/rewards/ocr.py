@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.files import shorten
 from diffalign.rewards.base import Facts, Metadata, register
 from diffalign.rewards.hosting import load_once
 from diffalign.rewards.preprocess import on_images, to_bytes
@@ -63,8 +64,9 @@ def target_of(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The text to show: metadata "text", else what the prompt quotes first. ValueError: neither."""
     quoted = QUOTED.search(prompt)
     target = metadata.get("text") or (quoted and (quoted.group(1) or quoted.group(2))) or ""
+    target = target if isinstance(target, str) else str(target)  # a number, where a table has a column of them
     if not target.strip():
-        raise ValueError(f'no text to look for in {prompt!r}: quote it ("..."), or give metadata "text"')
+        raise ValueError(f'no text to look for in {shorten(prompt, 80)!r}: quote it ("..."), or give metadata "text"')
     return target
 
 

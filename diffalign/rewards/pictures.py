@@ -11,24 +11,27 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-HIGHEST = 2.0  # a decoder may leave [0, 1] by a little; levels of 8 bits leave it by far
+from diffalign import media
+from diffalign.files import read_bytes, shorten
+
+LOWEST, HIGHEST = -0.5, 2.0  # a VAE may leave [0, 1] by a little; levels of 8 bits, and [-1, 1], leave it by far
 Picture = Image.Image | str | Path | np.ndarray | Tensor
 
 
 def as_image(picture: Picture) -> Tensor:
-    """One picture as (3, H, W), float, [0, 1].
+    """Convert one picture to (3, H, W), float, [0, 1].
 
     A PIL image, the path of one, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor with channels first.
-    Grey is repeated, transparency dropped and palettes are resolved, as PIL's ``convert("RGB")`` does, which published
-    scores were made with. Integers have 8 bits, or 16 in PNGs of 16-bit grey; floats are in [0, 1], float64 stays.
+    Files and PIL images go through the decoder of all commands: see ``media.decode``. Integers of arrays have 8 bits;
+    floats are in [0, 1], float64 stays.
 
-    FileNotFoundError: no such file. ValueError: another type, shape or dtype, floats far above 1, or a file that is no
-    picture.
+    FileNotFoundError: no such file. ValueError: another type, shape or dtype, floats far outside [0, 1], or a file that
+    cannot be decoded.
     """
     if isinstance(picture, (str, Path)):
         return _from_file(Path(picture))
     if isinstance(picture, Image.Image):
-        return _from_pil(picture)
+        return from_pil(media.to_rgb(picture))
     if isinstance(picture, np.ndarray):
         rows = picture[:, :, None] if picture.ndim == 2 else picture
         picture = torch.from_numpy(np.ascontiguousarray(rows)).movedim(-1, 0) if rows.ndim == 3 else rows
@@ -39,24 +42,24 @@ def as_image(picture: Picture) -> Tensor:
         raise ValueError(f"a picture of {picture.dtype}: pass uint8, or floats in [0, 1]")
     if picture.is_floating_point() and picture.numel() and picture.max() > HIGHEST:
         raise ValueError(f"a picture of floats up to {picture.max():g}: pass floats in [0, 1], or uint8")
+    if picture.is_floating_point() and picture.numel() and picture.min() < LOWEST:
+        raise ValueError(f"a picture of floats down to {picture.min():g}: pass floats in [0, 1], or uint8")
     rgb = picture[:3].expand(3, -1, -1)
     return rgb.float() / 255 if picture.dtype == torch.uint8 else rgb
 
 
 def _from_file(path: Path) -> Tensor:
     try:
-        with Image.open(path) as picture:
-            return _from_pil(picture)
+        return from_pil(media.decode(read_bytes(path)))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no picture at {path}: check the path (relative to {Path.cwd()})") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise FileNotFoundError(f"no picture at {shorten(path)}: check the path (relative to {Path.cwd()})") from None
+    except media.BROKEN as error:
+        raise ValueError(f"{shorten(path)} cannot be read as a picture: {media.reason(error)}") from error
 
 
-def _from_pil(picture: Image.Image) -> Tensor:
-    if picture.mode.startswith("I;16"):  # convert would clip it at 255
-        return (torch.from_numpy(np.array(picture, dtype=np.float32)) / 65535).expand(3, -1, -1)
-    return pil_to_tensor(picture.convert("RGB")).float() / 255
+def from_pil(picture: Image.Image) -> Tensor:
+    """Convert an RGB image to (3, H, W), float32, [0, 1]."""
+    return pil_to_tensor(picture).float() / 255
 
 
 def as_images(pictures: Picture | Sequence[Picture]) -> Tensor:

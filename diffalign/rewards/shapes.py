@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.files import shorten
 from diffalign.rewards.base import Facts, Metadata, register
+from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.preprocess import on_images
 from diffalign.shapes import judge_batch
+from diffalign.shapes.scene import COLORS, SHAPES
 
 VERDICTS = ("score", "strict", "correct")
 
@@ -41,11 +45,18 @@ class ShapesReward:
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """(B,) float32, [0, 1], on the CPU. ValueError: metadata without a specification."""
-        for prompt, spec in zip(prompts, metadata, strict=True):
-            if "include" not in spec:
-                raise ValueError(
-                    f"reward {self.name!r} needs the objects of {prompt!r}: add metadata such as "
-                    '"include": [{"class": "circle", "count": 1, "color": "red"}], as diffalign.shapes.prompt_set does'
-                )
-        verdicts = judge_batch(images, metadata)
+        specs = [self._spec(prompt, given) for prompt, given in zip(prompts, metadata, strict=True)]
+        verdicts = judge_batch(images, specs)
         return torch.tensor([getattr(verdict, self.verdict) for verdict in verdicts], dtype=torch.float32)
+
+    def _spec(self, prompt: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if not given.get("include"):
+            raise ValueError(
+                f"reward {self.name!r} needs the objects of {shorten(prompt, 80)!r}: add metadata such as "
+                '"include": [{"class": "circle", "count": 1, "color": "red"}], as diffalign.shapes.prompt_set does'
+            )
+        try:
+            return read_spec(given, SHAPES, COLORS, "the verifier")
+        except ValueError as error:
+            where = f"reward {self.name!r} cannot read the metadata of {shorten(prompt, 80)!r}"
+            raise ValueError(f"{where}: {error}") from error

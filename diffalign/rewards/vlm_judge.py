@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.files import shorten
 from diffalign.rewards.base import Facts, Metadata, register
 from diffalign.rewards.preprocess import check_images, on_images
 from diffalign.rewards.wire import RemoteError, Wire, encode_image
@@ -140,6 +141,13 @@ class RatingJudge:
         return torch.tensor(_scores(self.name, self.endpoint.wire, ask, range(len(images))), dtype=torch.float32)
 
 
+def _questions(metadata: Mapping[str, Any]) -> list[str]:
+    found = metadata.get("questions") or []
+    if not isinstance(found, (list, tuple)) or not all(isinstance(question, str) for question in found):
+        raise ValueError(f"metadata: questions is {shorten(repr(found), 80)}; write a list of texts")
+    return list(found)
+
+
 @dataclass(frozen=True)
 class ChecklistJudge:
     """The mean probability of "yes" over the questions in a prompt's metadata, under ``questions``.
@@ -159,7 +167,7 @@ class ChecklistJudge:
         asked = [
             (i, question)
             for i, prompt in enumerate(prompts)
-            for question in metadata[i].get("questions") or [SHOWS.format(prompt=prompt)]
+            for question in _questions(metadata[i]) or [SHOWS.format(prompt=prompt)]
         ]
         pictures = [encode_image(image) for image in images]
 

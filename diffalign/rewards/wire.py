@@ -16,19 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 import urllib3
 from PIL import Image
 from torch import Tensor
 from urllib3.util import Retry
 
+from diffalign import media
+from diffalign.rewards.pictures import from_pil
 from diffalign.rewards.preprocess import to_bytes
 
 T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
 LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
 LARGEST_REPLY = 1 << 24  # bytes
-FORMATS = ("PNG", "JPEG", "WEBP")  # some of PIL's others start programs
 POOL = urllib3.PoolManager(maxsize=64)
 
 
@@ -174,10 +174,10 @@ def encode_image(image: Tensor) -> str:
 
 
 def decode_image(text: str) -> Tensor:
-    """A PNG, JPEG or WebP in base64 as (3, H, W), float32, [0, 1]. ValueError: no base64, or no such image."""
+    """Decode an image file in base64 to (3, H, W), float32, [0, 1]. ValueError: no base64, or no image."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS) as picture:
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-            return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 255
-    except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image must be a PNG, JPEG or WebP picture file in base64: {error}") from error
+        return from_pil(media.decode(base64.b64decode(text, validate=True)))
+    except (TypeError, *media.BROKEN) as error:
+        raise ValueError(
+            f"an image must be a PNG, JPEG or WebP picture file in base64: {media.reason(error)}"
+        ) from error

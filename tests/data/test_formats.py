@@ -223,7 +223,7 @@ def test_a_format_that_cannot_be_told_is_an_error_that_helps(columns, asked, mes
         ("notes.txt", r"notes\.txt: unknown suffix '\.txt'; known: \.parquet, \.arrow"),
         ("broken.parquet", r"broken\.parquet.* cannot be read"),
         ("empty.jsonl", r"empty\.jsonl holds no row"),
-        ("headed.csv", r"headed\.csv cannot be read: .*no data"),
+        ("headed.csv", r"headed\.csv holds no row"),
     ],
 )
 def test_a_source_that_cannot_be_opened_is_named(source, message, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_what_is_known_is_neither_read_nor_counted_again(tmp_path, monkeypatch):
         data = load_pairs(path, settings=PreferenceSettings(max_bad_share=0.2))
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.append(file) or real(file, *rest))
+    monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(file) or real(file, **how))
     assert data.load(3)[0].prompt.text == "caption 4"
     data.load(7)
     assert len(opened) == 4, "two images of pair 4, two of pair 7, none of pair 3"
@@ -134,7 +134,7 @@ def test_only_so_many_images_are_looked_at_as_told(tmp_path, monkeypatch):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: FAULTS["unreadable"]}, 10))
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.append(file) or real(file, *rest))
+    monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(file) or real(file, **how))
     data = load_pairs(path, settings=PreferenceSettings(scan=4))
     assert (len(opened), data.quarantine.examined) == (8, 4), "0, 2, 5 and 7: spread evenly"
     with pytest.raises(ValueError, match="unreadable: 1"):

@@ -212,7 +212,7 @@ ODD_LINES = [
     (b"\t ", None, None),
     (b"a \xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x9a\x80 on a \xf0\x9f\x8f\x94\xef\xb8\x8f", None, None),
     (b"fine", "repeated", "line 1 again"),
-    (b"word " * 2000, "long", "9,999 characters"),
+    (b"word " * 2000, "long", "2,000 words"),
     (b"a\x00b\xe2\x80\xae", "control", "U+0000, U+202E"),
     ("ein Bär".encode("latin-1"), "not_utf8", "not UTF-8"),
 ]

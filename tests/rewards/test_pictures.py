@@ -25,9 +25,9 @@ def test_every_mode_is_converted_as_pil_does(mode, tmp_path):
 
 
 def test_grey_of_16_bits_keeps_its_shades():
-    levels = np.array([[0, 256, 65535]], dtype=np.uint16)
+    levels = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     image = as_image(Image.fromarray(levels))
-    torch.testing.assert_close(image, torch.tensor([[0, 256 / 65535, 1]]).expand(3, 1, 3))
+    assert torch.equal(image, (torch.tensor([[0, 1, 128, 255]]) / 255).expand(3, 1, 4)), "as the files of a training"
 
 
 def test_arrays_and_tensors():
