@@ -144,8 +144,8 @@ class Gallery:
     def _guidance(self, model: DiffusionModel, encoded: EncodedPrompts) -> Guidance:
         scale = self.sampling.guidance_scale
         if model.negative is None:
-            return Guidance(scale, encoded.empty if scale != 1 else None)
-        if scale == 1:
+            return encoded.guidance(scale)
+        if not model.guides(scale):
             raise ValueError("a negative prompt acts by guidance: give the guidance_scale that it was trained with")
         return Guidance(scale, model.negative.conditioning(model.negative()))
 

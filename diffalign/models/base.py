@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class DiffusionModel(ABC):
     """
 
     parameterization: str
+    # The pipeline guides at scales above this one.
+    unguided_scale: float = 1.0
     denoiser_name: str = "transformer"
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained``: parts of the pipeline that no training needs.
@@ -170,12 +173,15 @@ class DiffusionModel(ABC):
         """The denoiser's output, guided: (B, C, h, w), float32 or wider.
 
         level: fields () or (B,). Guidance doubles the batch of one call instead of making two, unless its negative is
-        detached and gradients are recorded.
+        detached and gradients are recorded; at scales that do not guide it costs nothing (see ``guides``).
         """
         time = level.time.to(x.device, torch.float32, non_blocking=True).expand(len(x))
         with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
-            if guidance is None or not guidance.active:
+            if guidance is None or not self.guides(guidance.scale):
                 return self.evaluate(x, time, conditioning)
+            guidance = self.resolve_guidance(guidance)
+            assert guidance is not None
+            assert guidance.negative is not None
             negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
             if guidance.detached and torch.is_grad_enabled():
                 with torch.no_grad():
@@ -186,9 +192,23 @@ class DiffusionModel(ABC):
                 against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return self.guide(against, towards, guidance.scale)
 
+    def guides(self, scale: float | None) -> bool:
+        """Tell whether the pipeline guides at ``scale``; None is no guidance."""
+        return scale is not None and scale > self.unguided_scale
+
+    def resolve_guidance(self, guidance: Guidance | None) -> Guidance | None:
+        """Fill in the negative where the scale guides and leaves it out: for several steps with one encoding."""
+        if guidance is None or guidance.negative is not None or not self.guides(guidance.scale):
+            return guidance
+        return replace(guidance, negative=self.unconditional())
+
     def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
-        """The guided output of a negative and a positive one."""
+        """Combine a negative and a positive output, as the pipeline does at ``scale``."""
         return against + scale * (towards - against)
+
+    def guidance_factor(self, scale: float | None) -> float:
+        """Return the weight of the positive output at ``scale``; 1 without guidance."""
+        return float(scale) if scale is not None and self.guides(scale) else 1.0
 
     @needs(VAE)
     def decode(self, latents: Tensor) -> Tensor:

@@ -48,6 +48,14 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     return name
 
 
+def unguided_scale(path: str | Path, revision: str | None = None) -> float:
+    """Return the guidance scale that turns guidance off in a model's family; 1 where the family cannot be told yet."""
+    try:
+        return FAMILIES[pipeline_class(path, revision)].unguided_scale
+    except (OSError, ValueError):  # loading the model says what is wrong with it
+        return DiffusionModel.unguided_scale
+
+
 def loaded_commit(model: DiffusionModel) -> str | None:
     """The commit of the hub that the denoiser came from; None for one from a folder."""
     place = Path(str(model.raw_denoiser.config.get("_name_or_path", "")))
