@@ -205,7 +205,8 @@ class Trainer:
             "base_model": args.model,
             "base_revision": args.revision or "",
             "rank": str(args.lora.rank),
-            "alpha": str(args.lora.alpha or args.lora.rank),
+            "alpha": str(args.lora.rank),  # of the file, whose B has alpha / rank in it
+            "trained_alpha": str(args.lora.alpha or args.lora.rank),
             "seed": str(args.seed),
             "config_sha256": made["config_sha256"],
             "data_sha256": made["data_sha256"],
