@@ -55,6 +55,7 @@ class EvaluationConfig:
     cache_dir: Path | None = option(None, "keeps prompt embeddings; default: the run's cache_dir, else nothing is kept")
     scales: tuple[float, ...] = option((), "each LoRA at each of these scales")
     checkpoints: bool = option(False, "each run as a strip over its checkpoints")
+    allow_partial: bool = option(False, "go on, with a warning, where the model lacks layers of a LoRA")
     embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
 
     def subjects(self) -> list[Subject]:

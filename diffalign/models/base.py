@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
+from diffalign.models.lora_file import read_tensors
 from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.offload import VAE, Visitor, needs, place
 from diffalign.models.weights import REFERENCE, WeightSets
@@ -270,10 +271,10 @@ class DiffusionModel(ABC):
     def load_negative(self, file: Path) -> None:
         """Puts a negative prompt that ``save`` wrote in the place of the empty one, which is the reference.
 
-        ValueError: it is of another model or length.
+        ValueError: it is damaged, or of another model or length.
         """
         negative = self.train_negative()
-        here, saved = self.negative_arguments(negative.conditioning(negative())), load_file(file)
+        here, saved = self.negative_arguments(negative.conditioning(negative())), read_tensors(file)
         sizes, found = ({name: tuple(t.shape) for name, t in named.items()} for named in (here, saved))
         if sizes != found:
             raise ValueError(
