@@ -126,9 +126,16 @@ def _random_window(options: Options, iteration: int, seed: int) -> range:
     """A start drawn from the address (seed, iteration): the same for every sample, process and resumed run."""
     size = options["window_size"]
     low, high = options["window_range"] or (0, options["num_steps"] // 2)
+    steps = options["num_steps"]
     if low < 0 or low + size > high:
         raise ValueError(
-            f"no window of {size} steps fits in window_range [{low}, {high}): widen it or shrink window_size"
+            f"no window of {size} steps fits in plan.window_range [{low}, {high}) of {steps} steps: widen it, raise "
+            "plan.num_steps, or shrink plan.window_size"
+        )
+    if high >= steps:
+        raise ValueError(
+            f"plan.window_range [{low}, {high}) reaches the last of {steps} steps, which is not trained: end it at "
+            f"{steps - 1}, or raise plan.num_steps"
         )
     address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
@@ -141,7 +148,10 @@ def _sliding_window(options: Options, iteration: int, seed: int) -> range:
     size, stride = options["window_size"], options["window_stride"]
     starts = range(0, options["num_steps"] - size, stride)
     if not starts:
-        raise ValueError(f"window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it")
+        raise ValueError(
+            f"plan.window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it, or raise "
+            "plan.num_steps"
+        )
     start = starts[iteration // options["shift_every"] % len(starts)]
     return range(start, start + size)
 
@@ -213,7 +223,8 @@ def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
     stochastic = PRESETS[config.preset].steps(options, iteration, seed)
     if not stochastic.stop < config.num_steps:
         raise ValueError(
-            f"the last of {config.num_steps} steps is not trained: steps up to {stochastic.stop - 1} asked"
+            f"the last of {config.num_steps} steps is not trained, and the plan trains steps up to "
+            f"{stochastic.stop - 1}: raise plan.num_steps, or shrink plan.window_size"
         )
     ode = Row(options.get("ode_solver", "ode"), 0.0, False)
     return Plan(tuple(_sde(options) if step in stochastic else ode for step in range(config.num_steps)))

@@ -129,8 +129,8 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
         if not getattr(config, name):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
-    for name in ("num_steps", "images_per_prompt", "batch_size"):
-        if getattr(config, name) < 1:
+    for name in ("num_steps", "images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
+        if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not 0 <= config.base_share < 1:
         raise ValueError(f"base_share lies in [0, 1), got {config.base_share}: 0.25 leaves a quarter to the base")

@@ -26,6 +26,26 @@ from diffalign.structures import Conditioning, Guidance, Level
 SCHEDULES = ("pipeline", "uniform")
 
 
+def check_resolution(resolution: tuple[int, int], unit: int) -> None:
+    """Refuse an image size that a pipeline would round or reject.
+
+    Args:
+        resolution: height and width, in pixels.
+        unit: what both must be multiples of.
+
+    Raises:
+        ValueError: a side is below 1, or no multiple of ``unit``.
+    """
+    for side in resolution:
+        if side < 1 or side % unit:
+            down = max(side // unit, 0) * unit
+            sizes = f"{down} or {down + unit}" if down else f"{unit} or more"
+            raise ValueError(
+                f"resolution {resolution[0]} x {resolution[1]}: sides of this model's images are multiples of {unit} "
+                f"pixels; set resolution: {sizes}"
+            )
+
+
 def check_schedule(schedule: str) -> None:
     """ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
@@ -57,6 +77,8 @@ class DiffusionModel(ABC):
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         self.pipeline = pipeline
         self.resolution = resolution
+        if resolution is not None:
+            self.check_resolution((resolution, resolution))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -166,9 +188,25 @@ class DiffusionModel(ABC):
         return size, size
 
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a resolution in pixels."""
-        height, width = (n // self.pipeline.vae_scale_factor for n in resolution or self.default_resolution)
-        return self.raw_denoiser.config.in_channels, height, width
+        """(C, h, w) of the latents of a resolution in pixels. ValueError: see ``check_resolution``."""
+        resolution = resolution or self.default_resolution
+        self.check_resolution(resolution)
+        height, width = (side // self.pipeline.vae_scale_factor for side in resolution)
+        return self.latent_channels, height, width
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents, as the scheduler sees them."""
+        return self.raw_denoiser.config.in_channels
+
+    @property
+    def resolution_unit(self) -> int:
+        """What sides of images are multiples of, in pixels, as the pipeline checks it."""
+        return self.pipeline.vae_scale_factor
+
+    def check_resolution(self, resolution: tuple[int, int]) -> None:
+        """Refuse (height, width) in pixels that this family cannot draw. ValueError with sizes that it can."""
+        check_resolution(resolution, self.resolution_unit)
 
     def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
         """The denoiser's output, guided: (B, C, h, w), float32 or wider.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ class SDModel(DiffusionModel):
                 f"scheduler: prediction_type {config.prediction_type!r} is not supported; use {', '.join(PREDICTIONS)}"
             )
         self.parameterization = PREDICTIONS[config.get("prediction_type", "epsilon")]
+
+    @property
+    def resolution_unit(self) -> int:
+        """As the pipeline checks it, whatever its autoencoder."""
+        return math.lcm(8, self.pipeline.vae_scale_factor)
 
     def guides(self, scale: float | None) -> bool:
         """Tell whether the pipeline guides at ``scale``; None is no guidance."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffalign.models.flow import FlowModel, check_resolution
+from diffalign.models.flow import FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning
 
@@ -34,14 +34,14 @@ class ZImageModel(FlowModel):
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens per prompt that the text encoder has positions for; the pipeline does not say."""
+        return self.pipeline.text_encoder.config.max_position_embeddings
+
+    @property
     def default_resolution(self) -> tuple[int, int]:
         """``resolution``, else 1024."""
         return (self.resolution or 1024,) * 2
-
-    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(C, h, w). ValueError for sides that are not whole tokens."""
-        check_resolution(resolution or self.default_resolution, self.pipeline.vae_scale_factor * self.patch_size)
-        return super().latent_shape(resolution)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()

@@ -85,6 +85,9 @@ class TrainerConfig(TrainingConfig):
             raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
         if self.cache_dir and not self.cache:
             raise ValueError(f"cache_dir {self.cache_dir}, and nothing is kept: set cache: true, or leave it out")
+        for name in ("resolution", "max_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}: leave it out for the pipeline's own")
         for name in ("guidance_scale", "embedded_guidance"):
             check_guidance(name, getattr(self, name))
         if self.schedule not in SCHEDULES:
