@@ -5,6 +5,7 @@ Shapes are written with B samples, C latent channels, H x W latent positions, N 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,20 +116,29 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: output = negative + scale * (positive - negative).
+    """Classifier-free guidance away from ``negative``, with ``scale`` as the model's own pipeline means it.
 
-    ``negative`` has one row, shared by every sample. Scale 1 needs no negative and costs one evaluation. ``detached``:
-    the negative output is a constant, which halves the memory of the gradient's path.
+    ``DiffusionModel.guides`` tells which scales guide: above 1 in most families. Others cost one evaluation per step
+    and ignore the negative. ``negative`` has one row, shared by every sample; None: the model's own ``unconditional``.
+    ``detached``: the negative output is a constant, which halves the memory of the gradient's path.
+    ValueError: a scale below 0, or one that is not finite.
     """
 
     scale: float = 1.0
     negative: Conditioning | None = None
     detached: bool = False
 
-    @property
-    def active(self) -> bool:
-        """True when a second evaluation per step is needed."""
-        return self.negative is not None and self.scale != 1.0
+    def __post_init__(self) -> None:
+        check_guidance("guidance scale", self.scale)
+
+
+def check_guidance(name: str, scale: float | None) -> None:
+    """Refuse a guidance scale that no pipeline gives a meaning to; None is not given.
+
+    ValueError: it is below 0, or not finite.
+    """
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"{name} must be 0 or more and finite, got {scale:g}; 1 turns guidance off (Z-Image: 0)")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Bench:
 
         Plans move, and images without an advantage are not trained on: means over what was measured.
         """
-        factor = 2 if self.trainer.rollout.route.guidance.active else 1
+        factor = 2 if self.trainer.model.guides(self.args.guidance_scale) else 1
         trained = factor * len(self.steps) * statistics.mean(self.taught)
         reference = trained if self.args.kl_beta > 0 else 0
         return {"sampling": factor * statistics.mean(self.sampled), "training": trained, "reference": reference}

@@ -160,9 +160,16 @@ def _first_steps(options: Options) -> tuple[range, ...]:
 def _windows_in_range(options: Options) -> tuple[range, ...]:
     size = options["window_size"]
     low, high = options["window_range"] or (0, options["num_steps"] // 2)
+    steps = options["num_steps"]
     if low < 0 or low + size > high:
         raise ValueError(
-            f"no window of {size} steps fits in window_range [{low}, {high}): widen it or shrink window_size"
+            f"no window of {size} steps fits in plan.window_range [{low}, {high}) of {steps} steps: widen it, raise "
+            "plan.num_steps, or shrink plan.window_size"
+        )
+    if high >= steps:
+        raise ValueError(
+            f"plan.window_range [{low}, {high}) reaches the last of {steps} steps, which is not trained: end it at "
+            f"{steps - 1}, or raise plan.num_steps"
         )
     return tuple(range(start, start + size) for start in range(low, high - size + 1))
 
@@ -171,7 +178,10 @@ def _sliding_windows(options: Options) -> tuple[range, ...]:
     size, stride = options["window_size"], options["window_stride"]
     starts = range(0, options["num_steps"] - size, stride)
     if not starts:
-        raise ValueError(f"window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it")
+        raise ValueError(
+            f"plan.window_size {size} leaves no untrained last step of {options['num_steps']}: shrink it, or raise "
+            "plan.num_steps"
+        )
     return tuple(range(start, start + size) for start in starts)
 
 
@@ -257,7 +267,10 @@ def _check_options(options: Options) -> None:
 
 def _plan(config: PlanConfig, options: Options, window: range) -> Plan:
     if not window.stop < config.num_steps:
-        raise ValueError(f"the last of {config.num_steps} steps is not trained: steps up to {window.stop - 1} asked")
+        raise ValueError(
+            f"the last of {config.num_steps} steps is not trained, and the plan trains steps up to {window.stop - 1}: "
+            "raise plan.num_steps, or shrink plan.window_size"
+        )
     ode = Row(options.get("ode_solver", "ode"), 0.0, False)
     return Plan(tuple(_sde(options) if step in window else ode for step in range(config.num_steps)))
 

@@ -19,6 +19,7 @@ from diffalign.evaluation.plots import plot_figures
 from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
+from diffalign.models.tuned import check_weights
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
@@ -44,6 +45,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         process=state.process_index,
         processes=state.num_processes,
         cache=config.cache_dir,
+        allow_partial=config.allow_partial,
     )
     model = load_model(
         config.model,
@@ -52,6 +54,8 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         resolution=config.resolution,
         embedded_guidance=config.embedded_guidance,
     )
+    for subject in subjects:
+        check_weights(model, subject.path, allow_partial=config.allow_partial)
     model.place(state.device, config.offload)
     total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
     for subject in subjects:

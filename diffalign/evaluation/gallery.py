@@ -85,7 +85,9 @@ class Judged:
 class Gallery:
     """A folder of images and rewards. ``process`` of ``processes`` draws its share of the prompts.
 
-    cache: a folder for prompt embeddings. ValueError: the folder holds images of other settings, prompts or rewards.
+    cache: a folder for prompt embeddings. allow_partial: as for ``tuned``.
+
+    ValueError: the folder holds images of other settings, prompts or rewards.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Gallery:
         process: int = 0,
         processes: int = 1,
         cache: Path | None = None,
+        allow_partial: bool = False,
     ) -> None:
+        self.allow_partial = allow_partial
         self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
         self.process, self.processes, self.cache = process, processes, cache
         self._encoded: dict[str, EncodedPrompts] = {}
@@ -126,7 +130,7 @@ class Gallery:
         if not missing:
             return
         mend(place / f"scores-{self.process}.jsonl")
-        with tuned(model, subject.path, subject.scale):
+        with tuned(model, subject.path, subject.scale, allow_partial=self.allow_partial):
             # A subject's weights may be those of the text encoders too.
             encoded = EncodedPrompts(model, folder=self.cache)
             encoded = self._encoded.setdefault(encoded.identity, encoded)
@@ -145,8 +149,8 @@ class Gallery:
     def _guidance(self, model: DiffusionModel, encoded: EncodedPrompts) -> Guidance:
         scale = self.sampling.guidance_scale
         if model.negative is None:
-            return Guidance(scale, encoded.empty if scale != 1 else None)
-        if scale == 1:
+            return encoded.guidance(scale)
+        if not model.guides(scale):
             raise ValueError("a negative prompt acts by guidance: give the guidance_scale that it was trained with")
         return Guidance(scale, model.negative.conditioning(model.negative()))
 

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from diffalign.config import from_dict, load_yaml, option
 from diffalign.evaluation.gallery import Sampling
 from diffalign.evaluation.subjects import Subject, parse_subjects
+from diffalign.models.load import unguided_scale
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.settings import RewardConfig, build_rewards
+from diffalign.structures import check_guidance
 
 
 @dataclass(kw_only=True)
@@ -37,7 +39,9 @@ class EvaluationConfig:
     )
     num_steps: int | None = option(None, "ODE steps")
     schedule: str | None = option(None, "pipeline or uniform")
-    guidance_scale: float | None = option(None, "the same for every model")
+    guidance_scale: float | None = option(
+        None, "the same for every model, as its pipeline means it; 1 or less guides nothing (Z-Image: 0)"
+    )
     embedded_guidance: float | None = option(None, "guidance that a distilled model (FLUX.1-dev) is told")
     base_share: float | None = option(None, "of the steps, the first ones, made by the base: ImageReFL")
     images_per_prompt: int | None = option(
@@ -51,6 +55,7 @@ class EvaluationConfig:
     cache_dir: Path | None = option(None, "keeps prompt embeddings; default: the run's cache_dir, else nothing is kept")
     scales: tuple[float, ...] = option((), "each LoRA at each of these scales")
     checkpoints: bool = option(False, "each run as a strip over its checkpoints")
+    allow_partial: bool = option(False, "go on, with a warning, where the model lacks layers of a LoRA")
     embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
 
     def subjects(self) -> list[Subject]:
@@ -107,7 +112,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         "reward_options": from_dict(_Rewards, {"rewards": run.get("rewards") or {}}).rewards,
         "num_steps": run.get("eval_num_steps") or run.get("plan", run.get("recipe", {})).get("num_steps", 28),
         "schedule": run.get("schedule", "pipeline"),
-        "guidance_scale": run.get("guidance_scale", 1.0),
+        "guidance_scale": run.get("guidance_scale"),
         "embedded_guidance": run.get("embedded_guidance"),
         "base_share": run.get("base_share", 0.0),
         "offload": tuple(run.get("offload", ())),
@@ -117,11 +122,15 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         "batch_size": run.get("rollout_batch_size", 16),
     }
     config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+    if config.guidance_scale is None and config.model:
+        config = replace(config, guidance_scale=unguided_scale(config.model, config.revision))
+    for name in ("guidance_scale", "embedded_guidance"):
+        check_guidance(name, getattr(config, name))
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
         if not getattr(config, name):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
-    for name in ("num_steps", "images_per_prompt", "batch_size"):
-        if getattr(config, name) < 1:
+    for name in ("num_steps", "images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
+        if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not 0 <= config.base_share < 1:
         raise ValueError(f"base_share lies in [0, 1), got {config.base_share}: 0.25 leaves a quarter to the base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def parse_subject(text: str) -> Subject:
         number = float(scale)
     except ValueError:
         raise ValueError(f"{text!r}: {scale!r} is no scale; write PATH@0.5, or NAME=PATH@0.5") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r}: a scale is a finite number, got {scale}; write PATH@0.5, or NAME=PATH@0.5")
     if not path:
         raise ValueError(f"{text!r} names no path; write PATH, NAME=PATH or PATH@SCALE")
     if not Path(path).exists():

@@ -40,8 +40,6 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
     method = METHODS[name]
     show(f"\nbatches\n{_indented(method.batches(args, share))}")
     held_out = len(load_optional(args.eval_prompts))
-    total = sum((run_work(method, args, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
-    show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
     model = model_on_meta(
         args.model,
         revision=args.revision,
@@ -50,6 +48,10 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
         resolution=args.resolution,
         embedded_guidance=args.embedded_guidance,
     )
+    # Whether a scale guides is the family's to say; the weight of the positive output means one thing in all of them.
+    counted = replace(args, guidance_scale=model.guidance_factor(args.guidance_scale))
+    total = sum((run_work(method, counted, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
+    show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
     method.train(args, model)
     # In main memory there is no place to leave to.
     there = args if torch.cuda.is_available() else replace(args, offload=())
@@ -61,7 +63,8 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
         advice = "set offload: [text_encoders, vae], shard it (configs/accelerate), or take a smaller model"
         show(_indented([f"not measured: it does not fit. Where it is not done yet, {advice}"]))
         return 1
-    return _timed(trainer(args=args), method, run_work(method, args, share, held_out), show)
+    timed = replace(method, passes=lambda _: method.passes(counted))
+    return _timed(trainer(args=args), timed, run_work(method, counted, share, held_out), show)
 
 
 def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:

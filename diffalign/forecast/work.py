@@ -98,5 +98,5 @@ def evaluations(args: Any, updates: int) -> int:
 
 
 def guided(args: Any) -> int:
-    """Evaluations per image and step of a sampling."""
-    return 1 if args.guidance_scale == 1 else 2
+    """Evaluations per image and step of a sampling; args: with the weight of the positive output as guidance scale."""
+    return 2 if (args.guidance_scale or 0) > 1 else 1

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models import lora
+from diffalign.models.lora_file import read_tensors
 from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.offload import VAE, Visitor, needs, place
 from diffalign.models.weights import REFERENCE, WeightSets
@@ -22,6 +24,26 @@ from diffalign.sharding import Shards, gathered, is_sharded, shard, unsharded
 from diffalign.structures import Conditioning, Guidance, Level
 
 SCHEDULES = ("pipeline", "uniform")
+
+
+def check_resolution(resolution: tuple[int, int], unit: int) -> None:
+    """Refuse an image size that a pipeline would round or reject.
+
+    Args:
+        resolution: height and width, in pixels.
+        unit: what both must be multiples of.
+
+    Raises:
+        ValueError: a side is below 1, or no multiple of ``unit``.
+    """
+    for side in resolution:
+        if side < 1 or side % unit:
+            down = max(side // unit, 0) * unit
+            sizes = f"{down} or {down + unit}" if down else f"{unit} or more"
+            raise ValueError(
+                f"resolution {resolution[0]} x {resolution[1]}: sides of this model's images are multiples of {unit} "
+                f"pixels; set resolution: {sizes}"
+            )
 
 
 def check_schedule(schedule: str) -> None:
@@ -37,6 +59,8 @@ class DiffusionModel(ABC):
     """
 
     parameterization: str
+    # The pipeline guides at scales above this one.
+    unguided_scale: float = 1.0
     denoiser_name: str = "transformer"
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained``: parts of the pipeline that no training needs.
@@ -53,6 +77,8 @@ class DiffusionModel(ABC):
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         self.pipeline = pipeline
         self.resolution = resolution
+        if resolution is not None:
+            self.check_resolution((resolution, resolution))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -162,20 +188,39 @@ class DiffusionModel(ABC):
         return size, size
 
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a resolution in pixels."""
-        height, width = (n // self.pipeline.vae_scale_factor for n in resolution or self.default_resolution)
-        return self.raw_denoiser.config.in_channels, height, width
+        """(C, h, w) of the latents of a resolution in pixels. ValueError: see ``check_resolution``."""
+        resolution = resolution or self.default_resolution
+        self.check_resolution(resolution)
+        height, width = (side // self.pipeline.vae_scale_factor for side in resolution)
+        return self.latent_channels, height, width
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents, as the scheduler sees them."""
+        return self.raw_denoiser.config.in_channels
+
+    @property
+    def resolution_unit(self) -> int:
+        """What sides of images are multiples of, in pixels, as the pipeline checks it."""
+        return self.pipeline.vae_scale_factor
+
+    def check_resolution(self, resolution: tuple[int, int]) -> None:
+        """Refuse (height, width) in pixels that this family cannot draw. ValueError with sizes that it can."""
+        check_resolution(resolution, self.resolution_unit)
 
     def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
         """The denoiser's output, guided: (B, C, h, w), float32 or wider.
 
         level: fields () or (B,). Guidance doubles the batch of one call instead of making two, unless its negative is
-        detached and gradients are recorded.
+        detached and gradients are recorded; at scales that do not guide it costs nothing (see ``guides``).
         """
         time = level.time.to(x.device, torch.float32, non_blocking=True).expand(len(x))
         with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
-            if guidance is None or not guidance.active:
+            if guidance is None or not self.guides(guidance.scale):
                 return self.evaluate(x, time, conditioning)
+            guidance = self.resolve_guidance(guidance)
+            assert guidance is not None
+            assert guidance.negative is not None
             negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
             if guidance.detached and torch.is_grad_enabled():
                 with torch.no_grad():
@@ -186,9 +231,23 @@ class DiffusionModel(ABC):
                 against, towards = self.evaluate(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return self.guide(against, towards, guidance.scale)
 
+    def guides(self, scale: float | None) -> bool:
+        """Tell whether the pipeline guides at ``scale``; None is no guidance."""
+        return scale is not None and scale > self.unguided_scale
+
+    def resolve_guidance(self, guidance: Guidance | None) -> Guidance | None:
+        """Fill in the negative where the scale guides and leaves it out: for several steps with one encoding."""
+        if guidance is None or guidance.negative is not None or not self.guides(guidance.scale):
+            return guidance
+        return replace(guidance, negative=self.unconditional())
+
     def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
-        """The guided output of a negative and a positive one."""
+        """Combine a negative and a positive output, as the pipeline does at ``scale``."""
         return against + scale * (towards - against)
+
+    def guidance_factor(self, scale: float | None) -> float:
+        """Return the weight of the positive output at ``scale``; 1 without guidance."""
+        return float(scale) if scale is not None and self.guides(scale) else 1.0
 
     @needs(VAE)
     def decode(self, latents: Tensor) -> Tensor:
@@ -250,10 +309,10 @@ class DiffusionModel(ABC):
     def load_negative(self, file: Path) -> None:
         """Puts a negative prompt that ``save`` wrote in the place of the empty one, which is the reference.
 
-        ValueError: it is of another model or length.
+        ValueError: it is damaged, or of another model or length.
         """
         negative = self.train_negative()
-        here, saved = self.negative_arguments(negative.conditioning(negative())), load_file(file)
+        here, saved = self.negative_arguments(negative.conditioning(negative())), read_tensors(file)
         sizes, found = ({name: tuple(t.shape) for name, t in named.items()} for named in (here, saved))
         if sizes != found:
             raise ValueError(

@@ -43,6 +43,11 @@ class FlowModel(DiffusionModel):
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: int | None = None):
         super().__init__(pipeline, resolution)
+        most = self.longest_sequence
+        if not 1 <= max_sequence_length <= most:
+            raise ValueError(
+                f"max_sequence_length {max_sequence_length}: a {type(pipeline).__name__} takes 1 to {most} tokens"
+            )
         self.max_sequence_length = max_sequence_length
         scheduler = pipeline.scheduler
         if "shift" not in scheduler.config and not scheduler.config.get("use_flow_sigmas"):
@@ -65,9 +70,19 @@ class FlowModel(DiffusionModel):
         return flow_level_at(time, self.num_train_timesteps)
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens per prompt that the pipeline takes at most, or its text encoder where the pipeline does not say."""
+        return 512
+
+    @property
     def patch_size(self) -> int:
         """Side of the square of latents that is one token."""
         return 2
+
+    @property
+    def resolution_unit(self) -> int:
+        """Whole tokens."""
+        return self.pipeline.vae_scale_factor * self.patch_size
 
     def _shift(self, scheduler, resolution: tuple[int, int] | None) -> dict[str, float]:
         if not scheduler.config.get("use_dynamic_shifting"):
@@ -86,19 +101,10 @@ class PackedFlowModel(FlowModel):
         size = self.resolution or self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return size, size
 
-    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(C, h, w), before packing. ValueError for a resolution that cannot be packed."""
-        resolution = resolution or self.default_resolution
-        check_resolution(resolution, self.pipeline.vae_scale_factor * self.patch_size)
-        height, width = (n // self.pipeline.vae_scale_factor for n in resolution)
-        return self.raw_denoiser.config.in_channels // self.patch_size**2, height, width
-
-
-def check_resolution(resolution: tuple[int, int], unit: int) -> None:
-    """ValueError where a side is no multiple of ``unit`` pixels."""
-    if any(side % unit for side in resolution):
-        height, width = resolution
-        raise ValueError(f"resolution {height} x {width}: sides of this model's images are multiples of {unit} pixels")
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents before packing."""
+        return self.raw_denoiser.config.in_channels // self.patch_size**2
 
 
 def pack(latents: Tensor) -> Tensor:

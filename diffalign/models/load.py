@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from diffalign.models.base import DiffusionModel
 from diffalign.models.flux import FluxModel
 from diffalign.models.quantise import quantisation
+from diffalign.models.quiet import pass_on, quiet_libraries
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
@@ -48,6 +53,14 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     return name
 
 
+def unguided_scale(path: str | Path, revision: str | None = None) -> float:
+    """Return the guidance scale that turns guidance off in a model's family; 1 where the family cannot be told yet."""
+    try:
+        return FAMILIES[pipeline_class(path, revision)].unguided_scale
+    except (OSError, ValueError):  # loading the model says what is wrong with it
+        return DiffusionModel.unguided_scale
+
+
 def loaded_commit(model: DiffusionModel) -> str | None:
     """The commit of the hub that the denoiser came from; None for one from a folder."""
     place = Path(str(model.raw_denoiser.config.get("_name_or_path", "")))
@@ -65,12 +78,13 @@ def load_model(
 ) -> DiffusionModel:
     """Loads a pipeline with plain diffusers and wraps it.
 
-    path: a folder in diffusers' layout, or a hub id. revision: its branch, tag or commit.
+    path: a folder in diffusers' layout, or a hub id; weights may be there as an fp16 variant only. revision: its
+    branch, tag or commit.
     dtype: of the frozen weights; the VAE stays float32.
     quantise: the denoiser loads in "8bit" or "4bit", for a LoRA on it; see ``quantisation``.
     options: of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
-    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, or an
-    option that it does not have.
+    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, an
+    option that it does not have, or weights that are missing.
     """
     name = pipeline_class(path, revision)
     family = FAMILIES[name]
@@ -78,9 +92,26 @@ def load_model(
     if unknown := given.keys() - inspect.signature(family).parameters:
         raise ValueError(f"model {path}: a {name} has no option {', '.join(sorted(unknown))}; leave it out")
     told = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
-    pipeline = DiffusionPipeline.from_pretrained(
-        path, torch_dtype=dtype, revision=revision, **told, **family.load_options
-    )
-    pipeline.vae.to(torch.float32)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {path} ({name})", file=sys.stderr)
+    with quiet_libraries() as lines:
+        pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **told, **family.load_options)
+        pipeline.vae.to(torch.float32)
+    pass_on(f"model {path}", lines)
     pipeline.set_progress_bar_config(disable=True)
     return family(pipeline, **given)
+
+
+def _from_pretrained(path: str | Path, **options: Any) -> DiffusionPipeline:
+    """Load a pipeline, from its fp16 files where it has no others. OSError, ValueError: of diffusers, the first one."""
+    try:
+        return DiffusionPipeline.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        if any(word in str(error) for word in ("no file named", "variant", ".safetensors", ".bin")):
+            with suppress(OSError, ValueError):
+                return DiffusionPipeline.from_pretrained(path, variant="fp16", **options)
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"model {path} does not load ({str(error)[:300]}): its files do not fit its config") from error

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,9 +26,7 @@ class LoraConfig:
     """Low-rank adapters on the denoiser (arXiv 2106.09685): W + alpha / rank * B A, with B starting at 0."""
 
     rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead")
-    alpha: float | None = option(
-        None, "scale of the update times rank; default: the rank, which every loader agrees on"
-    )
+    alpha: float | None = option(None, "scale of the update times rank, multiplied into B on export; default: the rank")
     targets: tuple[str, ...] | None = option(None, "names (or endings) of the layers; default: the family's attention")
 
     def __post_init__(self) -> None:
@@ -83,15 +82,23 @@ def export(
     about: Mapping[str, str] | None = None,
     whole: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``pytorch_lora_weights.safetensors`` (float32, with peft's metadata, so that alpha survives).
+    """Write ``pytorch_lora_weights.safetensors``: float32, with alpha / rank multiplied into B.
 
-    component: the pipeline's name for the module with the adapter, "unet" or "transformer". about: what else the header
-    of the file is to say, such as the base model. whole: the adapter's weights by name, where the module has shards.
+    The header says alpha = rank, so that readers that use it and readers that do not get the same update. The module
+    keeps its own alpha.
+
+    Args:
+        pipeline: whose layout the file has.
+        component: the pipeline's name for the module with the adapter, "unet" or "transformer".
+        directory: where the file goes.
+        about: what else the header of the file is to say, such as the base model.
+        whole: the adapter's weights by name, where the module has shards.
     """
     module = getattr(pipeline, component)
     trained = get_peft_model_state_dict(module, state_dict=whole)
     layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
     metadata = module.peft_config["default"].to_dict()
+    fold_scale(module, layers, metadata)
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
     if metadata["exclude_modules"]:
         # Loaders warn of excluded layers that are not there, and of ends of names that match more than the file has.
@@ -105,6 +112,17 @@ def export(
             known = file.metadata() or {}
         save_file(load_file(path), path, {**known, **about})
     return path
+
+
+def fold_scale(module: nn.Module, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Multiply each layer's scale, alpha / rank in most, into its B, and set alpha = rank in the metadata, in place."""
+    for name, tensor in layers.items():
+        layer, _, part = name.rpartition(".lora_")
+        if part.startswith("B."):
+            tensor *= module.get_submodule(layer).scaling["default"]
+    metadata["lora_alpha"] = metadata["r"]
+    metadata["alpha_pattern"] = dict(metadata.get("rank_pattern") or {})
+    metadata["use_rslora"] = False
 
 
 def learned_nothing(path: Path) -> bool:

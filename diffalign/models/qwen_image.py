@@ -26,6 +26,11 @@ class QwenImageModel(PackedFlowModel):
     lora_targets = JOINT_ATTENTION
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens per prompt that the pipeline takes at most."""
+        return 1024
+
+    @property
     def idle_layers(self) -> tuple[str, ...]:
         """The last block's layers that go on with the text."""
         last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,6 +51,16 @@ image = pipe(
         super().__init__(pipeline, max_sequence_length, resolution)
         call = inspect.signature(type(pipeline).__call__)
         self.instruction = call.parameters["complex_human_instruction"].default
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens per prompt that the text encoder has positions for; the pipeline does not say."""
+        return self.pipeline.text_encoder.config.max_position_embeddings
+
+    @property
+    def resolution_unit(self) -> int:
+        """As the pipeline checks it, whatever its autoencoder."""
+        return math.lcm(32, self.pipeline.vae_scale_factor * self.raw_denoiser.config.patch_size)
 
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
         """The scheduler's own sigmas; DPM-Solver tells the denoiser whole timesteps, rounded down."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from diffalign.diffusion.schedule import vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
-from diffalign.structures import Conditioning, Level
+from diffalign.structures import Conditioning, Guidance, Level
 
 # What the scheduler's configuration calls an output -> what this package calls it.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -25,6 +26,9 @@ class SDModel(DiffusionModel):
     ``DDIMScheduler.from_config(pipe.scheduler.config)``, without its clipping of samples. Options of other solvers, as
     Karras sigmas, are not DDIM's and change nothing. resolution: side of the square images, in pixels; default: the
     pipeline's own. ValueError: a scheduler without betas, or a UNet that predicts neither epsilon nor v.
+
+    A UNet with ``time_cond_proj_dim`` (distilled from guided samples, as LCM) has the guidance scale as an input, 1
+    where there is none, and is not guided otherwise.
     """
 
     denoiser_name = "unet"
@@ -45,6 +49,28 @@ class SDModel(DiffusionModel):
                 f"scheduler: prediction_type {config.prediction_type!r} is not supported; use {', '.join(PREDICTIONS)}"
             )
         self.parameterization = PREDICTIONS[config.get("prediction_type", "epsilon")]
+
+    @property
+    def resolution_unit(self) -> int:
+        """As the pipeline checks it, whatever its autoencoder."""
+        return math.lcm(8, self.pipeline.vae_scale_factor)
+
+    def guides(self, scale: float | None) -> bool:
+        """Tell whether the pipeline guides at ``scale``; None is no guidance."""
+        return super().guides(scale) and self._scale_input is None
+
+    @property
+    def _scale_input(self) -> int | None:
+        """Width of the UNet's embedding of the guidance scale; None: it has none."""
+        return self.raw_denoiser.config.get("time_cond_proj_dim")
+
+    def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
+        """The UNet's output, guided: (B, C, h, w), float32 or wider; arguments as for every family."""
+        if self._scale_input is not None:
+            scale = torch.full((len(x),), (1.0 if guidance is None else guidance.scale) - 1)
+            embedded = self.pipeline.get_guidance_scale_embedding(scale, self._scale_input).to(x.device)
+            conditioning = Conditioning({**conditioning.tensors, "scale": embedded}, conditioning.shared)
+        return super().predict(x, level, conditioning, guidance)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
@@ -71,10 +97,12 @@ class SDModel(DiffusionModel):
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the UNet, through the wrapper that accelerate prepared."""
+        embedded = conditioning.tensors.get("scale")
         output = self.denoiser(
             x.to(self.dtype),
             time,
             encoder_hidden_states=conditioning.tensors["embeds"].to(self.dtype),
+            timestep_cond=embedded.to(self.dtype) if embedded is not None else None,
             added_cond_kwargs=self._added(conditioning),
             return_dict=False,
         )[0]

@@ -35,6 +35,14 @@ class SD3Model(FlowModel):
         """Side of the square of latents that is one token."""
         return self.raw_denoiser.config.patch_size
 
+    def check_resolution(self, resolution: tuple[int, int]) -> None:
+        """Refuse (height, width) in pixels that are no whole tokens, or more than there are positions for."""
+        super().check_resolution(resolution)
+        most = self.raw_denoiser.config.pos_embed_max_size * self.resolution_unit
+        if max(resolution) > most:
+            height, width = resolution
+            raise ValueError(f"resolution {height} x {width}: this model knows positions up to {most} pixels a side")
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

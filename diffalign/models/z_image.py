@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffalign.models.flow import FlowModel, check_resolution
+from diffalign.models.flow import FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning
 
@@ -19,26 +19,29 @@ class ZImageModel(FlowModel):
     max_sequence_length: tokens per prompt, chat template included; the pipeline's default is 512. resolution: side of
     the square images, in pixels, a multiple of 16; default 1024, as the pipeline's.
 
-    The pipeline counts guidance from 0: its ``guidance_scale`` g is 1 + g here, as in every other family. Its
-    transformer takes lists of prompts of any length, so that each call waits once for their lengths.
+    Guidance counts from 0, as in the pipeline: positive + scale * (positive - negative), so that 0 turns it off and 1
+    guides as 2 does in other families. The transformer takes lists of prompts of any length, so that each call waits
+    once for their lengths.
     """
+
+    unguided_scale = 0.0
 
     # It takes a list of prompts, none of them padded.
     negative_call = (
         "negative = {{name: list(rows) for name, rows in negative.items()}}\n"
-        "image = pipe({prompt}, **negative, guidance_scale={scale:g} - 1).images[0]"
+        "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
     )
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens per prompt that the text encoder has positions for; the pipeline does not say."""
+        return self.pipeline.text_encoder.config.max_position_embeddings
 
     @property
     def default_resolution(self) -> tuple[int, int]:
         """``resolution``, else 1024."""
         return (self.resolution or 1024,) * 2
-
-    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(C, h, w). ValueError for sides that are not whole tokens."""
-        check_resolution(resolution or self.default_resolution, self.pipeline.vae_scale_factor * self.patch_size)
-        return super().latent_shape(resolution)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
@@ -57,6 +60,14 @@ class ZImageModel(FlowModel):
         """What is text of it: (1, length, D)."""
         named = super().negative_arguments(row)
         return {name: embeds[:, : int(row.tensors["length"])] for name, embeds in named.items()}
+
+    def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
+        """Combine a negative and a positive output, as the pipeline does at ``scale``."""
+        return towards + scale * (towards - against)
+
+    def guidance_factor(self, scale: float | None) -> float:
+        """Return the weight of the positive output at ``scale``; 1 without guidance."""
+        return 1 + float(scale) if scale is not None and self.guides(scale) else 1.0
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the transformer, through the wrapper that accelerate prepared.

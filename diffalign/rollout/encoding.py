@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import TEXT_ENCODERS
 from diffalign.runtime.cache import TensorCache
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Guidance
 
 SHARED = "shared/"  # begins the name, on disk, of a tensor without a batch axis
 PROBE = 64  # numbers of each tensor that tell one model from another
@@ -99,6 +99,10 @@ class EncodedPrompts:
         if (extra := len(self._rows) - max(1, self.limit // size)) > 0:
             for text in [text for text in self._rows if text not in self._prepared][:extra]:
                 del self._rows[text]
+
+    def guidance(self, scale: float) -> Guidance:
+        """Return guidance of ``scale`` away from ``empty``, which is encoded only where the model guides."""
+        return Guidance(scale, self.empty if self.model.guides(scale) else None)
 
     @property
     def empty(self) -> Conditioning:

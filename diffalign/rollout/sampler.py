@@ -70,11 +70,12 @@ def sample(
     needed. observe(i, result): sees every transition, and what it does not keep is freed.
     """
     x, previous_x0, previous_level = start, None, None
+    guidance = model.resolve_guidance(route.guidance)
     for index in range(len(route.plan)) if steps is None else steps:
         row = route.plan.rows[index]
         level, next_level = route.levels[index], route.levels[index + 1]
         with model.using(REFERENCE) if index < route.base_steps else nullcontext():
-            output = model.predict(x, level, conditioning, route.guidance)
+            output = model.predict(x, level, conditioning, guidance)
         if row.solver == "dpmpp_2m":
             result = dpmpp_2m(
                 x,

@@ -96,6 +96,9 @@ class Trainer:
         if (known := loaded_commit(self.model)) is not None:
             # What a branch is may change; the run's config.yaml says what it was.
             self.args = args = dataclasses.replace(args, revision=known)
+        if args.guidance_scale is None:
+            # From here on, and in config.yaml, a number: the family's own for no guidance.
+            self.args = args = dataclasses.replace(args, guidance_scale=self.model.unguided_scale)
         # A denoiser that will be sharded need not fit on the device whole.
         self.model.place(self.accelerator.device, args.offload, denoiser=self.shards is None)
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
@@ -152,8 +155,13 @@ class Trainer:
     @property
     def guidance(self) -> Guidance:
         """That of every sampling."""
+        return self.encoded.guidance(self.guidance_scale)
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of every sampling, as the model's pipeline means it."""
         scale = self.args.guidance_scale
-        return Guidance(scale, self.encoded.empty if scale != 1 else None)
+        return self.model.unguided_scale if scale is None else scale
 
     @property
     def eval_base_steps(self) -> int:
@@ -197,7 +205,8 @@ class Trainer:
             "base_model": args.model,
             "base_revision": args.revision or "",
             "rank": str(args.lora.rank),
-            "alpha": str(args.lora.alpha or args.lora.rank),
+            "alpha": str(args.lora.rank),  # of the file, whose B has alpha / rank in it
+            "trained_alpha": str(args.lora.alpha or args.lora.rank),
             "seed": str(args.seed),
             "config_sha256": made["config_sha256"],
             "data_sha256": made["data_sha256"],

@@ -105,6 +105,13 @@ class ReFLTrainer(Trainer):
 
     def prepare(self, keep_reference: bool) -> Loop:
         """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
+        if not self.model.guides(self.guidance_scale):
+            off = f"guidance_scale {self.guidance_scale:g} does not guide this model"
+            if self.recipe.negative:
+                least = self.model.unguided_scale
+                raise ValueError(f"a negative prompt acts by guidance, and {off}: give one above {least:g}")
+            if self.recipe.compensate:
+                raise ValueError(f"recipe.compensate divides by a guidance that is off ({off}): leave it out")
         if not self.recipe.negative:
             return super().prepare(keep_reference)
         if self.shards is not None:
@@ -145,7 +152,7 @@ class ReFLTrainer(Trainer):
         """That of every sampling, with the negative prompt as it is now where one is trained."""
         if self.model.negative is None:
             return super().guidance
-        return Guidance(self.args.guidance_scale, self.model.negative.conditioning(self.loop.module()))
+        return Guidance(self.guidance_scale, self.model.negative.conditioning(self.loop.module()))
 
     @property
     def taught_guidance(self) -> Guidance | None:

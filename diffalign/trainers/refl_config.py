@@ -101,13 +101,13 @@ class ReFLConfig(TrainerConfig):
             raise ValueError("train_rollouts brings prompts and states along: leave out train_prompts and from_images")
         if recipe.from_images and self.train_prompts:
             raise ValueError("images bring their captions along: leave out train_prompts")
-        if recipe.negative and (self.guidance_scale == 1 or recipe.guidance != "full"):
+        if recipe.negative and (not self.guidance_scale or recipe.guidance != "full"):
             raise ValueError("a negative prompt acts by guidance: give a guidance_scale and recipe.guidance: full")
         if recipe.negative and recipe.regulariser == "pretraining":
             raise ValueError("a negative prompt takes no part in denoising images: leave out the regulariser")
         if self.base_share and recipe.negative:
             raise ValueError("base_share is for trained weights: leave it out with a trained negative prompt")
-        if recipe.compensate and (self.guidance_scale == 1 or recipe.guidance == "off"):
+        if recipe.compensate and (not self.guidance_scale or recipe.guidance == "off"):
             raise ValueError("recipe.compensate divides by a guidance that is off: leave it out")
 
     def validate_batches(self, processes: int) -> None:

@@ -76,7 +76,7 @@ class RewardGradient:
 
     def _weight(self, found: Unrolled, course: Course) -> Tensor:
         """What each sample counts, (b,), a constant."""
-        scale = self.trainer.args.guidance_scale if self.recipe.compensate else 1.0
+        scale = self.model.guidance_factor(self.trainer.guidance_scale) if self.recipe.compensate else 1.0
         weight = found.x.new_full((len(found.x),), course.weight / scale)
         floor = self.recipe.gap_floor
         return weight if floor is None else weight * gap_weights(found.gaps, floor)

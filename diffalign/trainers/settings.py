@@ -12,6 +12,7 @@ from diffalign.config import option
 from diffalign.models import LoraConfig
 from diffalign.models.base import SCHEDULES
 from diffalign.runtime.settings import TrainingConfig
+from diffalign.structures import check_guidance
 
 # Setting -> its values that work where weights are in shards.
 KNOWN_WITH_SHARDS: dict[str, tuple[Any, ...]] = {
@@ -32,9 +33,13 @@ class TrainerConfig(TrainingConfig):
     resolution: int | None = option(None, "side of the square images, in pixels; default: the pipeline's own")
     lora: LoraConfig = option(LoraConfig(), "the adapter")
     schedule: str = option("pipeline", "pipeline: the scheduler's own sigmas; uniform: sigmas = linspace(1, 1/N, N)")
-    guidance_scale: float = option(1.0, "classifier-free guidance wherever the model samples; 1 turns it off")
+    guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance wherever the model samples, as its pipeline means it (FLUX, Qwen-Image: "
+        "true_cfg_scale); 1 or less guides nothing (Z-Image: 0); default: no guidance",
+    )
     embedded_guidance: float | None = option(
-        None, "guidance that a distilled model (FLUX.1-dev) is told; default: the pipeline's own"
+        None, "guidance that a distilled model (FLUX.1-dev) is told, 0 or more; default: the pipeline's own"
     )
     attention: str = option("native", "auto, native, flash, xformers, or another back end of diffusers' dispatcher")
     compile: bool = option(False, "torch.compile the denoiser's blocks: minutes at the start, faster afterwards")
@@ -80,6 +85,11 @@ class TrainerConfig(TrainingConfig):
             raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
         if self.cache_dir and not self.cache:
             raise ValueError(f"cache_dir {self.cache_dir}, and nothing is kept: set cache: true, or leave it out")
+        for name in ("resolution", "max_sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}: leave it out for the pipeline's own")
+        for name in ("guidance_scale", "embedded_guidance"):
+            check_guidance(name, getattr(self, name))
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 

@@ -64,7 +64,7 @@ FAMILIES: dict[str, Family] = {
         tiny_flow.z_image,
         SHORT,
         PACKED | {"guidance_scale": 0.0},
-        lambda scale, count: {"guidance_scale": scale - 1},
+        lambda scale, count: {"guidance_scale": scale},
     ),
 }
 

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.models import LoraConfig, load_model
-from diffalign.models.lora import learned_nothing
+from diffalign.models.lora import export, learned_nothing
+from diffalign.models.tuned import tuned
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.fresh import TEXTS, draw_fresh
 
@@ -59,13 +61,14 @@ def test_a_fresh_process_draws_the_trainers_images(family_pipelines, tmp_path):
         assert (rank - alpha).abs().max() > 1e-3, f"{family}: alpha must matter"
 
 
-def test_metadata_tells_rank_and_alpha(model, tmp_path):
+def test_metadata_tells_rank_and_an_alpha_that_is_the_rank(model, tmp_path):
     trained("sd3", model, CONFIGS["alpha"], tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
     assert metadata["transformer.r"] == 4
-    assert metadata["transformer.lora_alpha"] == 16.0
+    assert metadata["transformer.lora_alpha"] == 4
+    assert metadata["transformer.alpha_pattern"] == metadata["transformer.rank_pattern"] == {}
 
 
 def test_an_adapter_that_learned_nothing_is_reported(model, tmp_path):
@@ -99,4 +102,54 @@ def test_metadata_of_a_unet_has_its_name(tiny_pipelines, tmp_path):
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
         assert {name.split(".")[0] for name in file.keys()} == {"unet"}  # noqa: SIM118
-    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 16.0)
+    assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_that_ignores_the_header_gets_the_same_update(family_pipelines, family, tmp_path):
+    model = load_model(family_pipelines[family], **FAMILIES[family].options)
+    trained(family, model, LoraConfig(rank=4, alpha=6.0), tmp_path)
+    stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    layers = {name: layer for name, layer in model.raw_denoiser.named_modules() if hasattr(layer, "get_delta_weight")}
+    assert len(stored) == 2 * len(layers)
+    for name, layer in layers.items():
+        down, up = (stored[f"{model.denoiser_name}.{name}.lora_{part}.weight"] for part in "AB")
+        assert layer.scaling["default"] == 1.5, "the adapter that trains keeps its own alpha"
+        torch.testing.assert_close(up @ down, layer.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_ranks_and_alphas_of_single_layers_are_folded_too(pipeline, tmp_path):
+    network = pipeline.transformer
+    config = PeftLoraConfig(
+        r=4,
+        lora_alpha=8,
+        rank_pattern={"to_k": 2},
+        alpha_pattern={"to_k": 3.0, "to_v": 1.0},
+        init_lora_weights=False,
+        target_modules=["attn.to_q", "attn.to_k", "attn.to_v"],
+    )
+    network.add_adapter(config)
+    expected = {
+        name: layer.get_delta_weight("default")
+        for name, layer in network.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    export(pipeline, "transformer", tmp_path)
+    pipeline.unload_lora_weights()
+    stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(tmp_path, adapter_name="default")
+    for name, update in expected.items():
+        down, up = (stored[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(up @ down, update.detach(), rtol=1e-5, atol=1e-7)
+        read = network.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(read, update, rtol=1e-5, atol=1e-7)
+
+
+def test_a_lora_of_an_earlier_version_keeps_its_alpha(family_pipelines, monkeypatch, tmp_path):
+    """Its header says alpha, and its B is as it was trained."""
+    model = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
+    monkeypatch.setattr("diffalign.models.lora.fold_scale", lambda *_: None)
+    expected = trained("sd3", model, CONFIGS["alpha"], tmp_path)
+    fresh = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
+    with tuned(fresh, tmp_path):
+        assert (images_of(FAMILIES["sd3"], fresh, noise_of(fresh, len(TEXTS))) - expected).abs().max() < 1e-5

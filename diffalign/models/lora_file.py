@@ -1,0 +1,186 @@
+"""The file of a LoRA, held against a pipeline before anything of it is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffalign.models.quiet import quiet_libraries
+
+SHOWN = 4  # names in a message
+# What diffusers and kohya call the parts of a low-rank update; a name without any of them is no LoRA of theirs.
+PART = re.compile(
+    r"lora_[AB]\b|lora_(up|down)\b|lora_linear_layer\.(up|down)|_lora\.(up|down)|lora_magnitude_vector|alpha$"
+)
+PEFT_PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(?=\.|$)")
+# Prefixes by which kohya's files name a part of the pipeline.
+KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as diffusers reads it for one pipeline.
+
+    used: names in the converted state that the pipeline has layers for. unused: reasons by name, converted or as in the
+    file, for everything else.
+    """
+
+    path: Path
+    used: frozenset[str]
+    unused: Mapping[str, str]
+
+    def problem(self) -> str:
+        """Describe what is not used, naming a few tensors; empty where all of the file is."""
+        if not self.unused:
+            return ""
+        first = list(self.unused.items())[:SHOWN]
+        named = "; ".join(f"{name[:120]}: {reason}" for name, reason in first)
+        more = f"; and {len(self.unused) - SHOWN} more" if len(self.unused) > SHOWN else ""
+        total = len(self.used) + len(self.unused)
+        return f"{self.path}: {len(self.unused)} of {total} tensors do not fit this model ({named}{more})"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file. ValueError naming it: damaged, empty, or with values that are not finite."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({str(error)[:200]}): copy it again") from error
+    if not tensors:
+        raise ValueError(f"{path} holds no weights: was it written to its end?")
+    if broken := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise ValueError(f"{path}: {_few(broken)} hold values that are not finite: use an earlier checkpoint")
+    return tensors
+
+
+def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
+    """Tell which tensors of a LoRA the pipeline has layers for, without changing it.
+
+    ValueError: the file cannot be read, or diffusers cannot convert it for this pipeline.
+    """
+    raw = read_tensors(path)
+    foreign = {name: "no part of a LoRA that diffusers loads" for name in raw if not PART.search(_part_of(name))}
+    try:
+        state = _converted(pipeline, path)
+    except Exception as error:  # converters of diffusers fail in many ways on files that they do not know
+        raise ValueError(f"{path} is no LoRA for a {type(pipeline).__name__}: {str(error)[:300]}") from error
+    used, unused = set(), dict(foreign)
+    parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
+    for prefix, component in parts.items():
+        own = {name: t for name, t in state.items() if name.startswith(prefix + ".")}
+        if not isinstance(component, nn.Module):
+            unused |= dict.fromkeys(own, f"this pipeline has no {prefix}")
+            continue
+        bad = _unfit(component, {name.removeprefix(prefix + "."): t for name, t in own.items()})
+        unused |= {f"{prefix}.{name}": reason for name, reason in bad.items()}
+        used |= own.keys() - unused.keys()
+    elsewhere = [name for name in state if not name.startswith(tuple(f"{prefix}." for prefix in parts))]
+    unused |= {name: f"it belongs to none of {', '.join(parts)}" for name in elsewhere if name not in unused}
+    return LoraFile(path, frozenset(used), unused)
+
+
+def fold_alphas(state: Mapping[str, Tensor], rest: Sequence[Any]) -> tuple[dict[str, Tensor], list[Any]]:
+    """Multiply the alpha / rank of each layer into its B, where diffusers returns alphas beside the state.
+
+    diffusers hands peft one alpha for all layers of a UNet, and drops those of layers that have another.
+
+    Args:
+        state: the converted tensors.
+        rest: what else ``lora_state_dict`` returned: alphas by name or None, and metadata.
+    """
+    folded = dict(state)
+    if not rest or not rest[0] or not all(name.endswith("alpha") for name in rest[0]):
+        return folded, list(rest)
+    for name, alpha in rest[0].items():
+        stem = name.removesuffix(".alpha").removesuffix(".lora_A.weight").removesuffix(".down.weight")
+        for down, up in ((".lora_A.weight", ".lora_B.weight"), (".down.weight", ".up.weight")):
+            if stem + down in folded and stem + up in folded:
+                folded[stem + up] = folded[stem + up] * (float(alpha) / len(folded[stem + down]))
+    return folded, [None, *rest[1:]]
+
+
+def _part_of(name: str) -> str:
+    """The name without kohya's prefix, which has "lora" in it whatever follows."""
+    return next((name.removeprefix(prefix) for prefix in KOHYA if name.startswith(prefix)), name)
+
+
+def _converted(pipeline: DiffusionPipeline, path: Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True}
+    if "unet" in pipeline.components:
+        options["unet_config"] = pipeline.unet.config
+    with quiet_libraries():
+        found = pipeline.lora_state_dict(path.parent, **options)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _unfit(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+    """Reasons, by name in ``state``, for tensors that ``component`` has no layer of that shape for."""
+    renamed = _peft_names(component, state)
+    layers = dict(component.named_modules())
+    parts: dict[str, set[str]] = {}
+    for name in renamed.values():
+        layer, part, _ = _split(name)
+        parts.setdefault(layer, set()).add(part)
+    found = {}
+    for name, peft_name in renamed.items():
+        layer, part, rest = _split(peft_name)
+        if layer not in layers:
+            found[name] = "no such layer"
+        elif not {"lora_A", "lora_B"} <= parts[layer]:
+            found[name] = "half of a pair"
+        elif rest != ".bias" and (shape := _misfit(layers[layer], part, state[name])):
+            found[name] = shape
+    return found
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """(layer, part, rest) of a name such as ``attn.to_q.lora_A.weight``; the part is empty where it has none."""
+    match = PEFT_PART.search(name)
+    return (name[: match.start()], match[1], name[match.end() :]) if match else (name, "", "")
+
+
+def _peft_names(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+    """The names that diffusers will give these tensors when it loads them."""
+    if not state:
+        return {}
+    marked: dict[str, Any] = {name: name for name in state}
+    if hasattr(component, "load_lora_adapter"):
+        peft = marked if "lora_A" in next(iter(marked)) else convert_unet_state_dict_to_peft(marked)
+    else:
+        peft = convert_state_dict_to_peft(convert_state_dict_to_diffusers(marked))
+        if not hasattr(component, "text_model"):
+            peft = {name.removeprefix("text_model."): value for name, value in peft.items()}
+    return {value: name for name, value in peft.items()}
+
+
+def _misfit(layer: nn.Module, part: str, tensor: Tensor) -> str:
+    """What is wrong with the shape of one tensor for ``layer``; empty: nothing."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or part == "lora_magnitude_vector" or not hasattr(layer, "in_features"):
+        ends = (getattr(layer, "in_channels", None), getattr(layer, "out_channels", None))
+    else:
+        ends = (layer.in_features, layer.out_features)
+    wanted, axis = (ends[0], 1) if part == "lora_A" else (ends[1], 0)
+    if part not in ("lora_A", "lora_B") or wanted is None:
+        return ""
+    if tensor.ndim < 2 or tensor.shape[axis] != wanted:
+        return f"{'input' if part == 'lora_A' else 'output'} is {wanted} wide here, shape {tuple(tensor.shape)} there"
+    return ""
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(name[:120] for name in names[:SHOWN]) + more

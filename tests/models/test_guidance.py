@@ -1,0 +1,119 @@
+"""A guidance scale means what the family's own pipeline means by it, wherever it can be set."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
+from diffalign.diffusion.recipe import RecipeConfig
+from diffalign.evaluation.settings import EvaluationConfig, resolve
+from diffalign.models import load_model
+from diffalign.models.sd import SDModel
+from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.structures import Guidance
+from tests.conftest import PIPELINE, PROMPTS
+from tests.models import tiny
+from tests.models.families import FAMILIES, noise_of, packed
+from tests.models.fresh import TEXTS
+
+STEPS = 3
+SCALES = (0.0, 0.5, 1.0, 1.5, 4.0)
+CONFIGS = (FlowGRPOConfig, DiffusionDPOConfig, ReFLConfig)
+
+
+def draw(model, family, noise, guidance):
+    route = Route(ode_plan(STEPS, family.solver), model.levels(STEPS), guidance)
+    return model.decode(sample(model, route, model.encode(TEXTS), noise))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
+    family, pipe = FAMILIES[name], plain(name)
+    model = load_model(family_pipelines[name], **family.options)
+    noise = noise_of(model, len(TEXTS))
+    for scale in SCALES:
+        call = {**family.call, **family.guided(scale, len(TEXTS))}
+        expected = pipe(
+            list(TEXTS), latents=packed(pipe, noise), num_inference_steps=STEPS, output_type="pt", **call
+        ).images
+        # At 1 without a negative: it costs an encoding that most families do not need there.
+        negative = model.unconditional() if scale != 1 else None
+        assert (draw(model, family, noise, Guidance(scale, negative)) - expected).abs().max() < 1e-5, scale
+        assert (draw(model, family, noise, Guidance(scale)) - expected).abs().max() < 1e-5, scale
+        assert (draw(model, family, noise, EncodedPrompts(model).guidance(scale)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_scale_that_does_not_guide_costs_one_evaluation(family_pipelines, name):
+    model, batches = load_model(family_pipelines[name], **FAMILIES[name].options), []
+    evaluate = model.evaluate
+    model.evaluate = lambda x, time, conditioning: batches.append(len(x)) or evaluate(x, time, conditioning)
+    negative = model.unconditional()
+    with torch.no_grad():
+        for scale in SCALES:
+            model.predict(noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS), Guidance(scale, negative))
+    guided = [scale > (0 if name == "z_image" else 1) for scale in SCALES]
+    assert batches == [4 if doubled else 2 for doubled in guided]
+
+
+def test_a_unet_that_is_told_its_guidance_is_told_the_scale():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        pipe = tiny._sd(tiny.unet(time_cond_proj_dim=8), tiny.clip(tiny.CLIPTextModel, 24), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    pipe.scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    model, drawn = SDModel(pipe), {}
+    noise = noise_of(model, len(TEXTS))
+    for scale in SCALES:
+        expected = pipe(
+            list(TEXTS), latents=noise, num_inference_steps=STEPS, guidance_scale=scale, output_type="pt"
+        ).images
+        drawn[scale] = draw(model, FAMILIES["sd15"], noise, Guidance(scale))
+        assert (drawn[scale] - expected).abs().max() < 1e-5, scale
+    assert (drawn[0.0] - drawn[4.0]).abs().max() > 1e-5
+
+
+# Where a scale is a setting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["guidance_scale", "embedded_guidance"])
+@pytest.mark.parametrize("kind", [*CONFIGS, EvaluationConfig])
+def test_scales_without_a_meaning_are_refused(kind, field, scale, tmp_path):
+    given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
+    config = kind(model=str(PIPELINE), **given, **{field: scale})
+    check = config.validate if kind in CONFIGS else lambda: resolve(config, tmp_path, 1)
+    with pytest.raises(ValueError, match=rf"{field} must be 0 or more and finite, got {scale:g}"):
+        check()
+
+
+def test_the_noun_itself_refuses_a_negative_scale():
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        Guidance(-1.0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_dev", "z_image"])
+def test_left_out_it_is_the_familys_own_for_no_guidance(family_pipelines, name, tmp_path):
+    given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)}
+    config = resolve(EvaluationConfig(model=str(family_pipelines[name]), **given), tmp_path, 1)
+    assert config.guidance_scale == (0.0 if name == "z_image" else 1.0)
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    assert not model.guides(config.guidance_scale)
+    assert not model.guides(None)
+
+
+def test_a_gradient_is_divided_by_what_guidance_multiplies_it_with(family_pipelines):
+    for name, expected in (("sd15", (1.0, 1.0, 4.0)), ("z_image", (1.0, 1.5, 5.0))):
+        model = load_model(family_pipelines[name], **FAMILIES[name].options)
+        assert tuple(model.guidance_factor(scale) for scale in (0.0, 0.5, 4.0)) == expected
+        against, towards = torch.zeros(1), torch.ones(1)
+        assert model.guide(against, towards, 4.0).item() == expected[-1]
+
+
+@pytest.mark.parametrize("changes", [{"compensate": True}, {"negative": True}])
+def test_recipes_that_need_guidance_refuse_a_scale_without_one(changes):
+    recipe = RecipeConfig("draft_k", num_steps=2, gradient_steps=1, **changes)
+    with pytest.raises(ValueError, match="guidance"):
+        ReFLConfig(model=str(PIPELINE), recipe=recipe, guidance_scale=0.0, rewards={"shapes": 1.0}).validate()
