@@ -10,17 +10,18 @@ PACKAGE = Path(__file__).parents[1] / "diffalign"
 # Room -> the rooms that it may import besides itself.
 ALLOWED = {
     "structures": set(),
-    "config": set(),
+    "files": set(),
+    "config": {"files"},
     "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
-    "rewards": {"structures", "config", "shapes"},
-    "data": {"structures"},
-    "models": {"structures", "config", "sharding", "diffusion"},
-    "runtime": {"structures", "config", "sharding"},
-    "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
+    "rewards": {"structures", "files", "config", "shapes"},
+    "data": {"structures", "files"},
+    "models": {"structures", "files", "config", "sharding", "diffusion"},
+    "runtime": {"structures", "files", "config", "sharding"},
+    "rollout": {"structures", "files", "diffusion", "models", "rewards", "data", "runtime"},
+    "evaluation": {"structures", "files", "config", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)

@@ -18,6 +18,7 @@ from diffalign.evaluation.page import write_page
 from diffalign.evaluation.plots import plot_figures
 from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
+from diffalign.files import write_text
 from diffalign.models import load_model
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
@@ -83,9 +84,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     }
     settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
     folder = config.output_dir
-    (folder / "results.json").write_text(json.dumps(to_json(found, settings), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(to_json(found, settings), indent=1) + "\n")
     table = to_markdown(found)
-    (folder / "results.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "results.md", table + "\n")
     plot_figures(found, folder / "results.png")
     print(table)
     return found

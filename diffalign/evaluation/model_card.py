@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from diffalign.files import write_text
+
 REPOSITORY_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -56,7 +58,7 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
         _fenced(card.command, "bash"),
         _fenced(card.config_yaml, "yaml"),
     ]
-    file.write_text(_front_matter(card) + "\n" + "\n\n".join(sections) + "\n", encoding="utf-8", newline="\n")
+    write_text(file, _front_matter(card) + "\n" + "\n\n".join(sections) + "\n")
     return file
 
 

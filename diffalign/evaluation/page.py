@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffalign.evaluation.gallery import Judged
+from diffalign.files import write_text
 from diffalign.structures import Prompt
 
 BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
@@ -50,7 +51,7 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     # A tag inside a prompt could end the block that holds the data.
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     template = files("diffalign.evaluation").joinpath("page.html").read_text(encoding="utf-8")
-    Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    write_text(path, template.replace("/*DATA*/", text))
 
 
 def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from diffalign.evaluation.results import Figures
 from diffalign.evaluation.win_rate import Interval
+from diffalign.files import replacing
 
 COLORS = ("#8f9bab", "#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#5bb5c9", "#c8322b", "#77702c")
 BAR = 0.8  # of the distance between groups
@@ -32,7 +33,8 @@ def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
     for place, (title, bars) in zip(axes, shown.items(), strict=True):
         _bars(place, title, bars, list(models))
     figure.legend(*_handles(axes), loc="outside lower center", ncols=min(4, len(models)), fontsize=8, frameon=False)
-    figure.savefig(Path(path), dpi=120)
+    with replacing(path) as staged:
+        figure.savefig(staged, dpi=120)
 
 
 def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval | None]], order: Sequence[str]) -> None:
