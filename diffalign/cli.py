@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,10 @@ from diffalign.evaluation.settings import EvaluationConfig
 from diffalign.files import bounded
 from diffalign.forecast.dry_run import dry_run
 from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
+from diffalign.runtime.memory import is_out_of_memory
+from diffalign.runtime.output import steady_output
+from diffalign.runtime.signals import exit_on_signals
+from diffalign.runtime.watchdog import Watchdog
 from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.flow_grpo import FlowGRPOTrainer
@@ -76,10 +79,10 @@ def train(argv: Sequence[str]) -> int | None:
     args = parse(config, options)
     if len(options) < len(argv) - 1:
         return dry_run(argv[0], args, trainer)
-    if threading.current_thread() is threading.main_thread():
-        # While a model loads there is nothing to save; the run has handlers of its own.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    trainer(args=args).train()
+    exit_on_signals()  # while a model loads there is nothing to save; the run has handlers of its own
+    with Watchdog(args.hang_timeout, args.output_dir, loading=True):
+        made = trainer(args=args)
+    made.train()
     return None
 
 
@@ -116,6 +119,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command: see ``_main``. Its output may go where nobody reads it."""
+    with steady_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` or ``doctor`` found faults.
 
     A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``).
@@ -134,6 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SaveFailed, NotFinite, OutOfMemory) as error:
         print(f"diffalign: {error}", file=sys.stderr)
         return error.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"diffalign: out of memory: {str(error)[:300]}: try a smaller model, resolution or lora.rank, "
+              "base_precision: bf16, or offload: [text_encoders, vae]", file=sys.stderr)  # fmt: skip
+        return OutOfMemory.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as error:

@@ -8,21 +8,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
+FOUNDATION = {"files", "atomic", "media", "structures", "config", "sharding"}
 ALLOWED = {
     "files": set(),
+    "atomic": set(),
     "media": {"files"},
     "structures": {"files"},
-    "config": {"files"},
+    "config": {"files", "atomic"},
     "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
-    "rewards": {"files", "media", "structures", "config", "shapes"},
-    "data": {"files", "media", "structures"},
-    "models": {"files", "structures", "config", "sharding", "diffusion"},
-    "runtime": {"structures", "config", "sharding"},
-    "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": {"files", "media", "structures", "config", "models", "rewards", "data", "rollout", "runtime"},
+    "rewards": FOUNDATION | {"shapes"},
+    "data": FOUNDATION - {"config", "sharding"},
+    "models": FOUNDATION | {"diffusion"},
+    "runtime": FOUNDATION,
+    "rollout": FOUNDATION | {"diffusion", "models", "rewards", "data", "runtime"},
+    "evaluation": FOUNDATION | {"models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)

@@ -24,7 +24,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
+from diffalign.config.ranges import check_numbers, range_metadata
 from diffalign.config.schema import (
     Place,
     arms_of,
@@ -38,17 +40,23 @@ from diffalign.config.schema import (
 )
 from diffalign.files import bounded, read_text, shorten
 
+__all__ = ["check_numbers", "describe", "from_dict", "load_yaml", "option", "parse", "save_yaml", "to_dict", "to_yaml"]
+
 T = TypeVar("T")
 COMMAND_LINE = "command line"
 
 
-def option(default: Any = MISSING, help: str = "", **kw: Any) -> Any:
-    """A dataclass field with a one-line description for ``--help``; a mutable default is copied for each instance."""
+def option(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
+    """A dataclass field with a one-line description for ``--help``; a mutable default is copied for each instance.
+
+    limits: of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite.
+    """
+    kw: dict[str, Any] = {}
     if type(default).__hash__ is None:
         kw["default_factory"] = lambda: copy.deepcopy(default)
     elif default is not MISSING:
         kw["default"] = default
-    return dataclasses.field(metadata={"help": help}, **kw)
+    return dataclasses.field(metadata={"help": help, **range_metadata(**limits)}, **kw)
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration") -> T:
@@ -185,7 +193,7 @@ def to_yaml(config: Any) -> str:
 
 def save_yaml(config: Any, path: str | Path) -> None:
     """Writes ``to_yaml``, so that ``parse(cls, ["--config", path])`` gives the same configuration back."""
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    write_text(path, to_yaml(config))
 
 
 def describe(cls: type) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from diffalign.atomic import replacing, write_text
 from diffalign.data.folders import LABELS
 from diffalign.data.images import content_key
 from diffalign.files import shorten, some
@@ -69,13 +70,13 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Writes the rows, and ``about`` as JSON beside them; whole or not at all."""
+    """Write the rows, and ``about`` as JSON beside them; each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged, beside = path.with_suffix(".tmp"), path.with_suffix(".json")
-    Dataset.from_list([dict(row) for row in rows]).to_parquet(staged)
-    beside.unlink(missing_ok=True)  # so that it never speaks of another table
-    staged.replace(path)
-    beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    beside = path.with_suffix(".json")
+    with replacing(path) as staged:
+        Dataset.from_list([dict(row) for row in rows]).to_parquet(staged)
+        beside.unlink(missing_ok=True)  # so that it never describes another table
+    write_text(beside, json.dumps(about, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from diffalign.diffusion.steps import Transition, transition
 from diffalign.structures import Level
 
+MAX_STEPS = 10_000  # more than any schedule has levels
 ODE_SOLVERS = ("ode", "dpmpp_2m")
 # The stochastic solvers, each with the noise level that its paper trains with.
 PUBLISHED_NOISE_LEVEL: dict[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0}
@@ -254,8 +255,11 @@ def _resolve(config: PlanConfig) -> dict[str, Any]:
 
 
 def _check_options(options: Options) -> None:
-    if options["num_steps"] < 2:
-        raise ValueError(f"num_steps must be at least 2 (the last step is not trained), got {options['num_steps']}")
+    if not 2 <= options["num_steps"] <= MAX_STEPS:
+        raise ValueError(
+            f"num_steps must be at least 2 (the last step is not trained) and at most {MAX_STEPS}, "
+            f"got {options['num_steps']}"
+        )
     if options.get("solver", "flow_sde") not in PUBLISHED_NOISE_LEVEL:
         raise ValueError(f"solver must be stochastic ({', '.join(PUBLISHED_NOISE_LEVEL)}), got {options['solver']!r}")
     if options.get("ode_solver", "ode") not in ODE_SOLVERS:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from diffalign.diffusion.plan import MAX_STEPS
 from diffalign.diffusion.unroll import Course, Move
 
 SEES = ("sample", "predicted", "recovered", "straight_through")
@@ -74,7 +75,7 @@ class Recipe:
         _one_of("recipe.regulariser", self.regulariser, REGULARISERS)
         low, high = self.window
         for wrong, message in (
-            (self.num_steps < 2, f"num_steps must be at least 2, got {self.num_steps}"),
+            (not 2 <= self.num_steps <= MAX_STEPS, f"num_steps lies in 2..{MAX_STEPS}, got {self.num_steps}"),
             (not 0 <= low < high <= 1, f"window is two shares, the lower first, got {low}, {high}"),
             (not 0 <= self.through <= 1, f"through is a share in [0, 1], got {self.through}"),
             (not 0 <= self.image_start < 1, f"image_start is a share in [0, 1), got {self.image_start}"),

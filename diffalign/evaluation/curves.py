@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffalign.atomic import replacing
+
 # What a reader looks at first; every other metric follows in the order in which it was logged.
 FIRST = ("eval/accuracy", "reward/mean", "reward/std", "eval/diversity", "kl", "clip_share", "grad_norm", "lr", "loss")
 MAX_PANELS = 24
@@ -40,7 +42,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, keys: Seque
     FigureCanvasAgg(figure)
     for place, key in enumerate(chosen, start=1):
         _draw(figure.add_subplot(lines, columns, place), key, series[key])
-    figure.savefig(Path(path), dpi=110)
+    with replacing(path) as staged:
+        figure.savefig(staged, dpi=110)
     return chosen
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from diffalign.atomic import write_text
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.gallery import Gallery, Judged
@@ -87,9 +88,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     }
     settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
     folder = config.output_dir
-    (folder / "results.json").write_text(json.dumps(to_json(found, settings), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(to_json(found, settings), indent=1) + "\n")
     table = to_markdown(found)
-    (folder / "results.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "results.md", table + "\n")
     plot_figures(found, folder / "results.png")
     print(table)
     return found

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffalign.atomic import replacing
+
 GAP = 8  # pixels between cells
 CELL = (128, 256)  # smallest and largest width of an image in a comparison, in pixels
 TEXT_WIDTH = 200
@@ -81,7 +83,8 @@ def compare_grid(
                     draw.text((x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=_font(), anchor="lm")
             y += heights[i] + GAP
     _write_prompts(draw, texts, heights, header, size[0])
-    sheet.save(Path(path))
+    with replacing(path) as staged:
+        sheet.save(staged)
 
 
 def _check(

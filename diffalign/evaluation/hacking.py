@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffalign.atomic import replacing
+
 COLORS = ("#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#c8322b", "#77702c")
 PREFIX = "eval/"
 ALARM = "alarm"
@@ -52,7 +54,8 @@ def plot_hacking(
             axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=3, label=label)
         drawn += known
         _dress(axes, title, found, bool(known))
-    figure.savefig(Path(path), dpi=120)
+    with replacing(path) as staged:
+        figure.savefig(staged, dpi=120)
     return drawn
 
 

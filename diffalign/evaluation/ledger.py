@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from diffalign.atomic import replacing, write_text
 
 
 def whole_rows(path: Path) -> list[dict]:
@@ -18,15 +19,14 @@ def whole_rows(path: Path) -> list[dict]:
 def mend(path: Path) -> None:
     """Takes away a last line that a crash cut short, so that the next one starts on its own."""
     if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
+        with replacing(path) as staged:
+            staged.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def same_or_new(path: Path, content: dict) -> None:
     """Writes ``content``, or checks that it is what was written. ValueError where it is not."""
     if not path.is_file():
-        staged = path.with_suffix(f".tmp-{os.getpid()}")
-        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        staged.replace(path)
+        write_text(path, json.dumps(content, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import yaml
 
+from diffalign.atomic import write_text
 from diffalign.evaluation.markdown import inert, inline_code
 
 REPOSITORY_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -59,7 +60,7 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
         _fenced(card.command, "bash"),
         _fenced(card.config_yaml, "yaml"),
     ]
-    file.write_text(_front_matter(card) + "\n" + "\n\n".join(sections) + "\n", encoding="utf-8", newline="\n")
+    write_text(file, _front_matter(card) + "\n" + "\n\n".join(sections) + "\n")
     return file
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffalign.atomic import write_text
 from diffalign.evaluation.gallery import Judged
 from diffalign.files import read_bytes
 from diffalign.media import decode
@@ -52,7 +53,7 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     # A tag inside a prompt could end the block that holds the data.
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     template = files("diffalign.evaluation").joinpath("page.html").read_text(encoding="utf-8")
-    Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    write_text(path, template.replace("/*DATA*/", text))
 
 
 def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:

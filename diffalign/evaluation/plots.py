@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from diffalign.atomic import replacing
 from diffalign.evaluation.results import Figures
 from diffalign.evaluation.win_rate import Interval
 
@@ -32,7 +33,8 @@ def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
     for place, (title, bars) in zip(axes, shown.items(), strict=True):
         _bars(place, title, bars, list(models))
     figure.legend(*_handles(axes), loc="outside lower center", ncols=min(4, len(models)), fontsize=8, frameon=False)
-    figure.savefig(Path(path), dpi=120)
+    with replacing(path) as staged:
+        figure.savefig(staged, dpi=120)
 
 
 def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval | None]], order: Sequence[str]) -> None:

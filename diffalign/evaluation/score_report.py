@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.atomic import replacing, write_text
+
 
 def scores_of(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     """The scores of a reward, float64, without those that are missing."""
@@ -32,7 +34,7 @@ def summary(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """``scores.csv`` and ``summary.json`` in ``folder``, and the summary on the screen."""
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "scores.csv") as staged, staged.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "prompt", *names])
         for row in rows:
@@ -40,7 +42,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
     figures = summary(rows, names)
     broken = sum("error" in row for row in rows)
     content = {"pictures": len(rows), "unreadable": broken, "rewards": figures}
-    (folder / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "summary.json", json.dumps(content, indent=1) + "\n")
     print("| reward | pictures | mean | std | min | max |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, found in figures.items():
         cells = [f"{found[key]:.4g}" if key in found else "–" for key in ("mean", "std", "min", "max")]

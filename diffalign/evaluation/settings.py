@@ -37,7 +37,7 @@ class EvaluationConfig:
     output_dir: Path | None = option(
         None, "where everything goes, default runs/eval or runs/compare; an interrupted one goes on"
     )
-    num_steps: int | None = option(None, "ODE steps")
+    num_steps: int | None = option(None, "ODE steps", le=10_000)
     schedule: str | None = option(None, "pipeline or uniform")
     guidance_scale: float | None = option(
         None, "the same for every model, as its pipeline means it; 1 or less guides nothing (Z-Image: 0)"
@@ -45,7 +45,7 @@ class EvaluationConfig:
     embedded_guidance: float | None = option(None, "guidance that a distilled model (FLUX.1-dev) is told")
     base_share: float | None = option(None, "of the steps, the first ones, made by the base: ImageReFL")
     images_per_prompt: int | None = option(
-        None, "default: 2 for figures, which then hold diversity, 1 for a comparison"
+        None, "default: 2 for figures, which then hold diversity, 1 for a comparison", le=100_000
     )
     seed: int = option(0, "of the noise, the same for every model; a trainer's own evaluation uses 0")
     batch_size: int | None = option(None, "images per forward pass")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffalign.atomic import replacing, replacing_folder
 from diffalign.models import lora
 from diffalign.models.lora_file import read_tensors
 from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
@@ -339,12 +340,14 @@ class DiffusionModel(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         if self.negative is not None:
             named = self.negative_arguments(self.negative.conditioning(self.negative()))
-            save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, directory / NEGATIVE_NAME)
+            with replacing(directory / NEGATIVE_NAME) as staged:
+                save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, staged)
             return directory / NEGATIVE_NAME
         if self.has_adapter:
             return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
         denoiser = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
-        denoiser.save_pretrained(directory / self.denoiser_name)
+        with replacing_folder(directory / self.denoiser_name) as folder:
+            denoiser.save_pretrained(folder)
         return directory / self.denoiser_name
 
     def saver(self, name: str, keep: bool = True) -> Callable[[Path], Path]:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign.atomic import replacing
 from diffalign.config import option
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -25,7 +26,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 class LoraConfig:
     """Low-rank adapters on the denoiser (arXiv 2106.09685): W + alpha / rank * B A, with B starting at 0."""
 
-    rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead")
+    rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead", le=65_536)
     alpha: float | None = option(None, "scale of the update times rank, multiplied into B on export; default: the rank")
     targets: tuple[str, ...] | None = option(None, "names (or endings) of the layers; default: the family's attention")
 
@@ -105,12 +106,13 @@ def export(
         metadata["exclude_modules"] = None
         metadata["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in layers})
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
-    pipeline.save_lora_weights(save_directory=directory, **named)
     path = directory / WEIGHTS_NAME
-    if about:
-        with safe_open(path, "pt") as file:
-            known = file.metadata() or {}
-        save_file(load_file(path), path, {**known, **about})
+    with replacing(path) as staged:
+        pipeline.save_lora_weights(save_directory=directory, weight_name=staged.name, **named)
+        if about:
+            with safe_open(staged, "pt") as file:
+                known = file.metadata() or {}
+            save_file(load_file(staged), staged, {**known, **about})
     return path
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.atomic import write_text
 from diffalign.config import from_dict
 from diffalign.rewards.base import Facts, Metadata, Reward, ask, needs_groups, register
 from diffalign.rewards.settings import RewardConfig, build_rewards
@@ -64,7 +65,7 @@ def calibrate(values: Tensor) -> Calibration:
 def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> None:
     """Writes reward -> calibration as JSON."""
     table = {name: vars(calibration) for name, calibration in calibrations.items()}
-    path.write_text(json.dumps(table, indent=2) + "\n")
+    write_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def load_calibrations(path: Path) -> dict[str, Calibration]:

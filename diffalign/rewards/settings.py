@@ -19,7 +19,9 @@ class RewardConfig:
 
     weight: float = option(1.0, "what its score, or its advantage, is multiplied by")
     reward: str = option("", "registered name, module:function or file.py:function; default: the name of the entry")
-    options: dict[str, Any] = option({}, "what the reward takes: path, revision, precision, offload, quantize ...")
+    options: dict[str, Any] = option(
+        {}, "what the reward takes: path, revision, precision, offload, quantize ...", infinite=True
+    )
 
 
 RewardTable = Mapping[str, float | RewardConfig]

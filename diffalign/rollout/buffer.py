@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from diffalign.atomic import replacing, write_text
 from diffalign.diffusion.plan import Plan
 from diffalign.rewards.preprocess import to_bytes
 from diffalign.rollout import storage
@@ -25,6 +27,19 @@ from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
 COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
+
+
+def clear_buffer(directory: Path) -> None:
+    """Delete the files that ``RolloutBuffer.save`` wrote into a folder, and no others."""
+    listing = directory / "metadata.jsonl"
+    for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            name = Path(json.loads(line)["file_name"])
+            if name.parent == Path("images") and (directory / name).is_file():
+                (directory / name).unlink()
+    for path in (*directory.glob("nodes*.safetensors"), directory / "prompts.json", listing):
+        if path.is_file():
+            path.unlink()
 
 
 def stored_steps(plan: Plan) -> tuple[int, ...]:
@@ -224,15 +239,16 @@ class RolloutBuffer:
         columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
         columns |= {f"reward/{name}": values for name, values in self.rewards.items()}
         columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
-        save_file(columns, directory / (f"nodes-{share:05d}.safetensors" if share else NODES))
+        with replacing(directory / (f"nodes-{share:05d}.safetensors" if share else NODES)) as staged:
+            save_file(columns, staged)
         lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
         for line, image in zip(lines, images, strict=True):
             to_pil_image(to_bytes(image).cpu()).save(directory / line["file_name"])
         everyone = gather(lines)
         if share == 0:
             prompts = [{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts]
-            (directory / "prompts.json").write_text(json.dumps(prompts))
-            (directory / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in everyone))
+            write_text(directory / "prompts.json", json.dumps(prompts))
+            write_text(directory / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in everyone))
 
     def _describe(self, row: int, model: str, seed: int) -> dict:
         group, sample = int(self.group[row]), int(self.sample[row])

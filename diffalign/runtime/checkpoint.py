@@ -5,19 +5,20 @@
                       ...                       what other programs read, such as a LoRA
                       manifest.json             size and SHA-256 of each file, written last
 
-A save is staged in ``.tmp-<step>-<pid>/`` and appears by one rename. A checkpoint that is saved again moves aside as
-``checkpoint-<step>.replaced`` for the moment between two renames; should the process die there, that folder is found
-like any other checkpoint.
+A save is staged in ``.diffalign-<pid>-checkpoint-<step>/`` and appears by one rename. A checkpoint that is saved again
+moves aside as ``checkpoint-<step>.replaced`` for the moment between two renames; should the process die there, that
+folder is found like any other checkpoint. Only folders that this module wrote are deleted: a symbolic link, a file or
+the checkpoint of another program that has such a name stays, at most under another name.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffalign.runtime.manifest import MANIFEST, manifest_text, verify
+from diffalign.atomic import keep_aside, remove, remove_staged, staged_path, unused
+from diffalign.atomic import sync as _sync
+from diffalign.runtime.manifest import GROUPS, MANIFEST, STATE, manifest_text, read_regular, verify
 from diffalign.runtime.optimizer_state import flatten_optimizer, restore_optimizer
 
-__all__ = ["flatten_optimizer", "latest", "load", "resolve", "restore_optimizer", "save", "sweep", "verify"]
+__all__ = ["STATE", "flatten_optimizer", "latest", "load", "resolve", "restore_optimizer", "save", "sweep", "verify"]
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.json"
 FORMER = "former"  # the folder that a fresh start moves the checkpoints of another run to
-GROUPS = "tensor_groups"  # the key of STATE that lists the groups of tensors; other files are exports
+FLOAT = "__float__"  # the key of a number that JSON has no word for: NaN and the infinities
 _FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
@@ -66,7 +68,8 @@ def save(
         raise ValueError(f"a group of tensors names a file, so {bad[0]!r} is refused: use letters, digits, - and _")
     text = _state_text({**state, GROUPS: sorted(tensors)})
     output_dir = Path(output_dir)
-    staged, final = output_dir / f".tmp-{step}-{os.getpid()}", output_dir / f"checkpoint-{step}"
+    final = output_dir / f"checkpoint-{step}"
+    staged = staged_path(final)
     _remove(staged)
     try:
         _stage(staged, tensors, text, step, export)
@@ -88,15 +91,34 @@ def save(
     return final
 
 
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a state that ``save`` could not write; asked before the first step."""
+    _state_text(state)
+
+
 def _state_text(state: Mapping[str, Any]) -> str:
-    for name, value in state.items():
+    encoded = {name: _encoded(value) for name, value in state.items()}
+    for name, value in encoded.items():
         try:
             exact = json.loads(json.dumps(value, allow_nan=False)) == value
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"state {name!r} is not JSON ({error}): store tensors as tensors, NaN as None") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"state {name!r} is not JSON ({error}): store tensors as tensors") from error
         if not exact:
             raise ValueError(f"state {name!r} changes in JSON: use text as keys and lists for tuples")
-    return json.dumps(dict(state), indent=1)
+    return json.dumps(encoded, indent=1)
+
+
+def _encoded(value: Any) -> Any:
+    """Replace floats that JSON cannot hold by {FLOAT: text}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: str(value)}
+    if isinstance(value, dict):
+        return {name: _encoded(entry) for name, entry in value.items()}
+    return [_encoded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _decoded(value: dict[str, Any]) -> Any:
+    return float(value[FLOAT]) if value.keys() == {FLOAT} else value
 
 
 def _stage(
@@ -142,20 +164,15 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _aside(final: Path) -> Path:
     return final.with_name(final.name + ".replaced")
 
 
 def _publish(staged: Path, final: Path) -> None:
     aside = _aside(final)
+    for path in (final, aside):
+        if os.path.lexists(path) and not _is_ours(path):
+            logger.warning("%s is not a checkpoint of diffalign: it is now %s", path, keep_aside(path))
     if aside.exists() and final.exists() and verify(final):
         _remove(final)  # The one that an interrupted save put aside may be sound: it stays instead.
     if replaces := final.exists():
@@ -170,21 +187,25 @@ def _publish(staged: Path, final: Path) -> None:
     _sync(final.parent)
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether this module wrote a folder: a link is its owner's, and other programs call theirs checkpoint-N too."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / MANIFEST).exists() or (path / STATE).exists() or not any(path.iterdir())
+
+
 def _remove(folder: Path) -> None:
-    """Takes a folder out of sight by one rename before its files go, so that no half of it is ever found."""
-    if not folder.exists():
-        return
-    if not folder.name.startswith(".tmp-"):
-        hidden = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-        _remove(hidden)
+    """Rename a folder out of sight before its files are deleted, so that no half of it is ever found."""
+    hidden = folder if folder.name.startswith(".diffalign-") else staged_path(folder)
+    if hidden != folder and folder.exists():
+        remove(hidden)
         os.rename(folder, hidden)
-        folder = hidden
-    shutil.rmtree(folder)
+    remove(hidden)
 
 
 def _prune(saved: Path, keep: int) -> None:
-    """Never removes ``saved``; damaged checkpoints do not count as kept, and go with the old ones."""
-    others = [path for path in _newest_first(saved.parent) if path != saved]
+    """Remove old checkpoints, but not ``saved``; damaged ones do not count as kept, and go with the old ones."""
+    others = [path for path in _newest_first(saved.parent) if path != saved and _is_ours(path)]
     kept = 1
     for path in others:
         if kept >= keep:
@@ -201,13 +222,28 @@ def _newest_first(output_dir: Path) -> Iterator[Path]:
         yield path
 
 
+def has_checkpoints(output_dir: Path) -> bool:
+    """Whether a folder holds checkpoints of this package, sound or not."""
+    return any(map(_is_ours, _newest_first(Path(output_dir))))
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors, state) as they were given to ``save``, on the CPU. CheckpointError: missing or damaged."""
     if problems := verify(path):
-        raise CheckpointError(f"{'; '.join(problems)}. Resume from another checkpoint, or pass 'latest'")
-    state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-    groups = {name: load_file(Path(path) / f"{name}.safetensors") for name in state.pop(GROUPS)}
+        raise CheckpointError(f"{_joined(problems)}. Resume from another checkpoint, or pass 'latest'")
+    try:
+        state = json.loads(read_regular(Path(path) / STATE), object_hook=_decoded)
+        groups = {name: load_file(Path(path) / f"{name}.safetensors") for name in state.pop(GROUPS)}
+    except Exception as error:  # its bytes are as signed: whoever wrote them wrote no checkpoint
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{path} is no checkpoint ({problem}). Resume from another one, or 'latest'") from error
     return groups, state
+
+
+def _joined(problems: Sequence[str]) -> str:
+    """Join the first problems to one line."""
+    rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + rest
 
 
 def latest(output_dir: Path) -> Path | None:
@@ -215,7 +251,7 @@ def latest(output_dir: Path) -> Path | None:
     for path in _newest_first(Path(output_dir)):
         if not (problems := verify(path)):
             return path
-        logger.warning("skipping %s: %s", path.name, "; ".join(problems))
+        logger.warning("skipping %s: %s", path.name, _joined(problems))
     return None
 
 
@@ -235,24 +271,32 @@ def resolve(output_dir: Path, resume: str | None) -> Path | None:
     if problems:
         sound = [folder.name for folder in _newest_first(Path(output_dir)) if not verify(folder)]
         exist = f"sound checkpoints in {output_dir}: {', '.join(sound) or 'none'}"
-        raise CheckpointError(f"cannot resume: {'; '.join(problems)}; {exist}. Pass one of these, or 'latest'")
+        raise CheckpointError(f"cannot resume: {_joined(problems)}; {exist}. Pass one of these, or 'latest'")
     return path
 
 
-def put_aside(output_dir: Path) -> bool:
-    """Moves all checkpoints to ``FORMER``, so that ``latest`` is never one of another run; whether there were any."""
-    found = list(_newest_first(Path(output_dir)))
+def put_aside(output_dir: Path) -> Path | None:
+    """Move all checkpoints to a new folder, so that ``latest`` is never one of another run; None: there are none.
+
+    The folder is ``former``, or ``former-2`` and so on where earlier runs have their checkpoints.
+    """
+    found = [path for path in _newest_first(Path(output_dir)) if (path / MANIFEST).exists() or (path / STATE).exists()]
+    if not found:
+        return None
+    folder = unused(Path(output_dir) / FORMER)
+    folder.mkdir()
     for path in found:
-        (path.parent / FORMER).mkdir(exist_ok=True)
-        _remove(path.parent / FORMER / path.name)
-        os.rename(path, path.parent / FORMER / path.name)
-    return bool(found)
+        target = os.path.realpath(path) if path.is_symlink() else None
+        os.rename(path, folder / path.name)
+        if target is not None and not os.path.isabs(os.readlink(folder / path.name)):
+            (folder / path.name).unlink()  # a relative link would point elsewhere from here
+            os.symlink(target, folder / path.name)
+    return folder
 
 
 def sweep(output_dir: Path) -> None:
-    """Removes what interrupted saves left behind; call it once at start, by the only process that saves."""
-    for path in Path(output_dir).glob(".tmp-*"):
-        _remove(path) if path.is_dir() else path.unlink()
+    """Remove what interrupted saves left behind; call it once at start, by the only process that saves."""
+    remove_staged(Path(output_dir))
     for path in _newest_first(Path(output_dir)):
-        if path.suffix == ".replaced" and not verify(path.with_suffix("")):
+        if path.suffix == ".replaced" and _is_ours(path) and not verify(path.with_suffix("")):
             _remove(path)

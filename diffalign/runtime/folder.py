@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffalign.atomic import staged_path
+
 try:
     import fcntl
 except ImportError:  # Windows, where two runs in a folder are not noticed
@@ -43,7 +45,7 @@ def refuse_busy(folder: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    probe = folder / f".tmp-probe-{os.getpid()}"
+    probe = staged_path(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("can this folder be written?")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -19,20 +20,23 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffalign.config import save_yaml, to_dict
+from diffalign.config import to_dict
 from diffalign.runtime import checkpoint, saving
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
 from diffalign.runtime.folder import claimed
-from diffalign.runtime.guard import STREAK, Guard
-from diffalign.runtime.memory import advice, batch_name
+from diffalign.runtime.guard import STREAK, Guard, first_bad
+from diffalign.runtime.memory import advice, batch_name, memory_errors
 from diffalign.runtime.optimizers import make_optimizer
 from diffalign.runtime.origin import origin
+from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
+from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config, write_exports
 from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.signals import Signals
@@ -57,6 +61,7 @@ class Loop:
 
     def __init__(self, task: Task, module: nn.Module, args: TrainingConfig, accelerator: Accelerator) -> None:
         self.task, self.args, self.accelerator = task, args, accelerator
+        args.output_dir = args.output_dir.absolute()  # user code, such as a reward, may change the working folder
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.parameters = parameters
         optimizer = make_optimizer(parameters, args)
@@ -70,6 +75,7 @@ class Loop:
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
         self.guard = Guard(args.max_grad_spike)
         self.signals, self.watchdog = Signals(), Watchdog(args.hang_timeout, args.output_dir)
+        self.working_folder = os.getcwd()
         self.step = self.iteration = self.update = 0
         self.evaluated = -1
         self.collected: Metrics | None = None
@@ -82,7 +88,7 @@ class Loop:
         """The configuration, data and machine of this run."""
         accelerator = self.accelerator
         task, device = self.task, accelerator.device.type
-        return origin(self.args, task.data_digest, accelerator.num_processes, device, task.commits)
+        return origin(self.args, task.data_digest, accelerator.num_processes, device, task.commits, task.contents)
 
     # The run --------------------------------------------------------------------------------------------------------
 
@@ -93,6 +99,7 @@ class Loop:
         folder is in use or cannot be written, or the checkpoint is another run's.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(steady_output())
             if self.accelerator.is_main_process:
                 stack.enter_context(claimed(self.args.output_dir))
             stack.enter_context(self.signals)
@@ -102,6 +109,21 @@ class Loop:
                     self._train()
             except StopRequested:
                 self._leave()
+            except (NotFinite, SaveFailed, OutOfMemory):
+                raise
+            except Exception as error:
+                self._blame_weights(error)
+                raise
+
+    def _blame_weights(self, error: Exception) -> None:
+        """Raise NotFinite where the weights are not finite: whatever failed afterwards, failed because of that."""
+        bad = first_bad(indexed(self.parameters))
+        if bad is not None and self.step:
+            raise NotFinite(
+                f"the trained weights are not finite after step {self.step}: lower learning_rate "
+                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}. "
+                f"What failed on them: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
 
     @property
     def over(self) -> bool:
@@ -115,20 +137,27 @@ class Loop:
 
     def _begin(self) -> bool:
         """Finds the place to go on from; False where nothing is left to do."""
+        if self.accelerator.is_main_process:
+            check_products(self.args.output_dir)
         path = saving.find(self)
         rows = None if path is None else saving.put_back(self, path)
         self.whole, self.saved = self.task.state(), self._place()
-        if path is not None and self.over and self._is_finished(path):
+        checkpoint.check_state({"tasks": self.whole[1], "origin": self.origin(), "guard": self.guard.state()})
+        if path is not None and self.over and self._is_finished():
             self.say(f"nothing to do: this run has had its {self.step} steps")
             return False
         self.trackers = Trackers(self.accelerator)
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.args.output_dir)
-            if path is None and checkpoint.put_aside(self.args.output_dir):
-                self.say(f"checkpoints of a former run are in {self.args.output_dir / checkpoint.FORMER}")
-            save_yaml(self.args, self.args.output_dir / "config.yaml")
-            self.log = MetricsLog(self.args.output_dir / "metrics.jsonl", rows)
-            self.skips = MetricsLog(self.args.output_dir / "skipped.jsonl", None if path is None else self.guard.noted)
+            if path is None and (aside := checkpoint.put_aside(self.args.output_dir)):
+                self.say(f"checkpoints of an earlier run are in {aside}")
+            for name, kept in keep_others(self.args).items():
+                self.say(f"{name} in {self.args.output_dir} was not written by this run: it is now {kept.name}")
+            (self.args.output_dir / EXPORTS).unlink(missing_ok=True)  # the run is not finished any more
+            save_config(self.args)
+            folder, noted = self.args.output_dir, None if path is None else self.guard.noted
+            self.log = MetricsLog(folder / "metrics.jsonl", rows, self.step, self.evaluated == self.step)
+            self.skips = MetricsLog(folder / "skipped.jsonl", noted, self.step)
             self.trackers.start("diffalign", to_dict(self.args))
         if path is not None:
             self.say(f"resumed from {path} at step {self.step}")
@@ -136,8 +165,12 @@ class Loop:
             self.say(f"no checkpoint in {self.args.output_dir}: a fresh start")
         return True
 
-    def _is_finished(self, path: Path) -> bool:
-        return self.evaluated == self.step and self.task.finished(path.stat().st_mtime)
+    def _is_finished(self) -> bool:
+        """Whether the exports of the last step are there, as their manifest has them; one process looks for all."""
+        found = [self.evaluated == self.step and is_exported(self.args.output_dir, self.step)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
 
     def _train(self) -> None:
         with tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
@@ -150,8 +183,20 @@ class Loop:
                     break
                 self._iterate(bar)
         self.watchdog.beat()
-        self.task.finish()
+        self._export()
         self.trackers.finish()
+
+    def _export(self) -> None:
+        """Write what the run is for, and last of all the manifest that proves it whole."""
+        try:
+            written = self.task.finish()
+            if self.accelerator.is_main_process and written is not None:
+                write_exports(self.args.output_dir, self.step, written)
+        except (OSError, SafetensorError) as error:
+            raise SaveFailed(
+                f"the exports in {self.args.output_dir} could not be written ({str(error)[:300]}): free space on the "
+                f"disk and start the same run again; it exports from {self._last_good()}"
+            ) from error
 
     def _evaluate_and_save(self) -> None:
         """What is due between two iterations; a run that was stopped before, or in the midst of it, does it now."""
@@ -177,9 +222,10 @@ class Loop:
         while self.step < self.args.max_train_steps and (micros := next(updates, None)) is not None:
             started = time.perf_counter()
             try:
-                if not self.taken:
-                    self.task.before_first_update()
-                metrics = self._update(micros)
+                with memory_errors():
+                    if not self.taken:
+                        self.task.before_first_update()
+                    metrics = self._update(micros)
             except torch.OutOfMemoryError as error:
                 self._make_room("update", error)
                 updates = islice(self.task.updates(self.iteration), self.update, None)
@@ -218,7 +264,8 @@ class Loop:
         while self.collected is None:
             try:
                 self.pulse(together=True)
-                self.collected = self.task.collect(self.iteration)
+                with memory_errors():
+                    self.collected = self.task.collect(self.iteration)
             except torch.OutOfMemoryError as error:
                 self._make_room("collect", error)
                 self.task.restore(*self.whole)
@@ -227,17 +274,24 @@ class Loop:
         return self.collected
 
     def pulse(self, together: bool = False) -> None:
-        """Between two micro-steps: the run is alive, and stops here if it was told to.
+        """Between two micro-steps: the run is alive, and stops here if a signal asked it to.
 
         together: whether all processes come by here equally often. Several can stop only where they do.
         """
         self.watchdog.beat()
+        self._stay_in_folder()
         stop = self.signals.received is not None
         if self.accelerator.num_processes > 1:
             mine = torch.tensor(float(stop), device=self.accelerator.device)
             stop = together and self.accelerator.reduce(mine).item() > 0
         if stop:
             raise StopRequested
+
+    def _stay_in_folder(self) -> None:
+        """Undo a change of the working folder by user code: data are read from relative paths all along."""
+        if (now := os.getcwd()) != self.working_folder:
+            os.chdir(self.working_folder)
+            self.say(f"warning: a reward changed the working folder to {now}; the run stays in {self.working_folder}")
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 
@@ -326,7 +380,8 @@ class Loop:
     def _evaluate(self) -> None:
         while True:
             try:
-                found = self.task.evaluate(self.step)
+                with memory_errors():
+                    found = self.task.evaluate(self.step)
                 break
             except torch.OutOfMemoryError as error:
                 self._make_room("evaluate", error)

@@ -1,25 +1,35 @@
-"""The manifest of a checkpoint: size and SHA-256 of each file, signed, so that a wrong byte anywhere is noticed."""
+"""Manifests: size and SHA-256 of files in a folder, signed, so that a wrong byte anywhere is noticed.
+
+A checkpoint has one (``manifest.json``), and so have the exports of a finished run (``exports.json``). Both are written
+last. Whatever lies in a folder, ``verify`` returns and does not raise: folders come from crashes, copies and strangers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+STATE = "state.json"
+GROUPS = "tensor_groups"  # the key of STATE that lists the groups of tensors; other files are exports
+LARGEST_JSON = 64 << 20  # bytes of a manifest or a state that is read
+HOLLOW = 1000  # a file of more than a gigabyte that takes so many times less on disk was never written
 
 
-def manifest_text(folder: Path, step: int) -> str:
-    """The manifest of what lies in ``folder``."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(folder.iterdir())}
+def manifest_text(folder: Path, step: int, names: Iterable[str] | None = None) -> str:
+    """Return the manifest of the files ``names`` below ``folder``; by default of all files in it."""
+    chosen = sorted(path.name for path in folder.iterdir()) if names is None else sorted(names)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in chosen}
     return _signed({"format": FORMAT, "step": step, "files": files})
 
 
 def _signed(content: Mapping[str, Any]) -> str:
-    """The manifest holds its own digest: nothing else would notice a byte that flipped in it."""
+    """Add the manifest's own digest: nothing else would notice a byte that flipped in it."""
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1)
 
@@ -30,28 +40,74 @@ def _digest(path: Path) -> str:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line per file; empty if every byte is as written."""
+    """List what is wrong with a checkpoint, a line per file; empty if every byte is as written."""
+    found, problems = checked(Path(path) / MANIFEST)
+    return problems or _uncovered(Path(path), found["files"])
+
+
+def checked(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a manifest and compare the files beside it: its content, and a line per problem; never raises."""
     try:
-        text = (Path(path) / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        content = {name: manifest[name] for name in ("format", "step", "files")}
+        content, problems = _read(path)
+        checks = (_check_file(path.parent / name, entry) for name, entry in content.get("files", {}).items())
+        return content, problems or [problem for problem in checks if problem]
     except FileNotFoundError:
-        return [f"{Path(path) / MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{Path(path) / MANIFEST} is unreadable ({error!r})"]
+        return {}, [f"{path} is missing"]
+    except Exception as error:  # whatever a forged file brings about, deep nesting included
+        return {}, [f"{path} is unreadable ({type(error).__name__}: {str(error)[:200]})"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    text = read_regular(path).decode("utf-8")
+    manifest = json.loads(text)
+    content = {name: manifest[name] for name in ("format", "step", "files")}
     if text != _signed(content):
-        return [f"{Path(path) / MANIFEST} is damaged (its own checksum differs)"]
+        return {}, [f"{path} is damaged (its own checksum differs)"]
     if content["format"] != FORMAT:
-        return [f"{Path(path) / MANIFEST} has format {content['format']}, this version reads {FORMAT}"]
-    checks = (_check_file(Path(path) / name, expected) for name, expected in content["files"].items())
-    return [problem for problem in checks if problem]
+        return {}, [f"{path} has format {str(content['format'])[:50]}, this version reads {FORMAT}"]
+    if not isinstance(content["files"], dict) or not all(map(_is_entry, content["files"].items())):
+        return {}, [f"{path} is forged: it lists what is not a file of its folder"]
+    return content, []
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    name, entry = item
+    inside = PurePosixPath(name).parts and ".." not in PurePosixPath(name).parts and not name.startswith("/")
+    known = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+    return bool(inside and known and type(entry["bytes"]) is int and isinstance(entry["sha256"], str))
+
+
+def read_regular(path: Path, limit: int = LARGEST_JSON) -> bytes:
+    """Return the bytes of a regular file. OSError: it is a pipe or a device, or larger than ``limit``."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(f"{path.name} is not a regular file")
+    if state.st_size > limit:
+        raise OSError(f"{path.name} has {state.st_size:,} bytes, more than {limit:,}")
+    return path.read_bytes()
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> str | None:
     try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path} has {size} bytes, {expected['bytes']} were written"
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            return f"{path} is unreadable (not a regular file)"
+        if state.st_size != expected["bytes"]:
+            return f"{path} has {state.st_size} bytes, {expected['bytes']} were written"
+        if state.st_size > 1 << 30 and getattr(state, "st_blocks", state.st_size) * 512 * HOLLOW < state.st_size:
+            return f"{path} is damaged (its {state.st_size:,} bytes were never written)"
         return None if _digest(path) == expected["sha256"] else f"{path} is damaged (its checksum differs)"
     except OSError as error:
         return f"{path} is missing or unreadable ({error.strerror})"
+
+
+def _uncovered(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """Files that ``checkpoint.load`` would read and the manifest does not list."""
+    try:
+        groups = json.loads(read_regular(folder / STATE))[GROUPS] if STATE in files else []
+        if not isinstance(groups, list) or not all(isinstance(name, str) for name in groups):
+            raise TypeError(f"{GROUPS} is not a list of names")
+    except Exception as error:
+        return [f"{folder / STATE} is unreadable ({type(error).__name__}: {str(error)[:200]})"]
+    loaded = [STATE, *(f"{name}.safetensors" for name in groups)]
+    return [f"{folder / name} is not in {MANIFEST}" for name in loaded if name not in files]

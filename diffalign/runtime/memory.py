@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from diffalign.config import to_dict
 
@@ -75,3 +79,27 @@ def bf16(value: str) -> str | None:
 def smaller(value: int) -> int | None:
     """Three quarters of a resolution, in steps of 64 pixels."""
     return value * 3 // 4 // 64 * 64 or None
+
+
+# What torch's CPU allocator, cuBLAS and the like say, who raise a plain RuntimeError.
+EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "unable to allocate")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory ran out, on any device."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    text = str(error).lower()
+    return known or (isinstance(error, RuntimeError) and any(words in text for words in EXHAUSTED))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise ``torch.OutOfMemoryError`` for whatever says that memory ran out within the context."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)[:300] or "out of memory") from error
+        raise

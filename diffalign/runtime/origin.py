@@ -70,16 +70,30 @@ def commit(name: str, revision: str | None = None, kind: str = "model") -> str |
 
 
 def origin(
-    args: TrainingConfig, data: str, processes: int, device: str, commits: Mapping[str, str] | None = None
+    args: TrainingConfig,
+    data: str,
+    processes: int,
+    device: str,
+    commits: Mapping[str, str] | None = None,
+    contents: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """For a checkpoint. data: a digest of what is trained on; empty where there is none. commits: of what is from the
-    hub."""
+    """Describe where a checkpoint comes from.
+
+    Args:
+        args: the configuration.
+        data: a digest of what is trained on; empty where there is none.
+        processes: of the run.
+        device: its type.
+        commits: repository -> commit of what came from the hub.
+        contents: what of local files the run depends on -> its ``fingerprint``.
+    """
     config = plain(args)
     return {
         "config": config,
         "config_sha256": config_hash(config),
         "data_sha256": data,
         "commits": dict(commits or {}),
+        "contents": {name: dict(found) for name, found in (contents or {}).items()},
         "machine": machine(processes, device),
     }
 
@@ -116,10 +130,30 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
                 f"{name} has changed on the hub since this checkpoint: it was {known[name]}, and is {here}: "
                 "name the revision of then, or start anew in another output_dir"
             )
+    touched = _check_contents(then.get("contents", {}), now.get("contents", {}))
     before, here = then["machine"], now["machine"]
-    lines = [f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]]
+    lines = touched + [
+        f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]
+    ]
     batches = [name for name in changed if name.endswith("_batch_size")]
     return lines + [f"{name}: {old[name]} then, {new[name]} now" for name in batches]
+
+
+def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Compare local files with those that a checkpoint was trained with.
+
+    Returns a line per file of which only samples were compared, which are the same, but whose time is not. ValueError:
+    contents differ. What only one of the two knows (an older checkpoint, another evaluation) is not compared.
+    """
+    both = [name for name in now if name in then]
+    if changed := [name for name in both if then[name]["content"] != now[name]["content"]]:
+        raise ValueError(
+            f"changed since this checkpoint was written: {', '.join(changed[:10])}. A run goes on with the model, data "
+            "and judges that it began with: restore these files, or start a new run in another output_dir"
+        )
+    return [
+        f"{name}: same size and samples, but another time" for name in both if then[name]["time"] != now[name]["time"]
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

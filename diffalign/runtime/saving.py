@@ -14,6 +14,7 @@ from torch import Tensor
 from diffalign.runtime import checkpoint
 from diffalign.runtime.exits import NotFinite
 from diffalign.runtime.guard import first_bad
+from diffalign.runtime.memory import is_out_of_memory
 from diffalign.runtime.origin import check_origin
 from diffalign.sharding import like, whole
 
@@ -80,7 +81,7 @@ def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """NotFinite, with the name of a tensor, for what must never become a checkpoint."""
     for group, named in tensors.items():
         if group not in MAY_HOLD_NAN and (name := first_bad(dict(named))) is not None:
-            raise NotFinite(f"{group}/{name} is not finite, so that no checkpoint is written")
+            raise NotFinite(f"{group}/{name} is not finite, so that no checkpoint is written: lower learning_rate")
 
 
 def find(loop: Loop) -> Path | None:
@@ -103,6 +104,19 @@ def find(loop: Loop) -> Path | None:
 def put_back(loop: Loop, path: Path) -> int:
     """Makes the loop what it was; returns how many rows its log had then. ValueError: it is another run's."""
     tensors, state = checkpoint.load(path)
+    try:
+        return _put_back(loop, path, tensors, state)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise checkpoint.CheckpointError(
+            f"{path} does not hold the state of this run ({problem}): resume from another checkpoint, or start a new "
+            "run in another output_dir"
+        ) from error
+
+
+def _put_back(loop: Loop, path: Path, tensors: Tensors, state: dict[str, Any]) -> int:
     _check_place(loop, path, state)
     for line in check_origin(state["origin"], loop.origin(), loop.args):
         loop.say(f"warning: last bits may differ from an uninterrupted run: {line}")
@@ -156,4 +170,10 @@ def restore(tensors: Sequence[Tensor], stored: Mapping[str, Tensor]) -> None:
             f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml"
         )
     for index, tensor in enumerate(tensors):
-        tensor.copy_(like(stored[f"{index:05d}"], tensor))
+        found = stored[f"{index:05d}"]
+        if found.shape != tensor.shape:
+            raise ValueError(
+                f"the checkpoint's tensor {index} is {tuple(found.shape)}, this run's is {tuple(tensor.shape)}: use "
+                "the config.yaml of the checkpoint's run"
+            )
+        tensor.copy_(like(found, tensor))

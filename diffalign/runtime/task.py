@@ -17,7 +17,7 @@ class Task(Protocol):
     """What a trainer gives to the loop.
 
     same_updates: whether any number of processes splits an iteration into the same updates. commits: of the
-    repositories of the hub that it has loaded, by their names.
+    repositories of the hub that it has loaded, by their names. contents: fingerprints of the local files it depends on.
     """
 
     updates_per_iteration: int
@@ -25,6 +25,7 @@ class Task(Protocol):
     done: bool
     data_digest: str
     commits: Mapping[str, str]
+    contents: Mapping[str, Mapping[str, str]]
     resume_command: str
 
     def collect(self, iteration: int) -> Metrics:
@@ -81,8 +82,9 @@ class Task(Protocol):
         All processes ask for it, and the main one calls it.
         """
 
-    def finish(self) -> None:
-        """Writes the results of the run."""
+    def finish(self) -> Sequence[Path] | None:
+        """Write the results of the run; return the files and folders written, on the main process.
 
-    def finished(self, since: float) -> bool:
-        """Whether ``finish`` came to its end after ``since``, in seconds since the epoch."""
+        They go into a manifest that proves the run finished: where one of them is missing or damaged, the next start
+        calls ``finish`` again.
+        """

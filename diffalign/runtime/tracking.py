@@ -14,6 +14,8 @@ from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.atomic import keep_aside, write_text
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -32,54 +34,67 @@ def _strict(value: Any) -> Any:
     return [_strict(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def _complete_lines(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
-    """(step, line, row) of each row, without a last line cut short by a crash. ValueError: another broken line."""
+def _valid_rows(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return (step, line, row) of each line that is one; a warning counts the others, but for a torn last line."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
+    rows, broken = [], []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append((int(row["step"]), line.decode(), row))
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is no row of metrics ({error!r}): remove the line") from error
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            broken += [number] if number < len(lines) else []
+    if broken:
+        named = ", ".join(map(str, broken[:5]))
+        warnings.warn(
+            f"{path}: {len(broken)} lines are no rows of metrics and are left out: line {named}", stacklevel=3
+        )
     return rows
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """Tell apart the rows that a step may have: one each of its update, its evaluation and its checkpoint."""
+    return SAVE if SAVE in row else "eval" if any(name.startswith("eval/") for name in row) else "update"
 
 
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, with ``step``.
 
-    rows: how many there were, but for those with ``SAVE``, when the checkpoint was saved that the run goes on from.
-    Later ones are dropped, and a line that a crash cut short, so the file ends up equal to that of an uninterrupted
-    run. None starts a new file and
-    keeps a former one as ``metrics.jsonl.old``. A row that the disk refuses is written with a later one.
+    A row that the disk refuses is written with a later one.
+
+    Args:
+        path: the file.
+        rows: for a run that resumes, how many rows there were, without those of ``SAVE``, when its checkpoint was
+            written. Later rows are dropped, repeated ones once, broken ones with a warning, and the others are brought
+            in the order of their steps: the file ends up equal to that of an uninterrupted run. None starts a new file
+            and keeps an existing one as ``metrics.jsonl.old``.
+        step: of that checkpoint; without it, that of the last row that counts.
+        evaluated: whether the evaluation of ``step`` was in the file by then.
     """
 
-    def __init__(self, path: str | Path, rows: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, rows: int | None = None, step: int | None = None, evaluated: bool = True
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.waiting = b""
         if rows is not None:
-            self._rewind(rows)
-        elif self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".old"))
+            self._rewind(rows, step, evaluated)
+        else:
+            keep_aside(self.path)
         self.rows = rows or 0
 
-    def _rewind(self, rows: int) -> None:
-        kept = []
-        for _, line, row in _complete_lines(self.path):
-            rows -= SAVE not in row
-            if rows < 0:
-                break
-            kept.append(line + "\n")
-        if not self.path.exists() or "".join(kept).encode() == self.path.read_bytes():
-            return
-        staged = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
-        with staged.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, self.path)
+    def _rewind(self, rows: int, step: int | None, evaluated: bool) -> None:
+        found = {(at, _kind(row)): line for at, line, row in _valid_rows(self.path)}  # of a repeated row the last
+        counted = sorted((key for key in found if key[1] != SAVE), key=lambda key: key[0])
+        if step is not None:
+            counted = [key for key in counted if key[0] < step or (key[0] == step and (evaluated or key[1] != "eval"))]
+        counted = counted[:rows]
+        last = step if step is not None else counted[-1][0] if counted else -1
+        wanted = {*counted, *(key for key in found if key[1] == SAVE and key[0] <= last)}
+        text = "".join(f"{found[key]}\n" for key in sorted(found, key=lambda key: key[0]) if key in wanted)
+        if self.path.exists() and text.encode() != self.path.read_bytes():
+            write_text(self.path, text)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a row. Values: numbers, text, lists, dicts, tensors; NaN is written as null, infinity as "inf"."""
@@ -113,8 +128,8 @@ class MetricsLog:
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
-        """The rows, without a torn last line. ValueError: a broken line before it."""
-        return [row for _, _, row in _complete_lines(Path(path))]
+        """Return the rows, without a torn last line; broken lines before it are left out with a warning."""
+        return [row for _, _, row in _valid_rows(Path(path))]
 
 
 def tracker_names(report_to: str) -> list[str]:

@@ -1,56 +1,134 @@
-"""Ends a run that hangs, and says where it hung."""
+"""End a run that hangs, and say where it hung.
+
+A thread counts ticks without progress, which costs nothing and sees every hang that lets other threads run. A process
+beside the run watches that thread: where it falls silent too, something holds Python's lock (the GIL). Both count ticks
+and not the time of a clock, and leave out ticks in which the run was suspended: a laptop that slept, a job that was
+stopped by SIGSTOP, is not a hang.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import math
 import os
+import signal
+import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
+from diffalign.runtime import guardian
 from diffalign.runtime.exits import HANG
+from diffalign.runtime.output import emit
+
+DUMP = getattr(signal, "SIGRTMIN", 0) + 11 if hasattr(signal, "SIGRTMIN") else None  # asks for all stacks
+READING = 1 << 20  # bytes that a run which loads reads or writes, at least, from one sign of life to the next
 
 
 class Watchdog:
-    """A context that ends the process with exit code 75 when ``beat`` was not called for ``limit`` seconds.
+    """A context that ends the process when ``beat`` was not called for ``limit`` seconds in which it ran.
 
-    The stacks of all threads go to standard error and to ``stacks-<pid>.txt`` in ``folder``. limit 0: never. Code that
-    hangs without ever releasing Python's lock cannot be seen from here.
+    The stacks of all threads go to standard error and to ``stacks-<pid>.txt`` in ``folder``. The exit code is 75; where
+    the GIL is held, nothing in the process can exit any more, and it is killed (SIGKILL).
+
+    Args:
+        limit: seconds; 0 and infinity: never.
+        folder: the run folder.
+        loading: whether reading and writing files counts as progress: downloads and large models have no steps.
     """
 
-    def __init__(self, limit: float, folder: Path) -> None:
-        self.limit, self.folder = limit, folder
-        self.last = time.monotonic()
+    def __init__(self, limit: float, folder: Path, loading: bool = False) -> None:
+        self.limit, self.folder, self.loading = limit, folder.absolute(), loading
+        self.tick = min(1.0, max(limit / 20, 0.05))
+        self.idle = 0  # ticks since the last beat
         self._over = threading.Event()
+        self._guardian: subprocess.Popen[bytes] | None = None
 
     def beat(self) -> None:
-        """The run goes on."""
-        self.last = time.monotonic()
+        """Note that the run made progress."""
+        self.idle = 0
+
+    @property
+    def file(self) -> Path:
+        """Where the stacks go."""
+        return self.folder / f"stacks-{os.getpid()}.txt"
 
     def __enter__(self) -> Watchdog:
         self.beat()
         self._over.clear()
-        if self.limit:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if 0 < self.limit < math.inf:
+            self._start_guardian()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
+        if self._guardian is not None:
+            self._thread.join()
+            if DUMP is not None:
+                faulthandler.unregister(DUMP)
+            self._guardian.kill()
+            self._guardian.wait()
+            self._guardian.stdin.close()
+            self._guardian = None
+
+    def _start_guardian(self) -> None:
+        """Start the process that watches the thread; where none can be started, hangs that hold the GIL go unseen."""
+        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(DUMP or 0)]
+        command += [repr(self.limit), repr(self.tick), os.fsencode(self.file)]
+        with contextlib.suppress(OSError):
+            # Unbuffered: a tick must leave at once. In a session of its own, so that no terminal stops it.
+            self._guardian = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
+            )
+            os.set_blocking(self._guardian.stdin.fileno(), False)
+            if DUMP is not None:
+                faulthandler.register(DUMP, self._guardian.stdin, all_threads=True, chain=False)
 
     def _watch(self) -> None:
-        while not self._over.wait(max(0.05, self.last + self.limit - time.monotonic())):
-            if time.monotonic() - self.last > self.limit:
+        traffic = _traffic() if self.loading else None
+        done = traffic() if traffic else 0
+        while not self._over.wait(self.tick):
+            self.idle += 1
+            if traffic and (now := traffic()) > done + READING:
+                self.idle, done = 0, now
+            if self._guardian is not None:
+                with contextlib.suppress(OSError):  # it is gone
+                    self._guardian.stdin.write(b".")
+            if self.idle * self.tick > self.limit:
                 self._end()
 
     def _end(self) -> None:
-        file = self.folder / f"stacks-{os.getpid()}.txt"
-        text = f"\nno progress for {self.limit:g} s (hang_timeout): the stacks of all threads, also in {file}:\n"
         try:
-            sys.__stderr__.write(text)
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-            with file.open("w") as copy:
+            emit(
+                f"\nno progress for {self.limit:g} s (hang_timeout): the stacks of all threads, also in {self.file}:\n"
+            )
+            with contextlib.suppress(Exception), self.file.open("w") as copy:
                 faulthandler.dump_traceback(copy, all_threads=True)
+            with contextlib.suppress(Exception):
+                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         finally:
             os._exit(HANG)  # the main thread hangs, so that nobody would handle an exception
+
+
+def _traffic() -> Callable[[], int] | None:
+    """Return a function that counts the bytes this process has read and written, where the system counts them."""
+    process = psutil.Process()
+
+    def count() -> int:
+        counters = process.io_counters()
+        return getattr(counters, "read_chars", counters.read_bytes) + getattr(
+            counters, "write_chars", counters.write_bytes
+        )
+
+    try:
+        count()
+    except (AttributeError, psutil.Error, OSError):
+        return None
+    return count

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,8 +27,10 @@ from diffalign.runtime.memory import batch_name
 from diffalign.runtime.noise import Noise
 from diffalign.runtime.origin import commit
 from diffalign.runtime.processes import check_world, connect, wants_shards
+from diffalign.runtime.products import check_products, portable
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
+from diffalign.trainers.contents import contents
 from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
 from diffalign.trainers.report import Report
@@ -39,7 +42,8 @@ Config = TypeVar("Config", bound=TrainerConfig)
 
 
 def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Config:
-    """``args`` with the name of the model that was passed beside them."""
+    """Return ``args`` with the name of the model that was passed beside them, and an absolute ``output_dir``."""
+    args = dataclasses.replace(args, output_dir=args.output_dir.absolute())  # rewards may change the working folder
     if isinstance(model, DiffusionModel):
         return args if args.model else dataclasses.replace(args, model=_origin(model))
     return args if model is None else dataclasses.replace(args, model=str(model))
@@ -60,6 +64,7 @@ class Trainer:
     same_updates = True
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
     data_digest = ""
+    data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
     taught_through: ClassVar[tuple[str, ...]] = ()  # parts that gradients come back through
 
     def __init__(
@@ -92,6 +97,7 @@ class Trainer:
         self.check_batches(self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             refuse_busy(args.output_dir)
+            check_products(args.output_dir)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         if (known := loaded_commit(self.model)) is not None:
             # What a branch is may change; the run's config.yaml says what it was.
@@ -183,7 +189,7 @@ class Trainer:
         """What goes on with this run."""
         several = self.accelerator.num_processes > 1
         program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
-        config = shlex.quote(str(self.args.output_dir / "config.yaml"))
+        config = shlex.quote(str(portable(self.args).output_dir / "config.yaml"))
         return f"{program} --config {config} --resume_from_checkpoint latest"
 
     @property
@@ -195,6 +201,12 @@ class Trainer:
         named += [(args.model, args.revision, "model"), *((*found, "model") for found in repositories())]
         known = {name: commit(name, revision, kind) for name, revision, kind in named}
         return {name: found for name, found in known.items() if found is not None}
+
+    @cached_property
+    def contents(self) -> dict[str, dict[str, str]]:
+        """Fingerprints of the local files and data that this run depends on, as they were when it started."""
+        rewards = {**self.evaluation.rewards, **getattr(self, "rewards", {})}
+        return {**contents(self.args, rewards), **self.data_contents}
 
     def about(self) -> dict[str, str]:
         """What the header of the LoRA says of its making, so that the file answers by itself."""
@@ -211,7 +223,8 @@ class Trainer:
             "config_sha256": made["config_sha256"],
             "data_sha256": made["data_sha256"],
         }
-        return {f"diffalign.{name}": value for name, value in said.items()}
+        # A header is UTF-8; a path on disk may not be.
+        return {f"diffalign.{name}": value.encode("utf-8", "replace").decode() for name, value in said.items()}
 
     def samples(self) -> list[dict[str, Any]]:
         """What tells the samples of the current update from all others."""
@@ -262,13 +275,8 @@ class Trainer:
             return None
         return self.model.saver(self.report.weight_set, self.accelerator.is_main_process)
 
-    def finish(self) -> None:
-        """Exports the weights and writes the card, the curves and the comparison."""
+    def finish(self) -> list[Path]:
+        """Export the weights and write the card, the curves and the comparison; return what was written."""
         main = self.accelerator.is_main_process
         savers = {folder: self.model.saver(name, main) for folder, name in self.report.exports.items()}
-        if main:
-            self.report.finish(savers)
-
-    def finished(self, since: float) -> bool:
-        """Whether ``finish`` came to its end after ``since``, in seconds since the epoch."""
-        return self.report.finished(since)
+        return self.report.finish(savers) if main else []

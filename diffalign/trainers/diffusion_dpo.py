@@ -33,6 +33,7 @@ from diffalign.runtime.loop import Metrics, Micro, indexed, restore
 from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
+from diffalign.trainers.contents import sample_contents
 from diffalign.trainers.denoising import Denoising
 from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
 from diffalign.trainers.examples import Framer
@@ -124,6 +125,7 @@ class DiffusionDPOTrainer(Trainer):
         if isinstance(data, PairStream):
             return StreamSource(data, framer, accelerator)
         self.data_digest = sampled_digest(data)
+        self.data_contents = {"samples of train_data": sample_contents(data)}
         source = DataSource(data, framer)
         return source if args.losers == "data" else SelfPlaySource(source, self)
 

@@ -32,13 +32,17 @@ class DiffusionDPOConfig(RolloutConfig):
     random_crop: bool = option(False, "crop a pair at a random place, not in the middle")
     random_flip: bool = option(False, "mirror half of the pairs; not where captions tell left from right")
     cache: bool = option(True, "keep latents and prompt embeddings on disk")
-    num_pairs: int = option(64, "pairs (or single images) of train_data per optimizer step, over all processes")
+    num_pairs: int = option(
+        64, "pairs (or single images) of train_data per optimizer step, over all processes", le=1_000_000
+    )
     train_batch_size: int = option(16, "pairs (or single images) per forward pass while training")
     prompt_dropout: float = option(0.1, "share of prompts that are trained as the empty one, for guidance")
     time_sampling: Literal["uniform", "logit_normal"] = option("uniform", "how levels are drawn")
     time_mean: float = option(0.0, "of the logit of sigma, for logit_normal")
     time_std: float = option(1.0, "of the logit of sigma, for logit_normal")
-    times: tuple[float, ...] = option((), "times to train at, 0 to 1000, each as often; instead of time_sampling")
+    times: tuple[float, ...] = option(
+        (), "times to train at, 0 to 1000, each as often; instead of time_sampling", ge=0, le=1000
+    )
     loss: str = option(
         "dpo",
         "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
@@ -46,7 +50,7 @@ class DiffusionDPOConfig(RolloutConfig):
     beta: float | None = option(None, "strength of the preference, in units of errors; default: the loss's own")
     reduction: Literal["mean", "sum"] = option("mean", "of squared errors over an image's dimensions")
     loss_options: dict[str, float | str] = option({}, "of the loss, e.g. {smoothing: 0.1}")
-    max_margin: float | None = option(None, "margins beyond this have no gradient")
+    max_margin: float | None = option(None, "margins beyond this have no gradient", infinite=True)
     winner_mu: float | None = option(None, "Diffusion-SDPO: share of the winner's descent that the loser must leave")
     winner_weight: float = option(0.0, "of ordinary fine-tuning on winners, added to the loss")
     anchor_weight: float = option(0.0, "of the squared distance to the reference's output, added to the loss")
@@ -56,7 +60,7 @@ class DiffusionDPOConfig(RolloutConfig):
     auto_beta_range: tuple[float, float] = option((1.0, 10000.0), "within these")
     reference_decay: float = option(0.0, "the reference is this average of the policy; 0: the model as it began")
     reference_steps: int = option(0, "the reference becomes the policy every so many optimizer steps; 0: never")
-    bins: int = option(5, "margins are logged by noise level in so many parts")
+    bins: int = option(5, "margins are logged by noise level in so many parts", le=1000)
 
     @property
     def online(self) -> bool:

@@ -29,6 +29,7 @@ from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.base import Trainer, named_model
+from diffalign.trainers.contents import sample_contents
 from diffalign.trainers.inputs import check_differentiable, dataset, evaluation_rewards, reward_table
 from diffalign.trainers.judging import Judge, thresholds
 from diffalign.trainers.refl_config import ReFLConfig
@@ -100,6 +101,8 @@ class ReFLTrainer(Trainer):
         self.pictures = self._pictures(args.data)
         self.starts = self._starts(prompts)
         self.gradient = RewardGradient(self, self.judge)
+        if self.pictures is not None:
+            self.data_contents = {"samples of train_images": sample_contents(self.pictures.data)}
         self.data_digest = digest([prompt.text for prompt in prompts or ()])
         self.watch = Watch(self, self.rewards, list(held_out))
 
@@ -263,13 +266,14 @@ class ReFLTrainer(Trainer):
         """Goes on from what ``state`` gave."""
         self.watch.restore(tensors, plain)
 
-    def finish(self) -> None:
-        """Exports the best weights where early stopping kept some, and draws what was watched."""
+    def finish(self) -> list[Path]:
+        """Export the best weights where early stopping kept some, and draw what was watched."""
         if self.watch.use_best():
             super().evaluate(self.watch.best_step)  # so that the card tells of the weights beside it
-        super().finish()
+        written = super().finish()
         if self.accelerator.is_main_process and self.eval_prompts:
-            self.watch.draw()
+            written.append(self.watch.draw())
+        return written
 
     # Checks ---------------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,8 @@ class ReFLConfig(TrainerConfig):
     thresholds: dict[str, float] = option({}, "c of the losses hinge and distance, by reward, in its units")
     recipe: RecipeConfig = option(RecipeConfig(), "which steps carry the gradient, what the reward sees, the losses")
     max_unscored: float = option(0.2, "largest share of a step's images that rewards may fail on")
-    num_groups: int = option(16, "prompts per optimizer step, over all processes")
-    group_size: int = option(1, "images per prompt")
+    num_groups: int = option(16, "prompts per optimizer step, over all processes", le=1_000_000)
+    group_size: int = option(1, "images per prompt", le=1_000_000)
     rollout_batch_size: int = option(16, "images that are sampled together, on the same random steps")
     train_batch_size: int = option(16, "images per pass with gradients; gradients of passes add up")
     step_checkpointing: bool = option(False, "keep the inputs of the denoiser's recorded calls only, one process")
@@ -41,11 +41,13 @@ class ReFLConfig(TrainerConfig):
     decode_slice: int = option(0, "images decoded and judged at once, with exact gradients; 0: those of a pass")
     decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while training; evaluations decode in float32")
     eval_batch_size: int = option(64, "images per forward pass of an evaluation")
-    eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps")
+    eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps", ge=1, le=10_000)
     base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
     held_out: dict[str, float | RewardConfig] = option({}, "rewards that evaluations report and nothing trains on")
     sharpness_step: float = option(0.01, "of the sharpness alarm, in pixel values; 0 turns it off")
-    alarm_factor: float = option(2.0, "the alarm rings where sharpness is so many times that of the base's images")
+    alarm_factor: float = option(
+        2.0, "the alarm rings where sharpness is so many times that of the base's images", infinite=True
+    )
     watch: str | None = option(None, "what early stopping follows; default: the first of held_out, else accuracy")
     early_stopping: int = option(0, "evaluations without a better watched figure before a run ends; 0: never")
 

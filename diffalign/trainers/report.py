@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.atomic import replacing
 from diffalign.config import to_yaml
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
@@ -21,6 +23,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
+from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.sharding import plain_class
 from diffalign.trainers.evaluation import Shown
@@ -61,45 +64,57 @@ class Report:
         """A grid of an evaluation's images; that of step 0 is kept for the comparison."""
         samples = self.folder / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        image_grid(shown.images, columns=4, labels=shown.texts, scale=4).save(samples / f"step-{step:06d}.png")
+        with replacing(samples / f"step-{step:06d}.png") as staged:
+            image_grid(shown.images, columns=4, labels=shown.texts, scale=4).save(staged)
         if step == 0:
             self._keep("base", shown)
         self.shown = shown
 
-    def _keep(self, name: str, shown: Shown) -> None:
+    def _keep(self, name: str, shown: Shown) -> Path:
         """The evaluation as ``samples/NAME.safetensors``: what it showed, and every image's prompt and scores."""
         tensors = {"images": shown.images.contiguous(), "prompt": shown.prompt}
         tensors |= {f"mark/{reward}": values for reward, values in shown.marks.items()}
         tensors |= {f"score/{reward}": values for reward, values in shown.scores.items()}
         tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
-        save_file(tensors, self.folder / "samples" / f"{name}.safetensors")
+        path = self.folder / "samples" / f"{name}.safetensors"
+        with replacing(path) as staged:
+            save_file(tensors, staged)
+        return path
 
     @property
     def exports(self) -> dict[str, str]:
         """Subfolder -> the weight set that goes there: averaged ones first, the raw ones in ``raw/``."""
         return {".": self.weight_set} | ({} if self.weight_set == POLICY else {"raw": POLICY})
 
-    def finish(self, savers: Mapping[str, Callable[[Path], Path]]) -> None:
-        """The weights, curves, comparison and model card. savers: what writes each of ``exports``."""
-        paths = [save(self.folder / subfolder) for subfolder, save in savers.items()]
+    def finish(self, savers: Mapping[str, Callable[[Path], Path]]) -> list[Path]:
+        """Write the weights, curves, comparison and model card; return their paths.
+
+        savers: what writes each of ``exports``.
+        """
+        weights = [save(self.folder / subfolder) for subfolder, save in savers.items()]
         if self.model.has_adapter:
-            learned_nothing(paths[0])
-        if self.shown is not None:
-            self._keep("tuned", self.shown)
+            learned_nothing(weights[0])
+        written = [*weights] if self.shown is None else [*weights, self._keep("tuned", self.shown)]
         plot_curves(MetricsLog.read(self.folder / "metrics.jsonl"), self.folder / "curves.png")
         base = self.folder / "samples" / "base.safetensors"
-        before = load_file(base) if self.shown is not None and base.is_file() else None
+        before = self._before(base) if self.shown is not None and base.is_file() else None
         if before is not None:
             self._compare(before)
             for fault in ruined(before["images"], self.shown.images):
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
-        pictures = [name for name in ("compare.png", "curves.png") if (self.folder / name).is_file()]
-        write_model_card(self.folder, self._card(self._results(before), pictures))
+        drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
+        pictures = [name for name in drawn if (self.folder / name).is_file()]
+        card = write_model_card(self.folder, self._card(self._results(before), pictures))
+        return [*written, *(self.folder / name for name in pictures), card]
 
-    def finished(self, since: float) -> bool:
-        """Whether the card, which is written last, is newer than ``since``, in seconds since the epoch."""
-        card = self.folder / "README.md"
-        return card.is_file() and card.stat().st_mtime >= since
+    @staticmethod
+    def _before(path: Path) -> dict[str, Tensor] | None:
+        """Load the base's evaluation; None, with a warning, where its file is damaged: the weights come first."""
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{path} is damaged ({error}): the card has no results of the base model", stacklevel=2)
+            return None
 
     def _compare(self, before: dict[str, Tensor]) -> None:
         columns = {"base": before["images"], "tuned": self.shown.images}
@@ -130,26 +145,28 @@ class Report:
         return SNIPPET if self.model.has_adapter else FULL_SNIPPET
 
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
+        shown_args = portable(self.args)
+        folder = shown_args.output_dir
         prompt = self.shown.texts[-1] if self.shown else "..."
         component = self.model.denoiser_name
         snippet = self._snippet.format(
             model=", revision=".join(literal(name) for name in (self.args.model, self.args.revision) if name),
-            folder=literal(self.folder),
-            weights=literal(self.folder / component),
-            negative=literal(self.folder / NEGATIVE_NAME),
+            folder=literal(folder),
+            weights=literal(folder / component),
+            negative=literal(folder / NEGATIVE_NAME),
             prompt=literal(prompt),
             denoiser=plain_class(self.model.raw_denoiser).__name__,
             component=component,
             scale=self.args.guidance_scale,
             length=getattr(self.model, "max_sequence_length", None),
         )
-        config = shlex.quote(str(self.folder / "config.yaml"))
+        config = shlex.quote(str(folder / "config.yaml"))
         return ModelCard(
             title=self.folder.name,
             base_model=str(self.args.model),
             trainer=self.trainer,
             command=f"accelerate launch scripts/train_{self.trainer}.py --config {config}",
-            config_yaml=to_yaml(self.args),
+            config_yaml=to_yaml(shown_args),
             load_snippet=snippet,
             results=results,
             pictures=pictures,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rewards.settings import RewardConfig
 from diffalign.rollout.advantages import flat_share, group_advantages
-from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
+from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer
 from diffalign.rollout.collect import Addresses, rollouts
 from diffalign.rollout.sampler import Route
 from diffalign.rollout.scoring import ScoreBook, check_unscored
@@ -41,16 +40,16 @@ class RolloutConfig(TrainerConfig):
         {}, "reward names and their weights, or {weight, reward, options}"
     )
     plan: PlanConfig = option(PlanConfig(), "what each step of a rollout does")
-    eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: plan.num_steps")
-    num_groups: int = option(16, "prompts per iteration, over all processes")
-    group_size: int = option(16, "images per prompt")
+    eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: plan.num_steps", ge=1, le=10_000)
+    num_groups: int = option(16, "prompts per iteration, over all processes", le=1_000_000)
+    group_size: int = option(16, "images per prompt", le=1_000_000)
     shared_start: bool = option(True, "images of a group start from the same noise")
     rollout_batch_size: int = option(64, "images per forward pass while sampling")
     decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while sampling; evaluations decode in float32")
     updates_per_rollout: int = option(1, "optimizer steps per iteration, each on its share of the images")
     advantage_std: Literal["group", "global"] = option("group", "deviation that advantages are divided by")
-    advantage_epsilon: float = option(1e-4, "added to that deviation")
-    advantage_clip: float = option(5.0, "bound on advantages")
+    advantage_epsilon: float = option(1e-4, "added to that deviation", ge=0)
+    advantage_clip: float = option(5.0, "bound on advantages; .inf: none", gt=0, infinite=True)
     aggregate: Literal["rewards", "advantages"] = option("rewards", "what is summed over several rewards")
     max_unscored: float = option(0.2, "largest share of an iteration's images that rewards may fail on")
     overlap_rewards: bool = option(
@@ -162,7 +161,7 @@ class Collector:
         args, accelerator = self.args, self.trainer.accelerator
         folder, share, several = args.output_dir / "rollouts", accelerator.process_index, accelerator.num_processes > 1
         if share == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # so that no part of another number of processes stays
+            clear_buffer(folder)  # so that no part of another number of processes stays
         accelerator.wait_for_everyone()
         buffer.save(
             folder, images, model=args.model, seed=args.seed, share=share, gather=gather_object if several else list

@@ -56,7 +56,9 @@ class TrainerConfig(TrainingConfig):
     allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
     eval_prompts: Path | None = option(None, ".txt or .jsonl of held-out prompts; none: no evaluation")
     eval_rewards: tuple[str, ...] = option((), "names of rewards; the first one is reported as accuracy")
-    eval_images_per_prompt: int = option(2, "images per held-out prompt; two at least measure diversity")
+    eval_images_per_prompt: int = option(
+        2, "images per held-out prompt; two at least measure diversity", ge=1, le=100_000
+    )
 
     def __post_init__(self) -> None:
         """Paths may be given as text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,8 +168,9 @@ class Watch:
         self.trainer.report.weight_set = BEST
         return True
 
-    def draw(self) -> None:
-        """``hacking.png`` in the run folder."""
+    def draw(self) -> Path:
+        """Draw ``hacking.png`` in the run folder."""
         folder = self.trainer.args.output_dir
         rows = MetricsLog.read(folder / "metrics.jsonl")
         plot_hacking(rows, folder / "hacking.png", list(self.rewards), self.held_out)
+        return folder / "hacking.png"

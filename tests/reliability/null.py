@@ -27,7 +27,7 @@ class NullTask:
     """
 
     updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
-    same_updates, commits = False, MappingProxyType({})
+    same_updates, commits, contents = False, MappingProxyType({}), MappingProxyType({})
 
     def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, task: None)
@@ -111,10 +111,7 @@ class NullTask:
     def finish(self):
         self.hook("finish", self)
         (self.args.output_dir / "done.txt").write_text(f"{self.loop.step}")
-
-    def finished(self, since):
-        done = self.args.output_dir / "done.txt"
-        return done.is_file() and done.stat().st_mtime >= since
+        return [self.args.output_dir / "done.txt"]
 
 
 def settings(folder: Path, **changes) -> TrainingConfig:

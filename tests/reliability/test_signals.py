@@ -41,7 +41,7 @@ def test_r15_a_signal_in_any_phase_saves_and_says_how_to_go_on(tmp_path, straigh
         assert code == 128 + number, child.text
         assert f"{number.name}: saving and stopping" in child.text
         assert "go on with:\n  python null.py" in child.text
-        assert not list(tmp_path.glob(".tmp-*"))
+        assert not list(tmp_path.glob(".diffalign-*"))
     run(tmp_path)
     same_run(tmp_path, straight)
 

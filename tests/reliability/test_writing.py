@@ -40,7 +40,7 @@ def test_r1_a_crash_at_any_call_of_a_save_leaves_the_old_or_the_new(deaths, tmp_
         found = checkpoint.latest(folder)
         same_checkpoint(found, root / ("begun" if found.name == "checkpoint-4" else "done") / found.name)
         checkpoint.sweep(folder)
-        assert not list(folder.glob(".tmp-*"))
+        assert not list(folder.glob(".diffalign-*"))
         names.append(found.name)
     assert set(names) == {"checkpoint-4", "checkpoint-6"}
     assert names == sorted(names), "once the new one is there, it stays"
@@ -86,7 +86,7 @@ def test_r3_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_until_the_third_
     assert child.wait() == 74
     for folder in (once, often):
         assert sound(folder) == ["checkpoint-2"]
-        assert not list(folder.glob(".tmp-*")), "no part of a checkpoint is left"
+        assert not list(folder.glob(".diffalign-*")), "no part of a checkpoint is left"
     assert "checkpoint-8" in child.text, "the run went on"
     assert "checkpoint-10" not in child.text
     for said in (str(often), "65,540 bytes", "the run goes on", "free space", "last good checkpoint"):

@@ -89,7 +89,7 @@ def test_a_failed_save_leaves_no_trace(tmp_path, call, step):
     write(tmp_path, 1)
 
     def full(*args):
-        if call != "rename" or str(args[0]).rpartition("/")[2].startswith(".tmp-"):
+        if call != "rename" or str(args[0]).rpartition("/")[2].startswith(".diffalign-"):
             raise OSError(28, "No space left on device")
         return os.replace(*args)
 

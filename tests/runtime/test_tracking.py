@@ -70,12 +70,62 @@ def test_every_line_is_strict_json(tmp_path):
     ]
 
 
-def test_a_broken_line_inside_is_named(tmp_path):
+BROKEN = ("{", "5", '{"loss": 1}', '{"step": 1e999}', "[" * 10_000, "\x00\x00", '{"step": "x"}')
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_line_inside_is_left_out_and_named(tmp_path, broken):
     path = tmp_path / "m.jsonl"
-    for broken in ("{", "5", '{"loss": 1}'):
-        path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
-        with pytest.raises(ValueError, match="line 2 is no row of metrics"):
-            MetricsLog.read(path)
+    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
+    with pytest.warns(UserWarning, match=r"m\.jsonl: 1 lines are no rows of metrics and are left out: line 2"):
+        assert MetricsLog.read(path) == [{"step": 1}, {"step": 2}]
+
+
+def written(path):
+    log = MetricsLog(path)
+    log.write(0, {"eval/a": 0})
+    for step in (1, 2, 3, 4):
+        log.write(step, {"loss": step})
+        if step % 2 == 0:
+            log.write(step, {"eval/a": step})
+            log.write(step, {SAVE: 0.1})
+    return path.read_text().splitlines(keepends=True)
+
+
+DAMAGE = {
+    "repeated": lambda lines: [*lines[:3], lines[2], *lines[3:]],
+    "swapped": lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+    "garbage between": lambda lines: [*lines[:4], "garbage\n", *lines[4:]],
+    "rows of later steps": lambda lines: [*lines, '{"step": 5, "loss": 5}\n', '{"step": 6, "loss": 6}\n'],
+    "all of it twice": lambda lines: [*lines, *lines],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.filterwarnings("ignore:.*are no rows")
+def test_a_resumed_log_is_repaired_by_step(tmp_path, damage):
+    """The checkpoint of step 4, written after its evaluation, has seen seven rows that count."""
+    path = tmp_path / "m.jsonl"
+    lines = written(path)
+    path.write_text("".join(DAMAGE[damage](lines)))
+    MetricsLog(path, 7, 4, True)
+    assert path.read_text().splitlines(keepends=True) == lines
+
+
+@pytest.mark.filterwarnings("ignore:.*are no rows")
+def test_a_garbled_row_costs_itself_and_no_row_of_another_step(tmp_path):
+    path = tmp_path / "m.jsonl"
+    lines = written(path)
+    path.write_text("".join([*lines[:2], "#" * 20 + "\n", *lines[3:], '{"step": 5, "loss": 5}\n']))
+    MetricsLog(path, 7, 4, True)
+    assert path.read_text().splitlines(keepends=True) == [*lines[:2], *lines[3:]]
+
+
+def test_an_evaluation_after_the_checkpoint_is_dropped(tmp_path):
+    path = tmp_path / "m.jsonl"
+    lines = written(path)
+    MetricsLog(path, 6, 4, False)
+    assert path.read_text().splitlines(keepends=True) == [line for line in lines if line != lines[-2]]
 
 
 def test_a_fresh_start_keeps_the_former_file_aside(tmp_path):
@@ -84,6 +134,9 @@ def test_a_fresh_start_keeps_the_former_file_aside(tmp_path):
     rows_of(MetricsLog(path), [2])
     assert [row["step"] for row in MetricsLog.read(path)] == [2]
     assert [row["step"] for row in MetricsLog.read(tmp_path / "m.jsonl.old")] == [1]
+    rows_of(MetricsLog(path), [3])
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "m.jsonl.old")] == [1]
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "m.jsonl.old-2")] == [2]
     assert MetricsLog.read(tmp_path / "missing.jsonl") == []
 
 

@@ -1,0 +1,91 @@
+"""The files that a run leaves in its folder: whose they are, and the manifest that proves them whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffalign.atomic import keep_aside, write_text
+from diffalign.config import from_dict, load_yaml, save_yaml, to_yaml
+from diffalign.runtime.checkpoint import has_checkpoints
+from diffalign.runtime.manifest import checked, manifest_text
+
+EXPORTS = "exports.json"
+CONFIG, CARD = "config.yaml", "README.md"
+FILES = (CONFIG, CARD, EXPORTS, "metrics.jsonl", "skipped.jsonl", "curves.png", "compare.png", "hacking.png")
+WEIGHTS = ("pytorch_lora_weights.safetensors", "negative_prompt.safetensors")
+FOLDERS = ("samples", "raw", "rollouts")
+DENOISERS = ("unet", "transformer")
+
+
+def check_products(folder: Path) -> None:
+    """Raise ValueError where something in the folder is in the way of what the run will write."""
+    for name in (*FILES, *WEIGHTS):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is not a regular file: move it away, or choose another output_dir")
+    for name in FOLDERS:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is not a folder: move it away, or choose another output_dir")
+    if (folder / "model_index.json").exists():
+        raise ValueError(
+            f"output_dir {folder} is the folder of a model: choose another one, its files would be replaced"
+        )
+
+
+def keep_others(args: Any) -> dict[str, Path]:
+    """Rename files that this package did not write and the run would replace: name -> where it is now.
+
+    In a folder without a trace of a run every file is somebody else's; in the folder of a run, the card that was edited
+    since, and a configuration with comments, or written by hand.
+    """
+    folder = args.output_dir
+    manifest, _ = checked(folder / EXPORTS)
+    generated = is_generated(args, folder / CONFIG)
+    if manifest or generated or has_checkpoints(folder):
+        edited = (folder / CARD).is_file() and CARD in manifest.get("files", {}) and _is_changed(folder, CARD)
+        others = [name for name, foreign in ((CONFIG, not generated), (CARD, edited)) if foreign]
+    else:
+        others = [
+            name for name in (*FILES, *WEIGHTS, *DENOISERS) if not name.endswith(".jsonl")
+        ]  # logs are kept by themselves
+    return {name: aside for name in others if (aside := keep_aside(folder / name))}
+
+
+def _is_changed(folder: Path, name: str) -> bool:
+    return any(str(folder / name) in problem for problem in checked(folder / EXPORTS)[1])
+
+
+def is_generated(args: Any, path: Path) -> bool:
+    """Whether a configuration file is, byte for byte, what ``save_config`` writes for this trainer."""
+    try:
+        return to_yaml(from_dict(type(args), load_yaml(path))) == path.read_text(encoding="utf-8")
+    except (ValueError, OSError):
+        return False
+
+
+def portable(args: Any) -> Any:
+    """Return a configuration whose ``output_dir`` is relative to the working folder where it lies in it."""
+    here = Path.cwd()
+    inside = args.output_dir.is_relative_to(here) and args.output_dir != here
+    return dataclasses.replace(args, output_dir=args.output_dir.relative_to(here)) if inside else args
+
+
+def save_config(args: Any) -> None:
+    """Write the configuration into the run folder."""
+    save_yaml(portable(args), args.output_dir / CONFIG)
+
+
+def write_exports(folder: Path, step: int, written: Iterable[Path]) -> None:
+    """Write the manifest of what a finished run has exported; folders stand for all files in them."""
+    files = {file for path in written for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    names = [file.relative_to(folder).as_posix() for file in files]
+    write_text(folder / EXPORTS, manifest_text(folder, step, names))
+
+
+def is_exported(folder: Path, step: int) -> bool:
+    """Whether the exports of this step are in the folder, byte for byte as they were written."""
+    manifest, problems = checked(folder / EXPORTS)
+    return not problems and manifest["step"] == step

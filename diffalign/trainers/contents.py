@@ -1,0 +1,107 @@
+"""What of local files a run depends on: its model, data, prompts and judges, each with a fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.labels import labels_path
+from diffalign.data.pairs import Samples
+from diffalign.rewards.hosting import Weights
+from diffalign.rewards.settings import RewardConfig
+from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
+from diffalign.structures import ImageSource
+
+Fingerprints = dict[str, dict[str, str]]
+PACKAGE = Path(__file__).parents[1]
+DEPTH = 4  # of attributes in which a reward keeps the paths of its weights
+# Samples whose images are read, and samples of which all else is read: a second at most for large data sets.
+READ, SEEN = 256, 2000
+
+
+def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
+    """Return the fingerprints of all local files that a configuration and its rewards name.
+
+    Repositories of the hub are known by their commits, and are not among them.
+    """
+    found = {f"model {args.model}": fingerprint(args.model, MODEL_FILES)}
+    for name in ("train_prompts", "eval_prompts", "train_rollouts"):
+        if path := getattr(args, name, None):
+            found[f"{name} {path}"] = fingerprint(path)
+    for name in ("train_data", "train_images"):
+        for source in getattr(args, name, ()):
+            found[f"{name} {source}"] = fingerprint(source)
+            if args.data.labels and os.path.exists(source):
+                labels = labels_path(source, args.data.labels)
+                found[f"labels {labels}"] = fingerprint(labels)
+    for path in {*_paths([rewards, *_tables(args)]), *_code(args)}:
+        found[f"reward file {path}"] = fingerprint(path, MODEL_FILES)
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def sample_contents(data: Samples) -> dict[str, str]:
+    """Return the fingerprint of samples: texts, metadata and labels of ``SEEN``, images of ``READ``, spread evenly."""
+    count = len(data)
+    seen, read = min(count, SEEN), min(count, READ)
+    rows = (_row(data[number * count // seen]) for number in range(seen))
+    chosen = (data[number * count // read] for number in range(read))
+    images = (_image(image) for sample in chosen for image in (*sample.images, sample.mask) if image is not None)
+    return of_bytes((str(count).encode(), *rows, *images))
+
+
+def _row(sample: Any) -> bytes:
+    labels = getattr(sample, "label", None), getattr(sample, "liked", None)
+    return json.dumps([sample.key, sample.prompt.text, sample.prompt.metadata, labels], default=str).encode()
+
+
+def _image(source: ImageSource) -> bytes:
+    try:
+        return source.read()
+    except (OSError, ValueError):  # a bad sample, which is left out with a warning when it is used
+        return b""
+
+
+def _tables(args: Any) -> Iterator[Mapping[str, Any]]:
+    yield from (getattr(args, name, {}) for name in ("rewards", "held_out"))
+
+
+def _code(args: Any) -> Iterator[str]:
+    """Yield the files of rewards that a configuration names as code."""
+    names = [*getattr(args, "eval_rewards", ())]
+    for table in _tables(args):
+        names += [(entry.reward if isinstance(entry, RewardConfig) else "") or name for name, entry in table.items()]
+    for where in (name.rpartition(":")[0] for name in names if ":" in name):
+        file = where if where.endswith(".py") else getattr(sys.modules.get(where), "__file__", None)
+        if file and not Path(file).resolve().is_relative_to(PACKAGE):
+            yield str(file)
+
+
+def _paths(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield the local paths in a reward, a configuration or a container of them."""
+    if isinstance(value, Weights):
+        value = Path(value.path)
+    if isinstance(value, (str, Path)):
+        named = isinstance(value, Path) or os.sep in value or os.path.splitext(value)[1] in MODEL_FILES
+        if named and 0 < len(str(value)) < 1000 and "\0" not in str(value) and os.path.exists(value):
+            yield str(value)
+        return
+    if depth < DEPTH:
+        for entry in _entries(value):
+            yield from _paths(entry, depth + 1)
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    # Attributes of rewards only: networks and tensors hold nothing that names a file.
+    own = type(value).__module__.split(".")[0] in ("diffalign", "__main__") or callable(value)
+    return list(vars(value).values()) if own and hasattr(value, "__dict__") and not isinstance(value, type) else []
