@@ -59,6 +59,7 @@ class RemoteReward:
         problems: dict[str, None] = {}
         for rows, result in zip(parts, found, strict=True):
             scores, problem = (None, str(result)) if isinstance(result, RemoteError) else result
+            problem = self.wire.clean(problem)
             if isinstance(result, RemoteError) and result.status == UNAVAILABLE:
                 raise RewardUnavailable(problem)
             if problem:

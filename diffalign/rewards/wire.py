@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from urllib3.util import Retry
 
 from diffalign.rewards.preprocess import to_bytes
+from diffalign.rewards.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
 T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
@@ -71,9 +71,18 @@ class Wire:
 
     @classmethod
     def to(cls, url: str, token_env: str | None = None, **options: float) -> Wire:
-        """To ``url``, with the token of ``token_from``."""
-        token = token_from(token_env, url)
+        """To ``url``, with the token of its host (``token_variable``), or of the variable ``token_env``.
+
+        Only the command line and Python can name ``token_env``: a file does not choose which secret goes where.
+        """
+        host = check_url(url)
+        token = token_from(token_env, host) if token_env else token_for(url)
         return cls(url, headers=(("Authorization", f"Bearer {token}"),) if token else (), **options)
+
+    def clean(self, text: str) -> str:
+        """``text`` from the server as a message may show it: bounded, no tokens, nothing that a terminal obeys."""
+        tokens = [value.removeprefix("Bearer ") for _, value in self.headers]
+        return printable(redacted(text[: 8 * LONGEST_SAID], tokens), 2 * LONGEST_SAID)
 
     def post(self, path: str, body: Any) -> Any:
         """The JSON reply to ``body``. RemoteError: see the class; it names the address and says what to try."""
@@ -84,14 +93,15 @@ class Wire:
             try:
                 reply, content = self._once(address, body, end)
             except urllib3.exceptions.HTTPError as error:
+                said = f"{type(error).__name__}: {self.clean(str(error))}"
                 problem = RemoteError(
-                    f"{address} gave no answer in {attempt + 1} attempts, last {type(error).__name__}: {error}; "
+                    f"{address} gave no answer in {attempt + 1} attempts, last {said}; "
                     "check that the server runs, or raise timeout and retries"
                 )
             else:
                 if reply.status == 200:
-                    return _parsed(address, content)
-                said = content[:300].decode(errors="replace")
+                    return self._parsed(address, content)
+                said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
                 problem = RemoteError(f"{address} answered with status {reply.status}: {said}", reply.status)
                 if reply.status not in AGAIN:
                     break
@@ -111,6 +121,7 @@ class Wire:
             headers=dict(self.headers),
             timeout=max(0.001, min(self.timeout, end - time.monotonic())),
             retries=False,
+            redirect=False,  # another host would get the images, and maybe the token
             preload_content=False,
         )
         content = bytearray()
@@ -124,6 +135,14 @@ class Wire:
             raise
         reply.release_conn()
         return reply, bytes(content)
+
+    def _parsed(self, address: str, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
+        # Without the cause, whose own message holds the reply as it came.
+        raise RemoteError(f"{address} answered no JSON: {said.encode()!r}")
 
     def map(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R | RemoteError]:
         """``ask`` of every item, ``concurrency`` at a time, in their order; a failure takes the place of its result."""
@@ -140,27 +159,11 @@ class Wire:
             return list(pool.map(one, items))
 
 
-def _parsed(address: str, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise RemoteError(f"{address} answered no JSON: {content[:300]!r}") from error
-
-
 def _retry_after(reply: urllib3.BaseHTTPResponse) -> float:
     try:
         return Retry().get_retry_after(reply) or 0.0
     except urllib3.exceptions.HTTPError:  # a header of another form
         return 0.0
-
-
-def token_from(variable: str | None, who: str) -> str | None:
-    """The token that an environment variable holds; it stays out of configurations. ValueError: it is not set."""
-    if variable is None:
-        return None
-    if not (token := os.environ.get(variable)):
-        raise ValueError(f"{who} needs a token: set the environment variable {variable}")
-    return token
 
 
 def encode_image(image: Tensor) -> str:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor
 
+from diffalign.evaluation.runs import HELD_OUT
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
 from diffalign.models.weights import POLICY
@@ -30,7 +31,7 @@ from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
-from diffalign.trainers.report import Report
+from diffalign.trainers.report import Report, keep_prompts
 from diffalign.trainers.settings import TrainerConfig
 from diffalign.trainers.speed import set_speed
 
@@ -244,6 +245,7 @@ class Trainer:
         with self.model.using(self.report.weight_set):
             figures, shown = self.evaluation.run(self.eval_levels, self.guidance, self.eval_base_steps)
         if self.accelerator.is_main_process:
+            keep_prompts(self.args.output_dir / HELD_OUT, self.eval_prompts)
             self.report.picture(step, shown)
         return figures
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.config import to_yaml
+from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
@@ -23,6 +26,7 @@ from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.sharding import plain_class
+from diffalign.structures import Prompt
 from diffalign.trainers.evaluation import Shown
 from diffalign.trainers.settings import TrainerConfig
 
@@ -155,6 +159,23 @@ class Report:
             pictures=pictures,
             lora=self.model.has_adapter,
         )
+
+
+def keep_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Keep the held-out prompts of a run in its folder, so that it can be evaluated anywhere.
+
+    Nothing is written where a prompt cannot be read back as it is, e.g. with metadata that JSON does not hold.
+    """
+    staged = path.with_name(f".tmp-{path.name}")
+    try:
+        lines = [json.dumps({"prompt": p.text, **p.metadata}, ensure_ascii=False, allow_nan=False) for p in prompts]
+        staged.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        if load_prompts(staged) == list(prompts):
+            os.replace(staged, path)
+    except (TypeError, ValueError):
+        pass
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
