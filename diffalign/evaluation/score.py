@@ -55,7 +55,8 @@ class ScoreConfig:
     )
     list: bool = option(False, "print the rewards that can be named, and do nothing else")
     serve: int | None = option(None, "offer the rewards over HTTP at this port, instead of scoring")
-    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too")
+    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too, with token_env")
+    time_limit: float = option(300.0, "seconds that a request to the server may take, and wait before that")
     token_env: str | None = option(
         None, "environment variable with the token that clients must send; needed beyond this machine", typed_only=True
     )
@@ -66,6 +67,8 @@ class ScoreConfig:
             self.rewards = tuple(name.strip() for name in self.rewards.split(","))
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; write 1 or more")
+        if not self.time_limit > 0:
+            raise ValueError(f"time_limit is {self.time_limit}; write more than 0")
         if self.serve is not None and not 0 <= self.serve < 1 << 16:
             raise ValueError(f"serve: there is no port {self.serve}; write 1 to 65535, or 0 for a free one")
         if self.calibrations and not self.calibrations.parent.is_dir():
@@ -235,11 +238,11 @@ def _rows(
 
 
 def serve(config: ScoreConfig) -> None:
-    """Offers the rewards of ``config`` until it is interrupted."""
+    """Offer the rewards of ``config`` until SIGINT or SIGTERM; requests under way are answered first."""
     token = token_from(config.token_env, "the server")
     rewards = config.build_rewards()
     try:
-        server = RewardServer(rewards, config.host, config.serve, config.batch_size, token)
+        server = RewardServer(rewards, config.host, config.serve, config.batch_size, token, config.time_limit)
     except OSError as error:
         raise ValueError(f"cannot serve at {config.host}:{config.serve} ({error}); choose another port") from error
     with server:

@@ -28,6 +28,9 @@ T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
 LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
 LARGEST_REPLY = 1 << 24  # bytes
+LARGEST_PICTURE = 1 << 24  # pixels, checked before any is decoded
+WANTED = "an image must be a PNG, JPEG or WebP picture file in base64"
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning where it is made an error
 FORMATS = ("PNG", "JPEG", "WEBP")  # some of PIL's others start programs
 POOL = urllib3.PoolManager(maxsize=64)
 
@@ -178,9 +181,25 @@ def encode_image(image: Tensor) -> str:
 
 def decode_image(text: str) -> Tensor:
     """A PNG, JPEG or WebP in base64 as (3, H, W), float32, [0, 1]. ValueError: no base64, or no such image."""
+    return decode_bytes(open_picture(text)).float() / 255
+
+
+def open_picture(text: Any) -> Image.Image:
+    """Open a picture in base64 without decoding it. ValueError: no base64, no such image, or too many pixels."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS) as picture:
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-            return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 255
-    except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image must be a PNG, JPEG or WebP picture file in base64: {error}") from error
+        picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=FORMATS)
+    except (TypeError, ValueError, OSError, SyntaxError, *BOMBS) as error:
+        raise ValueError(f"{WANTED}: {error}") from error
+    if picture.width * picture.height > LARGEST_PICTURE:
+        size = f"{picture.width} x {picture.height}"
+        raise ValueError(f"an image of {size} pixels is too large: send at most {LARGEST_PICTURE:,}")
+    return picture
+
+
+def decode_bytes(picture: Image.Image) -> Tensor:
+    """Decode an opened picture to (3, H, W), uint8. ValueError: a damaged file."""
+    try:
+        pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    except (TypeError, ValueError, OSError, SyntaxError, *BOMBS) as error:
+        raise ValueError(f"{WANTED}: {error}") from error
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
