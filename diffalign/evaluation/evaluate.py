@@ -19,6 +19,7 @@ from diffalign.evaluation.plots import plot_figures
 from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
+from diffalign.rewards.probe import try_rewards
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
@@ -36,11 +37,13 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
     subjects = config.subjects()
     everything = load_prompts(config.prompts)
     prompts = [everything[i] for i in spread(len(everything), config.limit)]
+    rewards = config.build_rewards()
+    try_rewards(rewards, prompts, config.resolution)
     gallery = Gallery(
         config.output_dir / "images",
         config.sampling(),
         prompts,
-        config.build_rewards(),
+        rewards,
         process=state.process_index,
         processes=state.num_processes,
         cache=config.cache_dir,

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 PREFIX = "reward_code_"  # of the names of modules that are loaded from a file
+PARAMETERS = ("images", "prompts", "metadata")
 HOW = "write module:function or file.py:function"
 _CONSENT: ContextVar[bool] = ContextVar("consent", default=False)
 _RUNNING: ContextVar[str] = ContextVar("running", default="")
@@ -67,7 +68,9 @@ def check_reward(spec: str, found: Any) -> None:
     ValueError: anything else, such as a class that only takes options.
     """
     call = _call_of(found)
-    if call is None or (taken := _positional(call)) is None or len(taken) < 3:
+    taken = [] if call is None else _positional(call)[:3]
+    own = [p for p in taken if p.default is p.empty or p.name in PARAMETERS]
+    if len(own) < 3:
         raise ValueError(
             f"reward {spec!r} is not a reward: it cannot be called with (images, prompts, metadata); name a function "
             "with these three parameters, or a class whose __call__ has them"
@@ -86,14 +89,14 @@ def _call_of(found: Any) -> Callable[..., Any] | None:
     return method.__get__(object())
 
 
-def _positional(call: Callable[..., Any]) -> list[str] | None:
-    """The names of the positional parameters; None where there is no signature."""
+def _positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The positional parameters; none where there is no signature."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):
-        return None
+        return []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return [parameter for parameter in parameters if parameter.kind in kinds]
 
 
 def _import(name: str) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from diffalign.config.schema import Place
@@ -25,14 +26,24 @@ def guard_rewards(table: Any, place: Place, consent: bool) -> None:
     Raises:
         ValueError: a ``token_env`` in any case; code or the address of a server without consent.
     """
-    for count, (path, value) in enumerate(_walk(table)):
-        if count >= MOST_VALUES:
-            raise place.error(f"more than {MOST_VALUES} values: name rewards and a few options of each")
-        here = Place(place.source, place.root, ".".join((place.path, *path)))
+    found = list(islice(_walk(table), MOST_VALUES))
+    if len(found) == MOST_VALUES:
+        raise place.error(f"more than {MOST_VALUES} values: name rewards and a few options of each")
+    for path, value in found:
         if path[-1:] == ("token_env",) and value not in (None, "token_env"):
-            raise here.error(_about_token(table, path))
-        if not consent and (what := danger(path, value)):
-            raise here.error(f"{str(value)[:200]!r} is {what}: {TRUST}")
+            raise _at(place, path).error(_about_token(table, path))
+    for path, value in [] if consent else found:
+        if what := danger(path, value):
+            raise _at(place, path).error(f"{str(value)[:200]!r} is {what}: {TRUST}")
+
+
+def _at(place: Place, path: tuple[str, ...]) -> Place:
+    return Place(place.source, place.root, ".".join((place.path, *path)))
+
+
+def needs_consent(table: Any) -> bool:
+    """Whether a table of rewards, as plain values, holds code or servers."""
+    return any(danger(path, value) for path, value in _walk(table))
 
 
 def danger(path: tuple[str, ...], value: Any) -> str:

@@ -99,6 +99,7 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     younger = new.keys() - old.keys() - {"revision"}
     old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
     old.setdefault("revision", new.get("revision"))  # checkpoints of before could not say what the hub had then
+    old = _with_recorded_rewards(old, new)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
     if fixed := [name for name in changed if name not in loose]:
@@ -120,6 +121,15 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     lines = [f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]]
     batches = [name for name in changed if name.endswith("_batch_size")]
     return lines + [f"{name}: {old[name]} then, {new[name]} now" for name in batches]
+
+
+def _with_recorded_rewards(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with rewards as they are recorded now: 0.1 kept no more than the weight of one passed from Python."""
+    found = dict(old)
+    for name in [name for name in old if name.startswith("rewards.") and f"{name}.weight" in new]:
+        recorded = {key: value for key, value in new.items() if key.startswith(f"{name}.")}
+        found |= recorded | {f"{name}.weight": found.pop(name)}
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

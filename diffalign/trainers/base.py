@@ -20,6 +20,7 @@ from diffalign.models.load import loaded_commit
 from diffalign.models.weights import POLICY
 from diffalign.rewards.base import Reward
 from diffalign.rewards.hosting import repositories
+from diffalign.rewards.probe import try_rewards
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.runtime.folder import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
@@ -31,7 +32,7 @@ from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
-from diffalign.trainers.report import Report, keep_prompts
+from diffalign.trainers.report import Report, consent_option, keep_prompts
 from diffalign.trainers.settings import TrainerConfig
 from diffalign.trainers.speed import set_speed
 
@@ -75,6 +76,11 @@ class Trainer:
     ) -> None:
         self.args: TrainerConfig = args
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
+        if self.eval_prompts:
+            known = {id(reward) for reward in vars(self).get("rewards", {}).values()}  # tried on training prompts
+            try_rewards(
+                {name: r for name, r in rewards.items() if id(r) not in known}, self.eval_prompts, args.resolution
+            )
         connect()
         # Accelerate would shard the denoiser too late, and on CPUs not at all: it is told of processes only.
         with patch_environment(ACCELERATE_USE_FSDP="false"):
@@ -177,7 +183,7 @@ class Trainer:
         several = self.accelerator.num_processes > 1
         program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
         config = shlex.quote(str(self.args.output_dir / "config.yaml"))
-        return f"{program} --config {config} --resume_from_checkpoint latest"
+        return f"{program} --config {config}{consent_option(self.args)} --resume_from_checkpoint latest"
 
     @property
     def commits(self) -> dict[str, str]:
