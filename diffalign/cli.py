@@ -133,8 +133,6 @@ def _main(argv: Sequence[str] | None) -> int:
     if not argv or argv[0] not in COMMANDS:
         print(USAGE.format(trainers=", ".join(TRAINERS)))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # as python -m does, so that a reward module:function is found beside the run
     try:
         code = COMMANDS[argv[0]](argv[1:])
     except (ValueError, FileNotFoundError) as error:

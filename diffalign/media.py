@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -96,14 +98,26 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
     max_pixels: the largest area, checked before anything is decoded; default: PIL's MAX_IMAGE_PIXELS.
     One of ``BROKEN``: no image, a truncated one, a format or a depth that cannot be read, or more pixels.
     """
+    with _opened(content, max_pixels) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def size(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
+    """Read (width, height) from the header of an image file. Arguments and errors as for ``decode``."""
+    with _opened(content, max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(content: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
     if (kind := next((name for place, mark, name in _REFUSED if content.startswith(mark, place)), None)) is not None:
         raise ValueError(f"{kind} is not read; save it as PNG or JPEG")
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if image.width * image.height > (max_pixels or Image.MAX_IMAGE_PIXELS or float("inf")):
                 raise ValueError(f"{image.width} x {image.height} pixels are too many: a decompression bomb")
-            image.load()
-            return to_rgb(image)
+            yield image
     except BROKEN:
         raise
     except Exception as error:  # plugins of PIL raise anything on damaged files, such as struct.error

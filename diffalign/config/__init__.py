@@ -26,6 +26,7 @@ import yaml
 
 from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
+from diffalign.config.consent import CONSENT, Guard, check_file, without
 from diffalign.config.ranges import check_numbers, range_metadata
 from diffalign.config.schema import (
     Place,
@@ -46,25 +47,37 @@ T = TypeVar("T")
 COMMAND_LINE = "command line"
 
 
-def option(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
-    """A dataclass field with a one-line description for ``--help``; a mutable default is copied for each instance.
+def option(
+    default: Any = MISSING, help: str = "", *, typed_only: bool = False, guard: Guard | None = None, **limits: Any
+) -> Any:
+    """Declare a dataclass field with a one-line description for ``--help``.
 
-    limits: of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite.
+    Args:
+        default: the default value; a mutable one is copied for each instance.
+        help: the description.
+        typed_only: whether a file may not set the field (see ``consent``); its value is never written to a file either.
+        guard: checks what a file sets (see ``consent``).
+        limits: of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite.
     """
     kw: dict[str, Any] = {}
     if type(default).__hash__ is None:
         kw["default_factory"] = lambda: copy.deepcopy(default)
     elif default is not MISSING:
         kw["default"] = default
-    return dataclasses.field(metadata={"help": help, **range_metadata(**limits)}, **kw)
+    metadata = {"help": help, "typed_only": typed_only, "guard": guard, **range_metadata(**limits)}
+    return dataclasses.field(metadata=metadata, **kw)
 
 
-def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration") -> T:
-    """An instance of the dataclass ``cls``, checked.
+def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration", *, consent: bool = False) -> T:
+    """Build and check an instance of the dataclass ``cls`` from plain values, which count as those of a file.
 
-    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field.
+    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field, or
+    what a file may not decide without the user's ``consent`` (code of rewards, servers).
     """
-    return build(cls, mapping, Place(source, cls))
+    place = Place(source, cls)
+    if isinstance(mapping, Mapping):
+        check_file(cls, mapping, place, consent)
+    return build(cls, mapping, place)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -147,7 +160,8 @@ def _checked(hint: Any, value: Any, place: Place) -> Any:
 def parse(cls: type[T], argv: Sequence[str]) -> T:
     """An instance from ``--config FILE`` (optional), ``--field VALUE``, ``--section.field VALUE``, ``--field=VALUE``.
 
-    Options win over the file, later ones over earlier ones. ``--switch`` alone means true. An entry of a dict field is
+    Options win over the file, later ones over earlier ones, and a file cannot set all of them (see ``consent``).
+    ``--switch`` alone means true. An entry of a dict field is
     ``--field.name VALUE``. ValueError as in ``from_dict`` and ``load_yaml``.
     """
     place, pairs = Place(COMMAND_LINE, cls), list(_tokens(argv, cls))
@@ -155,11 +169,18 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     if len(files) > 1:
         raise ValueError(f"{COMMAND_LINE}: --config given {len(files)} times; one file is read, so merge them")
     mapping = load_yaml(files[0]) if files else {}
-    for key, text in pairs:
-        if key != "config":
-            sections, hint = _resolve(cls, key, place)
-            _put(mapping, sections, _value(hint, text, place / key))
-    return from_dict(cls, mapping, files[0] if files else COMMAND_LINE)
+    typed = [
+        (sections, _value(hint, text, place / key))
+        for key, text in pairs
+        if key != "config"
+        for sections, hint in [_resolve(cls, key, place)]
+    ]
+    consent = next((value is True for (*_, (name, _)), value in reversed(typed) if name == CONSENT), False)
+    source = Place(files[0] if files else COMMAND_LINE, cls)
+    check_file(cls, without(mapping, [[name for name, _ in sections] for sections, _ in typed]), source, consent)
+    for sections, value in typed:
+        _put(mapping, sections, value)
+    return build(cls, mapping, source)
 
 
 def _put(mapping: dict[str, Any], sections: Sequence[tuple[str, Any]], value: Any) -> None:
@@ -172,7 +193,8 @@ def _put(mapping: dict[str, Any], sections: Sequence[tuple[str, Any]], value: An
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        kept = (f for f in dataclasses.fields(value) if f.init and not f.metadata.get("typed_only"))
+        return {field.name: _plain(getattr(value, field.name)) for field in kept}
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -181,7 +203,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists and scalars; ``from_dict`` gives the same configuration back."""
+    """Plain dicts, lists and scalars; ``from_dict`` gives the configuration back, without its typed-only fields."""
     plain: dict[str, Any] = _plain(config)
     return plain
 

@@ -19,8 +19,8 @@ class ImageEmbedder:
     """path: a folder or hub id that ``AutoModel`` and ``AutoImageProcessor`` load: CLIP, SigLIP, DINOv2, ViT ..."""
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        self.processor = AutoImageProcessor.from_pretrained(path)
-        self.model = AutoModel.from_pretrained(path).to(device).eval().requires_grad_(False)
+        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=False).to(device).eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, D) float32 on the CPU, for images (N, 3, H, W), [0, 1]."""

@@ -21,6 +21,7 @@ from diffalign.evaluation.results import Figures, diversity_of, figures, to_json
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
 from diffalign.models.tuned import check_weights
+from diffalign.rewards.probe import try_rewards
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
@@ -38,11 +39,13 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
     subjects = config.subjects()
     everything = load_prompts(config.prompts)
     prompts = [everything[i] for i in spread(len(everything), config.limit)]
+    rewards = config.build_rewards()
+    try_rewards(rewards, prompts, config.resolution)
     gallery = Gallery(
         config.output_dir / "images",
         config.sampling(),
         prompts,
-        config.build_rewards(),
+        rewards,
         process=state.process_index,
         processes=state.num_processes,
         cache=config.cache_dir,

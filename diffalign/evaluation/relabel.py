@@ -23,6 +23,7 @@ from diffalign.data.stream import open_stream_part
 from diffalign.evaluation.ledger import mend, whole_rows
 from diffalign.files import bounded, shorten
 from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig, build_rewards
 from diffalign.rollout.scoring import score
 from diffalign.structures import Pair
@@ -36,9 +37,15 @@ class RelabelConfig(PreferenceSettings):
 
     data: tuple[str, ...] = option((), "files, folders or hub ids of preference data")
     labels: str = option("ai", "what the labels are called, or a .parquet file for them")
-    rewards: str | tuple[str, ...] = option((), "a reward, or several in a list or with commas between")
-    reward_options: dict[str, float | RewardConfig] = option({}, "weights, and how to make the rewards, by name")
-    allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
+    rewards: str | tuple[str, ...] = option(
+        (), "a reward, or several in a list or with commas between", guard=guard_rewards
+    )
+    reward_options: dict[str, float | RewardConfig] = option(
+        {}, "weights, and how to make the rewards, by name", guard=guard_rewards
+    )
+    allow_reward_code: bool = option(
+        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+    )
     rule: Literal["vote", "soft"] = option("vote", "vote: the majority of the rewards; soft: sigmoid(scale * gap)")
     scale: float = option(1.0, "of soft labels; the gap is the weighted sum of the rewards' differences")
     batch_size: int = option(8, "pairs of one size that are scored at once")

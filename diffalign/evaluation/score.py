@@ -21,10 +21,11 @@ from diffalign.evaluation.score_report import scores_of, write
 from diffalign.evaluation.sources import Item, read, with_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
+from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.pictures import Picture, as_image
 from diffalign.rewards.remote import RewardServer
 from diffalign.rewards.settings import RewardConfig, build_rewards
-from diffalign.rewards.wire import token_from
+from diffalign.rewards.tokens import token_from
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
 
@@ -38,11 +39,17 @@ class ScoreConfig:
     allow_outside: bool = option(False, "read pictures that lie outside the folder of their table, also through links")
     prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")
     prompts: Path | None = option(None, ".txt or .jsonl, a prompt per picture in their order")
-    rewards: str | tuple[str, ...] = option((), "a reward, or several in a list or with commas between")
-    reward_options: dict[str, float | RewardConfig] = option(
-        {}, "how to make those that need options: '{pickscore: {options: {path: my/weights, precision: bf16}}}'"
+    rewards: str | tuple[str, ...] = option(
+        (), "a reward, or several in a list or with commas between", guard=guard_rewards
     )
-    allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
+    reward_options: dict[str, float | RewardConfig] = option(
+        {},
+        "how to make those that need options: '{pickscore: {options: {path: my/weights, precision: bf16}}}'",
+        guard=guard_rewards,
+    )
+    allow_reward_code: bool = option(
+        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+    )
     output_dir: Path = option(Path("runs/score"), "where scores go; an interrupted one goes on")
     batch_size: int = option(16, "pictures of one size that are scored at once")
     calibrations: Path | None = option(
@@ -50,8 +57,11 @@ class ScoreConfig:
     )
     list: bool = option(False, "print the rewards that can be named, and do nothing else")
     serve: int | None = option(None, "offer the rewards over HTTP at this port, instead of scoring")
-    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too")
-    token_env: str | None = option(None, "environment variable with the token that clients must send; none: anybody")
+    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too, with token_env")
+    time_limit: float = option(300.0, "seconds that a request to the server may take, and wait before that")
+    token_env: str | None = option(
+        None, "environment variable with the token that clients must send; needed beyond this machine", typed_only=True
+    )
 
     def __post_init__(self) -> None:
         """One text names all rewards. ValueError: numbers out of range, a place that cannot be written to."""
@@ -59,6 +69,8 @@ class ScoreConfig:
             self.rewards = tuple(name.strip() for name in self.rewards.split(","))
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; write 1 or more")
+        if not self.time_limit > 0:
+            raise ValueError(f"time_limit is {self.time_limit}; write more than 0")
         if self.serve is not None and not 0 <= self.serve < 1 << 16:
             raise ValueError(f"serve: there is no port {self.serve}; write 1 to 65535, or 0 for a free one")
         if self.calibrations and not self.calibrations.parent.is_dir():
@@ -228,11 +240,11 @@ def _rows(
 
 
 def serve(config: ScoreConfig) -> None:
-    """Offers the rewards of ``config`` until it is interrupted."""
+    """Offer the rewards of ``config`` until SIGINT or SIGTERM; requests under way are answered first."""
     token = token_from(config.token_env, "the server")
     rewards = config.build_rewards()
     try:
-        server = RewardServer(rewards, config.host, config.serve, config.batch_size, token)
+        server = RewardServer(rewards, config.host, config.serve, config.batch_size, token, config.time_limit)
     except OSError as error:
         raise ValueError(f"cannot serve at {config.host}:{config.serve} ({error}); choose another port") from error
     with server:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.config import from_dict, load_yaml, option
+from diffalign.config import from_dict, option
 from diffalign.evaluation.gallery import Sampling
+from diffalign.evaluation.runs import RunConfig, find_run
 from diffalign.evaluation.subjects import Subject, parse_subjects
 from diffalign.models.load import unguided_scale
 from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig, build_rewards
+from diffalign.rewards.tokens import printable
 from diffalign.structures import check_guidance
 
 
@@ -29,11 +33,15 @@ class EvaluationConfig:
     resolution: int | None = option(None, "side of the square images, in pixels")
     prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
     limit: int | None = option(None, "at most so many prompts, spread evenly over the file")
-    rewards: tuple[str, ...] | None = option(None, "reward names; the first one is reported by task")
-    reward_options: dict[str, float | RewardConfig] | None = option(
-        None, "how to make those of them that need options, by name; default: as the run's rewards"
+    rewards: tuple[str, ...] | None = option(
+        None, "reward names; the first one is reported by task", guard=guard_rewards
     )
-    allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
+    reward_options: dict[str, float | RewardConfig] | None = option(
+        None, "how to make those of them that need options, by name; default: as the run's rewards", guard=guard_rewards
+    )
+    allow_reward_code: bool = option(
+        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+    )
     output_dir: Path | None = option(
         None, "where everything goes, default runs/eval or runs/compare; an interrupted one goes on"
     )
@@ -87,41 +95,19 @@ class EvaluationConfig:
         )
 
 
-@dataclass
-class _Rewards:
-    """The part of a run's configuration that says how its rewards are made."""
-
-    rewards: dict[str, float | RewardConfig]
-
-
 def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> EvaluationConfig:
     """Fills in what was left out, from the first run that has a ``config.yaml``, then from defaults.
 
     output_dir, images_per_prompt: the defaults of the command.
 
-    ValueError: no base model or prompts, an empty list of rewards, a number below 1, a share outside [0, 1).
+    ValueError: no base model or prompts, an empty list of rewards, a number below 1, a share outside [0, 1), or what a
+    run that may be a stranger's cannot decide (see ``evaluation.runs``).
     """
-    run = next(filter(None, (_run_of(subject.path) for subject in config.subjects())), {})
-    known = {
-        "model": run.get("model"),
-        "revision": run.get("revision") if config.model in (None, run.get("model")) else None,
-        "max_sequence_length": run.get("max_sequence_length"),
-        "resolution": run.get("resolution"),
-        "prompts": run.get("eval_prompts") and Path(run["eval_prompts"]),
-        "rewards": tuple(run.get("eval_rewards") or run.get("rewards") or ()),
-        "reward_options": from_dict(_Rewards, {"rewards": run.get("rewards") or {}}).rewards,
-        "num_steps": run.get("eval_num_steps") or run.get("plan", run.get("recipe", {})).get("num_steps", 28),
-        "schedule": run.get("schedule", "pipeline"),
-        "guidance_scale": run.get("guidance_scale"),
-        "embedded_guidance": run.get("embedded_guidance"),
-        "base_share": run.get("base_share", 0.0),
-        "offload": tuple(run.get("offload", ())),
-        "cache_dir": run.get("cache_dir") and Path(run["cache_dir"]),
-        "output_dir": output_dir,
-        "images_per_prompt": images_per_prompt,
-        "batch_size": run.get("rollout_batch_size", 16),
-    }
-    config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+    found = (find_run(subject.path, config.allow_reward_code) for subject in config.subjects())
+    record = next(filter(None, found), None) or RunConfig(Path(), {})
+    config = replace(config, **_missing(config, _of_run(config, record)))
+    default = {"output_dir": output_dir, "images_per_prompt": images_per_prompt, "reward_options": {}}
+    config = replace(config, **_missing(config, default))
     if config.guidance_scale is None and config.model:
         config = replace(config, guidance_scale=unguided_scale(config.model, config.revision))
     for name in ("guidance_scale", "embedded_guidance"):
@@ -137,12 +123,43 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     return config
 
 
-def _run_of(path: Path | None) -> Mapping[str, Any] | None:
-    """The configuration of the run that a path lies in: its folder, or one or two above it."""
-    if path is None:
-        return None
-    places = [path, *path.resolve().parents[:2]]
-    return next((load_yaml(place / "config.yaml") for place in places if (place / "config.yaml").is_file()), None)
+def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:
+    """What the run says of the fields that ``config`` leaves open, checked as if it stood in a file of the command."""
+    run = record.values
+    same_base = config.model in (None, run.get("model"))
+    known = {
+        "model": run.get("model"),
+        "revision": run.get("revision") if same_base else None,
+        "max_sequence_length": run.get("max_sequence_length"),
+        "resolution": run.get("resolution"),
+        "num_steps": run.get("eval_num_steps") or _steps(run),
+        "schedule": run.get("schedule", "pipeline"),
+        "guidance_scale": run.get("guidance_scale"),
+        "embedded_guidance": run.get("embedded_guidance"),
+        "base_share": run.get("base_share", 0.0),
+        "offload": run.get("offload", ()),
+        "batch_size": run.get("rollout_batch_size", 16),
+    }
+    open_fields = _missing(config, known)
+    checked = from_dict(EvaluationConfig, open_fields, str(record.file))
+    values = {name: getattr(checked, name) for name in open_fields}
+    values["prompts"] = config.prompts or record.held_out()
+    values["cache_dir"] = config.cache_dir or record.cache_dir()
+    values["rewards"] = rewards = config.rewards or record.reward_names()
+    if config.reward_options is None:
+        values["reward_options"] = record.reward_options(rewards, typed=config.rewards is not None)
+    if values.get("model"):
+        print(f"base model {printable(values['model'])}, as {record.file} says", file=sys.stderr)
+    return values
+
+
+def _steps(run: Mapping[str, Any]) -> Any:
+    section = run.get("plan", run.get("recipe"))
+    return section.get("num_steps", 28) if isinstance(section, Mapping) else 28
+
+
+def _missing(config: EvaluationConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if getattr(config, name) is None and value is not None}
 
 
 def spread(count: int, limit: int | None) -> list[int]:

@@ -16,6 +16,7 @@ from diffalign.forecast.timing import Pace, measure
 from diffalign.forecast.work import Method, Share, Work, run_work
 from diffalign.models.memory import Spread
 from diffalign.models.meta import model_on_meta
+from diffalign.rewards.probe import untried
 from diffalign.runtime.processes import wants_shards
 from diffalign.trainers.inputs import load_optional
 
@@ -64,7 +65,9 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
         show(_indented([f"not measured: it does not fit. Where it is not done yet, {advice}"]))
         return 1
     timed = replace(method, passes=lambda _: method.passes(counted))
-    return _timed(trainer(args=args), timed, run_work(method, counted, share, held_out), show)
+    with untried():
+        made = trainer(args=args)
+    return _timed(made, timed, run_work(method, counted, share, held_out), show)
 
 
 def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:

@@ -6,7 +6,9 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from diffalign.models.sdxl import SDXLModel
 from diffalign.models.z_image import ZImageModel
 
 COMMIT = re.compile("[0-9a-f]{40}")
+LIBRARIES = ("diffusers", "transformers")
 FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionPipeline": SDModel,
     "StableDiffusionXLPipeline": SDXLModel,
@@ -47,9 +50,11 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
         )
     if local.exists() and not (local / "model_index.json").is_file():
         raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
-    name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
-    if name not in FAMILIES:
+    index = DiffusionPipeline.load_config(path, revision=revision)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    _check_libraries(path, index)
     return name
 
 
@@ -59,6 +64,19 @@ def unguided_scale(path: str | Path, revision: str | None = None) -> float:
         return FAMILIES[pipeline_class(path, revision)].unguided_scale
     except (OSError, ValueError):  # loading the model says what is wrong with it
         return DiffusionModel.unguided_scale
+
+
+def _check_libraries(path: str | Path, index: Mapping[str, Any]) -> None:
+    """ValueError for a part that comes from another library: diffusers would import whatever module is named."""
+    for part, value in index.items():
+        library = value[0] if isinstance(value, (list, tuple)) and value else None
+        if library is None or library in LIBRARIES:
+            continue
+        if not (isinstance(library, str) and library.isidentifier() and find_spec(f"diffusers.pipelines.{library}")):
+            raise ValueError(
+                f"model {path}: model_index.json takes {part} from {library!r}, and only {' and '.join(LIBRARIES)} are "
+                "trusted: give a model without custom code"
+            )
 
 
 def loaded_commit(model: DiffusionModel) -> str | None:

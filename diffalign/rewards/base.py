@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -14,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from diffalign.rewards.code import load_code
+from diffalign.rewards.code import check_reward, consented, load_code
 from diffalign.rewards.isolation import isolated, own_copy
 from diffalign.rewards.preprocess import wants_grad
 
@@ -110,10 +111,15 @@ class Registered:
         """The reward. ValueError: options that it does not take."""
         every = {**self.options, **options}
         _check_options(every.get("name", _name_of(self.factory)), self.factory, 0, every)
-        return self.factory(**every)
+        reward = self.factory(**every)
+        with suppress(AttributeError, TypeError):  # slots: then nothing can be noted
+            object.__setattr__(reward, RECIPE, (every.get("name", ""), options))
+        return reward
 
 
 REWARDS: dict[str, Registered] = {}
+RECIPE = "_made_from"  # attribute of a reward that was made by name: the name and the options given
+PASSED = "passed from Python"  # stands in a configuration for a reward that no file can name
 PLUGINS = "diffalign.rewards"  # the entry points of other packages: a class or factory each
 
 
@@ -137,17 +143,21 @@ def register(
 def get_reward(spec: str | Reward | RewardFunction, allow_code: bool = False, **options: Any) -> Reward:
     """A reward from a registered name, a plain function (named after it), or a reward, which is returned as it is.
 
-    A name with a colon is code: ``module:function`` of a module that can be imported, or ``file.py:function``, which is
-    run, once, only where ``allow_code`` says so. ``options`` are for what has a name, a function by code too:
-    ``get_reward("pickscore", path="my/weights", precision="bf16")``.
+    A name with a colon is code, ``module:function`` or ``file.py:function``: it is imported, once, only where
+    ``allow_code`` says so, and called only if it is a reward (``code.check_reward``). ``options`` are for what has a
+    name, a function by code too: ``get_reward("pickscore", path="my/weights", precision="bf16")``.
 
     ValueError: an unknown name or option, code that is missing, faulty or not allowed, a class instead of an instance,
     or something that cannot be called.
     """
-    if isinstance(spec, str) and ":" not in spec:
-        return registered(spec).make(**options)
+    if spec == PASSED:
+        raise ValueError(
+            "this reward was passed from Python, and no file names it: pass reward_funcs= again, or write reward: "
+            "file.py:function (a function at the top level of a file) and type --allow_reward_code"
+        )
     if isinstance(spec, str):
-        return _from_code(spec, allow_code, options)
+        with consented(allow_code):
+            return _from_code(spec, options) if ":" in spec else registered(spec).make(**options)
     if options:
         raise ValueError(f"{spec!r} takes no options ({', '.join(options)}): only rewards that are named do")
     if isinstance(spec, type) or not callable(spec):
@@ -263,8 +273,8 @@ def names() -> list[str]:
     return sorted({*REWARDS, *entry_points(group=PLUGINS).names})
 
 
-def _from_code(spec: str, allow_code: bool, options: Mapping[str, Any]) -> Reward:
-    module, name = load_code(spec, allow_code)
+def _from_code(spec: str, options: Mapping[str, Any]) -> Reward:
+    module, name = load_code(spec)
     if name in REWARDS and getattr(REWARDS[name].factory, "__module__", None) == module.__name__:
         return REWARDS[name].make(**options)
     if not hasattr(module, name):
@@ -272,9 +282,11 @@ def _from_code(spec: str, allow_code: bool, options: Mapping[str, Any]) -> Rewar
             f"reward {spec!r} cannot be loaded: there is no {name!r} in it; write module:function or file.py:function"
         )
     found = getattr(module, name)
-    entry = next((entry for entry in REWARDS.values() if entry.factory is found), None)
-    if entry or isinstance(found, type):
-        return (entry or Registered(found, {})).make(**options)
+    if entry := next((entry for entry in REWARDS.values() if entry.factory is found), None):
+        return entry.make(**options)
+    check_reward(spec, found)
+    if isinstance(found, type):
+        return get_reward(Registered(found, {}).make(**options))
     if options and inspect.isfunction(found):
         _check_options(name, found, 3, options)
         return FunctionReward(name, partial(found, **options))

@@ -33,7 +33,7 @@ def load_clip(path: str, revision: str | None = None, **options: Any) -> CLIPMod
 
 def _load(weights: Weights, tokenizer: str) -> tuple[CLIPModel, Any]:
     model = load_clip(weights.path, weights.revision)
-    return frozen(model, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer))
+    return frozen(model, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer), trust_remote_code=False)
 
 
 @dataclass(frozen=True)

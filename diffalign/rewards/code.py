@@ -1,35 +1,116 @@
-"""Code of the user's own, by name: ``module:function``, or ``file.py:function``."""
+"""Load code of the user's own by name: ``module:function``, or ``file.py:function``."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+PREFIX = "reward_code_"  # of the names of modules that are loaded from a file
+PARAMETERS = ("images", "prompts", "metadata")
+HOW = "write module:function or file.py:function"
+_CONSENT: ContextVar[bool] = ContextVar("consent", default=False)
+_RUNNING: ContextVar[str] = ContextVar("running", default="")
 
 
-def load_code(spec: str, allow_file: bool) -> tuple[ModuleType, str]:
-    """The module that ``spec`` names, and the name in it.
-
-    ValueError: a file where ``allow_file`` is not set, or code that is missing or faulty.
-    """
-    where, _, name = spec.rpartition(":")
-    if where.endswith(".py") and not allow_file:
-        raise ValueError(f"reward {spec!r} is code from a file: set allow_reward_code if you trust it")
+@contextmanager
+def consented(allowed: bool) -> Iterator[None]:
+    """Extend the user's consent to rewards that are made inside, such as the parts of ``combined``."""
+    token = _CONSENT.set(allowed or _CONSENT.get())
     try:
-        return _run_file(Path(where)) if where.endswith(".py") else importlib.import_module(where), name
-    except Exception as error:  # the code of a user: what it raises is unknown
+        yield
+    finally:
+        _CONSENT.reset(token)
+
+
+def running() -> str:
+    """The file or module that is being loaded for its rewards; empty where none is."""
+    return _RUNNING.get()
+
+
+def load_code(spec: str) -> tuple[ModuleType, str]:
+    """Import the module that ``spec`` names; returns it with the name of the reward in it.
+
+    ValueError: no consent (nothing is imported then, not even to look), a module of Python itself, or code that is
+    missing or faulty.
+    """
+    if not _CONSENT.get():
         raise ValueError(
-            f"reward {spec!r} cannot be loaded: {type(error).__name__}: {error}; write module:function or "
-            "file.py:function"
-        ) from error
+            f"reward {spec!r} is code: set allow_reward_code if you trust it (type --allow_reward_code; a file cannot "
+            "say it), or name a registered reward"
+        )
+    where, _, name = spec.rpartition(":")
+    if where.split(".")[0] in sys.stdlib_module_names | {"builtins"}:
+        raise ValueError(f"reward {spec!r} cannot be loaded: {where} is a part of Python and holds no reward; {HOW}")
+    token = _RUNNING.set(where)
+    try:
+        return _run_file(Path(where)) if where.endswith(".py") else _import(where), name
+    except (Exception, SystemExit) as error:  # the code of a user: what it raises is unknown
+        raise ValueError(f"reward {spec!r} cannot be loaded: {type(error).__name__}: {error}; {HOW}") from error
+    finally:
+        _RUNNING.reset(token)
+
+
+def check_reward(spec: str, found: Any) -> None:
+    """Refuse what cannot be a reward, before anything of it is called.
+
+    A reward is a function, or a class whose instances can be called, with (images, prompts, metadata), in that order
+    and each a parameter of its own, and for group rewards a fourth, the group ids.
+
+    ValueError: anything else, such as a class that only takes options.
+    """
+    call = _call_of(found)
+    taken = [] if call is None else _positional(call)[:3]
+    own = [p for p in taken if p.default is p.empty or p.name in PARAMETERS]
+    if len(own) < 3:
+        raise ValueError(
+            f"reward {spec!r} is not a reward: it cannot be called with (images, prompts, metadata); name a function "
+            "with these three parameters, or a class whose __call__ has them"
+        )
+
+
+def _call_of(found: Any) -> Callable[..., Any] | None:
+    """The function that scores: the function itself, or ``__call__`` (``forward`` of a module) without ``self``."""
+    if inspect.isfunction(found):
+        return found
+    kind = found if isinstance(found, type) else type(found)
+    name = "forward" if "forward" in dir(kind) and "torch" in getattr(kind.__call__, "__module__", "") else "__call__"
+    method = inspect.getattr_static(kind, name, None)
+    if not inspect.isfunction(method):
+        return found if callable(found) and hasattr(found, "func") else None  # functools.partial
+    return method.__get__(object())
+
+
+def _positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The positional parameters; none where there is no signature."""
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter for parameter in parameters if parameter.kind in kinds]
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module, also one beside the run, as ``python -m`` would."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
 
 
 def _run_file(path: Path) -> ModuleType:
     """The module of a file, which is run once per process: a second time it could not register its rewards."""
     path = path.resolve()
-    name = f"reward_code_{str(path).encode().hex()}"
+    name = f"{PREFIX}{str(path).encode().hex()}"
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)

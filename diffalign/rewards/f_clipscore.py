@@ -30,7 +30,9 @@ PUNCTUATION = frozenset('.,!"?;:')  # as a word of its own
 
 def _load(weights: Weights) -> tuple[CLIPModel, Any]:
     model = load_clip(weights.path, weights.revision, attn_implementation="eager")
-    return frozen(model, weights), AutoTokenizer.from_pretrained(weights.path, revision=weights.revision)
+    return frozen(model, weights), AutoTokenizer.from_pretrained(
+        weights.path, revision=weights.revision, trust_remote_code=False
+    )
 
 
 def attributions(model: CLIPModel, ids: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,12 +128,12 @@ VERDICTS: dict[str, Callable[[Objects, ColorsOf, Mapping[str, Any]], float]] = {
 
 def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
     detector, report = AutoModelForUniversalSegmentation.from_pretrained(
-        weights.path, revision=weights.revision, output_loading_info=True
+        weights.path, revision=weights.revision, output_loading_info=True, trust_remote_code=False
     )
     # Detectors of older versions also hold buffers that are computed now; what they leave over is no fault.
     check_report({key: report[key] for key in ("missing_keys", "mismatched_keys")}, weights.path, "a detector")
-    processor = AutoImageProcessor.from_pretrained(weights.path, revision=weights.revision)
-    colors, tokenizer = load_clip(*split(clip)), AutoTokenizer.from_pretrained(**pinned(clip))
+    processor = AutoImageProcessor.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
+    colors, tokenizer = load_clip(*split(clip)), AutoTokenizer.from_pretrained(**pinned(clip), trust_remote_code=False)
     return frozen(detector, weights), processor, frozen(colors, weights), tokenizer
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,6 +19,9 @@ from diffalign.rewards.base import RewardUnavailable
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _LOADED: dict[tuple[Any, ...], Any] = {}
+_LOCK = threading.Lock()  # of the two tables below
+_LOADING: dict[tuple[Any, ...], threading.RLock] = {}
+_IN_USE: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -72,18 +77,25 @@ def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
     the loader raises.
     """
     key = (loader, *arguments)
-    if key not in _LOADED:
-        for item in arguments:
-            if isinstance(item, Weights):
-                check_path(item.path)
-        try:
-            with torch.inference_mode(False):
-                _LOADED[key] = loader(*arguments)
-        except Exception as error:  # of the hub and of the libraries that own the formats
-            paths = " and ".join(item.path for item in arguments if isinstance(item, Weights))
-            hint = "; check path and revision, and that the hub can be reached" if paths else ""
-            problem = f"{paths or 'what it needs'} cannot be loaded: {type(error).__name__}: {error}{hint}"
-            raise RewardUnavailable(problem) from error
+    with _LOCK:
+        lock = _LOADING.setdefault(key, threading.RLock())
+    with lock:
+        return _LOADED[key] if key in _LOADED else _load(key)
+
+
+def _load(key: tuple[Any, ...]) -> Any:
+    loader, *arguments = key
+    for item in arguments:
+        if isinstance(item, Weights):
+            check_path(item.path)
+    try:
+        with torch.inference_mode(False):
+            _LOADED[key] = loader(*arguments)
+    except Exception as error:  # of the hub and of the libraries that own the formats
+        paths = " and ".join(item.path for item in arguments if isinstance(item, Weights))
+        hint = "; check path and revision, and that the hub can be reached" if paths else ""
+        problem = f"{paths or 'what it needs'} cannot be loaded: {type(error).__name__}: {error}{hint}"
+        raise RewardUnavailable(problem) from error
     return _LOADED[key]
 
 
@@ -135,16 +147,19 @@ def frozen(network: nn.Module, weights: Weights) -> nn.Module:
 
 @contextmanager
 def hosted(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
-    """``network`` on ``device``; then back where it belongs.
+    """``network`` on ``device``; then back where it belongs. A server's threads use it one after the other.
 
     It stays where gradients are recorded: the backward pass still needs it there.
     """
-    network.to(device)
-    try:
-        yield network
-    finally:
-        if weights.offload and not torch.is_grad_enabled():
-            network.to("cpu")
+    with _LOCK:
+        lock = _IN_USE.setdefault(network, threading.RLock())
+    with lock:
+        network.to(device)
+        try:
+            yield network
+        finally:
+            if weights.offload and not torch.is_grad_enabled():
+                network.to("cpu")
 
 
 def release() -> None:

@@ -81,10 +81,10 @@ def build(published: dict[str, Tensor], config: Qwen2VLConfig, weights: Weights)
 
 
 def _load(weights: Weights, base: str) -> tuple[Network, Any, Patches]:
-    tokenizer = AutoTokenizer.from_pretrained(**pinned(base))
+    tokenizer = AutoTokenizer.from_pretrained(**pinned(base), trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]})
     published = load_file(weights_file(weights, FILE))
-    config = AutoConfig.from_pretrained(**pinned(base))
+    config = AutoConfig.from_pretrained(**pinned(base), trust_remote_code=False)
     config.text_config.vocab_size = len(published["model.embed_tokens.weight"])
     patches = replace(Patches.of(*split(base)), smallest=PIXELS, largest=PIXELS)
     return build(published, config, weights), tokenizer, patches

@@ -29,7 +29,7 @@ def _load_clip(weights: Weights, file: str, clip: str) -> CLIPModel:
 
 
 def _load_ict(weights: Weights, clip: str) -> tuple[CLIPModel, Any]:
-    return _load_clip(weights, ICT_FILE, clip), AutoTokenizer.from_pretrained(**pinned(clip))
+    return _load_clip(weights, ICT_FILE, clip), AutoTokenizer.from_pretrained(**pinned(clip), trust_remote_code=False)
 
 
 def _load_hp(weights: Weights, clip: str) -> tuple[CLIPModel, Head]:

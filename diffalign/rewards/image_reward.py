@@ -98,7 +98,7 @@ def _load(weights: Weights, tokenizer: str) -> tuple[Network, Any]:
     text = text_config(json.loads(weights_file(weights, TEXT_CONFIG).read_text()), vision.hidden_size)
     network = Network(vision, text)
     network.load_state_dict(tensors)
-    return frozen(network, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer))
+    return frozen(network, weights), AutoTokenizer.from_pretrained(**pinned(tokenizer), trust_remote_code=False)
 
 
 @dataclass(frozen=True)

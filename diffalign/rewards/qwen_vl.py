@@ -37,7 +37,7 @@ class Patches:
     @classmethod
     def of(cls, path: str, revision: str | None = None) -> Patches:
         """Those of a published model."""
-        own = AutoImageProcessor.from_pretrained(path, revision=revision)
+        own = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
         size = own.size
         return cls(
             size["shortest_edge"],
@@ -81,8 +81,10 @@ def load(weights: Weights) -> tuple[nn.Module, Any, Patches]:
     Images are resized as ``qwen_vl_utils`` does, which VQAScore was published with, whatever the model's own processor
     would do: to 4 to 16384 words of the language model.
     """
-    model = AutoModelForImageTextToText.from_pretrained(weights.path, revision=weights.revision)
-    tokenizer = AutoTokenizer.from_pretrained(weights.path, revision=weights.revision)
+    model = AutoModelForImageTextToText.from_pretrained(
+        weights.path, revision=weights.revision, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
     patches = Patches.of(weights.path, weights.revision)
     word = (patches.patch * patches.merge) ** 2
     return frozen(model, weights), tokenizer, replace(patches, smallest=FEWEST * word, largest=MOST * word)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from string import Formatter
 from typing import Any
 
 
@@ -17,6 +18,25 @@ def check_question(name: str, question: str) -> None:
     """ValueError: the question of reward ``name`` has no place, or several, for the prompt."""
     if question.count("{}") != 1:
         raise ValueError(f"reward {name!r}: the question needs one {{}} for the prompt, got {question!r}")
+    check_template(name, question, {""})
+
+
+def check_template(name: str, template: str, fields: Set[str]) -> None:
+    """Check that a text of a configuration has no other replacement fields than ``fields``, and nothing after them.
+
+    ValueError: a field that reads attributes or items (``{prompt.x}``), or has a format or a width (``{prompt:>99}``).
+    """
+    allowed = ", ".join(f"{{{field}}}" for field in sorted(fields))
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: question {template[:200]!r}: {error}; double the braces of text") from error
+    for _, field, form, conversion in parts:
+        if field is not None and (field not in fields or form or conversion):
+            raise ValueError(
+                f"reward {name!r}: question {template[:200]!r} may hold {allowed} and nothing else in braces; "
+                "double the braces of text"
+            )
 
 
 def literal(tokenizer: Any, prompt: str) -> str:

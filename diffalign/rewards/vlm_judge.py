@@ -22,6 +22,7 @@ from torch import Tensor
 from diffalign.files import shorten
 from diffalign.rewards.base import Facts, Metadata, register
 from diffalign.rewards.preprocess import check_images, on_images
+from diffalign.rewards.texts import check_template
 from diffalign.rewards.wire import RemoteError, Wire, encode_image
 
 RATE = (
@@ -109,7 +110,7 @@ class Answer:
 def _scores(name: str, wire: Wire, ask: Any, items: Sequence[Any]) -> list[float]:
     """NaN where asking failed, with one warning per cause."""
     found = wire.map(ask, items)
-    for error in {str(result) for result in found if isinstance(result, RemoteError)}:
+    for error in {wire.clean(str(result)) for result in found if isinstance(result, RemoteError)}:
         warnings.warn(f"reward {name!r}: {error}", stacklevel=3)
     return [math.nan if isinstance(result, RemoteError) else result for result in found]
 
@@ -255,4 +256,7 @@ def vlm_judge(
     if unknown := options.keys() - set(known):
         wrong, right = ", ".join(sorted(unknown)), ", ".join(known) or "none"
         raise ValueError(f"reward {name!r} takes no {wrong}; it takes {right}")
+    if "question" in options:
+        blanks = {"prompt", "low", "high"} if judge is RatingJudge else {"prompt"}
+        check_template(name, str(options["question"]), blanks)
     return judge(name, Endpoint(wire, model, max_tokens, logprobs), **options)

@@ -95,9 +95,11 @@ def build(path: str | None, config: ClipT5Config, vision: Any, **source: Any) ->
 def _load(weights: Weights, tokenizer: str, tower: str | None) -> tuple[ClipT5, Any]:
     config = ClipT5Config.from_pretrained(weights.path, revision=weights.revision)
     inside = Path(weights.path) / config.mm_vision_tower
-    vision = AutoConfig.from_pretrained(**pinned(tower or str(inside if inside.is_dir() else config.mm_vision_tower)))
+    vision = AutoConfig.from_pretrained(
+        **pinned(tower or str(inside if inside.is_dir() else config.mm_vision_tower)), trust_remote_code=False
+    )
     model = build(weights.path, config, getattr(vision, "vision_config", vision), revision=weights.revision)
-    words = AutoTokenizer.from_pretrained(**pinned(tokenizer))
+    words = AutoTokenizer.from_pretrained(**pinned(tokenizer), trust_remote_code=False)
     _cut_head(model, len(words))
     return frozen(model, weights), words
 

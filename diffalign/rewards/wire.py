@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +18,18 @@ from typing import Any, TypeVar
 import urllib3
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from urllib3.util import Retry
 
 from diffalign import media
-from diffalign.rewards.pictures import from_pil
 from diffalign.rewards.preprocess import to_bytes
+from diffalign.rewards.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
 T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
 LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
 LARGEST_REPLY = 1 << 24  # bytes
+LARGEST_PICTURE = 1 << 24  # pixels, checked before any is decoded
 POOL = urllib3.PoolManager(maxsize=64)
 
 
@@ -71,9 +72,18 @@ class Wire:
 
     @classmethod
     def to(cls, url: str, token_env: str | None = None, **options: float) -> Wire:
-        """To ``url``, with the token of ``token_from``."""
-        token = token_from(token_env, url)
+        """To ``url``, with the token of its host (``token_variable``), or of the variable ``token_env``.
+
+        Only the command line and Python can name ``token_env``: a file does not choose which secret goes where.
+        """
+        host = check_url(url)
+        token = token_from(token_env, host) if token_env else token_for(url)
         return cls(url, headers=(("Authorization", f"Bearer {token}"),) if token else (), **options)
+
+    def clean(self, text: str) -> str:
+        """``text`` from the server as a message may show it: bounded, no tokens, nothing that a terminal obeys."""
+        tokens = [value.removeprefix("Bearer ") for _, value in self.headers]
+        return printable(redacted(text[: 8 * LONGEST_SAID], tokens), 2 * LONGEST_SAID)
 
     def post(self, path: str, body: Any) -> Any:
         """The JSON reply to ``body``. RemoteError: see the class; it names the address and says what to try."""
@@ -84,14 +94,15 @@ class Wire:
             try:
                 reply, content = self._once(address, body, end)
             except urllib3.exceptions.HTTPError as error:
+                said = f"{type(error).__name__}: {self.clean(str(error))}"
                 problem = RemoteError(
-                    f"{address} gave no answer in {attempt + 1} attempts, last {type(error).__name__}: {error}; "
+                    f"{address} gave no answer in {attempt + 1} attempts, last {said}; "
                     "check that the server runs, or raise timeout and retries"
                 )
             else:
                 if reply.status == 200:
-                    return _parsed(address, content)
-                said = content[:300].decode(errors="replace")
+                    return self._parsed(address, content)
+                said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
                 problem = RemoteError(f"{address} answered with status {reply.status}: {said}", reply.status)
                 if reply.status not in AGAIN:
                     break
@@ -111,6 +122,7 @@ class Wire:
             headers=dict(self.headers),
             timeout=max(0.001, min(self.timeout, end - time.monotonic())),
             retries=False,
+            redirect=False,  # another host would get the images, and maybe the token
             preload_content=False,
         )
         content = bytearray()
@@ -124,6 +136,14 @@ class Wire:
             raise
         reply.release_conn()
         return reply, bytes(content)
+
+    def _parsed(self, address: str, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
+        # Without the cause, whose own message holds the reply as it came.
+        raise RemoteError(f"{address} answered no JSON: {said.encode()!r}")
 
     def map(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R | RemoteError]:
         """``ask`` of every item, ``concurrency`` at a time, in their order; a failure takes the place of its result."""
@@ -140,27 +160,11 @@ class Wire:
             return list(pool.map(one, items))
 
 
-def _parsed(address: str, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise RemoteError(f"{address} answered no JSON: {content[:300]!r}") from error
-
-
 def _retry_after(reply: urllib3.BaseHTTPResponse) -> float:
     try:
         return Retry().get_retry_after(reply) or 0.0
     except urllib3.exceptions.HTTPError:  # a header of another form
         return 0.0
-
-
-def token_from(variable: str | None, who: str) -> str | None:
-    """The token that an environment variable holds; it stays out of configurations. ValueError: it is not set."""
-    if variable is None:
-        return None
-    if not (token := os.environ.get(variable)):
-        raise ValueError(f"{who} needs a token: set the environment variable {variable}")
-    return token
 
 
 def encode_image(image: Tensor) -> str:
@@ -173,10 +177,24 @@ def encode_image(image: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def decode_image(text: str) -> Tensor:
-    """Decode an image file in base64 to (3, H, W), float32, [0, 1]. ValueError: no base64, or no image."""
+def decode_image(text: Any) -> Tensor:
+    """Decode an image file in base64 to (3, H, W), float32, [0, 1]. ValueError: no base64, or no such image."""
+    return decode_images([text])[0].float() / 255
+
+
+def decode_images(texts: Sequence[Any], max_pixels: int | None = None) -> list[Tensor]:
+    """Decode image files in base64 to (3, H, W), uint8 each, a quarter of the memory of floats.
+
+    max_pixels: of all of them together, counted before anything is decoded.
+    ValueError: no base64, no such image, or too many pixels.
+    """
     try:
-        return from_pil(media.decode(base64.b64decode(text, validate=True)))
+        contents = [base64.b64decode(text, validate=True) for text in texts]
+        sizes = [media.size(content, LARGEST_PICTURE) for content in contents]
+        total = sum(width * height for width, height in sizes)
+        if total > (max_pixels or total):
+            raise ValueError(f"{total:,} pixels are too many for one request: send at most {max_pixels:,}")
+        return [pil_to_tensor(media.decode(content, LARGEST_PICTURE)) for content in contents]
     except (TypeError, *media.BROKEN) as error:
         raise ValueError(
             f"an image must be a PNG, JPEG or WebP picture file in base64: {media.reason(error)}"

@@ -113,6 +113,7 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     younger = new.keys() - old.keys() - {"revision"}
     old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
     old.setdefault("revision", new.get("revision"))  # checkpoints of before could not say what the hub had then
+    old = _with_recorded_rewards(old, new)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
     if fixed := [name for name in changed if name not in loose]:
@@ -154,6 +155,15 @@ def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Map
     return [
         f"{name}: same size and samples, but another time" for name in both if then[name]["time"] != now[name]["time"]
     ]
+
+
+def _with_recorded_rewards(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with rewards as they are recorded now: 0.1 kept no more than the weight of one passed from Python."""
+    found = dict(old)
+    for name in [name for name in old if name.startswith("rewards.") and f"{name}.weight" in new]:
+        recorded = {key: value for key, value in new.items() if key.startswith(f"{name}.")}
+        found |= recorded | {f"{name}.weight": found.pop(name)}
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

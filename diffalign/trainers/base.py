@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor
 
+from diffalign.evaluation.runs import HELD_OUT
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
 from diffalign.models.weights import POLICY
 from diffalign.rewards.base import Reward
 from diffalign.rewards.hosting import repositories
+from diffalign.rewards.probe import try_rewards
 from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.runtime.folder import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
@@ -33,7 +35,7 @@ from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.contents import contents
 from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
-from diffalign.trainers.report import Report
+from diffalign.trainers.report import Report, consent_option, keep_prompts
 from diffalign.trainers.settings import TrainerConfig
 from diffalign.trainers.speed import set_speed
 
@@ -79,6 +81,11 @@ class Trainer:
     ) -> None:
         self.args: TrainerConfig = args
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
+        if self.eval_prompts:
+            known = {id(reward) for reward in vars(self).get("rewards", {}).values()}  # tried on training prompts
+            try_rewards(
+                {name: r for name, r in rewards.items() if id(r) not in known}, self.eval_prompts, args.resolution
+            )
         connect()
         # Accelerate would shard the denoiser too late, and on CPUs not at all: it is told of processes only.
         with patch_environment(ACCELERATE_USE_FSDP="false"):
@@ -190,7 +197,7 @@ class Trainer:
         several = self.accelerator.num_processes > 1
         program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
         config = shlex.quote(str(portable(self.args).output_dir / "config.yaml"))
-        return f"{program} --config {config} --resume_from_checkpoint latest"
+        return f"{program} --config {config}{consent_option(self.args)} --resume_from_checkpoint latest"
 
     @property
     def commits(self) -> dict[str, str]:
@@ -266,6 +273,7 @@ class Trainer:
         with self.model.using(self.report.weight_set):
             figures, shown = self.evaluation.run(self.eval_levels, self.guidance, self.eval_base_steps)
         if self.accelerator.is_main_process:
+            keep_prompts(self.args.output_dir / HELD_OUT, self.eval_prompts)
             self.report.picture(step, shown)
         return figures
 

@@ -27,6 +27,8 @@ from diffalign.losses.registry import get_loss
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.probe import try_rewards
+from diffalign.rewards.record import reward_record
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
@@ -79,13 +81,14 @@ class DiffusionDPOTrainer(Trainer):
         self.rewards: dict[str, Reward] = {}
         weights: dict[str, float] = {}
         if reward_funcs is not None or args.rewards:
-            self.rewards, weights = reward_table(
-                args.rewards if reward_funcs is None else reward_funcs, args.allow_reward_code
-            )
-            args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
+            given = args.rewards if reward_funcs is None else reward_funcs
+            self.rewards, weights = reward_table(given, args.allow_reward_code)
+            if reward_funcs is not None:
+                args = dataclasses.replace(args, rewards=reward_record(given, self.rewards))
         args.validate()
         self.kind = get_loss(args.loss)
         data = read_data(args, train_dataset)
+        try_rewards(self.rewards, data if args.online and isinstance(data, Sequence) else (), args.resolution)
         judges = evaluation_rewards(args.eval_rewards, self.rewards, args.allow_reward_code)
         if not judges and (eval_dataset or args.eval_prompts):
             raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")

@@ -23,6 +23,8 @@ from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.probe import try_rewards
+from diffalign.rewards.record import reward_record
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
 from diffalign.rollout.dealing import at_home, deal, exchange
 from diffalign.rollout.sampler import micro_batches
@@ -61,8 +63,9 @@ class FlowGRPOTrainer(Trainer):
         args.validate()
         given = args.rewards if reward_funcs is None else reward_funcs
         self.rewards, weights = reward_table(given, args.allow_reward_code)
-        args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
+        args = args if reward_funcs is None else dataclasses.replace(args, rewards=reward_record(given, self.rewards))
         prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
+        try_rewards(self.rewards, prompts, args.resolution)
         super().__init__(
             model,
             args,

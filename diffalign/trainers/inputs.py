@@ -8,12 +8,17 @@ from pathlib import Path
 
 from diffalign.data.prompts import load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
+from diffalign.rewards.code import running
 from diffalign.rewards.settings import build_rewards
 from diffalign.structures import Prompt
 
 
 def reward_table(spec: object, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:
-    """Rewards and weights by name. ValueError where there is none."""
+    """Rewards and weights by name. ValueError where there is none, or while a script is loaded for its reward."""
+    if script := running():
+        raise ValueError(
+            f"{script} starts a training while it is loaded for its reward: put that under if __name__ == '__main__'"
+        )
     if isinstance(spec, Mapping):
         rewards, weights = build_rewards(spec, allow_code)
     else:

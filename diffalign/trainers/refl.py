@@ -21,6 +21,8 @@ from diffalign.data.settings import PreferenceSettings
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.probe import try_rewards
+from diffalign.rewards.record import reward_record
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Route, micro_batches, ode_plan
@@ -76,12 +78,13 @@ class ReFLTrainer(Trainer):
         given = args.rewards if reward_funcs is None else reward_funcs
         self.rewards, weights = reward_table(given, args.allow_reward_code)
         check_differentiable(self.rewards)
-        args = args if reward_funcs is None else dataclasses.replace(args, rewards=weights)
+        args = args if reward_funcs is None else dataclasses.replace(args, rewards=reward_record(given, self.rewards))
         self.recipe = args.recipe.resolve()
         bounds = thresholds(self.recipe, self.rewards, args.thresholds)
         prompts = None
         if not (args.train_rollouts or self.recipe.from_images):
             prompts = dataset(train_dataset, args.train_prompts, "train_prompts")
+        try_rewards(self.rewards, prompts or (), args.resolution)
         held_out, _ = build_rewards(args.held_out, args.allow_reward_code)
         judges = evaluation_rewards(args.eval_rewards, self.rewards, args.allow_reward_code)
         super().__init__(

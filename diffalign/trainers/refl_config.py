@@ -12,6 +12,7 @@ from diffalign.config import option
 from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.recipe import RecipeConfig
 from diffalign.losses.refl import get_reward_loss
+from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig
 from diffalign.trainers.settings import TrainerConfig
 
@@ -27,7 +28,7 @@ class ReFLConfig(TrainerConfig):
     train_images: tuple[str, ...] = option((), "real images with captions, where the recipe uses some; as train_data")
     data: PreferenceSettings = option(PreferenceSettings(), "how these are read; of pairs the preferred image counts")
     rewards: dict[str, float | RewardConfig] = option(
-        {}, "differentiable rewards and their weights, or {weight, reward, options}"
+        {}, "differentiable rewards and their weights, or {weight, reward, options}", guard=guard_rewards
     )
     thresholds: dict[str, float] = option({}, "c of the losses hinge and distance, by reward, in its units")
     recipe: RecipeConfig = option(RecipeConfig(), "which steps carry the gradient, what the reward sees, the losses")
@@ -43,7 +44,9 @@ class ReFLConfig(TrainerConfig):
     eval_batch_size: int = option(64, "images per forward pass of an evaluation")
     eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps", ge=1, le=10_000)
     base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
-    held_out: dict[str, float | RewardConfig] = option({}, "rewards that evaluations report and nothing trains on")
+    held_out: dict[str, float | RewardConfig] = option(
+        {}, "rewards that evaluations report and nothing trains on", guard=guard_rewards
+    )
     sharpness_step: float = option(0.01, "of the sharpness alarm, in pixel values; 0 turns it off")
     alarm_factor: float = option(
         2.0, "the alarm rings where sharpness is so many times that of the base's images", infinite=True

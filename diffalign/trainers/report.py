@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.atomic import replacing
-from diffalign.config import to_yaml
+from diffalign.config import to_dict, to_yaml
+from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import compare_grid, image_grid
@@ -23,9 +26,12 @@ from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
+from diffalign.rewards.consent import needs_consent
+from diffalign.rewards.record import passed_from_python
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.sharding import plain_class
+from diffalign.structures import Prompt
 from diffalign.trainers.evaluation import Shown
 from diffalign.trainers.settings import TrainerConfig
 
@@ -165,13 +171,45 @@ class Report:
             title=self.folder.name,
             base_model=str(self.args.model),
             trainer=self.trainer,
-            command=f"accelerate launch scripts/train_{self.trainer}.py --config {config}",
+            command=_said(self.args) + f"accelerate launch scripts/train_{self.trainer}.py --config {config}"
+            f"{consent_option(self.args)}",
             config_yaml=to_yaml(shown_args),
             load_snippet=snippet,
             results=results,
             pictures=pictures,
             lora=self.model.has_adapter,
         )
+
+
+def consent_option(args: TrainerConfig) -> str:
+    """What a command must type on top of the configuration: consent, where rewards are code or servers."""
+    tables = [getattr(args, name, {}) for name in ("rewards", "held_out", "eval_rewards")]
+    return " --allow_reward_code" if any(needs_consent(to_dict({"": table})[""]) for table in tables) else ""
+
+
+def _said(args: TrainerConfig) -> str:
+    """Comment lines of the command: what was passed from Python, and has to be passed again."""
+    passed = [f"reward {name}" for name in passed_from_python(getattr(args, "rewards", {}))]
+    sources = ("train_prompts", "train_data", "train_rollouts", "train_images")
+    passed += [] if any(getattr(args, name, None) for name in sources) else ["train_dataset"]
+    return f"# passed from Python, to be passed again: {', '.join(passed)}\n" if passed else ""
+
+
+def keep_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Keep the held-out prompts of a run in its folder, so that it can be evaluated anywhere.
+
+    Nothing is written where a prompt cannot be read back as it is, e.g. with metadata that JSON does not hold.
+    """
+    staged = path.with_name(f".tmp-{path.name}")
+    try:
+        lines = [json.dumps({"prompt": p.text, **p.metadata}, ensure_ascii=False, allow_nan=False) for p in prompts]
+        staged.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        if load_prompts(staged) == list(prompts):
+            os.replace(staged, path)
+    except (TypeError, ValueError):
+        pass
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from diffalign.data.order import take
 from diffalign.diffusion.plan import PlanConfig, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
+from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig
 from diffalign.rollout.advantages import flat_share, group_advantages
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer
@@ -37,7 +38,7 @@ class RolloutConfig(TrainerConfig):
 
     train_prompts: Path | None = option(None, ".txt or .jsonl of training prompts")
     rewards: dict[str, float | RewardConfig] = option(
-        {}, "reward names and their weights, or {weight, reward, options}"
+        {}, "reward names and their weights, or {weight, reward, options}", guard=guard_rewards
     )
     plan: PlanConfig = option(PlanConfig(), "what each step of a rollout does")
     eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: plan.num_steps", ge=1, le=10_000)

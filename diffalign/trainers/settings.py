@@ -11,6 +11,7 @@ import torch
 from diffalign.config import option
 from diffalign.models import LoraConfig
 from diffalign.models.base import SCHEDULES
+from diffalign.rewards.consent import guard_rewards
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.structures import check_guidance
 
@@ -53,9 +54,13 @@ class TrainerConfig(TrainingConfig):
     )
     cache: bool = option(False, "keep prompt embeddings on disk")
     cache_dir: Path | None = option(None, "where, so that runs share them; default: cache/ in output_dir")
-    allow_reward_code: bool = option(False, "run the code of rewards that are named file.py:function")
+    allow_reward_code: bool = option(
+        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+    )
     eval_prompts: Path | None = option(None, ".txt or .jsonl of held-out prompts; none: no evaluation")
-    eval_rewards: tuple[str, ...] = option((), "names of rewards; the first one is reported as accuracy")
+    eval_rewards: tuple[str, ...] = option(
+        (), "names of rewards; the first one is reported as accuracy", guard=guard_rewards
+    )
     eval_images_per_prompt: int = option(
         2, "images per held-out prompt; two at least measure diversity", ge=1, le=100_000
     )

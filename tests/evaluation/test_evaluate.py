@@ -153,10 +153,10 @@ def test_a_prompt_is_encoded_once_for_all_models_and_commands(frozen, run_folder
 def test_what_leaves_and_where_prompts_are_kept_come_from_the_run(eval_prompts, tmp_path):
     lines = [f"model: {PIPELINE}", f"eval_prompts: {eval_prompts}", "rewards: {shapes: 1.0}"]
     (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae]", "cache_dir: kept"]))
-    found = resolve(EvaluationConfig(models=(str(tmp_path),)), tmp_path, 1)
-    assert (found.offload, found.cache_dir) == (("vae",), Path("kept"))
-    own = resolve(EvaluationConfig(models=(str(tmp_path),), offload=()), tmp_path, 1)
-    assert own.offload == ()
+    found = resolve(EvaluationConfig(models=(str(tmp_path),), allow_reward_code=True), tmp_path, 1)
+    assert (found.offload, found.cache_dir, found.prompts) == (("vae",), Path("kept"), eval_prompts)
+    own = resolve(EvaluationConfig(models=(str(tmp_path),), prompts=eval_prompts, offload=()), tmp_path, 1)
+    assert (own.offload, own.cache_dir) == ((), None), "what lies outside of a run needs consent"
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -234,6 +234,7 @@ def test_a_negative_prompt_that_cannot_act_is_refused(frozen, tmp_path, guidance
 def test_the_share_of_the_base_and_the_steps_come_from_the_run(tmp_path):
     run = "model: m\neval_prompts: p.jsonl\nrewards: {shapes: 1.0}\nbase_share: 0.25\nrecipe: {num_steps: 8}\n"
     (tmp_path / "config.yaml").write_text(run)
+    (tmp_path / "eval_prompts.jsonl").touch()
     sampling = resolve(EvaluationConfig(models=(str(tmp_path),)), tmp_path, 1).sampling()
     assert (sampling.num_steps, sampling.base_share, sampling.base_steps) == (8, 0.25, 2)
     own = EvaluationConfig(models=(str(tmp_path),), base_share=0.0)

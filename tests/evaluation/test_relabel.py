@@ -193,7 +193,7 @@ def test_a_pair_that_no_reward_can_judge_has_no_label(tmp_path):
     sys.modules["judging"] = type(sys)("judging")
     sys.modules["judging"].fails = fails
     with pytest.warns(UserWarning, match="failed on 2 of 4 samples"):
-        written = relabel(path, config("judging:fails"))
+        written = relabel(path, config("judging:fails", allow_reward_code=True))
     assert [row["label"] is None for row in read_table(written)] == [False, True, True]
     data = load_pairs(path, settings=AI)
     assert (len(data), data.quarantine.skipped) == (1, {"unlabelled": 2})
@@ -212,7 +212,7 @@ def test_a_reward_that_ranks_sees_a_pair_as_a_group(tmp_path):
     sys.modules["ranking"] = type(sys)("ranking")
     sys.modules["ranking"].ranks = Ranks
     path = pick_a_pic(tmp_path / "a.parquet", [pick_row(0), pick_row(1)])
-    relabel(path, config("ranking:ranks"))
+    relabel(path, config("ranking:ranks", allow_reward_code=True))
     data = load_pairs(path, settings=AI)
     means = [[sum(p.tobytes()) for p in data.load(i)[1]] for i in range(2)]
     assert [data[i].label for i in range(2)] == [float(first > second) for first, second in means]

@@ -255,7 +255,8 @@ def test_a_module_beside_the_run_is_found(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     command = ["score", str(folder), "--prompt", "x", "--rewards", "beside_the_run:f", "--output_dir", "out"]
-    assert main(command) == 0
+    assert main(command) == 2, "code needs consent"
+    assert main([*command, "--allow_reward_code"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -88,16 +88,19 @@ CODE = "def half(images, prompts, metadata):\n    return images.mean((1, 2, 3)) 
 def test_code_is_found_by_module_and_by_file(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for spec, allowed in (("my_rewards:half", False), (f"{tmp_path}/my_rewards.py:half", True)):
-        reward = get_reward(spec, allow_code=allowed)
+    for spec in ("my_rewards:half", f"{tmp_path}/my_rewards.py:half"):
+        reward = get_reward(spec, allow_code=True)
         assert reward.name == "half"
         torch.testing.assert_close(reward(IMAGES, ["a", "b"], [{}, {}]), IMAGES.mean((1, 2, 3)) / 2)
 
 
-def test_code_from_a_file_runs_only_where_it_is_allowed(tmp_path):
+@pytest.mark.parametrize("spec", ["{0}/my_rewards.py:half", "my_rewards:half", "my_rewards:", ":my_rewards"])
+def test_code_runs_only_where_it_is_allowed(spec, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="set allow_reward_code if you trust it"):
-        get_reward(f"{tmp_path}/my_rewards.py:half")
+        get_reward(spec.format(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 

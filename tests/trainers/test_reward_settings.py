@@ -59,7 +59,7 @@ def test_rewards_with_options_and_code_from_a_configuration(small, train_prompts
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
     row = next(row for row in map(json.loads, lines) if "reward/mean" in row)
     assert row["reward/mean"] == pytest.approx(2 * row["reward/dark"] + 0.5 * row["reward/sharpness"], rel=1e-5)
-    assert "allow_reward_code: true" in (args.output_dir / "config.yaml").read_text()
+    assert "allow_reward_code" not in (args.output_dir / "config.yaml").read_text(), "consent is not passed on"
 
 
 def test_images_have_the_resolution_asked_for(small, train_prompts):

@@ -1,0 +1,132 @@
+"""Read the configuration of a run folder as data: it may come from somebody else.
+
+What a run's ``config.yaml`` names and this module hands on: the base model, numbers, registered rewards, and files
+inside the run folder. Anything else (rewards that are code, servers, other weights, files elsewhere) needs to be typed,
+or ``--allow_reward_code``, which is for runs of one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.config import from_dict, load_yaml
+from diffalign.config.schema import Place
+from diffalign.rewards.base import names
+from diffalign.rewards.consent import guard_rewards
+from diffalign.rewards.settings import RewardConfig
+
+CONFIG = "config.yaml"
+HELD_OUT = "eval_prompts.jsonl"  # the copy of its held-out prompts that a run keeps
+# Options of registered rewards whose text chooses a way of computing, and no file, repository or server.
+CHOICES = frozenset({"answer", "precision", "quantize", "reward", "rule", "scale", "verdict"})
+TRUST = "if the run is yours, or you trust it, type --allow_reward_code"
+
+
+@dataclass
+class _Rewards:
+    """The part of a run's configuration that says how its rewards are made."""
+
+    rewards: dict[str, float | RewardConfig]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run folder and the values of its ``config.yaml``; trusted: whether all that they name may be used."""
+
+    folder: Path
+    values: Mapping[str, Any]
+    trusted: bool = False
+
+    @property
+    def file(self) -> Path:
+        """Where the values stand."""
+        return self.folder / CONFIG
+
+    def held_out(self) -> Path | None:
+        """The file of held-out prompts: the run's own copy, else what ``eval_prompts`` names.
+
+        ValueError: a file outside of a run that is not trusted.
+        """
+        if self.contains(self.folder / HELD_OUT):
+            return self.folder / HELD_OUT
+        if not (named := self.values.get("eval_prompts")):
+            return None
+        if self.trusted or self.contains(named):
+            return Path(named)
+        raise ValueError(
+            f"{self.file}: eval_prompts: {str(named)[:200]!r} is no file inside the run, and is not read: write "
+            f"--prompts FILE; {TRUST}"
+        )
+
+    def cache_dir(self) -> Path | None:
+        """Where the run kept prompt embeddings, if it may be written to."""
+        named = self.values.get("cache_dir")
+        return Path(named) if named and (self.trusted or self.contains(named)) else None
+
+    def reward_names(self) -> tuple[str, ...]:
+        """The rewards that the run was evaluated by."""
+        found = self.values.get("eval_rewards") or self.values.get("rewards") or ()
+        if not isinstance(found, (list, tuple, Mapping)) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"{self.file}: eval_rewards must be names of rewards; write --rewards NAME")
+        return tuple(found)
+
+    def reward_options(self, wanted: tuple[str, ...], typed: bool) -> dict[str, float | RewardConfig]:
+        """How the run made those of its rewards that are ``wanted``; typed: whether the user named these.
+
+        ValueError: one that a run which is not trusted cannot ask for.
+        """
+        rewards = self.values.get("rewards") or {}
+        table = {name: rewards[name] for name in wanted if isinstance(rewards, Mapping) and name in rewards}
+        guard_rewards(table, Place(str(self.file), _Rewards, "rewards"), self.trusted)
+        if not self.trusted:
+            for name in table if typed else wanted:
+                self._check_reward(name, table.get(name))
+        return from_dict(_Rewards, {"rewards": table}, str(self.file)).rewards
+
+    def contains(self, path: object) -> bool:
+        """Whether ``path`` is a file or folder inside the run, links followed."""
+        try:
+            found = Path(str(path)).resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            return False
+        return found.is_relative_to(self.folder.resolve()) and (found.is_dir() or found.is_file())
+
+    def _check_reward(self, name: str, entry: Any) -> None:
+        settings = entry if isinstance(entry, Mapping) else {}
+        spec = settings.get("reward") or name
+        if spec not in names():
+            raise ValueError(
+                f"{self.file}: reward {str(spec)[:200]!r} is not registered here, and is not run: write --rewards NAME "
+                f"for one that is; {TRUST}"
+            )
+        for path, value in _texts(settings.get("options")):
+            if path[-1] not in CHOICES and not self.contains(value):
+                where = ".".join(("rewards", name, "options", *path[1:]))
+                raise ValueError(
+                    f"{self.file}: {where}: {value[:200]!r} is no file inside the run, and is not used: write "
+                    f"--rewards and --reward_options; {TRUST}"
+                )
+
+
+def _texts(value: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text among the options of a reward, with the keys that lead to it."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _texts(entry, (*path, str(name)))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry, path)
+
+
+def find_run(path: Path | None, trusted: bool) -> RunConfig | None:
+    """The configuration of the run that ``path`` lies in: its folder, or one or two above it."""
+    if path is None:
+        return None
+    places = [path, *path.resolve().parents[:2]]
+    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    return None if folder is None else RunConfig(folder, load_yaml(folder / CONFIG), trusted)
