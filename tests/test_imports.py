@@ -10,7 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "diffalign"
 # Room -> the rooms that it may import besides itself.
 ALLOWED = {
     "structures": set(),
+    "lazy": set(),
+    "messages": set(),
     "config": set(),
+    "preflight": {"config", "messages"},
+    "console": {"models"},
     "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
@@ -20,7 +24,7 @@ ALLOWED = {
     "models": {"structures", "config", "sharding", "diffusion"},
     "runtime": {"structures", "config", "sharding"},
     "rollout": {"structures", "diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": {"structures", "config", "models", "rewards", "data", "rollout", "runtime"},
+    "evaluation": {"structures", "config", "preflight", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)

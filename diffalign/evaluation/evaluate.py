@@ -19,6 +19,7 @@ from diffalign.evaluation.plots import plot_figures
 from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
+from diffalign.preflight import inspect
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
@@ -64,6 +65,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
 def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     """Figures of every model, into ``results.json``, ``results.md`` and ``results.png`` of ``output_dir``."""
     config = resolve(config, Path("runs/eval"), images_per_prompt=2)
+    inspect(config)
     drawn = draw_all(config)
     if drawn is None:
         return None
@@ -94,6 +96,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
 def compare(config: EvaluationConfig) -> Path | None:
     """``compare.png`` and ``compare.html``: rows are prompts, columns models, rewards under each image."""
     config = resolve(config, Path("runs/compare"), images_per_prompt=1)
+    inspect(config)
     drawn = draw_all(config)
     if drawn is None:
         return None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
+from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.subjects import Subject
 from diffalign.models import DiffusionModel, tuned
 from diffalign.models.offload import VAE
@@ -36,31 +37,6 @@ from diffalign.runtime.noise import Noise
 from diffalign.structures import Guidance, Prompt
 
 AHEAD = 8  # batches whose prompts are encoded at once
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number.
-
-    base_share: of the steps, the first ones, that the base makes for every model (arXiv 2505.22569), in [0, 1).
-    """
-
-    model: str
-    max_sequence_length: int | None
-    resolution: int | None
-    num_steps: int
-    schedule: str
-    guidance_scale: float
-    images_per_prompt: int
-    seed: int
-    embedded_guidance: float | None = None
-    revision: str | None = None
-    base_share: float = 0.0
-
-    @property
-    def base_steps(self) -> int:
-        """Those of ``base_share``."""
-        return round(self.base_share * self.num_steps)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffalign.config import from_dict, load_yaml, option
-from diffalign.evaluation.gallery import Sampling
-from diffalign.evaluation.subjects import Subject, parse_subjects
-from diffalign.rewards.base import Reward, needs_groups
-from diffalign.rewards.settings import RewardConfig, build_rewards
+from diffalign.config import from_dict, load_yaml, option, split_texts
+from diffalign.config.sections import RewardConfig
+from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.subjects import Subject, parse_subject, parse_subjects
+
+if TYPE_CHECKING:
+    from diffalign.rewards.base import Reward
 
 
 @dataclass(kw_only=True)
@@ -53,12 +55,27 @@ class EvaluationConfig:
     checkpoints: bool = option(False, "each run as a strip over its checkpoints")
     embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
 
+    def __post_init__(self) -> None:
+        """Accept a text where several go."""
+        split_texts(self)
+
     def subjects(self) -> list[Subject]:
         """The base and the models."""
         return parse_subjects(self.models, scales=self.scales, checkpoints=self.checkpoints)
 
+    def problems(self) -> Iterator[str]:
+        """What is wrong with each of ``models``: a path that is not there, or a scale that is none."""
+        for text in self.models:
+            try:
+                parse_subject(text)
+            except (ValueError, FileNotFoundError) as error:
+                yield str(error)
+
     def build_rewards(self) -> dict[str, Reward]:
         """Those of ``rewards``; call it on what ``resolve`` returned. ValueError: one that ranks within a group."""
+        from diffalign.rewards.base import needs_groups
+        from diffalign.rewards.settings import build_rewards
+
         table = {name: self.reward_options.get(name, 1.0) for name in self.rewards}
         rewards = build_rewards(table, self.allow_reward_code)[0]
         if ranks := [name for name, reward in rewards.items() if needs_groups(reward)]:
