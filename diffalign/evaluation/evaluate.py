@@ -13,10 +13,10 @@ from tqdm import tqdm
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.gallery import Gallery, Judged
-from diffalign.evaluation.grids import compare_grid
+from diffalign.evaluation.grids import Totals, compare_grid
 from diffalign.evaluation.page import write_page
 from diffalign.evaluation.plots import plot_figures
-from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
+from diffalign.evaluation.results import Figures, diversity_of, figures, set_line, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
 from diffalign.preflight import inspect
@@ -36,7 +36,8 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
     check_world(state.num_processes)
     subjects = config.subjects()
     everything = load_prompts(config.prompts)
-    prompts = [everything[i] for i in spread(len(everything), config.limit)]
+    places = spread(len(everything), config.limit)
+    prompts = [everything[i] for i in places]
     gallery = Gallery(
         config.output_dir / "images",
         config.sampling(),
@@ -45,6 +46,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         process=state.process_index,
         processes=state.num_processes,
         cache=config.cache_dir,
+        places=places,
     )
     model = load_model(
         config.model,
@@ -86,7 +88,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
     folder = config.output_dir
     (folder / "results.json").write_text(json.dumps(to_json(found, settings), indent=1) + "\n", encoding="utf-8")
-    table = to_markdown(found)
+    table = f"{set_line(found[base], len(prompts), config.prompts)}\n\n{to_markdown(found)}"
     (folder / "results.md").write_text(table + "\n", encoding="utf-8")
     plot_figures(found, folder / "results.png")
     print(table)
@@ -115,4 +117,8 @@ def _grid(path: Path, texts: list[str], rows: list[int], judged: Mapping[str, Ju
         chosen = [(found.prompt == row).nonzero()[0].item() for row in rows]
         columns[name] = found.images(chosen)
         scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in found.scores.items()}
-    compare_grid(columns, texts, scores, path)
+    first = next(iter(judged.values()))
+    means = {r: {name: own.scores[r].nanmean().item() for name, own in judged.items()} for r in first.scores}
+    # All rows, an image each, have one mean: that of these.
+    totals = Totals(len(first.prompt), means) if len(first.prompt) > len(rows) else None
+    compare_grid(columns, texts, scores, path, totals)

@@ -73,9 +73,12 @@ class Gallery:
         process: int = 0,
         processes: int = 1,
         cache: Path | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
+        """Open or make the folder. places: of ``prompts`` in their file, where they are only some of it."""
         self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
         self.process, self.processes, self.cache = process, processes, cache
+        self.places = torch.arange(len(prompts)) if places is None else torch.tensor(places)
         self._encoded: dict[str, EncodedPrompts] = {}
         texts = json.dumps([[p.text, dict(p.metadata)] for p in prompts], sort_keys=True)
         settings = {
@@ -83,6 +86,8 @@ class Gallery:
             "rewards": list(rewards),
             "prompts": hashlib.sha256(texts.encode()).hexdigest(),
         }
+        if self.places.tolist() != list(range(len(prompts))):
+            settings["places"] = self.places.tolist()
         folder.mkdir(parents=True, exist_ok=True)
         same_or_new(folder / "settings.json", settings)
 
@@ -130,7 +135,7 @@ class Gallery:
     ) -> int:
         prompts = [self.prompts[prompt] for prompt, _ in chunk]
         prompt, sample = torch.tensor(chunk).T
-        addresses = Addresses(Noise(self.sampling.seed), "evaluation", 0, prompt, sample)
+        addresses = Addresses(Noise(self.sampling.seed), "evaluation", 0, self.places[prompt], sample)
         conditioning = encoded([p.text for p in prompts])
         ((_, images),) = generate(model, route, conditioning, torch.arange(len(chunk)), addresses, len(chunk))
         scores = score(self.rewards, images, prompts)
