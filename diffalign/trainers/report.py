@@ -17,38 +17,15 @@ from diffalign.config import to_yaml
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
 from diffalign.evaluation.grids import Totals, compare_grid, image_grid
-from diffalign.evaluation.model_card import ModelCard, literal, write_model_card
+from diffalign.evaluation.model_card import ModelCard, write_model_card
 from diffalign.evaluation.results import Figures, figures, set_line, to_markdown
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
-from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.sharding import plain_class
 from diffalign.trainers.evaluation import Shown
+from diffalign.trainers.load_snippet import load_snippet
 from diffalign.trainers.settings import TrainerConfig
-
-SNIPPET = """
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({model})
-pipe.load_lora_weights({folder})
-image = pipe({prompt}).images[0]
-"""
-FULL_SNIPPET = """
-from diffusers import {denoiser}, DiffusionPipeline
-
-denoiser = {denoiser}.from_pretrained({weights})
-pipe = DiffusionPipeline.from_pretrained({model}, {component}=denoiser)
-image = pipe({prompt}).images[0]
-"""
-NEGATIVE_SNIPPET = """
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
-
-pipe = DiffusionPipeline.from_pretrained({model})
-negative = load_file({negative})
-"""
 
 
 class Report:
@@ -182,26 +159,9 @@ class Report:
         """What compares this run with its base, in pictures."""
         return f"diffalign compare {shlex.quote(str(self.folder))}"
 
-    @property
-    def _snippet(self) -> str:
-        if self.model.negative is not None:
-            return f"{NEGATIVE_SNIPPET}{self.model.negative_call}\n"
-        return SNIPPET if self.model.has_adapter else FULL_SNIPPET
-
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
         prompt = self.shown.texts[-1] if self.shown else "..."
-        component = self.model.denoiser_name
-        snippet = self._snippet.format(
-            model=", revision=".join(literal(name) for name in (self.args.model, self.args.revision) if name),
-            folder=literal(self.folder),
-            weights=literal(self.folder / component),
-            negative=literal(self.folder / NEGATIVE_NAME),
-            prompt=literal(prompt),
-            denoiser=plain_class(self.model.raw_denoiser).__name__,
-            component=component,
-            scale=self.args.guidance_scale,
-            length=getattr(self.model, "max_sequence_length", None),
-        )
+        snippet = load_snippet(self.model, self.args, prompt)
         config = shlex.quote(str(self.folder / "config.yaml"))
         return ModelCard(
             title=self.folder.name,
