@@ -36,6 +36,8 @@ class Report:
         self.folder = Path(args.output_dir)
         self.shown: Shown | None = None
         self.step = 0  # of the evaluation that is shown
+        self.before: dict[str, Tensor] | None = None
+        self.paths: list[Path] = []  # of the weights, once they are written
 
     def picture(self, step: int, shown: Shown) -> None:
         """A grid of an evaluation's images; that of step 0 is kept for the comparison."""
@@ -75,7 +77,7 @@ class Report:
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         pictures = [name for name in ("compare.png", "curves.png") if (self.folder / name).is_file()]
         write_model_card(self.folder, self._card(self._results(before), pictures))
-        self.before = before
+        self.before, self.paths = before, paths
 
     def finished(self, since: float) -> bool:
         """Whether the card, which is written last, is newer than ``since``, in seconds since the epoch."""
