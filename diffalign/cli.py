@@ -69,7 +69,7 @@ def train(argv: Sequence[str]) -> int | None:
         return None
     dry, options = take_switch(argv[1:], DRY_RUN)
     args = parse(config_class, options)
-    inspect(args)
+    inspect(args, weights=not dry)
     use_all_cores()
     quiet_libraries()
     trainer_class = TRAINERS[argv[0]][1]
@@ -120,7 +120,7 @@ class Command:
             print(describe(config_class))
             return None
         config = parse(config_class, argv, self.positional)
-        inspect(config)
+        inspect(config, weights=True)
         use_all_cores()
         quiet_libraries()
         return load(self.run)(config)

@@ -27,7 +27,9 @@ def bounded(text: str) -> str:
 def explain(error: BaseException) -> str | None:
     """The message for the user; None where the error is ours to find, and a traceback helps."""
     if (text := hub_sentence(error)) is not None:
-        return bounded(text)
+        # Our own messages begin with what they are about, as "reward 'pickscore'".
+        about = re.match(r"reward '[^']*'", str(error))
+        return bounded(f"{about[0]}: {text}" if about else text)
     if isinstance(error, OSError) and error.filename and error.strerror and not hasattr(error, "exit_code"):
         return bounded(f"{error.filename}: {error.strerror}; check the path and its permissions")
     if isinstance(error, (ValueError, FileNotFoundError)) or hasattr(error, "exit_code"):

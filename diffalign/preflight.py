@@ -22,12 +22,15 @@ FILE_SUFFIXES = frozenset({".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tx
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-def inspect(config: Any) -> None:
+def inspect(config: Any, weights: bool = False) -> None:
     """Raise ConfigError with everything that a configuration names and that is not there.
 
-    Reads no file and loads no model; of the hub it asks whether a repository can be read.
+    Reads no file and loads no model; of the hub it asks whether a repository can be read. weights: whether those of
+    rewards are looked for too, which imports the rewards.
     """
     problems = list(dict.fromkeys(_problems(config, "")))
+    if weights and not problems:
+        problems = list(weights_problems(config))
     if problems:
         raise ConfigError(problems)
 
@@ -114,12 +117,35 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
             yield f"{name}: unknown reward {shown(spec)}; {hint}"
 
 
-def reward_weights_problems(rewards: Mapping[str, Any]) -> Iterator[str]:
-    """Weights of rewards that cannot be had. rewards: name -> (repository or path, revision)."""
-    for reward, sources in rewards.items():
-        for source, revision in sources:
-            if not Path(source).exists() and (problem := hub_problem(source, revision, "model")):
-                yield f"reward {reward!r}: {problem}"
+def weights_problems(config: Any) -> Iterator[str]:
+    """Weights of registered rewards that cannot be had, without loading them."""
+    from diffalign.rewards.base import registered
+    from diffalign.rewards.hosting import repositories_of
+
+    seen = set()
+    for spec, options in _reward_specs(config):
+        try:
+            found = repositories_of(registered(spec).make(**options))
+        except (ValueError, ImportError):
+            continue  # what is wrong with its options is for the command to say
+        for source, revision in found:
+            if source in seen or not HUB_ID.fullmatch(source) or Path(source).exists():
+                continue
+            seen.add(source)
+            if problem := hub_problem(source, revision, "model"):
+                yield f"reward {spec!r}: {problem}"
+
+
+def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(registered name, options) of each reward that a configuration names."""
+    options = getattr(config, "reward_options", None) or {}
+    for field in ("rewards", "held_out", "eval_rewards"):
+        value = getattr(config, field, None) or {}
+        table = value if isinstance(value, Mapping) else {name: options.get(name) for name in value}
+        for name, entry in table.items():
+            spec = getattr(entry, "reward", "") or name
+            if ":" not in spec and spec in known_rewards():
+                yield spec, getattr(entry, "options", {})
 
 
 Check = Callable[[str, Any, Any], Iterator[str]]

@@ -13,7 +13,7 @@ ALLOWED = {
     "lazy": set(),
     "messages": set(),
     "config": set(),
-    "preflight": {"config", "messages"},
+    "preflight": {"config", "messages", "rewards"},
     "console": {"models"},
     "sharding": set(),
     "diffusion": {"structures"},

@@ -67,7 +67,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
 def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     """Figures of every model, into ``results.json``, ``results.md`` and ``results.png`` of ``output_dir``."""
     config = resolve(config, Path("runs/eval"), images_per_prompt=2)
-    inspect(config)
+    inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
@@ -98,7 +98,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
 def compare(config: EvaluationConfig) -> Path | None:
     """``compare.png`` and ``compare.html``: rows are prompts, columns models, rewards under each image."""
     config = resolve(config, Path("runs/compare"), images_per_prompt=1)
-    inspect(config)
+    inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
