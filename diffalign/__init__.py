@@ -4,20 +4,28 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 
 args = FlowGRPOConfig(model="assets/shapes-sd3", train_prompts="assets/prompts/shapes_train.jsonl")
 FlowGRPOTrainer(args=args, reward_funcs="shapes").train()
+
+Names are imported at first use: ``import diffalign`` alone loads neither torch nor diffusers.
 """
 
-from diffalign.evaluation.score import score_images
-from diffalign.models import DiffusionModel, LoraConfig, load_model
-from diffalign.rewards import get_reward, register
-from diffalign.structures import Prompt
-from diffalign.trainers import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    FlowGRPOConfig,
-    FlowGRPOTrainer,
-    ReFLConfig,
-    ReFLTrainer,
-)
+from typing import TYPE_CHECKING, Any
+
+from diffalign.lazy import attribute
+
+if TYPE_CHECKING:
+    from diffalign.config.sections import LoraConfig
+    from diffalign.evaluation.score import score_images
+    from diffalign.models import DiffusionModel, load_model
+    from diffalign.rewards import get_reward, register
+    from diffalign.structures import Prompt
+    from diffalign.trainers import (
+        DiffusionDPOConfig,
+        DiffusionDPOTrainer,
+        FlowGRPOConfig,
+        FlowGRPOTrainer,
+        ReFLConfig,
+        ReFLTrainer,
+    )
 
 __version__ = "0.1.0"
 
@@ -36,3 +44,27 @@ __all__ = [
     "register",
     "score_images",
 ]
+
+_HOMES = {
+    "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo_config",
+    "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo",
+    "DiffusionModel": "diffalign.models",
+    "FlowGRPOConfig": "diffalign.trainers.flow_grpo_config",
+    "FlowGRPOTrainer": "diffalign.trainers.flow_grpo",
+    "LoraConfig": "diffalign.config.sections",
+    "Prompt": "diffalign.structures",
+    "ReFLConfig": "diffalign.trainers.refl_config",
+    "ReFLTrainer": "diffalign.trainers.refl",
+    "get_reward": "diffalign.rewards",
+    "load_model": "diffalign.models",
+    "register": "diffalign.rewards",
+    "score_images": "diffalign.evaluation.score",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return attribute(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,48 +1,37 @@
-"""The ``diffalign`` command."""
+"""The ``diffalign`` command: dispatch only. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from diffalign.config import describe, parse
-from diffalign.doctor.command import DoctorConfig
-from diffalign.doctor.command import run as examine
-from diffalign.evaluation.check import CheckConfig
-from diffalign.evaluation.check import run as check
-from diffalign.evaluation.evaluate import compare, evaluate
-from diffalign.evaluation.relabel import RelabelConfig
-from diffalign.evaluation.relabel import run as relabel
-from diffalign.evaluation.score import ScoreConfig
-from diffalign.evaluation.score import run as score
-from diffalign.evaluation.settings import EvaluationConfig
-from diffalign.files import bounded
-from diffalign.forecast.dry_run import dry_run
-from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
-from diffalign.runtime.memory import is_out_of_memory
+from diffalign.console import closing_pipes, one_line_logs, one_line_warnings
+from diffalign.lazy import LazyTable, load
+from diffalign.messages import bounded, explain
+from diffalign.preflight import inspect
 from diffalign.runtime.output import steady_output
-from diffalign.runtime.signals import exit_on_signals
-from diffalign.runtime.watchdog import Watchdog
-from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
-from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.flow_grpo import FlowGRPOTrainer
-from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
-from diffalign.trainers.refl import ReFLTrainer
-from diffalign.trainers.refl_config import ReFLConfig
 
-TRAINERS: dict[str, tuple[type, type]] = {
-    "diffusion_dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
-    "flow_grpo": (FlowGRPOConfig, FlowGRPOTrainer),
-    "refl": (ReFLConfig, ReFLTrainer),
-}
-DRY_RUN = "--dry_run"
+TRAINERS = LazyTable(
+    {
+        "diffusion_dpo": (
+            "diffalign.trainers.diffusion_dpo_config:DiffusionDPOConfig",
+            "diffalign.trainers.diffusion_dpo:DiffusionDPOTrainer",
+        ),
+        "flow_grpo": (
+            "diffalign.trainers.flow_grpo_config:FlowGRPOConfig",
+            "diffalign.trainers.flow_grpo:FlowGRPOTrainer",
+        ),
+        "refl": ("diffalign.trainers.refl_config:ReFLConfig", "diffalign.trainers.refl:ReFLTrainer"),
+    }
+)
+HELP = ("--help", "-h")
+DRY_RUN = "dry_run"
 USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]
        diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity
        diffalign compare MODEL ... [--field VALUE ...]   pictures: compare.png and compare.html
@@ -56,97 +45,139 @@ models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one,
 images: files, folders, .parquet or .jsonl files
 data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids; for check also files
       of prompts: .txt, or .jsonl with --prompts
+lists: --rewards a,b or '[a, b]', or the option twice; weights: --rewards a=1,b=0.5 or '{{a: 1, b: 0.5}}'
 help on the fields: diffalign train TRAINER --help, and eval, compare, score, check, relabel or doctor --help"""
 
 
 def use_all_cores() -> None:
-    """Gives each local process its share of the cores: ``accelerate launch`` would leave one thread to each."""
+    """Give each local process its share of the cores: ``accelerate launch`` would leave one thread to each."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def train(argv: Sequence[str]) -> int | None:
-    """``diffalign train TRAINER ...``: resolves the configuration and runs the trainer, or says what it would do."""
+    """``diffalign train TRAINER ...``: resolve the configuration, then train, or print what training would do."""
     if not argv or argv[0] not in TRAINERS:
-        raise ValueError(f"name a trainer: {', '.join(TRAINERS)}")
-    config, trainer = TRAINERS[argv[0]]
-    if "--help" in argv or "-h" in argv:
-        print(f"--dry_run\n    print configuration, batches, model evaluations, memory and time; write nothing\n"
-              f"{describe(config)}")  # fmt: skip
+        asked = f", not {argv[0]!r}{_closest(argv[0], TRAINERS)}" if argv and argv[0] not in HELP else ""
+        raise ValueError(f"name a trainer: {', '.join(TRAINERS)}{asked}")
+    config_class = load(TRAINERS.entries[argv[0]][0])
+    if _asks_for_help(argv):
+        switch = "print configuration, batches, model evaluations, memory and time; write nothing"
+        print(f"--{DRY_RUN}\n    {switch}\n{describe(config_class)}")
         return None
+    dry, options = take_switch(argv[1:], DRY_RUN)
+    args = parse(config_class, options)
+    inspect(args, weights=not dry)
     use_all_cores()
-    options = [token for token in argv[1:] if token != DRY_RUN]
-    args = parse(config, options)
-    if len(options) < len(argv) - 1:
-        return dry_run(argv[0], args, trainer)
-    exit_on_signals()  # while a model loads there is nothing to save; the run has handlers of its own
-    with Watchdog(args.hang_timeout, args.output_dir, loading=True):
-        made = trainer(args=args)
-    made.train()
+    one_line_logs()
+    trainer_class = TRAINERS[argv[0]][1]
+    if dry:
+        with closing_pipes():
+            return load("diffalign.forecast.dry_run:dry_run")(argv[0], args, trainer_class)
+    # While a model loads there is nothing to save; the run has handlers of its own.
+    load("diffalign.runtime.signals:exit_on_signals")()
+    with load("diffalign.runtime.watchdog:Watchdog")(args.hang_timeout, args.output_dir, loading=True):
+        trainer = trainer_class(args=args)
+    trainer.train()
     return None
 
 
-def judge(config_class: type, field: str, run: Callable[[Any], object], argv: Sequence[str]) -> object:
-    """``diffalign eval|compare MODEL ...``, ``diffalign score IMAGES ...``: what goes into ``field``, then fields."""
-    if "--help" in argv or "-h" in argv:
-        print(describe(config_class))
-        return None
-    first = next((i for i, token in enumerate(argv) if token.startswith("--")), len(argv))
-    config = parse(config_class, argv[first:])
-    use_all_cores()
-    return run(dataclasses.replace(config, **{field: (*argv[:first], *getattr(config, field))}))
+def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
+    """Take ``--name``, with or without a truth value, out of the options; the last one counts.
+
+    ValueError: a value that is none.
+    """
+    from diffalign.config.schema import truth
+
+    rest, found, tokens = [], False, list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, text = token.partition("=")
+        if key != f"--{name}":
+            rest.append(token)
+            continue
+        if not equals:
+            text = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "true"
+        if (value := truth(text)) is None:
+            raise ValueError(f"command line: {name}: expected bool, got {text!r}: write --{name}, or --{name} false")
+        found = value
+    return found, rest
 
 
-def doctor(argv: Sequence[str]) -> int | None:
-    """``diffalign doctor``: tries what a training needs on this machine."""
-    if "--help" in argv or "-h" in argv:
-        print(describe(DoctorConfig))
-        return None
-    config = parse(DoctorConfig, argv)
-    use_all_cores()
-    return examine(config, TRAINERS)
+@dataclass(frozen=True)
+class Command:
+    """A command besides ``train``. positional: the field that receives what belongs to no option."""
+
+    config: str
+    run: str
+    positional: str | None = None
+
+    def __call__(self, argv: Sequence[str]) -> object:
+        """Read the options, check what they name, and run."""
+        config_class = load(self.config)
+        if _asks_for_help(argv):
+            print(describe(config_class))
+            return None
+        config = parse(config_class, argv, self.positional)
+        inspect(config, weights=True)
+        use_all_cores()
+        one_line_logs()
+        return load(self.run)(config)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
+def doctor(config: Any) -> int:
+    """Try what a training needs on this machine."""
+    return load("diffalign.doctor.command:run")(config, TRAINERS)
+
+
+EVALUATION = "diffalign.evaluation.settings:EvaluationConfig"
+COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "train": train,
-    "eval": partial(judge, EvaluationConfig, "models", evaluate),
-    "compare": partial(judge, EvaluationConfig, "models", compare),
-    "score": partial(judge, ScoreConfig, "images", score),
-    "check": partial(judge, CheckConfig, "data", check),
-    "relabel": partial(judge, RelabelConfig, "data", relabel),
-    "doctor": doctor,
+    "eval": Command(EVALUATION, "diffalign.evaluation.evaluate:evaluate", "models"),
+    "compare": Command(EVALUATION, "diffalign.evaluation.evaluate:compare", "models"),
+    "score": Command("diffalign.evaluation.score_config:ScoreConfig", "diffalign.evaluation.score:run", "images"),
+    "check": Command("diffalign.evaluation.check_config:CheckConfig", "diffalign.evaluation.check:run", "data"),
+    "relabel": Command("diffalign.evaluation.relabel_config:RelabelConfig", "diffalign.evaluation.relabel:run", "data"),
+    "doctor": Command("diffalign.doctor.config:DoctorConfig", "diffalign.cli:doctor"),
 }
 
 
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return any(token in HELP for token in argv)
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: see ``_main``. Its output may go where nobody reads it."""
-    with steady_output():
-        return _main(argv)
+    """Run a command; 2 for what the user can fix, printed in a line or a list, 1 where ``check`` or ``doctor`` fail.
 
-
-def _main(argv: Sequence[str] | None) -> int:
-    """Runs a command; 2 for what the user can mend, said in one line, 1 where ``check`` or ``doctor`` found faults.
-
-    A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``).
+    A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``). A
+    reader that leaves, as ``| head``, ends every command but a training, with 141 and without a message.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
-        print(USAGE.format(trainers=", ".join(TRAINERS)))
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
+        with closing_pipes():
+            if argv and argv[0] == "--version":
+                print(load("diffalign:__version__"))
+                return 0
+            print(USAGE.format(trainers=", ".join(TRAINERS)))
+        if argv and argv[0] not in HELP:
+            print(f"diffalign: there is no command {argv[0]!r}{_closest(argv[0], COMMANDS)}", file=sys.stderr)
+        return 0 if argv and argv[0] in HELP else 2
+    trains = argv[0] == "train" and not _asks_for_help(argv)
+    with one_line_warnings(), steady_output() if trains else closing_pipes():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Run the command of ``argv``, and print what is wrong in a sentence."""
     try:
         code = COMMANDS[argv[0]](argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        print(bounded(f"diffalign: {error}"), file=sys.stderr)
-        return 2
-    except (SaveFailed, NotFinite, OutOfMemory) as error:
-        print(f"diffalign: {error}", file=sys.stderr)
-        return error.exit_code
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"diffalign: out of memory: {str(error)[:300]}: try a smaller model, resolution or lora.rank, "
-              "base_precision: bf16, or offload: [text_encoders, vae]", file=sys.stderr)  # fmt: skip
-        return OutOfMemory.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as error:
@@ -155,4 +186,20 @@ def _main(argv: Sequence[str] | None) -> int:
         # Code of the user's, such as a reward's constructor; the command itself ends by returning.
         print("diffalign: something called sys.exit() before the work was done; nothing was finished", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (text := explain(error)) is not None:
+            print(f"diffalign: {text}", file=sys.stderr)
+            return getattr(error, "exit_code", 2)
+        if not load("diffalign.runtime.memory:is_out_of_memory")(error):
+            raise
+        print(
+            bounded(
+                f"diffalign: out of memory: {str(error)[:300]}: try a smaller model, resolution or lora.rank, "
+                "base_precision: bf16, or offload: [text_encoders, vae]"
+            ),
+            file=sys.stderr,
+        )
+        return load("diffalign.runtime.exits:OutOfMemory").exit_code
     return code if isinstance(code, int) else 0

@@ -8,23 +8,28 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"files", "atomic", "media", "structures", "config", "sharding"}
+FOUNDATION = {"files", "atomic", "media", "structures", "config", "sharding", "tokens"}
 ALLOWED = {
     "files": set(),
     "atomic": set(),
     "media": {"files"},
     "structures": {"files"},
-    "config": {"files", "atomic"},
+    "tokens": set(),
+    "lazy": set(),
+    "messages": set(),
+    "config": {"files", "atomic", "tokens"},
+    "preflight": {"config", "messages", "rewards"},
+    "console": {"models"},
     "sharding": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"shapes"},
-    "data": FOUNDATION - {"config", "sharding"},
+    "data": FOUNDATION - {"config", "sharding", "tokens"},
     "models": FOUNDATION | {"diffusion"},
     "runtime": FOUNDATION,
     "rollout": FOUNDATION | {"diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": FOUNDATION | {"models", "rewards", "data", "rollout", "runtime"},
+    "evaluation": FOUNDATION | {"preflight", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)

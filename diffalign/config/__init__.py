@@ -14,6 +14,7 @@ configuration itself; a ValueError raised there comes back with the source and t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import typing
@@ -29,16 +30,22 @@ from diffalign.config import yaml_dialect
 from diffalign.config.consent import CONSENT, Guard, check_file, without
 from diffalign.config.ranges import check_numbers, range_metadata
 from diffalign.config.schema import (
+    ConfigError,
     Place,
     arms_of,
+    bare_field,
     build,
     config_arm,
-    convert,
     default_of,
     init_fields,
     leaves,
+    problems_of,
+    shown,
+    takes_list,
+    truth,
     type_name,
 )
+from diffalign.config.text import read
 from diffalign.files import bounded, read_text, shorten
 
 __all__ = ["check_numbers", "describe", "from_dict", "load_yaml", "option", "parse", "save_yaml", "to_dict", "to_yaml"]
@@ -48,13 +55,20 @@ COMMAND_LINE = "command line"
 
 
 def option(
-    default: Any = MISSING, help: str = "", *, typed_only: bool = False, guard: Guard | None = None, **limits: Any
+    default: Any = MISSING,
+    help: str = "",
+    bare: Any = None,
+    *,
+    typed_only: bool = False,
+    guard: Guard | None = None,
+    **limits: Any,
 ) -> Any:
     """Declare a dataclass field with a one-line description for ``--help``.
 
     Args:
         default: the default value; a mutable one is copied for each instance.
         help: the description.
+        bare: of a dict, the value of an entry that is given by its name alone: ``--rewards a,b``.
         typed_only: whether a file may not set the field (see ``consent``); its value is never written to a file either.
         guard: checks what a file sets (see ``consent``).
         limits: of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite.
@@ -65,6 +79,7 @@ def option(
     elif default is not MISSING:
         kw["default"] = default
     metadata = {"help": help, "typed_only": typed_only, "guard": guard, **range_metadata(**limits)}
+    metadata |= {} if bare is None else {"bare": bare}
     return dataclasses.field(metadata=metadata, **kw)
 
 
@@ -78,6 +93,19 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configura
     if isinstance(mapping, Mapping):
         check_file(cls, mapping, place, consent)
     return build(cls, mapping, place)
+
+
+def split_texts(config: Any) -> None:
+    """Make lists of fields that hold several and were given one text, as Python code may do: ``eval_rewards="shapes"``.
+
+    To be called in ``__post_init__``.
+    """
+    for field, hint in init_fields(type(config)):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and takes_list(hint):
+            object.__setattr__(
+                config, field.name, read(hint, value, Place(type(config).__name__, type(config), field.name))
+            )
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -96,99 +124,187 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _tokens(argv: Sequence[str], cls: type) -> Iterator[tuple[str, str]]:
-    """(key, text) of each option; a switch without a value means true."""
-    rest = list(argv)
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A step of a dotted key. default: what the field holds if nothing is given, where that is a dict."""
+
+    name: str
+    default: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bare_field: str | None = None
+    bare: Any = None
+
+    def opened(self, value: Any) -> dict[str, Any]:
+        """What a file says of it, as a mapping: it may be given by its preset alone, or as a list of names."""
+        if isinstance(value, dict):
+            return value
+        if value is None:
+            return dict(self.default)
+        if self.bare_field and isinstance(value, (str, int, float)):
+            return {self.bare_field: value}
+        names = value.split(",") if isinstance(value, str) else value
+        if self.bare is not None and isinstance(names, list):
+            return {str(name).strip(): self.bare for name in names}
+        return dict(self.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a dotted key names: the sections that lead to it, itself the last, and its type."""
+
+    sections: list[Section]
+    hint: Any
+    bare: Any = None
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether it is a list, so that it may be given twice, or several values."""
+        arms = arms_of(self.hint)
+        return self.bare is not None or any(typing.get_origin(arm) in (list, tuple) for arm in arms)
+
+
+def _tokens(argv: Sequence[str], cls: type, positional: list[str] | None, problems: list[str]) -> Iterator[Any]:
+    """(key, texts, target) of each option; a switch without a value means true.
+
+    positional: receives what belongs to no option; None where the command takes nothing of the kind.
+    """
+    rest, place = list(argv), Place(COMMAND_LINE, cls)
     while rest:
         token = rest.pop(0)
         key, equals, text = token[2:].partition("=")
         if not token.startswith("--") or not key:
-            raise ValueError(f"{COMMAND_LINE}: expected --key value, got {token!r}; values with spaces need quotes")
-        if not equals and rest and not rest[0].startswith("--"):
-            text = rest.pop(0)
-        elif not equals:
-            if key == "config" or bool not in arms_of(_resolve(cls, key, Place(COMMAND_LINE, cls))[1]):
-                raise ValueError(f"{COMMAND_LINE}: --{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-            text = "true"
-        yield key, text
+            if positional is None:
+                hint = "values with spaces need quotes"
+                problems.append(f"{COMMAND_LINE}: expected --key value, got {shown(token)}; {hint}")
+            else:
+                positional.append(token)
+            continue
+        try:
+            target = Target([], str) if key == "config" else _resolve(cls, key, place)
+        except ValueError as error:
+            problems.extend(problems_of(error))
+            _take(rest, 1)
+            continue
+        # Where the command's own arguments have not come yet, what follows a list's first value is among them.
+        several = target.takes_several and (positional is None or bool(positional))
+        texts = [text] if equals else _take(rest, len(rest) if several else 1)
+        if bool in arms_of(target.hint) and texts and positional is not None and truth(texts[0]) is None:
+            rest.insert(0, texts.pop())
+        if not texts and bool not in arms_of(target.hint):
+            problems.append(f"{COMMAND_LINE}: --{key} needs a value: --{key} VALUE, or --{key}=VALUE")
+            continue
+        yield key, texts or ["true"], target
 
 
-def _resolve(cls: type, key: str, place: Place) -> tuple[list[tuple[str, Any]], Any]:
-    """The sections that lead to a dotted key, each (name, its default if it is a dict), and the key's annotation."""
-    sections: list[tuple[str, Any]] = []
+def _take(rest: list[str], most: int) -> list[str]:
+    """Removes and returns up to ``most`` tokens that are no options."""
+    count = next(
+        (i for i, token in enumerate(rest[:most]) if token.startswith("--") and token != "--"), len(rest[:most])
+    )
+    taken = rest[:count]
+    del rest[:count]
+    return taken
+
+
+def _resolve(cls: type, key: str, place: Place) -> Target:
+    sections: list[Section] = []
     hint: Any = cls
     default: Any = MISSING
-    rest = key
+    rest, bare = key, None
     while rest:
         name, _, rest = rest.partition(".")
         found = {field.name: (field, hint) for field, hint in init_fields(config_arm(hint))}
         if name not in found:
             raise (place / key).unknown()
         field, hint = found[name]
+        bare = field.metadata.get("bare")
         default = default_of(field, default)
-        sections.append((name, default if isinstance(default, dict) else {}))
+        arm = config_arm(hint)
+        sections.append(Section(name, default if isinstance(default, dict) else {}, arm and bare_field(arm), bare))
         if rest and typing.get_origin(hint) is dict:  # The rest names an entry, dots and all.
-            return [*sections, (rest, {})], typing.get_args(hint)[1]
+            return Target([*sections, Section(rest)], typing.get_args(hint)[1])
         if rest and not config_arm(hint):
             raise (place / key).unknown()
-    return sections, hint
+    return Target(sections, hint, bare)
 
 
-def _value(hint: Any, text: str, place: Place) -> Any:
-    """The text as YAML, or as it stands where the field takes text."""
-    try:
-        value = yaml_dialect.load(text)
-    except yaml.YAMLError:
-        value = text
-    # Text stays as typed: YAML would strip quotes, comments and outer spaces, and take nothing for null.
-    typed = isinstance(value, str) or (not text.strip() and str in arms_of(hint))
-    try:
-        return _checked(hint, text if typed else value, place)
-    except ValueError as error:
-        try:
-            return _checked(hint, text, place)
-        except ValueError:
-            raise error from None
+def _value(target: Target, texts: Sequence[str], place: Place) -> tuple[list[Section], Any]:
+    """The sections that lead to a value, and the value."""
+    arm = config_arm(target.hint)
+    name = bare_field(arm)
+    if name and texts[-1].lstrip()[:1] not in ("{", "[") and texts[-1] not in ("", "null", "~"):
+        hint = next(hint for field, hint in init_fields(arm) if field.name == name)
+        with contextlib.suppress(ValueError):
+            return [*target.sections, Section(name)], read(hint, texts[-1], place)
+    values = [read(target.hint, text, place, target.bare) for text in texts]
+    if len(values) == 1:
+        return target.sections, values[0]
+    if all(isinstance(value, dict) for value in values):
+        return target.sections, {name: entry for value in values for name, entry in value.items()}
+    return target.sections, type(values[0])(item for value in values for item in value)
 
 
-def _checked(hint: Any, value: Any, place: Place) -> Any:
-    if not (isinstance(value, Mapping) and config_arm(hint)):
-        convert(hint, value, place)
-    return value
-
-
-def parse(cls: type[T], argv: Sequence[str]) -> T:
+def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T:
     """An instance from ``--config FILE`` (optional), ``--field VALUE``, ``--section.field VALUE``, ``--field=VALUE``.
 
-    Options win over the file, later ones over earlier ones, and a file cannot set all of them (see ``consent``).
-    ``--switch`` alone means true. An entry of a dict field is
-    ``--field.name VALUE``. ValueError as in ``from_dict`` and ``load_yaml``.
+    Options win over the file, later ones over earlier ones, and a file cannot set all of them (see ``consent``); a list
+    that is given twice has the items of both. ``--switch`` alone means true. An entry of a dict field is
+    ``--field.name VALUE``. How a value is read follows from the annotation of its field: see ``config.text``.
+
+    Args:
+        cls: A dataclass.
+        argv: What was typed, without the names of program and command.
+        positional: The field, a list of text, that receives what belongs to no option.
+
+    Raises:
+        ConfigError: Everything that is wrong, a sentence each.
     """
-    place, pairs = Place(COMMAND_LINE, cls), list(_tokens(argv, cls))
-    files = [text for key, text in pairs if key == "config"]
+    place, problems = Place(COMMAND_LINE, cls), list[str]()
+    free: list[str] | None = None if positional is None else []
+    given: dict[str, tuple[list[str], Target | None]] = {}
+    for key, texts, target in _tokens(argv, cls, free, problems):
+        before = given.pop(key, ([], target))[0] if target.takes_several or key == "config" else []
+        given[key] = ([*before, *texts], target)
+    files = given.pop("config", ([], None))[0]
     if len(files) > 1:
-        raise ValueError(f"{COMMAND_LINE}: --config given {len(files)} times; one file is read, so merge them")
-    mapping = load_yaml(files[0]) if files else {}
-    typed = [
-        (sections, _value(hint, text, place / key))
-        for key, text in pairs
-        if key != "config"
-        for sections, hint in [_resolve(cls, key, place)]
-    ]
-    consent = next((value is True for (*_, (name, _)), value in reversed(typed) if name == CONSENT), False)
+        problems.append(f"{COMMAND_LINE}: --config given {len(files)} times; one file is read, so merge them")
+    mapping: dict[str, Any] = {}
+    try:
+        mapping = load_yaml(files[0]) if files else {}
+    except ValueError as error:
+        problems.append(str(error))
+    typed: list[tuple[list[Section], Any]] = []
+    for key, (texts, target) in given.items():
+        try:
+            typed.append(_value(target, texts, place / key))
+        except ValueError as error:
+            problems.extend(problems_of(error))
+
     source = Place(files[0] if files else COMMAND_LINE, cls)
-    check_file(cls, without(mapping, [[name for name, _ in sections] for sections, _ in typed]), source, consent)
+    consent = any(value is True and sections[-1].name == CONSENT for sections, value in typed)
+    from_file = without(mapping, [[section.name for section in sections] for sections, _ in typed])
+    try:
+        check_file(cls, from_file, source, consent)
+    except ValueError as error:
+        problems.extend(problems_of(error))
+
     for sections, value in typed:
         _put(mapping, sections, value)
-    return build(cls, mapping, source)
+    if free:
+        mapping[positional] = (*free, *mapping.get(positional, ()))
+    try:
+        config = build(cls, mapping, source)
+    except ValueError as error:
+        problems.extend(problems_of(error))
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
-def _put(mapping: dict[str, Any], sections: Sequence[tuple[str, Any]], value: Any) -> None:
-    for name, default in sections[:-1]:
-        if not isinstance(mapping.get(name), dict):
-            mapping[name] = dict(default)
-        mapping = mapping[name]
-    mapping[sections[-1][0]] = value
+def _put(mapping: dict[str, Any], sections: Sequence[Section], value: Any) -> None:
+    for section in sections[:-1]:
+        mapping[section.name] = section.opened(mapping.get(section.name))
+        mapping = mapping[section.name]
+    mapping[sections[-1].name] = value
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,57 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
-from diffalign.config.ranges import ANY, RANGE, problems
+from diffalign.config.ranges import ANY, RANGE
+from diffalign.config.ranges import problems as range_problems
 
 T = TypeVar("T")
+LONGEST = 200  # characters of a value in a message
+MESSAGE = 1900  # characters of a message
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+
+
+def truth(text: str) -> bool | None:
+    """A switch as people write it; None for another word."""
+    return TRUTH.get(text.lower())
+
+
+def bare_field(cls: Any) -> str | None:
+    """The field of a configuration that a value without a name is for, as the preset of a plan."""
+    return getattr(cls, "bare_field", None)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, all of it: ``problems``, a sentence each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__(listed(self.problems))
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One problem as it is, several as a list, in less than 2,000 characters."""
+    if len(problems) == 1:
+        return problems[0] if len(problems[0]) < MESSAGE else f"{problems[0][: MESSAGE - 3]}..."
+    lines, room = [], MESSAGE - 100
+    for problem in problems:
+        line = f"  - {problem}" if len(problem) < MESSAGE // 4 else f"  - {problem[: MESSAGE // 4]}..."
+        room -= len(line) + 1
+        if room < 0:
+            lines.append(f"  ... and {len(problems) - len(lines)} more")
+            break
+        lines.append(line)
+    return "\n".join([f"{len(problems)} problems:", *lines])
+
+
+def problems_of(error: ValueError) -> tuple[str, ...]:
+    """The sentences of an error."""
+    return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
 @dataclass(frozen=True)
@@ -42,7 +91,7 @@ class Place:
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known keys: {', '.join(known)}"
         if self.path in known:
             hint = "in a file a section stands on its own line, with its keys indented below it"
-        return ValueError(f"{self.source}: unknown key {self.path!r}; {hint}")
+        return ValueError(f"{self.source}: unknown key {shown(self.path)}; {hint}")
 
 
 def _is_config(hint: Any) -> bool:
@@ -80,6 +129,7 @@ class Leaf:
     hint: Any
     default: Any
     help: str
+    bare: Any = None
 
 
 def leaves(cls: Any, base: Any = MISSING, prefix: str = "") -> Iterator[Leaf]:
@@ -111,7 +161,14 @@ def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
     if hint is Any:
         return value
     if _is_config(hint):
+        if isinstance(value, (str, int, float)) and (name := bare_field(hint)):
+            value = {name: value}
         return value if isinstance(value, hint) else build(hint, value, place, base)
+    if isinstance(value, str) and takes_list(hint):
+        # In a file a list of one item, or one with commas, may be written as on the command line.
+        from diffalign.config import text
+
+        return text.read(hint, value, place)
     if len(arms := arms_of(hint)) > 1:
         return _convert_union(arms, value, place, base)
     if origin is dict and isinstance(value, Mapping):
@@ -123,11 +180,19 @@ def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
         return value
     if origin is None and (converted := _convert_scalar(hint, value)) is not MISSING:
         return converted
-    raise place.error(f"expected {type_name(hint)}, got {value!r} ({type(value).__name__})")
+    raise place.error(f"expected {type_name(hint)}, got {shown(value)} ({type(value).__name__})")
+
+
+def takes_list(hint: Any) -> bool:
+    """Whether it is a list or a tuple, or null, and no text."""
+    arms = arms_of(hint)
+    return str not in arms and any(typing.get_origin(arm) in (list, tuple) for arm in arms)
 
 
 def _convert_scalar(hint: Any, value: Any) -> Any:
     """MISSING where the value does not fit. True is no number, and text is none unless it is written as one."""
+    if hint is bool and isinstance(value, (str, int)) and (found := truth(str(value))) is not None:
+        return found
     if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
         return yaml_dialect.load(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -142,7 +207,7 @@ def _convert_sequence(origin: type, arguments: Sequence[Any], hint: Any, value: 
     if origin is list or arguments[1:] == (...,):
         arguments = [arguments[0]] * len(value)
     if len(arguments) != len(value):
-        raise place.error(f"expected {type_name(hint)}, which has {len(arguments)} items, got {value!r}")
+        raise place.error(f"expected {type_name(hint)}, which has {len(arguments)} items, got {shown(value)}")
     return origin(convert(item, entry, place / i) for i, (item, entry) in enumerate(zip(arguments, value, strict=True)))
 
 
@@ -157,37 +222,55 @@ def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> 
         except ValueError:
             continue
     if not converted:
-        raise place.error(f"expected {' or '.join(map(type_name, arms))}, got {value!r} ({type(value).__name__})")
+        raise place.error(f"expected {' or '.join(map(type_name, arms))}, got {shown(value)} ({type(value).__name__})")
     return next((item for item in converted if type(item) is type(value)), converted[0])
 
 
 def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
-    """An instance; what ``mapping`` leaves out comes from ``base`` (the default of the section), else from ``cls``."""
+    """An instance; what ``mapping`` leaves out comes from ``base`` (the default of the section), else from ``cls``.
+
+    ConfigError: everything that is wrong with it.
+    """
     if not isinstance(mapping, Mapping):
-        raise place.error(f"expected the fields of {cls.__name__}, got {mapping!r} ({type(mapping).__name__})")
+        raise place.error(f"expected the fields of {cls.__name__}, got {shown(mapping)} ({type(mapping).__name__})")
     found = {field.name: (field, hint) for field, hint in init_fields(cls)}
-    for name in mapping:
-        if name not in found:
-            raise (place / name).unknown()
+    problems = [str((place / name).unknown()) for name in mapping if name not in found]
     values, missing = {}, []
     for name, (field, hint) in found.items():
         default = default_of(field, base)
-        if name in mapping:
-            values[name] = convert(hint, mapping[name], place / name, default)
-            allowed = field.metadata.get(RANGE, ANY)
-            if problem := next(problems(values[name], allowed, (place / name).path), None):
-                raise ValueError(f"{place.source}: {problem}")
-        elif default is not MISSING:
-            values[name] = default
-        elif _is_config(hint):
-            values[name] = build(hint, {}, place / name)
-        else:
-            missing.append((place / name).path)
+        try:
+            if name in mapping:
+                value = named(field, mapping[name], place / name)
+                values[name] = convert(hint, value, place / name, default)
+                allowed = field.metadata.get(RANGE, ANY)
+                found_here = range_problems(values[name], allowed, (place / name).path)
+                problems.extend(f"{place.source}: {problem}" for problem in itertools.islice(found_here, 5))
+            elif default is not MISSING:
+                values[name] = default
+            elif _is_config(hint):
+                values[name] = build(hint, {}, place / name)
+            else:
+                missing.append((place / name).path)
+        except ValueError as error:
+            problems.extend(problems_of(error))
     if missing:
-        raise ValueError(
+        problems.append(
             f"{place.source}: no value for {', '.join(missing)}; give it in a --config file or as --{missing[0]} VALUE"
         )
+    if problems:
+        raise ConfigError(problems)
     try:
         return cls(**values)
     except ValueError as error:
         raise place.error(str(error)) from error
+
+
+def named(field: dataclasses.Field[Any], value: Any, place: Place) -> Any:
+    """Names alone, as ``[a, b]`` or ``a,b``, with the value that the field gives an entry without one."""
+    bare = field.metadata.get("bare")
+    if bare is None or isinstance(value, Mapping):
+        return value
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise place.error(f"expected names, or names and values, got {shown(value)}")
+    return {name.strip(): bare for name in names}

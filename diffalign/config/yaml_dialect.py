@@ -50,6 +50,24 @@ def load(text: str) -> Any:
         loader.dispose()
 
 
+def compose(text: str) -> yaml.Node | None:
+    """The node of a YAML text, with scalars as they were written. yaml.YAMLError: not YAML."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose()
+
+
+def construct(node: yaml.Node) -> Any:
+    """The plain value of a node."""
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
 def dump(value: Any) -> str:
     """YAML that ``load`` reads back exactly, mappings in their own order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -38,7 +38,8 @@ class Pairing:
 
     rule: str = field(default="best_worst", metadata={"help": "best_worst, or all: each two images of a group"})
     rewards: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "names and weights of what counts; default: the only reward"}
+        default_factory=dict,
+        metadata={"help": "names and weights of what counts; default: the only reward", "bare": 1.0},
     )
     min_gap: float = field(default=0.0, metadata={"help": "scores must differ by more than this; 0 drops ties"})
     scale: float | None = field(default=None, metadata={"help": "labels are sigmoid(scale * gap); null: they are 1"})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from diffalign.diffusion.plan import MAX_STEPS
+from diffalign.diffusion.recipe_config import RecipeConfig
 from diffalign.diffusion.unroll import Course, Move
 
 SEES = ("sample", "predicted", "recovered", "straight_through")
@@ -198,39 +199,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class RecipeConfig:
-    """A preset and what is to differ from it: None stands for the preset's own. See ``Recipe``."""
-
-    preset: str = "refl"
-    num_steps: int = 10
-    sees: str | None = None
-    choice: str | None = None
-    gradient_steps: int | None = None
-    truncate: bool | None = None
-    window: tuple[float, float] | None = None
-    through: float | None = None
-    copies: int | None = None
-    invert: bool | None = None
-    discount: tuple[float, float] | None = None
-    from_images: bool | None = None
-    image_start: float | None = None
-    guidance: str | None = None
-    compensate: bool | None = None
-    reward_loss: str | None = None
-    regulariser: str | None = None
-    regulariser_weight: float | None = None
-    words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
-    word_weight: tuple[float, float] | None = None
-    word_weight_inverted: tuple[float, float] | None = None
-    gap_floor: float | None = None
-    negative: bool | None = None
-
-    def resolve(self) -> Recipe:
-        """The recipe. ValueError: an unknown preset, or a recipe that is none."""
-        _one_of("recipe.preset", self.preset, tuple(PRESETS))
-        given = {option.name: getattr(self, option.name) for option in fields(self)[1:]}
-        return Recipe(**{**PRESETS[self.preset], **{n: value for n, value in given.items() if value is not None}})
+def resolve(config: RecipeConfig) -> Recipe:
+    """Return the recipe of a configuration. ValueError: an unknown preset, or options that do not go together."""
+    _one_of("recipe.preset", config.preset, tuple(PRESETS))
+    given = {option.name: getattr(config, option.name) for option in fields(config)[1:]}
+    return Recipe(**{**PRESETS[config.preset], **{n: value for n, value in given.items() if value is not None}})
 
 
 def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Course, ...]:

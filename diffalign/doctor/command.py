@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from diffalign.config import option
+from diffalign.doctor.config import PIPELINE, DoctorConfig
 from diffalign.doctor.findings import Check, Finding, examined, verdict
 from diffalign.doctor.machine import devices, disk, environment, packages
 from diffalign.doctor.probes import attention, compiling, lora_round_trip
-from diffalign.doctor.trials import PIPELINE, trials
-
-SOURCE = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Fields of ``diffalign doctor``."""
-
-    output_dir: Path = option(Path("runs"), "where run folders will go: its disk is tried")
-    assets: Path | None = option(None, "the embedded world; default: assets/ here, else in the package's checkout")
-
-    def world(self) -> Path | None:
-        """The folder of the embedded world, where there is one."""
-        places = (self.assets,) if self.assets else (Path("assets"), SOURCE / "assets")
-        return next((place for place in places if (place / PIPELINE / "model_index.json").is_file()), None)
+from diffalign.doctor.trials import trials
 
 
 def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:

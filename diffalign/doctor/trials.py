@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import from_dict
+from diffalign.doctor.config import PIPELINE
 from diffalign.doctor.findings import Finding
 from diffalign.models.lora import WEIGHTS_NAME, learned_nothing
 from diffalign.runtime.tracking import MetricsLog
 
-PIPELINE = "shapes-sd3"
 STEPS = 2
 # What every trial is told.
 COMMON: Mapping[str, Any] = {

@@ -12,7 +12,8 @@ def summarise(strict: Sequence[bool] | Tensor, tags: Sequence[str]) -> dict[str,
     """Return ``{"accuracy": share of right images, "accuracy/<tag>": the same among those of one task}``, in [0, 1].
 
     strict, tags: one entry per image; tags appear in the order in which they are first met. The overall number is the
-    mean over images, not over tasks. Images without a verdict (NaN) do not count; a task of such images alone has NaN.
+    mean over images, not over tasks. Images without a verdict (NaN) are left out; NaN where none has one.
+
     ValueError: nothing to count, or lengths that differ.
     """
     right = [float(value) for value in strict]
@@ -20,10 +21,11 @@ def summarise(strict: Sequence[bool] | Tensor, tags: Sequence[str]) -> dict[str,
         raise ValueError(f"{len(right)} verdicts for {len(tags)} tags: pass one tag per image, and at least one image")
     result = {"accuracy": _mean(right)}
     for tag in dict.fromkeys(tags):
-        result[f"accuracy/{tag}"] = _mean([value for value, other in zip(right, tags, strict=True) if other == tag])
+        own = [value for value, other in zip(right, tags, strict=True) if other == tag]
+        result[f"accuracy/{tag}"] = _mean(own)
     return result
 
 
-def _mean(verdicts: Sequence[float]) -> float:
-    known = [value for value in verdicts if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

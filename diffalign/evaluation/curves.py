@@ -22,17 +22,24 @@ SMOOTH_FROM = 40  # points; a shorter curve is drawn as it is
 INK, FAINT = "#1f5fa8", "#b9cfe6"
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, keys: Sequence[str] | None = None) -> list[str]:
+def plot_curves(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    keys: Sequence[str] | None = None,
+    meanings: Mapping[str, str] | None = None,
+) -> list[str]:
     """A panel per metric over the step, written to ``path`` (PNG, SVG or PDF by its suffix); returns what was drawn.
 
     rows: the objects of ``metrics.jsonl``, each with "step"; a metric need not be in every row; where a resumed run
     repeats a step the later row counts. keys: the metrics to draw; None for all numbers, the telling ones first. At
-    most 24 are drawn. A value that is not finite leaves a gap. Long curves get a running mean over faint raw values.
+    most 24 are drawn, and a line below names the others. meanings: by metric, what is added to its title. A value that
+    is not finite leaves a gap. Long curves get a running mean over faint raw values, of which the title says the width.
 
     ValueError: nothing to draw.
     """
     series = _series(rows)
-    chosen = list(series if keys is None else [key for key in keys if key in series])[:MAX_PANELS]
+    wanted = list(series if keys is None else [key for key in keys if key in series])
+    chosen, left = wanted[:MAX_PANELS], wanted[MAX_PANELS:]
     if not chosen:
         logged = ", ".join(series) or "none"
         raise ValueError(f"no metric to draw (numbers logged: {logged}): let the run log some steps, or change keys")
@@ -41,7 +48,9 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, keys: Seque
     figure = Figure(figsize=(3.6 * columns, 2.3 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     for place, key in enumerate(chosen, start=1):
-        _draw(figure.add_subplot(lines, columns, place), key, series[key])
+        _draw(figure.add_subplot(lines, columns, place), key, series[key], (meanings or {}).get(key, ""))
+    if left:
+        figure.supxlabel(f"not drawn: {', '.join(left)}", fontsize=7, wrap=True)
     with replacing(path) as staged:
         figure.savefig(staged, dpi=110)
     return chosen
@@ -52,21 +61,36 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         for key, value in row.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(key, {})[row["step"]] = float(value)
-    return {key: found[key] for key in (*FIRST, *found) if key in found}
+            if key != "step" and (number := _number(value)) is not None:
+                found.setdefault(key, {})[row["step"]] = number
+    drawn = {key: points for key, points in found.items() if any(map(math.isfinite, points.values()))}
+    return {key: drawn[key] for key in (*FIRST, *drawn) if key in drawn}
 
 
-def _draw(axes: Axes, key: str, points: Mapping[int, float]) -> None:
+def _number(value: Any) -> float | None:
+    """A value of a log; ``metrics.jsonl`` writes NaN as null and infinity as text."""
+    if value is None:
+        return math.nan
+    if isinstance(value, str):
+        return float(value) if value in ("inf", "-inf") else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _draw(axes: Axes, key: str, points: Mapping[int, float], meaning: str) -> None:
     steps = np.array(sorted(points))
     values = np.array([points[step] for step in steps])
     values[~np.isfinite(values)] = np.nan
+    kept = np.isfinite(values) | np.isfinite(np.append(0.0, values[:-1]))  # one point for a gap of several
+    steps, values = steps[kept], values[kept]
     if len(values) >= SMOOTH_FROM:
         axes.plot(steps, values, color=FAINT, linewidth=0.8)
-        axes.plot(steps, _running_mean(values, len(values) // 20), color=INK, linewidth=1.6)
+        reach = len(values) // 20
+        axes.plot(steps, _running_mean(values, reach), color=INK, linewidth=1.6)
+        meaning = "; ".join(filter(None, [meaning, f"line: mean of {2 * reach + 1} points"]))
     else:
         axes.plot(steps, values, color=INK, linewidth=1.4, marker="o", markersize=3)
     axes.set_title(key, fontsize=9, loc="left", y=1.02)
+    axes.set_title(meaning, fontsize=6, loc="right", y=1.02, color="#606060")
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -14,13 +14,14 @@ from diffalign.atomic import write_text
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.gallery import Gallery, Judged
-from diffalign.evaluation.grids import compare_grid
+from diffalign.evaluation.grids import Totals, compare_grid
 from diffalign.evaluation.page import write_page
 from diffalign.evaluation.plots import plot_figures
-from diffalign.evaluation.results import Figures, diversity_of, figures, to_json, to_markdown
+from diffalign.evaluation.results import Figures, diversity_of, figures, set_line, to_json, to_markdown
 from diffalign.evaluation.settings import EvaluationConfig, resolve, spread
 from diffalign.models import load_model
 from diffalign.models.tuned import check_weights
+from diffalign.preflight import inspect
 from diffalign.rewards.probe import try_rewards
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
@@ -38,7 +39,8 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
     check_world(state.num_processes)
     subjects = config.subjects()
     everything = load_prompts(config.prompts)
-    prompts = [everything[i] for i in spread(len(everything), config.limit)]
+    places = spread(len(everything), config.limit)
+    prompts = [everything[i] for i in places]
     rewards = config.build_rewards()
     try_rewards(rewards, prompts, config.resolution)
     gallery = Gallery(
@@ -50,6 +52,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
         processes=state.num_processes,
         cache=config.cache_dir,
         allow_partial=config.allow_partial,
+        places=places,
     )
     model = load_model(
         config.model,
@@ -72,6 +75,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, Judged]]
 def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     """Figures of every model, into ``results.json``, ``results.md`` and ``results.png`` of ``output_dir``."""
     config = resolve(config, Path("runs/eval"), images_per_prompt=2)
+    inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
@@ -92,7 +96,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
     settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
     folder = config.output_dir
     write_text(folder / "results.json", json.dumps(to_json(found, settings), indent=1) + "\n")
-    table = to_markdown(found)
+    table = f"{set_line(found[base], len(prompts), config.prompts)}\n\n{to_markdown(found)}"
     write_text(folder / "results.md", table + "\n")
     plot_figures(found, folder / "results.png")
     print(table)
@@ -102,6 +106,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
 def compare(config: EvaluationConfig) -> Path | None:
     """``compare.png`` and ``compare.html``: rows are prompts, columns models, rewards under each image."""
     config = resolve(config, Path("runs/compare"), images_per_prompt=1)
+    inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
@@ -120,4 +125,8 @@ def _grid(path: Path, texts: list[str], rows: list[int], judged: Mapping[str, Ju
         chosen = [(found.prompt == row).nonzero()[0].item() for row in rows]
         columns[name] = found.images(chosen)
         scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in found.scores.items()}
-    compare_grid(columns, texts, scores, path)
+    first = next(iter(judged.values()))
+    means = {r: {name: own.scores[r].nanmean().item() for name, own in judged.items()} for r in first.scores}
+    # All rows, an image each, have one mean: that of these.
+    totals = Totals(len(first.prompt), means) if len(first.prompt) > len(rows) else None
+    compare_grid(columns, texts, scores, path, totals)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
+from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.subjects import Subject
 from diffalign.files import read_bytes
 from diffalign.media import decode
@@ -37,31 +38,6 @@ from diffalign.runtime.noise import Noise
 from diffalign.structures import Guidance, Prompt
 
 AHEAD = 8  # batches whose prompts are encoded at once
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number.
-
-    base_share: of the steps, the first ones, that the base makes for every model (arXiv 2505.22569), in [0, 1).
-    """
-
-    model: str
-    max_sequence_length: int | None
-    resolution: int | None
-    num_steps: int
-    schedule: str
-    guidance_scale: float
-    images_per_prompt: int
-    seed: int
-    embedded_guidance: float | None = None
-    revision: str | None = None
-    base_share: float = 0.0
-
-    @property
-    def base_steps(self) -> int:
-        """Those of ``base_share``."""
-        return round(self.base_share * self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -101,10 +77,16 @@ class Gallery:
         processes: int = 1,
         cache: Path | None = None,
         allow_partial: bool = False,
+        places: Sequence[int] | None = None,
     ) -> None:
+        """Open or make the folder.
+
+        places: of ``prompts`` in their file, where they are only some of it. allow_partial: see ``tuned``.
+        """
         self.allow_partial = allow_partial
         self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
         self.process, self.processes, self.cache = process, processes, cache
+        self.places = torch.arange(len(prompts)) if places is None else torch.tensor(places)
         self._encoded: dict[str, EncodedPrompts] = {}
         texts = json.dumps([[p.text, dict(p.metadata)] for p in prompts], sort_keys=True)
         settings = {
@@ -112,6 +94,8 @@ class Gallery:
             "rewards": list(rewards),
             "prompts": hashlib.sha256(texts.encode()).hexdigest(),
         }
+        if self.places.tolist() != list(range(len(prompts))):
+            settings["places"] = self.places.tolist()
         folder.mkdir(parents=True, exist_ok=True)
         same_or_new(folder / "settings.json", settings)
 
@@ -159,7 +143,7 @@ class Gallery:
     ) -> int:
         prompts = [self.prompts[prompt] for prompt, _ in chunk]
         prompt, sample = torch.tensor(chunk).T
-        addresses = Addresses(Noise(self.sampling.seed), "evaluation", 0, prompt, sample)
+        addresses = Addresses(Noise(self.sampling.seed), "evaluation", 0, self.places[prompt], sample)
         conditioning = encoded([p.text for p in prompts])
         ((_, images),) = generate(model, route, conditioning, torch.arange(len(chunk)), addresses, len(chunk))
         scores = score(self.rewards, images, prompts)

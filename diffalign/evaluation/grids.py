@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,14 @@ CELL = (128, 256)  # smallest and largest width of an image in a comparison, in 
 TEXT_WIDTH = 200
 FONT = 14
 PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322b"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Means over all that was evaluated, of which a picture shows a part: reward -> model -> mean, NaN for none."""
+
+    images: int
+    means: Mapping[str, Mapping[str, float]]
 
 
 def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
@@ -46,13 +55,14 @@ def compare_grid(
     prompts: Sequence[str],
     scores: Mapping[str, Mapping[str, Tensor]] | None,
     path: str | Path,
+    totals: Totals | None = None,
 ) -> None:
     """Writes a table to ``path``: a row per prompt, a column per model, the scores under each image.
 
     columns: model name -> images (P, 3, H, W), [0, 1], one per prompt. scores: model name -> reward name -> (P,),
     higher is better, or None. Scores of a reward that are all 0 or 1 are drawn as a green tick or a red cross, others
     as numbers (the best of the row in green), NaN as a dash. The header gives each model's name and the mean of its
-    scores. Rewards are named where there are several.
+    scores over the rows below, and over all that was evaluated, where ``totals`` has it; it says which is which.
 
     ValueError: no column or prompt, or lengths that differ.
     """
@@ -66,13 +76,16 @@ def compare_grid(
     texts = [_wrap(prompt, TEXT_WIDTH) for prompt in prompts]
     tallest = max(picture.height for row in pictures.values() for picture in row)
     heights = [max(tallest + foot, len(text) * (FONT + 4)) for text in texts]
-    header = (1 + len(rewards)) * (FONT + 6)
+    lines = _means(tables, totals)
+    header = (1 + len(lines)) * (FONT + 6)
     size = (TEXT_WIDTH + 2 * GAP + len(columns) * (width + GAP), header + sum(heights) + GAP * (len(prompts) + 1))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, name in enumerate(columns):
         x = TEXT_WIDTH + 2 * GAP + j * (width + GAP)
-        _head(draw, name, {reward: table[name] for reward, table in tables.items()}, x, width)
+        _centred(draw, name, x, GAP / 2, width)
+        for k, values in enumerate(lines.values(), start=1):
+            _centred(draw, values[name], x, GAP / 2 + k * (FONT + 6), width, GREY)
         y = header + GAP
         for i, picture in enumerate(pictures[name]):
             sheet.paste(picture, (x, y))
@@ -82,6 +95,9 @@ def compare_grid(
                 if len(rewards) > 1:
                     draw.text((x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=_font(), anchor="lm")
             y += heights[i] + GAP
+    for k, label in enumerate(lines, start=1):
+        place = (GAP, GAP / 2 + k * (FONT + 6) + FONT / 2 + 3)
+        draw.text(place, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=_font(), anchor="lm")
     _write_prompts(draw, texts, heights, header, size[0])
     with replacing(path) as staged:
         sheet.save(staged)
@@ -109,11 +125,24 @@ def _write_prompts(
         y += height + GAP
 
 
-def _head(draw: ImageDraw.ImageDraw, name: str, scores: Mapping[str, Tensor], x: float, width: int) -> None:
-    _centred(draw, name, x, GAP / 2, width)
-    for k, (reward, values) in enumerate(scores.items(), start=1):
-        text = f"{'mean' if len(scores) == 1 else reward} {float(values.float().nanmean()):.3g}"
-        _centred(draw, text, x, GAP / 2 + k * (FONT + 6), width, GREY)
+def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: Totals | None) -> dict[str, dict[str, str]]:
+    """Label of a line of the header -> model -> figure. The set comes first: a long name of a reward is cut."""
+    found = {}
+    for reward, table in tables.items():
+        count = len(next(iter(table.values())))
+        found[f"mean of these {count}: {reward}"] = {name: _mean(values) for name, values in table.items()}
+        if totals is not None:
+            found[f"mean of all {totals.images}: {reward}"] = {
+                name: "–" if math.isnan(mean) else f"{mean:.3g}" for name, mean in totals.means[reward].items()
+            }
+    return found
+
+
+def _mean(values: Tensor) -> str:
+    scored = values[values.isfinite()].double()
+    if not len(scored):
+        return "–"
+    return f"{scored.mean().item():.3g}" + (f" ({len(scored)} scored)" if len(scored) < len(values) else "")
 
 
 def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, row: int, x: float, y: float) -> None:

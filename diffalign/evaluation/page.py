@@ -27,6 +27,7 @@ PROBES = 16  # pictures that an attempt is tried on first
 def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, Judged]) -> None:
     """Writes the page to ``path``: a row per prompt, a column per model with the first image of each, rewards below.
 
+    The header has means over the prompts shown and, where prompts have more images than the first, over all images.
     The first model is the one that gains are measured against. Small images are embedded exactly; larger ones as WebP,
     as large as fits into about nine megabytes.
     """
@@ -49,7 +50,11 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
         }
         for i, prompt in enumerate(prompts)
     ]
+    every = max(len(judged.prompt) for judged in models.values())
     content = {"title": title, "models": list(models), "rewards": rewards, "small": small, "rows": rows}
+    if every > len(prompts):
+        means = [[_plain(judged.scores[reward].nanmean().item()) for reward in rewards] for judged in models.values()]
+        content["all"] = {"images": every, "means": means}
     # A tag inside a prompt could end the block that holds the data.
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     template = files("diffalign.evaluation").joinpath("page.html").read_text(encoding="utf-8")

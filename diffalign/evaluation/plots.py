@@ -20,10 +20,12 @@ BAR = 0.8  # of the distance between groups
 
 def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
     """Writes up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, and win rates against the base."""
+    first = next(iter(models.values()))
+    wins = {name: {reward: won.rate for reward, won in f.wins.items()} for name, f in models.items() if f.wins}
     panels = {
-        "mean reward": {name: f.rewards for name, f in models.items()},
-        "by task": {name: f.tasks for name, f in models.items() if f.tasks},
-        "win rate over base": {name: {r: w.rate for r, w in f.wins.items()} for name, f in models.items() if f.wins},
+        f"mean over {first.images} images": {name: f.rewards for name, f in models.items()},
+        f"{first.primary} by task": {name: f.tasks for name, f in models.items() if f.tasks},
+        "win rate over base, by reward": wins,
     }
     shown = {title: bars for title, bars in panels.items() if any(bars.values())}
     widths = [1.2 + 0.28 * sum(map(len, bars.values())) for bars in shown.values()]

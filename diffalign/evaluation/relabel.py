@@ -5,63 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.config import option
 from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.labels import RULES, labels_path, read_table, write_table
 from diffalign.data.pairs import open_part, usable_images
 from diffalign.data.quarantine import Fault, Quarantine
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import open_stream_part
 from diffalign.evaluation.ledger import mend, whole_rows
+from diffalign.evaluation.relabel_config import RelabelConfig
 from diffalign.files import bounded, shorten
 from diffalign.rewards.base import Reward, needs_groups
-from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig, build_rewards
 from diffalign.rollout.scoring import score
 from diffalign.structures import Pair
 
 Scores = dict[str, float | None]  # "NAME/0" and "NAME/1", of the first and the second image
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelabelConfig(PreferenceSettings):
-    """Fields of ``diffalign relabel``: those of a run's data, and who judges."""
-
-    data: tuple[str, ...] = option((), "files, folders or hub ids of preference data")
-    labels: str = option("ai", "what the labels are called, or a .parquet file for them")
-    rewards: str | tuple[str, ...] = option(
-        (), "a reward, or several in a list or with commas between", guard=guard_rewards
-    )
-    reward_options: dict[str, float | RewardConfig] = option(
-        {}, "weights, and how to make the rewards, by name", guard=guard_rewards
-    )
-    allow_reward_code: bool = option(
-        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
-    )
-    rule: Literal["vote", "soft"] = option("vote", "vote: the majority of the rewards; soft: sigmoid(scale * gap)")
-    scale: float = option(1.0, "of soft labels; the gap is the weighted sum of the rewards' differences")
-    batch_size: int = option(8, "pairs of one size that are scored at once")
-    streaming: bool = option(False, "one row after the other, without a copy on disk")
-
-    def judges(self) -> dict[str, float | RewardConfig]:
-        """Each reward and its settings. ValueError: none."""
-        names = self.rewards.split(",") if isinstance(self.rewards, str) else self.rewards
-        if not any(name.strip() for name in names):
-            raise ValueError("rewards is missing: write --rewards pickscore, or --rewards pickscore,hpsv2.1")
-        return {name.strip(): self.reward_options.get(name.strip(), 1.0) for name in names}
-
-    def settings(self) -> PreferenceSettings:
-        """How the data are read: with every pair that can be judged, ties and unlabelled ones too."""
-        told = {field.name: getattr(self, field.name) for field in fields(PreferenceSettings)}
-        return PreferenceSettings(**{**told, "labels": None})
 
 
 def relabel(source: str | Path, config: RelabelConfig) -> Path:

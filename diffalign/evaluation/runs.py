@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import from_dict, load_yaml
+from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.schema import Place
 from diffalign.rewards.base import names
-from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.settings import RewardConfig
 
 CONFIG = "config.yaml"

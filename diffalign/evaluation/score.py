@@ -5,99 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.config import option, to_dict
-from diffalign.data.prompts import load_prompts
+from diffalign.config import to_dict
 from diffalign.evaluation.ledger import mend, same_or_new, whole_rows
+from diffalign.evaluation.score_config import ScoreConfig, check_pointwise
 from diffalign.evaluation.score_report import scores_of, write
-from diffalign.evaluation.sources import Item, read, with_prompts
-from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
+from diffalign.evaluation.sources import Item
+from diffalign.rewards.base import Reward, get_reward, names, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
-from diffalign.rewards.consent import guard_rewards
 from diffalign.rewards.pictures import Picture, as_image
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.settings import RewardConfig, build_rewards
-from diffalign.rewards.tokens import token_from
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
-
-
-@dataclass(kw_only=True)
-class ScoreConfig:
-    """Fields of ``diffalign score``."""
-
-    images: tuple[str, ...] = option((), "picture files, folders, .parquet, .arrow, .jsonl, .json or .csv files")
-    image_root: Path | None = option(None, "where relative paths of tables start; default: the folder of the table")
-    allow_outside: bool = option(False, "read pictures that lie outside the folder of their table, also through links")
-    prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")
-    prompts: Path | None = option(None, ".txt or .jsonl, a prompt per picture in their order")
-    rewards: str | tuple[str, ...] = option(
-        (), "a reward, or several in a list or with commas between", guard=guard_rewards
-    )
-    reward_options: dict[str, float | RewardConfig] = option(
-        {},
-        "how to make those that need options: '{pickscore: {options: {path: my/weights, precision: bf16}}}'",
-        guard=guard_rewards,
-    )
-    allow_reward_code: bool = option(
-        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
-    )
-    output_dir: Path = option(Path("runs/score"), "where scores go; an interrupted one goes on")
-    batch_size: int = option(16, "pictures of one size that are scored at once")
-    calibrations: Path | None = option(
-        None, "where to write what these pictures score, e.g. the base model's, for a reward that combines others"
-    )
-    list: bool = option(False, "print the rewards that can be named, and do nothing else")
-    serve: int | None = option(None, "offer the rewards over HTTP at this port, instead of scoring")
-    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too, with token_env")
-    time_limit: float = option(300.0, "seconds that a request to the server may take, and wait before that")
-    token_env: str | None = option(
-        None, "environment variable with the token that clients must send; needed beyond this machine", typed_only=True
-    )
-
-    def __post_init__(self) -> None:
-        """One text names all rewards. ValueError: numbers out of range, a place that cannot be written to."""
-        if isinstance(self.rewards, str):
-            self.rewards = tuple(name.strip() for name in self.rewards.split(","))
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; write 1 or more")
-        if not self.time_limit > 0:
-            raise ValueError(f"time_limit is {self.time_limit}; write more than 0")
-        if self.serve is not None and not 0 <= self.serve < 1 << 16:
-            raise ValueError(f"serve: there is no port {self.serve}; write 1 to 65535, or 0 for a free one")
-        if self.calibrations and not self.calibrations.parent.is_dir():
-            raise ValueError(f"calibrations: there is no folder {self.calibrations.parent}; make it first")
-
-    def build_rewards(self) -> dict[str, Reward]:
-        """Those of ``rewards``. ValueError: none, or one that judges within a group."""
-        table = {name: self.reward_options.get(name, 1.0) for name in self.rewards}
-        rewards = build_rewards(table, self.allow_reward_code)[0]
-        if not rewards:
-            raise ValueError("rewards is missing: write --rewards pickscore, or --rewards pickscore,hpsv2.1")
-        _check_pointwise(rewards)
-        return rewards
-
-    def items(self) -> Iterator[Item]:
-        """The pictures and their prompts. ValueError: nothing to score, or a prompt is missing."""
-        if not self.images:
-            raise ValueError("name pictures: diffalign score FOLDER --rewards pickscore --prompt 'a red circle'")
-        items = chain.from_iterable(read(source, self.image_root, self.allow_outside) for source in self.images)
-        if self.prompt is not None:
-            return with_prompts(items, [Prompt(self.prompt)])
-        return with_prompts(items, load_prompts(self.prompts)) if self.prompts else items
-
-
-def _check_pointwise(rewards: Mapping[str, Reward]) -> None:
-    if ranks := [name for name, reward in rewards.items() if needs_groups(reward)]:
-        raise ValueError(f"{', '.join(ranks)} rank images within a group of one prompt: score with others")
+from diffalign.tokens import token_from
 
 
 def score_images(
@@ -123,7 +48,7 @@ def score_images(
             f"{len(several)} images, {len(texts)} prompts, {len(data)} entries of metadata: pass one each per image"
         )
     named = _named(rewards)
-    _check_pointwise(named)
+    check_pointwise(named)
     items = [
         Item(str(i), lambda image=image: as_image(image), Prompt(text, more))
         for i, (image, text, more) in enumerate(zip(several, texts, data, strict=True))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffalign.config import from_dict, option
-from diffalign.evaluation.gallery import Sampling
-from diffalign.evaluation.runs import RunConfig, find_run
-from diffalign.evaluation.subjects import Subject, parse_subjects
-from diffalign.models.load import unguided_scale
-from diffalign.rewards.base import Reward, needs_groups
-from diffalign.rewards.consent import guard_rewards
-from diffalign.rewards.settings import RewardConfig, build_rewards
-from diffalign.rewards.tokens import printable
-from diffalign.structures import check_guidance
+from diffalign.config import from_dict, option, split_texts
+from diffalign.config.reward_consent import guard_rewards
+from diffalign.config.sections import RewardConfig
+from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.subjects import Subject, parse_subject, parse_subjects
+from diffalign.tokens import printable
+
+if TYPE_CHECKING:
+    from diffalign.evaluation.runs import RunConfig
+    from diffalign.rewards.base import Reward
 
 
 @dataclass(kw_only=True)
@@ -66,12 +66,27 @@ class EvaluationConfig:
     allow_partial: bool = option(False, "go on, with a warning, where the model lacks layers of a LoRA")
     embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
 
+    def __post_init__(self) -> None:
+        """Accept a text where several go."""
+        split_texts(self)
+
     def subjects(self) -> list[Subject]:
         """The base and the models."""
         return parse_subjects(self.models, scales=self.scales, checkpoints=self.checkpoints)
 
+    def problems(self) -> Iterator[str]:
+        """What is wrong with each of ``models``: a path that is not there, or a scale that is none."""
+        for text in self.models:
+            try:
+                parse_subject(text)
+            except (ValueError, FileNotFoundError) as error:
+                yield str(error)
+
     def build_rewards(self) -> dict[str, Reward]:
         """Those of ``rewards``; call it on what ``resolve`` returned. ValueError: one that ranks within a group."""
+        from diffalign.rewards.base import needs_groups
+        from diffalign.rewards.settings import build_rewards
+
         table = {name: self.reward_options.get(name, 1.0) for name in self.rewards}
         rewards = build_rewards(table, self.allow_reward_code)[0]
         if ranks := [name for name, reward in rewards.items() if needs_groups(reward)]:
@@ -103,12 +118,17 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     ValueError: no base model or prompts, an empty list of rewards, a number below 1, a share outside [0, 1), or what a
     run that may be a stranger's cannot decide (see ``evaluation.runs``).
     """
+    from diffalign.evaluation.runs import RunConfig, find_run
+    from diffalign.structures import check_guidance
+
     found = (find_run(subject.path, config.allow_reward_code) for subject in config.subjects())
     record = next(filter(None, found), None) or RunConfig(Path(), {})
     config = replace(config, **_missing(config, _of_run(config, record)))
     default = {"output_dir": output_dir, "images_per_prompt": images_per_prompt, "reward_options": {}}
     config = replace(config, **_missing(config, default))
     if config.guidance_scale is None and config.model:
+        from diffalign.models.load import unguided_scale
+
         config = replace(config, guidance_scale=unguided_scale(config.model, config.revision))
     for name in ("guidance_scale", "embedded_guidance"):
         check_guidance(name, getattr(config, name))

@@ -13,7 +13,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over prompts and the bounds of its confidence interval."""
+    """A mean and the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -51,7 +51,9 @@ def win_rate(
 
 
 def mean_interval(values: Tensor, groups: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
-    """The mean over prompts of (N,) values, with its bootstrap interval; values that are not finite are left out.
+    """The mean of (N,) values, with a bootstrap interval over prompts; values that are not finite are left out.
+
+    Each image that has a value counts alike, so that the mean is the one that logs and pictures show.
 
     ValueError: lengths that differ, or no finite value.
     """
@@ -59,18 +61,24 @@ def mean_interval(values: Tensor, groups: Tensor, *, confidence: float = CONFIDE
     if len(numbers) != len(labels):
         raise ValueError(f"{len(numbers)} values for {len(labels)} prompts: pass one of each per image")
     usable = np.isfinite(numbers)
-    return _bootstrap(numbers[usable], labels[usable], confidence, seed)
+    return _bootstrap(numbers[usable], labels[usable], confidence, seed, by_image=True)
 
 
-def _bootstrap(values: np.ndarray, labels: np.ndarray, confidence: float, seed: int) -> Interval:
-    """Percentiles of the mean over prompts drawn with replacement."""
+def _bootstrap(
+    values: np.ndarray, labels: np.ndarray, confidence: float, seed: int, by_image: bool = False
+) -> Interval:
+    """Percentiles of the mean, over prompts or images, when prompts are drawn with replacement."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence lies between 0 and 1, got {confidence}; 0.95 is usual")
     if not len(values):
         raise ValueError("no finite reward to compare: look for warnings of the reward that failed")
     _, place, count = np.unique(labels, return_inverse=True, return_counts=True)
+    # Prompts with fewer images weigh less where each image counts alike.
+    weight = count / count.mean() if by_image else np.ones(len(count))
     per_prompt = np.bincount(place, values) / count
     # How often each prompt is drawn, all resamples at once.
     draws = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1 / len(count)), RESAMPLES)
-    low, high = np.quantile(draws @ per_prompt / len(count), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(per_prompt.mean()), float(low), float(high))
+    means = draws @ (weight * per_prompt) / (draws @ weight)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean = values.mean() if by_image else per_prompt.mean()
+    return Interval(float(mean), float(low), float(high))

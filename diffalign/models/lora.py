@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffalign.atomic import replacing
-from diffalign.config import option
+from diffalign.config.sections import LoraConfig
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters on the denoiser (arXiv 2106.09685): W + alpha / rank * B A, with B starting at 0."""
-
-    rank: int = option(32, "rank of the update; 0 trains all weights of the denoiser instead", le=65_536)
-    alpha: float | None = option(None, "scale of the update times rank, multiplied into B on export; default: the rank")
-    targets: tuple[str, ...] | None = option(None, "names (or endings) of the layers; default: the family's attention")
-
-    def __post_init__(self) -> None:
-        """ValueError for a negative rank or an alpha without a sign."""
-        if self.rank < 0:
-            raise ValueError(f"lora.rank must be 0 (full fine-tuning) or more, got {self.rank}")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora.alpha must be positive, got {self.alpha}: leave it out for alpha = rank")
 
 
 def inject(

@@ -64,3 +64,10 @@ def pass_on(source: object, lines: list[str]) -> None:
         raise ValueError(f"{source}: weights are missing, copy it again ({random[0][:LONGEST]})")
     for line in kept:
         warnings.warn(f"{source}: {line}", stacklevel=3)
+
+
+def no_bars() -> None:
+    """Turn off the bars of diffusers and transformers, which nest while a pipeline loads; downloads keep theirs."""
+    for library in LIBRARIES.values():
+        if library is not None:
+            library.disable_progress_bar()

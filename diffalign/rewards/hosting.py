@@ -106,6 +106,19 @@ def repositories() -> list[tuple[str, str | None]]:
     return weights + [split(item) for item in arguments if isinstance(item, str)]
 
 
+def repositories_of(reward: Any) -> list[tuple[str, str | None]]:
+    """(path or id, revision) of what a reward will load, of all its parts where it combines others."""
+    found: list[tuple[str, str | None]] = []
+    for name, value in getattr(reward, "__dict__", {}).items():
+        if isinstance(value, Weights):
+            found.append((value.path, value.revision))
+        elif name == "tokenizer" and isinstance(value, str):
+            found.append(split(value))
+        elif name == "rewards" and isinstance(value, Mapping):
+            found += [source for part, _ in value.values() for source in repositories_of(part)]
+    return found
+
+
 def weights_file(weights: Weights, file: str) -> Path:
     """``file`` in the folder of ``weights``, the path itself if it is a file, or ``file`` in the hub's repository."""
     local = Path(weights.path)

@@ -26,9 +26,9 @@ from torch import Tensor
 from diffalign.rewards.base import Reward, RewardUnavailable, needs_groups
 from diffalign.rewards.guard import Batch, guarded
 from diffalign.rewards.http import Handler, HTTPError, HTTPServer, Limits, Request
-from diffalign.rewards.tokens import printable
 from diffalign.rewards.wire import decode_images
 from diffalign.structures import Prompt
+from diffalign.tokens import printable
 
 MOST_IMAGES = 1024  # of a request
 MOST_PIXELS = 1 << 26  # of a request, over all of its images: 16 of 2048 x 2048

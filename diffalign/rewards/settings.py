@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from diffalign.config import option
+from diffalign.config.sections import RewardConfig, RewardTable
 from diffalign.rewards.base import Reward, get_reward
 
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """One reward of a run: ``pickscore: 1.0``, or
-
-    look: {reward: pickscore, weight: 0.5, options: {path: my/weights, precision: bf16}}
-    """
-
-    weight: float = option(1.0, "what its score, or its advantage, is multiplied by")
-    reward: str = option("", "registered name, module:function or file.py:function; default: the name of the entry")
-    options: dict[str, Any] = option(
-        {}, "what the reward takes: path, revision, precision, offload, quantize ...", infinite=True
-    )
-
-
-RewardTable = Mapping[str, float | RewardConfig]
+__all__ = ["RewardConfig", "RewardTable", "build_rewards"]
 
 
 def build_rewards(table: RewardTable, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:

@@ -23,7 +23,7 @@ from urllib3.util import Retry
 
 from diffalign import media
 from diffalign.rewards.preprocess import to_bytes
-from diffalign.rewards.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
+from diffalign.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
 T, R = TypeVar("T"), TypeVar("R")
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass

@@ -8,7 +8,6 @@ checkpoints are of whole optimizer steps, and what had begun since is done again
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import time
@@ -32,11 +31,12 @@ from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFai
 from diffalign.runtime.folder import claimed
 from diffalign.runtime.guard import STREAK, Guard, first_bad
 from diffalign.runtime.memory import advice, batch_name, memory_errors
-from diffalign.runtime.optimizers import make_optimizer
+from diffalign.runtime.optimizers import lr_factor, make_optimizer
 from diffalign.runtime.origin import origin
 from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
 from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config, write_exports
+from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
 from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
 from diffalign.runtime.signals import Signals
@@ -83,6 +83,7 @@ class Loop:
         self.saved = (0, 0, -1)  # the place of the last checkpoint
         self.pictured = False  # whether this process has evaluated
         self.failed_saves = 0
+        self.time_left = TimeLeft()
 
     def origin(self) -> dict[str, Any]:
         """The configuration, data and machine of this run."""
@@ -178,7 +179,8 @@ class Loop:
             while True:
                 if self.over and self.update:
                     self._next_iteration()  # which is over, whatever is left of its data
-                self._evaluate_and_save()
+                with paused(bar):
+                    self._evaluate_and_save()
                 if self.over:
                     break
                 self._iterate(bar)
@@ -217,6 +219,7 @@ class Loop:
         return self.step, self.update, self.evaluated
 
     def _iterate(self, bar: tqdm) -> None:
+        before, begun = self.step, time.perf_counter()
         collected = self._collect()
         updates = islice(self.task.updates(self.iteration), self.update, None)
         while self.step < self.args.max_train_steps and (micros := next(updates, None)) is not None:
@@ -232,6 +235,8 @@ class Loop:
                 continue
             self._close_update({**metrics, "time/update": time.perf_counter() - started}, collected, bar)
         self._next_iteration()
+        if text := self.time_left.line(self.args, before, self.step, time.perf_counter() - begun):
+            self.say(text)
 
     def _next_iteration(self) -> None:
         self.iteration, self.update, self.collected = self.iteration + 1, 0, None
@@ -378,6 +383,7 @@ class Loop:
     # What it writes -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
+        begun = time.perf_counter()
         while True:
             try:
                 with memory_errors():
@@ -386,6 +392,7 @@ class Loop:
             except torch.OutOfMemoryError as error:
                 self._make_room("evaluate", error)
         self._record({f"eval/{name}": value for name, value in found.items()})
+        self.time_left.evaluation = time.perf_counter() - begun if found else 0.0
         self.evaluated, self.pictured = self.step, True
         self.whole = self.task.state()  # which may hold what was seen
 
@@ -444,25 +451,3 @@ class Loop:
         """A line for the user, from one process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
-
-
-def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
-    """The share of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
-
-    Rises over ``warmup`` steps, never from 0, because an update that moves nothing is wasted (and looks like a broken
-    adapter); then stays ("constant"), or falls to 0 after the last step ("linear", "cosine").
-    """
-    done = max(0, step - warmup) / max(1, total - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return min(1.0, (step + 1) / (warmup + 1)) * shape[name]
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, after]; never for 0."""
-    return every > 0 and after // every > before // every
-
-
-def progress(metrics: Metrics) -> str:
-    """The figures worth a place beside the progress bar."""
-    shown = {"reward": "reward/mean", "acc": "accuracy", "clip": "clip_share", "kl": "kl", "img/s": "images_per_second"}
-    return " ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items() if name in metrics)

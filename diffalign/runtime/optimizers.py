@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,3 +37,14 @@ def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+
+
+def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
+    """The share of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
+
+    Rises over ``warmup`` steps, never from 0, because an update that moves nothing is wasted (and looks like a broken
+    adapter); then stays ("constant"), or falls to 0 after the last step ("linear", "cosine").
+    """
+    done = max(0, step - warmup) / max(1, total - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return min(1.0, (step + 1) / (warmup + 1)) * shape[name]

@@ -32,6 +32,7 @@ from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products, portable
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
+from diffalign.trainers.announce import closing, opening
 from diffalign.trainers.contents import contents
 from diffalign.trainers.evaluation import Evaluation
 from diffalign.trainers.inputs import load_optional
@@ -189,7 +190,10 @@ class Trainer:
     def train(self) -> None:
         """Runs to ``max_train_steps``, and writes the LoRA, the model card, curves and a base-versus-tuned grid."""
         self.model.about = self.about()
+        self.loop.say(opening(self))
         self.loop.run()
+        if self.report.paths:
+            self.loop.say(closing(self.report))
 
     @property
     def resume_command(self) -> str:

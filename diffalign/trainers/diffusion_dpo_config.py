@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffalign.config import option
 from diffalign.data.settings import PreferenceSettings
-from diffalign.losses.objective import PairObjective
-from diffalign.losses.registry import get_loss
-from diffalign.trainers.rollouts import RolloutConfig
+from diffalign.trainers.rollout_config import RolloutConfig
+
+if TYPE_CHECKING:
+    from diffalign.losses.objective import PairObjective
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,6 +70,8 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def objective(self) -> PairObjective:
         """The loss with its options. ValueError: one that does not go with another."""
+        from diffalign.losses.objective import PairObjective
+
         return PairObjective(
             self.loss,
             self.beta,
@@ -108,6 +111,8 @@ class DiffusionDPOConfig(RolloutConfig):
             raise ValueError("give reference_steps (0 or more), or reference_decay: the reference moves one way")
 
     def _validate_source(self) -> None:
+        from diffalign.losses.registry import get_loss
+
         paired = get_loss(self.loss).paired
         if self.streaming and not (paired and self.losers == "data"):
             what = repr(self.loss) if self.losers == "data" else "losers: reference"
@@ -120,6 +125,8 @@ class DiffusionDPOConfig(RolloutConfig):
             raise ValueError(f"losers: reference, and {self.loss!r} has none: use a loss of pairs with one, as dpo")
 
     def _validate_loss(self) -> None:
+        from diffalign.losses.registry import get_loss
+
         if get_loss(self.loss).paired:
             self.objective()
             return

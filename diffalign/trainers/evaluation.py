@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,9 +35,10 @@ SHOWN = 12
 class Shown:
     """What pictures and tables need.
 
-    texts, images, marks: P prompts of this process, one image each (P, 3, H, W), and its scores, reward -> (P,).
-    prompt, tags, scores: of every image of all processes, in the order of prompts and samples.
-    diversity: pairwise distance within a prompt, in pixel values; None with one image per prompt.
+    texts, images, marks: P prompts of this process, one image each (P, 3, H, W), and its scores, reward -> (P,), the
+    primary reward first. prompt, tags, scores: of every image of all processes, in the order of prompts and samples.
+    diversity: pairwise distance within a prompt, in pixel values; None with one image per prompt. about: what the
+    evaluation was of; two are comparable where it is the same.
     """
 
     texts: list[str]
@@ -45,6 +48,7 @@ class Shown:
     tags: list[str]
     scores: dict[str, Tensor]
     diversity: float | None
+    about: str = ""
 
 
 class Evaluation:
@@ -65,6 +69,7 @@ class Evaluation:
     ) -> None:
         """even: whether every process must sample as many images as the others; what is too many is not looked at."""
         self.model, self.rewards, self.encoded = model, rewards, encoded
+        self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
         self.index = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
         self.prompts = [prompts[i] for i in self.index]
         self.per_prompt, self.batch_size, self.pulse = images_per_prompt, batch_size, pulse
@@ -100,6 +105,7 @@ class Evaluation:
             [row[2] for row in everything],
             {name: torch.tensor([row[3 + k] for row in everything]) for k, name in enumerate(scores)},
             diversity,
+            f"{self.digest} {self.per_prompt} images, {len(levels) - 1} steps, guidance {guidance.scale}",
         )
         return summary(shown), shown
 

@@ -6,9 +6,7 @@ import dataclasses
 from typing import Literal
 
 from diffalign.config import option
-from diffalign.diffusion.plan import make_plan
-from diffalign.losses.flow_grpo import clip_range_per_dimension
-from diffalign.trainers.rollouts import RolloutConfig
+from diffalign.trainers.rollout_config import RolloutConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,6 +35,9 @@ class FlowGRPOConfig(RolloutConfig):
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""
         super().validate()
+        from diffalign.diffusion.plan import make_plan
+        from diffalign.losses.flow_grpo import clip_range_per_dimension
+
         if self.train_batch_size < 1:
             raise ValueError(f"train_batch_size must be at least 1, got {self.train_batch_size}")
         if self.kl_beta < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from diffalign.rewards.base import Reward, get_reward, names, needs_groups, regi
 from diffalign.rewards.code import running
 from diffalign.rewards.settings import build_rewards
 from diffalign.structures import Prompt
+
+RESERVED = frozenset({"mean", "std", "accuracy", "diversity"})  # of ``reward/...`` and ``eval/...`` in metrics.jsonl
 
 
 def reward_table(spec: object, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:
@@ -25,9 +27,19 @@ def reward_table(spec: object, allow_code: bool = False) -> tuple[dict[str, Rewa
         several = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
         found = [get_reward(one, allow_code) for one in several]
         rewards, weights = {r.name: r for r in found}, {r.name: 1.0 for r in found}
+    check_names(rewards)
     if not rewards:
         raise ValueError("rewards is empty: write rewards: {shapes: 1.0}, or pass reward_funcs=")
     return rewards, weights
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of rewards that logs use for something else. ValueError: names them."""
+    if taken := [name for name in names if name in RESERVED]:
+        raise ValueError(
+            f"{', '.join(taken)}: logs use this name for something else; give the reward another one, e.g. "
+            f"rewards: {{my_{taken[0]}: {{reward: NAME}}}}"
+        )
 
 
 def evaluation_rewards(
@@ -38,7 +50,9 @@ def evaluation_rewards(
     Without names, all of these that judge an image by itself: a rank within a group compares no models.
     """
     alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
-    return {name: rewards.get(name) or get_reward(name, allow_code) for name in names} or alone
+    found = {name: rewards.get(name) or get_reward(name, allow_code) for name in names} or alone
+    check_names(found)
+    return found
 
 
 def check_differentiable(rewards: Mapping[str, Reward]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from diffalign.config import option
+from diffalign.config.reward_consent import guard_rewards
+from diffalign.config.sections import RewardConfig
 from diffalign.data.settings import PreferenceSettings
-from diffalign.diffusion.recipe import RecipeConfig
-from diffalign.losses.refl import get_reward_loss
-from diffalign.rewards.consent import guard_rewards
-from diffalign.rewards.settings import RewardConfig
+from diffalign.diffusion.recipe_config import RecipeConfig
 from diffalign.trainers.settings import TrainerConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,7 +28,10 @@ class ReFLConfig(TrainerConfig):
     train_images: tuple[str, ...] = option((), "real images with captions, where the recipe uses some; as train_data")
     data: PreferenceSettings = option(PreferenceSettings(), "how these are read; of pairs the preferred image counts")
     rewards: dict[str, float | RewardConfig] = option(
-        {}, "differentiable rewards and their weights, or {weight, reward, options}", guard=guard_rewards
+        {},
+        "differentiable rewards and their weights, or {weight, reward, options}; a name alone weighs 1",
+        bare=1.0,
+        guard=guard_rewards,
     )
     thresholds: dict[str, float] = option({}, "c of the losses hinge and distance, by reward, in its units")
     recipe: RecipeConfig = option(RecipeConfig(), "which steps carry the gradient, what the reward sees, the losses")
@@ -45,7 +48,7 @@ class ReFLConfig(TrainerConfig):
     eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps", ge=1, le=10_000)
     base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
     held_out: dict[str, float | RewardConfig] = option(
-        {}, "rewards that evaluations report and nothing trains on", guard=guard_rewards
+        {}, "rewards that evaluations report and nothing trains on", bare=1.0, guard=guard_rewards
     )
     sharpness_step: float = option(0.01, "of the sharpness alarm, in pixel values; 0 turns it off")
     alarm_factor: float = option(
@@ -63,6 +66,8 @@ class ReFLConfig(TrainerConfig):
     @property
     def decode_dtype(self) -> torch.dtype:
         """What the VAE computes in while training."""
+        import torch
+
         return torch.bfloat16 if self.decode_precision == "bf16" else torch.float32
 
     @property
@@ -91,6 +96,8 @@ class ReFLConfig(TrainerConfig):
         self.validate_batches(1)
 
     def _validate_recipe(self) -> None:
+        from diffalign.losses.refl import get_reward_loss
+
         recipe = self.recipe.resolve()
         loss = get_reward_loss(recipe.reward_loss)
         if self.thresholds and not loss.threshold:
@@ -117,6 +124,8 @@ class ReFLConfig(TrainerConfig):
 
     def validate_batches(self, processes: int) -> None:
         """ValueError where images do not divide over processes, or groups over passes."""
+        from diffalign.losses.refl import get_reward_loss
+
         images = self.num_groups * self.group_size
         if images % processes:
             raise ValueError(f"num_groups * group_size = {images} images do not divide by {processes} processes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import warnings
@@ -10,52 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.atomic import replacing
 from diffalign.config import to_dict, to_yaml
+from diffalign.config.reward_consent import needs_consent
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.collapse import ruined
 from diffalign.evaluation.curves import plot_curves
-from diffalign.evaluation.grids import compare_grid, image_grid
-from diffalign.evaluation.model_card import ModelCard, literal, write_model_card
-from diffalign.evaluation.results import figures, to_markdown
+from diffalign.evaluation.grids import Totals, compare_grid, image_grid
+from diffalign.evaluation.model_card import ModelCard, write_model_card
+from diffalign.evaluation.results import Figures, figures, set_line, to_markdown
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
-from diffalign.models.negative import NEGATIVE_NAME
 from diffalign.models.weights import POLICY
-from diffalign.rewards.consent import needs_consent
 from diffalign.rewards.record import passed_from_python
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.sharding import plain_class
 from diffalign.structures import Prompt
 from diffalign.trainers.evaluation import Shown
+from diffalign.trainers.load_snippet import load_snippet
 from diffalign.trainers.settings import TrainerConfig
-
-SNIPPET = """
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({model})
-pipe.load_lora_weights({folder})
-image = pipe({prompt}).images[0]
-"""
-FULL_SNIPPET = """
-from diffusers import {denoiser}, DiffusionPipeline
-
-denoiser = {denoiser}.from_pretrained({weights})
-pipe = DiffusionPipeline.from_pretrained({model}, {component}=denoiser)
-image = pipe({prompt}).images[0]
-"""
-NEGATIVE_SNIPPET = """
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
-
-pipe = DiffusionPipeline.from_pretrained({model})
-negative = load_file({negative})
-"""
 
 
 class Report:
@@ -65,6 +43,9 @@ class Report:
         self.model, self.args, self.trainer, self.weight_set = model, args, trainer, weight_set
         self.folder = Path(args.output_dir)
         self.shown: Shown | None = None
+        self.step = 0  # of the evaluation that is shown
+        self.before: dict[str, Tensor] | None = None
+        self.paths: list[Path] = []  # of the weights, once they are written
 
     def picture(self, step: int, shown: Shown) -> None:
         """A grid of an evaluation's images; that of step 0 is kept for the comparison."""
@@ -74,7 +55,7 @@ class Report:
             image_grid(shown.images, columns=4, labels=shown.texts, scale=4).save(staged)
         if step == 0:
             self._keep("base", shown)
-        self.shown = shown
+        self.shown, self.step = shown, step
 
     def _keep(self, name: str, shown: Shown) -> Path:
         """The evaluation as ``samples/NAME.safetensors``: what it showed, and every image's prompt and scores."""
@@ -84,7 +65,7 @@ class Report:
         tensors |= {} if shown.diversity is None else {"diversity": torch.tensor(shown.diversity)}
         path = self.folder / "samples" / f"{name}.safetensors"
         with replacing(path) as staged:
-            save_file(tensors, staged)
+            save_file(tensors, staged, {"about": shown.about})
         return path
 
     @property
@@ -101,9 +82,9 @@ class Report:
         if self.model.has_adapter:
             learned_nothing(weights[0])
         written = [*weights] if self.shown is None else [*weights, self._keep("tuned", self.shown)]
-        plot_curves(MetricsLog.read(self.folder / "metrics.jsonl"), self.folder / "curves.png")
-        base = self.folder / "samples" / "base.safetensors"
-        before = self._before(base) if self.shown is not None and base.is_file() else None
+        log = MetricsLog.read(self.folder / "metrics.jsonl")
+        plot_curves(log, self.folder / "curves.png", meanings=self._meanings)
+        before = self._before()
         if before is not None:
             self._compare(before)
             for fault in ruined(before["images"], self.shown.images):
@@ -111,16 +92,29 @@ class Report:
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
         pictures = [name for name in drawn if (self.folder / name).is_file()]
         card = write_model_card(self.folder, self._card(self._results(before), pictures))
+        self.before, self.paths = before, weights
         return [*written, *(self.folder / name for name in pictures), card]
 
-    @staticmethod
-    def _before(path: Path) -> dict[str, Tensor] | None:
-        """Load the base's evaluation; None, with a warning, where its file is damaged: the weights come first."""
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            warnings.warn(f"{path} is damaged ({error}): the card has no results of the base model", stacklevel=2)
+    def _before(self) -> dict[str, Tensor] | None:
+        """The base's evaluation, if it was of the same prompts, settings and rewards as the last one."""
+        file = self.folder / "samples" / "base.safetensors"
+        if self.shown is None or not file.is_file():
             return None
+        try:
+            with safe_open(file, "pt") as opened:
+                about = (opened.metadata() or {}).get("about", self.shown.about)
+            before = load_file(file)
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{file} is damaged ({error}): the card has no results of the base model", stacklevel=2)
+            return None
+        if about != self.shown.about or not self.shown.scores.keys() <= _named(before, "score/").keys():
+            warnings.warn(
+                f"{file} is of other prompts, settings or rewards than the last evaluation: the card shows no base; "
+                f"compare with: {self.compare_command}",
+                stacklevel=2,
+            )
+            return None
+        return before
 
     def _compare(self, before: dict[str, Tensor]) -> None:
         columns = {"base": before["images"], "tuned": self.shown.images}
@@ -128,44 +122,65 @@ class Report:
         # The first reward, whose mean is the accuracy: a tick under an image says more than a row of numbers.
         first = next(iter(self.shown.marks))
         scores = {name: {first: own[first]} for name, own in marks.items()}
-        compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png")
+        found = self.figures(before)
+        means = {name: own.rewards[first].mean if own.rewards[first] else math.nan for name, own in found.items()}
+        totals = Totals(len(self.shown.prompt), {first: means})
+        compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png", totals)
+
+    def figures(self, before: dict[str, Tensor] | None) -> dict[str, Figures]:
+        """Figures over every held-out image, of base and tuned model, or of the tuned one alone."""
+        shown = self.shown
+        assert shown is not None
+        spread = {} if shown.diversity is None else {"pixels": shown.diversity}
+        if before is None:
+            return {"tuned": figures(shown.prompt, shown.scores, shown.tags, None, spread)}
+        known = _named(before, "score/")
+        # A file keeps names in alphabetical order; the first reward is the one that tasks are about.
+        base = {name: known[name] for name in shown.scores}
+        own = {"pixels": float(before["diversity"])} if "diversity" in before else {}
+        return {
+            "base": figures(shown.prompt, base, shown.tags, None, own),
+            "tuned": figures(shown.prompt, shown.scores, shown.tags, base, spread),
+        }
 
     def _results(self, before: dict[str, Tensor] | None) -> str:
-        """The table of base and tuned model over every held-out image; empty where the base was not evaluated."""
-        if before is None:
+        """The table of base and tuned model over every held-out image; empty where nothing was evaluated."""
+        if self.shown is None:
             return ""
-        shown, base = self.shown, _named(before, "score/")
-        spread = {"base": before.get("diversity"), "tuned": shown.diversity}
-        pixels = {name: {} if value is None else {"pixels": float(value)} for name, value in spread.items()}
-        return to_markdown(
-            {
-                "base": figures(shown.prompt, base, shown.tags, None, pixels["base"]),
-                "tuned": figures(shown.prompt, shown.scores, shown.tags, base, pixels["tuned"]),
-            }
-        )
+        found = self.figures(before)
+        prompts = len(self.shown.prompt.unique())
+        lines = [set_line(found["tuned"], prompts, self.args.eval_prompts or "")]
+        lines.append(f"Tuned: after {self.step} optimizer steps{self._averaged}.")
+        if before is not None:
+            count = len(self.shown.texts)
+            lines.append(f"Base and tuned are drawn from the same noise; `compare.png` shows {count} of the prompts.")
+        return f"{' '.join(lines)}\n\n{to_markdown(found)}"
 
     @property
-    def _snippet(self) -> str:
-        if self.model.negative is not None:
-            return f"{NEGATIVE_SNIPPET}{self.model.negative_call}\n"
-        return SNIPPET if self.model.has_adapter else FULL_SNIPPET
+    def _averaged(self) -> str:
+        decay = self.args.ema_decay
+        return f", weights averaged over steps (ema_decay {decay:g}; the last ones are in `raw/`)" if decay else ""
+
+    @property
+    def _meanings(self) -> dict[str, str]:
+        """What curves of a name that does not say it are of."""
+        weights = {name: getattr(entry, "weight", entry) for name, entry in getattr(self.args, "rewards", {}).items()}
+        summed = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+        found = {"reward/mean": summed, "reward/std": summed} if len(weights) > 1 else {}
+        if self.shown is not None:
+            found["eval/accuracy"] = f"mean of {next(iter(self.shown.scores))}"
+        return found
+
+    @property
+    def compare_command(self) -> str:
+        """What compares this run with its base, in pictures."""
+        return f"diffalign compare {shlex.quote(str(self.folder))}"
 
     def _card(self, results: str, pictures: list[str]) -> ModelCard:
         shown_args = portable(self.args)
         folder = shown_args.output_dir
         prompt = self.shown.texts[-1] if self.shown else "..."
-        component = self.model.denoiser_name
-        snippet = self._snippet.format(
-            model=", revision=".join(literal(name) for name in (self.args.model, self.args.revision) if name),
-            folder=literal(folder),
-            weights=literal(folder / component),
-            negative=literal(folder / NEGATIVE_NAME),
-            prompt=literal(prompt),
-            denoiser=plain_class(self.model.raw_denoiser).__name__,
-            component=component,
-            scale=self.args.guidance_scale,
-            length=getattr(self.model, "max_sequence_length", None),
-        )
+        snippet = load_snippet(self.model, shown_args, prompt)
         config = shlex.quote(str(folder / "config.yaml"))
         return ModelCard(
             title=self.folder.name,

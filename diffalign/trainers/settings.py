@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from diffalign.config import option
-from diffalign.models import LoraConfig
-from diffalign.models.base import SCHEDULES
-from diffalign.rewards.consent import guard_rewards
+from diffalign.config import option, split_texts
+from diffalign.config.reward_consent import guard_rewards
+from diffalign.config.sections import LoraConfig
 from diffalign.runtime.settings import TrainingConfig
-from diffalign.structures import check_guidance
+
+if TYPE_CHECKING:
+    import torch
 
 # Setting -> its values that work where weights are in shards.
 KNOWN_WITH_SHARDS: dict[str, tuple[Any, ...]] = {
@@ -66,14 +65,17 @@ class TrainerConfig(TrainingConfig):
     )
 
     def __post_init__(self) -> None:
-        """Paths may be given as text."""
+        """Accept paths as text, and a text where several go."""
         super().__post_init__()
+        split_texts(self)
         self.eval_prompts = self.eval_prompts and Path(self.eval_prompts)
         self.cache_dir = self.cache_dir and Path(self.cache_dir)
 
     @property
     def base_dtype(self) -> torch.dtype:
         """What the base loads in."""
+        import torch
+
         return torch.bfloat16 if self.base_precision == "bf16" else torch.float32
 
     @property
@@ -84,6 +86,9 @@ class TrainerConfig(TrainingConfig):
     def validate(self) -> None:
         """ValueError, with what to write instead, for what cannot train; reads no file."""
         super().validate()
+        from diffalign.models.base import SCHEDULES
+        from diffalign.structures import check_guidance
+
         if not self.model:
             raise ValueError("model is missing: write model: assets/shapes-sd3, or a hub id")
         if self.quantise != "no" and self.lora.rank == 0:

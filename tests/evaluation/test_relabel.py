@@ -236,7 +236,7 @@ def test_the_command(path, tmp_path, capsys):
         ([], "name preference data: diffalign relabel"),
         (["DATA"], "rewards is missing: write --rewards pickscore"),
         (["DATA", "--rewards", "brightnes"], "did you mean 'brightness'"),
-        (["a/b", "--rewards", "brightness"], "labels 'ai': a/b is no file or folder here; give a path"),
+        (["a/b", "--rewards", "brightness"], "'a/b' is not in the local cache, and HF_HUB_OFFLINE=1 forbids"),
         (["DATA", "DATA", "--rewards", "brightness", "--labels", "a.parquet"], "is one file for 2 sources"),
     ],
 )

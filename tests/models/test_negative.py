@@ -76,7 +76,7 @@ def trained(request, family_pipelines):
 
 
 def images(family, model, guidance):
-    route = Route(ode_plan(STEPS, family.solver), model.levels(STEPS), guidance)
+    route = Route(ode_plan(STEPS), model.levels(STEPS), guidance)
     with torch.no_grad():
         return model.decode(sample(model, route, model.encode([TEXT]), noise_of(model, 1)))
 
@@ -96,7 +96,8 @@ def test_a_card_says_how_a_plain_pipeline_draws_with_it(trained, plain, tmp_path
     family = FAMILIES[name]
     drawn = images(family, model, Guidance(SCALE, negative.conditioning(negative())))
     model.save(tmp_path)
-    report = Report(model, ReFLConfig(model="model", output_dir=tmp_path, guidance_scale=SCALE), "refl", POLICY)
+    args = ReFLConfig(model="model", output_dir=tmp_path, guidance_scale=SCALE, eval_num_steps=STEPS)
+    report = Report(model, args, "refl", POLICY)
     report.shown = SimpleNamespace(texts=[TEXT])
     call_of(plain(name), family, noise_of(model, 1), monkeypatch)
     found: dict = {}

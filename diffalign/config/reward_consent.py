@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from diffalign.config.schema import Place
-from diffalign.rewards.tokens import token_variable
+from diffalign.tokens import token_variable
 
 CODE = re.compile(r"[^\s:]+:[A-Za-z_]\w*")  # module:function or file.py:function among a reward's options
 MOST_VALUES = 10_000  # in one table; aliases of YAML can make a short file endless

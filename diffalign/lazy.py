@@ -1,0 +1,54 @@
+"""Import at first use (PEP 562), so that help texts and errors of configurations need neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def attribute(package: str, homes: Mapping[str, str], name: str) -> Any:
+    """Import an attribute of ``package`` from its home module, or a submodule, and keep it there.
+
+    AttributeError: it is neither.
+    """
+    if name in homes:
+        value = getattr(import_module(homes[name]), name)
+    elif not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+        return import_module(f"{package}.{name}")
+    else:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    setattr(sys.modules[package], name, value)
+    return value
+
+
+def load(where: Any) -> Any:
+    """Import what ``"module:name"`` names; anything else is returned as it is."""
+    if not isinstance(where, str):
+        return where
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
+
+
+class LazyTable(Mapping[str, tuple[Any, ...]]):
+    """Name -> objects, each given as ``"module:name"`` and imported when it is looked up."""
+
+    def __init__(self, entries: Mapping[str, tuple[Any, ...]]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> tuple[Any, ...]:
+        return tuple(load(where) for where in self.entries[name])
+
+    def __setitem__(self, name: str, entry: tuple[Any, ...]) -> None:
+        self.entries[name] = entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries

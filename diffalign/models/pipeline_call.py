@@ -1,0 +1,123 @@
+"""How plain diffusers is called so that it draws what an evaluation draws: settings as lines of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffalign.models.base import DiffusionModel
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """setup: statements between loading and calling, on ``pipe``; imports: names of diffusers that they need.
+
+    arguments: of ``pipe(prompt, ...)``, as source code.
+    """
+
+    arguments: Mapping[str, str]
+    setup: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The arguments as they stand behind the prompt."""
+        return "".join(f", {name}={value}" for name, value in self.arguments.items())
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How images were drawn. guidance: the trainers' ``guidance_scale``; None, or a scale that does not guide: off."""
+
+    num_steps: int
+    schedule: str = "pipeline"
+    guidance: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
+    """Return the call of the model's own pipeline that draws with these settings.
+
+    Steps, guidance and tokens are given even where they are the defaults, which differ between versions.
+    """
+    setup, imports, steps = _schedule(model, sampled)
+    arguments = {**steps, **_guidance(model, sampled.guidance)}
+    if (length := getattr(model, "max_sequence_length", None)) is not None:
+        arguments["max_sequence_length"] = str(length)
+    arguments |= _size(model)
+    return PipelineCall(arguments, tuple(setup), tuple(imports))
+
+
+def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[str], dict[str, str]]:
+    """Statements, imports, and the arguments that choose the steps."""
+    count = sampled.num_steps
+    steps = {"num_inference_steps": str(count)}
+    config = model.pipeline.scheduler.config
+    if model.parameterization != "flow":
+        # Evaluations take DDIM's steps, whatever the pipeline's own scheduler is.
+        spacing = ', timestep_spacing="trailing"' if sampled.schedule == "uniform" else ""
+        change = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{spacing})"
+        return [change], ["DDIMScheduler"], steps
+    uniform = {"sigmas": f"[1 - i / {count} for i in range({count})]"}
+    if config.get("use_flow_sigmas") and sampled.schedule == "uniform":
+        change = "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)"
+        return [change], ["FlowMatchEulerDiscreteScheduler"], {**steps, **uniform}
+    if config.get("use_flow_sigmas"):
+        # The first order of DPM-Solver++ is the ODE step of an evaluation.
+        change = "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)"
+        return [change], [], steps
+    if sampled.schedule == "uniform" and not getattr(model, "uniform_grid", True):
+        return [], [], {**steps, **uniform}
+    return [], [], steps
+
+
+def _guidance(model: DiffusionModel, scale: float | None) -> dict[str, str]:
+    kind = type(model.pipeline).__name__
+    return GUIDANCE.get(kind, _usual)(model, scale)
+
+
+def _guides(model: DiffusionModel, scale: float | None) -> bool:
+    return scale is not None and scale > getattr(model, "unguided_scale", 1.0)
+
+
+def _usual(model: DiffusionModel, scale: float | None) -> dict[str, str]:
+    return {"guidance_scale": f"{scale:g}" if _guides(model, scale) and scale is not None else "1.0"}
+
+
+def _flux(model: DiffusionModel, scale: float | None) -> dict[str, str]:
+    embedded = getattr(model, "embedded_guidance", None)
+    own = {} if embedded is None else {"guidance_scale": f"{embedded:g}"}
+    return {**own, **_true_cfg(model, scale, "")}
+
+
+def _true_cfg(model: DiffusionModel, scale: float | None, negative: str) -> dict[str, str]:
+    if not _guides(model, scale):
+        return {"true_cfg_scale": "1.0"}
+    return {"true_cfg_scale": f"{scale:g}", "negative_prompt": f'"{negative}"'}
+
+
+def _qwen(model: DiffusionModel, scale: float | None) -> dict[str, str]:
+    return _true_cfg(model, scale, " ")
+
+
+def _z_image(model: DiffusionModel, scale: float | None) -> dict[str, str]:
+    """Its scale counts from 0; where the model's interface counts from 1, one is taken away."""
+    offset = getattr(model, "unguided_scale", 1.0)
+    return {"guidance_scale": f"{scale - offset:g}" if _guides(model, scale) and scale is not None else "0.0"}
+
+
+GUIDANCE: dict[str, Callable[[DiffusionModel, float | None], dict[str, str]]] = {
+    "FluxPipeline": _flux,
+    "QwenImagePipeline": _qwen,
+    "ZImagePipeline": _z_image,
+}
+
+
+def _size(model: DiffusionModel) -> dict[str, str]:
+    """Height and width, where a run chose them; SANA would otherwise round them to one of its own."""
+    if model.resolution is None:
+        return {}
+    height, width = model.default_resolution
+    binning = {"use_resolution_binning": "False"} if type(model.pipeline).__name__ == "SanaPipeline" else {}
+    return {"height": str(height), "width": str(width), **binning}

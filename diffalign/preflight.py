@@ -1,0 +1,224 @@
+"""Check all that a configuration names before anything loads: files, models, data sets and rewards, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from diffalign.config.schema import ConfigError, shown
+from diffalign.messages import hub_sentence, is_offline, offline_sentence
+
+TIMEOUT = 10  # seconds for the hub to answer
+PLUGINS = "diffalign.rewards"
+REGISTERED = re.compile(r'^@?register\(\s*"([^"]+)"', re.MULTILINE)
+FILE_SUFFIXES = frozenset({".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".safetensors", ".tar"})
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def inspect(config: Any, weights: bool = False) -> None:
+    """Raise ConfigError with everything that a configuration names and that is not there.
+
+    Reads no file and loads no model; of the hub it asks whether a repository can be read. weights: whether those of
+    rewards are looked for too, which imports the rewards.
+    """
+    problems = list(dict.fromkeys(_problems(config, "")))
+    if weights and not problems:
+        problems = list(weights_problems(config))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problems(config: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _problems(value, f"{prefix}{field.name}.")
+        elif field.name in CHECKS and value is not None and not isinstance(value, bool):
+            yield from CHECKS[field.name](f"{prefix}{field.name}", value, config)
+    if (own := getattr(config, "problems", None)) is not None:
+        yield from own()
+
+
+def path_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """A file or folder that must be there."""
+    path = Path(value)
+    if not path.exists():
+        yield f"{name}: there is no file {path}{_near(path)}; check the path (relative to {Path.cwd()})"
+
+
+def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """A file of prompts, and no folder."""
+    path = Path(value)
+    if path.is_dir():
+        yield f"{name}: {path} is a folder; name a file of prompts in it, .txt or .jsonl"
+    else:
+        yield from path_problem(name, value, config)
+
+
+def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """A folder in diffusers' layout, or an id of the hub."""
+    text = str(value)
+    if not text:
+        return
+    path = Path(text)
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            yield f"model {text}: has no model_index.json; give the folder that save_pretrained wrote"
+    elif not HUB_ID.fullmatch(text) or text.startswith("."):
+        yield f"model {text}: no such folder{_near(path)}; give a folder in diffusers' layout, or a hub id 'owner/name'"
+    elif problem := hub_problem(text, getattr(config, "revision", None), "model", "model_index.json"):
+        yield f"model {text}: no such folder{_near(path)}; {problem}"
+
+
+def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Files, folders or ids of the hub."""
+    for source in [value] if isinstance(value, (str, Path)) else value:
+        path = Path(source)
+        if path.exists():
+            continue
+        local = path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or not HUB_ID.fullmatch(str(source))
+        if local or path.parent.is_dir():
+            what = "file" if getattr(config, "of_prompts", False) else "preference data"
+            yield f"{name}: no {what} at {source}{_near(path)}: check the path (relative to {Path.cwd()})"
+        elif problem := hub_problem(str(source), getattr(config, "revision", None), "dataset"):
+            yield f"{name}: {problem}"
+
+
+def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Files and folders of pictures."""
+    for source in value:
+        if not Path(source).exists():
+            yield f"nothing at {source}{_near(Path(source))}: check the path (relative to {Path.cwd()})"
+
+
+def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Rewards that have a name: registered, or code in a file that is there."""
+    listed = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
+    table = value if isinstance(value, Mapping) else (getattr(config, "reward_options", None) or {})
+    own = getattr(config, "rewards", None)
+    elsewhere = own if isinstance(own, Mapping) and name != "rewards" else {}
+    for one in filter(None, listed):
+        spec = getattr(table.get(one), "reward", "") or one
+        if one in elsewhere and spec == one:
+            continue  # the training's own, by the name that it has there
+        where, colon, _ = str(spec).rpartition(":")
+        if colon and where.endswith(".py") and not Path(where).is_file():
+            yield f"{name}: reward {spec!r}: there is no file {where}; check the path"
+        elif not colon and spec not in (known := known_rewards()):
+            close = difflib.get_close_matches(spec, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            yield f"{name}: unknown reward {shown(spec)}; {hint}"
+
+
+def weights_problems(config: Any) -> Iterator[str]:
+    """Weights of registered rewards that cannot be had, without loading them."""
+    from diffalign.rewards.base import registered
+    from diffalign.rewards.hosting import repositories_of
+
+    seen = set()
+    for spec, options in _reward_specs(config):
+        try:
+            found = repositories_of(registered(spec).make(**options))
+        except (ValueError, ImportError):
+            continue  # what is wrong with its options is for the command to say
+        for source, revision in found:
+            if source in seen or not HUB_ID.fullmatch(source) or Path(source).exists():
+                continue
+            seen.add(source)
+            if problem := hub_problem(source, revision, "model"):
+                yield f"reward {spec!r}: {problem}"
+
+
+def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(registered name, options) of each reward that a configuration names."""
+    options = getattr(config, "reward_options", None) or {}
+    for field in ("rewards", "held_out", "eval_rewards"):
+        value = getattr(config, field, None) or {}
+        table = value if isinstance(value, Mapping) else {name: options.get(name) for name in value}
+        for name, entry in table.items():
+            spec = getattr(entry, "reward", "") or name
+            if ":" not in spec and spec in known_rewards():
+                yield spec, getattr(entry, "options", {})
+
+
+Check = Callable[[str, Any, Any], Iterator[str]]
+# Fields of configurations that name what must be there. Others that are paths say where to write.
+CHECKS: dict[str, Check] = {
+    "model": model_problem,
+    "train_prompts": prompts_problem,
+    "eval_prompts": prompts_problem,
+    "prompts": prompts_problem,
+    "train_rollouts": path_problem,
+    "image_root": path_problem,
+    "assets": path_problem,
+    "train_data": data_problem,
+    "train_images": data_problem,
+    "data": data_problem,
+    "images": picture_problem,
+    "rewards": reward_problem,
+    "eval_rewards": reward_problem,
+    "held_out": reward_problem,
+}
+OUTPUTS = frozenset({"output_dir", "cache_dir", "calibrations"})
+
+
+def known_rewards() -> list[str]:
+    """All names that a reward can be asked for by, without importing any of them."""
+    if (base := sys.modules.get("diffalign.rewards.base")) is not None:
+        return list(base.names())
+    files = sorted((Path(__file__).parent / "rewards").glob("*.py"))
+    names = {name for file in files for name in REGISTERED.findall(file.read_text(encoding="utf-8"))}
+    return sorted({*names, *entry_points(group=PLUGINS).names})
+
+
+def hub_problem(repository: str, revision: str | None, kind: str, file: str | None = None) -> str | None:
+    """Why a repository of the hub cannot be read; None where it can, or where the cache has it.
+
+    Args:
+        repository: ``owner/name``.
+        revision: Branch, tag or commit.
+        kind: ``model`` or ``dataset``.
+        file: One that it must have.
+    """
+    if _is_cached(repository, kind):
+        return None
+    if is_offline():
+        return offline_sentence(repr(repository))
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    try:
+        if file is None:
+            HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=TIMEOUT)
+            HfApi().auth_check(repository, repo_type=kind)
+        else:
+            get_hf_file_metadata(hf_hub_url(repository, file, revision=revision, repo_type=kind), timeout=TIMEOUT)
+    except Exception as error:  # of the hub's client and of the HTTP client below it
+        return hub_sentence(error, repository) or f"{repository!r} cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
+def _is_cached(repository: str, kind: str) -> bool:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
+    snapshots = cache / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
+    if snapshots.is_dir() and any(snapshots.iterdir()):
+        return True
+    data = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    return kind == "dataset" and (data / repository.replace("/", "___")).is_dir()
+
+
+def _near(path: Path) -> str:
+    """A name beside the path that is nearly the same, as a question."""
+    try:
+        names: Sequence[str] = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
