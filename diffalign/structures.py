@@ -5,6 +5,7 @@ Shapes are written with B samples, C latent channels, H x W latent positions, N 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
