@@ -36,11 +36,14 @@ class Recipe:
     invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
         last level of the window, linear between them; a step's is that of its level with less noise.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.
+    eta: noise of the sampling up to where its gradient begins, as of DDIM: 0 follows the ODE, 1 is ancestral sampling.
+        Recorded calls take steps of the ODE.
     guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
         the guidance scale, by which a gradient is otherwise larger.
     reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
         denoising real images, at random levels or, ``from_images``, where samplings begin; "reference", the squared
         distance of recorded outputs from the reference's.
+    grad_scale: factor of the whole loss, and so of the gradient that ``max_grad_norm`` clips; AdamW undoes it.
     words: control words of SRPO, wanted ones and unwanted ones, each taken in turn. word_weight, word_weight_inverted:
         its k, as ``discount``, for steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative:
         whether a negative prompt is trained, not the denoiser.
@@ -58,11 +61,13 @@ class Recipe:
     discount: tuple[float, float] = (1.0, 1.0)
     from_images: bool = False
     image_start: float = 0.0
+    eta: float = 0.0
     guidance: str = "full"
     compensate: bool = False
     reward_loss: str = "negative"
     regulariser: str = "none"
     regulariser_weight: float = 1.0
+    grad_scale: float = 1.0
     words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] = (0.0, 0.0)
     word_weight_inverted: tuple[float, float] = (0.0, 0.0)
@@ -80,6 +85,12 @@ class Recipe:
             (not 0 <= low < high <= 1, f"window is two shares, the lower first, got {low}, {high}"),
             (not 0 <= self.through <= 1, f"through is a share in [0, 1], got {self.through}"),
             (not 0 <= self.image_start < 1, f"image_start is a share in [0, 1), got {self.image_start}"),
+            (not 0 <= self.eta <= 1, f"eta lies in [0, 1], got {self.eta}"),
+            (
+                self.eta > 0 and self.sees not in ("sample", "predicted"),
+                f"{self.sees} follows the ODE's own states: see sample or predicted, or make eta 0",
+            ),
+            (not 0 < self.grad_scale < math.inf, f"grad_scale must be positive, got {self.grad_scale}"),
             (not 0 <= self.gradient_steps <= self.num_steps, f"gradient_steps lies in 0..{self.num_steps}"),
             (self.copies < 0, f"copies must be 0 or more, got {self.copies}"),
             (self.regulariser_weight < 0, f"regulariser_weight must be 0 or more, got {self.regulariser_weight}"),
@@ -142,8 +153,8 @@ LATE = {"window": (0.75, 1.0)}
 # Between the 5th and the 25th of 50 steps, as the code of arXiv 2509.06942 has it.
 RECOVERED = {"sees": "recovered", "copies": 1, "window": (0.1, 0.5), "guidance": "off", "reward_loss": "hinge"}
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2304.05977, algorithm 1, where the reward has a weight of 1e-3 beside the loss of images; its code has the
-    # reward alone, which is "refl_script".
+    # arXiv 2304.05977, algorithm 1, where the reward has a weight of 1e-3 beside the loss of images. Departure: the
+    # loss is 1000 times that, which AdamW undoes and max_grad_norm does not; "grad_scale: 0.001" takes it back.
     "refl": {
         **LATE,
         "guidance": "off",
@@ -151,7 +162,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regulariser": "pretraining",
         "regulariser_weight": 1000.0,
     },
-    "refl_script": {**LATE, "guidance": "off", "reward_loss": "hinge"},
+    # Its authors' ReFL.py, which has the reward alone, and an AdamW with a weight decay of 1e-2 (adam_weight_decay,
+    # which no recipe can set). Departures: 1. the script tells the UNet the number of the last step, 30 to 39, for its
+    # time, and predicts x0 with the level of the step before; here both are of the step's own level; 2. its timesteps
+    # are 975, 950 ... 0, here they are the pipeline's own.
+    "refl_script": {**LATE, "eta": 1.0, "guidance": "off", "reward_loss": "hinge", "grad_scale": 1e-3},
     # arXiv 2309.17400. Departure: the gradients of draft_lv are averaged, not added.
     "draft_1": {"sees": "sample"},
     "draft_k": {"sees": "sample", "gradient_steps": 5},
@@ -161,7 +176,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
     # arXiv 2405.00760: detached inputs, an early stop; its numbers and how its steps are shifted are FlowBP's.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
-    # arXiv 2505.22569. Departure: of a real image's latents the mean, not a draw, is noised.
+    # arXiv 2505.22569. Departures: 1. of a real image's latents the mean, not a draw, is noised; 2. its code multiplies
+    # the loss by 1e-3, before the gradient is clipped: recipe.grad_scale.
     "imagerefl": {
         **LATE,
         "guidance": "off",

@@ -28,11 +28,13 @@ class RecipeConfig:
     discount: tuple[float, float] | None = None
     from_images: bool | None = None
     image_start: float | None = None
+    eta: float | None = None
     guidance: str | None = None
     compensate: bool | None = None
     reward_loss: str | None = None
     regulariser: str | None = None
     regulariser_weight: float | None = None
+    grad_scale: float | None = None
     words: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     word_weight: tuple[float, float] | None = None
     word_weight_inverted: tuple[float, float] | None = None

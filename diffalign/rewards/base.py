@@ -186,12 +186,17 @@ def ask(
 
     def call(seen: Tensor) -> tuple[Tensor, Extras]:
         own = [own_copy(entry) for entry in metadata]
-        return _asked(reward, seen, list(prompts), own, None if groups is None else groups.clone(), foreign)
+        copied = None if groups is None else groups.clone()
+        values, extras = isolated(lambda: _asked(reward, seen, list(prompts), own, copied))
+        if not foreign:
+            return values, extras
+        # What it returned may be written to when it is called again.
+        return values.clone(), {name: extra.clone() for name, extra in extras.items()}
 
     try:
         if foreign and reward.differentiable and wants_grad(images) and not needs_groups(reward):
-            return _with_gradient(reward, images, lambda leaf: isolated(lambda: call(leaf)))
-        return isolated(lambda: call(images.clone() if foreign else images))
+            return _with_gradient(images, call)
+        return call(images.clone() if foreign else images)
     except WrongShape:
         raise
     except (RewardUnavailable, ImportError) as error:
@@ -199,9 +204,9 @@ def ask(
 
 
 def _asked(
-    reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata, groups: Tensor | None, foreign: bool
+    reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata, groups: Tensor | None
 ) -> tuple[Tensor, Extras]:
-    """The call itself; nothing that it returns is the reward's to change later."""
+    """Call a reward, and check the shape of what it returns."""
     count = len(images)  # before the reward may change the tensor's shape
     result = reward(images, prompts, metadata, *([groups] if needs_groups(reward) else []))
     found, extras = result if isinstance(result, tuple) else (result, {})
@@ -211,12 +216,10 @@ def _asked(
         # Another number of scores can be one sample's doing; another number of dimensions cannot.
         kind = ValueError if values.ndim == 1 else WrongShape
         raise kind(f"{problem}: return one number each")
-    return (values.clone(), {name: extra.clone() for name, extra in extras.items()}) if foreign else (values, extras)
+    return values, extras
 
 
-def _with_gradient(
-    reward: Reward, images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]
-) -> tuple[Tensor, Extras]:
+def _with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]) -> tuple[Tensor, Extras]:
     """``call`` on images of its own, whose gradient is taken at once: what raises there costs the sample as well.
 
     Exact for rewards that judge each image by itself, as all do that need no groups.

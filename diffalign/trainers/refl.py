@@ -25,7 +25,8 @@ from diffalign.rewards.probe import try_rewards
 from diffalign.rewards.record import reward_record
 from diffalign.rewards.settings import build_rewards
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.sampler import Route, micro_batches, ode_plan
+from diffalign.rollout.collect import Addresses
+from diffalign.rollout.sampler import Route, micro_batches
 from diffalign.rollout.scoring import RewardWarning, check_unscored
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
@@ -47,6 +48,7 @@ from diffalign.trainers.starts import (
     advance,
     draw_courses,
     places,
+    sampling_plan,
 )
 from diffalign.trainers.watch import Watch
 
@@ -210,12 +212,15 @@ class ReFLTrainer(Trainer):
         kept = places(courses, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
         conditioning = self.encoded([prompt.text for prompt in start.prompts])
-        plan = ode_plan(self.recipe.num_steps)
+        plan = sampling_plan(self.recipe)
         group, member = torch.tensor(samples).T
         buffer = RolloutBuffer.allocate(
             plan, group, member, start.prompts, start.x.shape[1:], device=self.model.device, steps=kept
         )
-        advance(self.model, Route(plan, self.levels, self.guidance), conditioning, start, buffer)
+        noise = Addresses(self.noise, "refl", iteration, group, member)
+        shape = self.model.latent_shape()
+        draw_noise = lambda index: noise.step(shape, index)  # noqa: E731
+        advance(self.model, Route(plan, self.levels, self.guidance), conditioning, start, buffer, draw_noise)
         return Batch(courses, samples, start.prompts, conditioning, buffer)
 
     def samples(self) -> list[dict[str, Any]]:

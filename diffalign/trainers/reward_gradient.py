@@ -36,7 +36,7 @@ class RewardGradient:
             kept = self._kept(found, batch, rows)
             metrics["regulariser"] = kept.detach()
             loss = loss + self.recipe.regulariser_weight * kept
-        return loss, metrics
+        return (loss if self.recipe.grad_scale == 1 else loss * self.recipe.grad_scale), metrics
 
     def unrolled(self, batch: Batch, rows: Tensor, number: int) -> Unrolled:
         """Some samples on course ``number`` of their batch."""

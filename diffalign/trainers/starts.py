@@ -15,11 +15,12 @@ from diffalign.data.order import take
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.unpaired import LabelledData, load_labelled
 from diffalign.diffusion.parameterization import add_noise
+from diffalign.diffusion.plan import Plan, Row
 from diffalign.diffusion.recipe import Recipe, draw
 from diffalign.diffusion.unroll import Course
 from diffalign.models import DiffusionModel
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.sampler import Route, sample
+from diffalign.rollout.sampler import Draw, Route, sample
 from diffalign.runtime.noise import Noise
 from diffalign.structures import Conditioning, Level, Prompt, StepResult
 
@@ -201,10 +202,24 @@ def places(courses: Sequence[Course], num_steps: int) -> list[int]:
     return sorted(kept | {num_steps for course in courses if course.renoised})
 
 
+def sampling_plan(recipe: Recipe) -> Plan:
+    """Return the steps of samplings up to where the gradient begins: DDIM's with the recipe's eta, or the ODE's."""
+    row = Row("ddim", recipe.eta, trained=False) if recipe.eta else Row("ode", 0.0, trained=False)
+    return Plan((row,) * recipe.num_steps)
+
+
 def advance(
-    model: DiffusionModel, route: Route, conditioning: Conditioning, start: Start, buffer: RolloutBuffer
+    model: DiffusionModel,
+    route: Route,
+    conditioning: Conditioning,
+    start: Start,
+    buffer: RolloutBuffer,
+    draw_noise: Draw | None = None,
 ) -> None:
-    """Goes on with samplings from ``start`` to the last place that ``buffer`` keeps, and fills it. No gradients."""
+    """Sample from ``start`` to the last place that ``buffer`` keeps, and fill it. No gradients.
+
+    draw_noise(i): the noise of step i, for a route with noise.
+    """
     kept = buffer.step[: buffer.nodes_per_sample].tolist()
 
     def keep(place: int, x: Tensor) -> None:
@@ -216,4 +231,4 @@ def advance(
 
     x = start.x.to(model.device, torch.float32, non_blocking=True)
     keep(start.place, x)
-    sample(model, route, conditioning, x, observe=observe, steps=range(start.place, kept[-1]))
+    sample(model, route, conditioning, x, draw_noise, observe, range(start.place, kept[-1]))

@@ -1,5 +1,6 @@
 """Recipes: the published rows, what is drawn from them, and what is refused."""
 
+import math
 import random
 
 import pytest
@@ -25,6 +26,30 @@ def test_refl_predicts_x0_from_one_call_in_the_last_ten_of_forty_steps():
         (move,) = course.moves
         assert move.end is None
         assert not course.renoised
+
+
+def test_the_authors_script_samples_with_noise_and_scales_its_loss():
+    """THUDM/ImageReward's ReFL.py: DDPM's steps, and --grad_scale 1e-3 before clip_grad_norm_ at 1."""
+    script = RecipeConfig("refl_script").resolve()
+    assert (script.eta, script.grad_scale) == (1.0, 1e-3)
+    others = [RecipeConfig(name).resolve() for name in PRESETS if name != "refl_script"]
+    assert {(recipe.eta, recipe.grad_scale) for recipe in others} == {(0.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": 1.5}, r"eta lies in \[0, 1\], got 1.5"),
+        ({"eta": math.nan}, r"eta lies in \[0, 1\]"),
+        ({"preset": "srpo", "eta": 1.0}, "recovered follows the ODE's own states"),
+        ({"preset": "leapalign", "eta": 0.5}, "straight_through follows the ODE's own states"),
+        ({"grad_scale": 0.0}, "grad_scale must be positive"),
+        ({"grad_scale": math.inf}, "grad_scale must be positive"),
+    ],
+)
+def test_noise_and_scale_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecipeConfig(**options).resolve()
 
 
 def test_draft_k_records_the_last_calls_of_the_whole_sampling():

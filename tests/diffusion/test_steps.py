@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffalign.diffusion.parameterization import target, to_x0
 from diffalign.diffusion.schedule import (
@@ -96,6 +96,22 @@ def test_ddim_is_that_of_diffusers(eta):
             noise_level=eta,
             noise=noise,
         )
+        torch.testing.assert_close(ours.x_next, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_ancestral_sampling_is_that_of_diffusers():
+    """ "ddim" with eta 1, which ReFL's authors' script samples by: DDPMScheduler, whose variance is the posterior's."""
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+                              timestep_spacing="leading")  # fmt: skip
+    scheduler.set_timesteps(40)
+    levels = vp_levels(scheduler.alphas_cumprod, scheduler.timesteps)
+    x, output = draw(0, torch.float32), draw(1, torch.float32)
+    for index, t in enumerate(scheduler.timesteps[:-1]):
+        generator = torch.Generator().manual_seed(index)
+        theirs = scheduler.step(output, t, x, generator=generator).prev_sample
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
+        ours = step("ddim", x, output, levels[index], levels[index + 1],
+                    parameterization="epsilon", noise_level=1.0, noise=noise)  # fmt: skip
         torch.testing.assert_close(ours.x_next, theirs, rtol=1e-5, atol=2e-5)
 
 
