@@ -24,7 +24,7 @@ from diffalign.evaluation.score import ScoreConfig
 from diffalign.evaluation.score import run as score
 from diffalign.evaluation.settings import EvaluationConfig
 from diffalign.forecast.dry_run import dry_run
-from diffalign.runtime.exits import NotFinite, OutOfMemory, SaveFailed
+from diffalign.runtime.exits import CannotTrain, NotFinite, OutOfMemory, SaveFailed
 from diffalign.runtime.memory import is_out_of_memory
 from diffalign.runtime.output import steady_output
 from diffalign.runtime.signals import exit_on_signals
@@ -139,7 +139,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"diffalign: {error}", file=sys.stderr)
         return 2
-    except (SaveFailed, NotFinite, OutOfMemory) as error:
+    except (SaveFailed, NotFinite, OutOfMemory, CannotTrain) as error:
         print(f"diffalign: {error}", file=sys.stderr)
         return error.exit_code
     except (RuntimeError, MemoryError) as error:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from diffalign.config import to_dict
 from diffalign.runtime import checkpoint, saving
+from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
 from diffalign.runtime.folder import claimed
@@ -115,14 +116,24 @@ class Loop:
                 self._blame_weights(error)
                 raise
 
+    def diverged(self, what: str) -> NotFinite:
+        """Return the error to raise where images or losses are not finite though no step was refused."""
+        if not self.taken:
+            text = (
+                f"{what} before the first update: lower guidance_scale, or use base_precision and mixed_precision: no"
+            )
+        else:
+            text = f"{what} after {self.taken} updates: the model has diverged; lower learning_rate"
+        return NotFinite(f"{text}; last good checkpoint: {self._last_good()}{extremes(self.args)}")
+
     def _blame_weights(self, error: Exception) -> None:
         """Raise NotFinite where the weights are not finite: whatever failed afterwards, failed because of that."""
         bad = first_bad(indexed(self.parameters))
         if bad is not None and self.step:
             raise NotFinite(
                 f"the trained weights are not finite after step {self.step}: lower learning_rate "
-                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}. "
-                f"What failed on them: {type(error).__name__}: {str(error)[:300]}"
+                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}"
+                f"{extremes(self.args)}. What failed on them: {type(error).__name__}: {str(error)[:300]}"
             ) from error
 
     @property
@@ -251,7 +262,7 @@ class Loop:
             self.save()
             raise NotFinite(
                 f"{self.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; "
-                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}"
+                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}{extremes(self.args)}"
             )
         if self.stop_agreed:
             raise StopRequested
@@ -412,7 +423,7 @@ class Loop:
             path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
                                    keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
         except NotFinite as error:
-            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}") from error
+            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}{extremes(self.args)}") from error
         except OSError as error:
             self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
             return None

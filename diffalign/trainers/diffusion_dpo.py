@@ -28,7 +28,9 @@ from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rollout.sampler import micro_batches
+from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
+from diffalign.runtime.exits import CannotTrain
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
 from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt
@@ -281,7 +283,7 @@ class DiffusionDPOTrainer(Trainer):
             return
         worst = max(side.shift.abs().max().item() for side in self.tracked)
         if worst > 0:
-            raise RuntimeError(
+            raise CannotTrain(
                 f"policy and reference differ by {worst:.2e} before the first update: dropout or another source of "
                 "randomness in the denoiser is on; turn it off"
             )
@@ -292,7 +294,7 @@ class DiffusionDPOTrainer(Trainer):
         now, _ = self.denoise(torch.arange(len(self.tracked[0].output)), 0)
         same = all(torch.equal(a.output, b.output) for a, b in zip(now, self.tracked, strict=True))
         if same and self.examples.weight.any():
-            raise RuntimeError(
+            raise CannotTrain(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision"
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
             )
