@@ -29,7 +29,7 @@ from diffalign.config import to_dict
 from diffalign.runtime import checkpoint, saving
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
-from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
+from diffalign.runtime.exits import CannotTrain, Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
 from diffalign.runtime.folder import claimed
 from diffalign.runtime.guard import STREAK, Guard, first_bad
 from diffalign.runtime.memory import advice, batch_name, memory_errors
@@ -80,7 +80,7 @@ class Loop:
         self.step = self.iteration = self.update = 0
         self.evaluated = -1
         self.collected: Metrics | None = None
-        self.stop_agreed = False
+        self.stop_agreed = self.applying = False
         self.saved = (0, 0, -1)  # the place of the last checkpoint
         self.pictured = False  # whether this process has evaluated
         self.failed_saves = 0
@@ -110,18 +110,25 @@ class Loop:
                     self._train()
             except StopRequested:
                 self._leave()
-            except (NotFinite, SaveFailed, OutOfMemory):
-                raise
+            except (NotFinite, SaveFailed, CannotTrain):
+                raise  # whose checkpoints are written already, or cannot be
             except Exception as error:
                 self._blame_weights(error)
+                self._save_before_end()
                 raise
+
+    def _save_before_end(self) -> None:
+        """Save the steps that are done before an error ends the run; of several processes others may be elsewhere."""
+        if self.accelerator.num_processes > 1 or self.applying or not self.step or self.saved == self._place():
+            return
+        with contextlib.suppress(Exception):  # the error itself matters more than one that it causes
+            self.optimizer.zero_grad(set_to_none=True)
+            self.say(f"step {self.step} is saved before the run ends: {self.save()}")
 
     def diverged(self, what: str) -> NotFinite:
         """Return the error to raise where images or losses are not finite though no step was refused."""
         if not self.taken:
-            text = (
-                f"{what} before the first update: lower guidance_scale, or use base_precision and mixed_precision: no"
-            )
+            text = f"{what} before the first update: lower guidance_scale, or set mixed_precision: no"
         else:
             text = f"{what} after {self.taken} updates: the model has diverged; lower learning_rate"
         return NotFinite(f"{text}; last good checkpoint: {self._last_good()}{extremes(self.args)}")
@@ -249,13 +256,20 @@ class Loop:
 
     def _close_update(self, metrics: Metrics, collected: Metrics, bar: tqdm) -> None:
         """What follows an optimizer step, after which the run is whole again."""
-        self.task.after_update(self.step, metrics)
-        if self.taken == 1 and "skipped" not in metrics:
-            self.task.after_first_update()
+        failed = None
+        try:
+            self.task.after_update(self.step, metrics)
+            if self.taken == 1 and "skipped" not in metrics:
+                self.task.after_first_update()
+        except Exception as error:  # the step is taken all the same, and its figures are logged
+            failed = error
         self._record({**collected, **metrics})
         collected.pop("time/collect", None)  # counted once, however many updates follow
         self.update += 1
         self.whole = self.task.state()
+        self.applying = False
+        if failed is not None:
+            raise failed
         bar.update()
         bar.set_postfix_str(progress({**collected, **metrics}))
         if self.guard.bad >= (STREAK if self.accelerator.scaler is None else SCALER_STREAK):
@@ -322,6 +336,7 @@ class Loop:
         *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
         *shares, stop = values[len(names) :]
         self.stop_agreed = stop > 0
+        self.applying = True  # until the step is logged and counted, the run is between two states
         reason = self.guard.reason(shares)
         self._apply(reason, norm)
         row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def made(name: str, folder: Any, path: str, value: Any) -> Any:
 
 def from_python(name: str, folder: Any, path: str, value: Any) -> Any:
     """The same, where a number was assigned in Python and no reader has seen it."""
-    args = short(name, folder)
+    args = copy.deepcopy(short(name, folder))  # sections are shared between configurations
     first, _, rest = path.partition(".")
     if rest:
         sections = rest.split(".")
