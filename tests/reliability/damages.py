@@ -143,6 +143,7 @@ def of_another_program(folder: Path) -> None:
     (folder / "checkpoint-8" / "optimizer.bin").write_bytes(b"theirs")
 
 
+ENTRY = {"bytes": 1, "sha256": ""}
 DEEP = "[" * 200_000
 # What must end as if nothing had happened: the newest sound checkpoint is used, or what is broken is repaired.
 SURVIVED: dict[str, Callable[[Path], object]] = {
@@ -162,11 +163,9 @@ SURVIVED: dict[str, Callable[[Path], object]] = {
     "manifest hollow": file("manifest.json", hollow),
     "manifest signed, files a number": signed(lambda content: content.update(files=3)),
     "manifest signed, sizes text": signed(lambda content: content["files"]["state.json"].update(bytes="9")),
-    "manifest signed, path outside": signed(
-        lambda c: c["files"].update({"../config.yaml": {"bytes": 1, "sha256": ""}})
-    ),
-    "manifest signed, absolute path": signed(lambda c: c["files"].update({"/dev/zero": {"bytes": 0, "sha256": ""}})),
-    "manifest signed, a zero byte in a name": signed(lambda c: c["files"].update({"\0": {"bytes": 1, "sha256": ""}})),
+    "manifest signed, path outside": signed(lambda c: c["files"].update({"../config.yaml": ENTRY})),
+    "manifest signed, absolute path": signed(lambda c: c["files"].update({"/dev/zero": ENTRY})),
+    "manifest signed, a zero byte in a name": signed(lambda c: c["files"].update({"\0": ENTRY})),
     "manifest signed, format text": signed(lambda content: content.update(format="x" * 10**6)),
     "manifest signed, weights left out": signed(lambda content: content["files"].pop("weights.safetensors")),
     "manifest signed, state left out": signed(lambda content: content["files"].pop("state.json")),

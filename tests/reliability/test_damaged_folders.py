@@ -62,9 +62,8 @@ def test_a_damaged_folder_costs_no_more_than_the_damaged_checkpoint(damage, stop
     assert rows(folder) == rows(straight)
     assert is_exported(folder, 8)
     record_property("folders_right", 1)
-    text = [
-        path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 99
-    ]
+    small = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 99]
+    text = [path.read_text(errors="replace") for path in small]
     if damage in ("checkpoint a file", "checkpoints of another program"):
         assert "theirs" in text, "what others wrote is still there"
 
@@ -91,7 +90,7 @@ def test_verify_returns_whatever_it_is_given(damage, stopped, tmp_path):
         assert all(isinstance(line, str) and len(line) < 1000 for line in checkpoint.verify(path))
 
 
-# Whose is it -----------------------------------------------------------------------------------------------------------
+# Whose is it ----------------------------------------------------------------------------------------------------------
 
 
 THEIRS = {".tmp-mine": "a", ".tmp-6-99": "b", "README.md": "c", "config.yaml": "d: 1", "notes.txt": "e", ".lock": "f"}
@@ -147,7 +146,7 @@ def test_a_linked_checkpoint_is_used_and_its_target_survives_every_start(tmp_pat
     assert not checkpoint.verify(tmp_path / "run/former/checkpoint-9"), "a relative link leads there still"
 
 
-# Exports ---------------------------------------------------------------------------------------------------------------
+# Exports --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "empty", "manifest"])
@@ -172,7 +171,7 @@ def test_an_export_that_fails_is_an_error_and_is_made_by_the_next_start(tmp_path
         if phase == "finish":
             raise OSError(28, "No space left on device", str(tmp_path / "x"))
 
-    with pytest.raises(SaveFailed, match="exports .*No space left.*start the same run again"):
+    with pytest.raises(SaveFailed, match=r"exports .*No space left.*start the same run again"):
         run(tmp_path, full)
     assert not (tmp_path / "exports.json").exists()
     run(tmp_path)

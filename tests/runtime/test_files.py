@@ -15,6 +15,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def fails_after(path, text):
+    path.write_text(text)
+    raise OSError("full")
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_are_as_readable_as_the_umask_says_whatever_wrote_them(tmp_path, umask, mode):
     before = os.umask(umask)
@@ -34,8 +39,7 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_an_error_changes_nothing(tmp
     files.write_text(path, "two")
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     with pytest.raises(OSError, match="full"), files.replacing(path) as staged:
-        staged.write_text("th")
-        raise OSError("full")
+        fails_after(staged, "th")
     assert path.read_text() == "two"
     assert names(tmp_path) == ["a.txt"]
 
@@ -55,8 +59,7 @@ def test_a_folder_is_replaced_as_one(tmp_path):
             (staged / text).write_text(text)
         assert names(place) == [text]
     with pytest.raises(OSError, match="full"), files.replacing_folder(place) as staged:
-        (staged / "three").write_text("three")
-        raise OSError("full")
+        fails_after(staged / "three", "three")
     assert names(place) == ["two"]
     assert names(tmp_path) == ["unet"]
 
@@ -80,7 +83,7 @@ def test_what_is_kept_aside_never_replaces_what_was_kept_before(tmp_path):
 def test_no_product_is_written_but_through_this_module():
     """A file that is opened to write in place can be torn by a full disk, or by a kill."""
     allowed = {"files.py", "runtime/cache.py", "runtime/tracking.py", "runtime/watchdog.py", "runtime/guardian.py"}
-    allowed |= {"runtime/checkpoint.py", "runtime/folder.py"}
+    allowed |= {"runtime/checkpoint.py", "runtime/folder.py", "doctor/probes.py"}
     package = Path(files.__file__).parent
     writes = (".write_text(", ".write_bytes(", '.open("w"', "savefig(Path", ".save(Path(", "save_file(")
     found = {}
