@@ -208,7 +208,7 @@ def _closed_pipe() -> int:
 
 
 READERS = {
-    "a pipe that is closed": _closed_pipe,
+    "a closed pipe": _closed_pipe,
     "a full disk": lambda: os.open("/dev/full", os.O_WRONLY),
     "none": None,
 }
