@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 INT64 = 1 << 63
+FLOAT32 = 3.4e38  # what tensors can hold
 RANGE = "range"  # the key of a field's metadata
 
 
@@ -28,6 +29,8 @@ class Range:
             return f"must be a number, got nan: give {self}"
         if isinstance(value, float) and math.isinf(value) and not self.infinite:
             return f"must be finite, got {value}: give {self}"
+        if isinstance(value, float) and FLOAT32 < abs(value) < math.inf:
+            return f"must be at most {FLOAT32:g} in size, which float32 can hold, got {value}"
         if isinstance(value, int) and not -INT64 <= value < INT64:
             return f"must fit 64 bits (-2**63 to 2**63 - 1), got a number of {len(bin(abs(value))) - 2} bits"
         low = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)

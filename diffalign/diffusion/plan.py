@@ -19,6 +19,7 @@ from diffalign.diffusion.steps import Transition, transition
 from diffalign.structures import Level
 
 MAX_STEPS = 10_000  # more than any schedule has levels
+MIN_NOISE_LEVEL, MAX_NOISE_LEVEL = 1e-6, 100.0  # beyond them densities have no finite value in float32
 ODE_SOLVERS = ("ode", "dpmpp_2m")
 # The stochastic solvers, each with the noise level that its paper trains with.
 PUBLISHED_NOISE_LEVEL: dict[str, float] = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0}
@@ -242,6 +243,12 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"solver must be stochastic ({', '.join(PUBLISHED_NOISE_LEVEL)}), got {options['solver']!r}")
     if options.get("ode_solver", "ode") not in ODE_SOLVERS:
         raise ValueError(f"ode_solver must be one of {', '.join(ODE_SOLVERS)}, got {options['ode_solver']!r}")
+    noise_level = options.get("noise_level")
+    if noise_level and not MIN_NOISE_LEVEL <= noise_level <= MAX_NOISE_LEVEL:
+        raise ValueError(
+            f"plan.noise_level must lie in [{MIN_NOISE_LEVEL:g}, {MAX_NOISE_LEVEL:g}], got {noise_level}: "
+            f"{PUBLISHED_NOISE_LEVEL[options['solver']]} is what the paper of {options['solver']!r} trains with"
+        )
     for name in ("window_size", "window_stride", "shift_every"):
         if options.get(name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {options[name]}")

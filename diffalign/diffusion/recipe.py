@@ -14,6 +14,7 @@ from diffalign.diffusion.plan import MAX_STEPS
 from diffalign.diffusion.recipe_config import RecipeConfig
 from diffalign.diffusion.unroll import Course, Move
 
+MAX_COPIES = 1000
 SEES = ("sample", "predicted", "recovered", "straight_through")
 CHOICES = ("last", "spaced", "random")
 GUIDANCES = ("off", "detached", "full")
@@ -92,7 +93,7 @@ class Recipe:
             ),
             (not 0 < self.grad_scale < math.inf, f"grad_scale must be positive, got {self.grad_scale}"),
             (not 0 <= self.gradient_steps <= self.num_steps, f"gradient_steps lies in 0..{self.num_steps}"),
-            (self.copies < 0, f"copies must be 0 or more, got {self.copies}"),
+            (not 0 <= self.copies <= MAX_COPIES, f"copies lies in 0..{MAX_COPIES}, got {self.copies}"),
             (self.regulariser_weight < 0, f"regulariser_weight must be 0 or more, got {self.regulariser_weight}"),
             (self.gap_floor is not None and not self.gap_floor > 0, f"gap_floor must be positive: {self.gap_floor}"),
             (

@@ -29,8 +29,8 @@ class EvaluationConfig:
     )
     model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    max_sequence_length: int | None = option(None, "text tokens per prompt")
-    resolution: int | None = option(None, "side of the square images, in pixels")
+    max_sequence_length: int | None = option(None, "text tokens per prompt", ge=1, le=100_000)
+    resolution: int | None = option(None, "side of the square images, in pixels", ge=1, le=100_000)
     prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
     limit: int | None = option(None, "at most so many prompts, spread evenly over the file")
     rewards: tuple[str, ...] | None = option(

@@ -75,12 +75,12 @@ def _score(
     return Scores(found)
 
 
-def check_unscored(share: float, limit: float) -> None:
-    """ValueError where rewards failed on a larger share of the images than ``limit``."""
+def check_unscored(share: float, limit: float, hint: str = "") -> None:
+    """ValueError where rewards failed on a larger share of the images than ``limit``. hint: ends its message."""
     if share > limit:
         raise ValueError(
             f"rewards failed on {share:.0%} of the images, more than max_unscored {limit:.0%}: "
-            "mend the reward (warnings above name the samples), or raise max_unscored"
+            "mend the reward (warnings above name the samples), or raise max_unscored" + hint
         )
 
 

@@ -20,6 +20,12 @@ class NotFinite(FloatingPointError):
     exit_code = NOT_FINITE
 
 
+class CannotTrain(RuntimeError):
+    """A check before or after the first update failed; the message names settings to change."""
+
+    exit_code = 1
+
+
 class OutOfMemory(RuntimeError):
     """A batch did not fit; the message names settings to change, with numbers to try."""
 

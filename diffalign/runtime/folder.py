@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ try:
 except ImportError:  # Windows, where two runs in a folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
+LOCK = ".diffalign.lock"
 
 
 class FolderBusy(ValueError):
@@ -55,14 +56,15 @@ def _check_writable(folder: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """An open, locked file. Its last owner may have removed it meanwhile: then the lock is worth nothing, and is taken
-    anew."""
+    """Return an open, locked file; one that its last owner removed meanwhile is worth nothing, and is opened again."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
         except OSError as error:
+            raise ValueError(f"{path} cannot be opened ({error.strerror}): remove it, or choose another one") from error
+        try:
+            _hold(handle)
+        except BlockingIOError as error:
             owner = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
             raise FolderBusy(
@@ -70,7 +72,20 @@ def _lock(path: Path) -> int:
             ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk; the name of the owner is for messages only
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle
         os.close(handle)
+
+
+def _hold(handle: int) -> None:
+    """Lock an open file. BlockingIOError: another process holds it. File systems without locks lock nothing."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        warnings.warn(f"locks do not work there ({error.strerror}): start one run only in this folder", stacklevel=4)

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from diffalign.config import to_dict
 from diffalign.runtime import checkpoint, saving
+from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
-from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
+from diffalign.runtime.exits import CannotTrain, Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
 from diffalign.runtime.folder import claimed
 from diffalign.runtime.guard import STREAK, Guard, first_bad
 from diffalign.runtime.memory import advice, batch_name, memory_errors
@@ -79,7 +80,7 @@ class Loop:
         self.step = self.iteration = self.update = 0
         self.evaluated = -1
         self.collected: Metrics | None = None
-        self.stop_agreed = False
+        self.stop_agreed = self.applying = False
         self.saved = (0, 0, -1)  # the place of the last checkpoint
         self.pictured = False  # whether this process has evaluated
         self.failed_saves = 0
@@ -110,11 +111,28 @@ class Loop:
                     self._train()
             except StopRequested:
                 self._leave()
-            except (NotFinite, SaveFailed, OutOfMemory):
-                raise
+            except (NotFinite, SaveFailed, CannotTrain):
+                raise  # whose checkpoints are written already, or cannot be
             except Exception as error:
                 self._blame_weights(error)
+                self._save_before_end()
                 raise
+
+    def _save_before_end(self) -> None:
+        """Save the steps that are done before an error ends the run; of several processes others may be elsewhere."""
+        if self.accelerator.num_processes > 1 or self.applying or not self.step or self.saved == self._place():
+            return
+        with contextlib.suppress(Exception):  # the error itself matters more than one that it causes
+            self.optimizer.zero_grad(set_to_none=True)
+            self.say(f"step {self.step} is saved before the run ends: {self.save()}")
+
+    def diverged(self, what: str) -> NotFinite:
+        """Return the error to raise where images or losses are not finite though no step was refused."""
+        if not self.taken:
+            text = f"{what} before the first update: lower guidance_scale, or set mixed_precision: no"
+        else:
+            text = f"{what} after {self.taken} updates: the model has diverged; lower learning_rate"
+        return NotFinite(f"{text}; last good checkpoint: {self._last_good()}{extremes(self.args)}")
 
     def _blame_weights(self, error: Exception) -> None:
         """Raise NotFinite where the weights are not finite: whatever failed afterwards, failed because of that."""
@@ -122,8 +140,8 @@ class Loop:
         if bad is not None and self.step:
             raise NotFinite(
                 f"the trained weights are not finite after step {self.step}: lower learning_rate "
-                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}. "
-                f"What failed on them: {type(error).__name__}: {str(error)[:300]}"
+                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}"
+                f"{extremes(self.args)}. What failed on them: {type(error).__name__}: {str(error)[:300]}"
             ) from error
 
     @property
@@ -243,20 +261,27 @@ class Loop:
 
     def _close_update(self, metrics: Metrics, collected: Metrics, bar: tqdm) -> None:
         """What follows an optimizer step, after which the run is whole again."""
-        self.task.after_update(self.step, metrics)
-        if self.taken == 1 and "skipped" not in metrics:
-            self.task.after_first_update()
+        failed = None
+        try:
+            self.task.after_update(self.step, metrics)
+            if self.taken == 1 and "skipped" not in metrics:
+                self.task.after_first_update()
+        except Exception as error:  # the step is taken all the same, and its figures are logged
+            failed = error
         self._record({**collected, **metrics})
         collected.pop("time/collect", None)  # counted once, however many updates follow
         self.update += 1
         self.whole = self.task.state()
+        self.applying = False
+        if failed is not None:
+            raise failed
         bar.update()
         bar.set_postfix_str(progress({**collected, **metrics}))
         if self.guard.bad >= (STREAK if self.accelerator.scaler is None else SCALER_STREAK):
             self.save()
             raise NotFinite(
                 f"{self.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; "
-                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}"
+                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}{extremes(self.args)}"
             )
         if self.stop_agreed:
             raise StopRequested
@@ -316,6 +341,7 @@ class Loop:
         *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
         *shares, stop = values[len(names) :]
         self.stop_agreed = stop > 0
+        self.applying = True  # until the step is logged and counted, the run is between two states
         reason = self.guard.reason(shares)
         self._apply(reason, norm)
         row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
@@ -419,7 +445,7 @@ class Loop:
             path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
                                    keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
         except NotFinite as error:
-            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}") from error
+            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}{extremes(self.args)}") from error
         except OSError as error:
             self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
             return None

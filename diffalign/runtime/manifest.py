@@ -102,12 +102,10 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def _uncovered(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    """Files that ``checkpoint.load`` would read and the manifest does not list."""
+    """List files that ``checkpoint.load`` would read and the manifest does not have."""
     try:
         groups = json.loads(read_regular(folder / STATE))[GROUPS] if STATE in files else []
-        if not isinstance(groups, list) or not all(isinstance(name, str) for name in groups):
-            raise TypeError(f"{GROUPS} is not a list of names")
-    except Exception as error:
-        return [f"{folder / STATE} is unreadable ({type(error).__name__}: {str(error)[:200]})"]
-    loaded = [STATE, *(f"{name}.safetensors" for name in groups)]
+        loaded = [STATE, *(f"{name}.safetensors" for name in groups)]
+    except Exception:  # its bytes are as signed; ``load`` says why they are no state
+        return []
     return [f"{folder / name} is not in {MANIFEST}" for name in loaded if name not in files]

@@ -30,7 +30,9 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.probe import try_rewards
 from diffalign.rewards.record import reward_record
 from diffalign.rollout.sampler import micro_batches
+from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
+from diffalign.runtime.exits import CannotTrain
 from diffalign.runtime.loop import Metrics, Micro, indexed, restore
 from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt
@@ -284,7 +286,7 @@ class DiffusionDPOTrainer(Trainer):
             return
         worst = max(side.shift.abs().max().item() for side in self.tracked)
         if worst > 0:
-            raise RuntimeError(
+            raise CannotTrain(
                 f"policy and reference differ by {worst:.2e} before the first update: dropout or another source of "
                 "randomness in the denoiser is on; turn it off"
             )
@@ -295,7 +297,7 @@ class DiffusionDPOTrainer(Trainer):
         now, _ = self.denoise(torch.arange(len(self.tracked[0].output)), 0)
         same = all(torch.equal(a.output, b.output) for a, b in zip(now, self.tracked, strict=True))
         if same and self.examples.weight.any():
-            raise RuntimeError(
+            raise CannotTrain(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision"
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
             )

@@ -51,14 +51,16 @@ class DiffusionDPOConfig(RolloutConfig):
     beta: float | None = option(None, "strength of the preference, in units of errors; default: the loss's own")
     reduction: Literal["mean", "sum"] = option("mean", "of squared errors over an image's dimensions")
     loss_options: dict[str, float | str] = option({}, "of the loss, e.g. {smoothing: 0.1}")
-    max_margin: float | None = option(None, "margins beyond this have no gradient", infinite=True)
-    winner_mu: float | None = option(None, "Diffusion-SDPO: share of the winner's descent that the loser must leave")
+    max_margin: float | None = option(None, "margins beyond this have no gradient", gt=0, infinite=True)
+    winner_mu: float | None = option(
+        None, "Diffusion-SDPO: share of the winner's descent that the loser must leave", ge=0, le=1
+    )
     winner_weight: float = option(0.0, "of ordinary fine-tuning on winners, added to the loss")
     anchor_weight: float = option(0.0, "of the squared distance to the reference's output, added to the loss")
     auto_beta: float | None = option(
-        None, "0.2: beta follows the margins, so that this is the gradient factor of a usual pair"
+        None, "0.2: beta follows the margins, so that this is the gradient factor of a usual pair", gt=0, lt=0.5
     )
-    auto_beta_range: tuple[float, float] = option((1.0, 10000.0), "within these")
+    auto_beta_range: tuple[float, float] = option((1.0, 10000.0), "within these", gt=0)
     reference_decay: float = option(0.0, "the reference is this average of the policy; 0: the model as it began")
     reference_steps: int = option(0, "the reference becomes the policy every so many optimizer steps; 0: never")
     bins: int = option(5, "margins are logged by noise level in so many parts", le=1000)

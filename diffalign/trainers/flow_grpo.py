@@ -28,6 +28,8 @@ from diffalign.rewards.record import reward_record
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
 from diffalign.rollout.dealing import at_home, deal, exchange
 from diffalign.rollout.sampler import micro_batches
+from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.exits import CannotTrain
 from diffalign.runtime.loop import Metrics, Micro
 from diffalign.runtime.origin import digest
 from diffalign.structures import Level, Prompt, StepResult
@@ -226,9 +228,10 @@ class FlowGRPOTrainer(Trainer):
             drift[step] = (result.log_prob - self.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
-            raise RuntimeError(
+            raise CannotTrain(
                 f"replayed log-probs drift by more than a tenth of the clip range {self.clip:.2e} ({table}): set "
                 "old_log_prob: recompute, or make train_batch_size equal to rollout_batch_size and train in float32"
+                + extremes(self.args)
             )
         self.tracked = (samples, self.rollout.route.plan.trained_steps[0])
         self.first_log_prob = self._replay(self.buffer, *self.tracked)[0].log_prob
@@ -238,9 +241,9 @@ class FlowGRPOTrainer(Trainer):
         """The canary: an update with a gradient must have changed what the denoiser says."""
         now = self._replay(self.buffer, *self.tracked)[0].log_prob
         if torch.equal(now, self.first_log_prob):
-            raise RuntimeError(
+            raise CannotTrain(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision"
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
             )
 
     @property

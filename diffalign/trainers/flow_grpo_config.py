@@ -15,7 +15,7 @@ class FlowGRPOConfig(RolloutConfig):
 
     train_batch_size: int = option(64, "images per forward pass while training")
     loss: Literal["flow_grpo", "grpo_guard"] = option("flow_grpo", "clipped surrogate, or with a guarded ratio")
-    clip_range: float = option(1.0, "clip range of the ratio, in clip_unit; .inf: no clip", infinite=True)
+    clip_range: float = option(1.0, "clip range of the ratio, in clip_unit; .inf: no clip", gt=0, infinite=True)
     clip_unit: Literal["joint", "per_dim"] = option("joint", "nats of an image's log-ratio, or per latent dimension")
     filter_zero_advantage: bool = option(
         True, "leave images without an advantage out of the update, unless kl_beta needs them"

@@ -28,6 +28,8 @@ from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.collect import Addresses
 from diffalign.rollout.sampler import Route, micro_batches
 from diffalign.rollout.scoring import RewardWarning, check_unscored
+from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.exits import CannotTrain
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
 from diffalign.structures import Guidance, Level, Prompt
@@ -264,7 +266,9 @@ class ReFLTrainer(Trainer):
         self.moved = metrics["grad_norm"] > 0
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
-        check_unscored(metrics["unscored"], self.args.max_unscored)
+        if metrics["unscored"] and not all(batch.buffer.x.isfinite().all() for batch in self.batches):
+            raise self.loop.diverged("the model's images are not finite")  # no fault of the rewards
+        check_unscored(metrics["unscored"], self.args.max_unscored, extremes(self.args))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is watched."""
@@ -298,7 +302,7 @@ class ReFLTrainer(Trainer):
     def after_first_update(self) -> None:
         """The canary: an update with a gradient must have changed what the denoiser says."""
         if torch.equal(self._output(), self.first_output) and self.moved:
-            raise RuntimeError(
+            raise CannotTrain(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision"
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
             )

@@ -21,6 +21,7 @@ from diffalign.rollout.collect import Addresses, rollouts
 from diffalign.rollout.sampler import Route
 from diffalign.rollout.scoring import ScoreBook, check_unscored
 from diffalign.rollout.storage import pinned
+from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.loop import Metrics
 from diffalign.structures import Conditioning, Prompt
 from diffalign.trainers.base import Trainer
@@ -78,7 +79,9 @@ class Collector:
         extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
         if args.save_rollouts:
             self._save(buffer, torch.cat(book.images))
-        check_unscored(metrics["unscored"], args.max_unscored)
+        if metrics["unscored"] and not buffer.x[buffer.leaves].isfinite().all():
+            raise trainer.loop.diverged("the model's images are not finite")  # no fault of the rewards
+        check_unscored(metrics["unscored"], args.max_unscored, extremes(args))
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
 

@@ -29,8 +29,12 @@ class TrainerConfig(TrainingConfig):
 
     model: str = option("", "folder in diffusers' layout, or a hub id")
     revision: str | None = option(None, "branch, tag or commit of a hub model; config.yaml keeps the commit it was")
-    max_sequence_length: int | None = option(None, "text tokens per prompt; default: the pipeline's own")
-    resolution: int | None = option(None, "side of the square images, in pixels; default: the pipeline's own")
+    max_sequence_length: int | None = option(
+        None, "text tokens per prompt; default: the pipeline's own", ge=1, le=100_000
+    )
+    resolution: int | None = option(
+        None, "side of the square images, in pixels; default: the pipeline's own", ge=1, le=100_000
+    )
     lora: LoraConfig = option(LoraConfig(), "the adapter")
     schedule: str = option("pipeline", "pipeline: the scheduler's own sigmas; uniform: sigmas = linspace(1, 1/N, N)")
     guidance_scale: float | None = option(

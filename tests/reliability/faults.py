@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import resource
@@ -123,7 +124,7 @@ def signalled(target: str, phase: str, number: int, second: float | None = None)
     run(Path(target), hook)
 
 
-def signals_one(target: str) -> None:
+def signals_one(target: str, number: int = signal.SIGTERM) -> None:
     """Process 1 of two is told to stop in the midst of an update."""
     seen = 0
 
@@ -131,7 +132,7 @@ def signals_one(target: str) -> None:
         nonlocal seen
         seen += name == "backward"
         if name == "backward" and seen == 6 and task.loop.accelerator.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     run(Path(target), hook)
 
@@ -198,3 +199,49 @@ def loads(number: int) -> None:
 
     cli.TRAINERS["flow_grpo"] = (cli.TRAINERS["flow_grpo"][0], Slow)
     sys.exit(cli.main(["train", "flow_grpo"]))
+
+
+def _closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+READERS = {
+    "a closed pipe": _closed_pipe,
+    "a full disk": lambda: os.open("/dev/full", os.O_WRONLY),
+    "none": None,
+}
+
+
+def to_nobody(target: str, reader: str) -> None:
+    """A run whose output leads to where nobody reads it, from its first line on."""
+    make = READERS[reader]
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if make is None:
+            os.close(number)
+            setattr(sys, name, None), setattr(sys, f"__{name}__", None)
+        else:
+            os.dup2(make(), number)
+    run(Path(target), lambda phase, task: task.loop.say(phase * 500))
+
+
+def holds_the_lock_of_python(target: str, limit: float) -> None:
+    """A reward that hangs in C code and lets no other thread run."""
+
+    def hook(phase: str, task: NullTask) -> None:
+        if phase == "reward" and task.loop.step == 4:
+            ctypes.PyDLL(None).sleep(1000)
+
+    run(Path(target), hook, hang_timeout=limit)
+
+
+def waits(target: str, limit: float) -> None:
+    """A run that says when it waits, for less than its limit."""
+
+    def hook(phase: str, task: NullTask) -> None:
+        if phase == "reward" and task.loop.step == 4:
+            Path(target, "waiting").touch()
+            time.sleep(0.3)
+
+    run(Path(target), hook, hang_timeout=limit)

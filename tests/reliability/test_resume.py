@@ -248,7 +248,7 @@ def test_r13_two_runs_in_one_folder_are_refused_and_a_dead_owner_does_not_count(
     with claimed(tmp_path):
         pass
     run(tmp_path)
-    assert not (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".diffalign.lock").exists()
 
 
 def worlds(name: str, folder: Path, counts: list[int], stops: list[int]) -> None:

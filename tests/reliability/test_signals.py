@@ -1,5 +1,6 @@
 """R15 to R19: signals, lost processes and rewards that never answer."""
 
+import math
 import os
 import random
 import signal
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from diffalign.runtime import checkpoint
+from diffalign.runtime.signals import STOPPING, Signals
+from diffalign.runtime.watchdog import Watchdog
 from tests.conftest import ROOT
 from tests.reliability import faults
 from tests.reliability.compare import same_run
@@ -29,7 +32,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize("phase", PHASES[:-1])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_r15_a_signal_in_any_phase_saves_and_says_how_to_go_on(tmp_path, straight, phase, number):
     child = Child(tmp_path, faults.signalled, str(tmp_path), phase, number)
     begun = time.perf_counter()
@@ -46,10 +49,34 @@ def test_r15_a_signal_in_any_phase_saves_and_says_how_to_go_on(tmp_path, straigh
     same_run(tmp_path, straight)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(number, 128 + number) for number in STOPPING])
 def test_r15_the_command_line_leaves_with_its_code_while_it_loads(tmp_path, number, code):
     child = Child(tmp_path, faults.loads, number)
     assert child.wait() == code, child.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_r15_a_warning_that_comes_twice_does_not_cut_the_save_short(tmp_path, number):
+    """A terminal that closes sends SIGHUP twice; Slurm sends SIGTERM some time after its warning."""
+    for second in (number, signal.SIGTERM):
+        folder = tmp_path / second.name
+        child = Child(folder, faults.stops_slowly, str(folder))
+        child.until(lambda child=child: "going" in child.text)
+        child.kill(number)
+        child.until(lambda child=child: "saving and stopping" in child.text)
+        child.kill(second)
+        assert child.wait() == 128 + number, child.text
+        assert checkpoint.load(checkpoint.latest(folder))[1]["step"] >= 4
+
+
+def test_r15_a_hang_up_that_nohup_ignores_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_r16_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_sound(tmp_path):
@@ -73,10 +100,11 @@ def test_r16_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_sound(tm
 
 
 @pytest.mark.slow
-def test_r17_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_r17_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, number):
     begun = time.perf_counter()
-    children = several(2, tmp_path, faults.signals_one, str(tmp_path))
-    assert [child.wait() for child in children] == [143, 143]
+    children = several(2, tmp_path, faults.signals_one, str(tmp_path), number)
+    assert sorted(child.wait() for child in children) == sorted([143, 128 + number])
     assert time.perf_counter() - begun < 30
     newest = checkpoint.latest(tmp_path)
     assert checkpoint.load(newest)[1]["step"] == 3
@@ -121,3 +149,47 @@ def test_r19_a_reward_that_hangs_ends_the_run_with_all_stacks(tmp_path):
     assert checkpoint.latest(tmp_path).name == "checkpoint-4"
     run(tmp_path, hang_timeout=3600.0)
     assert torch.tensor(checkpoint.load(checkpoint.latest(tmp_path))[1]["step"]) == 8
+
+
+def test_r19_a_hang_that_holds_the_lock_of_python_ends_the_run_with_all_stacks(tmp_path):
+    child = Child(tmp_path, faults.holds_the_lock_of_python, str(tmp_path), 1.0)
+    assert child.wait() == -signal.SIGKILL, "nothing in the process can exit any more"
+    (file,) = tmp_path.glob("stacks-*.txt")
+    for said in (child.text, file.read_text()):
+        assert "in hook" in said
+        assert "watchdog.py" in said
+    assert "no progress for 1 s (hang_timeout)" in child.text
+    assert checkpoint.latest(tmp_path).name == "checkpoint-4"
+
+
+def test_r19_a_run_that_is_suspended_for_longer_than_the_limit_goes_on(tmp_path):
+    child = Child(tmp_path, faults.waits, str(tmp_path), 1.0)
+    child.until((tmp_path / "waiting").exists)
+    child.kill(signal.SIGSTOP)
+    time.sleep(3)
+    child.kill(signal.SIGCONT)
+    assert child.wait() == 0, child.text
+    assert (tmp_path / "done.txt").read_text() == "8"
+
+
+@pytest.mark.parametrize("limit", [0.0, math.inf, 1e38, 1e300, float("nan")])
+def test_r19_the_watchdog_survives_any_limit(tmp_path, limit):
+    with Watchdog(limit, tmp_path) as watchdog:
+        watchdog.beat()
+        time.sleep(0.05)
+    with watchdog:
+        watchdog.beat()
+
+
+def test_r19_a_load_that_reads_is_alive_and_one_that_does_not_is_not(tmp_path, monkeypatch):
+    ended, read = [], [0]
+    monkeypatch.setattr("diffalign.runtime.watchdog._traffic", lambda: lambda: read[0])
+    watchdog = Watchdog(0.3, tmp_path, loading=True)
+    monkeypatch.setattr(watchdog, "_end", lambda: ended.append(True))
+    with watchdog:
+        for _ in range(8):
+            read[0] += 1 << 21
+            time.sleep(0.1)
+        assert not ended
+        time.sleep(0.8)
+        assert ended

@@ -47,6 +47,33 @@ def test_rows_are_counted(trust):
     assert 1 in found["not_run"]
 
 
+def test_what_was_tried_counts_as_right_only_where_its_test_passed(trust):
+    found = trust.summary(
+        [
+            noted("tests/reliability/test_hostile_settings.py::test_a[x]", settings=300, settings_right=300),
+            noted("tests/reliability/test_damaged_folders.py::test_a[x]", folders=1, folders_right=1),
+            noted("tests/reliability/test_damaged_folders.py::test_a[y]", "failure", folders=1),
+            noted("tests/rewards/test_load.py::test_b", requests=1640, requests_answered=1640),
+        ]
+    )
+    assert found["tried"] == {
+        "settings": {"tried": 300, "right": 300},
+        "folders": {"tried": 2, "right": 1},
+        "attacks": {"tried": 0, "right": 0},
+        "requests": {"tried": 1640, "right": 1640},
+    }
+    assert set(trust.TRIED.values()) < set(trust.COUNTS)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(range(1, 42), 1), ([2], 0)])
+def test_sweeps_belong_to_no_row_and_come_with_all(trust, tmp_path, rows, expected):
+    items = [SimpleNamespace(nodeid=f"{trust.SWEEPS[0]}::test_a")]
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    trust.Watcher(trust.Ledger(tmp_path / "tests.jsonl"), rows, 0, 1).pytest_collection_modifyitems(config, items)
+    assert len(items) == expected
+    assert all((ROOT / file).is_file() for file in trust.SWEEPS)
+
+
 def test_what_has_passed_is_not_run_again_and_several_share_the_rest(trust, tmp_path):
     ledger = trust.Ledger(tmp_path / "tests.jsonl")
     items = [SimpleNamespace(nodeid=f"tests/reliability/test_x.py::test_r{row}_it") for row in (1, 2, 8, 9, 10, 11)]

@@ -1,0 +1,114 @@
+"""A run goes on with the model, data and judges that it began with, or is refused by the name of what changed."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from diffalign.runtime.origin import check_origin
+from tests.conftest import PIPELINE, PROMPTS
+from tests.reliability.trainers import TRAINERS, held_out, short
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Copies of all that runs depend on, small enough to change."""
+    shutil.copytree(PIPELINE, tmp_path / "model")
+    shutil.copy(PROMPTS / "shapes_train.jsonl", tmp_path / "prompts.jsonl")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(6):
+        names = [f"images/{number}-{side}.png" for side in "ab"]
+        for side, name in enumerate(names):
+            Image.new("RGB", (64, 64), (40 * number, 200 * side, 90)).save(tmp_path / name)
+        rows.append({"prompt": f"a shape {number}", "image_0": names[0], "image_1": names[1], "label": number % 2})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text("def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    return tmp_path
+
+
+def args_of(name, world):
+    changes = {"model": str(world / "model"), "eval_prompts": held_out(world), "eval_rewards": ("brightness",)}
+    settings = TRAINERS[name].settings
+    if "train_prompts" in settings:
+        changes["train_prompts"] = world / "prompts.jsonl"
+    if "train_data" in settings:
+        changes["train_data"] = (str(world / "pairs.jsonl"),)
+    if name == "flow_grpo":
+        changes |= {"rewards": {f"{world}/judge.py:bright": 1.0}, "allow_reward_code": True}
+    return short(name, world / "run", **changes)
+
+
+def swap_labels(world):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rows[3]["label"] = 1 - rows[3]["label"]
+    (world / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace_picture(world):
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(world / "images" / "4-b.png")
+
+
+def change_weights(world):
+    (path,) = (world / "model" / "transformer").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def append(name, text):
+    def change(world):
+        with (world / name).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+CHANGES = [
+    *((name, "model", change_weights) for name in TRAINERS),
+    *((name, "eval_prompts", append("held_out.txt", "one more\n")) for name in TRAINERS),
+    ("flow_grpo", "train_prompts", append("prompts.jsonl", '{"prompt": "one more"}\n')),
+    ("online_dpo", "train_prompts", append("prompts.jsonl", '{"prompt": "one more"}\n')),
+    ("refl", "train_prompts", append("prompts.jsonl", '{"prompt": "one more"}\n')),
+    ("diffusion_dpo", "train_data", swap_labels),
+    ("diffusion_dpo", "samples of train_data", replace_picture),
+    ("flow_grpo", "reward file .*judge.py", append("judge.py", "# another judge\n")),
+]
+
+
+@pytest.mark.parametrize(("name", "named", "change"), CHANGES)
+def test_what_changed_since_a_checkpoint_is_named(name, named, change, world):
+    args = args_of(name, world)
+    then = json.loads(json.dumps(TRAINERS[name].make(args).loop.origin()))
+    again = TRAINERS[name].make(args)
+    assert not check_origin(then, again.loop.origin(), again.args)
+    change(world)
+    later = TRAINERS[name].make(dataclasses.replace(args))
+    now = later.loop.origin()
+    then["data_sha256"] = now["data_sha256"]  # which knows of some changes by itself
+    with pytest.raises(ValueError, match=rf"changed since this checkpoint was written: .*{named}.*restore these files"):
+        check_origin(then, now, later.args)
+
+
+def test_the_weights_of_a_judge_are_looked_at_before_it_is_loaded(tmp_path):
+    from diffalign.rewards.base import get_reward
+    from diffalign.trainers.contents import contents
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"1")
+    args = short("flow_grpo", tmp_path / "run")
+    rewards = {"look": get_reward("clipscore", path=str(tmp_path / "weights"))}
+    before = contents(args, rewards)
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"2")
+    after = contents(args, rewards)
+    assert [name for name in before if before[name] != after[name]] == [f"reward file {tmp_path / 'weights'}"]
+
+
+def test_checkpoints_from_before_know_no_contents_and_are_accepted(world):
+    args = args_of("refl", world)
+    trainer = TRAINERS["refl"].make(args)
+    now = trainer.loop.origin()
+    then = {name: value for name, value in now.items() if name != "contents"}
+    assert not check_origin(then, now, trainer.args)
