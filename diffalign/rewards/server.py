@@ -265,10 +265,10 @@ class Asked:
 
 def shown(error: Exception) -> str:
     """The message of ``error`` as a client may see it: on one line, bounded, without absolute paths of this machine."""
-    text = str(error)
-    for place in (str(Path.home()), str(Path.cwd()), sys.prefix):
+    text = PATH.sub("...", str(error))
+    for place in (str(Path.home()), str(Path.cwd()), sys.prefix):  # what stands in the middle of something else
         text = text.replace(place, "...") if len(place) > 1 else text
-    return printable(PATH.sub("...", text))
+    return printable(text)
 
 
 def _short(value: Any) -> str:
