@@ -50,12 +50,13 @@ ROWS = 41
 ELSEWHERE = {
     1: ["tests/runtime/test_checkpoint_crash.py"],
     26: [f"tests/trainers/test_{name}_processes.py" for name in ("flow_grpo", "diffusion_dpo", "refl")],
-    28: ["tests/rewards/test_contract.py"],
+    28: ["tests/rewards/test_contract.py", "tests/rewards/test_server.py"],
     30: ["tests/data/test_images.py"],
     31: ["tests/data/test_prompts.py"],
     36: ["tests/models/test_lora.py"],
 }
 COUNTS = ("kills", "points", "null_points", "damaged", "accepted", "canaries", "executed")
+COUNTS += ("attacks", "attacks_succeeded", "requests", "requests_answered")
 KILLS = "tests/reliability/kills.py::test_r2_kills"  # what they are called among the tests
 BY_KILLS = "::test_r2_two_hundred_kills"
 LIBRARIES = ("diffalign", "torch", "diffusers", "accelerate", "peft", "safetensors")
@@ -217,6 +218,10 @@ def summary(found: Sequence[Row]) -> Row:
         "damaged_checkpoints_accepted": counts["accepted"],
         "canaries_planted": counts["canaries"],
         "canary_pickles_executed": counts["executed"],
+        "attacks": counts["attacks"],
+        "attacks_succeeded": counts["attacks_succeeded"],
+        "requests": counts["requests"],
+        "requests_answered": counts["requests_answered"],
         "core_seconds": cost(found),
     }
 

@@ -193,7 +193,7 @@ def write(path, values):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-def test_a_file_runs_no_code_and_asks_no_server(attack, command, place, listener, capsys, record_property):
+def test_r34_a_file_runs_no_code_and_asks_no_server(attack, command, place, listener, capsys, record_property):
     seen = len(listener.seen)
     argv = COMMANDS[command](place, attack(place, listener.url))
     known = set(place.rglob("*"))

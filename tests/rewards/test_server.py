@@ -150,11 +150,13 @@ def bench():
         pytest.param(1640, 300, marks=pytest.mark.slow),
     ],
 )
-def test_all_of_64_in_flight_are_answered_beside_silent_clients(requests, silent, bench):
+def test_all_of_64_in_flight_are_answered_beside_silent_clients(requests, silent, bench, record_property):
     with running(RewardServer(rewards(), port=0)) as address, bench.clients(address, silent) as held:
         assert len(held) == silent
         ended, _, _ = bench.load(address, "light", requests, 64)
         own = [thread for thread in threading.enumerate() if thread.name.startswith(("reward", "requests"))]
+    record_property("requests", requests)
+    record_property("requests_answered", ended["answered"])
     assert ended == {"answered": requests}
     assert len(own) < 8
 
@@ -222,10 +224,10 @@ def test_a_reward_that_ends_its_thread_ends_one_request(error):
 
 @pytest.mark.parametrize("finishes", [True, False])
 def test_stopping_answers_what_is_under_way(finishes):
-    begun, go = threading.Event(), threading.Event()
+    started, go = threading.Event(), threading.Event()
 
     def slow(images, prompts, metadata):
-        begun.set()
+        started.set()
         go.wait(10)
         return light(images, prompts, metadata)
 
@@ -238,7 +240,7 @@ def test_stopping_answers_what_is_under_way(finishes):
     with running(server) as address:
         first = threading.Thread(target=client, args=(0,))
         first.start()
-        begun.wait(5)
+        started.wait(5)
         second = threading.Thread(target=client, args=(1,))
         second.start()
         time.sleep(0.1)
@@ -265,7 +267,7 @@ def test_the_command_ends_on_sigterm_with_its_port_free(monkeypatch, capsys):
     assert "rewards brightness at http://127.0.0.1:" in capsys.readouterr().out
 
 
-# What is said, and to whom --------------------------------------------------------------------------------------------
+# What is said ---------------------------------------------------------------------------------------------------------
 
 PATHS = [
     "/home/me/judge/head.pth",
