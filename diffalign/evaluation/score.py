@@ -19,6 +19,7 @@ from diffalign.evaluation.sources import Item
 from diffalign.rewards.base import Reward, get_reward, names, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
 from diffalign.rewards.pictures import Picture, as_image
+from diffalign.rewards.probe import try_rewards
 from diffalign.rewards.remote import RewardServer
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
@@ -168,6 +169,7 @@ def serve(config: ScoreConfig) -> None:
     """Offer the rewards of ``config`` until SIGINT or SIGTERM; requests under way are answered first."""
     token = token_from(config.token_env, "the server")
     rewards = config.build_rewards()
+    try_rewards(rewards, ())  # weights load before a client waits for them
     try:
         server = RewardServer(rewards, config.host, config.serve, config.batch_size, token, config.time_limit)
     except OSError as error:

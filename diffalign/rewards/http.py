@@ -196,7 +196,7 @@ class Handler:
 
 @dataclass
 class HTTPServer:
-    """Listens at ``host``:``port`` (0: a free port) from the start; ``serve_forever`` answers.
+    """Listens at ``host``:``server_port`` (of ``port`` 0 a free one) from the start; ``serve_forever`` answers.
 
     answer: what makes the reply to a request. handler: what reads them.
     """
@@ -211,15 +211,11 @@ class HTTPServer:
         """OSError: the place is taken, or not of this machine."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         self.socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+        self.server_port = int(self.socket.getsockname()[1])
         self.connections: set[asyncio.Task[None]] = set()
         self._stop_asked, self._done = False, threading.Event()
         self._done.set()
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def server_port(self) -> int:
-        """The port that it listens at."""
-        return int(self.socket.getsockname()[1])
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Answer requests until ``shutdown`` or, in the main thread, SIGINT or SIGTERM."""
@@ -249,7 +245,7 @@ class HTTPServer:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._loop.add_signal_handler(number, self.stopping.set)
-        server = await asyncio.start_server(self._connected, sock=self.socket.dup(), limit=MOST_HEADER, backlog=BACKLOG)
+        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MOST_HEADER, backlog=BACKLOG)
         await self.stopping.wait()
         server.close()
         if self.connections:

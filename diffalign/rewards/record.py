@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,8 @@ def _entry(name: str, reward: Reward, code: Mapping[str, str]) -> float | Reward
     made, options = getattr(reward, RECIPE, ("", {}))
     if made and made in REWARDS:
         factory = REWARDS[made].factory
+        while isinstance(factory, partial):
+            factory = factory.func
         spec = made if _is_installed(factory) else _place(getattr(factory, "__module__", ""), made, None)
         if spec and _is_plain(options):
             return 1.0 if spec == name and not options else RewardConfig(reward=spec, options=dict(options))

@@ -131,22 +131,22 @@ class RewardServer(HTTPServer):
         """What ``work`` returns. HTTPError: 503, its turn did not come or the server stops; 504, it takes too long."""
         job = lane.submit(work)
         stop = asyncio.ensure_future(self.stopping.wait())
-        begun, result = asyncio.wrap_future(job.begun), asyncio.wrap_future(job.result)
+        started, result = asyncio.wrap_future(job.started), asyncio.wrap_future(job.result)
         try:
-            await asyncio.wait((begun, stop), timeout=self.time_limit, return_when=asyncio.FIRST_COMPLETED)
-            if begun.done():
+            await asyncio.wait((started, stop), timeout=self.time_limit, return_when=asyncio.FIRST_COMPLETED)
+            if started.done():
                 await asyncio.wait((result, stop), timeout=self.time_limit, return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.wait((result,), timeout=0.9 * self.limits.stop if stop.done() else 0)
             if result.done():
                 return result.result()
-            if begun.done() and not stop.done():
+            if started.done() and not stop.done():
                 what = f"{lane.name} took more than {self.time_limit:g} seconds: ask for fewer images at once"
                 raise HTTPError(HTTPStatus.GATEWAY_TIMEOUT, what)
             why = "the server stops" if stop.done() else f"{lane.name} is busy"
             raise HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, f"{why}: try again")
         finally:
             job.dropped = True
-            for waiting in (stop, begun, result):
+            for waiting in (stop, started, result):
                 waiting.cancel()
 
     def _scored(self, asked: Asked) -> dict[str, Any]:
@@ -166,10 +166,10 @@ class RewardServer(HTTPServer):
 
 @dataclass
 class Job:
-    """Work that waits in a lane. begun: done when its turn comes. dropped: whether nobody waits for it any more."""
+    """Work that waits in a lane. started: done when its turn comes. dropped: whether nobody waits for it any more."""
 
     work: Callable[[], Any]
-    begun: Future[None]
+    started: Future[None]
     result: Future[Any]
     dropped: bool = False
 
@@ -205,10 +205,10 @@ class Lane:
 
     def _run(self) -> None:
         while (job := self.waiting.get()) is not None:
-            if job.dropped or not job.begun.set_running_or_notify_cancel():
+            if job.dropped or not job.started.set_running_or_notify_cancel():
                 continue
             self.current = job
-            job.begun.set_result(None)
+            job.started.set_result(None)
             try:
                 value, error = job.work(), None
             except BaseException as raised:  # a reward that calls sys.exit() must not end its lane
@@ -262,10 +262,10 @@ class Asked:
 
 def shown(error: Exception) -> str:
     """The message of ``error`` as a client may see it: on one line, bounded, without absolute paths of this machine."""
-    text = str(error)
-    for place in (str(Path.home()), str(Path.cwd()), sys.prefix):
+    text = PATH.sub("...", str(error))
+    for place in (str(Path.home()), str(Path.cwd()), sys.prefix):  # what stands in the middle of something else
         text = text.replace(place, "...") if len(place) > 1 else text
-    return printable(PATH.sub("...", text))
+    return printable(text)
 
 
 def _short(value: Any) -> str:

@@ -193,14 +193,14 @@ def write(path, values):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-def test_a_file_runs_no_code_and_asks_no_server(attack, command, place, listener, capsys, record_property):
+def test_r34_a_file_runs_no_code_and_asks_no_server(attack, command, place, listener, capsys, record_property):
     seen = len(listener.seen)
     argv = COMMANDS[command](place, attack(place, listener.url))
     known = set(place.rglob("*"))
     assert main(argv) == 2
     said = "".join(capsys.readouterr())
     record_property("attacks", 1)
-    record_property("attacks_succeeded", int((place / "canary").exists() or len(listener.seen) > seen))
+    record_property("attacks_refused", int(not (place / "canary").exists() and len(listener.seen) == seen))
     assert not (place / "canary").exists()
     assert len(listener.seen) == seen
     assert set(place.rglob("*")) == known, "a refused command leaves no trace"
