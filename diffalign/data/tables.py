@@ -126,7 +126,7 @@ def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> 
     if path.suffix or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(
             f"no preference data at {printable(source)}: check the path (relative to {Path.cwd()}), or name a hub id "
-            "such as yuvalkirstain/pickapic_v2"
+            "such as data-is-better-together/open-image-preferences-v1-binarized"
         )
     options = {"name": settings.subset, "revision": settings.revision}
     return _load(str(source), split=settings.split, streaming=streaming, **options), Path.cwd()
