@@ -62,6 +62,66 @@ def test_training_config_resolves(path, monkeypatch):
     assert not training_texts(args) & {p.text for p in load_prompts(args.eval_prompts)}
 
 
+# What a header promises --------------------------------------------------------------------------------------------
+
+# Data sets that are no longer on the hub.
+GONE = ("yuvalkirstain/pickapic_v1", "yuvalkirstain/pickapic_v2")
+# Of yifan123/flow_grpo: config/base.py and config/grpo.py, with the steps between evaluations in optimizer steps (two
+# an iteration), and the scripts' own LoRA, text tokens and moving average (0.9 every eight steps).
+FLOW_GRPO = {
+    "max_sequence_length": 128,
+    "resolution": 512,
+    "learning_rate": 3e-4,
+    "adam_weight_decay": 1e-4,
+    "max_grad_norm": 1.0,
+    "advantage_clip": 5.0,
+    "clip_range": 1e-4,
+    "clip_unit": "per_dim",
+    "advantage_std": "global",
+    "shared_start": False,
+    "updates_per_rollout": 2,
+}
+SD3 = {"lora": (32, 64.0, 10, 0.7), "guidance_scale": 4.5, "eval_num_steps": 40, "eval_steps": 120}
+MANY, FEW = {"num_groups": 48, "group_size": 24}, {"num_groups": 8, "group_size": 8, "train_batch_size": 8}
+PUBLISHED = {
+    **{f"sd35_medium_{task}_8gpu": SD3 | MANY | {"kl_beta": kl} for task, kl in (("ocr", 0.04), ("geneval", 0.04))},
+    "sd35_medium_pickscore_8gpu": SD3 | MANY | {"kl_beta": 0.01},
+    "sd35_medium_ocr_1gpu": SD3 | FEW | {"kl_beta": 0.04},
+    "flux1_dev_pickscore_8gpu": MANY
+    | {"lora": (64, 128.0, 6, 0.9), "embedded_guidance": 3.5, "eval_num_steps": 28, "eval_steps": 60, "kl_beta": 0.0}
+    | {"train_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_flow_grpo_are_the_authors(name):
+    args = parse(TRAINERS["flow_grpo"][0], ["--config", str(ROOT / f"configs/flow_grpo/{name}.yaml")])
+    wanted = FLOW_GRPO | PUBLISHED[name]
+    shape = (args.lora.rank, args.lora.alpha, args.plan.num_steps, args.plan.noise_level)
+    assert {key: shape if key == "lora" else getattr(args, key) for key in wanted} == wanted
+    assert args.ema_decay**8 == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem in PUBLISHED or "1gpu" in p.stem], ids=lambda p: p.stem)
+def test_a_header_says_what_differs_or_was_not_published(path):
+    header = path.read_text(encoding="utf-8").split("model:")[0]
+    if "image_reward" not in path.stem:
+        assert "epartures" in header
+    if path.stem in ("sd35_medium_geneval_1gpu", "sd35_medium_pickscore_1gpu"):
+        assert "were not published" in header
+        assert "as published" not in header
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_preset_names_data_that_are_gone(path):
+    assert not [name for name in GONE if name in path.read_text(encoding="utf-8")]
+
+
+def test_no_message_or_default_names_data_that_are_gone():
+    sources = [*(ROOT / "diffalign").rglob("*.py"), ROOT / "README.md"]
+    assert not [path for path in sources if any(name in path.read_text(encoding="utf-8") for name in GONE)]
+
+
 # Presets for one card: configs/<trainer>/<model>_<vram>gb.yaml ------------------------------------------------------
 
 # What a forecast leaves out must fit as well: activations, rewards, the CUDA context; a prompt has no activations to

@@ -188,7 +188,7 @@ def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> 
     if path.suffix or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(
             f"no preference data at {shorten(source)}: check the path (relative to {Path.cwd()}), or name a hub id "
-            "such as owner/name"
+            "such as data-is-better-together/open-image-preferences-v1-binarized"
         )
     options = {"name": settings.subset, "revision": settings.revision}
     loaded = _load(str(source), split=settings.split, streaming=streaming, **options)

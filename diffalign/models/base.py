@@ -132,6 +132,15 @@ class DiffusionModel(ABC):
         return self.encode([""])
 
     @property
+    @abstractmethod
+    def token_limit(self) -> int:
+        """Tokens that the text encoder with the longest view reads of a prompt, counted as ``count_tokens`` does."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a prompt for that encoder, with those that the pipeline adds."""
+
+    @property
     def idle_layers(self) -> tuple[str, ...]:
         """Layers whose output nothing reads. They are not trained: processes would wait for their gradients."""
         return ()

@@ -70,6 +70,11 @@ class FlowModel(DiffusionModel):
         return flow_level_at(time, self.num_train_timesteps)
 
     @property
+    def token_limit(self) -> int:
+        """``max_sequence_length``."""
+        return self.max_sequence_length
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens per prompt that the pipeline takes at most, or its text encoder where the pipeline does not say."""
         return 512

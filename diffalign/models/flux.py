@@ -44,6 +44,10 @@ class FluxModel(PackedFlowModel):
             )
         self.embedded_guidance = (3.5 if embedded_guidance is None else embedded_guidance) if told else None
 
+    def count_tokens(self, text: str) -> int:
+        """Count T5's tokens."""
+        return len(self.pipeline.tokenizer_2(text).input_ids)
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

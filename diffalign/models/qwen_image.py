@@ -36,6 +36,11 @@ class QwenImageModel(PackedFlowModel):
         last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"
 
+    def count_tokens(self, text: str) -> int:
+        """Count tokens behind the instruction, which the pipeline drops."""
+        whole = self.pipeline.prompt_template_encode.format(text)
+        return len(self.pipeline.tokenizer(whole).input_ids) - self.pipeline.prompt_template_encode_start_idx
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

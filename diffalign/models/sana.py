@@ -76,6 +76,11 @@ image = pipe(
         level = flow_levels(scheduler.sigmas, self.num_train_timesteps)
         return Level(level.alpha, level.sigma, torch.cat([scheduler.timesteps.double(), level.time[-1:]]))
 
+    def count_tokens(self, text: str) -> int:
+        """Count tokens behind the instruction, with the two that the pipeline counts for its ends."""
+        instruction, read = "\n".join(self.instruction), self.pipeline.tokenizer.encode
+        return len(read(instruction + text.lower().strip())) - len(read(instruction)) + 2
+
     def _encode(self, texts: Sequence[str], instruction: Sequence[str] | None) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             list(texts),

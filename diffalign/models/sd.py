@@ -72,6 +72,15 @@ class SDModel(DiffusionModel):
             conditioning = Conditioning({**conditioning.tensors, "scale": embedded}, conditioning.shared)
         return super().predict(x, level, conditioning, guidance)
 
+    @property
+    def token_limit(self) -> int:
+        """Positions of CLIP, 77, begin and end of the text included."""
+        return self.pipeline.tokenizer.model_max_length
+
+    def count_tokens(self, text: str) -> int:
+        """Count CLIP's tokens."""
+        return len(self.pipeline.tokenizer(text).input_ids)
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

@@ -35,6 +35,18 @@ class SD3Model(FlowModel):
         """Side of the square of latents that is one token."""
         return self.raw_denoiser.config.patch_size
 
+    @property
+    def token_limit(self) -> int:
+        """T5's ``max_sequence_length``; without T5, CLIP's positions."""
+        clip = self.pipeline.tokenizer
+        return clip.model_max_length if self.pipeline.text_encoder_3 is None else self.max_sequence_length
+
+    def count_tokens(self, text: str) -> int:
+        """Count T5's tokens; without T5, CLIP's."""
+        pipeline = self.pipeline
+        reader = pipeline.tokenizer if pipeline.text_encoder_3 is None else pipeline.tokenizer_3
+        return len(reader(text).input_ids)
+
     def check_resolution(self, resolution: tuple[int, int]) -> None:
         """Refuse (height, width) in pixels that are no whole tokens, or more than there are positions for."""
         super().check_resolution(resolution)

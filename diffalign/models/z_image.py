@@ -43,6 +43,14 @@ class ZImageModel(FlowModel):
         """``resolution``, else 1024."""
         return (self.resolution or 1024,) * 2
 
+    def count_tokens(self, text: str) -> int:
+        """Count tokens in the chat template."""
+        message = [{"role": "user", "content": text}]
+        whole = self.pipeline.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return len(self.pipeline.tokenizer(whole).input_ids)
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

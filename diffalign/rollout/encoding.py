@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import TEXT_ENCODERS
+from diffalign.models.quiet import quiet_libraries
 from diffalign.runtime.cache import TensorCache
 from diffalign.structures import Conditioning, Guidance
 
@@ -31,6 +33,7 @@ class EncodedPrompts:
         self._rows: dict[str, Conditioning] = {}
         self._prepared: frozenset[str] = frozenset()
         self._empty: Conditioning | None = None
+        self._warned = False
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """The conditioning of ``texts``, a row each, on the denoiser's device."""
@@ -53,14 +56,29 @@ class EncodedPrompts:
 
     def _encode(self, texts: Sequence[str], empty: bool = False) -> None:
         """Text encoders that leave the device come once for all of it."""
-        with self.model.keeping(TEXT_ENCODERS):
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        if new and not self._warned:
+            self._warn_of_length(new)
+        with self.model.keeping(TEXT_ENCODERS), quiet_libraries():
             if empty and self._empty is None:
                 self._empty = self._kept("unconditional", self.model.unconditional)
-            for text in dict.fromkeys(texts):
-                if text not in self._rows:
-                    # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend
-                    # on which others a run, or a resumed run, happens to meet for the first time along with it.
-                    self._rows[text] = self._kept(f"prompt {text}", lambda text=text: self.model.encode([text]))
+            for text in new:
+                # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend
+                # on which others a run, or a resumed run, happens to meet for the first time along with it.
+                self._rows[text] = self._kept(f"prompt {text}", lambda text=text: self.model.encode([text]))
+
+    def _warn_of_length(self, texts: Sequence[str]) -> None:
+        """Warn once, in the place of a line a prompt from each tokenizer, where the end of prompts is not read."""
+        limit = self.model.token_limit
+        with quiet_libraries():
+            long = [text for text in texts if self.model.count_tokens(text) > limit]
+        if long:
+            self._warned = True
+            warnings.warn(
+                f"{len(long)} of {len(texts)} prompts have more than the {limit} tokens that the model reads; their "
+                f"ends are ignored, such as of {long[0][:80]!r}. Prompts that are met later are not reported again",
+                stacklevel=2,
+            )
 
     def _kept(self, what: str, encode: Callable[[], Conditioning]) -> Conditioning:
         """One row, on the CPU: from disk, or what ``encode`` gives."""
