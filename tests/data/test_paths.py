@@ -4,6 +4,8 @@ import base64
 import os
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diffalign import media
