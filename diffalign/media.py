@@ -168,4 +168,4 @@ def reason(error: BaseException) -> str:
         return error.strerror.lower()
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
-    return shorten(str(error) or type(error).__name__)
+    return shorten(str(error) or type(error).__name__, 400)

@@ -53,7 +53,7 @@ class Fault(ValueError):
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
         assert kind in KINDS, kind
-        detail = shorten(detail, 400)
+        detail = shorten(detail, 500)
         super().__init__(f"{shorten(where, 600)}: {detail}")
         self.kind, self.where, self.detail = kind, where, detail
 
@@ -144,7 +144,7 @@ def fault_lines(faults: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if count := found["count"]:
             lines.append(f"{kind}: {count} ({KINDS[kind].meaning}; {found['action']})")
             lines += [
-                f"  {shorten(f'{where}: {detail}', 300)}" for where, detail in list(found["samples"].items())[:EXAMPLES]
+                f"  {shorten(f'{where}: {detail}', 600)}" for where, detail in list(found["samples"].items())[:EXAMPLES]
             ]
             lines += [f"  ... and {count - EXAMPLES} more"] if count > EXAMPLES else []
     return lines

@@ -206,7 +206,11 @@ def _pick(cell: Any, place: int | None) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    return not (_URL.match(text) or text.startswith("data:") or len(text) > 4096 or "\0" in text or _is_base64(text))
+    if _URL.match(text) or text.startswith("data:") or "\0" in text or len(text) > 4096:
+        return False
+    # Damaged base64 is no path either; that of a JPEG even begins with a slash.
+    damaged = len(text) > 255 and text.startswith(_IMAGE_STARTS) and "." not in text
+    return not damaged and not _is_base64(text)
 
 
 def _is_base64(text: str) -> bool:
