@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import Records
-from diffalign.data.rows import PROMPTS
-from diffalign.files import natural, printable, read_text, shorten, some
+from diffalign.data.rows import PROMPTS, as_text
+from diffalign.files import check_inside, natural, printable, read_text, shorten, some
 from diffalign.media import SUFFIXES, UNREADABLE_SUFFIXES
 
 SIDES = (("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("w", "l"))
@@ -118,11 +118,11 @@ def listed(folder: Path) -> Records | None:
     return Records(there) if there else None
 
 
-def folder_rows(folder: Path) -> tuple[list[dict[str, Any]], list[str]] | None:
+def folder_rows(folder: Path, anywhere: bool = False) -> tuple[list[dict[str, Any]], list[str]] | None:
     """Rows "name", "chosen", "rejected", "prompt", "metadata", and notes; None where the layout is another.
 
-    Paths are relative to the folder. A file without a partner is a row with None on the other side. ValueError: two
-    pictures with one stem, two layouts at once, or a text that is not UTF-8.
+    Paths are relative to the folder. A file without a partner is a row with None on the other side. anywhere: texts may
+    be links to files outside. ValueError: two pictures with one stem, two layouts at once, a text that is not UTF-8.
     """
     listing = Listing()
     there = visible(folder, listing)
@@ -134,9 +134,9 @@ def folder_rows(folder: Path) -> tuple[list[dict[str, Any]], list[str]] | None:
     if sides:
         others = [path for path in there if path.name not in (*sides[0], *LISTS)]
         listing.strange += [path.name for path in others]
-        rows = _two_sides(folder, *(folder / name for name in sides[0]), listing)
+        rows = _two_sides(folder, *(folder / name for name in sides[0]), listing, anywhere)
         return rows, listing.notes(folder)
-    found = [(path, _one_pair(path, listing)) for path in there if path.is_dir()]
+    found = [(path, _one_pair(path, listing, anywhere)) for path in there if path.is_dir()]
     if not any(row for _, row in found):
         return None
     listing.strange += [path.name for path, row in found if not row]
@@ -144,7 +144,7 @@ def folder_rows(folder: Path) -> tuple[list[dict[str, Any]], list[str]] | None:
     return [row for _, row in found if row], listing.notes(folder)
 
 
-def _two_sides(folder: Path, chosen: Path, rejected: Path, listing: Listing) -> list[dict[str, Any]]:
+def _two_sides(folder: Path, chosen: Path, rejected: Path, listing: Listing, anywhere: bool) -> list[dict[str, Any]]:
     entries = _listed(folder)
     files = [visible(side, listing, folder) for side in (chosen, rejected)]
     sides = [by_stem(path for path in side if is_picture(path) and not path.is_dir()) for side in files]
@@ -155,7 +155,8 @@ def _two_sides(folder: Path, chosen: Path, rejected: Path, listing: Listing) -> 
         entry = next((entries[name] for name in names if name in entries), {})
         used.update(names)
         beside = pair[0] or pair[1]
-        text = _text(chosen / f"{beside.stem}.txt" if beside else chosen) or _first(entry)
+        within = None if anywhere else folder
+        text = (caption(chosen / f"{beside.stem}.txt", within) if beside else None) or _first(entry)
         rows.append(_row(folder, stem, pair, text, entry.get("metadata")))
     captions = {path.stem for path in sides[0].values()} | {path.stem for path in sides[1].values()}
     listing.strange += [
@@ -182,7 +183,7 @@ def _first(entry: Mapping[str, Any]) -> Any:
     return next((entry[key] for key in PROMPTS if entry.get(key) is not None), None)
 
 
-def _one_pair(place: Path, listing: Listing) -> dict[str, Any] | None:
+def _one_pair(place: Path, listing: Listing, anywhere: bool) -> dict[str, Any] | None:
     own = Listing()
     there = visible(place, own, place.parent)
     files = by_stem(path for path in there if is_picture(path) and not path.is_dir())
@@ -192,7 +193,8 @@ def _one_pair(place: Path, listing: Listing) -> dict[str, Any] | None:
     read = {*(files[name] for name in names if name in files), place / "prompt.txt"}
     listing.hidden += own.hidden
     listing.strange += [str(path.relative_to(place.parent)) for path in there if path not in read]
-    return _row(place.parent, place.name, [files.get(name) for name in names], _text(place / "prompt.txt"), None)
+    text = caption(place / "prompt.txt", None if anywhere else place.parent)
+    return _row(place.parent, place.name, [files.get(name) for name in names], text, None)
 
 
 def _row(folder: Path, name: str, files: Sequence[Path | None], text: Any, metadata: Any) -> dict[str, Any]:
@@ -200,5 +202,17 @@ def _row(folder: Path, name: str, files: Sequence[Path | None], text: Any, metad
     return {"name": printable(Path(name)), "chosen": chosen, "rejected": rejected, "prompt": text, "metadata": metadata}
 
 
-def _text(path: Path) -> str | None:
-    return read_text(path).strip() if path.exists() and not path.is_dir() else None
+def caption(path: Path, within: Path | None) -> str | None:
+    """The text of a file; None where there is no regular file. within: the folder that must hold it, if any must.
+
+    ValueError: bytes that are not UTF-8, too long a text, a link that leads outside.
+    """
+    if not path.is_file():
+        return None
+    try:
+        if within is not None:
+            check_inside(path, (within,))
+        return as_text(read_text(path))
+    except ValueError as error:
+        named = str(error) if str(error).startswith(shorten(path)) else f"{shorten(path)}: {error}"
+        raise ValueError(named) from error

@@ -222,7 +222,7 @@ def _folder(path: Path, settings: PreferenceSettings, streaming: bool) -> Opened
     entries = listed(path)
     if entries and {"group", "rewards", "file_name"} <= set(entries.columns):
         return Opened(rollout_pairs(entries, settings.rollouts, shorten(path)), path)
-    if (found := folder_rows(path)) is not None:
+    if (found := folder_rows(path, settings.allow_outside)) is not None:
         return Opened(found[0], path, notes=tuple(found[1]))
     for place in (path, path / settings.split):
         if place.is_dir() and (entries := listed(place)) is not None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from diffalign import media
-from diffalign.data.folders import Listing, listed, pictures_below
+from diffalign.data.folders import Listing, caption, listed, pictures_below
 from diffalign.data.quarantine import DataWarning
 from diffalign.data.records import Records
 from diffalign.data.rows import PROMPTS, Row
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.tables import LOADERS, TEXTS, Table, open_table
-from diffalign.files import bounded, check_inside, printable, read_text, shorten, some
+from diffalign.files import bounded, check_inside, printable, shorten, some
 from diffalign.rewards.pictures import as_image, from_pil
 from diffalign.structures import ImageSource, Prompt
 
@@ -101,8 +101,8 @@ def _file(path: Path, within: Path | None) -> Item:
         return as_image(path)
 
     beside = path.with_suffix(".txt")
-    prompt = Prompt(read_text(beside).strip()) if beside != path and beside.is_file() else None
-    return Item(printable(path), load, prompt)
+    text = caption(beside, within) if beside != path else None
+    return Item(printable(path), load, None if text is None else Prompt(text))
 
 
 def _table(table: Table) -> Iterator[Item]:

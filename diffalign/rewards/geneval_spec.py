@@ -56,10 +56,10 @@ def _entry(
         raise ValueError(f'{where} is {shorten(repr(entry), 60)}; write {{"class": "bench", "count": 1}}')
     if unknown := [key for key in entry if key not in KEYS]:
         raise ValueError(f"{where} has the key {some(unknown)}; it can have {', '.join(KEYS)}")
-    if entry.get("class") not in classes:
+    if not isinstance(entry.get("class"), str) or entry["class"] not in classes:
         names = ", ".join(sorted(classes))
         raise ValueError(f"{who} knows no {shorten(repr(entry.get('class')), 40)}; it knows {shorten(names, 1200)}")
-    if "color" in entry and entry["color"] not in colors:
+    if "color" in entry and (not isinstance(entry["color"], str) or entry["color"] not in colors):
         raise ValueError(f"{who} knows no color {shorten(repr(entry['color']), 40)}; it knows {', '.join(colors)}")
     found = {**entry, "count": _whole(entry.get("count"), f"{where}.count", 1)}
     if "position" in entry:

@@ -11,6 +11,7 @@ from diffalign.data.quarantine import DataWarning
 from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
+from diffalign.evaluation.sources import read
 from diffalign.structures import Prompt
 from tests.data.made import encoded, jsonl
 
@@ -248,3 +249,20 @@ def test_check_counts_what_is_not_read(tmp_path, capsys):
     assert "1 hidden or system files not read: chosen/._1.jpg" in capsys.readouterr().out
     assert main(["check", str(folder)]) == 0
     assert ".labels" not in capsys.readouterr().out, "labels of our own are no clutter"
+
+
+@pytest.mark.parametrize("layout", [0, 1, 2])
+def test_a_text_is_no_link_to_a_file_elsewhere(layout, tmp_path):
+    """It would go to the reward as a prompt, wherever that is served."""
+    folder = [*layouts(tmp_path, ["1", "2"]), tmp_path / "sides/chosen"][layout]
+    secret, text = tmp_path / "secret.txt", folder / ["chosen/1.txt", "1/prompt.txt", "1.txt"][layout]
+    secret.write_text("a secret")
+    text.unlink()
+    text.symlink_to(secret)
+    with pytest.raises(ValueError, match=r"(1|prompt)\.txt: lies outside the folder of the data"):
+        load_pairs(folder) if layout < 2 else list(read(str(folder)))
+    if layout < 2:
+        data = load_pairs(folder, settings=PreferenceSettings(allow_outside=True))
+        assert data[0].prompt.text == "a secret"
+    else:
+        assert next(read(str(folder), allow_outside=True)).prompt.text == "a secret"
