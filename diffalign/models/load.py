@@ -109,11 +109,17 @@ def load_model(
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := given.keys() - inspect.signature(family).parameters:
         raise ValueError(f"model {path}: a {name} has no option {', '.join(sorted(unknown))}; leave it out")
-    told = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
+    quantised = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {path} ({name})", file=sys.stderr)
     with quiet_libraries() as lines:
-        pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **told, **family.load_options)
+        try:
+            pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **quantised, **family.load_options)
+        except (RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            why = (lines[-1] if lines else str(error))[:400]
+            raise ValueError(f"model {path}: weights do not fit its configuration, copy it again ({why})") from error
         pipeline.vae.to(torch.float32)
     pass_on(f"model {path}", lines)
     pipeline.set_progress_bar_config(disable=True)
@@ -129,7 +135,3 @@ def _from_pretrained(path: str | Path, **options: Any) -> DiffusionPipeline:
             with suppress(OSError, ValueError):
                 return DiffusionPipeline.from_pretrained(path, variant="fp16", **options)
         raise
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"model {path} does not load ({str(error)[:300]}): its files do not fit its config") from error

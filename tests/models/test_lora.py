@@ -118,8 +118,8 @@ def test_a_reader_that_ignores_the_header_gets_the_same_update(family_pipelines,
         torch.testing.assert_close(up @ down, layer.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_ranks_and_alphas_of_single_layers_are_folded_too(pipeline, tmp_path):
-    network = pipeline.transformer
+def test_ranks_and_alphas_of_single_layers_are_folded_too(model, tmp_path):
+    pipeline, network = model.pipeline, model.raw_denoiser
     config = PeftLoraConfig(
         r=4,
         lora_alpha=8,

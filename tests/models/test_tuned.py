@@ -427,6 +427,16 @@ def test_a_base_that_lacks_weights_is_refused(family_pipelines, part, tmp_path):
         load_model(folder)
 
 
+def test_a_base_whose_weights_have_another_shape_is_refused(family_pipelines, tmp_path):
+    folder = shutil.copytree(family_pipelines["sd15"], tmp_path / "base")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    state = load_file(file)
+    name = sorted(state)[3]
+    save_file({**state, name: torch.zeros(7)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit its configuration.*{re.escape(name)}"):
+        load_model(folder)
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
