@@ -248,16 +248,18 @@ class Hub(BaseHTTPRequestHandler):
     codes: ClassVar = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound"), "private": (401, "RepoNotFound")}
 
     def do_HEAD(self):
-        code, kind = self.codes[self.path.strip("/").split("/")[1].split("?")[0]]
+        name = self.path.strip("/").split("/")[1].split("?")[0]
+        code, kind = self.codes.get(name, (404, "EntryNotFound"))  # the client asks for more than the repository
         self.send_response(code)
         self.send_header("X-Error-Code", kind)
         self.end_headers()
+
+    do_GET = do_HEAD
 
     def log_message(self, *args):
         pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repository", "part"),
     [
