@@ -40,11 +40,11 @@ class CheckConfig(PreferenceSettings):
         return None if self.model is None else text_encoders(self.model, self.max_sequence_length)
 
     def settings(self) -> PreferenceSettings:
-        """What a run would be told, but nothing that is found stops the reading."""
-        told = {field.name: getattr(self, field.name) for field in fields(PreferenceSettings)}
+        """Return a run's settings, but let nothing that is found stop the reading."""
+        given = {field.name: getattr(self, field.name) for field in fields(PreferenceSettings)}
         tolerant = {kind: "drop" if action == "error" else action for kind, action in self.on_fault.items()}
         ties = "soft" if self.ties == "error" else self.ties
-        return PreferenceSettings(**{**told, "on_fault": tolerant, "ties": ties})
+        return PreferenceSettings(**{**given, "on_fault": tolerant, "ties": ties})
 
     def open(self) -> PairData | LabelledData | PairStream:
         """The data. ValueError: single images cannot be streamed."""

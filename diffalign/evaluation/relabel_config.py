@@ -42,5 +42,5 @@ class RelabelConfig(PreferenceSettings):
 
     def settings(self) -> PreferenceSettings:
         """How the data are read: with every pair that can be judged, ties and unlabelled ones too."""
-        told = {field.name: getattr(self, field.name) for field in fields(PreferenceSettings)}
-        return PreferenceSettings(**{**told, "labels": None})
+        given = {field.name: getattr(self, field.name) for field in fields(PreferenceSettings)}
+        return PreferenceSettings(**{**given, "labels": None})

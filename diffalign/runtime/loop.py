@@ -237,7 +237,7 @@ class Loop:
         return self.step, self.update, self.evaluated
 
     def _iterate(self, bar: tqdm) -> None:
-        before, begun = self.step, time.perf_counter()
+        before, since = self.step, time.perf_counter()
         collected = self._collect()
         updates = islice(self.task.updates(self.iteration), self.update, None)
         while self.step < self.args.max_train_steps and (micros := next(updates, None)) is not None:
@@ -253,7 +253,7 @@ class Loop:
                 continue
             self._close_update({**metrics, "time/update": time.perf_counter() - started}, collected, bar)
         self._next_iteration()
-        if text := self.time_left.line(self.args, before, self.step, time.perf_counter() - begun):
+        if text := self.time_left.line(self.args, before, self.step, time.perf_counter() - since):
             self.say(text)
 
     def _next_iteration(self) -> None:
@@ -409,7 +409,7 @@ class Loop:
     # What it writes -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        begun = time.perf_counter()
+        since = time.perf_counter()
         while True:
             try:
                 with memory_errors():
@@ -418,7 +418,7 @@ class Loop:
             except torch.OutOfMemoryError as error:
                 self._make_room("evaluate", error)
         self._record({f"eval/{name}": value for name, value in found.items()})
-        self.time_left.evaluation = time.perf_counter() - begun if found else 0.0
+        self.time_left.evaluation = time.perf_counter() - since if found else 0.0
         self.evaluated, self.pictured = self.step, True
         self.whole = self.task.state()  # which may hold what was seen
 

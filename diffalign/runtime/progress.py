@@ -18,13 +18,13 @@ def progress(metrics: Mapping[str, float]) -> str:
 @contextmanager
 def paused(bar: Any) -> Iterator[None]:
     """Keep what happens within out of the bar's rate and of its estimate."""
-    begun = time.time()
+    started = time.time()
     try:
         yield
     finally:
         if not bar.disable:
-            bar.start_t += time.time() - begun
-            bar.last_print_t += time.time() - begun
+            bar.start_t += time.time() - started
+            bar.last_print_t += time.time() - started
 
 
 def crossed(before: int, after: int, every: int) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class RolloutConfig(TrainerConfig):
-    """What a trainer that collects rollouts can be told about them."""
+    """Configuration of a trainer that collects rollouts."""
 
     train_prompts: Path | None = option(None, ".txt or .jsonl of training prompts")
     rewards: dict[str, float | RewardConfig] = option(

@@ -17,3 +17,9 @@ def test_means_over_images_and_per_tag(strict):
 def test_nothing_to_count_is_refused(strict, tags):
     with pytest.raises(ValueError, match="one tag per image"):
         summarise(strict, tags)
+
+
+def test_images_without_a_verdict_are_left_out():
+    found = summarise(torch.tensor([1.0, torch.nan, 0.0, torch.nan]), ["a", "a", "a", "b"])
+    assert found["accuracy"] == found["accuracy/a"] == 0.5
+    assert found["accuracy/b"] != found["accuracy/b"]

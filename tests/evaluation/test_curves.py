@@ -66,3 +66,25 @@ def test_nothing_to_draw_is_refused(tmp_path, rows, keys):
     with pytest.raises(ValueError, match="no metric to draw"):
         plot_curves(rows, tmp_path / "a.png", keys)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_gap_of_the_log_is_not_bridged(tmp_path, figures):
+    """``metrics.jsonl`` writes NaN as null and infinity as text."""
+    rows = [{"step": s, "kl": v} for s, v in enumerate([1.0, None, 3.0, "inf", 5.0])]
+    plot_curves(rows, tmp_path / "a.png")
+    drawn = figures[0].axes[0].lines[0].get_ydata()
+    np.testing.assert_array_equal(drawn, [1, np.nan, 3, np.nan, 5])
+    assert plot_curves([{"step": 1, "kl": None, "loss": 1.0}], tmp_path / "b.png") == ["loss"]
+
+
+def test_titles_say_what_a_name_does_not(tmp_path, figures):
+    rows = [{"step": s, "eval/accuracy": 0.5, "lr": 1.0} for s in range(60)]
+    plot_curves(rows, tmp_path / "a.png", meanings={"eval/accuracy": "mean of shapes"})
+    first, second = (axes.get_title(loc="right") for axes in figures[0].axes)
+    assert first == "mean of shapes; line: mean of 7 points"
+    assert second == "line: mean of 7 points"
+
+
+def test_what_has_no_panel_is_named(tmp_path, figures):
+    plot_curves([{"step": 1, **{f"m{i}": i for i in range(26)}}], tmp_path / "a.png")
+    assert figures[0].get_supxlabel() == "not drawn: m24, m25"

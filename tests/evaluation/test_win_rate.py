@@ -71,3 +71,10 @@ def test_what_cannot_be_compared_is_refused(ours, theirs, groups, message):
 def test_a_confidence_outside_its_range_is_refused():
     with pytest.raises(ValueError, match="confidence"):
         win_rate(torch.ones(2), torch.zeros(2), torch.arange(2), confidence=95)
+
+
+def test_each_image_counts_alike_in_a_mean():
+    values = torch.tensor([1.0, torch.nan, 0.0, 0.0, 1.0, 0.0])
+    found = mean_interval(values, torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert found.mean == pytest.approx(2 / 5)
+    assert found.low <= found.mean <= found.high
