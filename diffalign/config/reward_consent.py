@@ -59,7 +59,8 @@ def danger(path: tuple[str, ...], value: Any) -> str:
 def _about_token(table: Any, path: tuple[str, ...]) -> str:
     settings = table
     for name in path[:-1]:
-        settings = settings[name] if isinstance(settings, Mapping) else settings[int(name)]
+        entries = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+        settings = next(entry for key, entry in entries if str(key) == name)
     url = settings.get("url") if isinstance(settings, Mapping) else None
     variable = (token_variable(url) if isinstance(url, str) else None) or "DIFFALIGN_TOKEN_<HOST>"
     return f"a file does not choose which secret is sent: leave it out, and set the environment variable {variable}"

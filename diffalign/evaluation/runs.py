@@ -55,7 +55,7 @@ class RunConfig:
         if not (named := self.values.get("eval_prompts")):
             return None
         if self.trusted or self.contains(named):
-            return Path(named)
+            return Path(str(named))
         raise ValueError(
             f"{self.file}: eval_prompts: {str(named)[:200]!r} is no file inside the run, and is not read: write "
             f"--prompts FILE; {TRUST}"
@@ -64,7 +64,7 @@ class RunConfig:
     def cache_dir(self) -> Path | None:
         """Where the run kept prompt embeddings, if it may be written to."""
         named = self.values.get("cache_dir")
-        return Path(named) if named and (self.trusted or self.contains(named)) else None
+        return Path(str(named)) if named and (self.trusted or self.contains(named)) else None
 
     def reward_names(self) -> tuple[str, ...]:
         """The rewards that the run was evaluated by."""

@@ -150,7 +150,7 @@ def get_reward(spec: str | Reward | RewardFunction, allow_code: bool = False, **
     ValueError: an unknown name or option, code that is missing, faulty or not allowed, a class instead of an instance,
     or something that cannot be called.
     """
-    if spec == PASSED:
+    if isinstance(spec, str) and spec == PASSED:
         raise ValueError(
             "this reward was passed from Python, and no file names it: pass reward_funcs= again, or write reward: "
             "file.py:function (a function at the top level of a file) and type --allow_reward_code"

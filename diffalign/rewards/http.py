@@ -118,19 +118,16 @@ class Handler:
     async def _head(self, wait: float) -> tuple[Request, bool]:
         """The head of the next request, and whether the client keeps the connection. TimeoutError: none comes."""
         try:
-            text = (await asyncio.wait_for(self._until_stop(self.reader.readuntil(b"\r\n\r\n")), wait)).decode(
-                "latin-1"
-            )
+            head = await asyncio.wait_for(self._until_stop(self.reader.readuntil(b"\r\n\r\n")), wait)
         except asyncio.LimitOverrunError as error:
             raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the header is too long") from error
         self.unread = LINGER  # nobody knows how much follows, until the head says it
-        line, *rest = text.split("\r\n")
+        line, *rest = head.decode("latin-1").split("\r\n")
         words = line.split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "the first line must be METHOD PATH HTTP/1.1")
-        pairs = [
-            (name.strip().lower(), value.strip()) for name, _, value in (line.partition(":") for line in rest if line)
-        ]
+        parted = (line.partition(":") for line in rest if line)
+        pairs = [(name.strip().lower(), value.strip()) for name, _, value in parted]
         headers = dict(pairs)
         length = self._length(headers, [value for name, value in pairs if name == "content-length"])
         self.unread = length or 0
@@ -244,7 +241,8 @@ class HTTPServer:
             return
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(number, self.stopping.set)
+                with contextlib.suppress(NotImplementedError):  # Windows
+                    self._loop.add_signal_handler(number, self._signalled)
         server = await asyncio.start_server(self._connected, sock=self.socket, limit=MOST_HEADER, backlog=BACKLOG)
         await self.stopping.wait()
         server.close()
@@ -252,6 +250,12 @@ class HTTPServer:
             await asyncio.wait(set(self.connections), timeout=self.limits.stop)
         for task in self.connections:
             task.cancel()
+
+    def _signalled(self) -> None:
+        """Stop; the second time without waiting for requests under way."""
+        for task in self.connections if self.stopping.is_set() else ():
+            task.cancel()
+        self.stopping.set()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handler, task = self.handler(self, reader, writer), asyncio.current_task()

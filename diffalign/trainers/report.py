@@ -8,6 +8,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -221,10 +222,11 @@ def keep_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         staged.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
         if load_prompts(staged) == list(prompts):
             os.replace(staged, path)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OSError):
         pass
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

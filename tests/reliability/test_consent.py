@@ -114,12 +114,16 @@ def secret(place, url):
     return {"x": {**entry, "options": {**entry["options"], "token_env": "AWS_SECRET_ACCESS_KEY"}}}
 
 
+def numbered(place, url):
+    return {1: secret(place, url)["x"]}
+
+
 def endless(place, url):
     return {"x": {"reward": "shapes", "options": {"a": [[["x"] * 30] * 30] * 30}}}
 
 
 ATTACKS = [popen, system, module_here, module_as_name, file_here, inside_combined, deep_inside, remote, remote_inside]
-ATTACKS += [judge, secret, endless]
+ATTACKS += [judge, secret, numbered, endless]
 
 
 def training(place, rewards, **more):
