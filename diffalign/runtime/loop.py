@@ -8,7 +8,6 @@ checkpoints are of whole optimizer steps, and what had begun since is done again
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import time
@@ -36,6 +35,7 @@ from diffalign.runtime.memory import advice, batch_name, memory_errors
 from diffalign.runtime.optimizers import make_optimizer
 from diffalign.runtime.origin import origin
 from diffalign.runtime.output import steady_output
+from diffalign.runtime.pace import crossed, lr_factor, progress
 from diffalign.runtime.processes import shortfall
 from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config, write_exports
 from diffalign.runtime.saving import indexed, restore
@@ -470,25 +470,3 @@ class Loop:
         """A line for the user, from one process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
-
-
-def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
-    """The share of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
-
-    Rises over ``warmup`` steps, never from 0, because an update that moves nothing is wasted (and looks like a broken
-    adapter); then stays ("constant"), or falls to 0 after the last step ("linear", "cosine").
-    """
-    done = max(0, step - warmup) / max(1, total - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return min(1.0, (step + 1) / (warmup + 1)) * shape[name]
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, after]; never for 0."""
-    return every > 0 and after // every > before // every
-
-
-def progress(metrics: Metrics) -> str:
-    """The figures worth a place beside the progress bar."""
-    shown = {"reward": "reward/mean", "acc": "accuracy", "clip": "clip_share", "kl": "kl", "img/s": "images_per_second"}
-    return " ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items() if name in metrics)
