@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
 }
 
 
+@contextmanager
+def local_files(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, with the path and the cause, where the files of a local model are damaged or incomplete."""
+    try:
+        yield
+    except Exception as error:  # of safetensors, json, diffusers and transformers, each with kinds of its own
+        if not Path(path).exists() or "memory" in str(error).lower() or isinstance(error, MemoryError):
+            raise
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"model {path}: its files cannot be read ({problem}); restore the folder") from error
+
+
 def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     """The name of the pipeline's class in its own index. FileNotFoundError, ValueError: as for ``load_model``."""
     local = Path(path)
@@ -42,7 +56,8 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
         )
     if local.exists() and not (local / "model_index.json").is_file():
         raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
-    name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+    with local_files(path):
+        name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
     return name
@@ -78,9 +93,10 @@ def load_model(
     if unknown := given.keys() - inspect.signature(family).parameters:
         raise ValueError(f"model {path}: a {name} has no option {', '.join(sorted(unknown))}; leave it out")
     told = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
-    pipeline = DiffusionPipeline.from_pretrained(
-        path, torch_dtype=dtype, revision=revision, **told, **family.load_options
-    )
+    with local_files(path):
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, torch_dtype=dtype, revision=revision, **told, **family.load_options
+        )
     pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return family(pipeline, **given)
