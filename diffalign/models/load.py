@@ -6,8 +6,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +41,19 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
 }
 
 
+@contextmanager
+def local_files(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, with the path and the cause, where the files of a local model are damaged or incomplete."""
+    try:
+        yield
+    except Exception as error:  # of safetensors, json, diffusers and transformers, each with kinds of its own
+        explained = str(error).startswith(f"model {path}:")
+        if explained or not Path(path).exists() or "memory" in str(error).lower() or isinstance(error, MemoryError):
+            raise
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"model {path}: its files cannot be read ({problem}); restore the folder") from error
+
+
 def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     """The name of the pipeline's class in its own index. FileNotFoundError, ValueError: as for ``load_model``."""
     local = Path(path)
@@ -50,7 +63,8 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
         )
     if local.exists() and not (local / "model_index.json").is_file():
         raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
-    index = DiffusionPipeline.load_config(path, revision=revision)
+    with local_files(path):
+        index = DiffusionPipeline.load_config(path, revision=revision)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
@@ -112,7 +126,7 @@ def load_model(
     quantised = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {path} ({name})", file=sys.stderr)
-    with quiet_libraries() as lines:
+    with quiet_libraries() as lines, local_files(path):
         try:
             pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **quantised, **family.load_options)
         except (RuntimeError, SafetensorError) as error:

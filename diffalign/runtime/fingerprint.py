@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 WHOLE = 64 << 20
@@ -75,10 +76,12 @@ def _of_folder(folder: Path, suffixes: Collection[str] | None) -> Iterator[tuple
     files = sorted(_files(folder, suffixes))
     yield "\0".join(str(file.relative_to(folder)) for file in files).encode("utf-8", "surrogatepass"), 0
     for file in spread(files, STATED):
-        state = file.stat()
-        yield str(state.st_size).encode(), state.st_mtime_ns if len(files) > FILES else 0
+        with suppress(OSError):  # a dangling link, whose name counts
+            state = file.stat()
+            yield str(state.st_size).encode(), state.st_mtime_ns if len(files) > FILES else 0
     for file in spread(files, FILES):
-        yield from _of_file(file)
+        with suppress(OSError):
+            yield from _of_file(file)
 
 
 def _files(folder: Path, suffixes: Collection[str] | None) -> Iterator[Path]:

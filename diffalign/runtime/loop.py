@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,15 +26,16 @@ from diffalign.config import to_dict
 from diffalign.runtime import checkpoint, saving
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
-from diffalign.runtime.exits import CannotTrain, Interrupted, NotFinite, OutOfMemory, SaveFailed, StopRequested
+from diffalign.runtime.endings import blame_weights, export, leave, make_room, save_before_end, save_failed
+from diffalign.runtime.exits import CannotTrain, NotFinite, SaveFailed, StopRequested
 from diffalign.runtime.folder import claimed
-from diffalign.runtime.guard import STREAK, Guard, first_bad
-from diffalign.runtime.memory import advice, batch_name, memory_errors
+from diffalign.runtime.guard import STREAK, Guard
+from diffalign.runtime.memory import memory_errors
 from diffalign.runtime.optimizers import lr_factor, make_optimizer
 from diffalign.runtime.origin import origin
 from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
-from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config, write_exports
+from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config
 from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
 from diffalign.runtime.saving import indexed, restore
 from diffalign.runtime.settings import TrainingConfig
@@ -49,7 +48,6 @@ from diffalign.sharding import is_sharded, whole
 __all__ = ["Loop", "Metrics", "Micro", "Task", "crossed", "indexed", "lr_factor", "progress", "restore"]
 
 SCALER_STREAK = 20  # a loss scaler finds its scale by overflows: so many in a row are no search
-FAILED_SAVES = 3  # in a row, and the run ends
 
 
 class Loop:
@@ -110,39 +108,13 @@ class Loop:
                 if self._begin():
                     self._train()
             except StopRequested:
-                self._leave()
+                leave(self)
             except (NotFinite, SaveFailed, CannotTrain):
                 raise  # whose checkpoints are written already, or cannot be
             except Exception as error:
-                self._blame_weights(error)
-                self._save_before_end()
+                blame_weights(self, error)
+                save_before_end(self)
                 raise
-
-    def _save_before_end(self) -> None:
-        """Save the steps that are done before an error ends the run; of several processes others may be elsewhere."""
-        if self.accelerator.num_processes > 1 or self.applying or not self.step or self.saved == self._place():
-            return
-        with contextlib.suppress(Exception):  # the error itself matters more than one that it causes
-            self.optimizer.zero_grad(set_to_none=True)
-            self.say(f"step {self.step} is saved before the run ends: {self.save()}")
-
-    def diverged(self, what: str) -> NotFinite:
-        """Return the error to raise where images or losses are not finite though no step was refused."""
-        if not self.taken:
-            text = f"{what} before the first update: lower guidance_scale, or set mixed_precision: no"
-        else:
-            text = f"{what} after {self.taken} updates: the model has diverged; lower learning_rate"
-        return NotFinite(f"{text}; last good checkpoint: {self._last_good()}{extremes(self.args)}")
-
-    def _blame_weights(self, error: Exception) -> None:
-        """Raise NotFinite where the weights are not finite: whatever failed afterwards, failed because of that."""
-        bad = first_bad(indexed(self.parameters))
-        if bad is not None and self.step:
-            raise NotFinite(
-                f"the trained weights are not finite after step {self.step}: lower learning_rate "
-                f"({self.args.learning_rate:g}), or train in float32; last good checkpoint: {self._last_good()}"
-                f"{extremes(self.args)}. What failed on them: {type(error).__name__}: {str(error)[:300]}"
-            ) from error
 
     @property
     def over(self) -> bool:
@@ -160,7 +132,7 @@ class Loop:
             check_products(self.args.output_dir)
         path = saving.find(self)
         rows = None if path is None else saving.put_back(self, path)
-        self.whole, self.saved = self.task.state(), self._place()
+        self.whole, self.saved = self.task.state(), self.place()
         checkpoint.check_state({"tasks": self.whole[1], "origin": self.origin(), "guard": self.guard.state()})
         if path is not None and self.over and self._is_finished():
             self.say(f"nothing to do: this run has had its {self.step} steps")
@@ -203,20 +175,8 @@ class Loop:
                     break
                 self._iterate(bar)
         self.watchdog.beat()
-        self._export()
+        export(self)
         self.trackers.finish()
-
-    def _export(self) -> None:
-        """Write what the run is for, and last of all the manifest that proves it whole."""
-        try:
-            written = self.task.finish()
-            if self.accelerator.is_main_process and written is not None:
-                write_exports(self.args.output_dir, self.step, written)
-        except (OSError, SafetensorError) as error:
-            raise SaveFailed(
-                f"the exports in {self.args.output_dir} could not be written ({str(error)[:300]}): free space on the "
-                f"disk and start the same run again; it exports from {self._last_good()}"
-            ) from error
 
     def _evaluate_and_save(self) -> None:
         """What is due between two iterations; a run that was stopped before, or in the midst of it, does it now."""
@@ -225,7 +185,7 @@ class Loop:
         if self.evaluated < 0 or (self.over and self.evaluated != self.step) or self._crossed(self.evaluated, "eval"):
             self._evaluate()
         last = self.over  # an evaluation may end the run
-        if self.step and self.saved != self._place() and (last or self._crossed(self.saved[0], "checkpointing")):
+        if self.step and self.saved != self.place() and (last or self._crossed(self.saved[0], "checkpointing")):
             self.save(last)
         if last and not self.pictured:
             self.task.evaluate(self.step)  # finished but for its pictures, which another process had
@@ -233,7 +193,8 @@ class Loop:
     def _crossed(self, before: int, what: str) -> bool:
         return crossed(max(0, before), self.step, getattr(self.args, f"{what}_steps"))
 
-    def _place(self) -> tuple[int, int, int]:
+    def place(self) -> tuple[int, int, int]:
+        """Return where the run is: optimizer step, update within the iteration, step of the last evaluation."""
         return self.step, self.update, self.evaluated
 
     def _iterate(self, bar: tqdm) -> None:
@@ -248,7 +209,7 @@ class Loop:
                         self.task.before_first_update()
                     metrics = self._update(micros)
             except torch.OutOfMemoryError as error:
-                self._make_room("update", error)
+                make_room(self, "update", error)
                 updates = islice(self.task.updates(self.iteration), self.update, None)
                 continue
             self._close_update({**metrics, "time/update": time.perf_counter() - started}, collected, bar)
@@ -281,7 +242,7 @@ class Loop:
             self.save()
             raise NotFinite(
                 f"{self.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; "
-                f"skipped.jsonl names their samples; last good checkpoint: {self._last_good()}{extremes(self.args)}"
+                f"skipped.jsonl names their samples; last good checkpoint: {self.last_good()}{extremes(self.args)}"
             )
         if self.stop_agreed:
             raise StopRequested
@@ -297,7 +258,7 @@ class Loop:
                 with memory_errors():
                     self.collected = self.task.collect(self.iteration)
             except torch.OutOfMemoryError as error:
-                self._make_room("collect", error)
+                make_room(self, "collect", error)
                 self.task.restore(*self.whole)
         if not self.update:
             self.collected["time/collect"] = time.perf_counter() - begun
@@ -391,21 +352,6 @@ class Loop:
             self.skips.write(self.step + 1, row)
             self.say(f"step {self.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
 
-    def _make_room(self, phase: str, error: torch.OutOfMemoryError) -> None:
-        """Halves the batch of a phase, or ends the run with what to change."""
-        name = batch_name(self.args, phase)
-        size = getattr(self.args, name, 1)
-        if not self.args.auto_batch or size == 1 or self.accelerator.num_processes > 1:
-            hint = "" if self.args.auto_batch else "; or auto_batch: true, which halves batches by itself"
-            raise OutOfMemory(
-                f"out of memory in step {self.step + 1} ({phase}): try {advice(self.args, phase)}{hint}"
-            ) from error
-        setattr(self.args, name, size // 2)
-        self.say(f"out of memory ({phase}): {name} is {size // 2} from now on")
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     # What it writes -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
@@ -416,7 +362,7 @@ class Loop:
                     found = self.task.evaluate(self.step)
                 break
             except torch.OutOfMemoryError as error:
-                self._make_room("evaluate", error)
+                make_room(self, "evaluate", error)
         self._record({f"eval/{name}": value for name, value in found.items()})
         self.time_left.evaluation = time.perf_counter() - since if found else 0.0
         self.evaluated, self.pictured = self.step, True
@@ -430,14 +376,14 @@ class Loop:
     def save(self, last: bool = False) -> Path | None:
         """Writes ``checkpoint-<step>/`` with all that ``saving.contents`` lists.
 
-        NotFinite: something in it is not. SaveFailed: the disk refused ``FAILED_SAVES`` times in a row, or once when it
-        is the ``last`` save; before, the run goes on with the checkpoints it has.
+        NotFinite: something in it is not. SaveFailed: the disk refused ``FAILED_SAVES`` times in a row, or once when
+        it is the ``last`` save; before, the run goes on with the checkpoints it has.
         """
         self.watchdog.beat()
         begun = time.perf_counter()
         tensors, state = saving.contents(self)
         export = self.task.exporter()
-        self.saved = self._place()
+        self.saved = self.place()
         if not self.accelerator.is_main_process:
             return None
         try:
@@ -445,33 +391,18 @@ class Loop:
             path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
                                    keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
         except NotFinite as error:
-            raise NotFinite(f"{error}; last good checkpoint: {self._last_good()}{extremes(self.args)}") from error
+            raise NotFinite(f"{error}; last good checkpoint: {self.last_good()}{extremes(self.args)}") from error
         except OSError as error:
-            self._save_failed(error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
+            save_failed(self, error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
             return None
         self.failed_saves = 0
         self._record({SAVE: time.perf_counter() - begun})
         self.log.sync()
         return path
 
-    def _save_failed(self, error: OSError, size: int, last: bool) -> None:
-        self.failed_saves += 1
-        text = f"checkpoint-{self.step} in {self.args.output_dir} could not be written ({size:,} bytes: {error})"
-        if last or self.failed_saves >= FAILED_SAVES:
-            raise SaveFailed(f"{text}: free space on the disk; last good checkpoint: {self._last_good()}") from error
-        self.say(f"warning: {text}: the run goes on")
-
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """Name the newest checkpoint that is sound, for messages."""
         return str(checkpoint.latest(self.args.output_dir) or "none")
-
-    def _leave(self) -> NoReturn:
-        """Saves at the last whole optimizer step, says how to go on, and ends the program."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.saved != self._place() or not self.step:
-            self.save(last=True)
-        self.say(f"stopped at step {self.step}; go on with:\n  {self.task.resume_command}")
-        self.trackers.finish()
-        raise Interrupted(self.signals.received or signal.SIGTERM)
 
     def say(self, text: str) -> None:
         """A line for the user, from one process."""

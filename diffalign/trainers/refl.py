@@ -29,6 +29,7 @@ from diffalign.rollout.collect import Addresses
 from diffalign.rollout.sampler import Route, micro_batches
 from diffalign.rollout.scoring import RewardWarning, check_unscored
 from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.endings import diverged
 from diffalign.runtime.exits import CannotTrain
 from diffalign.runtime.loop import Loop, Metrics, Micro
 from diffalign.runtime.origin import digest
@@ -267,7 +268,7 @@ class ReFLTrainer(Trainer):
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
         if metrics["unscored"] and not all(batch.buffer.x.isfinite().all() for batch in self.batches):
-            raise self.loop.diverged("the model's images are not finite")  # no fault of the rewards
+            raise diverged(self.loop, "the model's images are not finite")  # no fault of the rewards
         check_unscored(metrics["unscored"], self.args.max_unscored, extremes(self.args))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,6 +22,7 @@ from diffalign.rollout.sampler import Route
 from diffalign.rollout.scoring import ScoreBook, check_unscored
 from diffalign.rollout.storage import pinned
 from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.endings import diverged
 from diffalign.runtime.loop import Metrics
 from diffalign.structures import Conditioning, Prompt
 from diffalign.trainers.base import Trainer
@@ -80,7 +81,7 @@ class Collector:
         if args.save_rollouts:
             self._save(buffer, torch.cat(book.images))
         if metrics["unscored"] and not buffer.x[buffer.leaves].isfinite().all():
-            raise trainer.loop.diverged("the model's images are not finite")  # no fault of the rewards
+            raise diverged(trainer.loop, "the model's images are not finite")  # no fault of the rewards
         check_unscored(metrics["unscored"], args.max_unscored, extremes(args))
         rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})

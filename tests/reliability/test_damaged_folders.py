@@ -8,10 +8,12 @@ import signal
 import pytest
 
 from diffalign.runtime import checkpoint
+from diffalign.runtime.exits import SaveFailed
 from diffalign.runtime.products import is_exported
 from tests.reliability import damages
-from tests.reliability.compare import rows, same_checkpoint
+from tests.reliability.compare import rows, same_checkpoint, tree
 from tests.reliability.null import run, settings
+from tests.reliability.trainers import TRAINERS, short
 
 LIMIT = 20  # seconds; a pipe that is opened to read waits for ever
 
@@ -165,8 +167,6 @@ def test_a_finished_run_whose_exports_are_harmed_exports_again(tmp_path, harm, c
 
 
 def test_an_export_that_fails_is_an_error_and_is_made_by_the_next_start(tmp_path):
-    from diffalign.runtime.exits import SaveFailed
-
     def full(phase, task):
         if phase == "finish":
             raise OSError(28, "No space left on device", str(tmp_path / "x"))
@@ -176,6 +176,41 @@ def test_an_export_that_fails_is_an_error_and_is_made_by_the_next_start(tmp_path
     assert not (tmp_path / "exports.json").exists()
     run(tmp_path)
     assert is_exported(tmp_path, 8)
+
+
+def half(path, *rest):
+    path.write_bytes(b"x" * 100)
+    raise OSError(28, "No space left on device", str(path))
+
+
+@pytest.mark.parametrize(
+    ("writer", "product"),
+    [
+        ("diffalign.models.lora.save_file", "pytorch_lora_weights.safetensors"),
+        ("diffalign.trainers.report.write_model_card", "README.md"),
+    ],
+)
+def test_a_disk_that_fills_at_the_last_export_leaves_nothing_torn(writer, product, tmp_path, monkeypatch):
+    args = short("flow_grpo", tmp_path / "run", max_train_steps=2, checkpointing_steps=0, ema_decay=0.0)
+    args.resume_from_checkpoint = "latest"
+    trainer = TRAINERS["flow_grpo"].make(args)
+    finish = trainer.finish
+
+    def on_a_full_disk():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer, lambda *given, **named: half(tmp_path / "run" / ".diffalign-1-x"))
+            return finish()
+
+    trainer.finish = on_a_full_disk
+    with pytest.raises(SaveFailed, match="No space left"):
+        trainer.train()
+    assert not (tmp_path / "run" / product).exists(), "whole, or not at all"
+    TRAINERS["flow_grpo"].make(args).train()
+    assert (tmp_path / "run" / product).stat().st_size > 100
+    assert is_exported(tmp_path / "run", 2)
+    before = tree(tmp_path / "run")
+    TRAINERS["flow_grpo"].make(args).train()
+    assert tree(tmp_path / "run") == before, "there is nothing to do"
 
 
 def test_the_run_stays_in_its_folder_where_a_reward_changes_directory(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,10 @@ from tests.reliability.compare import rows
 from tests.reliability.null import NullTask, run, settings
 from tests.reliability.trainers import TRAINERS, short
 
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-def runs_out(trainer, limit, gradient):
+
+def runs_out(trainer, limit, gradient, error=CUDA):
     """Batches of more than ``limit`` do not fit, with or without a gradient; returns the sizes that were tried."""
     predict, tried = trainer.model.predict, []
 
@@ -23,7 +25,7 @@ def runs_out(trainer, limit, gradient):
         if torch.is_grad_enabled() == gradient and x.requires_grad is False:
             tried.append(len(x))
             if len(x) > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise error
         return predict(x, *args, **kwargs)
 
     trainer.model.predict = small
@@ -42,6 +44,23 @@ def test_r39_the_message_names_three_settings_with_numbers(tmp_path, name, phase
     with pytest.raises(OutOfMemory, match=rf"\({phase}\): try {batch}: 2 \(now 4\); .*auto_batch: true") as caught:
         trainer.train()
     assert str(caught.value).count("(now") == 3
+
+
+CPU = [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", CPU, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("auto_batch", [False, True])
+def test_r39_memory_of_a_cpu_is_memory_too(tmp_path, error, auto_batch):
+    args = short("flow_grpo", tmp_path, train_batch_size=4, max_train_steps=1, auto_batch=auto_batch)
+    trainer = TRAINERS["flow_grpo"].make(args)
+    runs_out(trainer, 1, True, error)
+    if auto_batch:
+        trainer.train()
+        assert trainer.args.train_batch_size == 1
+    else:
+        with pytest.raises(OutOfMemory, match=r"\(update\): try train_batch_size: 2 \(now 4\)"):
+            trainer.train()
 
 
 def test_r39_what_is_at_its_least_is_not_advised(tmp_path):
