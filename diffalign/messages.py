@@ -46,7 +46,8 @@ def hub_sentence(error: BaseException, name: str = "") -> str | None:
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     texts = " ".join(str(cause) for cause in causes)
     # A library may have wrapped its error in our own sentence, which says more.
-    name = name or _repository(texts)
+    addresses = " ".join(str(getattr(getattr(cause, "response", None), "url", "")) for cause in causes)
+    name = name or _repository(texts) or _repository(addresses)
     what = f"{name!r}" if name else "a repository"
     if "GatedRepoError" in kinds:
         place = f"https://huggingface.co/{name}" if name else "its page on huggingface.co"
