@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 
 from diffalign.config import yaml_dialect
-from diffalign.config.ranges import bounded, check_numbers
+from diffalign.config.ranges import bounded, check_numbers, problems
 from diffalign.config.schema import (
     Place,
     arms_of,
@@ -61,9 +61,13 @@ def option(default: Any = MISSING, help: str = "", **limits: Any) -> Any:
 def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration") -> T:
     """An instance of the dataclass ``cls``, checked.
 
-    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field.
+    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field; for a
+    class with ``numbers_checked = True``, a number out of the range of its field (see ``ranges``).
     """
-    return build(cls, mapping, Place(source, cls))
+    built = build(cls, mapping, Place(source, cls))
+    if getattr(cls, "numbers_checked", False) and (problem := next(problems(built), None)):
+        raise ValueError(f"{source}: {problem}")
+    return built
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

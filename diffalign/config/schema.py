@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
-from diffalign.config.ranges import ANY, RANGE, problems
 
 T = TypeVar("T")
 
@@ -174,9 +173,6 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
         default = default_of(field, base)
         if name in mapping:
             values[name] = convert(hint, mapping[name], place / name, default)
-            allowed = field.metadata.get(RANGE, ANY)
-            if problem := next(problems(values[name], allowed, (place / name).path), None):
-                raise ValueError(f"{place.source}: {problem}")
         elif default is not MISSING:
             values[name] = default
         elif _is_config(hint):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from diffalign.structures import Prompt
 @dataclass(kw_only=True)
 class ScoreConfig:
     """Fields of ``diffalign score``."""
+
+    numbers_checked: ClassVar[bool] = True
 
     images: tuple[str, ...] = option((), "picture files, folders, .parquet or .jsonl files")
     prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")

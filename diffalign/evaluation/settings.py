@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffalign.config import from_dict, load_yaml, option
 from diffalign.evaluation.gallery import Sampling
@@ -17,6 +17,8 @@ from diffalign.rewards.settings import RewardConfig, build_rewards
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Fields of ``diffalign eval`` and ``diffalign compare``; null: as in the ``config.yaml`` of the first run."""
+
+    numbers_checked: ClassVar[bool] = True
 
     models: tuple[str, ...] = option(
         (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from diffalign.config import option
 from diffalign.rewards.base import Reward, get_reward
@@ -16,6 +16,8 @@ class RewardConfig:
 
     look: {reward: pickscore, weight: 0.5, options: {path: my/weights, precision: bf16}}
     """
+
+    numbers_checked: ClassVar[bool] = True
 
     weight: float = option(1.0, "what its score, or its advantage, is multiplied by")
     reward: str = option("", "registered name, module:function or file.py:function; default: the name of the entry")
