@@ -17,7 +17,7 @@ import requests
 from huggingface_hub import errors
 
 from diffalign.cli import COMMANDS, main
-from diffalign.console import Once, OneLine, closing_pipes, one_line_warnings, quiet_libraries, say
+from diffalign.console import Once, OneLine, closing_pipes, one_line_logs, one_line_warnings, say
 from diffalign.messages import explain, hub_sentence
 from tests.config_classes import CLASSES
 from tests.conftest import PIPELINE, PROMPTS
@@ -227,7 +227,7 @@ def test_loading_bars_are_off_and_records_of_libraries_are_single_lines(capsys):
     import diffusers
     import transformers
 
-    quiet_libraries()
+    one_line_logs()
     assert not diffusers.utils.logging.is_progress_bar_enabled()
     assert not transformers.utils.logging.is_progress_bar_enabled()
     for name in ("diffusers", "transformers"):

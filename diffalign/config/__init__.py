@@ -29,6 +29,7 @@ from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
 from diffalign.config.consent import CONSENT, Guard, check_file, without
 from diffalign.config.ranges import check_numbers, range_metadata
+from diffalign.config.ranges import problems as range_problems
 from diffalign.config.schema import (
     ConfigError,
     Place,
@@ -86,13 +87,21 @@ def option(
 def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration", *, consent: bool = False) -> T:
     """Build and check an instance of the dataclass ``cls`` from plain values, which count as those of a file.
 
-    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field, or
-    what a file may not decide without the user's ``consent`` (code of rewards, servers).
+    ValueError: an unknown key (names the closest known one), a value of another type, a missing required field, what a
+    file may not decide without the user's ``consent`` (code of rewards, servers), or, for a class with
+    ``numbers_checked = True``, a number out of the range of its field (see ``ranges``).
     """
     place = Place(source, cls)
     if isinstance(mapping, Mapping):
         check_file(cls, mapping, place, consent)
-    return build(cls, mapping, place)
+    return _build(cls, mapping, place)
+
+
+def _build(cls: type[T], mapping: Any, place: Place) -> T:
+    built = build(cls, mapping, place)
+    if getattr(cls, "numbers_checked", False) and (found := list(range_problems(built))):
+        raise ConfigError([f"{place.source}: {problem}" for problem in found])
+    return built
 
 
 def split_texts(config: Any) -> None:
@@ -292,7 +301,7 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
     if free:
         mapping[positional] = (*free, *mapping.get(positional, ()))
     try:
-        config = build(cls, mapping, source)
+        config = _build(cls, mapping, source)
     except ValueError as error:
         problems.extend(problems_of(error))
     if problems:

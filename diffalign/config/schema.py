@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
-from diffalign.config.ranges import ANY, RANGE
-from diffalign.config.ranges import problems as range_problems
 
 T = TypeVar("T")
 LONGEST = 200  # characters of a value in a message
@@ -242,9 +239,6 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
             if name in mapping:
                 value = named(field, mapping[name], place / name)
                 values[name] = convert(hint, value, place / name, default)
-                allowed = field.metadata.get(RANGE, ANY)
-                found_here = range_problems(values[name], allowed, (place / name).path)
-                problems.extend(f"{place.source}: {problem}" for problem in itertools.islice(found_here, 5))
             elif default is not MISSING:
                 values[name] = default
             elif _is_config(hint):

@@ -37,6 +37,8 @@ class RewardConfig:
     look: {reward: pickscore, weight: 0.5, options: {path: my/weights, precision: bf16}}
     """
 
+    numbers_checked: ClassVar[bool] = True
+
     weight: float = option(1.0, "what its score, or its advantage, is multiplied by")
     reward: str = option("", "registered name, module:function or file.py:function; default: the name of the entry")
     options: dict[str, Any] = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffalign.data.quarantine import check_actions
 from diffalign.data.rollouts import Pairing
@@ -17,6 +17,8 @@ def _help(text: str) -> dict[str, str]:
 @dataclass(frozen=True, kw_only=True)
 class PreferenceSettings:
     """How preference data are read, and what is done about what is wrong with them."""
+
+    numbers_checked: ClassVar[bool] = True
 
     format: str = field(
         default="auto",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.config import option, split_texts
 from diffalign.config.reward_consent import guard_rewards
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class ScoreConfig:
     """Fields of ``diffalign score``."""
+
+    numbers_checked: ClassVar[bool] = True
 
     images: tuple[str, ...] = option((), "picture files, folders, .parquet, .arrow, .jsonl, .json or .csv files")
     image_root: Path | None = option(None, "where relative paths of tables start; default: the folder of the table")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffalign.config import from_dict, option, split_texts
 from diffalign.config.reward_consent import guard_rewards
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """Fields of ``diffalign eval`` and ``diffalign compare``; null: as in the ``config.yaml`` of the first run."""
+
+    numbers_checked: ClassVar[bool] = True
 
     models: tuple[str, ...] = option(
         (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffalign.config import check_numbers, option
 
@@ -20,6 +20,8 @@ CHANGEABLE = frozenset(
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Fields that the loop reads. A trainer's own config adds what to collect and how to score it."""
+
+    numbers_checked: ClassVar[bool] = True
 
     output_dir: Path = option(Path("runs/default"), "the run folder")
     seed: int = option(0, "the only source of randomness of a run")

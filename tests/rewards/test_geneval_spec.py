@@ -87,7 +87,7 @@ def test_the_shapes_rewards_read_it_from_every_container(name, extra):
 
 
 @pytest.mark.parametrize(
-    "entry", [{**CIRCLE, "class": "star"}, {**CIRCLE, "colour": "red"}, {**CIRCLE, "color": "pink"}]
+    "wrong", [{"class": "star"}, {"colour": "red"}, {"color": "pink"}], ids=["class", "key", "color"]
 )
 @pytest.mark.parametrize("name", ["shapes", "shapes_strict", "shapes_correct"])
 def test_one_bad_specification_costs_its_own_sample_and_is_said(name, wrong):
