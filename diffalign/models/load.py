@@ -129,8 +129,9 @@ def load_model(
     with quiet_libraries() as lines, local_files(path):
         try:
             pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **quantised, **family.load_options)
-        except (RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, SafetensorError, ValueError) as error:
+            elsewhere = isinstance(error, ValueError) and "expected shape" not in str(error)
+            if elsewhere or isinstance(error, torch.OutOfMemoryError):
                 raise
             why = (lines[-1] if lines else str(error))[:400]
             raise ValueError(f"model {path}: weights do not fit its configuration, copy it again ({why})") from error
