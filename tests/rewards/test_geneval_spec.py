@@ -87,7 +87,9 @@ def test_the_shapes_rewards_read_it_from_every_container(name, extra):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"class": "star"}, {"colour": "red"}, {"color": "pink"}], ids=["class", "key", "color"]
+    "wrong",
+    [{"class": "star"}, {"colour": "red"}, {"color": "pink"}, {"count": "one"}],
+    ids=["class", "key", "color", "count"],
 )
 @pytest.mark.parametrize("name", ["shapes", "shapes_strict", "shapes_correct"])
 def test_one_bad_specification_costs_its_own_sample_and_is_said(name, wrong):

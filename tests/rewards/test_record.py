@@ -59,8 +59,8 @@ def record(spec):
         (Light(), {"light": RewardConfig(reward=PASSED)}),
         (FunctionReward("redness", redness, True), {"redness": RewardConfig(reward=PASSED)}),
     ],
-    ids=["name", "names", "weights", "registered", "options", "function", "instance", "wrapped", "mixed", "code", "lambda",
-         "partial", "object", "passed"],
+    ids=["name", "names", "weights", "registered", "options", "function", "instance", "wrapped", "mixed", "code",
+         "lambda", "partial", "object", "passed"],
 )  # fmt: skip
 def test_what_is_recorded_makes_the_same_rewards(spec, expected):
     found = record(spec)
