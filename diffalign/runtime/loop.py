@@ -280,7 +280,11 @@ class Loop:
 
     def _stay_in_folder(self) -> None:
         """Undo a change of the working folder by user code: data are read from relative paths all along."""
-        if (now := os.getcwd()) != self.working_folder:
+        try:
+            now = os.getcwd()
+        except OSError:
+            now = "a folder that is gone"
+        if now != self.working_folder:
             os.chdir(self.working_folder)
             self.say(f"warning: a reward changed the working folder to {now}; the run stays in {self.working_folder}")
 
