@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config.schema import ConfigError, shown
+from diffalign.config.sections import PASSED
 from diffalign.messages import hub_sentence, is_offline, offline_sentence
 
 TIMEOUT = 10  # seconds for the hub to answer
@@ -106,8 +107,8 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     elsewhere = own if isinstance(own, Mapping) and name != "rewards" else {}
     for one in filter(None, listed):
         spec = getattr(table.get(one), "reward", "") or one
-        if one in elsewhere and spec == one:
-            continue  # the training's own, by the name that it has there
+        if spec == PASSED or (one in elsewhere and spec == one):
+            continue  # has an error of its own; or the training's own, by the name that it has there
         where, colon, _ = str(spec).rpartition(":")
         if colon and where.endswith(".py") and not Path(where).is_file():
             yield f"{name}: reward {spec!r}: there is no file {where}; check the path"

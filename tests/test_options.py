@@ -18,11 +18,12 @@ OPTIONS = options()
 
 
 def given(cls, argv, path, monkeypatch):
-    """The value of an option as the class receives it, without its checks across fields."""
+    """The value of an option as the class receives it, without checks of ranges and across fields."""
     from diffalign.config import parse
 
     for owner in owners(cls):
         monkeypatch.setattr(owner, "__post_init__", lambda self: None, raising=False)
+        monkeypatch.setattr(owner, "numbers_checked", False, raising=False)
     value = parse(cls, argv)
     for name in path.split("."):
         value = getattr(value, name)

@@ -65,7 +65,7 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
         raise FileNotFoundError(f"model {path}: has no model_index.json; give the folder that save_pretrained wrote")
     with local_files(path):
         index = DiffusionPipeline.load_config(path, revision=revision)
-    name = index.get("_class_name")
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
     _check_libraries(path, index)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffalign.config.sections import PASSED
 from diffalign.rewards.code import check_reward, consented, load_code
 from diffalign.rewards.isolation import isolated, own_copy
 from diffalign.rewards.preprocess import wants_grad
@@ -119,7 +120,6 @@ class Registered:
 
 REWARDS: dict[str, Registered] = {}
 RECIPE = "_made_from"  # attribute of a reward that was made by name: the name and the options given
-PASSED = "passed from Python"  # stands in a configuration for a reward that no file can name
 PLUGINS = "diffalign.rewards"  # the entry points of other packages: a class or factory each
 
 

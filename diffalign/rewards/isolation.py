@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -117,17 +117,36 @@ class _SameState:
     """A context at whose end every one of ``SETTINGS``, and the filters of warnings, are as at its beginning.
 
     What has not changed is not written: while rewards run in a thread of their own, the program goes on in another.
+    Contexts of several threads may overlap, as those of a server's rewards do. What is the process's is then put back
+    to what it was before the first of them: none takes another's changes for the state to restore.
     """
+
+    _lock: ClassVar = threading.Lock()
+    _first: ClassVar[dict[str, Any]] = {}
+    _threads: ClassVar[int] = 0
+    _depth: ClassVar = threading.local()
 
     def __enter__(self) -> None:
         self._before = {name: setting.read() for name, setting in SETTINGS.items()}
+        depth = self._depth.value = getattr(self._depth, "value", 0) + 1
+        if depth == 1:
+            with self._lock:
+                if not _SameState._threads:
+                    _SameState._first = self._before
+                _SameState._threads += 1
+                own = {name: self._before[name] for name in OF_A_THREAD}
+                self._before = {**_SameState._first, **own}
         self._filters, self._content = warnings.filters, list(warnings.filters)
         self._streams = sys.stdout, sys.stderr
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for name, setting in SETTINGS.items():
-            if setting.read() != self._before[name]:
-                setting.write(self._before[name])
+        self._depth.value -= 1
+        with self._lock:
+            if not self._depth.value:
+                _SameState._threads -= 1
+            for name, setting in SETTINGS.items():
+                if setting.read() != self._before[name]:
+                    setting.write(self._before[name])
         if self._filters != self._content:
             self._filters[:] = self._content
             with warnings.catch_warnings():  # tells the module that its filters have changed
@@ -293,3 +312,5 @@ SETTINGS: dict[str, _Setting] = {
     "garbage collector": _Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     "recursion limit": _Setting(sys.getrecursionlimit, sys.setrecursionlimit),
 }
+# Those that each thread has for itself.
+OF_A_THREAD = ("default device", "grad mode", "threads", "autocast", "autocast on CUDA", "numpy's errors")

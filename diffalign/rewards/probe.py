@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups
+from diffalign.rewards.isolation import isolated, own_copy, said
 from diffalign.structures import Prompt
 
 COUNT, SIDE = 2, 64
@@ -49,10 +48,9 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
     if _OFF.get():
         return
     asked = [prompts[i % len(prompts)] for i in range(COUNT)] if prompts else [Prompt("a red circle")] * COUNT
-    with _random_state_kept():
-        for name, reward in rewards.items():
-            _check_signature(name, reward)
-            _try(name, _copied(reward), asked, bool(prompts), min(SIDE, resolution or SIDE))
+    for name, reward in rewards.items():
+        _check_signature(name, reward)
+        _try(name, _copied(reward), asked, bool(prompts), min(SIDE, resolution or SIDE))
 
 
 def _copied(reward: Reward) -> Reward:
@@ -90,7 +88,7 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
             found = _ask(reward, images[rows].clone(), [prompts[i] for i in rows])
         except (RewardUnavailable, ImportError) as error:
             raise RewardUnavailable(f"reward {name!r}: {error}") from error
-        except (Exception, SystemExit) as error:  # the code of a user: what it raises is unknown
+        except Exception as error:  # the code of a user: what it raises is unknown
             errors.append(error)
             continue
         if not errors and (problem := _problem(found)):
@@ -99,15 +97,17 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
     first = errors[0]
     later = isinstance(first, NameError) and "free variable" in str(first)  # assigned once the trainer is made
     if refuse and not later:
+        what = said(first, 300).removeprefix("RewardExit: it raised ")
         raise ValueError(
-            f"reward {name!r} raised {type(first).__name__}: {str(first).strip()[:300]} (on {COUNT} test images of "
-            f"{side} x {side} pixels, prompt {prompts[0].text[:100]!r}): fix it, or leave it out"
+            f"reward {name!r} raised {what} (on {COUNT} test images of {side} x {side} pixels, prompt "
+            f"{prompts[0].text[:100]!r}): fix it, or leave it out"
         ) from first
 
 
 def _ask(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
     groups = [torch.zeros(len(prompts), dtype=torch.long)] if needs_groups(reward) else []
-    return reward(images, [p.text for p in prompts], [dict(p.metadata) for p in prompts], *groups)
+    texts, metadata = [p.text for p in prompts], [own_copy(dict(p.metadata)) for p in prompts]
+    return isolated(lambda: reward(images, texts, metadata, *groups))
 
 
 def _problem(found: Any) -> str:
@@ -121,13 +121,3 @@ def _problem(found: Any) -> str:
     if values.is_complex():
         return f"numbers of type {values.dtype}"
     return "" if values.shape == (COUNT,) else f"shape {tuple(values.shape)} for {COUNT} images"
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Give the global generators their states back: a reward that draws numbers must not move a run's."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -26,6 +26,7 @@ from torch import Tensor
 from diffalign.rewards.base import Reward, RewardUnavailable, needs_groups
 from diffalign.rewards.guard import Batch, guarded
 from diffalign.rewards.http import Handler, HTTPError, HTTPServer, Limits, Request
+from diffalign.rewards.isolation import said
 from diffalign.rewards.wire import decode_images
 from diffalign.structures import Prompt
 from diffalign.tokens import printable
@@ -107,14 +108,14 @@ class RewardServer(HTTPServer):
         try:
             return await self._score(await request.read())
         except RewardUnavailable as error:
-            raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, shown(error)) from error
+            raise HTTPError(HTTPStatus.NOT_IMPLEMENTED, shown(str(error))) from error
         except ValueError as error:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, shown(error)) from error
+            raise HTTPError(HTTPStatus.BAD_REQUEST, shown(str(error))) from error
         except HTTPError:
             raise
         except Exception as error:
-            print(f"reward server: {type(error).__name__}: {printable(str(error), 1000)}", file=sys.stderr)
-            raise HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {shown(error)}") from error
+            print(f"reward server: {printable(said(error, 1000), 1000)}", file=sys.stderr)
+            raise HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, shown(said(error))) from error
 
     async def _score(self, content: bytes) -> dict[str, Any]:
         if len(content) < SMALL:
@@ -158,7 +159,7 @@ class RewardServer(HTTPServer):
             images = torch.stack([pictures[i] for i in rows]).to(self.device).float() / 255
             batch = Batch(images, [asked.prompts[i] for i in rows], torch.zeros(len(rows)))
             table, error = guarded(asked.reward, self.rewards[asked.reward], batch)
-            errors += [f"{type(error).__name__}: {shown(error)}"] if error else []
+            errors += [shown(said(error))] if error else []
             for i, value in zip(rows, table[asked.reward].tolist(), strict=True):
                 scores[i] = value if math.isfinite(value) else None
         return {"scores": scores, **({"error": errors[-1]} if errors else {})}
@@ -220,7 +221,7 @@ class Lane:
                 job.result.set_result(value)
             else:
                 wanted = isinstance(error, Exception)
-                job.result.set_exception(error if wanted else RuntimeError(f"{type(error).__name__}: {error}"))
+                job.result.set_exception(error if wanted else RuntimeError(said(error)))
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,9 @@ class Asked:
         return decode_images(self.images, MOST_PIXELS)
 
 
-def shown(error: Exception) -> str:
-    """The message of ``error`` as a client may see it: on one line, bounded, without absolute paths of this machine."""
-    text = PATH.sub("...", str(error))
+def shown(text: str) -> str:
+    """Return a message as a client may see it: on one line, bounded, without absolute paths of this machine."""
+    text = PATH.sub("...", text)
     for place in (str(Path.home()), str(Path.cwd()), sys.prefix):  # what stands in the middle of something else
         text = text.replace(place, "...") if len(place) > 1 else text
     return printable(text)

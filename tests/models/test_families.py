@@ -263,7 +263,7 @@ def runs(wanted, family_pipelines, pairs, tmp_path_factory):
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
     with pytest.MonkeyPatch.context() as patch:
         # Four fifths of such a training, and the same for every family.
-        patch.setattr("diffalign.trainers.report.plot_curves", lambda *_: None)
+        patch.setattr("diffalign.trainers.report.plot_curves", lambda *_, **__: None)
         for name, kind in wanted:
             folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
             trainer = TRAINERS[kind](name, folder, pipeline, pairs)

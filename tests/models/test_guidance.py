@@ -85,7 +85,7 @@ def test_scales_without_a_meaning_are_refused(kind, field, scale, tmp_path):
     given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
     config = kind(model=str(PIPELINE), **given, **{field: scale})
     check = config.validate if kind in CONFIGS else lambda: resolve(config, tmp_path, 1)
-    with pytest.raises(ValueError, match=rf"{field} must be 0 or more and finite, got {scale:g}"):
+    with pytest.raises(ValueError, match=rf"{field} must be .*, got {scale:g}"):
         check()
 
 

@@ -1,6 +1,7 @@
 """A reward cannot alter what others see, nor the process that calls it, nor end it."""
 
 import gc
+import json
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from diffalign.rewards.base import ask
 from diffalign.rewards.combine import Combined
 from diffalign.rewards.isolation import SETTINGS
 from diffalign.rewards.remote import RewardServer
+from diffalign.rewards.server import Asked
 from diffalign.rewards.wire import encode_image
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.structures import Pair, Prompt
@@ -150,13 +152,17 @@ def by_relabel(rewards):
     return {name: torch.tensor([found[0][f"{name}/0"], found[0][f"{name}/1"]]) for name in rewards}
 
 
+def asked_of(server, body):
+    return server._scored(Asked.read(json.dumps(body).encode()))
+
+
 def by_server(rewards):
     server = RewardServer(rewards, port=0)
     pictures = [encode_image(image) for image in images_of()]
     try:
         bodies = {name: {"reward": name, "prompts": TEXTS, "metadata": [METADATA] * 2, "images": pictures}
                   for name in rewards}  # fmt: skip
-        return {name: torch.tensor(server.score(body)["scores"]) for name, body in bodies.items()}
+        return {name: torch.tensor(asked_of(server, body)["scores"]) for name, body in bodies.items()}
     finally:
         server.server_close()
 

@@ -17,7 +17,7 @@ from diffalign.rewards.wire import encode_image
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.runtime.signals import Signals
 from diffalign.structures import Prompt
-from tests.rewards.test_isolation import TEXTS, images_of, light, prompts_of
+from tests.rewards.test_isolation import TEXTS, asked_of, images_of, light, prompts_of
 
 # What a reward raises -------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_a_server_answers_what_its_reward_raises(error):
     server = RewardServer({"mine": raising(error)}, port=0)
     pictures = [encode_image(image) for image in images_of()]
     try:
-        answer = server.score({"reward": "mine", "prompts": TEXTS, "images": pictures})
+        answer = asked_of(server, {"reward": "mine", "prompts": TEXTS, "images": pictures})
     finally:
         server.server_close()
     assert answer["scores"] == [pytest.approx(0.8, abs=1e-3), None]

@@ -16,6 +16,7 @@ import torch
 import urllib3
 from PIL import Image
 
+from diffalign import media
 from diffalign.cli import main
 from diffalign.rewards import server as serving
 from diffalign.rewards.base import FunctionReward, RewardUnavailable
@@ -75,7 +76,7 @@ def claimed(width, height):
     ids=["177 megapixels", "claimed", "wide", "absurd", "empty"],
 )
 def test_pixels_are_counted_before_they_are_decoded(image, monkeypatch):
-    monkeypatch.setattr(serving, "decode_bytes", lambda picture: pytest.fail("it was decoded"))
+    monkeypatch.setattr(media, "decode", lambda *_: pytest.fail("it was decoded"))
     with running(RewardServer(rewards(), port=0)) as address:
         reply = post(address, asked(image=image))
     assert reply.status == 400

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffalign import files
+from diffalign import atomic
 
 
 def names(folder):
@@ -24,9 +24,9 @@ def fails_after(path, text):
 def test_files_are_as_readable_as_the_umask_says_whatever_wrote_them(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with files.replacing(tmp_path / "a.safetensors") as staged:
+        with atomic.replacing(tmp_path / "a.safetensors") as staged:
             save_file({"w": torch.zeros(1)}, staged)  # through mkstemp: private
-        files.write_text(tmp_path / "b.txt", "text\n")
+        atomic.write_text(tmp_path / "b.txt", "text\n")
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
@@ -34,11 +34,11 @@ def test_files_are_as_readable_as_the_umask_says_whatever_wrote_them(tmp_path, u
 
 def test_a_file_that_is_replaced_keeps_its_mode_and_an_error_changes_nothing(tmp_path):
     path = tmp_path / "a.txt"
-    files.write_text(path, "one")
+    atomic.write_text(path, "one")
     path.chmod(0o640)
-    files.write_text(path, "two")
+    atomic.write_text(path, "two")
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    with pytest.raises(OSError, match="full"), files.replacing(path) as staged:
+    with pytest.raises(OSError, match="full"), atomic.replacing(path) as staged:
         fails_after(staged, "th")
     assert path.read_text() == "two"
     assert names(tmp_path) == ["a.txt"]
@@ -47,7 +47,7 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_an_error_changes_nothing(tmp
 def test_a_link_is_replaced_and_its_target_stays(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "link").symlink_to("theirs")
-    files.write_text(tmp_path / "link", "ours")
+    atomic.write_text(tmp_path / "link", "ours")
     assert (tmp_path / "theirs").read_text() == "theirs"
     assert (tmp_path / "link").read_text() == "ours"
 
@@ -55,10 +55,10 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path):
 def test_a_folder_is_replaced_as_one(tmp_path):
     place = tmp_path / "unet"
     for text in ("one", "two"):
-        with files.replacing_folder(place) as staged:
+        with atomic.replacing_folder(place) as staged:
             (staged / text).write_text(text)
         assert names(place) == [text]
-    with pytest.raises(OSError, match="full"), files.replacing_folder(place) as staged:
+    with pytest.raises(OSError, match="full"), atomic.replacing_folder(place) as staged:
         fails_after(staged / "three", "three")
     assert names(place) == ["two"]
     assert names(tmp_path) == ["unet"]
@@ -68,23 +68,23 @@ def test_only_staged_files_are_removed(tmp_path):
     for name in (".diffalign-12-a.png", ".diffalign-x", ".tmp-1-2", "diffalign-12-a"):
         (tmp_path / name).write_text("")
     (tmp_path / ".diffalign-7-checkpoint-3").mkdir()
-    files.remove_staged(tmp_path)
+    atomic.remove_staged(tmp_path)
     assert names(tmp_path) == [".diffalign-x", ".tmp-1-2", "diffalign-12-a"]
 
 
 def test_what_is_kept_aside_never_replaces_what_was_kept_before(tmp_path):
     for number in range(3):
         (tmp_path / "a").write_text(str(number))
-        files.keep_aside(tmp_path / "a")
+        atomic.keep_aside(tmp_path / "a")
     assert [(tmp_path / name).read_text() for name in ("a.old", "a.old-2", "a.old-3")] == ["0", "1", "2"]
-    assert files.keep_aside(tmp_path / "a") is None
+    assert atomic.keep_aside(tmp_path / "a") is None
 
 
 def test_no_product_is_written_but_through_this_module():
     """A file that is opened to write in place can be torn by a full disk, or by a kill."""
-    allowed = {"files.py", "runtime/cache.py", "runtime/tracking.py", "runtime/watchdog.py", "runtime/guardian.py"}
+    allowed = {"atomic.py", "runtime/cache.py", "runtime/tracking.py", "runtime/watchdog.py", "runtime/guardian.py"}
     allowed |= {"runtime/checkpoint.py", "runtime/folder.py", "doctor/probes.py"}
-    package = Path(files.__file__).parent
+    package = Path(atomic.__file__).parent
     writes = (".write_text(", ".write_bytes(", '.open("w"', "savefig(Path", ".save(Path(", "save_file(")
     found = {}
     for path in package.rglob("*.py"):
