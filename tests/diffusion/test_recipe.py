@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import fields
 
 import pytest
 
@@ -203,4 +204,4 @@ def test_what_is_no_recipe_is_refused(options, message):
 
 
 def test_a_recipe_and_its_configuration_have_the_same_cells():
-    assert set(Recipe.__dataclass_fields__) == set(RecipeConfig.__dataclass_fields__) - {"preset"}
+    assert {field.name for field in fields(Recipe)} == {field.name for field in fields(RecipeConfig)} - {"preset"}

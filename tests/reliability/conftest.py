@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -6,6 +8,15 @@ import torch
 def no_curves(monkeypatch):
     """Drawing curves takes longer than the runs here, and is tested where it is written."""
     monkeypatch.setattr("diffalign.trainers.report.plot_curves", lambda rows, path, **_: None)
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_arrive():
+    """Tests may themselves run under nohup, which has their processes ignore SIGHUP."""
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

@@ -146,7 +146,7 @@ def test_r29_refl_names_such_a_sample_and_stops_where_there_are_too_many(tmp_pat
     ):
         trainer.train()
     found = [row for row in rows(args.output_dir) if "loss" in row]
-    assert len(found) == (0 if stops else 2)
+    assert len(found) == (1 if stops else 2)  # the step that was taken is kept
     assert all(math.isfinite(row["reward/mean"]) and row["unscored"] == 0.25 for row in found)
 
 
@@ -263,7 +263,7 @@ def test_r31_check_compares_files_and_says_which_holds_nothing(tmp_path, capsys)
     assert main(["check", str(train), str(empty), "--json"]) == 1
     assert "empty.TXT holds no prompt" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nowhere.txt")]) == 2
-    assert "no prompt file at" in capsys.readouterr().err
+    assert "no file at" in capsys.readouterr().err
 
 
 def test_r31_a_run_takes_prompts_of_any_length_and_script(tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
+from diffalign.rewards.probe import untried
 from diffalign.runtime.loop import indexed
 from tests.conftest import PIPELINE, PROMPTS
 
@@ -39,7 +40,8 @@ def main(folder: Path) -> None:
         advantage_std="global",
         save_rollouts=True,
     )
-    trainer = FlowGRPOTrainer(args=args, reward_funcs=brightness)
+    with untried():  # what it sees is the run's
+        trainer = FlowGRPOTrainer(args=args, reward_funcs=brightness)
     parameters = trainer.loop.parameters
 
     def keep(*_):

@@ -264,7 +264,7 @@ REFUSED = [
     ({"model": ""}, "model is missing: write model:"),
     ({"rewards": {}}, "rewards is empty: write rewards:"),
     ({"rewards": {"shape": 1.0}}, "unknown reward 'shape'.*did you mean 'shapes'"),
-    ({"clip_range": 0.0}, "clip range must be positive"),
+    ({"clip_range": 0.0}, "clip_range must be more than 0"),
     ({"checkpoints_total_limit": 1}, "must be at least 2"),
     ({"schedule": "karras"}, "schedule must be one of pipeline, uniform"),
     ({"plan": PlanConfig(preset="first_steps", num_steps=4, window_size=4)}, "the last of 4 steps is not trained"),
