@@ -75,6 +75,7 @@ class Once(logging.Filter):
 def one_line_logs() -> None:
     """Turn the loading bars of libraries off, and their log into single lines, each once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
     from diffalign.models.quiet import no_bars
 
     no_bars()

@@ -80,7 +80,7 @@ def check_unscored(share: float, limit: float, hint: str = "") -> None:
     if share > limit:
         raise ValueError(
             f"rewards failed on {share:.0%} of the images, more than max_unscored {limit:.0%}: "
-            "mend the reward (warnings above name the samples), or raise max_unscored" + hint
+            "fix the reward (warnings above name the samples), or raise max_unscored" + hint
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -183,7 +184,7 @@ class Collector:
         finite = total[~total.isnan()]
         return {
             "reward/mean": finite.mean().item(),
-            "reward/std": finite.std(correction=0).item(),
+            "reward/std": finite.std(correction=0).item() if len(finite) else math.nan,
             **{f"reward/{name}": rewards[name].nanmean().item() for name in names},
             "flat_groups": flat_share(rewards, groups, self.weights),
             "unscored": 1 - len(finite) / len(total),
