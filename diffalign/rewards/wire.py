@@ -114,7 +114,10 @@ class Wire:
         raise problem
 
     def _once(self, address: str, body: Any, end: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
-        """One attempt, until ``end`` at most. urllib3's HTTPError: no answer, or one without end."""
+        """One attempt, until ``end`` at most; the body may take another ``timeout``.
+
+        urllib3's HTTPError: no answer, or one without end.
+        """
         reply = POOL.request(
             "POST",
             address,
@@ -125,7 +128,7 @@ class Wire:
             redirect=False,  # another host would get the images, and maybe the token
             preload_content=False,
         )
-        content = bytearray()
+        content, end = bytearray(), min(end, time.monotonic() + self.timeout)
         try:
             while part := reply.read1(1 << 16):
                 content += part
