@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import logging
 import os
 import random
 import signal
@@ -128,6 +129,10 @@ class _SameState:
 
     def __enter__(self) -> None:
         self._before = {name: setting.read() for name, setting in SETTINGS.items()}
+        # Only leaving this one ends an inference mode that the callee has entered; it sets the gradient mode as well.
+        self._mode = torch.inference_mode(torch.is_inference_mode_enabled())
+        self._mode.__enter__()
+        torch._C._set_grad_enabled(self._before["grad mode"])
         depth = self._depth.value = getattr(self._depth, "value", 0) + 1
         if depth == 1:
             with self._lock:
@@ -141,12 +146,12 @@ class _SameState:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth.value -= 1
+        self._mode.__exit__(None, None, None)
         with self._lock:
             if not self._depth.value:
                 _SameState._threads -= 1
             for name, setting in SETTINGS.items():
-                if setting.read() != self._before[name]:
-                    setting.write(self._before[name])
+                self._restore(name, setting)
         if self._filters != self._content:
             self._filters[:] = self._content
             with warnings.catch_warnings():  # tells the module that its filters have changed
@@ -155,6 +160,14 @@ class _SameState:
         if threading.current_thread() is threading.main_thread():
             warnings.filters = self._filters
             sys.stdout, sys.stderr = self._streams
+
+    def _restore(self, name: str, setting: _Setting) -> None:
+        """Put one setting back; one that cannot be must not keep the others from it."""
+        try:
+            if setting.read() != self._before[name]:
+                setting.write(self._before[name])
+        except Exception as error:
+            warnings.warn(f"a reward changed {name}, and it cannot be put back: {said(error)}", stacklevel=4)
 
 
 def _state_of_generator() -> bytes:
@@ -177,13 +190,27 @@ def _set_cuda_generators(states: tuple[bytes, ...]) -> None:
 
 
 def _numpy_generator() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # type: ignore[misc]
-    return name, keys.tobytes(), *rest
+    generator = np.random.get_bit_generator()  # which can be replaced, by one of another kind too
+    state: Any = np.random.get_state(legacy=False)
+    return generator, _plain(dict(state))
+
+
+def _plain(value: Any) -> Any:
+    """Return nested dicts with arrays as bytes, so that they compare."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return (value.tobytes(), value.dtype.str) if isinstance(value, np.ndarray) else value
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _arrays(entry) for name, entry in value.items()}
+    return np.frombuffer(value[0], dtype=value[1]) if isinstance(value, tuple) else value
 
 
 def _set_numpy_generator(state: tuple[Any, ...]) -> None:
-    name, keys, *rest = state
-    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+    np.random.set_bit_generator(state[0])
+    np.random.set_state(_arrays(state[1]))
 
 
 def _working_directory() -> str | None:
@@ -205,6 +232,60 @@ def _set_environment(before: Mapping[str, str]) -> None:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+_TIMERS = tuple(
+    getattr(signal, f"ITIMER_{name}") for name in ("REAL", "VIRTUAL", "PROF") if hasattr(signal, "setitimer")
+)
+
+
+def _timers() -> tuple[bool, ...]:
+    return tuple(signal.getitimer(timer)[0] > 0 for timer in _TIMERS)
+
+
+def _set_timers(running: tuple[bool, ...]) -> None:
+    """End timers that were started meanwhile: without the handler of who did, their signal ends the process."""
+    for timer, before in zip(_TIMERS, running, strict=True):
+        if not before:
+            signal.setitimer(timer, 0)
+
+
+def _umask() -> int | None:
+    try:  # the call that returns it also sets it, for all threads
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), None)
+    except OSError:
+        return None
+
+
+def _set_umask(value: int | None) -> None:
+    if value is not None:
+        os.umask(value)
+
+
+def _blocked_signals() -> frozenset[int]:
+    return (
+        frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ())) if hasattr(signal, "pthread_sigmask") else frozenset()
+    )
+
+
+def _open_descriptors() -> tuple[bool, ...]:
+    return tuple(map(_is_open, range(3)))
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _open_again(before: tuple[bool, ...]) -> None:
+    """Lead closed standard streams to the null device: a file that took their number would receive the output."""
+    for number, was_open in enumerate(before):
+        if was_open and not _is_open(number):
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -311,6 +392,19 @@ SETTINGS: dict[str, _Setting] = {
     "environment": _Setting(lambda: dict(os.environ), _set_environment),
     "garbage collector": _Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     "recursion limit": _Setting(sys.getrecursionlimit, sys.setrecursionlimit),
+    "timers": _Setting(_timers, _set_timers),
+    "umask": _Setting(_umask, _set_umask),
+    "blocked signals": _Setting(_blocked_signals, lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)),
+    "standard streams": _Setting(_open_descriptors, _open_again),
+    "level of logging": _Setting(lambda: logging.root.manager.disable, logging.disable),
 }
 # Those that each thread has for itself.
-OF_A_THREAD = ("default device", "grad mode", "threads", "autocast", "autocast on CUDA", "numpy's errors")
+OF_A_THREAD = (
+    "default device",
+    "grad mode",
+    "threads",
+    "autocast",
+    "autocast on CUDA",
+    "numpy's errors",
+    "blocked signals",
+)
