@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
+from diffalign.rewards import process_state
+
 T = TypeVar("T")
 
 
@@ -150,8 +152,7 @@ class _SameState:
         with self._lock:
             if not self._depth.value:
                 _SameState._threads -= 1
-            for name, setting in SETTINGS.items():
-                self._restore(name, setting)
+            problems = [self._restore(name, setting) for name, setting in SETTINGS.items()]
         if self._filters != self._content:
             self._filters[:] = self._content
             with warnings.catch_warnings():  # tells the module that its filters have changed
@@ -160,14 +161,17 @@ class _SameState:
         if threading.current_thread() is threading.main_thread():
             warnings.filters = self._filters
             sys.stdout, sys.stderr = self._streams
+        for problem in filter(None, problems):  # not before the filters are as they were: they may make it an error
+            warnings.warn(problem, stacklevel=3)
 
-    def _restore(self, name: str, setting: _Setting) -> None:
-        """Put one setting back; one that cannot be must not keep the others from it."""
+    def _restore(self, name: str, setting: _Setting) -> str | None:
+        """Put one setting back; one that cannot be must not keep the others from it. Returns what went wrong."""
         try:
             if setting.read() != self._before[name]:
                 setting.write(self._before[name])
         except Exception as error:
-            warnings.warn(f"a reward changed {name}, and it cannot be put back: {said(error)}", stacklevel=4)
+            return f"a reward changed the {name}, and it cannot be put back: {said(error)}"
+        return None
 
 
 def _state_of_generator() -> bytes:
@@ -225,67 +229,13 @@ def _set_working_directory(path: str | None) -> None:
         try:
             os.chdir(path)
         except OSError as error:
-            warnings.warn(f"the working directory {path} cannot be entered again: {error}", stacklevel=2)
+            raise OSError(f"{path} cannot be entered again: {error}") from error
 
 
 def _set_environment(before: Mapping[str, str]) -> None:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
-
-
-_TIMERS = tuple(
-    getattr(signal, f"ITIMER_{name}") for name in ("REAL", "VIRTUAL", "PROF") if hasattr(signal, "setitimer")
-)
-
-
-def _timers() -> tuple[bool, ...]:
-    return tuple(signal.getitimer(timer)[0] > 0 for timer in _TIMERS)
-
-
-def _set_timers(running: tuple[bool, ...]) -> None:
-    """End timers that were started meanwhile: without the handler of who did, their signal ends the process."""
-    for timer, before in zip(_TIMERS, running, strict=True):
-        if not before:
-            signal.setitimer(timer, 0)
-
-
-def _umask() -> int | None:
-    try:  # the call that returns it also sets it, for all threads
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), None)
-    except OSError:
-        return None
-
-
-def _set_umask(value: int | None) -> None:
-    if value is not None:
-        os.umask(value)
-
-
-def _blocked_signals() -> frozenset[int]:
-    return (
-        frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ())) if hasattr(signal, "pthread_sigmask") else frozenset()
-    )
-
-
-def _open_descriptors() -> tuple[bool, ...]:
-    return tuple(map(_is_open, range(3)))
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
-
-
-def _open_again(before: tuple[bool, ...]) -> None:
-    """Lead closed standard streams to the null device: a file that took their number would receive the output."""
-    for number, was_open in enumerate(before):
-        if was_open and not _is_open(number):
-            os.open(os.devnull, os.O_RDWR)
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -392,10 +342,12 @@ SETTINGS: dict[str, _Setting] = {
     "environment": _Setting(lambda: dict(os.environ), _set_environment),
     "garbage collector": _Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     "recursion limit": _Setting(sys.getrecursionlimit, sys.setrecursionlimit),
-    "timers": _Setting(_timers, _set_timers),
-    "umask": _Setting(_umask, _set_umask),
-    "blocked signals": _Setting(_blocked_signals, lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)),
-    "standard streams": _Setting(_open_descriptors, _open_again),
+    "timers": _Setting(process_state.timers, process_state.set_timers),
+    "umask": _Setting(process_state.umask, process_state.set_umask),
+    "blocked signals": _Setting(
+        process_state.blocked_signals, lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    ),
+    "standard streams": _Setting(process_state.open_descriptors, process_state.open_again),
     "level of logging": _Setting(lambda: logging.root.manager.disable, logging.disable),
 }
 # Those that each thread has for itself.
