@@ -8,13 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from diffalign.config.schema import ConfigError, shown
 from diffalign.config.sections import PASSED
 from diffalign.messages import hub_sentence, is_offline, offline_sentence
+from diffalign.plugins import entry_points
 
 TIMEOUT = 10  # seconds for the hub to answer
 PLUGINS = "diffalign.rewards"

@@ -298,3 +298,15 @@ def test_a_union_takes_the_member_that_needs_no_conversion(hint, value):
         return
     expected = Path("3") if value == "3" and hint == Path | int | None else value
     assert repr(from_dict(holder, {"amount": value}).amount) == repr(expected)
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_whole_number_beyond_all_floats_is_infinite(sign, typed):
+    @dataclass
+    class Holder:
+        amount: float = 0.0
+
+    text = f"{sign}1{'0' * 400}"
+    found = parse(Holder, ["--amount", text]) if typed else from_dict(Holder, {"amount": int(text)})
+    assert found.amount == float(f"{sign}inf")

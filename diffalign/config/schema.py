@@ -191,9 +191,9 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
     if hint is bool and isinstance(value, (str, int)) and (found := truth(str(value))) is not None:
         return found
     if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
-        return yaml_dialect.load(value)
+        return yaml_dialect.as_float(yaml_dialect.load(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return yaml_dialect.as_float(value)
     if hint is Path and isinstance(value, (str, Path)) and str(value):
         return Path(value)
     fits = type(value) is hint if hint in (bool, int, float, str, dict, list) else isinstance(value, hint)

@@ -173,7 +173,7 @@ def _number(kind: type, text: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return MISSING
     if kind is float:
-        return float(value)
+        return yaml_dialect.as_float(value)
     whole = isinstance(value, int) or ("e" in lowered and "inf" not in lowered and value.is_integer())
     return int(value) if whole else MISSING
 

@@ -5,6 +5,7 @@ PyYAML reads version 1.1, where ``no`` is False, ``12:30`` is 750, ``010`` is 8 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, ClassVar
 
@@ -77,3 +78,11 @@ def dump_inline(value: Any) -> str:
     """The same on one line."""
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=True)
     return text.removesuffix("...\n").strip()
+
+
+def as_float(value: int | float) -> float:
+    """Convert a number to a float; a whole number that no float can hold becomes infinite, as 1e999 does."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

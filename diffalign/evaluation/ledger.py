@@ -9,11 +9,25 @@ from diffalign.atomic import replacing, write_text
 
 
 def whole_rows(path: Path) -> list[dict]:
-    """The objects of ``path``, one per line, without a last line that a crash cut short; none without a file."""
+    """The objects of ``path``, one per line, without a last line that a crash cut short; none without a file.
+
+    ValueError: a line that is none, by its number.
+    """
     if not path.is_file():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole if line]
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [_row(path, number, line) for number, line in enumerate(whole, 1) if line]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return row
+        problem = f"a {type(row).__name__}"
+    except (ValueError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+    raise ValueError(f"{path}, line {number} is damaged ({problem}): delete this line, or the file; its work is redone")
 
 
 def mend(path: Path) -> None:
@@ -28,7 +42,7 @@ def same_or_new(path: Path, content: dict) -> None:
     if not path.is_file():
         write_text(path, json.dumps(content, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _row(path, 1, path.read_bytes())
     changed = [
         f"{name} ({before.get(name)!r}, now {value!r})" for name, value in content.items() if before.get(name) != value
     ]

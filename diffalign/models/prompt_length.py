@@ -43,7 +43,10 @@ def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> l
     index = DiffusionPipeline.load_config(path)
     names = [name for name, entry in index.items() if name.startswith("tokenizer") and entry and entry[0]]
     try:
-        return [_encoder(kind, name, AutoTokenizer.from_pretrained(path, subfolder=name), length) for name in names]
+        return [
+            _encoder(kind, name, AutoTokenizer.from_pretrained(path, subfolder=name, trust_remote_code=False), length)
+            for name in names
+        ]
     except (OSError, ImportError) as error:
         raise ValueError(f"model {shorten(path)}: no tokenizer to count with ({shorten(error, 300)})") from error
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from diffalign.config.sections import PASSED
+from diffalign.plugins import entry_points
 from diffalign.rewards.code import check_reward, consented, load_code
 from diffalign.rewards.isolation import isolated, own_copy
 from diffalign.rewards.preprocess import wants_grad

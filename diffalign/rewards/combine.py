@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from diffalign.atomic import write_text
 from diffalign.config import from_dict
+from diffalign.files import read_text
 from diffalign.rewards.base import Facts, Metadata, Reward, ask, needs_groups, register
 from diffalign.rewards.settings import RewardConfig, build_rewards
 
 QUANTILES = 101
+LARGEST_TABLE = 64 << 20  # bytes of stored calibrations that are read
 TIED = 4  # units in the last place by which equal scores may differ
 
 
@@ -71,10 +73,12 @@ def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> No
 def load_calibrations(path: Path) -> dict[str, Calibration]:
     """What ``save_calibrations`` wrote. ValueError naming the file where it is something else."""
     try:
-        table = json.loads(Path(path).read_text())
+        table = json.loads(read_text(path, LARGEST_TABLE))
         return {n: Calibration(c["mean"], c["std"], tuple(c["quantiles"])) for n, c in table.items()}
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no calibrations ({error}): write one with save_calibrations") from error
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no calibrations ({str(error)[:300]}): write one with save_calibrations"
+        ) from error
 
 
 Rule = Callable[[Tensor, Tensor, float], Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import logging
 import os
 import random
 import signal
@@ -19,6 +20,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+
+from diffalign.rewards import process_state
 
 T = TypeVar("T")
 
@@ -128,6 +131,10 @@ class _SameState:
 
     def __enter__(self) -> None:
         self._before = {name: setting.read() for name, setting in SETTINGS.items()}
+        # Only leaving this one ends an inference mode that the callee has entered; it sets the gradient mode as well.
+        self._mode = torch.inference_mode(torch.is_inference_mode_enabled())
+        self._mode.__enter__()
+        torch._C._set_grad_enabled(self._before["grad mode"])
         depth = self._depth.value = getattr(self._depth, "value", 0) + 1
         if depth == 1:
             with self._lock:
@@ -141,12 +148,11 @@ class _SameState:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth.value -= 1
+        self._mode.__exit__(None, None, None)
         with self._lock:
             if not self._depth.value:
                 _SameState._threads -= 1
-            for name, setting in SETTINGS.items():
-                if setting.read() != self._before[name]:
-                    setting.write(self._before[name])
+            problems = [self._restore(name, setting) for name, setting in SETTINGS.items()]
         if self._filters != self._content:
             self._filters[:] = self._content
             with warnings.catch_warnings():  # tells the module that its filters have changed
@@ -155,6 +161,17 @@ class _SameState:
         if threading.current_thread() is threading.main_thread():
             warnings.filters = self._filters
             sys.stdout, sys.stderr = self._streams
+        for problem in filter(None, problems):  # not before the filters are as they were: they may make it an error
+            warnings.warn(problem, stacklevel=3)
+
+    def _restore(self, name: str, setting: _Setting) -> str | None:
+        """Put one setting back; one that cannot be must not keep the others from it. Returns what went wrong."""
+        try:
+            if setting.read() != self._before[name]:
+                setting.write(self._before[name])
+        except Exception as error:
+            return f"a reward changed the {name}, and it cannot be put back: {said(error)}"
+        return None
 
 
 def _state_of_generator() -> bytes:
@@ -177,13 +194,27 @@ def _set_cuda_generators(states: tuple[bytes, ...]) -> None:
 
 
 def _numpy_generator() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # type: ignore[misc]
-    return name, keys.tobytes(), *rest
+    generator = np.random.get_bit_generator()  # which can be replaced, by one of another kind too
+    state: Any = np.random.get_state(legacy=False)
+    return generator, _plain(dict(state))
+
+
+def _plain(value: Any) -> Any:
+    """Return nested dicts with arrays as bytes, so that they compare."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return (value.tobytes(), value.dtype.str) if isinstance(value, np.ndarray) else value
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _arrays(entry) for name, entry in value.items()}
+    return np.frombuffer(value[0], dtype=value[1]) if isinstance(value, tuple) else value
 
 
 def _set_numpy_generator(state: tuple[Any, ...]) -> None:
-    name, keys, *rest = state
-    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+    np.random.set_bit_generator(state[0])
+    np.random.set_state(_arrays(state[1]))
 
 
 def _working_directory() -> str | None:
@@ -198,7 +229,7 @@ def _set_working_directory(path: str | None) -> None:
         try:
             os.chdir(path)
         except OSError as error:
-            warnings.warn(f"the working directory {path} cannot be entered again: {error}", stacklevel=2)
+            raise OSError(f"{path} cannot be entered again: {error}") from error
 
 
 def _set_environment(before: Mapping[str, str]) -> None:
@@ -311,6 +342,21 @@ SETTINGS: dict[str, _Setting] = {
     "environment": _Setting(lambda: dict(os.environ), _set_environment),
     "garbage collector": _Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     "recursion limit": _Setting(sys.getrecursionlimit, sys.setrecursionlimit),
+    "timers": _Setting(process_state.timers, process_state.set_timers),
+    "umask": _Setting(process_state.umask, process_state.set_umask),
+    "blocked signals": _Setting(
+        process_state.blocked_signals, lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    ),
+    "standard streams": _Setting(process_state.open_descriptors, process_state.open_again),
+    "level of logging": _Setting(lambda: logging.root.manager.disable, logging.disable),
 }
 # Those that each thread has for itself.
-OF_A_THREAD = ("default device", "grad mode", "threads", "autocast", "autocast on CUDA", "numpy's errors")
+OF_A_THREAD = (
+    "default device",
+    "grad mode",
+    "threads",
+    "autocast",
+    "autocast on CUDA",
+    "numpy's errors",
+    "blocked signals",
+)

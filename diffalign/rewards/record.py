@@ -7,11 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffalign.plugins import entry_points
 from diffalign.rewards.base import PASSED, PLUGINS, RECIPE, REWARDS, FunctionReward, Reward
 from diffalign.rewards.code import PREFIX
 from diffalign.rewards.settings import RewardConfig

@@ -36,7 +36,10 @@ MOST_PIXELS = 1 << 26  # of a request, over all of its images: 16 of 2048 x 2048
 SMALL = 1 << 18  # bytes of a request that is read faster than handed to another thread
 MOST_WAITING = 512  # requests per reward
 # Absolute paths, quoted (with spaces) or bare; of an address such as https://host/path nothing is taken.
-PATH = re.compile(r"""(['"])(?:/|~/|[A-Za-z]:[\\/])[^'"\n]*\1|(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/])[^\s'",;:()<>\]]+""")
+PATH = re.compile(
+    r"""file:/+[^\s'",;()<>\]]+|(['"])(?:/|~/|[A-Za-z]:[\\/])[^'"\n]*\1"""
+    r"""|(?<![\w./])(?<!http:)(?<!https:)(?:~?/|[A-Za-z]:[\\/])[^\s'",;:()<>\]]+"""
+)
 
 
 class RewardServer(HTTPServer):

@@ -21,11 +21,13 @@ from torchvision.transforms.functional import to_pil_image
 
 from diffalign.atomic import replacing, write_text
 from diffalign.diffusion.plan import Plan
+from diffalign.files import read_text
 from diffalign.rewards.preprocess import to_bytes
 from diffalign.rollout import storage
 from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
+LARGEST = 1 << 30  # bytes of the prompts that are read
 COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
 
 
@@ -40,6 +42,20 @@ def clear_buffer(directory: Path) -> None:
     for path in (*directory.glob("nodes*.safetensors"), directory / "prompts.json", listing):
         if path.is_file():
             path.unlink()
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Return the fields of each prompt. FileNotFoundError: no such file. ValueError: it is something else."""
+    try:
+        entries = json.loads(read_text(path, LARGEST))
+        for entry in entries:
+            Prompt(**entry)
+        return list(entries)
+    except FileNotFoundError:
+        raise
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{path} holds no prompts of rollouts ({problem}): copy the folder again") from error
 
 
 def stored_steps(plan: Plan) -> tuple[int, ...]:
@@ -275,7 +291,7 @@ class RolloutBuffer:
             begin += len(part["parent"])
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
-        prompts = [Prompt(**entry) for entry in json.loads((directory / "prompts.json").read_text())]
+        prompts = [Prompt(**entry) for entry in _read_prompts(directory / "prompts.json")]
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
         return cls(
             **{name: columns[name] for name in COLUMNS}, prompts=prompts, mean=columns.get("mean"), rewards=rewards

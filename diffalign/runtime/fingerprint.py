@@ -19,7 +19,9 @@ WHOLE = 64 << 20
 BLOCKS, BLOCK = 64, 1 << 20
 FILES = 1000
 STATED = 20_000  # files of a folder whose sizes are looked at; the names of all count
-MODEL_FILES = frozenset((".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".py"))
+NETWORKS = (".safetensors", ".bin", ".json", ".txt", ".model", ".pt", ".pth", ".py")
+JUDGES = (".ckpt", ".onnx", ".npz", ".npy", ".pkl", ".joblib", ".h5", ".msgpack", ".gguf")  # more that rewards load
+MODEL_FILES = frozenset((*NETWORKS, *JUDGES))
 # What a run writes; a data folder may hold run folders.
 SKIPPED = frozenset(("__pycache__",))
 

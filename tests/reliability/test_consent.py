@@ -16,7 +16,7 @@ from diffalign.evaluation.relabel import RelabelConfig
 from diffalign.evaluation.score import ScoreConfig
 from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.models.load import pipeline_class
-from diffalign.rewards.base import PLUGINS, get_reward
+from diffalign.rewards.base import PLUGINS, get_reward, names
 from tests.conftest import PIPELINE, PROMPTS
 
 SECRET = "s3cr3t-of-another-service"
@@ -269,12 +269,19 @@ def test_consent_is_for_rewards_alone(spec, place):
     assert not (place / "canary").exists()
 
 
-def test_a_folder_is_no_plug_in(place):
+@pytest.mark.parametrize("on_path", ["", ".", "{0}", None])
+def test_a_folder_is_no_plug_in(on_path, place, monkeypatch):
+    if on_path is not None:  # as ``python -m`` and a PYTHONPATH with an empty part have it
+        monkeypatch.syspath_prepend(on_path.format(place))
+    (place / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(place / 'canary')!r}).touch()\ndef judge(name): pass\n"
+    )
     (place / "evil-1.dist-info").mkdir()
     (place / "evil-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
     (place / "evil-1.dist-info/entry_points.txt").write_text(f"[{PLUGINS}]\nnice = evil:judge\n")
     assert main(["score", "pictures", "--prompt", "x", "--rewards", "nice"]) == 2
     assert not (place / "canary").exists()
+    assert "nice" not in names()
 
 
 # What a run folder may name ------------------------------------------------------------------------------------------

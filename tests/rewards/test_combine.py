@@ -1,4 +1,5 @@
 import math
+import os
 from functools import partial
 
 import numpy as np
@@ -160,6 +161,14 @@ def test_the_majority_of_rewards_labels_a_pair():
     first = torch.tensor([[1.0, 0.0, 1.0, math.nan], [1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.5, 1.0]])
     second = torch.tensor([[0.0, 1.0, 0.0, 5.0], [0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.5, 1.0]])
     assert majority(first, second).tolist() == [1, -1, 0, 1]
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff\xfe", b'{"a": {"mean": 0}}', b"7", None])
+def test_what_holds_no_calibrations_is_named(content, tmp_path):
+    path = tmp_path / "bad.json"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.json holds no calibrations"):
+        load_calibrations(path)
 
 
 def test_calibrations_are_plain_numbers():

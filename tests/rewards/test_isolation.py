@@ -1,7 +1,9 @@
 """A reward cannot alter what others see, nor the process that calls it, nor end it."""
 
+import dataclasses
 import gc
 import json
+import logging
 import os
 import random
 import signal
@@ -19,7 +21,7 @@ from diffalign.evaluation.score import score_images
 from diffalign.rewards import FunctionReward, get_reward
 from diffalign.rewards.base import ask
 from diffalign.rewards.combine import Combined
-from diffalign.rewards.isolation import SETTINGS
+from diffalign.rewards.isolation import SETTINGS, isolated
 from diffalign.rewards.remote import RewardServer
 from diffalign.rewards.server import Asked
 from diffalign.rewards.wire import encode_image
@@ -304,6 +306,12 @@ CHANGES = {
     "environment, emptied": lambda: os.environ.clear(),
     "garbage collector": gc.disable,
     "recursion limit": lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 7),
+    "numpy's generator, of another kind": lambda: np.random.set_bit_generator(np.random.PCG64(1)),
+    "timers": lambda: signal.setitimer(signal.ITIMER_REAL, 1000),
+    "umask": lambda: os.umask(0o777),
+    "blocked signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+    "standard streams": lambda: os.close(0),
+    "level of logging": lambda: logging.disable(logging.CRITICAL),
 }
 
 
@@ -342,6 +350,34 @@ def test_every_setting_has_a_change():
     assert {name.partition(",")[0].removesuffix(" by part").removesuffix(" everywhere") for name in CHANGES} == {
         *SETTINGS
     } - {"CUDA's generators"}
+
+
+def test_an_inference_mode_that_is_left_on_ends():
+    entered = torch.inference_mode()
+
+    def mine(images, prompts, metadata):
+        entered.__enter__()
+        return light(images.detach().clone())
+
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            isolated(lambda: mine(torch.ones(1, 3, 2, 2), ["a"], [{}]))
+            assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == (False, wanted)
+    weight = torch.ones(2, requires_grad=True)
+    (weight * torch.ones(2)).sum().backward()
+
+
+def test_a_setting_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch):
+    def fails():
+        if os.environ.get("CHANGED"):
+            raise OSError("gone")
+
+    monkeypatch.setitem(SETTINGS, "default device", dataclasses.replace(SETTINGS["default device"], read=fails))
+    before = random.getstate()
+    with pytest.warns(UserWarning, match="default device, and it cannot be put back: OSError: gone"):
+        isolated(lambda: (random.random(), os.environ.update(CHANGED="1"), warnings.simplefilter("error")))
+    assert random.getstate() == before
+    assert "CHANGED" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,8 @@ PATHS = [
     "~/judge",
     "C:\\Users\\me\\judge.pth",
     "/root",
+    "file:///home/me/judge",
+    "cwd:/home/me/judge",
     __file__,
 ]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import datasets
 import pytest
@@ -101,6 +102,16 @@ def test_trained_rank_counts_trained_nodes():
     buffer = filled(Plan((ODE, SDE, ODE, SDE, ODE)), means=True)
     rows = buffer.trained.nonzero().flatten()
     assert torch.equal(buffer.trained_rank(rows), torch.arange(len(buffer.mean)))
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff\xfe", b'[{"text": "a", "evil": 1}]', b"7", b"[7]", None])
+def test_prompts_that_are_none_are_named(content, tmp_path):
+    filled(Plan((SDE, ODE))).save(tmp_path, torch.rand(4, 3, 8, 8), model="assets/shapes-sd3", seed=7)
+    path = tmp_path / "prompts.json"
+    path.unlink()
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"prompts\.json holds no prompts of rollouts"):
+        RolloutBuffer.load(tmp_path)
 
 
 def test_the_disk_form_comes_back_and_reads_as_a_data_set(tmp_path):

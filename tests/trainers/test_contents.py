@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -104,6 +105,27 @@ def test_the_weights_of_a_judge_are_looked_at_before_it_is_loaded(tmp_path):
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"2")
     after = contents(args, rewards)
     assert [name for name in before if before[name] != after[name]] == [f"reward file {tmp_path / 'weights'}"]
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".onnx", ".npz", ".pth"])
+def test_the_file_of_a_judge_beside_the_run_is_looked_at(suffix, tmp_path, monkeypatch):
+    from diffalign.rewards.base import FunctionReward
+    from diffalign.trainers.contents import contents
+
+    class Judge:
+        def __init__(self):
+            self.weights = f"judge{suffix}"
+
+        def __call__(self, images, prompts, metadata):
+            return images.mean((1, 2, 3))
+
+    args = short("flow_grpo", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path(f"judge{suffix}").write_bytes(b"1")
+    before = contents(args, {"look": FunctionReward("look", Judge())})
+    Path(f"judge{suffix}").write_bytes(b"2")
+    after = contents(args, {"look": FunctionReward("look", Judge())})
+    assert [name for name in before if before[name] != after[name]] == [f"reward file judge{suffix}"]
 
 
 def test_checkpoints_from_before_know_no_contents_and_are_accepted(world):
