@@ -45,8 +45,8 @@ class RemoteError(RuntimeError):
 class Wire:
     """How to talk to one server.
 
-    url: without the path. timeout: seconds to connect, for the first byte, and for the body. retries: attempts after one
-    that may pass (no connection, time-out, a status of ``AGAIN``). backoff: seconds before the first of them, doubled
+    url: without the path. timeout: seconds to connect, for the first byte, and for the body. retries: how often one
+    that may pass (no connection, time-out, a status of ``AGAIN``) is made again. backoff: seconds before that, doubled
     each time, and a random part of that, so that many clients do not return together; a server's Retry-After goes
     first, up to ``LONGEST_WAIT``. deadline: seconds for all of it. concurrency: requests under way at once. headers:
     e.g. an authorization.
