@@ -45,7 +45,7 @@ models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one,
 images: files, folders, .parquet or .jsonl files
 data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids; for check also files
       of prompts: .txt, or .jsonl with --prompts
-lists: --rewards a,b or '[a, b]', or the option twice; weights: --rewards a=1,b=0.5 or '{{a: 1, b: 0.5}}'
+lists: --rewards a,b or '[a, b]', or the option twice; weights (train): --rewards a=1,b=0.5 or '{{a: 1, b: 0.5}}'
 help on the fields: diffalign train TRAINER --help, and eval, compare, score, check, relabel or doctor --help"""
 
 

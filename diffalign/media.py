@@ -135,6 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image that PIL opened: see ``decode``. ValueError: a depth or colours without a conversion."""
     upright = ImageOps.exif_transpose(image)
     if not image.mode.startswith(("I", "F")):
+        upright.info.pop("transparency", None)  # PIL warns where a palette has a table of it
         return upright.convert("RGB")
     values = np.asarray(upright).astype(np.float64)
     levels = values / _white(image, values)

@@ -109,6 +109,10 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         spec = getattr(table.get(one), "reward", "") or one
         if spec == PASSED or (one in elsewhere and spec == one):
             continue  # has an error of its own; or the training's own, by the name that it has there
+        plain, equals, weight = str(spec).partition("=")
+        if equals and hasattr(config, "reward_options") and not isinstance(value, Mapping):
+            yield f"{name}: {shown(spec)} has a weight; write --{name} {plain} --reward_options '{{{plain}: {weight}}}'"
+            continue
         where, colon, _ = str(spec).rpartition(":")
         if colon and where.endswith(".py") and not Path(where).is_file():
             yield f"{name}: reward {spec!r}: there is no file {where}; check the path"

@@ -59,6 +59,7 @@ def tiff_12_bits() -> bytes:
 
 
 GREY_16 = Image.fromarray((RAMP * 65535).round().astype(np.uint16))
+PALETTE = PLAIN.quantize(16)
 # File name -> (content, what it shows).
 GOOD = {
     "turned.png": (turned("PNG"), PLAIN),
@@ -73,6 +74,7 @@ GOOD = {
     "float.tif": (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), EIGHT),
     "cmyk.tif": (encoded(PLAIN.convert("CMYK"), "TIFF"), PLAIN.convert("CMYK").convert("RGB")),
     "palette.png": (encoded(PLAIN.convert("P"), "PNG"), PLAIN.convert("P").convert("RGB")),
+    "palette_alpha.png": (encoded(PALETTE, "PNG", transparency=bytes(range(0, 256, 16))), PALETTE.convert("RGB")),
     "alpha.png": (encoded(Image.merge("RGBA", (*PLAIN.split(), Image.new("L", PLAIN.size))), "PNG"), PLAIN),
     "grey_alpha.png": (encoded(PLAIN.convert("LA"), "PNG"), PLAIN.convert("L").convert("RGB")),
     "bits.png": (encoded(PLAIN.convert("1"), "PNG"), PLAIN.convert("1").convert("RGB")),
@@ -224,3 +226,9 @@ def test_the_area_is_checked_before_anything_is_decoded():
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
     with pytest.raises(ValueError, match="1000 x 1001 pixels are too many"):
         media.decode(png + struct.pack(">I", 0) + b"IDAT" + b"\x35\xaf\x06\x1e", max_pixels=1_000_000)
+
+
+def test_a_palette_with_transparency_warns_of_nothing(recwarn):
+    content, shown = GOOD["palette_alpha.png"]
+    assert media.decode(content).tobytes() == shown.tobytes()
+    assert not recwarn.list

@@ -175,8 +175,13 @@ def _names(folder: Path, file: Path) -> Iterator[str]:
 
 
 def _listed(folder: Path) -> dict[str, Mapping[str, Any]]:
-    rows = listed(folder) or ()
-    return {unicodedata.normalize("NFC", str(entry.get("file_name"))): entry for entry in rows}
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in listed(folder) or ():
+        name = unicodedata.normalize("NFC", str(entry.get("file_name")))
+        if name in found:
+            raise ValueError(f"{shorten(folder)}: its metadata have two lines for {shorten(name)}: remove one of them")
+        found[name] = entry
+    return found
 
 
 def _first(entry: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ import datasets
 from datasets import Dataset
 
 from diffalign.atomic import replacing, write_text
+from diffalign.data.bars import bars_on_terminals
 from diffalign.data.folders import LABELS
 from diffalign.data.images import content_key
 from diffalign.files import shorten, some
@@ -73,7 +74,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], about: Mapping[st
     """Write the rows, and ``about`` as JSON beside them; each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
-    with replacing(path) as staged:
+    with replacing(path) as staged, bars_on_terminals():
         Dataset.from_list([dict(row) for row in rows]).to_parquet(staged)
         beside.unlink(missing_ok=True)  # so that it never describes another table
     write_text(beside, json.dumps(about, indent=1) + "\n")

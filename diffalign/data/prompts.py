@@ -123,7 +123,7 @@ def _parse_json(line: str) -> Prompt:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise _Unusable("bad_json", f'"{key}" holds half of a surrogate pair; write the letter itself')
     nested = entry.get("metadata")
-    nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).startswith("{") else {}
+    nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).lstrip().startswith("{") else {}
     return Prompt(text.strip(), {**without_nulls(entry), **nested})
 
 

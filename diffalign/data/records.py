@@ -133,12 +133,14 @@ def _csv_chunks(path: Path) -> Iterator[Chunk]:
             taken.append(chunk)
             yield decode_line(chunk[2], f"{shorten(path)}, line {chunk[0]}")
 
-    for number, cells in enumerate(_csv_reader(feed(), path, taken)):
+    header = False
+    for _ in _csv_reader(feed(), path, taken):
         line, offset, _ = taken[0]
         content = b"".join(part for _, _, part in taken)
         taken.clear()
-        if number and cells:
+        if header and content.strip():
             yield line, offset, content
+        header = header or bool(content.strip())
 
 
 def _csv_reader(lines: Iterator[str], path: Path, taken: Sequence[Chunk] = ()) -> Iterator[list[str]]:
@@ -168,8 +170,9 @@ def _parse_record(path: Path, header: Sequence[str], chunk: Chunk) -> dict[str, 
 
 def _csv_header(path: Path) -> list[str]:
     lines = (decode_line(line, f"{shorten(path)}, line {n}") for n, line in enumerate(raw_lines(path), start=1))
-    header = [name.strip() for name in next(_csv_reader(lines, path), [])]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
+    filled = (cells for cells in _csv_reader(lines, path) if any(cell.strip() for cell in cells) or len(cells) > 1)
+    header = [name.strip() for name in next(filled, [])]
+    if twice := sorted({name or "without a name" for name in header if header.count(name) > 1}):
         raise ValueError(f"{shorten(path)}: column {some(twice)} given twice; rename one")
     return header
 

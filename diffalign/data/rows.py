@@ -134,14 +134,18 @@ class Row:
         """
         return Prompt(self.text(), self.metadata())
 
-    def metadata(self, others: Iterable[str] = ()) -> dict[str, Any]:
-        """The mapping in "metadata", and the cells of ``others``. Fault "bad_row": no mapping."""
+    def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
+        """The mapping in "metadata", and the cells of ``others``. Fault "bad_row": no mapping.
+
+        typeless: cells are texts, as in CSV: an empty one is absent, JSON of a list or mapping is read.
+        """
         value = self.values.get("metadata")
         try:
             own = as_metadata(value() if callable(value) else value)
         except ValueError as error:
             raise self.fault("bad_row", "metadata", str(error)) from error
-        beside: dict[str, Any] = without_nulls({name: self.values[name] for name in others})
+        cells = {name: self.values[name] for name in others}
+        beside: dict[str, Any] = without_nulls({n: _typed(cell) for n, cell in cells.items()} if typeless else cells)
         return {**beside, **own}
 
     def image(self, column: str, identity: Any = None, place: int | None = None) -> ImageSource:
@@ -194,6 +198,18 @@ class Row:
         if value is not None and not 0 <= value <= 1:
             raise self.fault("bad_label", column, f"{value} is not in [0, 1]")
         return value
+
+
+def _typed(cell: str) -> Any:
+    """What a cell of a CSV file holds: nothing, a list or mapping in JSON, or its text."""
+    if not cell.strip():
+        return None
+    if not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return parse_json(cell, "cell")
+    except ValueError:
+        return cell
 
 
 def _pick(cell: Any, place: int | None) -> Any:

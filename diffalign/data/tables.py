@@ -20,6 +20,7 @@ import datasets
 import huggingface_hub.constants
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
+from diffalign.data.bars import bars_on_terminals
 from diffalign.data.folders import Listing, folder_rows, listed, pictures_below
 from diffalign.data.quarantine import printable
 from diffalign.data.records import Records, read_json, read_rows
@@ -274,6 +275,7 @@ def _caches() -> tuple[Path, ...]:
     return tuple(Path(place) for place in places)
 
 
+@bars_on_terminals()
 def _load(*args: Any, **options: Any) -> Any:
     try:
         loaded = datasets.load_dataset(*args, **options)

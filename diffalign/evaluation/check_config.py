@@ -23,7 +23,9 @@ class CheckConfig(PreferenceSettings):
     prompts: bool = option(False, "as prompts, a line each; .txt files always are")
     scan: int | None = option(None, "at most so many samples from the first on; null: all")
     model: str | None = option(None, "folder or hub id of a model whose tokens count, where a prompt is too long")
-    max_sequence_length: int | None = option(None, "tokens per prompt, as in the training; default: the model's own")
+    max_sequence_length: int | None = option(
+        None, "tokens per prompt, as in the training; default: the model's own", ge=1
+    )
     unpaired: bool = option(False, "as single images that are liked or not, which pairs can be too")
     streaming: bool = option(False, "one row after the other, without a copy on disk")
     json: bool = option(False, "print JSON, with every sample that would be left out")

@@ -25,8 +25,8 @@ class RelabelConfig(PreferenceSettings):
         False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
     )
     rule: Literal["vote", "soft"] = option("vote", "vote: the majority of the rewards; soft: sigmoid(scale * gap)")
-    scale: float = option(1.0, "of soft labels; the gap is the weighted sum of the rewards' differences")
-    batch_size: int = option(8, "pairs of one size that are scored at once")
+    scale: float = option(1.0, "of soft labels; the gap is the weighted sum of the rewards' differences", gt=0)
+    batch_size: int = option(8, "pairs of one size that are scored at once", ge=1)
     streaming: bool = option(False, "one row after the other, without a copy on disk")
 
     def __post_init__(self) -> None:

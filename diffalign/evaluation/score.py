@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,9 +107,11 @@ def _score(rewards: Mapping[str, Reward], batch: Sequence[Item], images: Sequenc
 def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
     """Scores what ``config`` names, into ``scores.jsonl``, ``scores.csv`` and ``summary.json`` of its ``output_dir``.
 
-    Rows: "image", "prompt", "rewards", or "error" for a picture that cannot be read. Pictures that have every score
-    already are not scored again. ValueError: a picture without a prompt, an ``output_dir`` that cannot be written to,
-    or, when all is written, a reward that scored none of the pictures.
+    Rows: "image", "prompt", a digest of "metadata" where there are any, "rewards", or "error" for a picture that cannot
+    be read. Pictures that have every score already, for the same prompt and metadata, are not scored again.
+
+    ValueError: a picture without a prompt, an ``output_dir`` that cannot be written to, or, when all is written, a
+    reward that scored none of the pictures.
     """
     rewards = config.build_rewards()
     items = list(config.items())
@@ -125,7 +128,7 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
     same_or_new(folder / "settings.json", {"rewards": list(rewards), "options": to_dict(config)["reward_options"]})
     mend(folder / "scores.jsonl")
     done = {_key(row): row for row in whole_rows(folder / "scores.jsonl") if _is_scored(row, rewards)}
-    left = [item for item in items if (item.name, item.prompt.text) not in done]
+    left = [item for item in items if _key(_about(item)) not in done]
     with (folder / "scores.jsonl").open("a", encoding="utf-8") as file, tqdm(total=len(items), unit="img") as bar:
         bar.update(len(items) - len(left))
         for batch, loaded in batches(iter(left), config.batch_size):
@@ -136,7 +139,7 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
                     tqdm.write(f"{row['image']}: {row['error']}")
             file.flush()
             bar.update(len(batch))
-    rows = [done[item.name, item.prompt.text] for item in items]
+    rows = [done[_key(_about(item))] for item in items]
     write(folder, rows, rewards)
     if nothing := [name for name in rewards if not len(scores_of(rows, name))]:
         raise ValueError(f"{', '.join(nothing)} scored none of {len(rows)} pictures; the warnings above say why")
@@ -145,8 +148,17 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["image"], row["prompt"]
+def _about(item: Item) -> dict[str, str]:
+    """What a row says of a picture besides its scores; of its metadata, if there are any, 32 hexadecimal digits."""
+    about = {"image": item.name, "prompt": item.prompt.text}
+    if not item.prompt.metadata:
+        return about
+    told = json.dumps(item.prompt.metadata, sort_keys=True, default=str)
+    return {**about, "metadata": hashlib.blake2b(told.encode(), digest_size=16).hexdigest()}
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["image"], row["prompt"], row.get("metadata", "")
 
 
 def _is_scored(row: Mapping[str, Any], names: Iterable[str]) -> bool:
@@ -157,12 +169,12 @@ def _rows(
     rewards: Mapping[str, Reward], batch: Sequence[Item], loaded: Sequence[Tensor] | Exception
 ) -> Iterator[dict[str, Any]]:
     if isinstance(loaded, Exception):
-        yield {"image": batch[0].name, "prompt": batch[0].prompt.text, "error": str(loaded)}
+        yield {**_about(batch[0]), "error": str(loaded)}
         return
     found = _score(rewards, batch, loaded)
     for i, item in enumerate(batch):
         values = {name: None if math.isnan(found[name][i]) else found[name][i] for name in found}
-        yield {"image": item.name, "prompt": item.prompt.text, "rewards": values}
+        yield {**_about(item), "rewards": values}
 
 
 def serve(config: ScoreConfig) -> None:

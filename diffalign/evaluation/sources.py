@@ -132,7 +132,8 @@ def _prompt(row: Row, table: Table) -> Prompt | None:
     if row.values.get(column) is None:
         return None
     used = {*PICTURES, column, "metadata", *table.encoded}
-    return Prompt(row.text(), row.metadata(name for name in row.values if name not in used))
+    typeless = isinstance(table.data, Records) and table.data.paths[0].suffix.lower() == ".csv"
+    return Prompt(row.text(), row.metadata((name for name in row.values if name not in used), typeless))
 
 
 def with_prompts(items: Iterator[Item], prompts: Sequence[Prompt]) -> Iterator[Item]:

@@ -128,7 +128,10 @@ def _converted(pipeline: DiffusionPipeline, path: Path) -> dict[str, Tensor]:
 
 def _unfit(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
     """Reasons, by name in ``state``, for tensors that ``component`` has no layer of that shape for."""
-    renamed = _peft_names(component, state)
+    try:
+        renamed = _peft_names(component, state)
+    except (ValueError, KeyError) as error:  # of diffusers, which guesses the layout from some names
+        return dict.fromkeys(state, f"diffusers cannot convert it ({str(error)[:80]})")
     layers = dict(component.named_modules())
     parts: dict[str, set[str]] = {}
     for name in renamed.values():

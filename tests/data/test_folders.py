@@ -266,3 +266,11 @@ def test_a_text_is_no_link_to_a_file_elsewhere(layout, tmp_path):
         assert data[0].prompt.text == "a secret"
     else:
         assert next(read(str(folder), allow_outside=True)).prompt.text == "a secret"
+
+
+def test_two_lines_of_metadata_for_one_picture_are_refused(tmp_path):
+    for side in ("chosen", "rejected"):
+        put(tmp_path / side / "1.jpg", 1)
+    jsonl(tmp_path / "metadata.jsonl", [{"file_name": "1.jpg", "text": "a"}, {"file_name": "1.jpg", "text": "b"}])
+    with pytest.raises(ValueError, match=r"two lines for 1\.jpg: remove one"):
+        load_pairs(tmp_path)

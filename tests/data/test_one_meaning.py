@@ -1,6 +1,5 @@
 """What a row means does not depend on the container, nor on the command that reads it."""
 
-import json
 import random
 import re
 import sys
@@ -100,9 +99,10 @@ def test_score_gives_rewards_the_metadata_of_the_plain_json(container, nested, i
     options |= {"image_root": settings_of(path).image_root, "output_dir": tmp_path / "out"}
     score_files(ScoreConfig(images=(str(path),), **options))
     if not nested and container is containers.comma:
-        # A cell is a text; rewards read lists from JSON.
+        # A cell has no type: lists and mappings are read, numbers stay text, an empty one is absent.
         assert [p.text for p in seen] == [p.text for p in WANTED]
-        assert json.loads(seen[0].metadata["include"]) == WANTED[0].metadata["include"]
+        as_texts = [{k: v if isinstance(v, (list, dict)) else str(v) for k, v in p.metadata.items()} for p in WANTED]
+        assert [dict(p.metadata) for p in seen] == as_texts
     else:
         assert seen == WANTED
 
@@ -275,3 +275,18 @@ def test_a_cell_of_csv_may_be_longer_than_pythons_limit_and_have_lines(images):
     data = load_pairs(images / "a.csv")
     assert [len(data[i].prompt.text) for i in range(2)] == [99_001, 1]
     assert data[0].winner.read() == encoded(0)
+
+
+@pytest.mark.parametrize("lines", ["\n{0}\n{1}\n   \n{2}\n", "{0}\r\n \t\r\n{1}\r\n\r\n{2}"])
+def test_blank_lines_of_csv_are_skipped_as_those_of_json_lines(lines, images):
+    path = images / "rows.csv"
+    path.write_text(lines.format("prompt,image_0,image_1,label", "a,0.jpg,1.jpg,1", "b,2.jpg,3.jpg,0"), newline="")
+    data = load_pairs(path)
+    assert [(data[i].prompt.text, data[i].label) for i in range(len(data))] == [("a", 1), ("b", 0)]
+    assert [pair.prompt.text for pair in stream_pairs(path).once()] == ["a", "b"]
+
+
+def test_a_library_draws_no_bar_where_nobody_looks(images, capfd):
+    path = containers.table(images, pairs(WANTED))
+    load_pairs(path, settings=settings_of(path))
+    assert "Generating" not in capfd.readouterr().err

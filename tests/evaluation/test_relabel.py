@@ -255,3 +255,17 @@ def test_labels_in_a_folder_of_data_are_not_taken_for_data(tmp_path):
     pick_a_pic(tmp_path / "train.parquet", ROWS)
     assert relabel(tmp_path, config()) == tmp_path / ".labels/ai.parquet"
     assert len(load_pairs(tmp_path, settings=AI)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--rule", "soft", "--scale", "-1"], "scale must be more than 0, got -1"),  # it would turn every label round
+        (["--rewards", "shapes=2"], "write --rewards shapes --reward_options '{shapes: 2}'"),
+    ],
+)
+def test_settings_that_would_judge_wrongly_are_refused(options, message, path, capsys):
+    given = options if "--rewards" in options else ["--rewards", "shapes", *options]
+    assert main(["relabel", str(path), *given]) == 2
+    assert message in capsys.readouterr().err

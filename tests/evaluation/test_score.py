@@ -337,3 +337,16 @@ def test_what_the_base_scores_calibrates_a_combination(folder, tmp_path):
     values = [joined(as_images(folder / f"{n}.png"), [""], [{}]).item() for n in SIZES]
     assert np.mean(values) == pytest.approx(0, abs=1e-5)
     assert np.std(values) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_picture_is_scored_for_each_metadata_that_it_comes_with(tmp_path):
+    """Also where a table changes between two runs into one folder."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = "def told(images, prompts, metadata):\n    return [float(m['n']) for m in metadata]\n"
+    (tmp_path / "reward.py").write_text(code)
+    table = tmp_path / "table.jsonl"
+    options = {"rewards": (f"{tmp_path}/reward.py:told",), "allow_reward_code": True, "output_dir": tmp_path / "out"}
+    for numbers in ([1, 2], [3, 2]):
+        table.write_text("".join(json.dumps({"image": "a.png", "prompt": "p", "n": n}) + "\n" for n in numbers))
+        rows = score_files(ScoreConfig(images=(str(table),), **options))
+        assert [list(row["rewards"].values()) for row in rows] == [[float(n)] for n in numbers]

@@ -192,6 +192,17 @@ def test_a_text_encoders_part_that_cannot_be_loaded_is_refused(bases, loras, nam
         assert any(ADAPTER in n for n, _ in bases(name).raw_denoiser.named_parameters())
 
 
+def test_a_text_encoders_part_that_diffusers_cannot_convert_is_refused_by_the_name_of_its_file(bases, loras, tmp_path):
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"  # alone: it guesses the layout by the output layer
+    parts = {f"{name}.lora_down.weight": torch.ones(2, 24) / 10, f"{name}.lora_up.weight": torch.ones(24, 2) / 10}
+    file = rewritten(loras("sd15"), tmp_path, lambda state: {**kohya(state, 1.0), **parts}, header=False)
+    before = contents(bases("sd15"))
+    refused(bases("sd15"), file, rf"{file}: 2 of .*diffusers cannot convert it.*allow_partial")
+    with pytest.warns(UserWarning, match="2 of"), tuned(bases("sd15"), file, allow_partial=True):
+        assert any(ADAPTER in n for n, _ in bases("sd15").raw_denoiser.named_parameters())
+    assert_same(bases("sd15"), before)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 @pytest.mark.parametrize("where", ["load_lora_into_text_encoder", "set_adapters"])
 def test_a_load_that_breaks_half_way_leaves_no_trace(bases, loras, name, where, monkeypatch):
