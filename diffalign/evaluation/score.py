@@ -149,16 +149,17 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
 
 
 def _about(item: Item) -> dict[str, str]:
-    """What a row says of a picture besides its scores; of its metadata, if there are any, 32 hexadecimal digits."""
+    """Describe a picture in its row: its name, prompt and content, and a digest of its metadata, if there are any."""
     about = {"image": item.name, "prompt": item.prompt.text}
+    about |= {"content": item.content} if item.content else {}
     if not item.prompt.metadata:
         return about
-    told = json.dumps(item.prompt.metadata, sort_keys=True, default=str)
-    return {**about, "metadata": hashlib.blake2b(told.encode(), digest_size=16).hexdigest()}
+    metadata = json.dumps(item.prompt.metadata, sort_keys=True, default=str)
+    return {**about, "metadata": hashlib.blake2b(metadata.encode(), digest_size=16).hexdigest()}
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["image"], row["prompt"], row.get("metadata", "")
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["image"], row["prompt"], row.get("content", ""), row.get("metadata", "")
 
 
 def _is_scored(row: Mapping[str, Any], names: Iterable[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,16 @@ PICTURES = ("image", "jpg_0", "file_name", "file_path")
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to be judged. name: tells it from the others; load: reads it; prompt: None where none was found."""
+    """A picture to be judged.
+
+    name: tells it from the others. load: reads it. prompt: None where none was found. content: what it was, so that
+    another picture of the same name is told apart: size and time of a file, a digest of bytes in a table.
+    """
 
     name: str
     load: Callable[[], Tensor]
     prompt: Prompt | None = None
+    content: str = ""
 
     def under(self, prompt: Prompt) -> Item:
         """The same picture, of another prompt."""
@@ -102,7 +108,9 @@ def _file(path: Path, within: Path | None) -> Item:
 
     beside = path.with_suffix(".txt")
     text = caption(beside, within) if beside != path else None
-    return Item(printable(path), load, None if text is None else Prompt(text))
+    return Item(
+        printable(path), load, None if text is None else Prompt(text), _content(ImageSource(printable(path), path))
+    )
 
 
 def _table(table: Table) -> Iterator[Item]:
@@ -116,7 +124,17 @@ def _table(table: Table) -> Iterator[Item]:
         if isinstance(table.data, Records) and row.cell(chosen) is None:
             raise ValueError(f'{table.data.where(number)}: no picture; write {{"image": "FILE", "prompt": "..."}}')
         name = printable(source.content) if isinstance(source.content, Path) else f"{table.name}#{number}"
-        yield Item(name, partial(_load, source), _prompt(row, table))
+        yield Item(name, partial(_load, source), _prompt(row, table), _content(source))
+
+
+def _content(source: ImageSource) -> str:
+    try:
+        if not isinstance(source.content, Path):
+            return hashlib.blake2b(source.read(), digest_size=16).hexdigest()
+        found = source.content.stat()
+    except media.BROKEN:  # loading it says what is wrong
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def _load(source: ImageSource) -> Tensor:

@@ -350,3 +350,22 @@ def test_a_picture_is_scored_for_each_metadata_that_it_comes_with(tmp_path):
         table.write_text("".join(json.dumps({"image": "a.png", "prompt": "p", "n": n}) + "\n" for n in numbers))
         rows = score_files(ScoreConfig(images=(str(table),), **options))
         assert [list(row["rewards"].values()) for row in rows] == [[float(n)] for n in numbers]
+
+
+@pytest.mark.parametrize("in_a_table", [False, True])
+def test_another_picture_of_the_same_name_is_scored_again(tmp_path, in_a_table):
+    source = tmp_path / ("table.parquet" if in_a_table else "a.png")
+    found = []
+    for level in (0, 255):
+        picture = Image.new("RGB", (8, 8), (level, level, level))
+        picture.save(tmp_path / "a.png")
+        if in_a_table:
+            row = {"image": (tmp_path / "a.png").read_bytes(), "prompt": "a"}
+            Dataset.from_list([row]).to_parquet(source)
+        prompt = [] if in_a_table else ["--prompt", "a"]
+        assert (
+            main(["score", str(source), "--rewards", "brightness", *prompt, "--output_dir", str(tmp_path / "o")]) == 0
+        )
+        found.append(json.loads((tmp_path / "o/summary.json").read_text()))
+    assert found[0] != found[1]
+    assert "1.0" in json.dumps(found[1])
