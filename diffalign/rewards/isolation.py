@@ -131,10 +131,6 @@ class _SameState:
 
     def __enter__(self) -> None:
         self._before = {name: setting.read() for name, setting in SETTINGS.items()}
-        # Only leaving this one ends an inference mode that the callee has entered; it sets the gradient mode as well.
-        self._mode = torch.inference_mode(torch.is_inference_mode_enabled())
-        self._mode.__enter__()
-        torch._C._set_grad_enabled(self._before["grad mode"])
         depth = self._depth.value = getattr(self._depth, "value", 0) + 1
         if depth == 1:
             with self._lock:
@@ -148,7 +144,6 @@ class _SameState:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth.value -= 1
-        self._mode.__exit__(None, None, None)
         with self._lock:
             if not self._depth.value:
                 _SameState._threads -= 1

@@ -352,21 +352,6 @@ def test_every_setting_has_a_change():
     } - {"CUDA's generators"}
 
 
-def test_an_inference_mode_that_is_left_on_ends():
-    entered = torch.inference_mode()
-
-    def mine(images, prompts, metadata):
-        entered.__enter__()
-        return light(images.detach().clone())
-
-    for wanted in (True, False):
-        with torch.set_grad_enabled(wanted):
-            isolated(lambda: mine(torch.ones(1, 3, 2, 2), ["a"], [{}]))
-            assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == (False, wanted)
-    weight = torch.ones(2, requires_grad=True)
-    (weight * torch.ones(2)).sum().backward()
-
-
 def test_a_setting_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch):
     def fails():
         if os.environ.get("CHANGED"):
