@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from diffalign.lazy import attribute
 
 if TYPE_CHECKING:
+    from diffalign.commands.score import score_images
     from diffalign.config.sections import LoraConfig
-    from diffalign.evaluation.score import score_images
     from diffalign.models import DiffusionModel, load_model
     from diffalign.rewards import get_reward, register
     from diffalign.structures import Prompt
@@ -46,19 +46,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo_config",
-    "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo",
+    "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo.config",
+    "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo.algorithm",
     "DiffusionModel": "diffalign.models",
-    "FlowGRPOConfig": "diffalign.trainers.flow_grpo_config",
-    "FlowGRPOTrainer": "diffalign.trainers.flow_grpo",
+    "FlowGRPOConfig": "diffalign.trainers.flow_grpo.config",
+    "FlowGRPOTrainer": "diffalign.trainers.flow_grpo.algorithm",
     "LoraConfig": "diffalign.config.sections",
     "Prompt": "diffalign.structures",
-    "ReFLConfig": "diffalign.trainers.refl_config",
-    "ReFLTrainer": "diffalign.trainers.refl",
+    "ReFLConfig": "diffalign.trainers.refl.config",
+    "ReFLTrainer": "diffalign.trainers.refl.algorithm",
     "get_reward": "diffalign.rewards",
     "load_model": "diffalign.models",
     "register": "diffalign.rewards",
-    "score_images": "diffalign.evaluation.score",
+    "score_images": "diffalign.commands.score",
 }
 
 

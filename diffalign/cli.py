@@ -20,14 +20,14 @@ from diffalign.runtime.output import steady_output
 TRAINERS = LazyTable(
     {
         "diffusion_dpo": (
-            "diffalign.trainers.diffusion_dpo_config:DiffusionDPOConfig",
-            "diffalign.trainers.diffusion_dpo:DiffusionDPOTrainer",
+            "diffalign.trainers.diffusion_dpo.config:DiffusionDPOConfig",
+            "diffalign.trainers.diffusion_dpo.algorithm:DiffusionDPOTrainer",
         ),
         "flow_grpo": (
-            "diffalign.trainers.flow_grpo_config:FlowGRPOConfig",
-            "diffalign.trainers.flow_grpo:FlowGRPOTrainer",
+            "diffalign.trainers.flow_grpo.config:FlowGRPOConfig",
+            "diffalign.trainers.flow_grpo.algorithm:FlowGRPOTrainer",
         ),
-        "refl": ("diffalign.trainers.refl_config:ReFLConfig", "diffalign.trainers.refl:ReFLTrainer"),
+        "refl": ("diffalign.trainers.refl.config:ReFLConfig", "diffalign.trainers.refl.algorithm:ReFLTrainer"),
     }
 )
 HELP = ("--help", "-h")
@@ -129,18 +129,18 @@ class Command:
 
 def doctor(config: Any) -> int:
     """Try what a training needs on this machine."""
-    return load("diffalign.doctor.command:run")(config, TRAINERS)
+    return load("diffalign.commands.doctor.command:run")(config, TRAINERS)
 
 
-EVALUATION = "diffalign.evaluation.settings:EvaluationConfig"
+EVALUATION = "diffalign.commands.evaluate_config:EvaluationConfig"
 COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "train": train,
-    "eval": Command(EVALUATION, "diffalign.evaluation.evaluate:evaluate", "models"),
-    "compare": Command(EVALUATION, "diffalign.evaluation.evaluate:compare", "models"),
-    "score": Command("diffalign.evaluation.score_config:ScoreConfig", "diffalign.evaluation.score:run", "images"),
-    "check": Command("diffalign.evaluation.check_config:CheckConfig", "diffalign.evaluation.check:run", "data"),
-    "relabel": Command("diffalign.evaluation.relabel_config:RelabelConfig", "diffalign.evaluation.relabel:run", "data"),
-    "doctor": Command("diffalign.doctor.config:DoctorConfig", "diffalign.cli:doctor"),
+    "eval": Command(EVALUATION, "diffalign.commands.evaluate:evaluate", "models"),
+    "compare": Command(EVALUATION, "diffalign.commands.evaluate:compare", "models"),
+    "score": Command("diffalign.commands.score_config:ScoreConfig", "diffalign.commands.score:run", "images"),
+    "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
+    "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
+    "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.cli:doctor"),
 }
 
 
@@ -156,7 +156,7 @@ def _closest(name: str, known: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 for what the user can fix, printed in a line or a list, 1 where ``check`` or ``doctor`` fail.
 
-    A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.exits``). A
+    A run that was stopped gives 143 or 130, one that cannot go on the exit code of its error (``runtime.errors``). A
     reader that leaves, as ``| head``, ends every command but a training, with 141 and without a message.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -192,7 +192,7 @@ def _run(argv: Sequence[str]) -> int:
         if (text := explain(error)) is not None:
             print(f"diffalign: {text}", file=sys.stderr)
             return getattr(error, "exit_code", 2)
-        if not load("diffalign.runtime.memory:is_out_of_memory")(error):
+        if not load("diffalign.runtime.oom:is_out_of_memory")(error):
             raise
         print(
             bounded(
@@ -201,5 +201,5 @@ def _run(argv: Sequence[str]) -> int:
             ),
             file=sys.stderr,
         )
-        return load("diffalign.runtime.exits:OutOfMemory").exit_code
+        return load("diffalign.runtime.errors:OutOfMemory").exit_code
     return code if isinstance(code, int) else 0

@@ -125,7 +125,7 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 def weights_problems(config: Any) -> Iterator[str]:
     """Weights of registered rewards that cannot be had, without loading them."""
     from diffalign.rewards.base import registered
-    from diffalign.rewards.hosting import repositories_of
+    from diffalign.rewards.support.weights import repositories_of
 
     seen = set()
     for spec, options in _reward_specs(config):

@@ -26,7 +26,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 from diffalign.cli import use_all_cores
 from diffalign.config import parse
 from diffalign.models.weights import REFERENCE
-from diffalign.rollout.collect import decode, shared_steps
+from diffalign.rollout.generate import decode, shared_steps
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.scoring import score
 from diffalign.trainers.base import Trainer

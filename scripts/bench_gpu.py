@@ -34,9 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
 from diffalign.diffusion.plan import PlanConfig, make_plan
-from diffalign.forecast.methods import METHODS
-from diffalign.forecast.work import Share
-from diffalign.models.memory import memory_needs
+from diffalign.forecast.cost import Share
+from diffalign.forecast.per_trainer import METHODS
+from diffalign.models.weight_memory import memory_needs
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [f"prompt {i}" for i in range(4)]

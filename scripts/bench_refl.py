@@ -33,7 +33,7 @@ from diffalign.cli import use_all_cores
 from diffalign.config import parse
 from diffalign.rewards.base import ask
 from diffalign.rollout.sampler import micro_batches
-from diffalign.trainers.starts import Batch
+from diffalign.trainers.refl.initial_states import Batch
 
 OFF = {
     "gradient_checkpointing": "false",
@@ -129,7 +129,7 @@ class Bench:
             trainer.recipe.through > 0 and trainer.recipe.gradient_steps != 1
         )
         conditioning = batch.conditioning[torch.arange(count)]
-        output = trainer.model.predict(x, level, conditioning, trainer.taught_guidance)
+        output = trainer.model.predict(x, level, conditioning, trainer.grad_guidance)
         trainer.accelerator.backward(output.square().mean())
 
     def _judge(self, batch: Batch, count: int) -> None:

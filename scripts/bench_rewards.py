@@ -29,7 +29,7 @@ from diffalign.cli import use_all_cores
 from diffalign.rewards import get_reward
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Reward
-from diffalign.rewards.preprocess import Preprocess, stretch
+from diffalign.rewards.support.preprocess import Preprocess, stretch
 from diffalign.rewards.vqascore import AFTER, BEFORE, QUESTION, ClipT5, ClipT5Config, yes_eos
 
 ROOT = Path(__file__).parents[1]

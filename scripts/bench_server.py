@@ -24,7 +24,7 @@ import psutil
 import torch
 import urllib3
 
-from diffalign.rewards.wire import encode_image
+from diffalign.rewards.support.http_client import encode_image
 
 SERVER = "from diffalign.cli import main; main({arguments!r})"
 

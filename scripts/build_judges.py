@@ -39,7 +39,7 @@ from diffalign.rewards import get_reward
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Reward
 from diffalign.rewards.clip import image_features
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.vqascore import AFTER, BEFORE, QUESTION, ClipT5, ClipT5Config, build
 from diffalign.shapes import TAGS
 from diffalign.shapes.captions import vocabulary

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from diffalign.cli import use_all_cores
 from diffalign.models import load_model
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import caption, judge_batch
 from diffalign.structures import Guidance
 
@@ -67,7 +67,7 @@ def jpeg(image: torch.Tensor) -> bytes:
 
 
 def seen(content: bytes) -> torch.Tensor:
-    """What a reader sees of a file: (3, H, W), [0, 1]. Judged is what is shipped."""
+    """What a reader sees of a file: (3, H, W), [0, 1]. ScoredImages is what is shipped."""
     return pil_to_tensor(Image.open(io.BytesIO(content))).float() / 255
 
 
@@ -109,13 +109,13 @@ def main() -> None:
     args = parser.parse_args()
     use_all_cores()
     model, rng = load_model(PIPELINE, max_sequence_length=16), random.Random(args.seed)
-    route = Route(ode_plan(STEPS), model.levels(STEPS), Guidance())
+    route = SamplingPlan(ode_plan(STEPS), model.levels(STEPS), Guidance())
     prompts = [caption(rng) for _ in range(args.pairs)]
     rows: list[dict[str, object]] = []
     for begin in tqdm(range(0, len(prompts), PROMPTS)):
         part = prompts[begin : begin + PROMPTS]
         own = torch.arange(len(part)).repeat_interleave(GROUP)
-        addresses = Addresses(Noise(args.seed), "preferences", begin, own, torch.arange(GROUP).repeat(len(part)))
+        addresses = NoiseKeys(KeyedRNG(args.seed), "preferences", begin, own, torch.arange(GROUP).repeat(len(part)))
         conditioning = model.encode([p.text for p in part])
         drawn = generate(model, route, conditioning, own, addresses, PROMPTS * GROUP)
         files = [jpeg(image) for _, images in drawn for image in images]

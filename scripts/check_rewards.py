@@ -31,9 +31,9 @@ from diffalign.rewards import get_reward
 from diffalign.rewards.aesthetic import AestheticReward
 from diffalign.rewards.base import REWARDS, Reward
 from diffalign.rewards.clip import ClipReward
-from diffalign.rewards.hosting import state_dict
 from diffalign.rewards.hps import HpsReward
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support.weights import state_dict
 
 ROOT = Path(__file__).parents[1]
 Scores = list[float]

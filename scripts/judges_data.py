@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.models import load_model
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import TAGS, caption, render, scene_for
 from diffalign.shapes.captions import OPENINGS, Spec, is_held_out, is_novel, neighbours, phrase, specs
 from diffalign.shapes.verifier import Found, find_objects, judge, nearest_colors
@@ -44,8 +44,8 @@ def drawn(model, prompts: list[Prompt], seed: int) -> Iterator[Tensor]:
         own = torch.arange(len(part))
         scale = GUIDANCE[number % len(GUIDANCE)]
         guidance = Guidance(scale, model.encode([""]) if scale != 1 else None)
-        addresses = Addresses(Noise(seed), "judges", number, own, torch.zeros_like(own))
-        route = Route(ode_plan(8), levels, guidance)
+        addresses = NoiseKeys(KeyedRNG(seed), "judges", number, own, torch.zeros_like(own))
+        route = SamplingPlan(ode_plan(8), levels, guidance)
         conditioning = model.encode([p.text for p in part])
         yield torch.cat([i for _, i in generate(model, route, conditioning, own, addresses, BATCH)])
 

@@ -42,7 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks
 
 from repeat_seeds import checkpoint_share  # noqa: E402
 
-from diffalign.runtime.origin import machine  # noqa: E402
+from diffalign.runtime.provenance import machine  # noqa: E402
 
 WRITE = ROOT / "assets/results/trust.json"
 ROWS = 41

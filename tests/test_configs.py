@@ -13,13 +13,13 @@ from diffalign.cli import TRAINERS
 from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
+from diffalign.forecast.cost import Share
 from diffalign.forecast.memory import GIB, memory_of
-from diffalign.forecast.methods import METHODS
-from diffalign.forecast.work import Share
+from diffalign.forecast.per_trainer import METHODS
 from diffalign.models import FAMILIES, LoraConfig
-from diffalign.models.memory import DRAWING, ENCODING, TRAINING
+from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
 from diffalign.rewards import get_reward
-from diffalign.rewards.settings import build_rewards
+from diffalign.rewards.config import build_rewards
 from tests.models.published import PIPELINES
 from tests.models.published_flow import FLOW_PIPELINES
 

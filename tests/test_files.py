@@ -5,11 +5,11 @@ import os
 import pytest
 
 from diffalign import files
+from diffalign.commands.image_sources import read
 from diffalign.config import load_yaml
 from diffalign.data.folders import folder_rows
 from diffalign.data.prompts import load_prompts
 from diffalign.data.records import Records
-from diffalign.evaluation.sources import read
 from tests.data.made import encoded
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"files", "atomic", "media", "structures", "config", "sharding", "tokens"}
+FOUNDATION = {"files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
 ALLOWED = {
     "files": set(),
     "atomic": set(),
@@ -21,20 +21,22 @@ ALLOWED = {
     "config": {"files", "atomic", "tokens"},
     "preflight": {"config", "messages", "plugins", "rewards"},
     "console": {"models"},
-    "sharding": set(),
+    "fsdp": set(),
+    "rng": set(),
     "diffusion": {"structures"},
     "losses": {"structures", "diffusion"},
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes"},
-    "data": FOUNDATION - {"config", "sharding", "tokens"},
+    "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
     "models": FOUNDATION | {"diffusion"},
-    "runtime": FOUNDATION,
+    "runtime": FOUNDATION | {"models"},
     "rollout": FOUNDATION | {"diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": FOUNDATION | {"preflight", "models", "rewards", "data", "rollout", "runtime"},
+    "evaluation": FOUNDATION | {"models", "rewards", "data", "rollout", "runtime"},
 }
-ALLOWED["trainers"] = set(ALLOWED) | {"trainers"}
+ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["trainers"] = (set(ALLOWED) - {"preflight", "console"}) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)
-ALLOWED["doctor"] = set(ALLOWED)
+ALLOWED["commands"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
 ALLOWED["__init__"] = set(ALLOWED)
 ALLOWED["__main__"] = {"cli"}
@@ -43,8 +45,8 @@ ALLOWED["__main__"] = {"cli"}
 PRIVATE = {
     "diffusers": {"models"},
     "peft": {"models"},
-    "accelerate": {"runtime", "evaluation", "trainers"},
-    "yaml": {"config", "evaluation"},
+    "accelerate": {"runtime", "evaluation", "commands", "trainers"},
+    "yaml": {"config", "report"},
 }
 
 

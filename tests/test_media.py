@@ -14,13 +14,13 @@ from PIL import Image
 
 from diffalign import media
 from diffalign.cli import main
+from diffalign.commands.image_sources import read
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import decode, to_uint8
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import Fault
-from diffalign.data.settings import PreferenceSettings
-from diffalign.evaluation.sources import read
-from diffalign.rewards.pictures import as_image
-from diffalign.rewards.wire import decode_image
+from diffalign.data.validation import Fault
+from diffalign.rewards.support.http_client import decode_image
+from diffalign.rewards.support.images import as_image
 from diffalign.structures import ImageSource
 from tests.data.made import jsonl
 
@@ -129,14 +129,14 @@ def by_pairs(path):
     """As check, relabel and the trainers read a table."""
     Image.new("RGB", (3, 3)).save(path.parent / "other.bmp")
     row = {"prompt": "p", "chosen": path.name, "rejected": "other.bmp"}
-    data = load_pairs(jsonl(path.parent / "pairs.jsonl", [row]), settings=PreferenceSettings(min_side=1, scan=0))
+    data = load_pairs(jsonl(path.parent / "pairs.jsonl", [row]), settings=PreferenceDataConfig(min_side=1, scan=0))
     return to_uint8(decode(data[0].winner))
 
 
 def by_mask(path):
     Image.new("RGB", (3, 3)).save(path.parent / "other.bmp")
     row = {"prompt": "p", "chosen": "other.bmp", "rejected": "other.bmp", "mask": path.name}
-    settings = PreferenceSettings(min_side=1, scan=0, mask="mask")
+    settings = PreferenceDataConfig(min_side=1, scan=0, mask="mask")
     return to_uint8(decode(load_pairs(jsonl(path.parent / "masks.jsonl", [row]), settings=settings)[0].mask))
 
 
@@ -201,7 +201,7 @@ def test_only_regular_files_are_opened(kind, command, tmp_path, capsys):
             as_image(strange)
     elif command == "train":
         with pytest.raises(ValueError, match="not a regular file"):
-            load_pairs(pairs, settings=PreferenceSettings(allow_outside=True))
+            load_pairs(pairs, settings=PreferenceDataConfig(allow_outside=True))
     elif command == "score":
         options = ["--prompt", "x", "--output_dir", str(tmp_path / "out"), "--allow_outside"]
         assert main(["score", folder, "--rewards", "brightness", *options]) == 0

@@ -11,7 +11,7 @@ import torch
 
 from diffalign import ReFLConfig
 from diffalign.config import parse
-from diffalign.diffusion.recipe import PRESETS
+from diffalign.diffusion.reward_gradient_presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

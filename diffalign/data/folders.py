@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import Records
-from diffalign.data.rows import PROMPTS, as_text
+from diffalign.data.row import PROMPTS, as_text
 from diffalign.files import check_inside, natural, printable, read_text, shorten, some
 from diffalign.media import SUFFIXES, UNREADABLE_SUFFIXES
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from diffalign.data.rows import PROMPTS, Row
+from diffalign.data.row import PROMPTS, Row
 from diffalign.files import shorten, some
 from diffalign.structures import ImageSource
 

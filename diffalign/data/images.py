@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign import media
-from diffalign.data.quarantine import Fault
+from diffalign.data.validation import Fault
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 Sample = Pair | LabelledImage

@@ -12,13 +12,13 @@ from typing import Generic, TypeVar
 
 from PIL import Image
 
+from diffalign.data.ai_labels import Labels
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, detect
 from diffalign.data.images import decode_sample
-from diffalign.data.labels import Labels
-from diffalign.data.quarantine import DataWarning, Fault, Quarantine
-from diffalign.data.rows import Row
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.row import Row
 from diffalign.data.tables import Table, open_table
+from diffalign.data.validation import DataWarning, Fault, Quarantine
 from diffalign.files import bounded, shorten
 from diffalign.structures import LabelledImage, Pair
 
@@ -26,7 +26,7 @@ T = TypeVar("T", Pair, LabelledImage)
 
 
 def usable_images(
-    sample: Pair | LabelledImage, settings: PreferenceSettings, quarantine: Quarantine, count_kept: bool = False
+    sample: Pair | LabelledImage, settings: PreferenceDataConfig, quarantine: Quarantine, count_kept: bool = False
 ) -> tuple[Image.Image, ...] | None:
     """The images of a sample in RGB; None, noted in the quarantine, where it has to be left out.
 
@@ -49,7 +49,7 @@ class Samples(ABC, Generic[T]):
     A bad one keeps its number, so that the others keep theirs: ``load`` gives the next good one in its place.
     """
 
-    def __init__(self, settings: PreferenceSettings, quarantine: Quarantine) -> None:
+    def __init__(self, settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         self.settings, self.quarantine = settings, quarantine
 
     @abstractmethod
@@ -114,7 +114,7 @@ def noted(row: Row, format: Format, quarantine: Quarantine) -> list[tuple[Pair, 
     return found
 
 
-def counts(pair: Pair, label: float | None, settings: PreferenceSettings, quarantine: Quarantine) -> bool:
+def counts(pair: Pair, label: float | None, settings: PreferenceDataConfig, quarantine: Quarantine) -> bool:
     """Whether a pair with this label is used. ValueError: a tie, where ties are errors."""
     if label is None:
         quarantine.skipped["unlabelled"] += 1
@@ -150,11 +150,11 @@ class Part:
 class PairData(Samples[Pair]):
     """The usable pairs of several sources, in the order of their rows.
 
-    ``data[i]`` is a pair whose images nobody has read yet; ``data.load(i)`` reads them. ``data.quarantine`` says what
+    ``data[i]`` is a pair whose images nobody has read yet; ``data.load(i)`` reads them. ``data.validation`` says what
     was left out.
     """
 
-    def __init__(self, parts: list[Part], settings: PreferenceSettings, quarantine: Quarantine) -> None:
+    def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
         self.parts = parts
         # Three numbers a pair: a million pairs are 24 MB.
@@ -186,14 +186,14 @@ class PairData(Samples[Pair]):
             labels.check(f"{row}.{place}", sample)
 
 
-def open_part(source: str | Path, settings: PreferenceSettings, formats: Mapping[str, Format] = FORMATS) -> Part:
+def open_part(source: str | Path, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS) -> Part:
     """A source, in one of ``formats``. ValueError: a format that cannot be told, or a missing column."""
     table = open_table(source, settings)
     format = detect(table.columns, settings.format, formats, table.name)
     return Part(table, format, Labels.load(source, settings.labels) if settings.labels else None)
 
 
-def open_pairs(*sources: str | Path, settings: PreferenceSettings) -> PairData:
+def open_pairs(*sources: str | Path, settings: PreferenceDataConfig) -> PairData:
     """The pairs of ``sources``, whose images nobody has looked at. ValueError: no source is named."""
     if not sources:
         raise ValueError("name at least one source of preference pairs: a file, a folder or a hub id")
@@ -201,14 +201,14 @@ def open_pairs(*sources: str | Path, settings: PreferenceSettings) -> PairData:
     return PairData([open_part(source, settings) for source in sources], settings, quarantine)
 
 
-def load_pairs(*sources: str | Path, settings: PreferenceSettings | None = None) -> PairData:
+def load_pairs(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> PairData:
     """The pairs of ``sources``: files, folders or hub ids, see ``tables``; formats as in ``formats.FORMATS``.
 
     Rows are read without their images; then the images of ``settings.scan`` pairs are decoded. What is left out is said
     in one ``DataWarning``. FileNotFoundError: nothing there, or no such AI labels. ValueError: nothing that can be
     used, or more than ``max_bad_share`` that cannot.
     """
-    return examined(open_pairs(*sources, settings=settings or PreferenceSettings()), ", ".join(map(str, sources)))
+    return examined(open_pairs(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))
 
 
 def examined(data: S, where: str) -> S:

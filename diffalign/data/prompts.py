@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import parse_object
-from diffalign.data.rows import MAX_PROMPT, as_metadata
+from diffalign.data.row import MAX_PROMPT, as_metadata
 from diffalign.files import decode_line, open_regular, raw_lines, shorten, some
 from diffalign.structures import Prompt, without_nulls
 

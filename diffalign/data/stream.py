@@ -17,13 +17,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.ai_labels import Labels
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, detect
-from diffalign.data.labels import Labels
 from diffalign.data.pairs import counts, noted, usable_images
-from diffalign.data.quarantine import DataWarning, Quarantine
-from diffalign.data.rows import Row
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.row import Row
 from diffalign.data.tables import Stream, open_stream
+from diffalign.data.validation import DataWarning, Quarantine
 from diffalign.files import bounded, shorten
 from diffalign.structures import Pair
 
@@ -73,7 +73,7 @@ class PairStream:
     def __init__(
         self,
         parts: list[StreamPart],
-        settings: PreferenceSettings,
+        settings: PreferenceDataConfig,
         permutation: Permutation | None = None,
         window: int = 256,
         rank: int = 0,
@@ -157,7 +157,7 @@ class PairStream:
                 yield replace(pair, label=label), replace(here, pair=place + 1)
 
 
-def open_stream_part(source: str | Path, settings: PreferenceSettings) -> StreamPart:
+def open_stream_part(source: str | Path, settings: PreferenceDataConfig) -> StreamPart:
     """A source of pairs. ValueError: a format that cannot be told, or a missing column."""
     opened = open_stream(source, settings)
     format = detect(opened.columns, settings.format, FORMATS, opened.name)
@@ -166,7 +166,7 @@ def open_stream_part(source: str | Path, settings: PreferenceSettings) -> Stream
 
 def stream_pairs(
     *sources: str | Path,
-    settings: PreferenceSettings | None = None,
+    settings: PreferenceDataConfig | None = None,
     permutation: Permutation | None = None,
     window: int = 256,
     rank: int = 0,
@@ -176,7 +176,7 @@ def stream_pairs(
 
     The images of the first ``settings.scan`` pairs are decoded before it is returned.
     """
-    settings = settings or PreferenceSettings()
+    settings = settings or PreferenceDataConfig()
     if not sources:
         raise ValueError("name at least one source of preference pairs: a file, a folder or a hub id")
     parts = [open_stream_part(source, settings) for source in sources]

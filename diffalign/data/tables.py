@@ -20,13 +20,13 @@ import datasets
 import huggingface_hub.constants
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
-from diffalign.data.bars import bars_on_terminals
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.folders import Listing, folder_rows, listed, pictures_below
-from diffalign.data.quarantine import printable
+from diffalign.data.letterbox import bars_on_terminals
 from diffalign.data.records import Records, read_json, read_rows
 from diffalign.data.rollouts import rollout_pairs
-from diffalign.data.rows import Row, columns_of, named_row
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.row import Row, columns_of, named_row
+from diffalign.data.validation import printable
 from diffalign.files import open_regular, shorten, some
 
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -49,7 +49,7 @@ class Opened:
     files: tuple[Path, ...] = ()
     local: bool = True
 
-    def within(self, settings: PreferenceSettings) -> tuple[Path, ...] | None:
+    def within(self, settings: PreferenceDataConfig) -> tuple[Path, ...] | None:
         """The folders of which one must hold an image file; None: any place."""
         if settings.allow_outside:
             return None
@@ -156,7 +156,7 @@ class Stream:
             yield named_row(name, key, values, self.root, self.masks, self.within)
 
 
-def open_table(source: str | Path, settings: PreferenceSettings) -> Table:
+def open_table(source: str | Path, settings: PreferenceDataConfig) -> Table:
     """The rows of ``source``. FileNotFoundError: nothing there. ValueError: nothing that can be read."""
     opened = _open(source, settings, streaming=False)
     data = Records(opened.files) if opened.files and opened.data is None else opened.data
@@ -170,7 +170,7 @@ def open_table(source: str | Path, settings: PreferenceSettings) -> Table:
     return Table(printable(Path(source)), data, root, settings.mask, opened.within(settings), opened.notes)
 
 
-def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
+def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
     """The same rows, read one after the other; folders of pairs and buffers are lists of names, and held in memory."""
     opened = _open(source, settings, streaming=True)
     root, within = settings.image_root or opened.root, opened.within(settings)
@@ -180,7 +180,7 @@ def open_stream(source: str | Path, settings: PreferenceSettings) -> Stream:
     return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes)
 
 
-def _open(source: str | Path, settings: PreferenceSettings, streaming: bool) -> Opened:
+def _open(source: str | Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
     path = Path(source)
     if os.path.isdir(source):
         return _folder(path, settings, streaming)
@@ -212,7 +212,7 @@ def _file(path: Path, streaming: bool) -> Opened:
     return Opened(loaded, path.parent)
 
 
-def _folder(path: Path, settings: PreferenceSettings, streaming: bool) -> Opened:
+def _folder(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
@@ -246,7 +246,7 @@ def _pictures(folder: Path, entries: Records) -> Opened:
     return Opened(rows, folder, notes=tuple(notes))
 
 
-def _loadable(path: Path, settings: PreferenceSettings, streaming: bool) -> Opened:
+def _loadable(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
     """A folder whose files ``datasets`` finds; those of text are read here, as they are written."""
     try:
         builder = datasets.load_dataset_builder(str(path))

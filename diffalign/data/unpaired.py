@@ -8,12 +8,12 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
 from diffalign.data.pairs import Part, Samples, counts, examined, open_part
-from diffalign.data.quarantine import Fault, Quarantine
-from diffalign.data.rows import Row
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.row import Row
+from diffalign.data.validation import Fault, Quarantine
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 
@@ -46,7 +46,7 @@ def labelled_row(row: Row, format: Format) -> LabelledImage:
 class LabelledData(Samples[LabelledImage]):
     """Single images with their labels, of pairs or of unpaired sources; otherwise as ``PairData``."""
 
-    def __init__(self, parts: list[Part], settings: PreferenceSettings, quarantine: Quarantine) -> None:
+    def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
         self.parts = parts
         # Five numbers an image: source, row, place in the row, side, liked.
@@ -112,7 +112,7 @@ class LabelledData(Samples[LabelledImage]):
         return [(*where[number], side, int(liked)) for number, side, liked in unpair(judged()).values()]
 
 
-def open_labelled(*sources: str | Path, settings: PreferenceSettings) -> LabelledData:
+def open_labelled(*sources: str | Path, settings: PreferenceDataConfig) -> LabelledData:
     """The single images of ``sources``, at which nobody has looked. ValueError: no source is named."""
     if not sources:
         raise ValueError("name at least one source of labelled images: a file, a folder or a hub id")
@@ -121,6 +121,6 @@ def open_labelled(*sources: str | Path, settings: PreferenceSettings) -> Labelle
     return LabelledData(parts, settings, quarantine)
 
 
-def load_labelled(*sources: str | Path, settings: PreferenceSettings | None = None) -> LabelledData:
+def load_labelled(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> LabelledData:
     """The single images of ``sources``, of unpaired formats or of pairs: see ``unpair``, and ``load_pairs``."""
-    return examined(open_labelled(*sources, settings=settings or PreferenceSettings()), ", ".join(map(str, sources)))
+    return examined(open_labelled(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoImageProcessor, AutoModel
 
-from diffalign.rewards.preprocess import to_bytes
+from diffalign.rewards.support.preprocess import to_bytes
 
 BATCH = 32
 

@@ -16,7 +16,7 @@ from diffalign.config import from_dict, load_yaml
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.schema import Place
 from diffalign.rewards.base import names
-from diffalign.rewards.settings import RewardConfig
+from diffalign.rewards.config import RewardConfig
 
 CONFIG = "config.yaml"
 HELD_OUT = "eval_prompts.jsonl"  # the copy of its held-out prompts that a run keeps

@@ -28,3 +28,12 @@ class Sampling:
     def base_steps(self) -> int:
         """Those of ``base_share``."""
         return round(self.base_share * self.num_steps)
+
+
+def spread_evenly(count: int, limit: int | None) -> list[int]:
+    """At most ``limit`` of ``count`` places, evenly spread, the first and the last among them."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}: leave it out for all prompts")
+    return sorted({round(i * (count - 1) / max(1, limit - 1)) for i in range(limit)})

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from diffalign.config import to_yaml
+from diffalign.forecast.cost import Method, Share, Work, run_work
 from diffalign.forecast.memory import free_memory, memory_lines, memory_of
-from diffalign.forecast.methods import METHODS
+from diffalign.forecast.per_trainer import METHODS
 from diffalign.forecast.timing import Pace, measure
-from diffalign.forecast.work import Method, Share, Work, run_work
-from diffalign.models.memory import Spread
-from diffalign.models.meta import model_on_meta
-from diffalign.rewards.probe import untried
+from diffalign.models.meta_device import model_on_meta
+from diffalign.models.weight_memory import Spread
+from diffalign.rewards.support.probe import untried
 from diffalign.runtime.processes import wants_shards
-from diffalign.trainers.inputs import load_optional
+from diffalign.trainers.arguments import load_optional
 
 MEANING = {
     "sampling": "to make images",

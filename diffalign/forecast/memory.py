@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import torch
 
-from diffalign.forecast.work import Method, Share
+from diffalign.forecast.cost import Method, Share
 from diffalign.models import DiffusionModel
-from diffalign.models.memory import MemoryNeeds, Spread, memory_needs
 from diffalign.models.quantise import saved_bytes
+from diffalign.models.weight_memory import MemoryNeeds, Spread, memory_needs
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def memory_of(model: DiffusionModel, method: Method, args: Any, share: Share, sp
     if args.optimizer == "adamw_8bit":
         needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
     saved, stored = saved_bytes(model.raw_denoiser, args.quantise), method.stored(args, model.latent_shape(), share)
-    phases = {name: size + stored - saved for name, size in needs.phases(method.taught_through).items()}
+    phases = {name: size + stored - saved for name, size in needs.phases(method.grad_through).items()}
     return Forecast(needs, stored, saved, phases)
 
 

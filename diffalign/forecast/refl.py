@@ -7,26 +7,26 @@ from pathlib import Path
 
 import torch
 
-from diffalign.diffusion.recipe import Recipe
-from diffalign.diffusion.unroll import Course
-from diffalign.forecast.work import Method, Share, Work, guided
+from diffalign.diffusion.reward_gradient_presets import Recipe
+from diffalign.diffusion.trajectory import GradientPath
+from diffalign.forecast.cost import Method, Share, Work, guided
 from diffalign.models import DiffusionModel
+from diffalign.rng import KeyedRNG
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import micro_batches
-from diffalign.runtime.noise import Noise
-from diffalign.trainers.refl import ReFLTrainer
-from diffalign.trainers.refl_config import ReFLConfig
-from diffalign.trainers.starts import draw_courses, places
-from diffalign.trainers.watch import PROBES
+from diffalign.trainers.refl.algorithm import ReFLTrainer
+from diffalign.trainers.refl.config import ReFLConfig
+from diffalign.trainers.refl.hacking_monitor import PROBES
+from diffalign.trainers.refl.initial_states import draw_courses, places
 
 
 def _images(args: ReFLConfig, share: Share) -> int:
     return args.num_groups * args.group_size // share.world
 
 
-def _batches(args: ReFLConfig, share: Share, iteration: int) -> list[tuple[int, tuple[Course, ...]]]:
+def _batches(args: ReFLConfig, share: Share, iteration: int) -> list[tuple[int, tuple[GradientPath, ...]]]:
     """(images, courses) of each batch that is sampled together."""
-    images, recipe, noise = _images(args, share), args.recipe.resolve(), Noise(args.seed)
+    images, recipe, noise = _images(args, share), args.recipe.resolve(), KeyedRNG(args.seed)
     first = share.rank * images
     return [
         (
@@ -59,7 +59,7 @@ def _taught(args: ReFLConfig, recipe: Recipe) -> Work:
     return Work(training=training, comparing=free + again)
 
 
-def _unrolled(args: ReFLConfig, recipe: Recipe, course: Course) -> Work:
+def _unrolled(args: ReFLConfig, recipe: Recipe, course: GradientPath) -> Work:
     """The evaluations of a course of an image, its regulariser included."""
     recorded = sum(move.gradient for move in course.moves)
     call = _taught(args, recipe)
@@ -154,5 +154,5 @@ REFL = Method(
     copies=_copies,
     watched=_watched,
     train=_train,
-    taught_through=ReFLTrainer.taught_through,
+    grad_through=ReFLTrainer.grad_through,
 )

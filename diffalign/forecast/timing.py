@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from diffalign.forecast.work import Work
+from diffalign.forecast.cost import Work
 from diffalign.models.offload import VAE
-from diffalign.rollout.collect import decode
+from diffalign.rollout.generate import decode
 from diffalign.structures import Guidance
 from diffalign.trainers.base import Trainer
 

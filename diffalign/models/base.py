@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.atomic import replacing, replacing_folder
+from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
 from diffalign.models import lora
 from diffalign.models.lora_file import read_tensors
-from diffalign.models.negative import NEGATIVE_NAME, NegativePrompt
-from diffalign.models.offload import VAE, Visitor, needs, place
+from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
+from diffalign.models.offload import VAE, OffloadedModule, needs, place
 from diffalign.models.weights import REFERENCE, WeightSets
-from diffalign.sharding import Shards, gathered, is_sharded, shard, unsharded
 from diffalign.structures import Conditioning, Guidance, Level
 
 SCHEDULES = ("pipeline", "uniform")
@@ -90,7 +90,7 @@ class DiffusionModel(ABC):
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.denoiser = self.raw_denoiser
         # Parts that are on the device only while they are used: see ``place``.
-        self.visitors: dict[str, Visitor] = {}
+        self.visitors: dict[str, OffloadedModule] = {}
         # Weights in 4 or 8 bits are stored as whole numbers.
         self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
@@ -288,7 +288,7 @@ class DiffusionModel(ABC):
         *,
         seed: int = 0,
         keep_reference: bool = False,
-        shards: Shards | None = None,
+        shards: FSDPConfig | None = None,
     ) -> None:
         """Makes the denoiser trainable: a LoRA, or with rank 0 all of it.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from diffalign.fsdp import plain_class
 from diffalign.models.quiet import quiet_libraries
-from diffalign.sharding import plain_class
 
 STEM = "diffusion_pytorch_model"
 SHOWN = 4

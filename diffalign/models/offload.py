@@ -34,7 +34,7 @@ def tensors_of(networks: Collection[nn.Module]) -> list[Tensor]:
     return list({id(t): t for network in networks for t in [*network.parameters(), *network.buffers()]}.values())
 
 
-class Visitor:
+class OffloadedModule:
     """A part that is on ``device`` from its first use within ``kept`` to the end of the outermost one."""
 
     def __init__(self, networks: Collection[nn.Module], device: torch.device) -> None:
@@ -78,7 +78,7 @@ class Visitor:
 
 def place(
     pipeline: DiffusionPipeline, device: torch.device, offload: Sequence[str] = (), without: str | None = None
-) -> dict[str, Visitor]:
+) -> dict[str, OffloadedModule]:
     """Moves a pipeline to ``device``, but for the parts ``offload``, which it returns as visitors by name.
 
     without: a component that stays where it is. What is quantised stays as well, with a warning where it was to leave.
@@ -98,7 +98,7 @@ def place(
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name != without and not is_quantised(component):
             component.to("cpu" if name in gone else device)
-    return {part: Visitor(networks.values(), device) for part, networks in leaving.items()}
+    return {part: OffloadedModule(networks.values(), device) for part, networks in leaving.items()}
 
 
 def is_quantised(network: nn.Module) -> bool:
@@ -115,7 +115,7 @@ def needs(part: str) -> Callable[[Method], Method]:
     def decorated(method: Method) -> Method:
         @functools.wraps(method)
         def called(model: Any, *args: Any, **kwargs: Any) -> Any:
-            visitors: Mapping[str, Visitor] = model.visitors
+            visitors: Mapping[str, OffloadedModule] = model.visitors
             if (visitor := visitors.get(part)) is None:
                 return method(model, *args, **kwargs)
             if not visitor.keepers and _records((*args, *kwargs.values())):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffalign.sharding import free, is_sharded, local
+from diffalign.fsdp import free, is_sharded, local
 
 POLICY = "policy"
 REFERENCE = "reference"

@@ -12,22 +12,22 @@ from diffalign.rewards import (
     image_reward,
     jpeg,
     ocr,
-    pixels,
+    pixel_stats,
     qwen_vqascore,
     remote,
     shapes,
     vlm_judge,
     vqascore,
 )
-from diffalign.rewards.base import REWARDS, Facts, FunctionReward, Reward, get_reward, register
-from diffalign.rewards.pictures import as_image, as_images
-from diffalign.rewards.settings import RewardConfig
+from diffalign.rewards.base import REWARDS, FunctionReward, Reward, RewardCard, get_reward, register
+from diffalign.rewards.config import RewardConfig
+from diffalign.rewards.support.images import as_image, as_images
 
 __all__ = [
     "REWARDS",
-    "Facts",
     "FunctionReward",
     "Reward",
+    "RewardCard",
     "RewardConfig",
     "aesthetic",
     "as_image",
@@ -43,7 +43,7 @@ __all__ = [
     "image_reward",
     "jpeg",
     "ocr",
-    "pixels",
+    "pixel_stats",
     "qwen_vqascore",
     "register",
     "remote",

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from diffalign.rewards.base import Facts, Metadata, register
+from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, split, state_dict
-from diffalign.rewards.preprocess import centre_round, on_images, rounds, widened
+from diffalign.rewards.support.preprocess import centre_round, on_images, rounds, widened
+from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, split, state_dict
 
 WIDTHS = (1024, 128, 64, 16, 1)
 DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers; they make the names of the rest
@@ -70,7 +70,9 @@ class AestheticReward:
             return widened(head(image_embeddings(model, images, quantize, centre_round)))
 
 
-PREDICTOR = Facts("looks", 0.1, "improved-aesthetic-predictor", "trl-lib/ddpo-aesthetic-predictor", "Apache-2.0", 429)
+PREDICTOR = RewardCard(
+    "looks", 0.1, "improved-aesthetic-predictor", "trl-lib/ddpo-aesthetic-predictor", "Apache-2.0", 429
+)
 
 
 @register("aesthetic", PREDICTOR, path=PREDICTOR.weights, file="aesthetic-model.pth")

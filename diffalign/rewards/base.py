@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffalign.config.sections import PASSED
 from diffalign.plugins import entry_points
-from diffalign.rewards.code import check_reward, consented, load_code
-from diffalign.rewards.isolation import isolated, own_copy
-from diffalign.rewards.preprocess import wants_grad
+from diffalign.rewards.support.isolation import isolated, own_copy
+from diffalign.rewards.support.preprocess import wants_grad
+from diffalign.rewards.support.user_code import check_reward, consented, load_code
 
 Metadata = Sequence[Mapping[str, Any]]
 Extras = Mapping[str, Tensor]
@@ -81,7 +81,7 @@ class FunctionReward:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RewardCard:
     """What to know about a registered reward before using it; the README's table is made of these.
 
     measures: in a few words. scale: a difference of scores that matters; tolerances are in its units. source: of the
@@ -97,7 +97,7 @@ class Facts:
     millions: float = 0.0
 
 
-UNSAID = Facts("what its author says", 1.0)
+UNSAID = RewardCard("what its author says", 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Registered:
 
     factory: Callable[..., Reward]
     options: Mapping[str, Any]
-    facts: Facts = UNSAID
+    facts: RewardCard = UNSAID
 
     def make(self, **options: Any) -> Reward:
         """The reward. ValueError: options that it does not take."""
@@ -124,7 +124,7 @@ PLUGINS = "diffalign.rewards"  # the entry points of other packages: a class or 
 
 
 def register(
-    name: str, facts: Facts = UNSAID, **options: Any
+    name: str, facts: RewardCard = UNSAID, **options: Any
 ) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
     """Decorates a reward's class (or factory): ``get_reward(name)`` then calls it with ``name`` and ``options``.
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned
-from diffalign.rewards.preprocess import Preprocess, centre_floor, centre_round, on_images, rounds, widened
-from diffalign.rewards.texts import distinct
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import Preprocess, centre_floor, centre_round, on_images, rounds, widened
+from diffalign.rewards.support.prompts import distinct
+from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 FORMS = ("logit", "cosine", "clipscore")
@@ -110,8 +110,8 @@ def text_embeddings(model: CLIPModel, tokenizer: Any, prompts: Sequence[str]) ->
     return F.normalize(features, dim=-1)[rows]
 
 
-PICKSCORE = Facts("human preference", 1.0, "arXiv 2305.01569", "yuvalkirstain/PickScore_v1", "MIT (its code)", 986)
-CLIPSCORE = Facts("fit of image and text", 0.01, "arXiv 2104.08718", "openai/clip-vit-large-patch14", "MIT", 428)
+PICKSCORE = RewardCard("human preference", 1.0, "arXiv 2305.01569", "yuvalkirstain/PickScore_v1", "MIT (its code)", 986)
+CLIPSCORE = RewardCard("fit of image and text", 0.01, "arXiv 2104.08718", "openai/clip-vit-large-patch14", "MIT", 428)
 
 
 @register("pickscore", PICKSCORE, path=PICKSCORE.weights, tokenizer=VIT_H, form="logit")

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from diffalign.atomic import write_text
 from diffalign.config import from_dict
 from diffalign.files import read_text
-from diffalign.rewards.base import Facts, Metadata, Reward, ask, needs_groups, register
-from diffalign.rewards.settings import RewardConfig, build_rewards
+from diffalign.rewards.base import Metadata, Reward, RewardCard, ask, needs_groups, register
+from diffalign.rewards.config import RewardConfig, build_rewards
 
 QUANTILES = 101
 LARGEST_TABLE = 64 << 20  # bytes of stored calibrations that are read
@@ -192,7 +192,7 @@ class Combined:
         return values if self.scale == "raw" else SCALES[self.scale](self.calibrations[name], values)
 
 
-@register("combined", Facts("several rewards as one", 1.0))
+@register("combined", RewardCard("several rewards as one", 1.0))
 def combined(
     name: str,
     rewards: Mapping[str, Any],

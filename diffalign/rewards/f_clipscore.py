@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from diffalign.rewards.base import Extras, Facts, Metadata, register
+from diffalign.rewards.base import Extras, Metadata, RewardCard, register
 from diffalign.rewards.clip import CAPTION, VIT_H, image_embeddings, load_clip
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once
-from diffalign.rewards.preprocess import centre_round, on_images, rounds, wants_grad, widened
+from diffalign.rewards.support.preprocess import centre_round, on_images, rounds, wants_grad, widened
+from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once
 
 TEMPLATE = CAPTION
 LAYERS = 3  # the last ones of the text encoder, whose attentions count
@@ -110,7 +110,7 @@ class FClipScore:
         return widened(result), {"worst": widened(torch.stack(worst).detach())}
 
 
-FACTS = Facts("words that the image does not show", 1e-4, "arXiv 2412.18404", VIT_H, "MIT", 986)
+FACTS = RewardCard("words that the image does not show", 1e-4, "arXiv 2412.18404", VIT_H, "MIT", 986)
 
 
 @register("f_clipscore", FACTS)

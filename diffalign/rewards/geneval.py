@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoTokenizer, CLIPModel
 
 from diffalign.files import shorten
-from diffalign.rewards.base import Facts, Metadata, register
+from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip, text_embeddings
 from diffalign.rewards.geneval_spec import read_spec
-from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned, split
-from diffalign.rewards.preprocess import centre_round, on_images, to_bytes
+from diffalign.rewards.support.preprocess import centre_round, on_images, to_bytes
+from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned, split
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -237,7 +237,7 @@ class GenEvalReward:
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 # The page of the detector's weights says no more of their licence than "other"; Mask2Former's code is MIT.
-FACTS = Facts("objects, number, colour and place asked for", 0.1, "arXiv 2310.11513", DETECTOR, "other", 497)
+FACTS = RewardCard("objects, number, colour and place asked for", 0.1, "arXiv 2310.11513", DETECTOR, "other", 497)
 
 
 @register("geneval", FACTS, verdict="correct")

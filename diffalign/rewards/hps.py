@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, quiet, state_dict
-from diffalign.rewards.preprocess import Preprocess, centre_round, on_images, rounds, widened
-from diffalign.rewards.texts import distinct
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
+from diffalign.rewards.support.prompts import distinct
+from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, quiet, state_dict
 
 
 def _load(weights: Weights, file: str, architecture: str) -> tuple[nn.Module, Any]:
@@ -62,7 +62,7 @@ class HpsReward:
             return widened((image * text[rows]).sum(-1))
 
 
-HPS = Facts("human preference", 0.01, "arXiv 2306.09341", "xswu/HPSv2", "Apache-2.0", 986)
+HPS = RewardCard("human preference", 0.01, "arXiv 2306.09341", "xswu/HPSv2", "Apache-2.0", 986)
 
 
 @register("hpsv2", HPS, file="HPS_v2_compressed.pt")

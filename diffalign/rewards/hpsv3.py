@@ -17,11 +17,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from diffalign.rewards.base import Extras, Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned, split, weights_file
-from diffalign.rewards.preprocess import on_images, rounds
-from diffalign.rewards.qwen_vl import Patches, chat
-from diffalign.rewards.texts import literal
+from diffalign.rewards.base import Extras, Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import on_images, rounds
+from diffalign.rewards.support.prompts import literal
+from diffalign.rewards.support.qwen_vl import Patches, chat
+from diffalign.rewards.support.weights import (
+    Weights,
+    check_report,
+    frozen,
+    hosted,
+    load_once,
+    pinned,
+    split,
+    weights_file,
+)
 
 FILE = "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -123,7 +132,7 @@ class HpsV3Reward:
         return found[:, 0], {"sigma": found[:, 1].detach().exp()}
 
 
-FACTS = Facts("human preference", 0.5, "arXiv 2508.03789", "MizzenAI/HPSv3", "MIT", 7750)
+FACTS = RewardCard("human preference", 0.5, "arXiv 2508.03789", "MizzenAI/HPSv3", "MIT", 7750)
 
 
 @register("hpsv3", FACTS)

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from diffalign.rewards.aesthetic import Head
-from diffalign.rewards.base import Facts, Metadata, register
+from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import VIT_H, image_embeddings, image_features, text_embeddings
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, pinned, split, state_dict
-from diffalign.rewards.preprocess import on_images, rounds, widened
+from diffalign.rewards.support.preprocess import on_images, rounds, widened
+from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, split, state_dict
 
 ICT_FILE, HP_FILE, HEAD_FILE = "pytorch_model.bin", "hp_backbone/pytorch_model.bin", "hp_scorer/mlp_pytorch_model.bin"
 
@@ -89,9 +89,9 @@ class IctHpReward:
 
 
 PAPER = "arXiv 2507.19002"
-ICT = Facts("whether the image contains the text", 0.01, PAPER, "8y/ICT", "MIT", 986)
-HP = Facts("looks", 0.05, PAPER, "8y/HP", "MIT", 987)
-BOTH = Facts("whether the image contains the text, and looks", 0.01, PAPER, "8y/ICT, 8y/HP", "MIT", 1973)
+ICT = RewardCard("whether the image contains the text", 0.01, PAPER, "8y/ICT", "MIT", 986)
+HP = RewardCard("looks", 0.05, PAPER, "8y/HP", "MIT", 987)
+BOTH = RewardCard("whether the image contains the text, and looks", 0.01, PAPER, "8y/ICT, 8y/HP", "MIT", 1973)
 
 
 @register("ict", ICT, hp=None)

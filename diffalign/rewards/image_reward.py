@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from diffalign.rewards.aesthetic import Head
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, frozen, hosted, load_once, pinned, state_dict, weights_file
-from diffalign.rewards.preprocess import Preprocess, centre_round, on_images, rounds, widened
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
+from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, state_dict, weights_file
 
 FILE, TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head on the authors' data
@@ -128,7 +128,7 @@ class ImageReward:
             return widened(network(pixels, tokens.input_ids, tokens.attention_mask))
 
 
-FACTS = Facts("human preference", 0.1, "arXiv 2304.05977", "THUDM/ImageReward", "Apache-2.0", 446)
+FACTS = RewardCard("human preference", 0.1, "arXiv 2304.05977", "THUDM/ImageReward", "Apache-2.0", 446)
 
 
 @register("image_reward", FACTS)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.preprocess import on_images, to_bytes
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import on_images, to_bytes
 
 QUALITY = 95
 DDPO = "arXiv 2305.13301"
@@ -26,8 +26,8 @@ def jpeg_kilobytes(image: Tensor) -> float:
     return file.tell() / 1000
 
 
-@register("jpeg_compressibility", Facts("minus kB as JPEG", 1.0, DDPO), sign=-1, range=(-math.inf, 0.0))
-@register("jpeg_incompressibility", Facts("kB as JPEG", 1.0, DDPO), sign=1, range=(0.0, math.inf))
+@register("jpeg_compressibility", RewardCard("minus kB as JPEG", 1.0, DDPO), sign=-1, range=(-math.inf, 0.0))
+@register("jpeg_incompressibility", RewardCard("kB as JPEG", 1.0, DDPO), sign=1, range=(0.0, math.inf))
 @dataclass(frozen=True)
 class JpegReward:
     """``sign`` times the size of the image as a JPEG file, in kB; prompts do not matter."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.files import shorten
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import load_once
-from diffalign.rewards.preprocess import on_images, to_bytes
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import on_images, to_bytes
+from diffalign.rewards.support.weights import load_once
 
 # RapidOCR enlarges the shorter side to hundreds of pixels, whatever becomes of the longer one.
 LONGEST = 8  # times the shorter side
@@ -86,7 +86,7 @@ class OcrReward:
         return torch.tensor([similarity(read(engine, i), t) for i, t in zip(images, targets, strict=True)])
 
 
-@register("ocr", Facts("whether the image shows the text that the prompt quotes", 0.1, "arXiv 2505.05470"))
+@register("ocr", RewardCard("whether the image shows the text that the prompt quotes", 0.1, "arXiv 2505.05470"))
 def ocr(name: str) -> OcrReward:
     """RapidOCR's default models, for English and Chinese."""
     return OcrReward(name)

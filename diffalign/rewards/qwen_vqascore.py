@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, hosted, load_once
-from diffalign.rewards.preprocess import on_images, rounds, widened
-from diffalign.rewards.qwen_vl import chat, load
-from diffalign.rewards.texts import check_question, literal
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import on_images, rounds, widened
+from diffalign.rewards.support.prompts import check_question, literal
+from diffalign.rewards.support.qwen_vl import chat, load
+from diffalign.rewards.support.weights import Weights, hosted, load_once
 from diffalign.rewards.vqascore import ANSWERS, PAPER
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -71,8 +71,8 @@ class QwenVqaScore:
 
 
 MEASURES = "whether the image shows the text"
-QWEN25 = Facts(MEASURES, 0.05, PAPER, "Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0", 8290)
-QWEN3 = Facts(MEASURES, 0.05, PAPER, "Qwen/Qwen3-VL-8B-Instruct", "Apache-2.0", 8770)
+QWEN25 = RewardCard(MEASURES, 0.05, PAPER, "Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0", 8290)
+QWEN3 = RewardCard(MEASURES, 0.05, PAPER, "Qwen/Qwen3-VL-8B-Instruct", "Apache-2.0", 8770)
 
 
 @register("vqascore_qwen2.5", QWEN25, path=QWEN25.weights)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Facts, Metadata, RewardUnavailable, register
-from diffalign.rewards.server import RewardServer, _Handler
-from diffalign.rewards.wire import RemoteError, Wire, encode_image
+from diffalign.rewards.base import Metadata, RewardCard, RewardUnavailable, register
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
+from diffalign.rewards.support.reward_server import RewardServer, _Handler
 
 __all__ = ["RemoteReward", "RewardServer", "_Handler", "remote"]
 UNAVAILABLE = HTTPStatus.NOT_IMPLEMENTED
@@ -34,7 +34,7 @@ class RemoteReward:
     """
 
     name: str
-    wire: Wire
+    wire: HTTPClient
     reward: str
     batch_size: int = 16
     differentiable: bool = False
@@ -82,7 +82,7 @@ class RemoteReward:
         return [_number(self.wire.url, value) for value in scores], str(reply.get("error") or "")
 
 
-@register("remote", Facts("what the reward of another machine does", 1.0))
+@register("remote", RewardCard("what the reward of another machine does", 1.0))
 def remote(
     name: str,
     url: str,
@@ -93,8 +93,8 @@ def remote(
     retries: int = 4,
     concurrency: int = 8,
 ) -> RemoteReward:
-    """The reward ``reward`` of the server at ``url``; see ``Wire.to``."""
-    wire = Wire.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    """The reward ``reward`` of the server at ``url``; see ``HTTPClient.to``."""
+    wire = HTTPClient.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
     return RemoteReward(name, wire, reward, batch_size)
 
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from diffalign.files import shorten
-from diffalign.rewards.base import Facts, Metadata, register
+from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.geneval_spec import read_spec
-from diffalign.rewards.preprocess import on_images
+from diffalign.rewards.support.preprocess import on_images
 from diffalign.shapes import judge_batch
 from diffalign.shapes.scene import COLORS, SHAPES
 
 VERDICTS = ("score", "strict", "correct")
 
 
-@register("shapes", Facts("share of what is asked for, embedded world", 0.1), verdict="score")
-@register("shapes_strict", Facts("exactly what is asked for, embedded world", 1.0), verdict="strict")
-@register("shapes_correct", Facts("what is asked for, by GenEval's rule, embedded world", 1.0), verdict="correct")
+@register("shapes", RewardCard("share of what is asked for, embedded world", 0.1), verdict="score")
+@register("shapes_strict", RewardCard("exactly what is asked for, embedded world", 1.0), verdict="strict")
+@register("shapes_correct", RewardCard("what is asked for, by GenEval's rule, embedded world", 1.0), verdict="correct")
 @dataclass(frozen=True)
 class ShapesReward:
     """One field of the verifier's ``Verdict`` on what each prompt's metadata asks for.

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from diffalign.files import shorten
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.preprocess import check_images, on_images
-from diffalign.rewards.texts import check_template
-from diffalign.rewards.wire import RemoteError, Wire, encode_image
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
+from diffalign.rewards.support.preprocess import check_images, on_images
+from diffalign.rewards.support.prompts import check_template
 
 RATE = (
     'Rate from {low} to {high} how well this image shows "{prompt}", and how good it looks. '
@@ -43,7 +43,7 @@ class Endpoint:
     max_tokens: of an answer. logprobs: ask for them where the answer is one word of two.
     """
 
-    wire: Wire
+    wire: HTTPClient
     model: str
     max_tokens: int = 64
     logprobs: bool = True
@@ -107,7 +107,7 @@ class Answer:
         raise RemoteError(f'the judge said {self.text[:100]!r}, not {{"score": number}} from {low:g} to {high:g}')
 
 
-def _scores(name: str, wire: Wire, ask: Any, items: Sequence[Any]) -> list[float]:
+def _scores(name: str, wire: HTTPClient, ask: Any, items: Sequence[Any]) -> list[float]:
     """NaN where asking failed, with one warning per cause."""
     found = wire.map(ask, items)
     for error in {wire.clean(str(result)) for result in found if isinstance(result, RemoteError)}:
@@ -234,9 +234,9 @@ class PairwiseJudge:
 OPTIONS = ("question", "low", "high", "most_pairs")
 
 
-@register("vlm_rating", Facts("what a judge is asked for, as a number", 0.5), judge=RatingJudge)
-@register("vlm_checklist", Facts("share of questions answered with yes", 0.05), judge=ChecklistJudge)
-@register("vlm_pairwise", Facts("share of its group that an image is preferred to", 0.05), judge=PairwiseJudge)
+@register("vlm_rating", RewardCard("what a judge is asked for, as a number", 0.5), judge=RatingJudge)
+@register("vlm_checklist", RewardCard("share of questions answered with yes", 0.05), judge=ChecklistJudge)
+@register("vlm_pairwise", RewardCard("share of its group that an image is preferred to", 0.05), judge=PairwiseJudge)
 def vlm_judge(
     name: str,
     judge: Callable[..., Any],
@@ -250,8 +250,8 @@ def vlm_judge(
     logprobs: bool = True,
     **options: Any,
 ) -> Any:
-    """A judge behind the OpenAI-compatible server at ``url``; see ``Wire.to``. options: the judge's own fields."""
-    wire = Wire.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    """A judge behind the OpenAI-compatible server at ``url``; see ``HTTPClient.to``. options: fields of the judge."""
+    wire = HTTPClient.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
     known = [field.name for field in fields(judge) if field.name in OPTIONS]
     if unknown := options.keys() - set(known):
         wrong, right = ", ".join(sorted(unknown)), ", ".join(known) or "none"

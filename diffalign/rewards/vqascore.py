@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from diffalign.rewards.base import Facts, Metadata, register
-from diffalign.rewards.hosting import Weights, check_report, frozen, hosted, load_once, pinned
-from diffalign.rewards.preprocess import CLIP_MEAN, Preprocess, on_images, rounds, stretch, widened
-from diffalign.rewards.texts import check_question
+from diffalign.rewards.base import Metadata, RewardCard, register
+from diffalign.rewards.support.preprocess import CLIP_MEAN, Preprocess, on_images, rounds, stretch, widened
+from diffalign.rewards.support.prompts import check_question
+from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -182,8 +182,8 @@ class VqaScore:
 
 
 PAPER = "arXiv 2404.01291"
-XXL = Facts("whether the image shows the text", 0.05, PAPER, "zhiqiulin/clip-flant5-xxl", "Apache-2.0", 11460)
-XL = Facts("whether the image shows the text", 0.05, PAPER, "zhiqiulin/clip-flant5-xl", "Apache-2.0", 3160)
+XXL = RewardCard("whether the image shows the text", 0.05, PAPER, "zhiqiulin/clip-flant5-xxl", "Apache-2.0", 11460)
+XL = RewardCard("whether the image shows the text", 0.05, PAPER, "zhiqiulin/clip-flant5-xl", "Apache-2.0", 3160)
 
 
 @register("vqascore", XXL, path=XXL.weights, tokenizer="google/flan-t5-xxl")

@@ -22,8 +22,8 @@ from torchvision.transforms.functional import to_pil_image
 from diffalign.atomic import replacing, write_text
 from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
-from diffalign.rewards.preprocess import to_bytes
-from diffalign.rollout import storage
+from diffalign.rewards.support.preprocess import to_bytes
+from diffalign.rollout import pinned_memory
 from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
@@ -148,21 +148,21 @@ class RolloutBuffer:
 
     def latents(self, rows: Tensor) -> Tensor:
         """x of nodes (n,), on the device: (n, C, h, w)."""
-        return storage.take(self.x, rows, self.device)
+        return pinned_memory.take(self.x, rows, self.device)
 
     def means(self, rows: Tensor) -> Tensor:
         """The means that trained nodes (n,) were drawn around, on the device: (n, C, h, w)."""
         assert self.mean is not None
-        return storage.take(self.mean, self.trained_rank(rows), self.device)
+        return pinned_memory.take(self.mean, self.trained_rank(rows), self.device)
 
     def settle(self) -> None:
         """To be called between writing latents and reading them: what a GPU still copies cannot be read."""
-        storage.settle(self.x, self.device)
+        pinned_memory.settle(self.x, self.device)
 
     def put_means(self, rows: Tensor, means: Tensor) -> None:
         """Keeps them, where this buffer does."""
         if self.mean is not None:
-            storage.put(self.mean, self.trained_rank(rows), means.float())
+            pinned_memory.put(self.mean, self.trained_rank(rows), means.float())
 
     @property
     def leaves(self) -> Tensor:

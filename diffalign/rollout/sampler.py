@@ -21,7 +21,7 @@ Draw = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class Route:
+class SamplingPlan:
     """A plan on the levels of a model: everything about a rollout that does not depend on prompts or noise."""
 
     plan: Plan
@@ -56,7 +56,7 @@ class Route:
 @torch.no_grad()
 def sample(
     model: DiffusionModel,
-    route: Route,
+    route: SamplingPlan,
     conditioning: Conditioning,
     start: Tensor,
     draw: Draw | None = None,

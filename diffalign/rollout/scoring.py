@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward, needs_groups
-from diffalign.rewards.guard import Batch, guarded
-from diffalign.rewards.isolation import named, said
-from diffalign.rollout.aside import one_thread, start
+from diffalign.rewards.support.fault_isolation import Batch, guarded
+from diffalign.rewards.support.isolation import named, said
+from diffalign.rollout.background import one_thread, start
 from diffalign.structures import Prompt, Scores
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 
 from diffalign.runtime.diagnosis import extremes
-from diffalign.runtime.exits import Interrupted, NotFinite, OutOfMemory, SaveFailed
-from diffalign.runtime.guard import first_bad
-from diffalign.runtime.memory import advice, batch_name
+from diffalign.runtime.errors import Interrupted, NotFinite, OutOfMemory, SaveFailed
+from diffalign.runtime.gradient_guard import first_bad
+from diffalign.runtime.oom import advice, batch_name
 from diffalign.runtime.products import write_exports
-from diffalign.runtime.saving import indexed
+from diffalign.runtime.state import indexed
 
 if TYPE_CHECKING:
     from diffalign.runtime.loop import Loop

@@ -23,27 +23,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffalign.config import to_dict
-from diffalign.runtime import checkpoint, saving
+from diffalign.fsdp import is_sharded, whole
+from diffalign.runtime import checkpoint, state
+from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.endings import blame_weights, export, leave, make_room, save_before_end, save_failed
-from diffalign.runtime.exits import CannotTrain, NotFinite, SaveFailed, StopRequested
-from diffalign.runtime.folder import claimed
-from diffalign.runtime.guard import STREAK, Guard
-from diffalign.runtime.memory import memory_errors
+from diffalign.runtime.errors import CannotTrain, NotFinite, SaveFailed, StopRequested
+from diffalign.runtime.gradient_guard import STREAK, GradientGuard
+from diffalign.runtime.lock import claimed
+from diffalign.runtime.oom import memory_errors
 from diffalign.runtime.optimizers import lr_factor, make_optimizer
-from diffalign.runtime.origin import origin
 from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
 from diffalign.runtime.products import EXPORTS, check_products, is_exported, keep_others, save_config
 from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
-from diffalign.runtime.saving import indexed, restore
-from diffalign.runtime.settings import TrainingConfig
+from diffalign.runtime.provenance import origin
 from diffalign.runtime.signals import Signals
+from diffalign.runtime.state import indexed, restore
 from diffalign.runtime.task import Metrics, Micro, Task
 from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
 from diffalign.runtime.watchdog import Watchdog
-from diffalign.sharding import is_sharded, whole
 
 __all__ = ["Loop", "Metrics", "Micro", "Task", "crossed", "indexed", "lr_factor", "progress", "restore"]
 
@@ -72,7 +72,7 @@ class Loop:
         prepare = partial(accelerator.prepare_model, evaluation_mode=True) if self.sharded else accelerator.prepare
         self.module, self.optimizer = prepare(module), accelerator.prepare(optimizer)
         self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
-        self.guard = Guard(args.max_grad_spike)
+        self.guard = GradientGuard(args.max_grad_spike)
         self.signals, self.watchdog = Signals(), Watchdog(args.hang_timeout, args.output_dir)
         self.working_folder = os.getcwd()
         self.step = self.iteration = self.update = 0
@@ -130,8 +130,8 @@ class Loop:
         """Finds the place to go on from; False where nothing is left to do."""
         if self.accelerator.is_main_process:
             check_products(self.args.output_dir)
-        path = saving.find(self)
-        rows = None if path is None else saving.put_back(self, path)
+        path = state.find(self)
+        rows = None if path is None else state.put_back(self, path)
         self.whole, self.saved = self.task.state(), self.place()
         checkpoint.check_state({"tasks": self.whole[1], "origin": self.origin(), "guard": self.guard.state()})
         if path is not None and self.over and self._is_finished():
@@ -378,21 +378,21 @@ class Loop:
             self.trackers.log(metrics, self.step)
 
     def save(self, last: bool = False) -> Path | None:
-        """Writes ``checkpoint-<step>/`` with all that ``saving.contents`` lists.
+        """Writes ``checkpoint-<step>/`` with all that ``state.contents`` lists.
 
         NotFinite: something in it is not. SaveFailed: the disk refused ``FAILED_SAVES`` times in a row, or once when
         it is the ``last`` save; before, the run goes on with the checkpoints it has.
         """
         self.watchdog.beat()
         begun = time.perf_counter()
-        tensors, state = saving.contents(self)
+        tensors, plain = state.contents(self)
         export = self.task.exporter()
         self.saved = self.place()
         if not self.accelerator.is_main_process:
             return None
         try:
-            saving.check_finite(tensors)
-            path = checkpoint.save(self.args.output_dir, self.step, tensors, state,
+            state.check_finite(tensors)
+            path = checkpoint.save(self.args.output_dir, self.step, tensors, plain,
                                    keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
         except NotFinite as error:
             raise NotFinite(f"{error}; last good checkpoint: {self.last_good()}{extremes(self.args)}") from error

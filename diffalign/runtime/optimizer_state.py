@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.sharding import like
+from diffalign.fsdp import like
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffalign.runtime.settings import TrainingConfig
+from diffalign.runtime.config import TrainingConfig
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from diffalign.config import load_yaml
-from diffalign.sharding import Shards
+from diffalign.fsdp import FSDPConfig
 
 LAUNCHERS = ("accelerate", "accelerate-launch")
 WHAT_WORKS = (
@@ -44,11 +44,11 @@ def connect() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def wants_shards(device: torch.device) -> Shards | None:
+def wants_shards(device: torch.device) -> FSDPConfig | None:
     """How the launcher asks for weights in shards (FSDP2), if it does, and there are several processes."""
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Shards(device, keep) if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    return FSDPConfig(device, keep) if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def shortfall(passes: int) -> int:

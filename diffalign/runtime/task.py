@@ -16,12 +16,12 @@ Micro = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 class Task(Protocol):
     """What a trainer gives to the loop.
 
-    same_updates: whether any number of processes splits an iteration into the same updates. commits: of the
+    world_size_invariant: whether any number of processes splits an iteration into the same updates. commits: of the
     repositories of the hub that it has loaded, by their names. contents: fingerprints of the local files it depends on.
     """
 
     updates_per_iteration: int
-    same_updates: bool
+    world_size_invariant: bool
     done: bool
     data_digest: str
     commits: Mapping[str, str]

@@ -23,7 +23,7 @@ from types import TracebackType
 import psutil
 
 from diffalign.runtime import guardian
-from diffalign.runtime.exits import HANG
+from diffalign.runtime.errors import HANG
 from diffalign.runtime.output import emit
 
 DUMP = getattr(signal, "SIGRTMIN", 0) + 11 if hasattr(signal, "SIGRTMIN") else None  # asks for all stacks

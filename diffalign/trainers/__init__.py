@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 from diffalign.lazy import attribute
 
 if TYPE_CHECKING:
-    from diffalign.trainers.diffusion_dpo import DiffusionDPOTrainer
-    from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-    from diffalign.trainers.flow_grpo import FlowGRPOTrainer
-    from diffalign.trainers.flow_grpo_config import FlowGRPOConfig
-    from diffalign.trainers.refl import ReFLTrainer
-    from diffalign.trainers.refl_config import ReFLConfig
+    from diffalign.trainers.diffusion_dpo.algorithm import DiffusionDPOTrainer
+    from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
+    from diffalign.trainers.flow_grpo.algorithm import FlowGRPOTrainer
+    from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
+    from diffalign.trainers.refl.algorithm import ReFLTrainer
+    from diffalign.trainers.refl.config import ReFLConfig
 
 __all__ = [
     "DiffusionDPOConfig",
@@ -22,12 +22,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo_config",
-    "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo",
-    "FlowGRPOConfig": "diffalign.trainers.flow_grpo_config",
-    "FlowGRPOTrainer": "diffalign.trainers.flow_grpo",
-    "ReFLConfig": "diffalign.trainers.refl_config",
-    "ReFLTrainer": "diffalign.trainers.refl",
+    "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo.config",
+    "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo.algorithm",
+    "FlowGRPOConfig": "diffalign.trainers.flow_grpo.config",
+    "FlowGRPOTrainer": "diffalign.trainers.flow_grpo.algorithm",
+    "ReFLConfig": "diffalign.trainers.refl.config",
+    "ReFLTrainer": "diffalign.trainers.refl.algorithm",
 }
 
 

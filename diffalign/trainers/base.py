@@ -15,30 +15,30 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor
 
+from diffalign.evaluation.heldout import Evaluation
 from diffalign.evaluation.runs import HELD_OUT
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
+from diffalign.models.performance import set_performance
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.weights import POLICY
 from diffalign.rewards.base import Reward
-from diffalign.rewards.hosting import repositories
-from diffalign.rewards.probe import try_rewards
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.runtime.folder import refuse_busy
+from diffalign.rewards.support.probe import try_rewards
+from diffalign.rewards.support.weights import repositories
+from diffalign.rng import KeyedRNG
+from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop, Metrics
-from diffalign.runtime.memory import batch_name
-from diffalign.runtime.noise import Noise
-from diffalign.runtime.origin import commit
+from diffalign.runtime.oom import batch_name
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products, portable
+from diffalign.runtime.provenance import commit
 from diffalign.runtime.tracking import tracker_names
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.announce import closing, opening
+from diffalign.trainers.arguments import load_optional
+from diffalign.trainers.config import TrainerConfig
 from diffalign.trainers.contents import contents
-from diffalign.trainers.evaluation import Evaluation
-from diffalign.trainers.inputs import load_optional
 from diffalign.trainers.report import Report, consent_option, keep_prompts
-from diffalign.trainers.settings import TrainerConfig
-from diffalign.trainers.speed import set_speed
 
 EMA_SET = "ema"
 Config = TypeVar("Config", bound=TrainerConfig)
@@ -64,11 +64,11 @@ class Trainer:
     """
 
     name: ClassVar[str]
-    same_updates = True
+    world_size_invariant = True
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
     data_digest = ""
     data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
-    taught_through: ClassVar[tuple[str, ...]] = ()  # parts that gradients come back through
+    grad_through: ClassVar[tuple[str, ...]] = ()  # parts that gradients come back through
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class Trainer:
         self.model.plain_attention = slow and not args.gradient_checkpointing
         if args.gradient_checkpointing:
             self.model.raw_denoiser.enable_gradient_checkpointing()
-        self.noise = Noise(args.seed)
-        self.encoded = EncodedPrompts(self.model, folder=args.cache_folder)
+        self.noise = KeyedRNG(args.seed)
+        self.encoded = PromptEmbeddingCache(self.model, folder=args.cache_folder)
         self.loop = self.prepare(keep_reference)
         if self.loop.ema is not None:
             self.model.weights.add(EMA_SET, self.loop.ema.shadow)
@@ -146,7 +146,7 @@ class Trainer:
             keep_reference=keep_reference,
             shards=self.shards,
         )
-        set_speed(self.model, self.args)
+        set_performance(self.model, self.args.attention, self.args.mixed_precision, self.args.compile)
         loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
         self.model.denoiser = loop.module
         return loop
@@ -250,7 +250,7 @@ class Trainer:
 
     def updating(self) -> AbstractContextManager[None]:
         """Around the passes of an optimizer step."""
-        return self.model.keeping(*self.taught_through)
+        return self.model.keeping(*self.grad_through)
 
     def before_first_update(self) -> None:
         """Checks that must hold when the weights have not moved yet."""

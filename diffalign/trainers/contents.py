@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.labels import labels_path
+from diffalign.data.ai_labels import labels_path
 from diffalign.data.pairs import Samples
-from diffalign.rewards.hosting import Weights
-from diffalign.rewards.settings import RewardConfig
+from diffalign.rewards.config import RewardConfig
+from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
 from diffalign.structures import ImageSource
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from diffalign.diffusion.parameterization import add_noise, target
 from diffalign.losses.errors import Denoised
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.weights import REFERENCE
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning, Level
-from diffalign.trainers.diffusion_dpo_config import DiffusionDPOConfig
-from diffalign.trainers.examples import Examples
+from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
+from diffalign.trainers.diffusion_dpo.latents import Examples
 
 
 class Denoising:
@@ -23,7 +23,9 @@ class Denoising:
     encoded: prompts, and the model that denoises. compares: whether the reference denoises as well.
     """
 
-    def __init__(self, encoded: EncodedPrompts, args: DiffusionDPOConfig, noise: Noise, compares: bool) -> None:
+    def __init__(
+        self, encoded: PromptEmbeddingCache, args: DiffusionDPOConfig, noise: KeyedRNG, compares: bool
+    ) -> None:
         self.model, self.encoded, self.args, self.noise, self.compares = encoded.model, encoded, args, noise, compares
 
     def __call__(self, examples: Examples, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.evaluation.model_card import literal
+from diffalign.fsdp import plain_class
 from diffalign.models import DiffusionModel
-from diffalign.models.negative import NEGATIVE_NAME
+from diffalign.models.negative_prompt import NEGATIVE_NAME
 from diffalign.models.pipeline_call import PipelineCall, Sampled, pipeline_call
-from diffalign.sharding import plain_class
-from diffalign.trainers.settings import TrainerConfig
+from diffalign.report.model_card import literal
+from diffalign.trainers.config import TrainerConfig
 
 
 def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str:

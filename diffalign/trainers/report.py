@@ -20,21 +20,21 @@ from diffalign.atomic import replacing
 from diffalign.config import to_dict, to_yaml
 from diffalign.config.reward_consent import needs_consent
 from diffalign.data.prompts import load_prompts
-from diffalign.evaluation.collapse import ruined
-from diffalign.evaluation.curves import plot_curves
-from diffalign.evaluation.grids import Totals, compare_grid, image_grid
-from diffalign.evaluation.model_card import ModelCard, write_model_card
-from diffalign.evaluation.results import Figures, figures, set_line, to_markdown
+from diffalign.evaluation.heldout import Shown
+from diffalign.evaluation.image_quality import ruined
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
-from diffalign.rewards.record import passed_from_python
+from diffalign.report.curves import plot_curves
+from diffalign.report.grids import Totals, compare_grid, image_grid
+from diffalign.report.model_card import ModelCard, write_model_card
+from diffalign.report.results import Figures, figures, set_line, to_markdown
+from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
-from diffalign.trainers.evaluation import Shown
+from diffalign.trainers.config import TrainerConfig
 from diffalign.trainers.load_snippet import load_snippet
-from diffalign.trainers.settings import TrainerConfig
 
 
 class Report:

@@ -10,7 +10,7 @@ from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.diffusion.plan_config import PlanConfig
-from diffalign.trainers.settings import TrainerConfig
+from diffalign.trainers.config import TrainerConfig
 
 if TYPE_CHECKING:
     import torch

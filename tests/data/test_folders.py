@@ -5,13 +5,13 @@ import json
 import pytest
 
 from diffalign.cli import main
+from diffalign.commands.image_sources import read
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.folders import SIDES
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import DataWarning
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
-from diffalign.evaluation.sources import read
+from diffalign.data.validation import DataWarning
 from diffalign.structures import Prompt
 from tests.data.made import encoded, jsonl
 
@@ -70,7 +70,7 @@ def test_a_file_without_its_partner_or_text_is_named(tmp_path):
     (tmp_path / "rejected/b.jpg").unlink()
     (tmp_path / "chosen/c.txt").unlink()
     with pytest.warns(DataWarning) as caught:
-        data = load_pairs(tmp_path, settings=PreferenceSettings(max_bad_share=1))
+        data = load_pairs(tmp_path, settings=PreferenceDataConfig(max_bad_share=1))
     said = str(caught[0].message)
     assert f"{tmp_path}, row 1 (b): rejected: no image" in said
     assert f"{tmp_path}, row 2 (c), prompt: empty" in said
@@ -95,7 +95,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
 def noted(folder, **settings):
     """What load_pairs warns of."""
     with pytest.warns(DataWarning) as caught:
-        data = load_pairs(folder, settings=PreferenceSettings(**settings))
+        data = load_pairs(folder, settings=PreferenceDataConfig(**settings))
     return data, str(caught[0].message)
 
 
@@ -262,7 +262,7 @@ def test_a_text_is_no_link_to_a_file_elsewhere(layout, tmp_path):
     with pytest.raises(ValueError, match=r"(1|prompt)\.txt: lies outside the folder of the data"):
         load_pairs(folder) if layout < 2 else list(read(str(folder)))
     if layout < 2:
-        data = load_pairs(folder, settings=PreferenceSettings(allow_outside=True))
+        data = load_pairs(folder, settings=PreferenceDataConfig(allow_outside=True))
         assert data[0].prompt.text == "a secret"
     else:
         assert next(read(str(folder), allow_outside=True)).prompt.text == "a secret"

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from diffalign.data import tables
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, detect
 from diffalign.data.pairs import load_pairs
-from diffalign.data.settings import PreferenceSettings
 from diffalign.structures import ImageSource, Pair, Prompt
 from tests.data.made import captions, encoded, image_table, jsonl, pick_a_pic, pick_row, picture
 
@@ -43,10 +43,10 @@ def test_pick_a_pic_has_bytes_ties_and_rows_without_a_label(tmp_path):
     assert reads(data[1], 2, 3)
     assert data.quarantine.skipped == {"ties": 1, "unlabelled": 1}
     assert [source.identity for source in data[0].images] == ["uid-0", "uid-1"]
-    soft = load_pairs(path, settings=PreferenceSettings(ties="soft"))
+    soft = load_pairs(path, settings=PreferenceDataConfig(ties="soft"))
     assert labels(soft) == [1, 0, 0.5, 1]
     with pytest.raises(ValueError, match=r"pick\.parquet, row 2: a tie; set ties to drop or soft"):
-        load_pairs(path, settings=PreferenceSettings(ties="error"))
+        load_pairs(path, settings=PreferenceDataConfig(ties="error"))
 
 
 def test_a_pair_has_a_winner_and_a_mirror_image():
@@ -79,7 +79,7 @@ def test_hpdv2_train_has_two_images_and_test_has_ranks(files):
         "raw_annotations": [{"annotation": [2, 0, 1], "user_hash": 5}],
     }
     (files / "test.json").write_text(json.dumps([ranked]))
-    data = load_pairs(files / "test.json", settings=PreferenceSettings(image_root=files / "pics"))
+    data = load_pairs(files / "test.json", settings=PreferenceDataConfig(image_root=files / "pics"))
     assert labels(data) == [0, 0, 1], "(0, 1), (0, 2), (1, 2), where rank 0 is the best"
     assert reads(data[2], 1, 2)
     assert data[2].key.endswith("test.json, row 0, pair 2")
@@ -133,7 +133,7 @@ def test_the_same_pairs_come_from_every_kind_of_file_and_folder(files):
     shutil.copy(files / "a.jsonl", files / "loaded/train.jsonl")
     sources = [files / name for name in ("a.parquet", "a.csv", "a.jsonl", "a.arrow", "saved", "loaded")]
     for source in sources:
-        told = PreferenceSettings(image_root=files) if source.name == "saved" else PreferenceSettings()
+        told = PreferenceDataConfig(image_root=files) if source.name == "saved" else PreferenceDataConfig()
         data = load_pairs(source, settings=told)
         assert labels(data) == [0, 0.25, 0.75, 1], source
         assert captions(data) == ["p0", "p1", "p3", "p4"], source
@@ -161,9 +161,9 @@ def test_splits_of_a_folder_are_told_apart(tmp_path):
     pick_a_pic(tmp_path / "data/train-00000-of-00001.parquet", [pick_row(0)])
     pick_a_pic(tmp_path / "data/validation-00000-of-00001.parquet", [pick_row(1)])
     assert captions(load_pairs(tmp_path)) == ["caption 0"]
-    assert captions(load_pairs(tmp_path, settings=PreferenceSettings(split="validation"))) == ["caption 1"]
+    assert captions(load_pairs(tmp_path, settings=PreferenceDataConfig(split="validation"))) == ["caption 1"]
     with pytest.raises(ValueError, match=r"cannot be read: .*test"):
-        load_pairs(tmp_path, settings=PreferenceSettings(split="test"))
+        load_pairs(tmp_path, settings=PreferenceDataConfig(split="test"))
 
 
 def test_a_hub_id_is_loaded_with_its_split_subset_and_revision(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_hub_id_is_loaded_with_its_split_subset_and_revision(tmp_path, monkeyp
         return Dataset.from_list([pick_row(0)])
 
     monkeypatch.setattr(datasets, "load_dataset", loads)
-    told = PreferenceSettings(split="validation_unique", subset="small", revision="abc")
+    told = PreferenceDataConfig(split="validation_unique", subset="small", revision="abc")
     assert captions(load_pairs("yuvalkirstain/pickapic_v2", settings=told)) == ["caption 0"]
     wanted = {"split": "validation_unique", "name": "small", "revision": "abc", "streaming": False}
     assert asked == [(("yuvalkirstain/pickapic_v2",), wanted)]
@@ -243,7 +243,7 @@ def test_rows_are_scanned_without_reading_an_image(tmp_path, monkeypatch):
     read = []
     real = tables.Table._cell
     monkeypatch.setattr(tables.Table, "_cell", lambda self, *cell: read.append(cell) or real(self, *cell))
-    data = load_pairs(path, settings=PreferenceSettings(scan=0))
+    data = load_pairs(path, settings=PreferenceDataConfig(scan=0))
     assert (len(data), data[3].label, read) == (4, 1, [])
     assert data[3].images[1].read() == encoded(7)
     assert read == [(3, "jpg_1")]

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from diffalign.data.framing import DRAWS, Framing, SizeConditioning, frame, frame_pair
+from diffalign.data.crops import DRAWS, CropParams, SizeConditioning, frame, frame_pair
 from tests.data.made import picture
 
 
@@ -25,7 +25,7 @@ def numbered(width, height):
 def test_both_images_lose_the_same_pixels(size):
     """At their own resolution no pixel is resampled, so that each says where it was."""
     for seed in range(20):
-        framing = Framing.drawn(drawn(seed))
+        framing = CropParams.drawn(drawn(seed))
         pixels, (first, second) = frame_pair([numbered(*size), numbered(*size)], 24, framing)
         assert torch.equal(pixels[0], pixels[1])
         assert first == second
@@ -38,7 +38,7 @@ def test_both_images_lose_the_same_pixels(size):
 def test_every_place_is_drawn_equally_often_and_half_are_mirrored():
     places, flips = [], 0
     for seed in range(4000):
-        framing = Framing.drawn(drawn(seed))
+        framing = CropParams.drawn(drawn(seed))
         places.append(frame(numbered(28, 24), 24, framing)[1].crop_top_left)
         flips += framing.flip
     tops, lefts = zip(*places, strict=True)
@@ -52,15 +52,15 @@ def test_every_place_is_drawn_equally_often_and_half_are_mirrored():
 
 def test_a_centre_crop_and_no_flip_draw_nothing():
     for seed in range(5):
-        assert Framing.drawn(drawn(seed), crop="center", flip=False) == Framing()
-    assert frame(numbered(34, 24), 24, Framing())[1].crop_top_left == (0, 5)
+        assert CropParams.drawn(drawn(seed), crop="center", flip=False) == CropParams()
+    assert frame(numbered(34, 24), 24, CropParams())[1].crop_top_left == (0, 5)
 
 
 @pytest.mark.parametrize("size", [(50, 37), (37, 50), (13, 90)])
 def test_the_shorter_side_is_resized_as_torchvision_does(size):
     image = picture(3, size)
     resized = transforms.resize(image, 20, InterpolationMode.BICUBIC, antialias=True)
-    pixels, sizes = frame(image, 20, Framing(down=0.9, right=0.2, flip=True))
+    pixels, sizes = frame(image, 20, CropParams(down=0.9, right=0.2, flip=True))
     top, left = sizes.crop_top_left
     wanted = transforms.hflip(transforms.pil_to_tensor(resized))[:, top : top + 20, left : left + 20]
     assert torch.equal(pixels, wanted)
@@ -71,31 +71,31 @@ def test_the_shorter_side_is_resized_as_torchvision_does(size):
 def test_sdxl_is_told_the_sizes_of_each_image():
     """The larger one is cut at the same relative place."""
     images = [picture(0, (96, 64)), picture(1, (48, 32))]
-    pixels, sizes = frame_pair(images, 32, Framing(down=0.0, right=0.5))
+    pixels, sizes = frame_pair(images, 32, CropParams(down=0.0, right=0.5))
     assert pixels.shape == (2, 3, 32, 32)
     assert pixels.dtype == torch.uint8
     assert sizes == (
         SizeConditioning(original_size=(64, 96), crop_top_left=(0, 8), target_size=(32, 32)),
         SizeConditioning(original_size=(32, 48), crop_top_left=(0, 8), target_size=(32, 32)),
     )
-    _, (wide, tall) = frame_pair([picture(0, (64, 32)), picture(1, (32, 64))], 32, Framing(down=0.25, right=0.75))
+    _, (wide, tall) = frame_pair([picture(0, (64, 32)), picture(1, (32, 64))], 32, CropParams(down=0.25, right=0.75))
     assert (wide.crop_top_left, tall.crop_top_left) == ((0, int(0.75 * 33)), (int(0.25 * 33), 0))
 
 
 def test_the_last_place_can_be_drawn_and_none_beyond():
-    framing = Framing.drawn([DRAWS - 1, DRAWS - 1, 0])
+    framing = CropParams.drawn([DRAWS - 1, DRAWS - 1, 0])
     assert frame(numbered(30, 24), 24, framing)[1].crop_top_left == (0, 6)
     assert not framing.flip
-    assert Framing.drawn([0, 0, DRAWS - 1]) == Framing(0, 0, True)
+    assert CropParams.drawn([0, 0, DRAWS - 1]) == CropParams(0, 0, True)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Framing.drawn([0, 0]), "draw three integers"),
-        (lambda: Framing.drawn([0, 0, DRAWS]), r"in \[0, 2\^32\)"),
-        (lambda: Framing.drawn([0, 0, 0], crop="centre"), "unknown crop 'centre': choose random or center"),
-        (lambda: frame_pair([picture(0)] * 2, 0, Framing()), "resolution must be at least 1"),
+        (lambda: CropParams.drawn([0, 0]), "draw three integers"),
+        (lambda: CropParams.drawn([0, 0, DRAWS]), r"in \[0, 2\^32\)"),
+        (lambda: CropParams.drawn([0, 0, 0], crop="centre"), "unknown crop 'centre': choose random or center"),
+        (lambda: frame_pair([picture(0)] * 2, 0, CropParams()), "resolution must be at least 1"),
     ],
 )
 def test_impossible_framings_are_refused(call, message):

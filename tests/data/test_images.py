@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import content_key, decode, decode_sample, to_uint8
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import DataWarning, Fault
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.validation import DataWarning, Fault
 from diffalign.structures import ImageSource, Pair, Prompt
 from tests.data.made import encoded, picture
 
@@ -127,7 +127,7 @@ def test_a_file_name_that_is_not_utf8_is_read_and_can_be_printed(tmp_path):
     for stem in (b"caf\xe9", b"bad\xe9"):
         Path(os.fsdecode(os.fsencode(folder) + b"/chosen/" + stem + b".txt")).write_text("a text")
     with pytest.warns(DataWarning, match=r"bad\\xe9"):
-        data = load_pairs(folder, settings=PreferenceSettings(max_bad_share=0.5))
+        data = load_pairs(folder, settings=PreferenceDataConfig(max_bad_share=0.5))
     assert len(data) == 2
     assert data.load(0)[0].key == data.load(1)[0].key, "the bad one gives its place to the good one"
     data.load(0)[0].key.encode("utf-8")

@@ -3,15 +3,15 @@
 import pytest
 from datasets import Dataset
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import decode
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import DataWarning
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
+from diffalign.data.validation import DataWarning
 from tests.data.made import encoded, image_table, jsonl, picture
 
-MASKED = PreferenceSettings(mask="region", max_bad_share=1.0)
+MASKED = PreferenceDataConfig(mask="region", max_bad_share=1.0)
 
 
 def row(number, **changes):
@@ -48,7 +48,7 @@ def test_paths_begin_where_those_of_images_do(tmp_path):
 
 
 def test_who_asks_for_none_gets_none(table):
-    assert load_pairs(table([row(0)]), settings=PreferenceSettings())[0].mask is None
+    assert load_pairs(table([row(0)]), settings=PreferenceDataConfig())[0].mask is None
 
 
 @pytest.mark.parametrize(

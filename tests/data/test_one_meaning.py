@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from diffalign.cli import main
-from diffalign.data.labels import read_table
+from diffalign.commands.check import CheckConfig, examine
+from diffalign.commands.relabel import RelabelConfig, relabel
+from diffalign.commands.score import ScoreConfig, score_files
+from diffalign.data.ai_labels import read_table
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.data.tables import open_table
 from diffalign.data.unpaired import load_labelled
-from diffalign.evaluation.check import CheckConfig, examine
-from diffalign.evaluation.relabel import RelabelConfig, relabel
-from diffalign.evaluation.score import ScoreConfig, score_files
 from diffalign.shapes import prompt_set, render, scene_for
 from diffalign.structures import Prompt
 from tests.data import containers
@@ -50,7 +50,7 @@ def pairs(prompts):
 
 
 def settings_of(path):
-    return PreferenceSettings(image_root=path.parent if path.is_dir() else None)
+    return PreferenceDataConfig(image_root=path.parent if path.is_dir() else None)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -209,7 +209,7 @@ def test_a_folder_of_text_files_is_read_as_its_files_are(kind, images):
     container(images, pairs([position, WANTED[0]])).rename(folder / f"train.{kind}")
     container(images, pairs([WANTED[1]])).rename(folder / f"test.{kind}")
     for name in ("train", "test"):
-        settings = PreferenceSettings(split=name, image_root=images)
+        settings = PreferenceDataConfig(split=name, image_root=images)
         data = load_pairs(folder, settings=settings)
         found = [data[i].prompt for i in range(len(data))]
         assert found == ([position, WANTED[0]] if name == "train" else [WANTED[1]])
@@ -222,7 +222,7 @@ def test_pick_a_pic_as_text_keeps_flags_and_empty_cells(images):
         {"jpg_0": "2.jpg", "jpg_1": "3.jpg", "label_0": "", "has_label": False, "caption": "b"},
         {"jpg_0": "4.jpg", "jpg_1": "5.jpg", "label_0": 0.5, "has_label": True, "caption": "c"},
     ]
-    data = load_pairs(containers.comma(images, rows), settings=PreferenceSettings(ties="soft"))
+    data = load_pairs(containers.comma(images, rows), settings=PreferenceDataConfig(ties="soft"))
     assert [(data[i].prompt.text, data[i].label) for i in range(len(data))] == [("a", 1), ("c", 0.5)]
     assert data.quarantine.skipped == {"unlabelled": 1}
 
@@ -238,9 +238,9 @@ def test_metadata_that_cannot_be_read_are_a_fault_by_name(text, container, image
 def test_rows_of_different_keys_are_read(images):
     rows = [{"prompt": "a", "chosen": "0.jpg", "rejected": "1.jpg"}]
     rows += [{"caption": "b", "rejected": "3.jpg", "chosen": "2.jpg"}, {"prompt": "c", "chosen": "4.jpg"}]
-    table = open_table(jsonl(images / "a.jsonl", rows), PreferenceSettings())
+    table = open_table(jsonl(images / "a.jsonl", rows), PreferenceDataConfig())
     assert table.columns == ["prompt", "chosen", "rejected", "caption"]
-    data = load_pairs(images / "a.jsonl", settings=PreferenceSettings(scan=0))
+    data = load_pairs(images / "a.jsonl", settings=PreferenceDataConfig(scan=0))
     assert [data[i].prompt.text for i in range(3)] == ["a", "b", "c"]
 
 

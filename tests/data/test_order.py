@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffalign.data.order import take
+from diffalign.data.epoch_order import take
 
 
 def shuffled(num_items):

@@ -10,14 +10,14 @@ import pytest
 
 from diffalign import media
 from diffalign.cli import main
+from diffalign.commands.check import CheckConfig, examine
+from diffalign.commands.image_sources import read
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import decode, to_uint8
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import Fault
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
 from diffalign.data.tables import open_table
-from diffalign.evaluation.check import CheckConfig, examine
-from diffalign.evaluation.sources import read
+from diffalign.data.validation import Fault
 from diffalign.files import MAX_MESSAGE
 from tests.data import containers
 from tests.data.containers import CONTAINERS
@@ -48,15 +48,17 @@ def content_of(source):
 
 
 def by_training(path, **settings):
-    return content_of(load_pairs(path, settings=PreferenceSettings(scan=0, **settings))[0].images[0])
+    return content_of(load_pairs(path, settings=PreferenceDataConfig(scan=0, **settings))[0].images[0])
 
 
 def by_stream(path, **settings):
-    return content_of(next(iter(stream_pairs(path, settings=PreferenceSettings(scan=0, **settings)).once())).images[0])
+    return content_of(
+        next(iter(stream_pairs(path, settings=PreferenceDataConfig(scan=0, **settings)).once())).images[0]
+    )
 
 
 def by_mask(path, **settings):
-    data = load_pairs(path, settings=PreferenceSettings(scan=0, mask="image", **settings))
+    data = load_pairs(path, settings=PreferenceDataConfig(scan=0, mask="image", **settings))
     return content_of(data[0].mask)
 
 
@@ -183,7 +185,7 @@ def test_the_path_of_an_image_feature_is_a_path_like_others(folder):
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {"chosen": pa.array(paths[:1], kind), "rejected": pa.array(paths[1:], kind), "text": ["p"]}
     pq.write_table(pa.table(columns), folder / "a.parquet")
-    data = load_pairs(folder / "a.parquet", settings=PreferenceSettings(scan=0))
+    data = load_pairs(folder / "a.parquet", settings=PreferenceDataConfig(scan=0))
     with pytest.raises(ValueError, match="lies outside"):
         data[0].winner.read()
     assert data[0].loser.read() == encoded(1)
@@ -268,4 +270,4 @@ def test_every_error_of_a_table_is_bounded(folder):
     assert str(caught.value).endswith("or raise max_bad_share")
     report = examine(CheckConfig(data=(str(path),)))
     assert all(len(detail) < 1000 for fault in report["faults"].values() for detail in fault["samples"].values())
-    assert open_table(path, PreferenceSettings()).row(0).name.startswith(str(path)[:50])
+    assert open_table(path, PreferenceDataConfig()).row(0).name.startswith(str(path)[:50])

@@ -5,9 +5,9 @@ import io
 import pytest
 from PIL import Image
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import KINDS, DataWarning
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.validation import KINDS, DataWarning
 from tests.data.made import captions, encoded, jsonl, pick_a_pic, pick_row
 
 FAULTS = {
@@ -52,18 +52,18 @@ def test_each_fault_is_named_by_source_row_and_column(kind, tmp_path):
 def test_each_fault_is_handled_as_configured(kind, tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({7: FAULTS[kind]}, 10))
     with pytest.raises(ValueError, match=rf"row 7.*\({kind}\): mend it, or set on_fault.{kind} to drop"):
-        load_pairs(path, settings=PreferenceSettings(on_fault={kind: "error"}))
-    told = PreferenceSettings(on_fault={kind: "drop"}, max_bad_share=0.2)
+        load_pairs(path, settings=PreferenceDataConfig(on_fault={kind: "error"}))
+    told = PreferenceDataConfig(on_fault={kind: "drop"}, max_bad_share=0.2)
     with pytest.warns(DataWarning, match=kind):
         data = load_pairs(path, settings=told)
     assert "caption 7" not in {data.load(i)[0].prompt.text for i in range(len(data))}
     if "keep" in KINDS[kind].actions:
         with pytest.warns(DataWarning, match=kind):
-            kept = load_pairs(path, settings=PreferenceSettings(on_fault={kind: "keep"}))
+            kept = load_pairs(path, settings=PreferenceDataConfig(on_fault={kind: "keep"}))
         assert len(kept) == len({kept.load(i)[0].key for i in range(len(kept))}) == 10
     else:
         with pytest.raises(ValueError, match=f"on_fault.{kind}: 'keep' is not possible; choose drop or error"):
-            PreferenceSettings(on_fault={kind: "keep"})
+            PreferenceDataConfig(on_fault={kind: "keep"})
 
 
 def test_more_than_one_percent_stops_before_the_first_step_unless_allowed(tmp_path):
@@ -74,7 +74,7 @@ def test_more_than_one_percent_stops_before_the_first_step_unless_allowed(tmp_pa
     for part in ("bad_label: 1", "row 70", "unreadable: 1", "row 7: jpg_1: not an image", "raise max_bad_share"):
         assert part in str(caught.value)
     with pytest.warns(DataWarning):
-        assert len(load_pairs(path, settings=PreferenceSettings(max_bad_share=0.02))) == 198
+        assert len(load_pairs(path, settings=PreferenceDataConfig(max_bad_share=0.02))) == 198
     path = pick_a_pic(tmp_path / "more.parquet", rows_with(bad, 201))
     with pytest.warns(DataWarning):
         assert len(load_pairs(path)) == 200
@@ -93,7 +93,7 @@ def test_a_bad_pair_gives_its_place_to_the_next_and_the_others_keep_theirs(tmp_p
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: pick_row(3, jpg_0=None), 4: FAULTS["unreadable"]}, 10))
     wanted = [f"caption {number}" for number in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9)]
     for scan in (None, 0):
-        told = PreferenceSettings(max_bad_share=0.2, scan=scan)
+        told = PreferenceDataConfig(max_bad_share=0.2, scan=scan)
         if scan is None:
             with pytest.warns(DataWarning, match="unreadable: 2"):
                 data = load_pairs(path, settings=told)
@@ -108,7 +108,7 @@ def test_a_bad_pair_gives_its_place_to_the_next_and_the_others_keep_theirs(tmp_p
 
 def test_too_many_bad_images_stop_a_run_that_looked_at_none_before(tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: FAULTS["unreadable"]}, 10))
-    data = load_pairs(path, settings=PreferenceSettings(scan=0))
+    data = load_pairs(path, settings=PreferenceDataConfig(scan=0))
     with pytest.warns(DataWarning), pytest.raises(ValueError, match=r"10\.0% of the data cannot be used"):
         data.load(3)
 
@@ -117,7 +117,7 @@ def test_what_is_known_is_neither_read_nor_counted_again(tmp_path, monkeypatch):
     bad = {3: FAULTS["unreadable"], 7: FAULTS["different_size"]}
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with(bad, 10))
     with pytest.warns(DataWarning):
-        data = load_pairs(path, settings=PreferenceSettings(max_bad_share=0.2))
+        data = load_pairs(path, settings=PreferenceDataConfig(max_bad_share=0.2))
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(file) or real(file, **how))
@@ -135,10 +135,10 @@ def test_only_so_many_images_are_looked_at_as_told(tmp_path, monkeypatch):
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(file) or real(file, **how))
-    data = load_pairs(path, settings=PreferenceSettings(scan=4))
+    data = load_pairs(path, settings=PreferenceDataConfig(scan=4))
     assert (len(opened), data.quarantine.examined) == (8, 4), "0, 2, 5 and 7: spread evenly"
     with pytest.raises(ValueError, match="unreadable: 1"):
-        load_pairs(path, settings=PreferenceSettings(scan=None))
+        load_pairs(path, settings=PreferenceDataConfig(scan=None))
 
 
 def test_nothing_usable_is_said_with_its_reasons(tmp_path):
@@ -158,7 +158,7 @@ def test_nothing_usable_is_said_with_its_reasons(tmp_path):
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        PreferenceSettings(**settings)
+        PreferenceDataConfig(**settings)
 
 
 def test_a_picture_in_another_mode_is_no_fault(tmp_path):

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.rollouts import Pairing, pick_pairs, rollout_pairs
-from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.plan import Plan, Row
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.structures import Prompt
@@ -103,7 +103,7 @@ def test_what_a_run_saved_is_read(buffer):
     shades = [[image.getpixel((0, 0))[0] for image in data.load(i)[1]] for i in range(2)]
     assert shades == [[26, 51], [128, 102]], "samples 1 and 2; then 2 and 1, the first having no score"
     assert data[0].winner.name == str(buffer / "images/00000-001.png")
-    every = load_pairs(buffer, settings=PreferenceSettings(rollouts=Pairing(rule="all", min_gap=0.5)))
+    every = load_pairs(buffer, settings=PreferenceDataConfig(rollouts=Pairing(rule="all", min_gap=0.5)))
     assert [every[i].key for i in range(len(every))] == [f"{buffer}, row 0 (group 0, samples 1 and 2)"]
 
 

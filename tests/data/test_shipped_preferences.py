@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.settings import PreferenceSettings
 from diffalign.shapes import judge_batch
 from diffalign.shapes.captions import TAGS, is_held_out, phrase, specs
 from tests.conftest import ROOT
@@ -23,7 +23,7 @@ def spec_of(text):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return load_pairs(FILE, settings=PreferenceSettings(ties="soft", scan=100))
+    return load_pairs(FILE, settings=PreferenceDataConfig(ties="soft", scan=100))
 
 
 def test_columns_are_pick_a_pics():

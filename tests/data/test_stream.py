@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.quarantine import DataWarning
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import Cursor, stream_pairs
+from diffalign.data.validation import DataWarning
 from tests.data.made import encoded, jsonl, pick_a_pic, pick_row
 
 
@@ -96,7 +96,7 @@ def test_a_stream_goes_on_between_the_pairs_of_a_row(tmp_path):
 
 
 def test_going_on_reads_no_more_than_the_block(files):
-    stream = stream_pairs(*files, window=3, settings=PreferenceSettings(scan=0))
+    stream = stream_pairs(*files, window=3, settings=PreferenceDataConfig(scan=0))
     asked = []
     for part in stream.parts:
         real = part.stream.rows
@@ -134,7 +134,7 @@ def test_bad_pairs_of_a_stream_are_named_left_out_and_counted(tmp_path):
 def test_a_stream_that_turns_bad_stops(tmp_path, monkeypatch):
     monkeypatch.setattr("diffalign.data.stream.ENOUGH", 10)
     rows = [pick_row(i) for i in range(10)] + [pick_row(i, jpg_1=None) for i in range(10, 20)]
-    stream = stream_pairs(pick_a_pic(tmp_path / "a.parquet", rows), settings=PreferenceSettings(scan=10))
+    stream = stream_pairs(pick_a_pic(tmp_path / "a.parquet", rows), settings=PreferenceDataConfig(scan=10))
     with pytest.warns(DataWarning, match="left out"), pytest.raises(ValueError, match="unreadable: 1"):
         list(islice(stream.load(), 11))
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 
-from diffalign.data.quarantine import DataWarning
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.unpaired import load_labelled, unpair
+from diffalign.data.validation import DataWarning
 from diffalign.structures import ImageSource, Pair, Prompt
 from tests.data.made import encoded, image_table, jsonl, pick_a_pic, pick_row
 
@@ -107,7 +107,7 @@ def test_bad_rows_are_named_as_in_pairs(tmp_path):
     rows[2] |= {"text": " "}
     rows[3] |= {"image": "b.jpg"}
     with pytest.warns(DataWarning):
-        data = load_labelled(jsonl(tmp_path / "a.jsonl", rows), settings=PreferenceSettings(max_bad_share=1))
+        data = load_labelled(jsonl(tmp_path / "a.jsonl", rows), settings=PreferenceDataConfig(max_bad_share=1))
     said = "\n".join(data.quarantine.lines())
     assert "row 1, liked: 2 is not one of 1, 0, exclusive_win" in said
     assert "row 2, prompt: empty" in said
@@ -119,5 +119,5 @@ def test_a_pair_without_an_image_is_left_out_before_it_is_taken_apart(tmp_path):
     rows = [pick_row(i, image_0_uid=None, image_1_uid=None) for i in range(3)]
     rows[1]["jpg_1"] = None
     with pytest.warns(DataWarning, match="row 1: no image"):
-        data = load_labelled(pick_a_pic(tmp_path / "a.parquet", rows), settings=PreferenceSettings(max_bad_share=1))
+        data = load_labelled(pick_a_pic(tmp_path / "a.parquet", rows), settings=PreferenceDataConfig(max_bad_share=1))
     assert [text for text, _, _ in read(data)] == ["caption 0", "caption 0", "caption 2", "caption 2"]

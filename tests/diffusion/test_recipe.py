@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from diffalign.diffusion.recipe import PRESETS, Recipe, RecipeConfig, draw, spaced
+from diffalign.diffusion.reward_gradient_presets import PRESETS, Recipe, RecipeConfig, draw, spaced
 
 
 def drawn(number=200, seed=0, **options):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from diffalign.cli import TRAINERS, main
+from diffalign.commands.doctor import command, machine, probes
+from diffalign.commands.doctor.command import DoctorConfig
+from diffalign.commands.doctor.findings import Finding, examined, verdict
+from diffalign.commands.doctor.trials import TRIALS, settings, trials
 from diffalign.config import from_dict
-from diffalign.doctor import command, machine, probes
-from diffalign.doctor.command import DoctorConfig
-from diffalign.doctor.findings import Finding, examined, verdict
-from diffalign.doctor.trials import TRIALS, settings, trials
 from tests.conftest import PIPELINE, ROOT
 
 ASSETS = ROOT / "assets"

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from diffalign.cli import main
-from diffalign.evaluation.check import CheckConfig, examine
+from diffalign.commands.check import CheckConfig, examine
 from tests.data.made import encoded, jsonl, pick_a_pic, pick_row
 
 

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffalign.evaluation import curves
-from diffalign.evaluation.curves import plot_curves
+from diffalign.report import curves
+from diffalign.report.curves import plot_curves
 
 ROWS = [{"step": s, "loss": 1 / s, "reward/mean": s, "note": "x", "ok": True} for s in range(1, 5)]
 ROWS.append({"step": 4, "eval/accuracy": 0.5, "zeta": 1})

@@ -14,17 +14,17 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffalign.cli import main
-from diffalign.evaluation import gallery
+from diffalign.commands import gallery
+from diffalign.commands.evaluate_config import EvaluationConfig, resolve
+from diffalign.commands.gallery import Gallery, Sampling
+from diffalign.evaluation.checkpoints import BASE, Subject
 from diffalign.evaluation.embedding import ImageEmbedder
-from diffalign.evaluation.gallery import Gallery, Sampling
-from diffalign.evaluation.page import write_page
-from diffalign.evaluation.settings import EvaluationConfig, resolve
-from diffalign.evaluation.subjects import BASE, Subject
+from diffalign.models.prompt_cache import PromptEmbeddingCache
+from diffalign.report.html import write_page
 from diffalign.rewards import get_reward
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Guidance, Prompt
 from tests.conftest import PIPELINE
@@ -114,7 +114,9 @@ def test_a_page_of_100_prompts_and_4_models_stays_below_10_megabytes(tmp_path):
     noise = (torch.rand(512, 512, 3, generator=generator) * 255).byte().numpy()  # the worst to compress
     Image.fromarray(noise).save(tmp_path / "noise.png")
     prompts = [Prompt(f"</script><b>{i}</b>", {"tag": "a"}) for i in range(100)]
-    judged = gallery.Judged(torch.arange(100), {"r": torch.full((100,), torch.nan)}, [tmp_path / "noise.png"] * 100)
+    judged = gallery.ScoredImages(
+        torch.arange(100), {"r": torch.full((100,), torch.nan)}, [tmp_path / "noise.png"] * 100
+    )
     write_page(tmp_path / "page.html", "t", prompts, dict.fromkeys("abcd", judged))
     assert (tmp_path / "page.html").stat().st_size < 10_000_000
     data = page_data(tmp_path / "page.html")
@@ -202,10 +204,10 @@ def test_a_trained_negative_prompt_is_what_its_run_guides_away_from(negative_run
     folder, model = negative_run
     assert main(["eval", str(folder), "--images_per_prompt", "1", "--output_dir", str(tmp_path / "eval")]) == 0
     place = torch.arange(2)
-    addresses = Addresses(Noise(0), "evaluation", 0, place, torch.zeros_like(place))
-    conditioning = EncodedPrompts(model)(["a red circle", "two squares"])
+    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, place, torch.zeros_like(place))
+    conditioning = PromptEmbeddingCache(model)(["a red circle", "two squares"])
     for name, against in (("base", model.unconditional()), ("reneg", model.negative.conditioning(model.negative()))):
-        route = Route(ode_plan(2), model.levels(2), Guidance(3.0, against))
+        route = SamplingPlan(ode_plan(2), model.levels(2), Guidance(3.0, against))
         ((_, expected),) = generate(model, route, conditioning, place, addresses, 2)
         for i, image in enumerate(expected):
             with Image.open(tmp_path / f"eval/images/{name}/images/{i:05d}-0.png") as picture:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageFont
 
-from diffalign.evaluation.grids import CELL, FONT, GREEN, RED, TEXT_WIDTH, _wrap, compare_grid, image_grid
+from diffalign.report.grids import CELL, FONT, GREEN, RED, TEXT_WIDTH, _wrap, compare_grid, image_grid
 
 COLORS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
 IMAGES = COLORS[:, :, None, None].expand(-1, -1, 64, 64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.evaluation.ledger import same_or_new, whole_rows
+from diffalign.commands.resume import same_or_new, whole_rows
 
 BROKEN = [b"\0" * 40, b'{"a": ', b"[1]", b"7", b"\xff\xfe", b"[" * 200_000]
 

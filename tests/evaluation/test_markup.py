@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.evaluation.markdown import inert, inline_code
-from diffalign.evaluation.model_card import ModelCard, write_model_card
-from diffalign.evaluation.page import write_page
-from diffalign.evaluation.results import figures, to_markdown
+from diffalign.report.html import write_page
+from diffalign.report.markdown import inert, inline_code
+from diffalign.report.model_card import ModelCard, write_model_card
+from diffalign.report.results import figures, to_markdown
 from diffalign.structures import Prompt
 
 ATTACKS = [

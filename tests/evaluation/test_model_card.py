@@ -5,7 +5,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard as HubCard
 
-from diffalign.evaluation.model_card import ModelCard, literal, write_model_card
+from diffalign.report.model_card import ModelCard, literal, write_model_card
 
 CARD = ModelCard(
     title="Shapes, tuned",

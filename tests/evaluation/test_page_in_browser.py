@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from diffalign import Prompt
-from diffalign.evaluation.gallery import Judged
-from diffalign.evaluation.page import write_page
+from diffalign.evaluation.scored_images import ScoredImages
+from diffalign.report.html import write_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -41,7 +41,7 @@ def page(browser, tmp_path):
         files = [tmp_path / f"{name}-{i}.png" for i in range(3)]
         for i, file in enumerate(files):
             Image.new("RGB", (64, 64), (80 * i, 200 * m, 90)).save(file)
-        judged[name] = Judged(torch.arange(3), {"shapes": torch.tensor(scores)}, files)
+        judged[name] = ScoredImages(torch.arange(3), {"shapes": torch.tensor(scores)}, files)
     write_page(tmp_path / "compare.html", "Three prompts", prompts, judged)
     browser.get((tmp_path / "compare.html").as_uri())
     yield browser

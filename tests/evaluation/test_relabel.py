@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from diffalign.cli import main
-from diffalign.data.labels import RULES, Labels, labels_path, read_table
+from diffalign.commands import relabel as module
+from diffalign.commands.relabel import RelabelConfig, relabel
+from diffalign.data.ai_labels import RULES, Labels, labels_path, read_table
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.settings import PreferenceSettings
 from diffalign.data.stream import stream_pairs
-from diffalign.evaluation import relabel as module
-from diffalign.evaluation.relabel import RelabelConfig, relabel
 from diffalign.rewards import get_reward
 from tests.data.made import encoded, pick_a_pic, pick_row
 
-pytestmark = pytest.mark.filterwarnings("ignore::diffalign.data.quarantine.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::diffalign.data.validation.DataWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ ROWS = [
     pick_row(3, 0, jpg_1=encoded(7, (48, 40))),
     pick_row(4, 1),
 ]
-AI = PreferenceSettings(labels="ai", ties="soft")
+AI = PreferenceDataConfig(labels="ai", ties="soft")
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_data_that_changed_are_noticed_and_only_what_changed_is_judged(tmp_path,
     pick_a_pic(path, rows)
     with pytest.raises(ValueError, match=r"ai\.parquet: .*row 4 is not what was judged: the data changed, relabel"):
         load_pairs(path, settings=AI)
-    unseen = load_pairs(path, settings=PreferenceSettings(labels="ai", ties="soft", scan=0))
+    unseen = load_pairs(path, settings=PreferenceDataConfig(labels="ai", ties="soft", scan=0))
     assert unseen.load(0)[0].prompt.text == "caption 0"
     with pytest.raises(ValueError, match="row 4 is not what was judged"):
         unseen.load(4)
@@ -178,7 +178,7 @@ def test_a_stream_is_labelled_and_read_by_content(path, tmp_path):
     known = {row["content"]: row["label"] for row in read_table(whole)}
     assert {row["content"]: row["label"] for row in read_table(streamed)} == known
     table = load_pairs(path, settings=AI)
-    told = PreferenceSettings(labels=str(streamed), ties="soft")
+    told = PreferenceDataConfig(labels=str(streamed), ties="soft")
     found = [(pair.prompt.text, pair.label) for pair in stream_pairs(path, settings=told).once()]
     assert found == [(table[i].prompt.text, table[i].label) for i in range(5)]
 

@@ -17,7 +17,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.cli import main
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.evaluation.grids import Totals, compare_grid
+from diffalign.report.grids import Totals, compare_grid
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE, PROMPTS

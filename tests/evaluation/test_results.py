@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffalign.evaluation.diversity import embedding_distance
-from diffalign.evaluation.plots import plot_figures
-from diffalign.evaluation.results import diversity_of, figures, to_json, to_markdown
+from diffalign.report.plots import plot_figures
+from diffalign.report.results import diversity_of, figures, to_json, to_markdown
 
 PROMPT = torch.arange(8) // 2
 TAGS = ["a", "a", "a", "a", "b", "b", "b", "b"]

@@ -17,11 +17,11 @@ from PIL import Image
 
 from diffalign import score_images
 from diffalign.cli import main
-from diffalign.evaluation import score as module
-from diffalign.evaluation.score import ScoreConfig, score_files
+from diffalign.commands import score as module
+from diffalign.commands.score import ScoreConfig, score_files
 from diffalign.rewards import REWARDS, FunctionReward, as_images, base, get_reward
 from diffalign.rewards.remote import RemoteReward
-from diffalign.rewards.wire import Wire
+from diffalign.rewards.support.http_client import HTTPClient
 from diffalign.rollout.scoring import RewardWarning
 from tests.rewards import layouts
 
@@ -296,7 +296,7 @@ def test_rewards_are_served(folder):
     try:
         line = server.stdout.readline()
         assert "rewards jpeg_incompressibility at http://127.0.0.1:" in line
-        remote = RemoteReward("far", Wire(line.split()[-1]), "jpeg_incompressibility")
+        remote = RemoteReward("far", HTTPClient(line.split()[-1]), "jpeg_incompressibility")
         image = torch.from_numpy(np.array(picture("a"))).permute(2, 0, 1)[None] / 255
         assert remote(image, ["x"], [{}]).item() == pytest.approx(kilobytes("a"))
         assert urllib3.request("GET", line.split()[-1]).json() == {"rewards": ["jpeg_incompressibility"]}

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from diffalign.cli import main
-from diffalign.data.quarantine import DataWarning
-from diffalign.evaluation.sources import read
+from diffalign.commands.image_sources import read
+from diffalign.data.validation import DataWarning
 from tests.data.made import encoded, jsonl, picture
 
 

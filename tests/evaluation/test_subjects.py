@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.evaluation.subjects import BASE, Subject, parse_subject, parse_subjects
+from diffalign.evaluation.checkpoints import BASE, Subject, parse_subject, parse_subjects
 
 
 @pytest.fixture

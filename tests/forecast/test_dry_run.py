@@ -9,9 +9,9 @@ import torch
 
 from diffalign.cli import main
 from diffalign.forecast import dry_run as module
+from diffalign.forecast.cost import Work
 from diffalign.forecast.dry_run import duration, time_lines
 from diffalign.forecast.timing import Pace
-from diffalign.forecast.work import Work
 from tests.conftest import ROOT
 
 GRPO = ["train", "flow_grpo", "--config", str(ROOT / "configs/flow_grpo/shapes.yaml"), "--dry_run"]
@@ -44,7 +44,7 @@ def test_figures_of_the_quickstart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(module, "_timed", lambda *arguments: 0)
     monkeypatch.setattr(module, "free_memory", lambda: (2**40, "a stand-in"))
-    monkeypatch.setattr("diffalign.trainers.flow_grpo.FlowGRPOTrainer.__init__", lambda self, args: None)
+    monkeypatch.setattr("diffalign.trainers.flow_grpo.algorithm.FlowGRPOTrainer.__init__", lambda self, args: None)
     assert main([*GRPO, "--output_dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "32 prompts x 8 images = 256 images per iteration over 1 process(es): 256 each" in text

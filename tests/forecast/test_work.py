@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, LoraConfig
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.rollouts import Pairing
-from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.diffusion.recipe import PRESETS
-from diffalign.forecast.methods import METHODS
-from diffalign.forecast.work import Share, Work, evaluations, iterations, run_work
+from diffalign.diffusion.reward_gradient_presets import PRESETS
+from diffalign.forecast.cost import Share, Work, evaluations, iterations, run_work
+from diffalign.forecast.per_trainer import METHODS
 from tests.conftest import PIPELINE, ROOT
 from tests.trainers.made_refl import config, trainer_of
 
@@ -85,7 +85,7 @@ def dpo(folder, **changes):
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_a_run_on_data_computes_what_was_forecast(tmp_path, changes):
-    args = dpo(tmp_path, train_data=(PAIRS,), data=PreferenceSettings(scan=8), num_pairs=3, **changes)
+    args = dpo(tmp_path, train_data=(PAIRS,), data=PreferenceDataConfig(scan=8), num_pairs=3, **changes)
     assert counted(DiffusionDPOTrainer(args=args)) == expected("diffusion_dpo", args)
 
 
@@ -100,7 +100,7 @@ def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prom
         rollout_batch_size=4,
         shared_start=False,
         plan=PlanConfig("ode", num_steps=3),
-        data=PreferenceSettings(rollouts=Pairing(rule=rule)),
+        data=PreferenceDataConfig(rollouts=Pairing(rule=rule)),
         train_prompts="named.txt",
         rewards={"jpeg_compressibility": 1.0},
     )
@@ -112,7 +112,7 @@ def test_a_run_against_an_earlier_self_computes_what_was_forecast(tmp_path):
     args = dpo(
         tmp_path,
         train_data=(PAIRS,),
-        data=PreferenceSettings(scan=8),
+        data=PreferenceDataConfig(scan=8),
         num_pairs=3,
         losers="reference",
         reference_steps=1,

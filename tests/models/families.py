@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign.models import DiffusionModel
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.models import tiny, tiny_flow
 from tests.models.fresh import STEPS, TEXTS
@@ -83,6 +83,6 @@ def images_of(
 ) -> torch.Tensor:
     """What the model draws from ``noise``."""
     guidance = Guidance(scale, model.unconditional()) if scale != 1 else None
-    route = Route(ode_plan(steps, family.solver), model.levels(steps), guidance)
+    route = SamplingPlan(ode_plan(steps, family.solver), model.levels(steps), guidance)
     with torch.no_grad():
         return model.decode(sample(model, route, model.encode(texts), noise))

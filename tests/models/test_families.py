@@ -22,13 +22,13 @@ from diffalign import (
     ReFLConfig,
     ReFLTrainer,
 )
+from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
-from diffalign.diffusion.recipe import RecipeConfig
-from diffalign.evaluation.settings import EvaluationConfig, resolve
+from diffalign.diffusion.reward_gradient_presets import RecipeConfig
 from diffalign.models import load_model, tuned
 from diffalign.rewards.base import FunctionReward
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, images_of, noise_of, packed
@@ -87,7 +87,7 @@ def test_a_stored_step_is_replayed_to_the_bit(models, name):
     noise, kind = noise_of(model, len(MANY)), FAMILIES[name].stochastic
     plan = Plan((Row(kind, 1.0, trained=True), Row(kind, 0.5, trained=True), *ode_plan(2).rows))
     plan.validate(model.levels(4))
-    route = Route(plan, model.levels(4), Guidance(2.0, model.unconditional()))
+    route = SamplingPlan(plan, model.levels(4), Guidance(2.0, model.unconditional()))
     conditioning, seen, drawn = model.encode(MANY), [noise], {}
 
     def observe(index, result):

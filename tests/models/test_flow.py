@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffalign.models import load_model
 from diffalign.models.flow import pack, unpack
 from diffalign.models.flux import FluxModel, image_ids
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sana import SanaModel
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.runtime.cache import TensorCache
+from diffalign.models.tensor_cache import TensorCache
 from tests.models import tiny_flow
 from tests.models.families import FAMILIES, images_of, noise_of
 
@@ -73,7 +73,7 @@ def test_dev_is_told_its_guidance_and_schnell_is_not(loaded, family_pipelines):
 
 def test_ids_of_the_text_have_no_batch_axis_and_survive_the_cache_on_disk(loaded, tmp_path):
     model = loaded("flux_dev")
-    first, second = EncodedPrompts(model), EncodedPrompts(model)
+    first, second = PromptEmbeddingCache(model), PromptEmbeddingCache(model)
     first.cache = second.cache = TensorCache(tmp_path)
     made = first(TEXTS)
     model.encode = lambda texts: pytest.fail("was on disk")

@@ -5,12 +5,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
-from diffalign.diffusion.recipe import RecipeConfig
-from diffalign.evaluation.settings import EvaluationConfig, resolve
+from diffalign.commands.evaluate_config import EvaluationConfig, resolve
+from diffalign.diffusion.reward_gradient_presets import RecipeConfig
 from diffalign.models import load_model
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
 from tests.models import tiny
@@ -23,7 +23,7 @@ CONFIGS = (FlowGRPOConfig, DiffusionDPOConfig, ReFLConfig)
 
 
 def draw(model, family, noise, guidance):
-    route = Route(ode_plan(STEPS, family.solver), model.levels(STEPS), guidance)
+    route = SamplingPlan(ode_plan(STEPS, family.solver), model.levels(STEPS), guidance)
     return model.decode(sample(model, route, model.encode(TEXTS), noise))
 
 
@@ -41,7 +41,7 @@ def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
         negative = model.unconditional() if scale != 1 else None
         assert (draw(model, family, noise, Guidance(scale, negative)) - expected).abs().max() < 1e-5, scale
         assert (draw(model, family, noise, Guidance(scale)) - expected).abs().max() < 1e-5, scale
-        assert (draw(model, family, noise, EncodedPrompts(model).guidance(scale)) - expected).abs().max() < 1e-5
+        assert (draw(model, family, noise, PromptEmbeddingCache(model).guidance(scale)) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)

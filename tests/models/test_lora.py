@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.models import LoraConfig, load_model
+from diffalign.models.checkpoint_context import tuned
 from diffalign.models.lora import export, learned_nothing
-from diffalign.models.tuned import tuned
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.fresh import TEXTS, draw_fresh
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from diffalign.fsdp import units
 from diffalign.models import LoraConfig, load_model
-from diffalign.models.memory import DRAWING, ENCODING, TRAINING, Spread, memory_needs, size_of
-from diffalign.models.meta import model_on_meta
+from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of
-from diffalign.sharding import units
+from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING, Spread, memory_needs, size_of
 from tests.conftest import PIPELINE
 
 

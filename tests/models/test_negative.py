@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from diffalign import ReFLConfig
 from diffalign.models import load_model
-from diffalign.models.negative import NegativePrompt
-from diffalign.models.tuned import tuned
+from diffalign.models.checkpoint_context import tuned
+from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.weights import POLICY
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Conditioning, Guidance
 from diffalign.trainers.report import Report
 from tests.models.families import FAMILIES, noise_of, packed
@@ -76,7 +76,7 @@ def trained(request, family_pipelines):
 
 
 def images(family, model, guidance):
-    route = Route(ode_plan(STEPS), model.levels(STEPS), guidance)
+    route = SamplingPlan(ode_plan(STEPS), model.levels(STEPS), guidance)
     with torch.no_grad():
         return model.decode(sample(model, route, model.encode([TEXT]), noise_of(model, 1)))
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from diffalign.models import FAMILIES, load_model
-from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, Visitor, part_of, place
-from diffalign.rollout.collect import decode
-from diffalign.rollout.encoding import EncodedPrompts
+from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule, part_of, place
+from diffalign.models.prompt_cache import PromptEmbeddingCache
+from diffalign.rollout.generate import decode
 from tests.conftest import PIPELINE
 from tests.models.visits import Logged
 
@@ -34,7 +34,7 @@ def addresses(network):
 
 def test_a_visitor_is_a_copy_of_what_stays_at_home():
     network, layouts = Tied(), lambda: [(t.dtype, t.stride(), t.requires_grad) for t in network.parameters()]
-    visitor, home, known, plain = Visitor([network], CPU), addresses(network), network.state_dict(), layouts()
+    visitor, home, known, plain = OffloadedModule([network], CPU), addresses(network), network.state_dict(), layouts()
     kept = {name: tensor.clone() for name, tensor in known.items()}
     with visitor.kept():
         assert addresses(network) == home  # nobody has asked for it
@@ -53,7 +53,7 @@ def test_a_visitor_is_a_copy_of_what_stays_at_home():
 
 def test_it_leaves_whatever_happens(monkeypatch):
     network = Tied()
-    visitor, home, moves = Visitor([network], CPU), addresses(network), []
+    visitor, home, moves = OffloadedModule([network], CPU), addresses(network), []
 
     def half(tensor, *arguments, own=torch.Tensor.to, **options):
         moves.append(tensor)
@@ -177,15 +177,15 @@ def test_new_prompts_are_one_visit_and_known_ones_none(visited, tmp_path):
     model, log = visited
     texts = ["a red circle", "two stars"]
     with staying(model):
-        plain = EncodedPrompts(model)(texts)
-    encoded = EncodedPrompts(model, folder=tmp_path)
+        plain = PromptEmbeddingCache(model)(texts)
+    encoded = PromptEmbeddingCache(model, folder=tmp_path)
     found = encoded(texts)
     assert all(torch.equal(found.tensors[name], plain.tensors[name]) for name in plain.tensors)
     assert log == [TEXT_ENCODERS]
     encoded(texts)
     encoded.prepare(["a star"], empty=True)
     assert log == [TEXT_ENCODERS] * 2
-    again = EncodedPrompts(model, folder=tmp_path)  # all of it is on disk
+    again = PromptEmbeddingCache(model, folder=tmp_path)  # all of it is on disk
     again([*texts, "a star"])
     assert torch.equal(again.empty.tensors["embeds"], encoded.empty.tensors["embeds"])
     assert log == [TEXT_ENCODERS] * 2
@@ -219,7 +219,7 @@ def test_on_cuda_a_part_takes_memory_while_it_visits_and_says_the_same():
         assert model.device.type == "cuda"
         sizes.append(torch.cuda.memory_allocated() - before)
         torch.cuda.reset_peak_memory_stats()
-        conditioning = EncodedPrompts(model)(texts)
+        conditioning = PromptEmbeddingCache(model)(texts)
         x = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0)).to(cuda)
         images = decode(model, x)
         assert not torch.cuda.memory_allocated() - before > sizes[-1] + 2**20

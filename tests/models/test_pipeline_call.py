@@ -5,7 +5,7 @@ import torch
 
 from diffalign import FlowGRPOConfig, LoraConfig, ReFLConfig
 from diffalign.models import load_model, tuned
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from diffalign.trainers.load_snippet import load_snippet
 from tests.models.families import FAMILIES, noise_of, packed
@@ -63,7 +63,7 @@ def test_the_snippet_draws_the_evaluated_image(trained, family_pipelines, name, 
     noise = noise_of(model, 1)
     with torch.no_grad(), tuned(model, folder):
         guidance = Guidance(scale, model.unconditional()) if guided else None
-        route = Route(ode_plan(STEPS), model.levels(STEPS, schedule), guidance)
+        route = SamplingPlan(ode_plan(STEPS), model.levels(STEPS, schedule), guidance)
         expected = model.decode(sample(model, route, model.encode([PROMPT]), noise))[0]
     base = model.decode(sample(model, route, model.encode([PROMPT]), noise))[0].detach()
     image = run(load_snippet(model, args, PROMPT), type(model.pipeline), noise, monkeypatch)

@@ -8,8 +8,8 @@ import torch
 
 from diffalign import LoraConfig
 from diffalign.models import load_model, tuned
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.quiet import quiet_libraries
-from diffalign.rollout.encoding import EncodedPrompts
 from tests.models.families import FAMILIES
 
 NOISE = (
@@ -49,7 +49,7 @@ def test_prompts_that_are_too_long_are_counted_once(family_pipelines, name, capf
     limit = model.token_limit
     short, long = "a red circle", ["a red circle " * (limit + i) for i in (1, 2, 3)]
     assert model.count_tokens(short) <= limit < model.count_tokens(long[0])
-    encoded = EncodedPrompts(model)
+    encoded = PromptEmbeddingCache(model)
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

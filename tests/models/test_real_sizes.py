@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from diffalign.models import FAMILIES, LoraConfig
-from diffalign.models.memory import memory_needs, size_of
+from diffalign.models.weight_memory import memory_needs, size_of
 from tests.models.published import COUNTED, COUNTED_LORA, PIPELINES, on_meta
 
 RANK = 4

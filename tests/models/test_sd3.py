@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign.models import load_model
-from diffalign.rollout.sampler import Route, ode_plan, sample
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.shapes import judge_batch, prompt_set, render, scene_for
 from diffalign.structures import Guidance, Level
 
@@ -49,7 +49,7 @@ def test_ode_path_is_the_pipelines_output(frozen, pipeline, guidance_scale, sche
     ).images
     # Encoded at the batch size that the pipeline uses, because guidance multiplies the last bits.
     guidance = Guidance(guidance_scale, frozen.encode([""] * len(TEXTS))[:1])
-    route = Route(ode_plan(steps), frozen.levels(steps, schedule), guidance)
+    route = SamplingPlan(ode_plan(steps), frozen.levels(steps, schedule), guidance)
     latents = sample(frozen, route, frozen.encode(TEXTS), noise)
     assert (latents - expected).abs().max() < 1e-6 * max(1.0, guidance_scale)
     with torch.no_grad():
@@ -62,7 +62,9 @@ def test_second_order_solver_comes_closer_to_the_fine_solution(frozen):
     noise, conditioning = start_noise(frozen, len(TEXTS)), frozen.encode(TEXTS)
 
     def run(solver, steps):
-        return sample(frozen, Route(ode_plan(steps, solver), frozen.levels(steps, "uniform")), conditioning, noise)
+        return sample(
+            frozen, SamplingPlan(ode_plan(steps, solver), frozen.levels(steps, "uniform")), conditioning, noise
+        )
 
     fine = run("ode", 128)
     assert (run("dpmpp_2m", 16) - fine).norm() < 0.7 * (run("ode", 16) - fine).norm()

@@ -4,10 +4,10 @@ import pytest
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from diffalign.cli import main
+from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.diffusion.plan import PlanConfig, make_plan
-from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.models import load_model
-from diffalign.models.meta import model_on_meta
+from diffalign.models.meta_device import model_on_meta
 from tests.conftest import PIPELINE, PROMPTS
 from tests.models.families import FAMILIES
 

@@ -8,9 +8,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffalign import LoraConfig
+from diffalign.fsdp import FSDPConfig, free, is_sharded, like, local, whole
 from diffalign.models import load_model
 from diffalign.models.weights import POLICY, REFERENCE
-from diffalign.sharding import Shards, free, is_sharded, like, local, whole
 from tests.models.families import FAMILIES, noise_of
 
 
@@ -47,7 +47,7 @@ def near(one, two):
 def test_a_family_in_shards_is_what_it_is_whole(family_pipelines, tmp_path, name):
     folder = family_pipelines[name]
     model, said, gradients = trained(folder, name, None)
-    other, again, others = trained(folder, name, Shards(torch.device("cpu"), keep=True))
+    other, again, others = trained(folder, name, FSDPConfig(torch.device("cpu"), keep=True))
     denoiser = other.raw_denoiser
     assert all(isinstance(p, DTensor) for p in denoiser.parameters())
     blocks = [part for part in denoiser.modules() if isinstance(part, FSDPModule) and part is not denoiser]
@@ -60,7 +60,7 @@ def test_a_family_in_shards_is_what_it_is_whole(family_pipelines, tmp_path, name
 
 
 def test_a_base_in_half_precision_carries_a_lora_in_full(family_pipelines):
-    shards = Shards(torch.device("cpu"))
+    shards = FSDPConfig(torch.device("cpu"))
     (_, said, gradients), (model, again, others) = (
         trained(family_pipelines["sd3"], "sd3", where, torch.bfloat16) for where in (None, shards)
     )
@@ -71,7 +71,7 @@ def test_a_base_in_half_precision_carries_a_lora_in_full(family_pipelines):
 
 def test_what_is_gathered_is_let_go_of_when_weights_change(family_pipelines):
     model = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
-    model.train(LoraConfig(rank=0), keep_reference=True, shards=Shards(torch.device("cpu"), keep=True))
+    model.train(LoraConfig(rank=0), keep_reference=True, shards=FSDPConfig(torch.device("cpu"), keep=True))
     x, conditioning, level = noise_of(model, 1), model.encode(["a red circle"]), model.levels(5)[1]
     with torch.no_grad():
         base = model.predict(x, level, conditioning)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import LoraConfig
 from diffalign.cli import main
 from diffalign.models import load_model, tuned
-from diffalign.models.tuned import ADAPTER
+from diffalign.models.checkpoint_context import ADAPTER
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, noise_of
 

@@ -12,11 +12,11 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from diffalign.diffusion.parameterization import add_noise, target
 from diffalign.diffusion.plan import Plan, Row
 from diffalign.models import LoraConfig, load_model
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.rollout.sampler import Route, ode_plan, sample
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.models import tiny
 from tests.models.published import SD15_SCHEDULER
@@ -50,7 +50,7 @@ def ddim(tiny_pipelines):
 
 def noise_of(model):
     own = torch.arange(len(TEXTS))
-    addresses = Addresses(Noise(0), "evaluation", 0, own, torch.zeros_like(own))
+    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, own, torch.zeros_like(own))
     return addresses, addresses.start(model.latent_shape())
 
 
@@ -62,7 +62,9 @@ def test_our_ode_draws_the_pipelines_images(models, ddim, name, guidance_scale):
     expected = ddim(name)(
         TEXTS, latents=noise, num_inference_steps=STEPS, guidance_scale=guidance_scale, output_type="pt"
     ).images
-    route = Route(ode_plan(STEPS), model.levels(STEPS), Guidance(guidance_scale, EncodedPrompts(model).empty))
+    route = SamplingPlan(
+        ode_plan(STEPS), model.levels(STEPS), Guidance(guidance_scale, PromptEmbeddingCache(model).empty)
+    )
     parts = generate(model, route, model.encode(TEXTS), torch.arange(len(TEXTS)), addresses, size=2)
     images = torch.cat([images for _, images in parts])
     assert images.shape == (len(TEXTS), 3, 16, 16)
@@ -74,7 +76,7 @@ def test_uniform_steps_are_trailing_ones(models, ddim):
     model, pipe = models["sd2"], ddim("sd2", timestep_spacing="trailing")
     _, noise = noise_of(model)
     expected = pipe(TEXTS, latents=noise, num_inference_steps=STEPS, guidance_scale=1.0, output_type="latent").images
-    latents = sample(model, Route(ode_plan(STEPS), model.levels(STEPS, "uniform")), model.encode(TEXTS), noise)
+    latents = sample(model, SamplingPlan(ode_plan(STEPS), model.levels(STEPS, "uniform")), model.encode(TEXTS), noise)
     assert (latents - expected).abs().max() < 1e-4
 
 
@@ -172,7 +174,7 @@ def test_sdxl_leads_away_from_what_its_pipeline_does(force_zeros, tmp_path):
     pipe.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     _, negative, _, pooled = pipe.encode_prompt(TEXTS[0], device="cpu")
-    empty = EncodedPrompts(model).empty.tensors
+    empty = PromptEmbeddingCache(model).empty.tensors
     assert torch.equal(empty["embeds"], negative)
     assert torch.equal(empty["pooled"], pooled)
     assert bool(empty["embeds"].any()) is not force_zeros
@@ -183,7 +185,7 @@ def test_sdxl_leads_away_from_what_its_pipeline_does(force_zeros, tmp_path):
 def test_what_sdxl_is_told_of_a_size_is_not_kept_for_another(models, monkeypatch, tmp_path):
     for resolution in (16, 32):
         monkeypatch.setattr(models["sdxl"], "resolution", resolution)
-        encoded = EncodedPrompts(models["sdxl"], folder=tmp_path)
+        encoded = PromptEmbeddingCache(models["sdxl"], folder=tmp_path)
         for row in (encoded(TEXTS[:1]), encoded.empty):
             assert row.tensors["time_ids"].tolist() == [[resolution, resolution, 0, 0, resolution, resolution]]
 
@@ -197,7 +199,7 @@ def test_sdxl_is_told_the_sizes_of_each_image(models, ddim):
         "target": torch.tensor([[16, 16], [16, 16], [16, 8]]),
     }
     conditioning = model.with_sizes(model.encode(TEXTS), **sizes)
-    route = Route(ode_plan(STEPS), model.levels(STEPS))
+    route = SamplingPlan(ode_plan(STEPS), model.levels(STEPS))
     latents = sample(model, route, conditioning, noise)
     pipe = ddim("sdxl")
     for i, text in enumerate(TEXTS):
@@ -290,7 +292,7 @@ def test_a_stored_step_of_ddim_is_replayed_to_the_bit(models, name):
     model = models[name]
     _, noise = noise_of(model)
     plan = Plan((Row("ddim", 1.0, trained=True), Row("ddim", 0.5, trained=True), *ode_plan(2).rows))
-    route = Route(plan, model.levels(4), Guidance(2.0, model.unconditional()))
+    route = SamplingPlan(plan, model.levels(4), Guidance(2.0, model.unconditional()))
     conditioning, seen = model.encode(TEXTS), [noise]
     drawn = {}
 

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from diffalign.models.offload import Visitor
+from diffalign.models.offload import OffloadedModule
 
 
-class Logged(Visitor):
+class Logged(OffloadedModule):
     """A visitor whose device is the CPU; ``name`` goes to ``log`` each time that it comes."""
 
     def __init__(self, networks: Collection[nn.Module], log: list[str], name: str) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from diffalign import cli
-from diffalign.runtime import checkpoint, folder
-from diffalign.runtime.exits import NotFinite, SaveFailed
+from diffalign.runtime import checkpoint, lock
+from diffalign.runtime.errors import NotFinite, SaveFailed
 from tests.reliability.null import NullTask, run
 
 CALLS = [(os, name) for name in ("mkdir", "rename", "fsync", "open", "unlink", "rmdir", "chmod")]
@@ -102,7 +102,7 @@ def small_disk(target: str, limit: int, steps: int) -> None:
 
 def holds(target: str) -> None:
     """Keeps the folder until it is killed."""
-    with folder.claimed(Path(target)):
+    with lock.claimed(Path(target)):
         print("held", flush=True)
         time.sleep(1000)
 

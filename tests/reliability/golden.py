@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from diffalign.runtime.origin import machine
+from diffalign.runtime.provenance import machine
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import ROOT
 from tests.reliability.trainers import TRAINERS, short

@@ -8,14 +8,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from diffalign.commands.check import CheckConfig
+from diffalign.commands.evaluate_config import EvaluationConfig
+from diffalign.commands.relabel import RelabelConfig
+from diffalign.commands.score import ScoreConfig
 from diffalign.config import from_dict, to_dict
 from diffalign.config.schema import arms_of, leaves
-from diffalign.data.settings import PreferenceSettings
-from diffalign.evaluation.check import CheckConfig
-from diffalign.evaluation.relabel import RelabelConfig
-from diffalign.evaluation.score import ScoreConfig
-from diffalign.evaluation.settings import EvaluationConfig
-from diffalign.rewards.settings import RewardConfig
+from diffalign.data.config import PreferenceDataConfig
+from diffalign.rewards.config import RewardConfig
 from tests.reliability.trainers import TRAINERS, short
 
 NUMBERS: dict[str, Any] = {
@@ -31,7 +31,7 @@ NUMBERS: dict[str, Any] = {
 }
 # No trainer, but read the same way.
 OTHERS = {"eval": EvaluationConfig, "score": ScoreConfig, "check": CheckConfig, "relabel": RelabelConfig}
-OTHERS |= {"reward": RewardConfig, "data": PreferenceSettings}
+OTHERS |= {"reward": RewardConfig, "data": PreferenceDataConfig}
 
 
 def _numeric(hint: Any) -> list[type]:

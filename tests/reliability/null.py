@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from diffalign.rng import KeyedRNG
+from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.loop import Loop
-from diffalign.runtime.noise import Noise
-from diffalign.runtime.settings import TrainingConfig
 
 Hook = Callable[[str, "NullTask"], None]
 
@@ -27,11 +27,11 @@ class NullTask:
     """
 
     updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
-    same_updates, commits, contents = False, MappingProxyType({}), MappingProxyType({})
+    world_size_invariant, commits, contents = False, MappingProxyType({}), MappingProxyType({})
 
     def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, task: None)
-        self.noise, self.width, self.args = Noise(args.seed), width, args
+        self.noise, self.width, self.args = KeyedRNG(args.seed), width, args
         module = nn.Linear(width, width, bias=False)
         nn.init.eye_(module.weight)
         self.loop = Loop(self, module, args, Accelerator(cpu=True))

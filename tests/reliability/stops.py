@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffalign.runtime.exits import Interrupted
+from diffalign.runtime.errors import Interrupted
 
 PHASES = {
     "_collect": "between iterations",

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from diffalign.cli import TRAINERS, main
+from diffalign.commands.evaluate_config import EvaluationConfig, resolve
+from diffalign.commands.relabel import RelabelConfig
+from diffalign.commands.score import ScoreConfig
 from diffalign.config import from_dict, load_yaml, parse
 from diffalign.evaluation.embedding import ImageEmbedder
-from diffalign.evaluation.relabel import RelabelConfig
-from diffalign.evaluation.score import ScoreConfig
-from diffalign.evaluation.settings import EvaluationConfig, resolve
 from diffalign.models.load import pipeline_class
 from diffalign.rewards.base import PLUGINS, get_reward, names
 from tests.conftest import PIPELINE, PROMPTS

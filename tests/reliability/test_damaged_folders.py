@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from diffalign.runtime import checkpoint
-from diffalign.runtime.exits import SaveFailed
+from diffalign.runtime.errors import SaveFailed
 from diffalign.runtime.products import is_exported
 from tests.reliability import damages
 from tests.reliability.compare import rows, same_checkpoint, tree

@@ -10,10 +10,10 @@ import torch
 
 from diffalign import FlowGRPOTrainer
 from diffalign.cli import main
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import FAULTS, load_prompts
-from diffalign.data.quarantine import DataWarning, printable
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.validation import DataWarning, printable
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import names, needs_groups, registered
 from diffalign.rollout.scoring import score
@@ -180,7 +180,7 @@ def test_r30_fourteen_odd_files_are_read_or_named_once_and_the_good_keep_their_o
         load_pairs(path)
     for name in BAD:
         assert name in str(caught.value) or "and 2 more" in str(caught.value)
-    settings = PreferenceSettings(max_bad_share=0.3, on_fault={"different_size": "keep", "too_small": "keep"})
+    settings = PreferenceDataConfig(max_bad_share=0.3, on_fault={"different_size": "keep", "too_small": "keep"})
     with pytest.warns(DataWarning, match="unreadable: 7"):
         data = load_pairs(path, settings=settings)
     assert len(data.quarantine.dropped) == len(BAD)

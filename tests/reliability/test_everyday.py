@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from diffalign.runtime.exits import OutOfMemory
-from diffalign.runtime.memory import advice
+from diffalign.runtime.errors import OutOfMemory
+from diffalign.runtime.oom import advice
 from diffalign.runtime.tracking import SAVE, MetricsLog
 from tests.reliability.compare import rows
 from tests.reliability.null import NullTask, run, settings

@@ -9,8 +9,8 @@ import torch
 
 from diffalign.config import from_dict, parse, save_yaml, to_dict
 from diffalign.runtime import checkpoint
-from diffalign.runtime.exits import NotFinite
-from diffalign.runtime.origin import check_origin, origin
+from diffalign.runtime.errors import NotFinite
+from diffalign.runtime.provenance import check_origin, origin
 from tests.reliability.compare import same_run
 from tests.reliability.hostile import NUMBERS, OTHERS, cases, from_python, made, with_value
 from tests.reliability.null import run

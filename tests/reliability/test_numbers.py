@@ -19,8 +19,8 @@ from diffalign.diffusion.plan import PRESETS, PlanConfig
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.advantages import group_advantages
 from diffalign.runtime import checkpoint
-from diffalign.runtime.exits import NotFinite
-from diffalign.runtime.guard import DRIFT, ENOUGH, FLAT_ALARM, WINDOW, Guard
+from diffalign.runtime.errors import NotFinite
+from diffalign.runtime.gradient_guard import DRIFT, ENOUGH, FLAT_ALARM, WINDOW, GradientGuard
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import ROOT
 from tests.reliability import faults
@@ -113,32 +113,32 @@ def test_r21_infinity_on_one_process_makes_all_skip_the_same_step(tmp_path):
 
 
 def test_r22_a_spike_is_skipped_and_remembered():
-    guard = Guard(spike_factor=100.0)
+    guard = GradientGuard(spike_factor=100.0)
     for k in range(ENOUGH):
         guard.note(None, 1.0 + 0.1 * math.sin(k))
-    again = Guard(spike_factor=100.0)
+    again = GradientGuard(spike_factor=100.0)
     again.restore(json.loads(json.dumps(guard.state())))
     for each in (guard, again):
         usual, spike = (each.flags(torch.tensor(0.5), torch.tensor(norm)).tolist() for norm in (50.0, 1000.0))
-        assert Guard.reason(usual) is None
-        assert Guard.reason(spike) == "spike"
+        assert GradientGuard.reason(usual) is None
+        assert GradientGuard.reason(spike) == "spike"
     again.note("spike", 1000.0)
     assert again.skipped == 1
     assert again.limit == guard.limit, "a spike is no part of what is usual"
 
 
 def test_r22_spikes_that_stay_are_the_new_usual_and_a_drift_is_reported_once():
-    guard = Guard(spike_factor=100.0, norms=[1.0] * WINDOW)
+    guard = GradientGuard(spike_factor=100.0, norms=[1.0] * WINDOW)
     guard.note("spike", 500.0), guard.note("spike", 500.0)
     with pytest.warns(UserWarning, match="3 spikes in a row"):
         guard.note("spike", 500.0)
     assert guard.limit == math.inf
-    drifting = Guard()
+    drifting = GradientGuard()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for k in range(400):
             norm = 1.02**k
-            assert Guard.reason(drifting.flags(torch.tensor(0.0), torch.tensor(norm)).tolist()) is None
+            assert GradientGuard.reason(drifting.flags(torch.tensor(0.0), torch.tensor(norm)).tolist()) is None
             drifting.note(None, norm)
     assert [str(w.message).split(" to ")[0] for w in said] == [
         f"gradients have drifted from a norm of {1.02**24.5:.3g}"

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer
-from diffalign.evaluation.collapse import ruined
+from diffalign.evaluation.image_quality import ruined
 from diffalign.models import LoraConfig, load_model
-from diffalign.rollout.sampler import Route, ode_plan, sample
-from diffalign.runtime.origin import config_hash
+from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
+from diffalign.runtime.provenance import config_hash
 from tests.conftest import PIPELINE
 from tests.models.tiny import FAMILIES, build
 from tests.reliability.trainers import TRAINERS, held_out, short
@@ -45,7 +45,7 @@ def test_r36_every_saved_lora_draws_what_the_trainer_draws(name, tmp_path, plain
     def draw():
         with torch.no_grad(), model.using("ema"):
             words = trainer.encoded([TEXT])
-            return model.decode(sample(model, Route(ode_plan(STEPS), model.levels(STEPS)), words, noise))
+            return model.decode(sample(model, SamplingPlan(ode_plan(STEPS), model.levels(STEPS)), words, noise))
 
     def watched(last=False):
         path = save(last)

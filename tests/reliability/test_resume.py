@@ -17,11 +17,11 @@ import torch
 
 from diffalign.cli import main
 from diffalign.config import save_yaml
-from diffalign.runtime import checkpoint, saving
-from diffalign.runtime.folder import FolderBusy, claimed, refuse_busy
+from diffalign.runtime import checkpoint, state
+from diffalign.runtime.config import CHANGEABLE
+from diffalign.runtime.lock import FolderBusy, claimed, refuse_busy
 from diffalign.runtime.loop import Loop
-from diffalign.runtime.origin import check_origin, origin
-from diffalign.runtime.settings import CHANGEABLE
+from diffalign.runtime.provenance import check_origin, origin
 from tests.conftest import ROOT
 from tests.reliability import faults
 from tests.reliability.compare import same_run, tree
@@ -314,10 +314,10 @@ def test_what_the_loop_saves_is_what_it_puts_back(tmp_path):
     """A guard against forgetting: every counter that a save lists is one that a fresh loop takes over."""
     task = run(tmp_path, max_train_steps=4)
     other = NullTask(settings(tmp_path, max_train_steps=4))
-    saving.put_back(other.loop, checkpoint.latest(tmp_path))
+    state.put_back(other.loop, checkpoint.latest(tmp_path))
     other.loop.log = task.loop.log
     other.loop.whole = other.state()
-    tensors, state = saving.contents(other.loop)
+    tensors, plain = state.contents(other.loop)
     kept, known = checkpoint.load(checkpoint.latest(tmp_path))
-    assert known == json.loads(json.dumps(state))
+    assert known == json.loads(json.dumps(plain))
     assert kept.keys() == tensors.keys()

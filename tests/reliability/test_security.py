@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from diffalign import FlowGRPOTrainer, load_model
 from diffalign.config import load_yaml
-from diffalign.rewards import get_reward, hosting
-from diffalign.rewards.hosting import Weights, state_dict
+from diffalign.models.tensor_cache import TensorCache
+from diffalign.rewards import get_reward
+from diffalign.rewards.support import weights
+from diffalign.rewards.support.weights import Weights, state_dict
 from diffalign.runtime import checkpoint, manifest
-from diffalign.runtime.cache import TensorCache
-from diffalign.runtime.origin import check_origin, commit
+from diffalign.runtime.provenance import check_origin, commit
 from tests.conftest import PIPELINE, ROOT
 from tests.reliability.null import run
 from tests.reliability.trainers import TRAINERS, short
@@ -190,7 +191,7 @@ def fetched(hub, kind, name, source, now):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hosting, "_LOADED", {})
+    monkeypatch.setattr(weights, "_LOADED", {})
     return tmp_path / "hub"
 
 
@@ -219,7 +220,7 @@ def test_r34_a_judge_or_data_that_moved_on_the_hub_are_refused_by_name(hub, tmp_
     for kind, name in (("model", "owner/judge"), ("dataset", "owner/pairs")):
         fetched(hub, kind, name, tmp_path, "main")
     trainer = FlowGRPOTrainer(args=short("flow_grpo", tmp_path / "run"))
-    hosting.load_once(lambda weights, head: weights, Weights("owner/judge"), "head.pth")
+    weights.load_once(lambda weights, head: weights, Weights("owner/judge"), "head.pth")
     assert trainer.commits == {"owner/judge": COMMITS["main"]}
     then = trainer.loop.origin()
     fetched(hub, "model", "owner/judge", tmp_path, "new")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign.runtime import checkpoint
-from diffalign.runtime.exits import NotFinite
+from diffalign.runtime.errors import NotFinite
 from tests.reliability import faults, kills
 from tests.reliability.compare import same_checkpoint, same_run, tree
 from tests.reliability.forks import Child

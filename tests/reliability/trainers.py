@@ -15,10 +15,10 @@ from diffalign import (
     ReFLConfig,
     ReFLTrainer,
 )
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.prompts import load_prompts
-from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.diffusion.recipe import RecipeConfig
+from diffalign.diffusion.reward_gradient_presets import RecipeConfig
 from tests.conftest import PIPELINE, PROMPTS, ROOT
 
 PAIRS = str(ROOT / "assets/preferences/shapes.parquet")
@@ -27,7 +27,7 @@ COMMON |= {"ema_decay": 0.9, "lr_scheduler": "cosine", "max_train_steps": 4, "ch
 ROLLOUTS = {"rewards": {"brightness": 1.0}, "num_groups": 1, "group_size": 4, "updates_per_rollout": 2}
 ROLLOUTS |= {"rollout_batch_size": 2, "train_batch_size": 1, "train_prompts": PROMPTS / "shapes_train.jsonl"}
 FLOW = {"plan": PlanConfig(preset="first_steps", num_steps=2, window_size=1)}
-DATA = {"train_data": (PAIRS,), "data": PreferenceSettings(scan=2), "num_pairs": 2, "train_batch_size": 1}
+DATA = {"train_data": (PAIRS,), "data": PreferenceDataConfig(scan=2), "num_pairs": 2, "train_batch_size": 1}
 DATA |= {"beta": 500.0, "cache": False, "eval_num_steps": 2}
 ONLINE = {"plan": PlanConfig(preset="ode", num_steps=2), "shared_start": False, "beta": 500.0}
 REFL = {"recipe": RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1), "rewards": {"brightness": 1.0}}

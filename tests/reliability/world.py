@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
 from tests.reliability.trainers import TRAINERS, short
 
 
 def main(name: str, folder: Path, stop: int) -> None:
     torch.set_num_threads(1)
-    normal_batch, seen = Noise.normal_batch, []
+    normal_batch, seen = KeyedRNG.normal_batch, []
 
     def noted(self, shape, stream, addresses):
         drawn = normal_batch(self, shape, stream, addresses)
         seen.extend(f"{stream} {a} {row.sum().item()!r}" for a, row in zip(addresses, drawn, strict=True))
         return drawn
 
-    Noise.normal_batch = noted
+    KeyedRNG.normal_batch = noted
     changes = {"num_groups": 2} if "num_groups" in TRAINERS[name].settings else {}
     changes |= {"updates_per_rollout": 1} if name == "online_dpo" else {}
     args = short(name, folder, max_train_steps=6, lr_scheduler="constant", max_grad_norm=1e9, **changes)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from diffalign.rewards import hosting
 from diffalign.rewards.aesthetic import Head
+from diffalign.rewards.support import weights
 from tests.rewards import layouts
 
 
 @pytest.fixture(autouse=True)
 def nothing_loaded():
-    hosting.release()
+    weights.release()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import torch
 
 from diffalign.config import from_dict, to_dict
 from diffalign.rewards import base
-from diffalign.rewards.base import Facts, FunctionReward, Reward, RewardUnavailable, ask, get_reward, register
-from diffalign.rewards.settings import RewardConfig, build_rewards
+from diffalign.rewards.base import FunctionReward, Reward, RewardCard, RewardUnavailable, ask, get_reward, register
+from diffalign.rewards.config import RewardConfig, build_rewards
 
 IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -199,7 +199,7 @@ def test_plug_ins_of_other_packages_are_found_by_name(registry, tmp_path, monkey
 
 def test_every_registered_reward_says_what_it_is():
     for name, registered in base.REWARDS.items():
-        assert isinstance(registered.facts, Facts), name
+        assert isinstance(registered.facts, RewardCard), name
         assert registered.facts.measures, name
         assert registered.facts.scale > 0, name
         assert bool(registered.facts.weights) == bool(registered.facts.licence) == bool(registered.facts.millions), name

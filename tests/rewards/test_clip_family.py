@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from diffalign.rewards.f_clipscore import TEMPLATE, f_clipscore, words_of
 from diffalign.rewards.ict_hp import HEAD_FILE, HP_FILE, ICT_FILE, IctHpReward, ict_hp
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 
 PROMPTS = ["a red circle, two squares.", "two squares", "blue triangle left of a red square", ""]
 IMAGES = torch.randint(0, 256, (4, 3, 45, 61), generator=torch.Generator().manual_seed(0)).double() / 255

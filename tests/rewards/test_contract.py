@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffalign.evaluation.score import reward_table
+from diffalign.commands.score import reward_table
 from diffalign.rewards import base, get_reward
 from diffalign.rewards.base import FunctionReward, names, needs_groups, registered
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.wire import decode_image
+from diffalign.rewards.support.http_client import decode_image
 from diffalign.rollout.scoring import RewardWarning, score
 from diffalign.structures import Prompt
 

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from diffalign.rewards import geneval as module
-from diffalign.rewards import hosting
 from diffalign.rewards.geneval import (
     BACKGROUND,
     COLORS,
@@ -29,8 +28,9 @@ from diffalign.rewards.geneval import (
     graded,
     relations,
 )
-from diffalign.rewards.hosting import Weights
-from diffalign.rewards.preprocess import centre_round
+from diffalign.rewards.support import weights
+from diffalign.rewards.support.preprocess import centre_round
+from diffalign.rewards.support.weights import Weights
 
 
 def thing(left, top, right, bottom, color=None):
@@ -216,7 +216,7 @@ def test_colours_are_told_from_the_object_on_grey(clip_folder, monkeypatch):
 
 
 def test_a_real_detector_is_asked_and_its_objects_are_sorted(detector_folder, clip_folder):
-    hosting.release()
+    weights.release()
     images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     detector, processor, *_ = _load(Weights(str(detector_folder)), str(clip_folder))
     with torch.no_grad():

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
-from diffalign.rewards import hosting
 from diffalign.rewards.image_reward import FILE, TEXT_CONFIG, TOKENS, image_reward
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from tests.rewards.layouts import DEPTH, MED, PATCH, SIDE, VISION
 
 PROMPTS = ["a red circle", "two squares and a circle", ""]
@@ -89,6 +88,6 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(image_reward_folder, tmp_pa
     del weights["blip.visual_encoder.norm.weight"]
     torch.save(weights, tmp_path / FILE)
     (tmp_path / TEXT_CONFIG).write_text(json.dumps(MED))
-    hosting.release()
+    weights.release()
     with pytest.raises(ValueError, match=r"Missing key.*vision.post_layernorm.weight"):
         image_reward("image_reward", str(tmp_path), str(image_reward_folder))(IMAGES.float(), PROMPTS, [{}] * 3)

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.evaluation.relabel import Pending, judge
-from diffalign.evaluation.score import score_images
+from diffalign.commands.relabel import Pending, judge
+from diffalign.commands.score import score_images
 from diffalign.rewards import FunctionReward, get_reward
 from diffalign.rewards.base import ask
 from diffalign.rewards.combine import Combined
-from diffalign.rewards.isolation import SETTINGS, isolated
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.server import Asked
-from diffalign.rewards.wire import encode_image
+from diffalign.rewards.support.http_client import encode_image
+from diffalign.rewards.support.isolation import SETTINGS, isolated
+from diffalign.rewards.support.reward_server import Asked
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.structures import Pair, Prompt
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from diffalign.rewards import hosting
 from diffalign.rewards.aesthetic import aesthetic
 from diffalign.rewards.base import RewardUnavailable, get_reward
 from diffalign.rewards.clip import clip_reward
 from diffalign.rewards.hps import hps
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from diffalign.rewards.support import weights
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.vqascore import vqascore
 from tests.rewards import layouts
 
@@ -129,7 +129,7 @@ def test_clip_weights_that_are_left_over_or_missing_are_refused(clip_folder, tmp
         reward = clip_reward("c", str(tmp_path), "logit")
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             assert reward(IMAGES, PROMPTS, [{}] * 4).isfinite().all()
-        hosting.release()
+        weights.release()
 
 
 @pytest.mark.parametrize(

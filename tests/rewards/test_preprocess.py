@@ -8,7 +8,7 @@ from torchvision import transforms
 from transformers import CLIPImageProcessorPil
 
 from diffalign.rewards import get_reward
-from diffalign.rewards import preprocess as pre
+from diffalign.rewards.support import preprocess as pre
 
 SIZES = [(64, 64), (224, 224), (225, 301), (37, 50), (301, 225), (1, 1), (20, 80), (97, 66), (640, 481)]
 # Bicubic weights can be exact halves of a level, which PIL's fixed point and a float round apart; the second pass can

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from diffalign.cli import main
-from diffalign.evaluation import evaluate as evaluation
+from diffalign.commands import evaluate as evaluation
 from diffalign.models import load as loading
 from diffalign.rewards import FunctionReward
 from diffalign.rewards.base import RewardUnavailable
-from diffalign.rewards.probe import try_rewards, untried
+from diffalign.rewards.support.probe import try_rewards, untried
 from diffalign.structures import Prompt
 from diffalign.trainers import base
 from tests.conftest import PIPELINE, PROMPTS

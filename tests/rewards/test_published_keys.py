@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, Qwen2VLConfig
 
 from diffalign.rewards import REWARDS
 from diffalign.rewards.aesthetic import Head
-from diffalign.rewards.hosting import Weights
 from diffalign.rewards.hpsv3 import build as build_hpsv3
 from diffalign.rewards.image_reward import Network as ImageRewardNetwork
 from diffalign.rewards.image_reward import renamed, text_config, vision_config
+from diffalign.rewards.support.weights import Weights
 from diffalign.rewards.vqascore import ClipT5Config
 from diffalign.rewards.vqascore import build as build_clip_t5
 from tests.rewards.layouts import MED

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
-from diffalign.rewards.hosting import Weights
 from diffalign.rewards.hpsv3 import FILE, TOKEN, hpsv3, prompt_text
-from diffalign.rewards.qwen_vl import Patches, load, patchify
 from diffalign.rewards.qwen_vqascore import QUESTION, qwen_vqascore
+from diffalign.rewards.support.qwen_vl import Patches, load, patchify
+from diffalign.rewards.support.weights import Weights
 
 PROMPTS = ["a red circle", "two squares {and} a triangle of any colour", ""]
 # Heights that are kept or enlarged: since version 13, Pillow shrinks rows before columns.

@@ -13,10 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from diffalign.rewards import get_reward, wire
+from diffalign.rewards import get_reward
 from diffalign.rewards.base import FunctionReward, RewardUnavailable
 from diffalign.rewards.remote import RemoteReward, RewardServer, _Handler
-from diffalign.rewards.wire import RemoteError, Wire, decode_image, encode_image
+from diffalign.rewards.support import http_client
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_image, encode_image
 
 IMAGES = torch.randint(0, 256, (5, 3, 9, 7), generator=torch.Generator().manual_seed(0)).float() / 255
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -76,7 +77,7 @@ def url():
 
 
 def remote(address, reward="described", batch_size=2, **options):
-    line = Wire(address, **{"timeout": 5.0, "retries": 2, "backoff": 0.01, **options})
+    line = HTTPClient(address, **{"timeout": 5.0, "retries": 2, "backoff": 0.01, **options})
     return RemoteReward(reward, line, reward, batch_size)
 
 
@@ -210,7 +211,7 @@ def test_one_failing_request_costs_its_images_alone():
 )
 def test_the_server_says_what_is_wrong(url, body, message):
     with pytest.raises(RemoteError, match=message):
-        Wire(url, retries=0).post("/score", body)
+        HTTPClient(url, retries=0).post("/score", body)
 
 
 def test_concurrency_is_bounded():
@@ -226,7 +227,7 @@ def test_concurrency_is_bounded():
             active -= 1
         return item * 2
 
-    assert Wire("", concurrency=3).map(work, range(12)) == list(range(0, 24, 2))
+    assert HTTPClient("", concurrency=3).map(work, range(12)) == list(range(0, 24, 2))
     assert most == 3
 
 
@@ -344,12 +345,12 @@ def test_a_call_ends_in_bounded_time_and_size(kind, message):
 
 def test_a_wish_to_be_asked_later_is_kept_up_to_a_bound(monkeypatch):
     slept = []
-    monkeypatch.setattr(wire.time, "sleep", slept.append)
+    monkeypatch.setattr(http_client.time, "sleep", slept.append)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Trying)
     server.kind = "later"
     with running(server) as address, pytest.warns(UserWarning, match="status 503"):
         ask(address, retries=2, deadline=100.0)
-    assert [wait for wait in slept if wait > 1] == [wire.LONGEST_WAIT] * 2
+    assert [wait for wait in slept if wait > 1] == [http_client.LONGEST_WAIT] * 2
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"batch_size": 0}])

@@ -11,9 +11,9 @@ import torch
 
 from diffalign.rewards import FunctionReward, get_reward
 from diffalign.rewards.base import RewardUnavailable, ask
-from diffalign.rewards.isolation import RewardExit, isolated, named, said
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.wire import encode_image
+from diffalign.rewards.support.http_client import encode_image
+from diffalign.rewards.support.isolation import RewardExit, isolated, named, said
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.runtime.signals import Signals
 from diffalign.structures import Prompt

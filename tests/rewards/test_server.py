@@ -18,11 +18,11 @@ from PIL import Image
 
 from diffalign import media
 from diffalign.cli import main
-from diffalign.rewards import server as serving
 from diffalign.rewards.base import FunctionReward, RewardUnavailable
-from diffalign.rewards.http import Handler, Limits
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.wire import RemoteError, Wire, encode_image
+from diffalign.rewards.support import reward_server as serving
+from diffalign.rewards.support.asyncio_http import Handler, Limits
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
 from tests.rewards.test_remote import running
 
 PNG = encode_image(torch.zeros(3, 8, 8))
@@ -184,7 +184,7 @@ def test_clients_beyond_the_limit_are_told_to_come_back(bench):
 def test_bodies_wait_for_their_share_of_memory():
     size = len(json.dumps(asked(), separators=(",", ":")))
     with running(RewardServer(rewards(), port=0, limits=Limits(waiting=size + 10))) as address:
-        wire = Wire(address, retries=0, concurrency=4)
+        wire = HTTPClient(address, retries=0, concurrency=4)
         assert [reply["scores"] for reply in wire.map(lambda _: wire.post("/score", asked()), range(12))] == [
             [0.0]
         ] * 12
@@ -306,9 +306,9 @@ def test_other_machines_need_a_token(host, capsys):
 def test_a_token_opens_the_server_to_other_machines(monkeypatch):
     with running(RewardServer(rewards(), host="0.0.0.0", port=0, token="s3cret-token")) as address:
         with pytest.raises(RemoteError, match="status 401"):
-            Wire(address, retries=0).post("/score", asked())
+            HTTPClient(address, retries=0).post("/score", asked())
         monkeypatch.setenv("DIFFALIGN_TOKEN_127_0_0_1", "s3cret-token")
-        assert Wire.to(address, retries=0).post("/score", asked()) == {"scores": [0.0]}
+        assert HTTPClient.to(address, retries=0).post("/score", asked()) == {"scores": [0.0]}
         large = b"x" * (1 << 22)
         with urllib3.PoolManager() as pool, contextlib.suppress(urllib3.exceptions.ProtocolError):
             reply = pool.request("POST", f"{address}/score", body=large, retries=False)

@@ -11,8 +11,8 @@ import torch
 
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import Reward
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_image
 from diffalign.rewards.vlm_judge import Answer, ChecklistJudge, Endpoint, PairwiseJudge, RatingJudge
-from diffalign.rewards.wire import RemoteError, Wire, decode_image
 
 BRIGHTNESS = torch.tensor([0.2, 0.8, 0.4, 0.6, 1.0])
 IMAGES = BRIGHTNESS.view(5, 1, 1, 1).expand(5, 3, 8, 8)
@@ -61,7 +61,7 @@ def judge(answer):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield Endpoint(Wire(f"http://127.0.0.1:{server.server_port}", retries=0, timeout=5.0), "a-judge"), seen
+        yield Endpoint(HTTPClient(f"http://127.0.0.1:{server.server_port}", retries=0, timeout=5.0), "a-judge"), seen
     finally:
         server.shutdown()
         server.server_close()

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from diffalign.diffusion.plan import Plan, Row
-from diffalign.rollout import collect
+from diffalign.models.prompt_cache import PromptEmbeddingCache
+from diffalign.rng import KeyedRNG
+from diffalign.rollout import generate as generation
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.collect import Addresses, generate, rollouts
-from diffalign.rollout.encoding import EncodedPrompts
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rollout.generate import NoiseKeys, generate, rollouts
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.structures import Guidance
 
 GROUP, SAMPLE = torch.arange(6) // 3, torch.arange(6) % 3
@@ -18,9 +18,9 @@ SDE, ODE, MULTI = Row("flow_sde", 0.7, True), Row("ode", 0.0, False), Row("dpmpp
 
 def roll(model, prompts, size, plan=(SDE, SDE, ODE, ODE), shared=False, iteration=0, guidance=None):
     levels = model.levels(len(plan))
-    route = Route(Plan(plan), levels, guidance)
+    route = SamplingPlan(Plan(plan), levels, guidance)
     buffer = RolloutBuffer.allocate(route.plan, GROUP, SAMPLE, list(prompts), model.latent_shape(), means=True)
-    addresses = Addresses(Noise(0), "rollout", iteration, GROUP, SAMPLE, shared)
+    addresses = NoiseKeys(KeyedRNG(0), "rollout", iteration, GROUP, SAMPLE, shared)
     conditioning = model.encode([p.text for p in prompts])
     images = [images for _, images in rollouts(model, route, conditioning, addresses, buffer, size)]
     return buffer, torch.cat(images), route, conditioning
@@ -41,8 +41,8 @@ def test_micro_batch_size_changes_nothing(frozen, train_prompts, size):
 
 
 def test_decoding_in_half_precision_moves_no_pixel_far(frozen):
-    latents = Noise(0).normal_batch(frozen.latent_shape(), "test", [(i,) for i in range(8)])
-    exact, rough = collect.decode(frozen, latents), collect.decode(frozen, latents, torch.bfloat16)
+    latents = KeyedRNG(0).normal_batch(frozen.latent_shape(), "test", [(i,) for i in range(8)])
+    exact, rough = generation.decode(frozen, latents), generation.decode(frozen, latents, torch.bfloat16)
     assert rough.dtype == exact.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.05
     assert (rough - exact).abs().mean() < 0.005
@@ -72,7 +72,7 @@ def test_steps_that_a_group_shares_are_made_once(frozen, train_prompts, monkeypa
     monkeypatch.setattr(type(frozen), "evaluate", counted)
     once, images, *_ = roll(frozen, train_prompts[:2], 6, plan=plan, shared=True)
     assert rows == [2, 2, 6, 6, 6]
-    monkeypatch.setattr(collect, "shared_steps", lambda plan: 0)
+    monkeypatch.setattr(generation, "shared_steps", lambda plan: 0)
     each, others, *_ = roll(frozen, train_prompts[:2], 6, plan=plan, shared=True)
     assert (once.x - each.x).abs().max() < 1e-5
     assert (once.log_prob - each.log_prob)[once.trained].abs().max() < 1e-5
@@ -117,17 +117,15 @@ def test_rollouts_leave_the_global_generator_alone(frozen, train_prompts):
 
 def test_a_branching_plan_is_refused(frozen):
     with pytest.raises(ValueError, match="does not branch yet"):
-        Route(Plan((Row("flow_sde", 0.7, True, branch=2), ODE)), frozen.levels(2))
+        SamplingPlan(Plan((Row("flow_sde", 0.7, True, branch=2), ODE)), frozen.levels(2))
 
 
 def test_generate_is_a_plain_ode(frozen, train_prompts):
     levels = frozen.levels(4)
-    addresses = Addresses(Noise(0), "evaluation", 0, GROUP, SAMPLE)
+    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, GROUP, SAMPLE)
     conditioning = frozen.encode([p.text for p in train_prompts[:2]])
-    runs = [
-        torch.cat([i for _, i in generate(frozen, Route(ode_plan(4), levels), conditioning, GROUP, addresses, size)])
-        for size in (6, 2)
-    ]
+    plan = SamplingPlan(ode_plan(4), levels)
+    runs = [torch.cat([i for _, i in generate(frozen, plan, conditioning, GROUP, addresses, size)]) for size in (6, 2)]
     assert (runs[0] - runs[1]).abs().max() < 1e-5
 
 
@@ -135,7 +133,7 @@ def test_each_distinct_prompt_is_encoded_once(frozen, monkeypatch):
     asked = []
     encode = type(frozen).encode
     monkeypatch.setattr(type(frozen), "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
-    encoded = EncodedPrompts(frozen)
+    encoded = PromptEmbeddingCache(frozen)
     first = encoded(["a red circle", "a blue square", "a red circle"])
     assert torch.equal(first.tensors["embeds"][0], first.tensors["embeds"][2])
     encoded(["a blue square", "a circle"])
@@ -143,15 +141,15 @@ def test_each_distinct_prompt_is_encoded_once(frozen, monkeypatch):
 
 
 def test_text_encoders_are_known_by_the_scales_of_adapters_on_them(frozen, monkeypatch):
-    layer, found = next(frozen.pipeline.text_encoder.children()), [EncodedPrompts(frozen).identity]
+    layer, found = next(frozen.pipeline.text_encoder.children()), [PromptEmbeddingCache(frozen).identity]
     for scale in (1.0, 0.5):
         monkeypatch.setattr(layer, "scaling", {"default": scale}, raising=False)  # as peft calls it
-        found.append(EncodedPrompts(frozen).identity)
+        found.append(PromptEmbeddingCache(frozen).identity)
     assert len({*found}) == 3
 
 
 def test_the_memory_of_encoded_prompts_is_bounded(frozen):
-    encoded = EncodedPrompts(frozen, limit=1)
+    encoded = PromptEmbeddingCache(frozen, limit=1)
     encoded(["a red circle", "a blue square"])
     assert [*encoded._rows] == ["a blue square"]
     encoded.prepare(["a red circle", "a circle"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffalign.rollout.dealing import at_home, deal
+from diffalign.rollout.load_balancing import at_home, deal
 
 
 def table(*rows):

@@ -4,8 +4,9 @@ import warnings
 import pytest
 import torch
 
-from diffalign.rewards import FunctionReward, get_reward, hosting
+from diffalign.rewards import FunctionReward, get_reward
 from diffalign.rewards.base import RewardUnavailable
+from diffalign.rewards.support import weights
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.structures import Prompt
 
@@ -114,7 +115,7 @@ def test_a_network_that_cannot_be_loaded_ends_the_run_after_one_attempt():
         raise OSError("no folder my/weights")
 
     def judge(images, prompts, metadata):
-        return hosting.load_once(load)(images)
+        return weights.load_once(load)(images)
 
     with pytest.raises(RewardUnavailable, match=r"'mine': what it needs cannot be loaded: OSError: no folder"):
         score([reward(judge)], IMAGES, PROMPTS)

@@ -5,23 +5,23 @@ import torch
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.forecast.methods import METHODS
-from diffalign.forecast.work import Share
-from diffalign.rollout import storage
-from diffalign.runtime import saving
+from diffalign.forecast.cost import Share
+from diffalign.forecast.per_trainer import METHODS
+from diffalign.rollout import pinned_memory
+from diffalign.runtime import state
 
 
 @pytest.mark.parametrize(
     ("size", "device", "expected"),
     [
-        (storage.ON_GPU, "cuda:1", False),
-        (storage.ON_GPU + 1, "cuda:1", True),
-        (storage.ON_GPU + 1, "cpu", False),
-        (storage.ON_GPU + 1, "mps", False),
+        (pinned_memory.ON_GPU, "cuda:1", False),
+        (pinned_memory.ON_GPU + 1, "cuda:1", True),
+        (pinned_memory.ON_GPU + 1, "cpu", False),
+        (pinned_memory.ON_GPU + 1, "mps", False),
     ],
 )
 def test_what_is_large_waits_beside_a_gpu(size, device, expected):
-    assert storage.pinned(size, torch.device(device)) == expected
+    assert pinned_memory.pinned(size, torch.device(device)) == expected
 
 
 def test_rows_there_and_back_are_the_rows():
@@ -29,14 +29,14 @@ def test_rows_there_and_back_are_the_rows():
     rows = torch.tensor([4, 0, 3])
     expected = column.clone()
     expected[rows] = values.float()
-    for put in (storage.put, storage.put_rows):
+    for put in (pinned_memory.put, pinned_memory.put_rows):
         found = column.clone()
         put(found, rows, values)
         assert torch.equal(found, expected)
     for order in (rows, rows.flip(0)):
-        assert torch.equal(storage.take_rows(expected, order, pin=False), expected[order])
-        assert torch.equal(storage.take(expected, order, expected.device), expected[order])
-    storage.settle(expected, expected.device)
+        assert torch.equal(pinned_memory.take_rows(expected, order, pin=False), expected[order])
+        assert torch.equal(pinned_memory.take(expected, order, expected.device), expected[order])
+    pinned_memory.settle(expected, expected.device)
 
 
 class Together:
@@ -50,10 +50,10 @@ class Together:
 
 @pytest.mark.parametrize("part", [1, 16, 1 << 26])
 def test_a_checkpoint_has_the_rows_of_all_processes_however_they_travel(monkeypatch, part):
-    monkeypatch.setattr(saving, "PART", part)
+    monkeypatch.setattr(state, "PART", part)
     tensor = torch.arange(10.0).reshape(5, 2)
-    assert torch.equal(saving.everyones(Together(), tensor), torch.cat([tensor, tensor + 100]))
-    assert torch.equal(saving.everyones(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100]))
+    assert torch.equal(state.everyones(Together(), tensor), torch.cat([tensor, tensor + 100]))
+    assert torch.equal(state.everyones(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100]))
 
 
 def test_a_forecast_counts_what_a_card_holds(monkeypatch):
@@ -70,7 +70,7 @@ def test_a_forecast_counts_what_a_card_holds(monkeypatch):
     size = 256 * 4 * 4 * 8 * 8 * 4
     assert whole[0] == size < whole[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(storage, "ON_GPU", size)
+    monkeypatch.setattr(pinned_memory, "ON_GPU", size)
     assert stored() == whole
-    monkeypatch.setattr(storage, "ON_GPU", size - 1)
+    monkeypatch.setattr(pinned_memory, "ON_GPU", size - 1)
     assert stored() == [0, 0]

@@ -1,7 +1,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffalign.runtime.cache import TensorCache
+from diffalign.models.tensor_cache import TensorCache
 
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.tensor([True, False])}
 

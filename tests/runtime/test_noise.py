@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
 
 # A change here changes every seeded run of every user.
 GOLDEN_NORMAL = [-0.38677969574928284, 1.1770607233047485, -0.5362926721572876, 1.3319913148880005]
@@ -12,7 +12,7 @@ GOLDEN_PERMUTATION = [2, 3, 0, 7, 6, 4, 5, 1]
 
 
 def test_golden_values():
-    noise = Noise(0)
+    noise = KeyedRNG(0)
     assert torch.equal(noise.normal((20,), "rollout", 1, 2, 3)[:4], torch.tensor(GOLDEN_NORMAL))
     assert noise.permutation(8, "order", 5).tolist() == GOLDEN_PERMUTATION
 
@@ -21,7 +21,7 @@ def test_global_generators_are_neither_read_nor_moved():
     def draw(seed):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        noise = Noise(3)
+        noise = KeyedRNG(3)
         drawn = [
             noise.normal((2, 3), "a", 1),
             noise.normal_batch((4,), "a", [(1,), (2,)]),
@@ -35,11 +35,11 @@ def test_global_generators_are_neither_read_nor_moved():
 
 
 def test_draws_ignore_default_dtype_and_device():
-    expected = Noise(3).normal((40,), "a", 1)
+    expected = KeyedRNG(3).normal((40,), "a", 1)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
-        drawn = Noise(3).normal((40,), "a", 1)
+        drawn = KeyedRNG(3).normal((40,), "a", 1)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -48,7 +48,7 @@ def test_draws_ignore_default_dtype_and_device():
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 8, 8)])
 def test_a_batch_is_its_rows_however_it_is_split(shape):
-    noise = Noise(7)
+    noise = KeyedRNG(7)
     addresses = [(0, 1), (5, 2), (3, 3), (0, 1)]
     whole = noise.normal_batch(shape, "rollout", addresses)
     parts = [noise.normal_batch(shape, "rollout", addresses[:1]), noise.normal_batch(shape, "rollout", addresses[1:])]
@@ -73,19 +73,19 @@ def test_distinct_addresses_streams_and_seeds_differ():
         ((5, "a", 1), (5, "a", 1 + 2**32)),
     ]
     for (seed, *left), (other, *right) in pairs:
-        assert not torch.equal(Noise(seed).normal((4,), *left), Noise(other).normal((4,), *right)), (left, right)
+        assert not torch.equal(KeyedRNG(seed).normal((4,), *left), KeyedRNG(other).normal((4,), *right)), (left, right)
 
 
 def test_numbers_of_numpy_and_torch_are_addresses_and_fractions_are_not():
-    expected = Noise(1).normal((4,), "a", 2)
-    assert torch.equal(Noise(np.int64(1)).normal((4,), "a", np.int32(2)), expected)
-    assert torch.equal(Noise(1).normal((4,), "a", torch.tensor(2)), expected)
+    expected = KeyedRNG(1).normal((4,), "a", 2)
+    assert torch.equal(KeyedRNG(np.int64(1)).normal((4,), "a", np.int32(2)), expected)
+    assert torch.equal(KeyedRNG(1).normal((4,), "a", torch.tensor(2)), expected)
     with pytest.raises(TypeError):
-        Noise(1).normal((4,), "a", 2.0)
+        KeyedRNG(1).normal((4,), "a", 2.0)
 
 
 def test_moments_and_correlations():
-    draws = Noise(11).normal_batch((256,), "a", [(i, j) for i in range(20) for j in range(20)])
+    draws = KeyedRNG(11).normal_batch((256,), "a", [(i, j) for i in range(20) for j in range(20)])
     count = draws.numel()
     assert abs(draws.mean()) < 4 / count**0.5
     assert abs(draws.var() - 1) < 4 * (2 / count) ** 0.5
@@ -98,7 +98,7 @@ def test_moments_and_correlations():
 
 
 def test_permutations_are_uniform():
-    noise = Noise(2)
+    noise = KeyedRNG(2)
     firsts = torch.tensor([noise.permutation(5, "p", i)[0].item() for i in range(1000)])
     assert (torch.bincount(firsts, minlength=5) - 200).abs().max() < 4 * 13
     assert noise.permutation(50, "p", 0).sort().values.tolist() == list(range(50))

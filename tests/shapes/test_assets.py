@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffalign.data.prompts import load_prompts
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import TAGS, judge_batch
 from diffalign.shapes.captions import is_novel
 from tests.conftest import PIPELINE, PROMPTS
@@ -46,8 +46,8 @@ def test_the_base_is_good_but_improvable(frozen):
     """Without guidance, right on 30 to 60 % of held-out prompts, and above chance on every task."""
     prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")
     own = torch.arange(len(prompts))
-    addresses = Addresses(Noise(0), "evaluation", 0, own, torch.zeros_like(own))
-    route = Route(ode_plan(8), frozen.levels(8))
+    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, own, torch.zeros_like(own))
+    route = SamplingPlan(ode_plan(8), frozen.levels(8))
     conditioning = frozen.encode([p.text for p in prompts])
     images = torch.cat([i for _, i in generate(frozen, route, conditioning, own, addresses, 64)])
     right = strict(images, prompts)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from diffalign.data.prompts import load_prompts
 from diffalign.models import load_model
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.sampler import Route, ode_plan
-from diffalign.runtime.noise import Noise
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import TAGS, judge_batch
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS, ROOT
@@ -30,8 +30,8 @@ def strict(images, prompts):
 
 def draw(model, prompts, guidance):
     own = torch.arange(len(prompts))
-    addresses = Addresses(Noise(0), "evaluation", 0, own, torch.zeros_like(own))
-    route = Route(ode_plan(8), model.levels(8), Guidance(guidance, model.unconditional()))
+    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, own, torch.zeros_like(own))
+    route = SamplingPlan(ode_plan(8), model.levels(8), Guidance(guidance, model.unconditional()))
     conditioning = model.encode([p.text for p in prompts])
     return torch.cat([images for _, images in generate(model, route, conditioning, own, addresses, 64)])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.rewards.probe import untried
+from diffalign.rewards.support.probe import untried
 from tests.conftest import PIPELINE, PROMPTS
 
 # One of two groups teaches, whose samples are all on one of two processes.

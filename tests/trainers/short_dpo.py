@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.runtime.loop import indexed
 from tests.conftest import PIPELINE, ROOT
 
@@ -16,7 +16,7 @@ def write(folder: Path, loss: str) -> None:
         model=str(PIPELINE),
         max_sequence_length=16,
         train_data=(str(ROOT / "assets/preferences/shapes.parquet"),),
-        data=PreferenceSettings(scan=8),
+        data=PreferenceDataConfig(scan=8),
         output_dir=folder / "run",
         lora=LoraConfig(rank=4),
         loss=loss,

@@ -8,11 +8,11 @@ from accelerate import Accelerator
 
 from diffalign import load_model
 from diffalign.data.prompts import load_prompts
+from diffalign.evaluation.heldout import Evaluation, Shown
 from diffalign.models import DiffusionModel
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards import get_reward
-from diffalign.rollout.encoding import EncodedPrompts
 from diffalign.structures import Guidance
-from diffalign.trainers.evaluation import Evaluation, Shown
 from tests.conftest import PIPELINE, PROMPTS
 
 
@@ -22,7 +22,7 @@ def evaluated(model: DiffusionModel, even: bool) -> tuple[dict[str, float], Show
         model,
         load_prompts(PROMPTS / "shapes_held_out.jsonl", 1),
         {"shapes": get_reward("shapes")},
-        EncodedPrompts(model),
+        PromptEmbeddingCache(model),
         Accelerator(),
         images_per_prompt=2,
         batch_size=2,

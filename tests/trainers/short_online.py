@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.rollouts import Pairing
-from diffalign.data.settings import PreferenceSettings
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.runtime.loop import indexed
 from tests.conftest import PIPELINE, PROMPTS
@@ -24,7 +24,7 @@ def train(folder: Path, loss: str) -> DiffusionDPOTrainer:
         model=str(PIPELINE),
         max_sequence_length=16,
         train_prompts=PROMPTS / "shapes_train.jsonl",
-        data=PreferenceSettings(rollouts=Pairing(rule="all")),
+        data=PreferenceDataConfig(rollouts=Pairing(rule="all")),
         output_dir=folder / loss,
         lora=LoraConfig(rank=4),
         loss=loss,

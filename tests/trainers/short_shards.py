@@ -18,11 +18,11 @@ from diffalign import (
     Prompt,
     load_model,
 )
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
+from diffalign.fsdp import local, whole
 from diffalign.models.weights import REFERENCE
 from diffalign.runtime.loop import indexed
-from diffalign.sharding import local, whole
 from diffalign.trainers.base import Trainer
 from tests.conftest import PIPELINE, PROMPTS, ROOT
 from tests.trainers.made_refl import config, trainer_of
@@ -42,7 +42,7 @@ def run(folder: Path, kind: str, resume: str | None = None) -> DiffusionDPOTrain
         model=str(PIPELINE),
         max_sequence_length=16,
         train_data=(str(ROOT / "assets/preferences/shapes.parquet"),),
-        data=PreferenceSettings(scan=8),
+        data=PreferenceDataConfig(scan=8),
         output_dir=folder,
         lora=KINDS[kind],
         learning_rate=1e-4,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffalign.runtime.origin import check_origin
+from diffalign.runtime.provenance import check_origin
 from tests.conftest import PIPELINE, PROMPTS
 from tests.reliability.trainers import TRAINERS, held_out, short
 

@@ -13,7 +13,7 @@ from diffalign.diffusion.plan import PlanConfig
 from diffalign.rewards.base import FunctionReward
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.trainers.flow_grpo import step_weights
+from diffalign.trainers.flow_grpo.algorithm import step_weights
 from tests.conftest import PIPELINE, PROMPTS
 from tests.reliability.compare import same_run
 from tests.reliability.stops import crash_before
@@ -124,7 +124,7 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
     assert [row.get("skipped") for row in rows[:2]] == [1.0, None]
-    assert [row["trained_share"] for row in rows[:2]] == [0.25, 1.0]
+    assert [row["kept_fraction"] for row in rows[:2]] == [0.25, 1.0]
     assert [row["passes_saved"] for row in rows[:2]] == [0.0, 0.0]
 
 
@@ -367,7 +367,7 @@ def test_arguments_as_users_of_other_trainers_write_them(small, model):
     )
     assert trainer.collector.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
     metrics = trainer.collect(0)
-    assert {"reward/shapes", "reward/jpeg_compressibility", "flat_groups"} <= metrics.keys()
+    assert {"reward/shapes", "reward/jpeg_compressibility", "zero_std_groups"} <= metrics.keys()
     assert trainer.bytes_per_iteration == trainer.buffer.x.nbytes
     other = FlowGRPOTrainer(PIPELINE, small(model="", train_prompts=PROMPTS / "shapes_train.jsonl"), "shapes")
     assert other.args.model == str(PIPELINE)

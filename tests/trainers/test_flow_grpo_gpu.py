@@ -7,7 +7,7 @@ import torch
 
 from diffalign import FlowGRPOTrainer
 from diffalign.rewards import FunctionReward, get_reward
-from diffalign.rollout import storage
+from diffalign.rollout import pinned_memory
 from diffalign.rollout.scoring import ScoreBook
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
@@ -54,11 +54,11 @@ def test_latents_go_there_and_back_without_a_wait():
     values = torch.randn(3, 4, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     with no_waiting():
         torch.cuda._sleep(10**8)
-        storage.put(column, rows, values)
-    storage.settle(column, values.device)
+        pinned_memory.put(column, rows, values)
+    pinned_memory.settle(column, values.device)
     with no_waiting():
         torch.cuda._sleep(10**8)
-        found = [storage.take(column, order, values.device) for order in (rows, rows.flip(0))]
+        found = [pinned_memory.take(column, order, values.device) for order in (rows, rows.flip(0))]
     assert torch.equal(found[0], values)
     assert torch.equal(found[1], values.flip(0))
 
@@ -67,7 +67,7 @@ def test_latents_go_there_and_back_without_a_wait():
 def test_latents_in_pinned_memory_train_the_same(small, train_prompts, monkeypatch, setting):
     found = []
     for limit in (1 << 40, 0):
-        monkeypatch.setattr(storage, "ON_GPU", limit)
+        monkeypatch.setattr(pinned_memory, "ON_GPU", limit)
         trainer = FlowGRPOTrainer(args=small(**setting), train_dataset=train_prompts)
         trainer.collect(0)
         buffer = trainer.buffer

@@ -71,7 +71,7 @@ def test_two_processes_do_what_one_does(alone, tmp_path, launcher):
         assert (first[name] - one[name]).norm() <= bound, name
     rows = [MetricsLog.read(f / "run" / "metrics.jsonl") for f in (alone, folder)]
     for single, double in zip(*rows, strict=True):
-        for name in ("reward/mean", "reward/std", "flat_groups", "kl"):
+        for name in ("reward/mean", "reward/std", "zero_std_groups", "kl"):
             if name in single:
                 assert double[name] == pytest.approx(single[name], rel=1e-4, abs=1e-7), name
     same_rollouts(alone / "run/rollouts", folder / "run/rollouts")

@@ -14,7 +14,7 @@ from diffalign.cli import main
 from diffalign.config import save_yaml
 from diffalign.rewards.base import REWARDS, FunctionReward, register
 from diffalign.rollout.scoring import RewardWarning
-from diffalign.runtime.exits import Interrupted
+from diffalign.runtime.errors import Interrupted
 from tests.reliability.trainers import TRAINERS, held_out, short
 from tests.trainers.made_refl import config, gradients, trainer_of
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign import DiffusionDPOTrainer
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.settings import PreferenceSettings
 
-MASKED = PreferenceSettings(mask="mask")
+MASKED = PreferenceDataConfig(mask="mask")
 WEIGHTS = "run/pytorch_lora_weights.safetensors"
 
 

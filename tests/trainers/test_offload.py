@@ -8,8 +8,8 @@ import torch
 from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.models import base
-from diffalign.models.memory import size_of
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, place, tensors_of
+from diffalign.models.weight_memory import size_of
 from tests.models.visits import Logged
 from tests.trainers.made_refl import trainer_of
 

@@ -10,9 +10,9 @@ from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.sampler import Route
-from diffalign.trainers.rollouts import Rollout
-from diffalign.trainers.sources import RolloutSource
+from diffalign.rollout.sampler import SamplingPlan
+from diffalign.trainers.collector import Rollout
+from diffalign.trainers.diffusion_dpo.batches import RolloutSource
 
 
 def brightness(images, prompts, metadata):
@@ -68,7 +68,7 @@ def test_it_trains_flow_grpo(run, folder):
     buffer = RolloutBuffer.load(folder)
     expected = gradient(run)
     # All that the update sees comes from disk: the plan's levels are the model's, and prompts are encoded anew.
-    route = Route(run.rollout.route.plan, run.levels, run.guidance)
+    route = SamplingPlan(run.rollout.route.plan, run.levels, run.guidance)
     run.rollout = Rollout(buffer, route, run.encoded([p.text for p in buffer.prompts]), {})
     assert expected.norm() > 0
     assert torch.equal(gradient(run), expected)

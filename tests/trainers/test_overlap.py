@@ -9,7 +9,7 @@ import torch
 
 from diffalign import FlowGRPOTrainer
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.runtime.exits import StopRequested
+from diffalign.runtime.errors import StopRequested
 
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
 

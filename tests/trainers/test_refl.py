@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffalign import LoraConfig, ReFLTrainer
-from diffalign.diffusion.recipe import PRESETS
+from diffalign.diffusion.reward_gradient_presets import PRESETS
 from diffalign.rewards.base import get_reward
 from diffalign.runtime.tracking import MetricsLog
 from tests.models import tiny

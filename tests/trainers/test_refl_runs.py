@@ -13,7 +13,7 @@ from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, 
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.trainers.watch import Watch
+from diffalign.trainers.refl.hacking_monitor import Watch
 from tests.conftest import PIPELINE
 from tests.reliability.compare import same_checkpoint
 from tests.reliability.stops import crash_before

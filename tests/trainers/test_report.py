@@ -9,9 +9,9 @@ from torch import nn
 
 from diffalign import FlowGRPOConfig
 from diffalign.config.sections import RewardConfig
+from diffalign.evaluation.heldout import Shown
 from diffalign.models.weights import POLICY
-from diffalign.trainers.evaluation import Shown
-from diffalign.trainers.inputs import reward_table
+from diffalign.trainers.arguments import reward_table
 from diffalign.trainers.report import Report
 
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from diffalign.rewards.settings import RewardConfig
-from diffalign.trainers.flow_grpo import FlowGRPOTrainer
-from diffalign.trainers.inputs import check_groups, evaluation_rewards
+from diffalign.rewards.config import RewardConfig
+from diffalign.trainers.arguments import check_groups, evaluation_rewards
+from diffalign.trainers.flow_grpo.algorithm import FlowGRPOTrainer
 
 
 class Ranks:

@@ -8,8 +8,8 @@ from diffalign.data.pairs import load_pairs
 from diffalign.data.unpaired import load_labelled
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.models.weights import REFERENCE
-from diffalign.rollout.collect import Addresses, generate
-from diffalign.rollout.sampler import Route, ode_plan
+from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def test_losers_are_images_of_the_reference_and_winners_the_liked_ones(spin, pai
     assert [image.read() for image in (trainer.source.winners.data[i].image for i in range(12))] == winners
     # The base draws them, with the noise of each example's number.
     number = torch.arange(4)
-    addresses = Addresses(trainer.noise, "self play", 0, number, torch.zeros_like(number))
-    route = Route(ode_plan(2), model.levels(2), trainer.guidance)
+    addresses = NoiseKeys(trainer.noise, "self play", 0, number, torch.zeros_like(number))
+    route = SamplingPlan(ode_plan(2), model.levels(2), trainer.guidance)
     conditioning = model.encode(examples.texts)
     with model.using(REFERENCE):
         ((_, expected),) = generate(model, route, conditioning, number, addresses, 4)

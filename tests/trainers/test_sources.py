@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 
 from diffalign import DiffusionDPOTrainer
-from diffalign.data.settings import PreferenceSettings
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.stream import stream_pairs
-from diffalign.trainers.sources import StreamSource
+from diffalign.trainers.diffusion_dpo.batches import StreamSource
 
 
 @dataclass
@@ -60,7 +60,7 @@ def take(files, first, last, cursors=None):
 
     def one(rank):
         process = Process(rank, everyone, barrier)
-        data = stream_pairs(*files, settings=PreferenceSettings(scan=0), rank=rank, world=2)
+        data = stream_pairs(*files, settings=PreferenceDataConfig(scan=0), rank=rank, world=2)
         source = StreamSource(data, Keys(), process)
         if cursors is not None:
             source.resume(cursors)
@@ -112,7 +112,7 @@ def test_memory_keeps_no_more_than_its_share(dpo, monkeypatch):
     trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12))
     trainer.collect(0)
     size = trainer.examples.latents[0].nbytes
-    monkeypatch.setattr("diffalign.trainers.examples.KEPT", 5 * size)
+    monkeypatch.setattr("diffalign.trainers.diffusion_dpo.latents.KEPT", 5 * size)
     small = DiffusionDPOTrainer(args=dpo(num_pairs=12, output_dir=trainer.args.output_dir / "small"))
     small.collect(0)
     assert len(small.source.framer._rows) == 5

@@ -9,11 +9,10 @@ import torch
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 from diffalign.config import parse
-from diffalign.models import LoraConfig, load_model, quantise
+from diffalign.models import LoraConfig, load_model, performance, quantise
 from diffalign.models.attention import Dispatched
 from diffalign.models.quantise import quantisation, saved_bytes
 from diffalign.runtime.optimizers import make_optimizer
-from diffalign.trainers import speed
 from tests.conftest import PIPELINE
 
 
@@ -33,11 +32,11 @@ def test_attention_that_does_not_run_is_refused_before_training(small, train_pro
 
 def test_compile_reaches_the_denoiser(small, monkeypatch):
     compiled = []
-    monkeypatch.setattr(speed, "compile_blocks", compiled.append)
+    monkeypatch.setattr(performance, "compile_blocks", compiled.append)
     model = SimpleNamespace(raw_denoiser="denoiser", device=torch.device("cpu"), dtype=torch.float32)
-    speed.set_speed(model, small())
+    performance.set_performance(model, "native", "no", compile=False)
     assert not compiled
-    speed.set_speed(model, small(compile=True))
+    performance.set_performance(model, "native", "no", compile=True)
     assert compiled == ["denoiser"]
 
 

@@ -1,0 +1,162 @@
+"""``diffalign check``: what is wrong with a data set, or with files of prompts, before a run finds out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from diffalign.commands.check_config import CheckConfig
+from diffalign.commands.check_prompts import examine_prompts, prompts_text, too_long
+from diffalign.data.config import PreferenceDataConfig
+from diffalign.data.images import digest, fetched
+from diffalign.data.pairs import PairData, usable_images
+from diffalign.data.stream import PairStream
+from diffalign.data.unpaired import LabelledData
+from diffalign.data.validation import EXAMPLES, fault_lines
+from diffalign.files import shorten, some
+from diffalign.structures import LabelledImage, Pair
+
+
+@dataclass
+class Tally:
+    """Counts over the samples of a data set."""
+
+    good: int = 0
+    decided: int = 0
+    first: int = 0
+    ties: int = 0
+    soft: int = 0
+
+    def add(self, sample: Pair | LabelledImage) -> None:
+        """Counts a label: that of an image that is liked like that of a pair whose first image is preferred."""
+        label = sample.label if isinstance(sample, Pair) else float(sample.liked)
+        self.good += 1
+        self.decided += label != 0.5
+        self.first += label > 0.5
+        self.ties += label == 0.5
+        self.soft += label not in (0, 0.5, 1)
+
+
+class Repeats:
+    """Samples that come twice: the same text and images, in whichever order."""
+
+    def __init__(self) -> None:
+        self.seen: dict[bytes, tuple[str, bool | None]] = {}
+        self.names: list[str] = []
+        self.contradicting = 0
+
+    def add(self, sample: Pair | LabelledImage) -> None:
+        """Counts a sample whose images are in memory."""
+        marks = [digest(source) for source in sample.images]
+        text = "\0".join([sample.prompt.text, *sorted(marks)])
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        liked = sample.liked if isinstance(sample, LabelledImage) else _preferred(sample, marks)
+        first = self.seen.setdefault(key, (sample.key, liked))
+        if first[0] != sample.key:
+            self.names.append(f"{sample.key} is {first[0]} again")
+            self.contradicting += liked != first[1]
+
+
+def _preferred(pair: Pair, marks: list[str]) -> bool | None:
+    """Whether the image whose digest comes first in the alphabet is preferred; None for ties."""
+    return None if pair.tie else (pair.label > 0.5) == (marks[0] <= marks[1])
+
+
+def samples(data: PairData | LabelledData | PairStream) -> Iterable[Pair | LabelledImage]:
+    """All of them, once."""
+    return data.once() if isinstance(data, PairStream) else (data[i] for i in range(len(data)))
+
+
+def examine(config: CheckConfig) -> dict[str, Any]:
+    """Everything that is known after reading the data once: what ``run`` prints."""
+    encoders = config.encoders()
+    data, settings = config.open(), config.settings()
+    tally, repeats, sizes = Tally(), Repeats(), Counter()
+    prompts: dict[str, None] = {}
+    for sample, images in _looked_at(data, settings, config.scan):
+        tally.add(sample)
+        repeats.add(sample)
+        sizes.update(f"{image.width} x {image.height}" for image in images)
+        prompts[sample.prompt.text] = None
+    found = data.quarantine.summary()
+    skipped = found.pop("skipped")
+    report = {
+        "data": list(config.data),
+        "good": tally.good,
+        **found,
+        "first_preferred": tally.first / tally.decided if tally.decided else None,
+        "ties": tally.ties + skipped.get("ties", 0),
+        "unlabelled": skipped.get("unlabelled", 0),
+        "soft_labels": tally.soft,
+        "repeated": {"count": len(repeats.names), "contradicting": repeats.contradicting, "samples": repeats.names},
+        "prompts": len(prompts),
+        "long": [f"{length}: {shorten(text, 60)}" for text in prompts if (length := too_long(text, encoders))],
+        "sizes": dict(sizes.most_common()),
+    }
+    return {**report, "verdict": verdict(config, report)}
+
+
+def _looked_at(
+    data: PairData | LabelledData | PairStream, settings: PreferenceDataConfig, limit: int | None
+) -> Iterator[tuple[Pair | LabelledImage, tuple[Image.Image, ...]]]:
+    """The good samples with their images; the others go to the quarantine."""
+    for place, sample in enumerate(tqdm(islice(samples(data), limit), unit="sample", disable=None)):
+        data.quarantine.examined += 1
+        inside = fetched(sample)
+        if (images := usable_images(inside, settings, data.quarantine, count_kept=True)) is not None:
+            if isinstance(data, PairData):
+                data.confirm(place, inside)
+            yield inside, images
+
+
+def verdict(config: CheckConfig, report: dict[str, Any]) -> list[str]:
+    """Why a run with these settings would stop; empty where it would not."""
+    reasons = [
+        f"{kind}: {report['faults'][kind]['count']}, which on_fault does not tolerate"
+        for kind, action in config.on_fault.items()
+        if action == "error" and report["faults"][kind]["count"]
+    ]
+    if config.ties == "error" and report["ties"]:
+        reasons.append(f"{report['ties']} ties, which are not tolerated")
+    if report["bad_share"] > config.max_bad_share:
+        reasons.append(f"{report['bad_share']:.1%} cannot be used, max_bad_share is {config.max_bad_share:.1%}")
+    return reasons if report["good"] else [*reasons, "not one sample can be used"]
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    balance = report["first_preferred"]
+    share = "no label decides" if balance is None else f"the first image is preferred (or liked) in {balance:.1%}"
+    sizes = [f"{size} ({count})" for size, count in list(report["sizes"].items())[:EXAMPLES]]
+    rest = len(report["sizes"]) - len(sizes)
+    repeated = report["repeated"]
+    long = report["long"]
+    parts = [
+        f"{some(report['data'], 5, 200)}: {report['good']} good samples in {report['rows']} rows",
+        f"labels: {share}; {report['ties']} ties, {report['unlabelled']} unlabelled, {report['soft_labels']} soft",
+        f"prompts: {report['prompts']} different, {len(long)} too long for a text encoder",
+        *(f"  {name}" for name in long[:EXAMPLES]),
+        f"sizes: {', '.join(sizes) or 'none'}" + (f" and {rest} more" if rest else ""),
+        f"repeated: {repeated['count']}, of which {repeated['contradicting']} contradict the first",
+        *(f"  {shorten(name, 300)}" for name in repeated["samples"][:EXAMPLES]),
+        *fault_lines(report["faults"]),
+        *report["not_read"],
+        *(f"a run would stop: {reason}" for reason in report["verdict"]),
+    ]
+    return "\n".join(parts)
+
+
+def run(config: CheckConfig) -> int:
+    """The command: prints the report; 1 where a run with these settings would stop, else 0."""
+    report = examine_prompts(config.data, config.encoders()) if config.of_prompts else examine(config)
+    said = prompts_text if config.of_prompts else text
+    print(json.dumps(report, indent=1) if config.json else said(report))
+    return 1 if report["verdict"] else 0

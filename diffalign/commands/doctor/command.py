@@ -1,0 +1,45 @@
+"""The command: everything in order, a line as soon as it is known, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from diffalign.commands.doctor.config import PIPELINE, DoctorConfig
+from diffalign.commands.doctor.findings import Check, Finding, examined, verdict
+from diffalign.commands.doctor.machine import devices, disk, environment, packages
+from diffalign.commands.doctor.probes import attention, compiling, lora_round_trip
+from diffalign.commands.doctor.trials import trials
+
+
+def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:
+    """Prints what is found; 1 where there is a problem, else 0. trainers: name -> (configuration, trainer)."""
+    findings = []
+    for title, check in checks(config, trainers).items():
+        print(f"\n{title}", flush=True)
+        for finding in examined(title, check):
+            print(f"  {finding}", flush=True)
+            findings.append(finding)
+    print(f"\n{verdict(findings)}")
+    return int(any(finding.status == "problem" for finding in findings))
+
+
+def checks(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> dict[str, Check]:
+    """What is looked at, in order, by title."""
+    found: dict[str, Check] = {
+        "environment": environment,
+        "packages": packages,
+        "devices": devices,
+        "disk": partial(disk, config.output_dir),
+        "attention": attention,
+        "compile": compiling,
+    }
+    world = config.world()
+    if world is None:
+        return {**found, "embedded world": _no_world}
+    return {**found, "LoRA": partial(lora_round_trip, world / PIPELINE), "trainers": partial(trials, trainers, world)}
+
+
+def _no_world() -> Iterator[Finding]:
+    text = "assets/shapes-sd3 is not here: LoRA and trainers were not tried"
+    yield Finding("embedded world", "problem", text, "run in a checkout of the repository, or give --assets FOLDER")

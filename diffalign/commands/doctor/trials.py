@@ -1,0 +1,97 @@
+"""Every trainer, for two steps on the embedded world."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.commands.doctor.config import PIPELINE
+from diffalign.commands.doctor.findings import Finding
+from diffalign.config import from_dict
+from diffalign.models.lora import WEIGHTS_NAME, learned_nothing
+from diffalign.runtime.tracking import MetricsLog
+
+STEPS = 2
+# What every trial is told.
+COMMON: Mapping[str, Any] = {
+    "max_sequence_length": 16,
+    "lora": {"rank": 4},
+    "max_train_steps": STEPS,
+    "learning_rate": 1e-3,
+}
+ROLLOUTS: Mapping[str, Any] = {"num_groups": 2, "group_size": 4, "rollout_batch_size": 8, "train_batch_size": 8}
+# Trainer -> what its trial is told besides; "{assets}" stands for the folder of the embedded world.
+TRIALS: dict[str, Mapping[str, Any]] = {
+    "diffusion_dpo": {
+        "train_data": ["{assets}/preferences/shapes.parquet"],
+        "data": {"scan": 8},
+        "num_pairs": 4,
+        "train_batch_size": 4,
+        "cache": False,
+    },
+    # A reward that tells any two images apart, so that there is something to learn.
+    "flow_grpo": {
+        **ROLLOUTS,
+        "train_prompts": "{assets}/prompts/shapes_train.jsonl",
+        "rewards": {"jpeg_compressibility": 1.0},
+        "plan": {"preset": "first_steps", "num_steps": 4, "window_size": 2},
+    },
+    "refl": {
+        "train_prompts": "{assets}/prompts/shapes_train.jsonl",
+        "rewards": {
+            "pickscore": {"options": {"path": "{assets}/judges/pickscore", "tokenizer": "{assets}/judges/pickscore"}}
+        },
+        "num_groups": 4,
+        "rollout_batch_size": 4,
+        "train_batch_size": 4,
+        "recipe": {"preset": "draft_1", "num_steps": 4},
+    },
+}
+
+
+def trials(trainers: Mapping[str, tuple[type, type]], assets: Path) -> Iterator[Finding]:
+    """A trial of each; trainers: name -> (configuration, trainer)."""
+    for name, (config, trainer) in trainers.items():
+        begun = time.perf_counter()
+        try:
+            text = _trial(config, trainer, name, assets)
+        except Exception as error:  # whatever a trainer raises is what the user would see
+            text = f"{type(error).__name__}: {error}"
+            fix = f"the same as a run: diffalign train {name} --config configs/{name}/shapes.yaml --max_train_steps 2"
+            yield Finding(f"trainer {name}", "problem", text, fix)
+            continue
+        yield Finding(f"trainer {name}", "ok", f"{text} in {time.perf_counter() - begun:.0f} s")
+
+
+def _trial(config: type, trainer: type, name: str, assets: Path) -> str:
+    """What came of two steps. RuntimeError where they taught nothing."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = from_dict(config, settings(name, assets, Path(folder) / "run"), f"trial of {name}")
+        trainer(args=args).train()
+        rows = MetricsLog.read(args.output_dir / "metrics.jsonl")
+        steps = [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+        if len(steps) != STEPS or not all(math.isfinite(value) for step in steps for value in step):
+            raise RuntimeError(f"{STEPS} steps gave (loss, gradient norm) {steps}")
+        if learned_nothing(args.output_dir / WEIGHTS_NAME):
+            raise RuntimeError("the LoRA did not change")
+    return f"{STEPS} steps, gradient norms {', '.join(f'{norm:.2g}' for _, norm in steps)}, a LoRA,"
+
+
+def settings(name: str, assets: Path, output_dir: Path) -> dict[str, Any]:
+    """The configuration of a trial, as plain values."""
+    told = {**COMMON, "model": str(assets / PIPELINE), **TRIALS.get(name, {})}
+    return {**_placed(told, assets), "output_dir": str(output_dir)}
+
+
+def _placed(value: Any, assets: Path) -> Any:
+    if isinstance(value, str):
+        return value.replace("{assets}", str(assets))
+    if isinstance(value, Mapping):
+        return {key: _placed(one, assets) for key, one in value.items()}
+    return [_placed(one, assets) for one in value] if isinstance(value, list) else value

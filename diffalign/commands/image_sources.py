@@ -1,0 +1,169 @@
+"""Where pictures to be judged come from: files, folders, tables; read one by one, when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from diffalign import media
+from diffalign.data.config import PreferenceDataConfig
+from diffalign.data.folders import Listing, caption, listed, pictures_below
+from diffalign.data.records import Records
+from diffalign.data.row import PROMPTS, Row
+from diffalign.data.tables import LOADERS, TEXTS, Table, open_table
+from diffalign.data.validation import DataWarning
+from diffalign.files import bounded, check_inside, printable, shorten, some
+from diffalign.rewards.support.images import as_image, from_pil
+from diffalign.structures import ImageSource, Prompt
+
+PICTURES = ("image", "jpg_0", "file_name", "file_path")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture to be judged.
+
+    name: tells it from the others. load: reads it. prompt: None where none was found. content: what it was, so that
+    another picture of the same name is told apart: size and time of a file, a digest of bytes in a table.
+    """
+
+    name: str
+    load: Callable[[], Tensor]
+    prompt: Prompt | None = None
+    content: str = ""
+
+    def under(self, prompt: Prompt) -> Item:
+        """The same picture, of another prompt."""
+        return replace(self, prompt=prompt)
+
+
+def read(source: str, image_root: Path | None = None, allow_outside: bool = False) -> Iterator[Item]:
+    """The pictures of a file or folder, in order.
+
+    A folder: every picture below it, in natural order, with the prompts of a ``metadata.jsonl`` or ``metadata.csv`` in
+    it ("file_name", and "prompt", "caption" or "text"; the other members become metadata), or of a ``.txt`` file beside
+    each. A table (.parquet, .arrow, .jsonl, .json, .csv, a folder that ``datasets`` saved): a picture ("image",
+    "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row; paths start at the table's folder, or at ``image_root``.
+    Anything else is a picture.
+
+    FileNotFoundError: nothing there. ValueError: no picture in it, or columns that cannot be told.
+    """
+    path = Path(source)
+    settings = PreferenceDataConfig(image_root=image_root, allow_outside=allow_outside)
+    if not os.path.lexists(source):  # unlike Path.exists, False for names that are too long
+        raise FileNotFoundError(f"nothing at {shorten(source)}: check the path (relative to {Path.cwd()})")
+    saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if saved or (not path.is_dir() and path.suffix.lower() in (*LOADERS, *TEXTS)):
+        yield from _table(open_table(path, settings))
+    elif path.is_dir():
+        yield from _folder(path, settings)
+    else:
+        yield _file(path, None)
+
+
+def _folder(path: Path, settings: PreferenceDataConfig) -> Iterator[Item]:
+    pictures, listing = pictures_below(path)
+    entries = listed(path)
+    if entries is not None:
+        named = {path / str(entry[key]) for entry in entries for key in PICTURES if entry.get(key)}
+        listing.unlisted = [str(file.relative_to(path)) for file in pictures if file not in named]
+    elif not pictures:
+        raise ValueError(f"{shorten(path)} holds no picture: name the folder that does")
+    _say(listing, path)
+    if entries is not None:
+        yield from _listed(path, entries, settings)
+        return
+    stems: dict[Path, Path] = {}
+    for file in pictures:
+        other = stems.setdefault(file.with_suffix(""), file)
+        if other != file and file.with_suffix(".txt").is_file():
+            both = f"{shorten(other)} and {shorten(file.name)}"
+            raise ValueError(f"{both} have one text, {file.with_suffix('.txt').name}: rename one of the pictures")
+    yield from (_file(file, None if settings.allow_outside else path) for file in pictures)
+
+
+def _say(listing: Listing, folder: Path) -> None:
+    if notes := listing.notes(folder):
+        warnings.warn(bounded("\n".join(notes)), DataWarning, stacklevel=3)
+
+
+def _listed(folder: Path, entries: Records, settings: PreferenceDataConfig) -> Iterator[Item]:
+    within = None if settings.allow_outside else (*filter(None, [settings.image_root]), folder)
+    name = printable(entries.paths[0])
+    yield from _table(Table(name, entries, settings.image_root or folder, within=within))
+
+
+def _file(path: Path, within: Path | None) -> Item:
+    def load() -> Tensor:
+        if within is not None:
+            check_inside(path, (within,))
+        return as_image(path)
+
+    beside = path.with_suffix(".txt")
+    text = caption(beside, within) if beside != path else None
+    return Item(
+        printable(path), load, None if text is None else Prompt(text), _content(ImageSource(printable(path), path))
+    )
+
+
+def _table(table: Table) -> Iterator[Item]:
+    column = next((key for key in PICTURES if key in table.columns), None)
+    if column is None:
+        columns = some(table.columns, 20, 40)
+        raise ValueError(f"{table.name} has no column {' or '.join(PICTURES)} (it has {columns}): rename one")
+    for number, row in enumerate(table.rows()):
+        chosen = row.first(PICTURES)
+        source = row.image(chosen)
+        if isinstance(table.data, Records) and row.cell(chosen) is None:
+            raise ValueError(f'{table.data.where(number)}: no picture; write {{"image": "FILE", "prompt": "..."}}')
+        name = printable(source.content) if isinstance(source.content, Path) else f"{table.name}#{number}"
+        yield Item(name, partial(_load, source), _prompt(row, table), _content(source))
+
+
+def _content(source: ImageSource) -> str:
+    try:
+        if not isinstance(source.content, Path):
+            return hashlib.blake2b(source.read(), digest_size=16).hexdigest()
+        found = source.content.stat()
+    except media.BROKEN:  # loading it says what is wrong
+        return ""
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _load(source: ImageSource) -> Tensor:
+    try:
+        return from_pil(media.decode(source.read()))
+    except media.BROKEN as error:
+        raise ValueError(f"{source.name} cannot be read as a picture: {media.reason(error)}") from error
+
+
+def _prompt(row: Row, table: Table) -> Prompt | None:
+    """The text of a row, None without one; its other cells but pictures are metadata, as in prompt files."""
+    column = row.first(PROMPTS)
+    if row.values.get(column) is None:
+        return None
+    used = {*PICTURES, column, "metadata", *table.encoded}
+    typeless = isinstance(table.data, Records) and table.data.paths[0].suffix.lower() == ".csv"
+    return Prompt(row.text(), row.metadata((name for name in row.values if name not in used), typeless))
+
+
+def with_prompts(items: Iterator[Item], prompts: Sequence[Prompt]) -> Iterator[Item]:
+    """Items with ``prompts``: one for all, or one each in their order. ValueError: as many of both there are not."""
+    if len(prompts) == 1:
+        yield from (item.under(prompts[0]) for item in items)
+        return
+    rest = iter(prompts)
+    for number, item in enumerate(items):
+        prompt = next(rest, None)
+        if prompt is None:
+            raise ValueError(f"{len(prompts)} prompts for more than {number} pictures: give one for each, or one")
+        yield item.under(prompt)
+    if next(rest, None) is not None:
+        raise ValueError(f"{len(prompts)} prompts are more than pictures: give one for each, or one")

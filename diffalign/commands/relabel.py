@@ -1,0 +1,206 @@
+"""``diffalign relabel``: rewards judge the pairs of a data set, and their labels are stored beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.commands.relabel_config import RelabelConfig
+from diffalign.commands.resume import mend, whole_rows
+from diffalign.data.ai_labels import RULES, labels_path, read_table, write_table
+from diffalign.data.images import content_key, fetched, to_uint8
+from diffalign.data.pairs import open_part, usable_images
+from diffalign.data.stream import open_stream_part
+from diffalign.data.validation import Fault, Quarantine
+from diffalign.files import bounded, shorten
+from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.config import RewardConfig, build_rewards
+from diffalign.rollout.scoring import score
+from diffalign.structures import Pair
+
+Scores = dict[str, float | None]  # "NAME/0" and "NAME/1", of the first and the second image
+
+
+def relabel(source: str | Path, config: RelabelConfig) -> Path:
+    """Judges every pair of ``source`` and writes the labels: see ``data.ai_labels``. The file that was written.
+
+    Pairs that these rewards judged before, in an interrupted run or of an older form of the data, are not judged again;
+    they are known by their content. Pairs that cannot be read get no label. ValueError: as ``load_pairs``.
+    """
+    rewards, weights = build_rewards(config.judges(), config.allow_reward_code)
+    path, about = labels_path(source, config.labels), {"rewards": _recipes(config)}
+    book = Book(path, about)
+    quarantine = Quarantine(config.on_fault, config.max_bad_share)
+    order: list[tuple[str, str]] = []
+    with book.file:
+        for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
+            for entry, scores in zip(batch, judge(rewards, batch), strict=True):
+                book.add(entry.content, scores)
+    rows = [_row(key, content, book.known.get(content, {}), weights, config) for key, content in order]
+    if not rows:
+        text = "\n".join([f"{shorten(source)}: not one pair can be judged", *quarantine.lines()])
+        raise ValueError(bounded(text))
+    write_table(path, rows, {**about, "weights": weights, "rule": config.rule, "scale": config.scale})
+    book.close()
+    print("\n".join([f"{path}: {_summary(rows)}", *quarantine.lines()]))
+    return path
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A pair that has no scores yet: what identifies its content, and its images, uint8, of maybe different sizes."""
+
+    pair: Pair
+    content: str
+    images: tuple[Tensor, Tensor]
+
+
+def _pending(
+    source: str | Path, config: RelabelConfig, quarantine: Quarantine, book: Book, order: list[tuple[str, str]]
+) -> Iterator[Pending]:
+    """The pairs that have no scores yet; of every pair, key and content go to ``order``."""
+    asked: set[str] = set()
+    for key, pair in tqdm(_every(source, config, quarantine), unit="pair", disable=None):
+        inside = fetched(pair)
+        try:
+            content = content_key(inside)
+        except Fault:
+            content = ""
+        order.append((key, content))
+        if content in book.known or content in asked:
+            continue
+        if (images := usable_images(inside, config.settings(), quarantine)) is not None:
+            asked.add(content)
+            yield Pending(inside, content, tuple(to_uint8(image) for image in images))
+
+
+def _every(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
+    if config.streaming:
+        streamed = open_stream_part(source, config.settings())
+        quarantine.notes += streamed.stream.notes
+        yield from ((key, pair) for key, pair, _ in streamed.pairs(quarantine))
+        return
+    part = open_part(source, config.settings())
+    quarantine.notes += part.table.notes
+    for row, place, pair, _ in part.pairs(quarantine):
+        yield f"{row}.{place}", pair
+
+
+def _batches(pending: Iterator[Pending], size: int) -> Iterator[list[Pending]]:
+    """Pairs whose images have the same two sizes, up to ``size`` at once, as soon as there are so many."""
+    waiting: dict[tuple[torch.Size, torch.Size], list[Pending]] = {}
+    for entry in pending:
+        shapes = (entry.images[0].shape, entry.images[1].shape)
+        waiting.setdefault(shapes, []).append(entry)
+        if len(waiting[shapes]) == size:
+            yield waiting.pop(shapes)
+    yield from waiting.values()
+
+
+def judge(rewards: Mapping[str, Reward], batch: Sequence[Pending]) -> list[Scores]:
+    """The scores of each pair, None where a reward has none.
+
+    Rewards that rank within a group see a pair as one, if both of its images have the same size.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = [entry.pair.prompt for entry in batch]
+    sides = [torch.stack([entry.images[side] for entry in batch]).to(device).float() / 255 for side in (0, 1)]
+    if sides[0].shape == sides[1].shape:
+        groups = torch.arange(len(batch)).repeat(2)
+        both = score(rewards, torch.cat(sides), [*prompts, *prompts], groups)
+        found = [{name: both[name].chunk(2)[side] for name in rewards} for side in (0, 1)]
+    else:
+        alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
+        found = [score(alone, images, prompts).values for images in sides]
+    nothing = torch.full((len(batch),), math.nan)
+    return [
+        {f"{name}/{side}": _number(found[side].get(name, nothing)[i]) for name in rewards for side in (0, 1)}
+        for i in range(len(batch))
+    ]
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()
+
+
+def _row(key: str, content: str, scores: Scores, weights: Mapping[str, float], config: RelabelConfig) -> dict[str, Any]:
+    columns = {f"{name}/{side}": scores.get(f"{name}/{side}") for name in weights for side in (0, 1)}
+    gaps = []
+    for name, weight in weights.items():
+        first, second = columns[f"{name}/0"], columns[f"{name}/1"]
+        gaps.append((weight, None if first is None or second is None else first - second))
+    return {"key": key, "content": content, "label": RULES[config.rule](gaps, config.scale), **columns}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    labels = [row["label"] for row in rows if row["label"] is not None]
+    ties, first = labels.count(0.5), sum(label > 0.5 for label in labels)
+    return (
+        f"{len(rows)} pairs, first image preferred in {first}, second in {len(labels) - first - ties}, {ties} ties, "
+        f"{len(rows) - len(labels)} without a label"
+    )
+
+
+def _recipes(config: RelabelConfig) -> dict[str, dict[str, Any]]:
+    """What scores depend on, by reward."""
+    entries = {name: e if isinstance(e, RewardConfig) else RewardConfig() for name, e in config.judges().items()}
+    return {name: {"reward": entry.reward, "options": entry.options} for name, entry in entries.items()}
+
+
+class Book:
+    """The scores that are known by content: of the finished table, and of a run that was interrupted."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path.with_suffix(".jsonl")
+        self.known: dict[str, Scores] = {}
+        names = list(about["rewards"])
+        before = path.with_suffix(".json")
+        if before.is_file() and json.loads(before.read_text(encoding="utf-8"))["rewards"] == about["rewards"]:
+            self._learn(read_table(path), names)
+        mend(self.path)
+        rows = whole_rows(self.path)
+        if len(rows) > 1 and rows[0] != about:
+            raise ValueError(f"{self.path} holds scores of other rewards: delete it, or choose another name of labels")
+        self._learn(rows[1:], names)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a" if len(rows) > 1 else "w", encoding="utf-8")
+        if len(rows) <= 1:
+            self._write(about)
+
+    def _learn(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+        columns = [f"{name}/{side}" for name in names for side in (0, 1)]
+        for row in rows:
+            if all(row[column] is not None for column in columns):
+                self.known[row["content"]] = {column: row[column] for column in columns}
+
+    def add(self, content: str, scores: Scores) -> None:
+        """Notes the scores of a pair."""
+        self.known[content] = scores
+        self._write({"content": content, **scores})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """The table is written: the notes are not needed any more."""
+        self.file.close()
+        self.path.unlink()
+
+
+def run(config: RelabelConfig) -> None:
+    """The command: one file of labels for each source. ValueError: nothing to judge."""
+    if not config.data:
+        raise ValueError("name preference data: diffalign relabel pairs.parquet --rewards pickscore")
+    if len(config.data) > 1 and config.labels.endswith(".parquet"):
+        raise ValueError(f"labels {config.labels} is one file for {len(config.data)} sources: give a name instead")
+    for source in config.data:
+        relabel(source, config)

@@ -1,0 +1,278 @@
+"""A row of a table: its cells as texts, numbers and images, with errors that name row and column."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.records import parse_json
+from diffalign.data.validation import Fault
+from diffalign.files import printable, shorten
+from diffalign.structures import ImageSource, Prompt, without_nulls
+
+PROMPTS = ("prompt", "caption", "text")
+MAX_PROMPT = 100_000  # characters; text encoders read at most a few thousand
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s_-]{40,}={0,2}\s*")
+# First bytes of image files, in base64.
+_IMAGE_STARTS = (
+    "iVBORw0KGgo",
+    "/9j/",
+    "R0lGOD",
+    "UklGR",
+    "Qk",
+    "SUkq",
+    "TU0AK",
+    "AAAAIGZ0eX",
+    "AAAAHGZ0eX",
+    "AAAADGpQ",
+)
+
+
+def as_text(value: Any) -> str:
+    """Convert a cell to text: a number is the text that it is written as, nothing is empty.
+
+    ValueError: a list or mapping, text that is too long or holds half of a surrogate pair.
+    """
+    if isinstance(value, bytes):
+        value = value.decode()
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{shorten(repr(value), 60)} is no text")
+    text = str(value).strip()
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"a text of {len(text):,} characters, more than {MAX_PROMPT:,}: {shorten(text, 60)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("a text with half of a surrogate pair; write the letter itself")
+    return text
+
+
+def as_metadata(value: Any) -> dict[str, Any]:
+    """Convert a cell to metadata: a mapping, or JSON of one, without the nulls that tables write for absent members.
+
+    ValueError: something else.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = parse_json(text, shorten(text, 60)) if text else None
+        except ValueError as error:
+            raise ValueError(f"{error}; write it with json.dumps") from error
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, tuple) and len(x) == 2 for x in value):
+        value = dict(value)  # a map of Arrow
+    if value is None or value != value:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{shorten(repr(value), 60)} is not a mapping of names to values")
+    found: dict[str, Any] = without_nulls(value)
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row. name: of its source and its number; key: the number, as text; root: where relative image paths start.
+
+    A cell that is a function is fetched when its image is read. masks: the column of masks, where they are asked for.
+    within: folders that hold the image files; None: any.
+    """
+
+    name: str
+    key: str
+    values: Mapping[str, Any] = field(repr=False)
+    root: Path = Path()
+    masks: str | None = None
+    within: tuple[Path, ...] | None = None
+
+    def first(self, columns: Sequence[str]) -> str:
+        """The first of ``columns`` that has a value here, else the first that is there."""
+        there = [column for column in columns if column in self.values]
+        filled = (column for column in there if self.values[column] is not None and self.values[column] != "")
+        return next(filled, (there or columns)[0])
+
+    def cell(self, column: str) -> Any:
+        """The value in ``column``, None where there is none; a list that a text file holds as JSON, as a list."""
+        value = self.values.get(column)
+        if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+            try:
+                return parse_json(value, column)
+            except ValueError:
+                return value
+        return None if isinstance(value, str) and not value.strip() else value
+
+    def flag(self, column: str) -> bool | None:
+        """True or False in ``column``, also as the text of a CSV file; None for anything else."""
+        value = self.values.get(column)
+        text = str(value).strip().lower()
+        return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
+
+    def fault(self, kind: str, column: str, detail: str) -> Fault:
+        """A fault of this row."""
+        return Fault(kind, f"{self.name}, {column}", detail)
+
+    def text(self, columns: Sequence[str] = PROMPTS) -> str:
+        """The text of the first of ``columns``, empty where there is none. Fault "bad_row": no text."""
+        column = self.first(columns)
+        value = self.values.get(column)
+        try:
+            return as_text(value() if callable(value) else value)
+        except ValueError as error:
+            raise self.fault("bad_row", column, str(error)) from error
+
+    def prompt(self) -> Prompt:
+        """The text ("prompt", "caption" or "text"), empty where there is none, and the mapping in "metadata".
+
+        Fault "bad_row": another kind of text, or metadata that are no mapping.
+        """
+        return Prompt(self.text(), self.metadata())
+
+    def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
+        """The mapping in "metadata", and the cells of ``others``. Fault "bad_row": no mapping.
+
+        typeless: cells are texts, as in CSV: an empty one is absent, JSON of a list or mapping is read.
+        """
+        value = self.values.get("metadata")
+        try:
+            own = as_metadata(value() if callable(value) else value)
+        except ValueError as error:
+            raise self.fault("bad_row", "metadata", str(error)) from error
+        cells = {name: self.values[name] for name in others}
+        beside: dict[str, Any] = without_nulls({n: _typed(cell) for n, cell in cells.items()} if typeless else cells)
+        return {**beside, **own}
+
+    def image(self, column: str, identity: Any = None, place: int | None = None) -> ImageSource:
+        """The image in ``column``, of a list the one at ``place``.
+
+        Encoded bytes, also in base64; a path; ``datasets``' mapping of both; or a list of one of these.
+        """
+        cell = self.cell(column)
+        name = f"{self.name}, {column}" + ("" if place is None else f"[{place}]")
+        label = None if identity is None else str(identity)
+        value = cell if callable(cell) else _pick(cell, place)
+        if (path := self._path(value)) is not None:
+            return ImageSource(shorten(printable(path)), path, label or str(path), self.within)
+        return ImageSource(name, partial(self._fetch, value, place), label, self.within)
+
+    def mask(self) -> ImageSource | None:
+        """The mask of the row's images; None where masks are not asked for."""
+        return None if self.masks is None else self.image(self.masks)
+
+    def _fetch(self, value: Any, place: int | None) -> bytes | Path | None:
+        value = _pick(value(), place) if callable(value) else value
+        path = self._path(value)
+        return _content(value) if path is None else path
+
+    def _path(self, value: Any) -> Path | None:
+        """The path that a cell holds, where it holds one."""
+        if isinstance(value, Path) or (isinstance(value, str) and value.strip() and _is_path(value)):
+            return self.root / value
+        return None
+
+    def number(self, column: str) -> float | None:
+        """The number in ``column``; None for none, or NaN. Fault "bad_label": something else."""
+        value = self.cell(column)
+        try:
+            found = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise self.fault("bad_label", column, f"{shorten(repr(value), 60)} is not a number") from None
+        return None if math.isnan(found) else found
+
+    def choice(self, column: str, choices: Sequence[float]) -> float:
+        """The number in ``column``, one of ``choices``. Fault "bad_label": another, or none."""
+        value = self.number(column)
+        if value not in choices:
+            raise self.fault("bad_label", column, f"{value} is not one of {', '.join(f'{c:g}' for c in choices)}")
+        return value
+
+    def probability(self, column: str) -> float | None:
+        """The number in ``column``, in [0, 1]; None for none. Fault "bad_label": outside."""
+        value = self.number(column)
+        if value is not None and not 0 <= value <= 1:
+            raise self.fault("bad_label", column, f"{value} is not in [0, 1]")
+        return value
+
+
+def _typed(cell: str) -> Any:
+    """What a cell of a CSV file holds: nothing, a list or mapping in JSON, or its text."""
+    if not cell.strip():
+        return None
+    if not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return parse_json(cell, "cell")
+    except ValueError:
+        return cell
+
+
+def _pick(cell: Any, place: int | None) -> Any:
+    """One value of a cell: of a list the one at ``place``, or its only one; of ``datasets``' mapping bytes or path."""
+    if isinstance(cell, (list, tuple)) and (place is not None or len(cell) == 1):
+        return _pick(cell[place or 0], None) if cell and (place or 0) < len(cell) else None
+    if isinstance(cell, Mapping) and {"bytes", "path"} & set(cell):
+        return cell.get("bytes") or cell.get("path")
+    return cell
+
+
+def _is_path(text: str) -> bool:
+    if _URL.match(text) or text.startswith("data:") or "\0" in text or len(text) > 4096:
+        return False
+    # Damaged base64 is no path either; that of a JPEG even begins with a slash.
+    damaged = len(text) > 255 and text.startswith(_IMAGE_STARTS) and "." not in text
+    return not damaged and not _is_base64(text)
+
+
+def _is_base64(text: str) -> bool:
+    return text.lstrip().startswith(_IMAGE_STARTS) and _BASE64.fullmatch(text) is not None
+
+
+def _content(value: Any) -> bytes | None:
+    """The bytes of an image that a cell holds itself. ValueError, in few words: it holds none."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (list, tuple)):
+        raise ValueError(f"a list of {len(value)} images where one belongs")
+    if not isinstance(value, str):
+        raise ValueError(f"{shorten(repr(value), 60)} is neither a path nor the content of an image file")
+    if match := _DATA_URL.match(value[:300]):
+        return _from_base64(value[match.end() :])
+    if _URL.match(value):
+        raise ValueError(f"{shorten(value, 80)} is an address, and nothing is fetched: download it, name its file")
+    if "\0" in value or not _is_base64(value):
+        raise ValueError(f"a text of {len(value):,} characters is neither a path nor an image in base64")
+    return _from_base64(value)
+
+
+def _from_base64(text: str) -> bytes:
+    packed = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"bad base64 ({error}) in a text of {len(text):,} characters") from error
+
+
+def named_row(
+    name: str,
+    key: str,
+    values: Mapping[str, Any],
+    root: Path,
+    masks: str | None,
+    within: tuple[Path, ...] | None = None,
+) -> Row:
+    """A row; one with a "name" of its own, as folders and buffers have, is called by it."""
+    own = values.get("name") if isinstance(values.get("name"), str) else None
+    return Row(f"{name} ({shorten(own, 80)})" if own else name, key, values, root, masks, within)
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every column of some rows, in the order of their first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))

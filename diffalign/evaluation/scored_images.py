@@ -1,0 +1,32 @@
+"""Images of one model with their rewards, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.files import read_bytes
+from diffalign.media import decode
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """The images of one model: N rows, ordered by prompt and sample.
+
+    prompt: (N,) int64, the place in the prompt list. scores: reward -> (N,) float32, NaN where it failed. files: (N,).
+    """
+
+    prompt: Tensor
+    scores: dict[str, Tensor]
+    files: list[Path]
+
+    def images(self, rows: Sequence[int] | None = None) -> Tensor:
+        """All images, or those of ``rows``: (N, 3, H, W), float32, [0, 1]."""
+        files = self.files if rows is None else [self.files[row] for row in rows]
+        pixels = [np.array(decode(read_bytes(file))) for file in files]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,200 @@
+"""Puts what was tuned onto a pipeline for a while: a LoRA at any scale, full weights, or a negative prompt.
+
+All of a file is used, or it is an error that names what is not; after a load that fails the model is as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from diffalign.models.base import DiffusionModel
+from diffalign.models.full_weights import load_full
+from diffalign.models.lora import WEIGHTS_NAME
+from diffalign.models.lora_file import LoraFile, fold_alphas, read_lora
+from diffalign.models.negative_prompt import NEGATIVE_NAME
+from diffalign.models.quiet import quiet_libraries
+from diffalign.models.weights import REFERENCE, WeightSets
+
+ADAPTER = "compared"
+HALF_NAME = WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
+PARTIAL = "set allow_partial (--allow_partial) to go on with the rest"
+
+
+def weights_file(model: DiffusionModel, path: Path) -> Path:
+    """The file or folder that holds the tuned weights of ``path``.
+
+    path: the file of a LoRA or a negative prompt; a folder with ``pytorch_lora_weights.safetensors`` or
+    ``negative_prompt.safetensors`` (a run, its ``raw/``, a checkpoint); or a folder whose subfolder, such as
+    ``transformer/``, holds full weights. FileNotFoundError: none of these.
+    """
+    files, full = (path / WEIGHTS_NAME, path / HALF_NAME, path / NEGATIVE_NAME), path / model.denoiser_name
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    if (full / "config.json").is_file():
+        return full
+    raise FileNotFoundError(
+        f"{path} holds no {WEIGHTS_NAME}, {NEGATIVE_NAME} or {model.denoiser_name}/: give a run folder, a checkpoint "
+        "of a LoRA run, or a LoRA file"
+    )
+
+
+@contextmanager
+def tuned(
+    model: DiffusionModel, path: Path | None, scale: float = 1.0, *, allow_partial: bool = False
+) -> Iterator[None]:
+    """Within this context ``model`` draws with the weights of ``path``, loaded as plain diffusers loads them.
+
+    A negative prompt is ``model.negative``, to guide away from. Of all that is tuned, ``model.using("reference")`` is
+    the base's. On leaving, and after any error, the model is what it was.
+
+    Args:
+        model: a base, without an adapter of its own.
+        path: as for ``weights_file``; None is the base model.
+        scale: of the LoRA's update, any finite number; 0 gives the base.
+        allow_partial: go on, with a warning, where the model lacks some layers of the file.
+
+    Raises:
+        ValueError: part of the file is not used (without ``allow_partial``), or none of it is; it is damaged, empty or
+            not finite; full weights or a negative prompt at another scale than 1, or of another model.
+    """
+    if path is None:
+        yield
+        return
+    if not math.isfinite(scale):
+        raise ValueError(f"{path}: scale {scale} is not finite; 1 is the LoRA as trained")
+    file = weights_file(model, path)
+    kind = _negative if file.name == NEGATIVE_NAME else _lora if file.suffix == ".safetensors" else _full
+    if kind is not _lora and scale != 1:
+        raise ValueError(f"{file} is no LoRA, and has no scale: leave out @{scale:g}")
+    with _weights_kept(model), kind(model, file, scale, allow_partial):
+        yield
+
+
+def check_weights(model: DiffusionModel, path: Path | None, *, allow_partial: bool = False) -> None:
+    """Raise what ``tuned`` would raise for a LoRA that does not fit, or for a path without weights, before any work."""
+    if path is not None and (file := weights_file(model, path)).suffix == ".safetensors" and file.name != NEGATIVE_NAME:
+        _fitting(model, file, allow_partial)
+
+
+def _fitting(model: DiffusionModel, file: Path, allow_partial: bool) -> LoraFile:
+    """Read a LoRA. ValueError: part of it is not used, or with ``allow_partial`` all of it."""
+    found = read_lora(model.pipeline, file)
+    if not found.used:
+        kind = type(model.pipeline).__name__
+        raise ValueError(f"{found.problem()}: a LoRA of another family than this {kind}? Give the base it was made for")
+    if found.unused and not allow_partial:
+        raise ValueError(f"{found.problem()}: give the base that it was made for, or {PARTIAL}")
+    return found
+
+
+@contextmanager
+def _lora(model: DiffusionModel, file: Path, scale: float, allow_partial: bool) -> Iterator[None]:
+    found = _fitting(model, file, allow_partial)
+    if found.unused:
+        warnings.warn(found.problem(), stacklevel=5)
+    with _structure_kept(model):
+        try:
+            with quiet_libraries(), warnings.catch_warnings(), _only(model, found):
+                warnings.simplefilter("ignore")  # of peft, on layers that were left out
+                model.pipeline.load_lora_weights(
+                    file.parent, weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
+                )
+                model.pipeline.set_adapters(ADAPTER, scale)
+        except Exception as error:  # of diffusers, transformers or peft
+            raise ValueError(f"{file} does not load into this model: {str(error)[:500]}") from error
+        loaded = sum(ADAPTER in name.split(".") for part in _modules(model) for name, _ in part.named_parameters())
+        if loaded < len(found.used):
+            raise ValueError(f"{file}: {loaded} of {len(found.used)} tensors were loaded, the others were passed over")
+        model.weights = WeightSets(model.raw_denoiser, has_adapter=bool(getattr(model.raw_denoiser, "peft_config", 0)))
+        yield
+
+
+@contextmanager
+def _only(model: DiffusionModel, found: LoraFile) -> Iterator[None]:
+    """Has the pipeline read what it has layers for, and the alpha of each of them."""
+    pipeline = model.pipeline
+    read: Callable = pipeline.lora_state_dict
+
+    def kept(*args, **kwargs):
+        state, *rest = read(*args, **kwargs)
+        state, rest = fold_alphas(state, rest)
+        return {name: tensor for name, tensor in state.items() if name in found.used}, *rest
+
+    vars(pipeline)["lora_state_dict"] = kept
+    try:
+        yield
+    finally:
+        del vars(pipeline)["lora_state_dict"]
+
+
+@contextmanager
+def _full(model: DiffusionModel, folder: Path, scale: float, allow_partial: bool) -> Iterator[None]:
+    original = model.raw_denoiser
+    other = load_full(original, folder, allow_partial)
+    model.weights = WeightSets(other.requires_grad_(True), has_adapter=False)
+    model.weights.add(REFERENCE, [parameter.data for parameter in original.parameters()])
+    model.set_denoiser(other.requires_grad_(False).eval())
+    try:
+        yield
+    finally:
+        model.set_denoiser(original)
+
+
+@contextmanager
+def _negative(model: DiffusionModel, file: Path, scale: float, allow_partial: bool) -> Iterator[None]:
+    try:
+        model.load_negative(file)
+        yield
+    finally:
+        model.negative = None
+
+
+@contextmanager
+def _weights_kept(model: DiffusionModel) -> Iterator[None]:
+    before = vars(model).get("weights")
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.weights = before
+        else:
+            vars(model).pop("weights", None)
+
+
+def _modules(model: DiffusionModel) -> list[nn.Module]:
+    return [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+@contextmanager
+def _structure_kept(model: DiffusionModel) -> Iterator[None]:
+    """On leaving, every part of the pipeline has the very modules and tensors that it had, whatever was put there.
+
+    Adapters wrap layers and never write to the weights that they wrap, so that references are enough.
+    """
+    parts = [module for part in _modules(model) for module in part.modules()]
+    before = [(module, _contents(module), dict(vars(module))) for module in parts]
+    flags = [(tensor, tensor.requires_grad) for part in _modules(model) for tensor in part.parameters()]
+    try:
+        yield
+    finally:
+        for module, contents, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, kept in contents.items():
+                held = vars(module)[name]
+                held.clear()
+                held.update(kept)
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
+
+
+def _contents(module: nn.Module) -> dict[str, dict]:
+    return {name: dict(vars(module)[name]) for name in ("_modules", "_parameters", "_buffers", "_forward_hooks")}

@@ -1,0 +1,1 @@
+"""Grids, HTML pages, plots, tables and the model card."""

@@ -1,0 +1,97 @@
+"""A comparison as one HTML file: no network, no other file; zoom, sort by gain, filter by task and words."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from diffalign.atomic import write_text
+from diffalign.evaluation.scored_images import ScoredImages
+from diffalign.files import read_bytes
+from diffalign.media import decode
+from diffalign.structures import Prompt
+
+BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
+SMALL = 160  # pixels; images up to this width are shown pixel by pixel
+ATTEMPTS = ((1024, 90), (768, 85), (512, 85), (512, 75), (384, 75), (256, 70), (192, 60))  # width, WebP quality
+PROBES = 16  # pictures that an attempt is tried on first
+
+
+def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, ScoredImages]) -> None:
+    """Writes the page to ``path``: a row per prompt, a column per model with the first image of each, rewards below.
+
+    The header has means over the prompts shown and, where prompts have more images than the first, over all images.
+    The first model is the one that gains are measured against. Small images are embedded exactly; larger ones as WebP,
+    as large as fits into about nine megabytes.
+    """
+    first = {
+        name: [(judged.prompt == i).nonzero()[0].item() for i in range(len(prompts))] for name, judged in models.items()
+    }
+    pictures = [[decode(read_bytes(judged.files[row])) for row in first[name]] for name, judged in models.items()]
+    small = max(picture.width for column in pictures for picture in column) <= SMALL
+    columns = _embedded(pictures, small)
+    rewards = list(next(iter(models.values())).scores)
+    rows = [
+        {
+            "prompt": prompt.text,
+            "task": str(prompt.metadata.get("tag", "")),
+            "images": [column[i] for column in columns],
+            "scores": [
+                [_plain(judged.scores[reward][first[name][i]].item()) for reward in rewards]
+                for name, judged in models.items()
+            ],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    every = max(len(judged.prompt) for judged in models.values())
+    content = {"title": title, "models": list(models), "rewards": rewards, "small": small, "rows": rows}
+    if every > len(prompts):
+        means = [[_plain(judged.scores[reward].nanmean().item()) for reward in rewards] for judged in models.values()]
+        content["all"] = {"images": every, "means": means}
+    # A tag inside a prompt could end the block that holds the data.
+    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    template = files("diffalign.report").joinpath("page.html").read_text(encoding="utf-8")
+    write_text(path, template.replace("/*DATA*/", text))
+
+
+def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:
+    """Data URIs, at the first size and quality that keep the page within its budget."""
+    if small:
+        return [[_uri(picture, "PNG", optimize=True) for picture in column] for column in pictures]
+    every = [picture for column in pictures for picture in column]
+    few = every[:: -(-len(every) // PROBES)]
+    for width, quality in ATTEMPTS[:-1]:
+        # A few tell whether the others are worth the time.
+        if sum(len(_webp(picture, width, quality)) for picture in few) * len(every) > 1.5 * BUDGET * len(few):
+            continue
+        found = [[_webp(picture, width, quality) for picture in column] for column in pictures]
+        if sum(len(uri) for column in found for uri in column) <= BUDGET:
+            return found
+    return [[_webp(picture, *ATTEMPTS[-1]) for picture in column] for column in pictures]
+
+
+def _webp(picture: Image.Image, width: int, quality: int) -> str:
+    return _uri(_at_most(picture, width), "WEBP", quality=quality)
+
+
+def _at_most(picture: Image.Image, width: int) -> Image.Image:
+    if picture.width <= width:
+        return picture
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+
+
+def _uri(picture: Image.Image, kind: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

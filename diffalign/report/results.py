@@ -1,0 +1,126 @@
+"""From scored images to figures: means, accuracy by task, win rates against the base, diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffalign.evaluation.diversity import embedding_distance, pairwise_distance
+from diffalign.evaluation.win_rate import Interval, WinRate, mean_interval, win_rate
+from diffalign.report.markdown import inert
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model.
+
+    rewards: name -> mean over images, with its 95 % interval over prompts; None where no image has a score. tasks:
+    tag -> mean of ``primary``, the first reward; empty where prompts carry no tags, or one. wins: reward -> against the
+    base, where an image has a score of both; empty for the base itself.
+    diversity: "pixels", and "embedding" where an embedding model was given; empty with one image per prompt.
+    images: how many there are; scored: how many of them a reward could score.
+    """
+
+    rewards: dict[str, Interval | None]
+    tasks: dict[str, Interval]
+    wins: dict[str, WinRate]
+    diversity: dict[str, float]
+    primary: str = ""
+    images: int = 0
+    scored: dict[str, int] = field(default_factory=dict)
+
+
+def figures(
+    prompt: Tensor,
+    scores: Mapping[str, Tensor],
+    tags: Sequence[str],
+    base: Mapping[str, Tensor] | None,
+    diversity: Mapping[str, float],
+) -> Figures:
+    """The figures of one model.
+
+    prompt: (N,) integers, the prompt of each image. scores: reward -> (N,), the one that tasks are about first. tags:
+    the task of each image. base: the scores of the model that it is compared with, on the same prompts and noise, in
+    any order; None for that model itself.
+    """
+    primary, first = next(iter(scores.items()))
+    tasks = {}
+    for tag in dict.fromkeys(tags) if len(set(tags)) > 1 else ():
+        rows = torch.tensor([own == tag for own in tags])
+        if first[rows].isfinite().any():
+            tasks[tag] = mean_interval(first[rows], prompt[rows])
+    means = {name: mean_interval(v, prompt) if v.isfinite().any() else None for name, v in scores.items()}
+    paired = [name for name, v in scores.items() if base and (v.isfinite() & base[name].isfinite()).any()]
+    wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
+    scored = {name: int(v.isfinite().sum()) for name, v in scores.items()}
+    return Figures(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
+
+
+def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    """Distances within a prompt, "pixels" and with ``embed`` "embedding"; empty where no prompt has two images.
+
+    images: (N, 3, H, W), [0, 1]. prompt: (N,). embed: images -> (N, D).
+    """
+    if len(prompt) == len(prompt.unique()):
+        return {}
+    found = {"pixels": pairwise_distance(images, prompt)}
+    return found if embed is None else found | {"embedding": embedding_distance(embed(images), prompt)}
+
+
+def to_json(models: Mapping[str, Figures], settings: Mapping[str, object]) -> dict:
+    """``results.json``: settings, and per model the fields of ``Figures``."""
+    return {"settings": dict(settings), "models": {name: asdict(found) for name, found in models.items()}}
+
+
+def to_markdown(models: Mapping[str, Figures]) -> str:
+    """A table with a column per model: rewards and tasks with half the width of their interval, wins, diversity.
+
+    ValueError: tasks of different rewards, which no row can compare.
+    """
+    found = list(models.values())
+    if len({f.primary for f in found}) > 1:
+        raise ValueError(f"tasks are about {', '.join(f.primary for f in found)}: give all models one order of rewards")
+    rows = [["", *map(inert, models)], ["---", *("---:" for _ in models)]]
+    rows += [
+        [inert(name), *(_plus_minus(f.rewards[name]) + _share(f, name) for f in found)] for name in found[0].rewards
+    ]
+    first = found[0].primary
+    tags = dict.fromkeys(tag for f in found for tag in f.tasks)
+    rows += [[inert(f"{first}: {tag}"), *(_plus_minus(f.tasks.get(tag)) for f in found)] for tag in tags]
+    for name in found[0].rewards:
+        if any(f.wins for f in found):
+            rows.append([inert(f"{name}: wins over base"), *(_wins(f.wins.get(name)) for f in found)])
+    rows += [[f"diversity ({kind})", *(f"{f.diversity[kind]:.4g}" for f in found)] for kind in found[0].diversity]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def set_line(found: Figures, prompts: int, source: object = "") -> str:
+    """What the means of a table are over."""
+    of = f" of `{source}`" if source else ""
+    each = found.images / prompts
+    per = f", {each:g} images each" if each != 1 else ""
+    return (
+        f"Means over all {found.images} images ({prompts} prompts{of}{per}), ± half of a 95 % interval over prompts; "
+        "wins are averaged over prompts, a tie counts half."
+    )
+
+
+def _share(found: Figures, name: str) -> str:
+    """How many images have a score, where not all have."""
+    scored = found.scored.get(name, found.images)
+    return f" ({scored} of {found.images} scored)" if 0 < scored < found.images else ""
+
+
+def _plus_minus(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.mean:.3f} ± {(interval.high - interval.low) / 2:.3f}"
+
+
+def _wins(found: WinRate | None) -> str:
+    """The rate, its interval, and wins / ties / losses."""
+    if found is None:
+        return "–"
+    rate = found.rate
+    return f"{rate.mean:.3f} [{rate.low:.3f}, {rate.high:.3f}] ({found.wins} / {found.ties} / {found.losses})"

@@ -1,0 +1,1 @@
+"""What rewards share: loading weights, images, prompts, HTTP, and isolation of failures."""

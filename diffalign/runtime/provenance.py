@@ -1,0 +1,173 @@
+"""Where a checkpoint comes from: its configuration, data and machine, and whether this run may go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+from diffalign.config import to_dict
+from diffalign.runtime.config import CHANGEABLE, TrainingConfig
+
+REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, whatever the order of its keys."""
+    return digest([json.dumps(config, sort_keys=True, default=str)])
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order; where one ends matters."""
+    found = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        found.update(len(content).to_bytes(8, "little") + content)
+    return found.hexdigest()
+
+
+def machine(processes: int, device: str) -> dict[str, Any]:
+    """What the last bits of a training depend on besides its configuration."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processes": processes,
+    }
+
+
+def _processor() -> str:
+    """torch picks its kernels by this; the name of the model, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit(name: str, revision: str | None = None, kind: str = "model") -> str | None:
+    """What the hub's repository ``name`` was at ``revision`` (a branch, tag or commit; None: main) when it was fetched.
+
+    kind: "model" or "dataset". None for what is no repository, or has not been fetched.
+    """
+    if not REPOSITORY.fullmatch(name) or Path(name).exists():
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    wanted = revision or "main"
+    if (folder / "snapshots" / wanted).is_dir():
+        return wanted
+    reference = folder / "refs" / wanted
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def origin(
+    args: TrainingConfig,
+    data: str,
+    processes: int,
+    device: str,
+    commits: Mapping[str, str] | None = None,
+    contents: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Describe where a checkpoint comes from.
+
+    Args:
+        args: the configuration.
+        data: a digest of what is trained on; empty where there is none.
+        processes: of the run.
+        device: its type.
+        commits: repository -> commit of what came from the hub.
+        contents: what of local files the run depends on -> its ``fingerprint``.
+    """
+    config = plain(args)
+    return {
+        "config": config,
+        "config_sha256": config_hash(config),
+        "data_sha256": data,
+        "commits": dict(commits or {}),
+        "contents": {name: dict(found) for name, found in (contents or {}).items()},
+        "machine": machine(processes, device),
+    }
+
+
+def plain(args: TrainingConfig) -> dict[str, Any]:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(to_dict(args)))
+
+
+def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: TrainingConfig) -> list[str]:
+    """What differs from the machine that saved a checkpoint, and may change last bits: a line each.
+
+    ValueError: a setting that must not change, or data that did.
+    """
+    old, new = _flat(then["config"]), _flat(now["config"])
+    # A setting that is younger than the checkpoint had its default, without a name.
+    younger = new.keys() - old.keys() - {"revision"}
+    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
+    old.setdefault("revision", new.get("revision"))  # checkpoints of before could not say what the hub had then
+    old = _with_recorded_rewards(old, new)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
+    if fixed := [name for name in changed if name not in loose]:
+        table = "\n".join(f"  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in fixed)
+        raise ValueError(
+            f"this checkpoint is of another configuration:\n{table}\n"
+            "go on with the settings of then (config.yaml of its run), or start anew in another output_dir"
+        )
+    if then["data_sha256"] != now["data_sha256"]:
+        raise ValueError("the training data have changed since this checkpoint: restore them, or start anew")
+    known = then.get("commits", {})
+    for name, here in now["commits"].items():
+        if known.get(name, here) != here:
+            raise ValueError(
+                f"{name} has changed on the hub since this checkpoint: it was {known[name]}, and is {here}: "
+                "name the revision of then, or start anew in another output_dir"
+            )
+    touched = _check_contents(then.get("contents", {}), now.get("contents", {}))
+    before, here = then["machine"], now["machine"]
+    lines = touched + [
+        f"{name}: {before[name]} then, {here[name]} now" for name in here if before.get(name) != here[name]
+    ]
+    batches = [name for name in changed if name.endswith("_batch_size")]
+    return lines + [f"{name}: {old[name]} then, {new[name]} now" for name in batches]
+
+
+def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Compare local files with those that a checkpoint was trained with.
+
+    Returns a line per file of which only samples were compared, which are the same, but whose time is not. ValueError:
+    contents differ. What only one of the two knows (an older checkpoint, another evaluation) is not compared.
+    """
+    both = [name for name in now if name in then]
+    if changed := [name for name in both if then[name]["content"] != now[name]["content"]]:
+        raise ValueError(
+            f"changed since this checkpoint was written: {', '.join(changed[:10])}. A run goes on with the model, data "
+            "and judges that it began with: restore these files, or start a new run in another output_dir"
+        )
+    return [
+        f"{name}: same size and samples, but another time" for name in both if then[name]["time"] != now[name]["time"]
+    ]
+
+
+def _with_recorded_rewards(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``old`` with rewards as they are recorded now: 0.1 kept no more than the weight of one passed from Python."""
+    found = dict(old)
+    for name in [name for name in old if name.startswith("rewards.") and f"{name}.weight" in new]:
+        recorded = {key: value for key, value in new.items() if key.startswith(f"{name}.")}
+        found |= recorded | {f"{name}.weight": found.pop(name)}
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return flat

@@ -1,0 +1,1 @@
+"""Flow-GRPO: policy gradients through the stochastic steps of a sampler."""

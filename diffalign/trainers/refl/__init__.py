@@ -1,0 +1,1 @@
+"""ReFL and its kin: gradients of differentiable rewards through the sampler."""

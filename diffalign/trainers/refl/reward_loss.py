@@ -1,0 +1,158 @@
+"""From latents to the loss of what rewards say of their images, with the gradient all the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.diffusion.reward_gradient_presets import Recipe
+from diffalign.diffusion.trajectory import in_slices
+from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss
+from diffalign.losses.srpo import relative_reward
+from diffalign.models import DiffusionModel
+from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
+from diffalign.rewards.support.isolation import named, said
+from diffalign.structures import Prompt
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the rewards are to judge. latents: (B, C, h, w). group: (B,), the prompt's. weight: (B,), of each loss.
+
+    words, word_weight: SRPO's control words and k, as in a ``GradientPath``.
+    """
+
+    latents: Tensor
+    prompts: Sequence[Prompt]
+    group: Tensor
+    weight: Tensor
+    words: tuple[str, str] | None = None
+    word_weight: float = 0.0
+
+
+class Judge:
+    """Decodes and judges. weights, thresholds: of ``rewards``, by name.
+
+    slice_size: images that are decoded and judged at once, 0 for all of a batch; the gradient is the same.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        thresholds: Mapping[str, float],
+        recipe: Recipe,
+        slice_size: int,
+        decode_dtype: torch.dtype,
+    ) -> None:
+        self.model, self.rewards, self.weights = model, rewards, weights
+        self.loss, self.thresholds = get_reward_loss(recipe.reward_loss), thresholds
+        self.slice_size, self.decode_dtype = slice_size, decode_dtype
+        self._asked: list[tuple[Sequence[Prompt], Tensor]] = []
+        self._error: Exception | None = None
+
+    def __call__(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss, the mean of each reward over the samples that have one, and the share that has not.
+
+        A sample that a reward fails on, by raising or by no finite number, counts in nothing else.
+        """
+        count = len(seen.latents)
+        heard: list[dict[str, Tensor]] = []
+
+        def loss(latents: Tensor, rows: slice) -> Tensor:
+            losses, rewards = self._losses(latents, seen, rows)
+            self._asked.append((seen.prompts[rows], rewards["unscored"]))
+            heard.append(rewards)
+            return (seen.weight[rows] * losses).sum() / count
+
+        sliced = 0 < self.slice_size < count
+        total = in_slices(loss, seen.latents, self.slice_size) if sliced else loss(seen.latents, slice(None))
+        found = {name: torch.cat([one[name] for one in heard]) for name in (*self.rewards, "unscored")}
+        means = {name: found[name].nanmean() for name in self.rewards}
+        weighted = torch.stack([self.weights[name] * value for name, value in means.items()]).sum()
+        figures = {f"reward/{name}": value for name, value in means.items()}
+        return total, {**figures, "reward/mean": weighted, "unscored": found["unscored"].float().mean()}
+
+    def failures(self, some: bool) -> str | None:
+        """What to say of the samples without a score since the last call. some: False where it is known of none."""
+        asked, error = self._asked, self._error
+        self._asked, self._error = [], None
+        if not some:
+            return None
+        flags = torch.cat([flag for _, flag in asked]).tolist()
+        texts = [prompt.text for prompts, _ in asked for prompt in prompts]
+        failed = [text for text, flag in zip(texts, flags, strict=True) if flag]
+        if not failed:
+            return None  # those of another process
+        cause = said(error) if error else "a score is not finite"
+        return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named(failed)}"
+
+    def _losses(self, latents: Tensor, seen: Seen, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant.
+
+        "unscored", beside them, says which samples have none.
+        """
+        dtype = self.decode_dtype
+        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
+            images = self.model.decode(latents)
+        losses, rewards = latents.new_zeros(len(latents)), {}
+        scored = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+        for name, reward in self.rewards.items():
+            value = self._reward(reward, images, seen, seen.prompts[rows])
+            options: dict[str, Any] = {"threshold": self.thresholds[name]} if self.loss.threshold else {}
+            options |= {"groups": seen.group[rows].to(value.device)} if self.loss.groups else {}
+            losses = losses + self.weights[name] * self.loss.function(value, **options)
+            rewards[name] = value.detach()
+            scored = scored & rewards[name].isfinite().to(scored.device)
+        if images.requires_grad:
+            # Nothing times what is no number is no number: such a gradient must not reach the denoiser.
+            images.register_hook(lambda gradient: torch.where(scored[:, None, None, None], gradient, 0))
+        kept = {name: torch.where(scored.to(value.device), value, math.nan) for name, value in rewards.items()}
+        return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
+
+    def _reward(self, reward: Reward, images: Tensor, seen: Seen, prompts: Sequence[Prompt]) -> Tensor:
+        """What a reward says, relative to control words where the recipe has some: (b,)."""
+        metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
+        if seen.words is None:
+            return self._ask(reward, images, texts, metadata)
+        wanted, unwanted = (self._ask(reward, images, [f"{w} {text}" for text in texts], metadata) for w in seen.words)
+        return relative_reward(wanted, unwanted, seen.word_weight)
+
+    def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str], metadata: Metadata) -> Tensor:
+        """What a reward says, (b,); where it raises, it is asked image by image, and NaN is what it cannot say."""
+        try:
+            return ask(reward, images, texts, metadata)[0]
+        except (RewardUnavailable, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # rewards are user code: what they raise is unknown
+            self._error = error
+            if len(images) == 1:
+                return images.mean((1, 2, 3)) * math.nan
+            alone = [
+                self._ask(reward, images[i : i + 1], texts[i : i + 1], metadata[i : i + 1]) for i in range(len(images))
+            ]
+            return torch.cat(alone)
+
+
+def thresholds(recipe: Recipe, rewards: Mapping[str, Reward], given: Mapping[str, float]) -> dict[str, float]:
+    """That of each reward, as given, else as published; empty where the recipe's loss has none.
+
+    ValueError where one is missing, or given for no reward.
+    """
+    if not get_reward_loss(recipe.reward_loss).threshold:
+        return {}
+    if unknown := [name for name in given if name not in rewards]:
+        raise ValueError(f"thresholds: {', '.join(unknown)} is none of the rewards {', '.join(rewards)}")
+    known = {name: given.get(name, PUBLISHED_THRESHOLDS.get(reward.name)) for name, reward in rewards.items()}
+    if missing := [name for name, value in known.items() if value is None]:
+        raise ValueError(
+            f"the loss {recipe.reward_loss!r} needs a threshold of {', '.join(missing)}, in its units: write "
+            f"thresholds: {{{missing[0]}: ...}}, somewhat above what the base scores"
+        )
+    return {name: value for name, value in known.items() if value is not None}
