@@ -1,24 +1,75 @@
-"""The README's examples run as they stand; its installation, quickstart and loading are run by .ci/run."""
+"""The README files: examples run, commands parse, links resolve, tables and figures match the files of record.
+
+Installation, quickstart and loading are run by .ci/run.
+"""
 
 import re
 import shlex
+from importlib.metadata import EntryPoints
 from pathlib import Path
 
 import pytest
+import torch
 
-from diffalign.cli import main
+from diffalign.cli import COMMANDS, DRY_RUN, TRAINERS, main, take_switch
+from diffalign.config import parse
+from diffalign.diffusion import plan
+from diffalign.diffusion.reward_gradient_presets import PRESETS as RECIPES
+from diffalign.lazy import load
+from diffalign.losses.registry import PREFERENCE_LOSSES
+from diffalign.models.load import FAMILIES
+from diffalign.rewards import base, get_reward
+from scripts.build import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())  # one line, as sentences are wrapped
+DOCUMENTS = ("README.md", "configs/README.md", "assets/results/README.md")
+MAX_LINES, MAX_WIDTH = 280, 150
 
 
-def blocks(language):
-    """Code blocks that no comment hands to .ci/run."""
-    marked = re.findall(r"<!-- ci: \w+ -->\n```\w+\n.*?```", README, re.DOTALL)
-    text = README
-    for block in marked:
-        text = text.replace(block, "")
+def blocks(language, text=README, marked=False):
+    """Code blocks of a language; without ``marked`` those that no comment hands to .ci/run."""
+    if not marked:
+        text = re.sub(r"<!-- ci: \w+ -->\n```\w+\n.*?```", "", text, flags=re.DOTALL)
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text, marked=False):
+    """The commands of all bash blocks, continuation lines joined, each as a list of words."""
+    lines = "\n".join(blocks("bash", text, marked)).replace("\\\n", " ").splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if part.strip()]
+
+
+def launched(words):
+    """(trainer, options) of a command that launches one, or None."""
+    for index, word in enumerate(words):
+        if word.startswith("scripts/train_"):
+            return word.removeprefix("scripts/train_").removesuffix(".py"), words[index + 1 :]
+    return None
+
+
+def trains_on_the_cpu(words):
+    return launched(words) is not None and any("/shapes" in word for word in words)
+
+
+def check_command(words):
+    """Fail unless the command's program, files and options exist."""
+    if "--config_file" in words:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+    trainer = launched(words)
+    if words[:2] == ["diffalign", "train"]:
+        trainer = words[2], take_switch(words[3:], DRY_RUN)[1]
+    if trainer:
+        parse(load(TRAINERS.entries[trainer[0]][0]), trainer[1])
+    elif words[0] == "diffalign":
+        command = COMMANDS[words[1]]
+        parse(load(command.config), words[2:], command.positional)
+    elif words[0] == "python":
+        source = Path(words[1]).read_text()
+        assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
+    else:
+        assert words[0] in ("pip", "pytest")
 
 
 def test_the_python_example_trains(tmp_path, monkeypatch):
@@ -28,27 +79,127 @@ def test_the_python_example_trains(tmp_path, monkeypatch):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", blocks("bash"))
-def test_every_command_trains(command, tmp_path, monkeypatch):
+def test_the_reward_example_is_found_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "REWARDS", dict(base.REWARDS))
+    monkeypatch.setattr(base, "entry_points", lambda group: EntryPoints())
+    (example,) = [block for block in blocks("python") if "@register" in block]
+    assert len([line for line in example.splitlines() if line]) <= 6
+    (tmp_path / "my_rewards.py").write_text(example)
+    red = get_reward(f"{tmp_path}/my_rewards.py:redness", allow_code=True, strength=2.0)
+    image = torch.zeros(1, 3, 4, 4)
+    image[:, 0] = 1
+    assert red(image, [""], [{}]).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("words", [words for words in commands(README) if trains_on_the_cpu(words)], ids=" ".join)
+def test_every_command_on_the_embedded_world_trains(words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
-    assert "accelerate launch" in command
-    if "--config_file" in words:
-        assert Path(words[words.index("--config_file") + 1]).is_file()
-    place = next(i for i, word in enumerate(words) if word.startswith("scripts/train_"))
-    trainer = words[place].removeprefix("scripts/train_").removesuffix(".py")
+    trainer, given = launched(words)
     small = {"num_groups": 2, "group_size": 4, "max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
     small |= {"num_pairs": 2, "data.scan": 2} if trainer == "diffusion_dpo" else {}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    assert main(["train", trainer, *words[place + 1 :], *options]) == 0
+    assert main(["train", trainer, *given, *options]) == 0
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_all_three_trainers_are_shown_on_the_cpu():
+    assert {launched(words)[0] for words in commands(README) if trains_on_the_cpu(words)} == set(TRAINERS.entries)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_parses(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = commands((ROOT / document).read_text(), marked=True)
+    assert found
+    for words in found:
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "diffalign compare runs/shapes --limits 24",
+        "diffalign train flow_grpo --config configs/flow_grpo/gone.yaml",
+        "accelerate launch scripts/train_refl.py --config configs/refl/shapes.yaml --recipe.presets draft_1",
+        "accelerate launch --config_file configs/accelerate/gone.yaml scripts/train_refl.py",
+        "python scripts/studies/trust.py --rowz 2",
+        "python scripts/gone.py",
+        "unknown command",
+    ],
+)
+def test_a_command_that_cannot_run_is_found(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, ValueError, OSError)):
+        check_command(shlex.split(line))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "load", "compare", "doctor", "check", "score", "tests"])
 def test_the_blocks_that_ci_runs_are_there(name):
-    assert re.search(rf"<!-- ci: {name} -->\n```\w+\n.+?```", README, re.DOTALL)
+    assert len(re.findall(rf"<!-- ci: {name} -->\n```\w+\n.+?```", README, re.DOTALL)) == 1
 
 
-def test_pictures_and_files_exist():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_named_files_exist(document):
+    path = ROOT / document
+    text = path.read_text()
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for target in re.findall(
+        r"(?:configs|scripts|assets|diffalign|tests)/[\w/.-]+\.(?:py|yaml|md|png|csv|json)\b", text
+    ):
+        assert any((root / target).is_file() for root in (ROOT, path.parent)), target
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= MAX_LINES
+    assert not [line for line in lines if len(line) > MAX_WIDTH and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.MARKED.search(text)
+    assert text == tables.render(text), "run python scripts/build/tables.py"
+
+
+def test_a_stale_table_is_rewritten():
+    text = "<!-- table: speed -->\n| old |\n<!-- end -->\n"
+    assert tables.render(text) == f"<!-- table: speed -->\n{tables.speed()}\n<!-- end -->\n"
+    with pytest.raises(KeyError):
+        tables.render(text.replace("speed", "unknown"))
+
+
+def test_the_figures_of_the_readme_are_those_on_disk():
+    trust, flow = tables.results("trust"), tables.results("bench_flow_grpo")
+    tuned = [100 * run[-1]["accuracy"] for run in tables.evaluations("shapes")]
+    assert f"**+{tables.gain('shapes')}** points" in PROSE
+    assert f"to {tables.repeat_seeds.spread(tuned)} %" in PROSE
+    long = [100 * run[-1]["accuracy"] for run in tables.evaluations("shapes_long")]
+    assert f"to {tables.repeat_seeds.spread(long)} %" in PROSE
+    assert PROSE.count(tables.gain("shapes_draft_k")) == 2
+    assert f"takes **{flow['ratio']:.2f}** times" in PROSE
+    assert f"**{trust['kills_survived']} of {trust['kills']}**" in PROSE
+    assert f"{trust['resume_points_exact']} of {trust['resume_points']} stop points" in PROSE
+    for name in ("python", "torch", "diffusers", "accelerate", "peft"):
+        assert re.search(rf"\b{name} {re.escape(trust['versions'][name])}\b", PROSE, re.IGNORECASE)
+    losses = {row.split(" | ")[0]: row for row in tables.study("losses").replace("| ", "", 1).splitlines()}
+    assert PROSE.count(losses["| dpo"].split(" | ")[2]) == 2
+    assert losses["| kto"].split(" | ")[2] in PROSE
+    assert f"{len(losses) - 2} variants of losses" in PROSE
+
+
+def test_the_counts_of_the_readme_are_those_of_the_registries():
+    plans = len(plan.PRESETS) - 1  # "ode" trains no step
+    rewards = len(tables.reward_table().splitlines()) - 2
+    counted = (
+        f"{len(TRAINERS.entries)} trainers, **{len(PREFERENCE_LOSSES)}** preference losses, {len(RECIPES)} "
+        f"reward-gradient recipes, {plans} policy-gradient plans, {rewards} rewards, {len(FAMILIES)} model families"
+    )
+    assert counted in PROSE
+    assert all(f"`{name}`" in PROSE for name in FAMILIES)
+
+
+def test_every_plan_and_recipe_is_described():
+    text = (ROOT / "configs/README.md").read_text()
+    assert not [name for name in (*plan.PRESETS, *RECIPES, *PREFERENCE_LOSSES) if f"`{name}`" not in text]

@@ -93,9 +93,8 @@ def reliability(rows: int | None = None) -> str:
         ("kinds of failure whose tests pass", "green", "rows"),
     ]
     table = [(text, f"{found[part]:,} of {found[whole]:,}") for text, part, whole in counts]
-    table.append(
-        ("share of the quickstart's time spent on checkpoints", f"{found['checkpoint_share_of_quickstart']:.2%}")
-    )
+    share = f"{found['checkpoint_share_of_quickstart']:.2%}"
+    table.append(("share of the quickstart's time spent on checkpoints", share))
     return markdown(("", "result"), table[:rows])
 
 
@@ -139,10 +138,9 @@ def judges() -> str:
 
 def common_rewards() -> str:
     """Take the header and the rows of ``COMMON_REWARDS`` from the table of all registered rewards."""
-    header, rule, *rows = reward_table().splitlines()
-    return "\n".join(
-        [header, rule, *(row for name in COMMON_REWARDS for row in rows if row.startswith(f"| `{name}` |"))]
-    )
+    header, rule, *lines = reward_table().splitlines()
+    rows = {line.split("`")[1]: line for line in lines}
+    return "\n".join([header, rule, *(rows[name] for name in COMMON_REWARDS)])
 
 
 def study(name: str) -> str:

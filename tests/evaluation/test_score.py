@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from importlib.metadata import EntryPoints
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from diffalign import score_images
 from diffalign.cli import main
 from diffalign.commands import score as module
 from diffalign.commands.score import ScoreConfig, score_files
-from diffalign.rewards import REWARDS, FunctionReward, as_images, base, get_reward
+from diffalign.rewards import FunctionReward, as_images, get_reward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.support.http_client import HTTPClient
 from diffalign.rollout.scoring import RewardWarning
@@ -303,25 +302,6 @@ def test_rewards_are_served(folder):
     finally:
         server.terminate()
         server.wait(10)
-
-
-def test_the_readme_shows_what_is_registered(monkeypatch, tmp_path):
-    """The table is the command's, without plug-ins; the example of a reward of one's own is run."""
-    monkeypatch.setattr(base, "entry_points", lambda group: EntryPoints())
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert module.reward_table() in readme
-    start = readme.index("from diffalign import register")
-    code = readme[start : readme.index("```", start)]
-    before = dict(REWARDS)
-    try:
-        (tmp_path / "my_rewards.py").write_text(code)
-        red = get_reward(f"{tmp_path}/my_rewards.py:redness", allow_code=True, strength=2.0)
-        image = torch.zeros(1, 3, 4, 4)
-        image[:, 0] = 1
-        assert red(image, [""], [{}]).tolist() == [2.0]
-    finally:
-        REWARDS.clear()
-        REWARDS.update(before)
 
 
 def test_the_list_is_printed(capsys):
