@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffalign.cli import COMMANDS, DRY_RUN, TRAINERS, main, take_switch
 from diffalign.config import parse
@@ -19,7 +20,7 @@ from diffalign.lazy import load
 from diffalign.losses.registry import PREFERENCE_LOSSES
 from diffalign.models.load import FAMILIES
 from diffalign.rewards import base, get_reward
-from scripts.build import tables
+from scripts.build import hero, tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -203,3 +204,12 @@ def test_the_counts_of_the_readme_are_those_of_the_registries():
 def test_every_plan_and_recipe_is_described():
     text = (ROOT / "configs/README.md").read_text()
     assert not [name for name in (*plan.PRESETS, *RECIPES, *PREFERENCE_LOSSES) if f"`{name}`" not in text]
+
+
+def test_the_first_picture_shows_what_its_caption_says():
+    found = hero.chosen()
+    assert 6 <= len(found) <= 8
+    assert all(tuned for _, _, (_, tuned) in found)
+    assert sum(not before for _, _, (before, _) in found) >= len(found) / 2
+    width, height = Image.open(hero.PICTURE).size
+    assert width > 2 * height

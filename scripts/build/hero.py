@@ -1,19 +1,15 @@
 """Draw the first picture of the README: chosen held-out prompts, base above, tuned below.
 
-    diffalign eval tuned=runs/shapes --output_dir runs/hero
-    python scripts/build/hero.py runs/hero --candidates  # candidates-N.png: what the tuned model alone gets right
-    python scripts/build/hero.py runs/hero               # assets/pictures/hero.png
+    python scripts/build/hero.py  # assets/pictures/hero.png
 
-The images are those of ``diffalign eval``, enlarged; both models draw a prompt from the same noise.
+The images are taken out of ``assets/pictures/compare.png``, the unselected grid that ``diffalign compare runs/shapes
+--limit 24`` drew of the quickstart at seed 0: it shows them enlarged by a whole factor, so no pixel is lost.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
@@ -29,92 +26,75 @@ from diffalign.data.prompts import load_prompts
 from diffalign.shapes import judge_batch
 from scripts import ROOT
 
-PROMPTS = ROOT / "assets/prompts/shapes_held_out.jsonl"
+GRID = ROOT / "assets/pictures/compare.png"
 PICTURE = ROOT / "assets/pictures/hero.png"
+PROMPTS = ROOT / "assets/prompts/shapes_held_out.jsonl"
 MODELS = ("base", "tuned")
-PICKS: tuple[tuple[int, int], ...] = ()
-SIDE = 192  # pixels of an enlarged image
-CANDIDATES = 96
+# Row of the grid -> its prompt.
+PICKS = {
+    7: "a poster with a green circle",
+    6: "a diagram with a purple square",
+    9: "a sign with a square above a triangle",
+    2: "a graphic with a circle and a triangle",
+    1: "a picture showing a triangle",
+    0: "a sticker with a square",
+}
+CELL, SIDE = 128, 64  # pixels of an image in the grid, and as the model drew it
+SHOWN = 256  # pixels of an image before the figure is drawn
 RIGHT, WRONG = "#2e8b57", "#c0504d"
+Pixels = NDArray[np.uint8]
 
 
-def read(folder: Path, model: str, pick: tuple[int, int]) -> Image.Image:
-    """Read the image of a model for (prompt index, sample index)."""
-    return Image.open(folder / f"images/{model}/images/{pick[0]:05d}-{pick[1]}.png").convert("RGB")
+def spans(filled: NDArray[np.bool_]) -> list[int]:
+    """Find the starts of the stretches of ``CELL`` true values."""
+    edges = np.flatnonzero(np.diff(np.r_[0, filled.astype(int), 0]))
+    return [int(start) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start == CELL]
 
 
-def verdicts(folder: Path, model: str, picks: Sequence[tuple[int, int]]) -> list[bool]:
-    """Judge by the strict rule whether each image shows exactly what its prompt asks for."""
-    prompts = load_prompts(PROMPTS)
-    pixels = [torch.from_numpy(np.array(read(folder, model, pick))).permute(2, 0, 1) / 255 for pick in picks]
-    found = judge_batch(torch.stack(pixels), [prompts[prompt].metadata for prompt, _ in picks])
-    return [bool(verdict.strict) for verdict in found]
+def cells(grid: Pixels) -> list[tuple[Pixels, ...]]:
+    """Cut the grid into its rows of images, each (``SIDE``, ``SIDE``, 3), in the order of ``MODELS``."""
+    ink = (grid != 255).any(-1)
+    tops = spans(ink[:, grid.shape[1] - CELL // 2])
+    lefts = spans(ink[tops[0] + CELL // 2])
+    factor = CELL // SIDE
+    return [tuple(grid[y : y + CELL : factor, x : x + CELL : factor] for x in lefts) for y in tops]
 
 
-def gained(folder: Path) -> list[tuple[int, int]]:
-    """List the (prompt, sample) that the tuned model alone gets right, in the order of the prompts."""
-    files = sorted((folder / "images/base").glob("scores-*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    picks = sorted({(int(row["prompt"]), int(row["sample"])) for row in rows})
-    base, tuned = (verdicts(folder, model, picks) for model in MODELS)
-    return [pick for pick, before, after in zip(picks, base, tuned, strict=True) if after and not before]
+def chosen() -> list[tuple[str, tuple[Pixels, ...], tuple[bool, ...]]]:
+    """Return the prompt, the images and the verifier's strict verdicts of each pick."""
+    rows = cells(np.asarray(Image.open(GRID).convert("RGB")))
+    metadata = {prompt.text: prompt.metadata for prompt in load_prompts(PROMPTS)}
+    found = []
+    for row, prompt in PICKS.items():
+        pixels = torch.from_numpy(np.stack(rows[row])).permute(0, 3, 1, 2) / 255
+        verdicts = judge_batch(pixels, [metadata[prompt]] * len(MODELS))
+        found.append((prompt, rows[row], tuple(bool(verdict.strict) for verdict in verdicts)))
+    return found
 
 
-def show(axes: Axes, image: Image.Image, right: bool) -> None:
+def show(axes: Axes, pixels: Pixels, right: bool) -> None:
     """Draw an enlarged image with a frame in the colour of its verdict."""
-    axes.imshow(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)))
+    axes.imshow(np.asarray(Image.fromarray(pixels).resize((SHOWN, SHOWN), Image.Resampling.LANCZOS)))
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.set_xlabel("right" if right else "wrong", fontsize=11, color=RIGHT if right else WRONG, labelpad=3)
     for spine in axes.spines.values():
         spine.set_color(RIGHT if right else WRONG)
         spine.set_linewidth(2.5)
 
 
-def draw(folder: Path, picks: Sequence[tuple[int, int]], path: Path) -> None:
-    """Draw a column per pick: its prompt, the base image, the tuned image."""
-    prompts = load_prompts(PROMPTS)
-    figure = Figure(figsize=(1.55 * len(picks) + 0.5, 3.75), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(picks), squeeze=False)
-    for row, model in zip(grid, MODELS, strict=True):
-        row[0].set_ylabel(model, fontsize=15)
-        for axes, pick, right in zip(row, picks, verdicts(folder, model, picks), strict=True):
-            show(axes, read(folder, model, pick), right)
-    for axes, (prompt, _) in zip(grid[0], picks, strict=True):
-        axes.set_title("\n".join(textwrap.wrap(prompts[prompt].text, 15)), fontsize=12.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def sheet(folder: Path, picks: Sequence[tuple[int, int]], path: Path) -> None:
-    """Draw candidates, base beside tuned, with the pair of numbers that ``PICKS`` takes."""
-    prompts = load_prompts(PROMPTS)
-    columns = 8
-    rows = -(-len(picks) // columns)
-    figure = Figure(figsize=(2.1 * columns, 1.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, pick in zip(grid, picks, strict=False):
-        both = [np.asarray(read(folder, model, pick)) for model in MODELS]
-        axes.imshow(np.concatenate(both, axis=1))
-        axes.set_title(f"{pick}\n" + textwrap.fill(prompts[pick[0]].text, 30), fontsize=7)
-    for axes in figure.axes:
-        axes.axis("off")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output of diffalign eval")
-    parser.add_argument("--candidates", action="store_true")
-    args = parser.parse_args()
-    if not args.candidates:
-        draw(args.folder, PICKS, PICTURE)
-        return
-    picks = gained(args.folder)
-    for start in range(0, len(picks), CANDIDATES):
-        sheet(args.folder, picks[start : start + CANDIDATES], args.folder / f"candidates-{start // CANDIDATES}.png")
-    print(f"{len(picks)} candidates")
+    picks = chosen()
+    figure = Figure(figsize=(11, 4.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(MODELS), len(picks))
+    for column, (prompt, images, verdicts) in enumerate(picks):
+        grid[0, column].set_title("\n".join(textwrap.wrap(prompt, 18)), fontsize=12.5)
+        for row in range(len(MODELS)):
+            show(grid[row, column], images[row], verdicts[row])
+    for row, model in enumerate(MODELS):
+        grid[row, 0].set_ylabel(model, fontsize=16, labelpad=8)
+    figure.savefig(PICTURE, dpi=100)
 
 
 if __name__ == "__main__":
