@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor
@@ -26,8 +27,10 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.weights import repositories
 from diffalign.rng import KeyedRNG
+from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.lock import refuse_busy
-from diffalign.runtime.loop import Loop, Metrics
+from diffalign.runtime.loop import Loop, Metrics, MiniBatch
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products, portable
@@ -65,6 +68,7 @@ class Trainer:
 
     name: ClassVar[str]
     world_size_invariant = True
+    has_gradient = True  # whether the first update had one
     done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
     data_digest = ""
     data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
@@ -237,8 +241,8 @@ class Trainer:
         # A header is UTF-8; a path on disk may not be.
         return {f"diffalign.{name}": value.encode("utf-8", "replace").decode() for name, value in said.items()}
 
-    def samples(self) -> list[dict[str, Any]]:
-        """What tells the samples of the current update from all others."""
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Identify the samples of an optimizer step, for skipped.jsonl."""
         return []
 
     def collected(self) -> dict[str, Tensor]:
@@ -252,11 +256,28 @@ class Trainer:
         """Around the passes of an optimizer step."""
         return self.model.keeping(*self.grad_through)
 
-    def before_first_update(self) -> None:
-        """Checks that must hold when the weights have not moved yet."""
+    def probe(self) -> list[Tensor]:
+        """Return outputs of the denoiser on the iteration's data that the first update must change."""
+        raise NotImplementedError
 
+    def check_on_policy(self) -> None:
+        """Raise CannotTrain where the unchanged weights do not reproduce what the iteration stored."""
+
+    @torch.no_grad()
+    def before_first_update(self) -> None:
+        """Check that the run is on policy, and keep the denoiser's outputs from before the first update."""
+        self.first_outputs = self.probe()
+        self.check_on_policy()
+
+    @torch.no_grad()
     def after_first_update(self) -> None:
-        """Checks that must hold once they have."""
+        """Raise CannotTrain where an update with a gradient left the denoiser's outputs as they were: the canary."""
+        same = all(torch.equal(now, before) for now, before in zip(self.probe(), self.first_outputs, strict=True))
+        if same and self.has_gradient:
+            raise CannotTrain(
+                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
+            )
 
     def after_update(self, step: int, metrics: Metrics) -> None:
         """Follows optimizer step number ``step`` (from 1), with its figures over all processes, which it may add to."""

@@ -30,11 +30,11 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.record import reward_record
 from diffalign.rollout.sampler import micro_batches
-from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Metrics, Micro, indexed, restore
+from diffalign.runtime.loop import Metrics, MicroBatch, MiniBatch
 from diffalign.runtime.provenance import digest
+from diffalign.runtime.state import indexed, restore
 from diffalign.structures import Level, Prompt
 from diffalign.trainers.arguments import check_groups, evaluation_rewards, reward_table
 from diffalign.trainers.base import Trainer, named_model
@@ -165,29 +165,28 @@ class DiffusionDPOTrainer(Trainer):
         assert isinstance(self.source, RolloutSource)
         self.examples = self.source.examples(self.source.collector.restored(iteration, tensors))[0]
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Number and text of each example of the current update."""
-        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in self.part.tolist()]
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Number and prompt of each example of an optimizer step."""
+        rows = minibatch.rows.tolist()
+        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in rows]
 
     # Update ---------------------------------------------------------------------------------------------------------
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """Splits the iteration's examples at random into its updates, and each update into passes."""
+    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+        """Split the iteration's examples at random into optimizer steps, and each step into passes."""
         count = len(self.examples.texts)
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
         size = -(-count // self.updates_per_iteration)
+
         for update in range(self.updates_per_iteration):
-            # A process with too few examples for all updates begins again.
-            part = order[torch.arange(update * size, (update + 1) * size) % count]
-            self.part = part
-            passes = [part[rows] for rows in micro_batches(len(part), self.args.train_batch_size)]
-            yield [self._micro(rows, len(rows) / len(part)) for rows in passes]
+            # A process with too few examples for all updates starts over.
+            own = order[torch.arange(update * size, (update + 1) * size) % count]
+            passes = [own[rows] for rows in micro_batches(len(own), self.args.train_batch_size)]
+            yield MiniBatch([MicroBatch(rows, len(rows) / len(own)) for rows in passes], own)
 
-    def _micro(self, rows: Tensor, scale: float) -> Micro:
-        return lambda: self._loss(rows, scale)
-
-    def _loss(self, rows: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of some examples, and metrics."""
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of some examples, and metrics."""
+        rows = micro.rows
         sides, level = self.denoise(rows, self.loop.step)
         weight = self.examples.weight[rows].to(self.model.device)
         label = self.examples.label[rows].to(self.model.device)
@@ -195,7 +194,7 @@ class DiffusionDPOTrainer(Trainer):
             loss, metrics = self._paired(sides, label, level)
         else:
             loss, metrics = self._single(sides, label, weight)
-        return (weight * loss).mean() * scale, metrics
+        return (weight * loss).mean(), metrics
 
     def _paired(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
         pair = DenoisedPair(*sides)
@@ -278,26 +277,24 @@ class DiffusionDPOTrainer(Trainer):
     # Checks ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def before_first_update(self) -> None:
-        """A policy that has not moved says what the reference says, to the last bit."""
-        rows = torch.arange(min(self.args.train_batch_size, len(self.examples.texts)))
-        self.tracked, _ = self.denoise(rows, 0)
+    def check_on_policy(self) -> None:
+        """Check that an unchanged policy predicts exactly what the reference predicts, on what ``probe`` denoised."""
         if not self.compares:
             return
-        worst = max(side.shift.abs().max().item() for side in self.tracked)
+        worst = max(side.shift.abs().max().item() for side in self.first_sides)
         if worst > 0:
             raise CannotTrain(
                 f"policy and reference differ by {worst:.2e} before the first update: dropout or another source of "
                 "randomness in the denoiser is on; turn it off"
             )
 
-    @torch.no_grad()
-    def after_first_update(self) -> None:
-        """The canary: an update must have changed what the denoiser says."""
-        now, _ = self.denoise(torch.arange(len(self.tracked[0].output)), 0)
-        same = all(torch.equal(a.output, b.output) for a, b in zip(now, self.tracked, strict=True))
-        if same and self.examples.weight.any():
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
+    def probe(self) -> list[Tensor]:
+        """Outputs of the policy on the first examples, noised as in the first optimizer step."""
+        rows = torch.arange(min(self.args.train_batch_size, len(self.examples.texts)))
+        self.first_sides, _ = self.denoise(rows, 0)
+        return [side.output for side in self.first_sides]
+
+    @property
+    def has_gradient(self) -> bool:  # type: ignore[override]
+        """Whether any example of the iteration counts."""
+        return bool(self.examples.weight.any())

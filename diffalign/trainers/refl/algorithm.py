@@ -32,8 +32,7 @@ from diffalign.rollout.sampler import SamplingPlan, micro_batches
 from diffalign.rollout.scoring import RewardWarning, check_unscored
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.endings import diverged
-from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Loop, Metrics, Micro
+from diffalign.runtime.loop import Loop, Metrics, MicroBatch, MiniBatch
 from diffalign.runtime.provenance import digest
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.arguments import check_differentiable, dataset, evaluation_rewards, reward_table
@@ -227,8 +226,8 @@ class ReFLTrainer(Trainer):
         advance(self.model, SamplingPlan(plan, self.levels, self.guidance), conditioning, start, buffer, draw_noise)
         return Batch(courses, samples, start.prompts, conditioning, buffer)
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Prompt, group and member of each image of the iteration."""
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Prompt, group and sample index of each image of the iteration."""
         return [
             {"prompt": prompt.text, "group": group, "member": member}
             for batch in self.batches
@@ -237,24 +236,19 @@ class ReFLTrainer(Trainer):
 
     # Update ---------------------------------------------------------------------------------------------------------
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """One update: a pass per course and part of a batch."""
+    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+        """Yield the one optimizer step of an iteration: a pass per gradient path and part of a batch."""
         total = sum(len(batch.samples) for batch in self.batches)
-        yield [
-            self._micro(batch, torch.arange(len(batch.samples))[rows], course, total)
-            for batch in self.batches
-            for rows in micro_batches(len(batch.samples), self.args.train_batch_size)
-            for course in range(len(batch.courses))
-        ]
+        micros = []
+        for batch in self.batches:
+            for rows in torch.arange(len(batch.samples)).split(self.args.train_batch_size):
+                weight = len(rows) / (total * len(batch.courses))
+                micros += [MicroBatch(rows, weight, path, batch) for path in range(len(batch.courses))]
+        yield MiniBatch(micros, torch.arange(total))
 
-    def _micro(self, batch: Batch, rows: Tensor, course: int, total: int) -> Micro:
-        scale = len(rows) / (total * len(batch.courses))
-
-        def micro() -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = self.gradient(batch, rows, course)
-            return loss * scale, metrics
-
-        return micro
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of some samples on one gradient path, and metrics."""
+        return self.gradient(micro.data, micro.rows, micro.tag)
 
     # Watching it ----------------------------------------------------------------------------------------------------
 
@@ -265,7 +259,7 @@ class ReFLTrainer(Trainer):
 
     def after_update(self, step: int, metrics: Metrics) -> None:
         """Keeps whether there was a gradient. ValueError: rewards failed on too many images."""
-        self.moved = metrics["grad_norm"] > 0
+        self.has_gradient = metrics["grad_norm"] > 0
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
         if metrics["unscored"] and not all(batch.buffer.x.isfinite().all() for batch in self.batches):
@@ -291,20 +285,8 @@ class ReFLTrainer(Trainer):
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _output(self) -> Tensor:
-        batch, rows = self.tracked, torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
-        return self.gradient.unrolled(batch, rows, 0).calls[0].output
-
-    def before_first_update(self) -> None:
-        """What the denoiser says while its weights have not moved."""
-        self.tracked = self.batches[0]
-        self.first_output = self._output()
-
-    def after_first_update(self) -> None:
-        """The canary: an update with a gradient must have changed what the denoiser says."""
-        if torch.equal(self._output(), self.first_output) and self.moved:
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
+    def probe(self) -> list[Tensor]:
+        """Outputs of the first recorded call for the first batch."""
+        self.tracked = vars(self).get("tracked", self.batches[0])
+        rows = torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
+        return [self.gradient.unrolled(self.tracked, rows, 0).calls[0].output]
