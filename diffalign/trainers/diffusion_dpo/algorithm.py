@@ -1,7 +1,7 @@
-"""Diffusion-DPO (arXiv 2311.12908) and its relatives: preferences between images as differences of denoising errors.
+"""Diffusion-DPO (arXiv 2311.12908) and related losses: preferences as differences of denoising errors.
 
-An optimizer step takes ``num_pairs`` pairs of data, or, online, the pairs that a rollout's rewards make of the model's
-own images. Both images of a pair are noised to one level with one noise; policy and reference see the same batch.
+An optimizer step trains on ``num_pairs`` pairs of a data set or, online, on pairs of the model's own images, ranked by
+rewards. Both images of a pair share the noise level and the noise; policy and reference predict the same batch.
 
 Departures from the paper's code: 1. the reference is the model itself with its adapter off, in the same precision, so
 that the first loss is ln 2 to the last bit; 2. latents are the mean of the encoder's distribution; 3. crop and flip are
@@ -58,11 +58,11 @@ from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 
 
 class DiffusionDPOTrainer(Trainer):
-    """Trains a model on preferences.
+    """Train a model on preferences with Diffusion-DPO and related losses.
 
     model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
-    reward_funcs: rewards that make pairs of the model's own images; as for ``FlowGRPOTrainer``.
-    train_dataset: what ``load_pairs``, ``stream_pairs`` or ``load_labelled`` gave; with rewards a list of ``Prompt``;
+    reward_funcs: rewards that rank the model's own images into pairs; as for ``FlowGRPOTrainer``.
+    train_dataset: result of ``load_pairs``, ``stream_pairs`` or ``load_labelled``; with rewards a list of ``Prompt``;
         default: what ``args`` names. eval_dataset: a list of ``Prompt``.
 
     ValueError or FileNotFoundError before any work where something is missing or does not fit.
@@ -109,7 +109,7 @@ class DiffusionDPOTrainer(Trainer):
         self.source = self._source(data, weights)
         self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
         self.updates_per_iteration = args.updates_per_rollout if args.online else 1
-        self.world_size_invariant = self.updates_per_iteration == 1  # each process splits the pairs that it found
+        self.world_size_invariant = self.updates_per_iteration == 1  # else each process splits its own pairs
         self._moving_reference()
         low, high = args.auto_beta_range
         self.auto_beta = AutoBeta(low=low, high=high, target=args.auto_beta) if args.auto_beta else None
@@ -135,7 +135,7 @@ class DiffusionDPOTrainer(Trainer):
         return source if args.losers == "data" else SelfPlaySource(source, self)
 
     def check_batches(self, processes: int) -> None:
-        """ValueError where pairs or groups do not divide over the processes."""
+        """Raise ValueError where pairs or groups do not divide over the processes."""
         args = self.args
         if args.online:
             args.validate_batches(processes)
@@ -147,21 +147,21 @@ class DiffusionDPOTrainer(Trainer):
 
     @property
     def eval_levels(self) -> Level:
-        """Those of ``eval_num_steps``, else of the plan."""
+        """Levels of ``eval_num_steps``, else of the plan."""
         return self.model.levels(self.args.eval_num_steps or self.args.plan.num_steps, self.args.schedule)
 
     def collect(self, iteration: int) -> Metrics:
-        """The examples of an iteration."""
+        """Collect the examples of an iteration and encode their prompts."""
         self.examples, metrics = self.source(iteration)
-        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder has to come in the update
+        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder is loaded during the update
         return metrics
 
     def collected(self) -> dict[str, Tensor]:
-        """The model's own images, as the policy of the iteration's beginning drew them; data are read again."""
+        """The rollout of an online run; empty for data sets, which are read again."""
         return self.source.rollout.buffer.drawn() if isinstance(self.source, RolloutSource) else {}
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on with these images."""
+        """Restore the rollout and its examples."""
         assert isinstance(self.source, RolloutSource)
         self.examples = self.source.examples(self.source.collector.restored(iteration, tensors))[0]
 
@@ -213,26 +213,26 @@ class DiffusionDPOTrainer(Trainer):
 
     @property
     def beta(self) -> float | Tensor | None:
-        """The strength of the preference, in units of the errors; None for a loss that has none."""
+        """Strength of the preference, in units of the errors; None for a loss without beta."""
         if self.auto_beta is not None:
             return self.auto_beta.beta.to(self.model.device)
         return self.kind.beta if self.args.beta is None else self.args.beta
 
     def denoise(self, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:
-        """Some of the iteration's examples: see ``Denoising``."""
+        """Noise and denoise examples of the iteration: see ``Denoising``."""
         return self.denoising(self.examples, rows, step)
 
     # The reference --------------------------------------------------------------------------------------------------
 
     def _moving_reference(self) -> None:
-        """A reference that follows the policy is a weight set of its own."""
+        """Add the weight set of a reference that follows the policy."""
         args, self.reference = self.args, None
         if self.compares and (args.reference_decay or args.reference_steps):
             self.reference = EMA(self.loop.parameters, args.reference_decay, warmup=False)
             self.model.weights.add(REFERENCE, self.reference.shadow)
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Moves the reference and beta, and says so when a run goes wrong."""
+        """Update the moving reference and beta; warn when winners get worse than the reference."""
         every = self.args.reference_steps
         if self.reference is not None and (not every or step % every == 0):
             self.reference.update()
@@ -251,7 +251,7 @@ class DiffusionDPOTrainer(Trainer):
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint must hold besides the loop's own."""
+        """Return the moving reference, beta, running means and stream cursors."""
         tensors = {} if self.reference is None else indexed(self.reference.shadow)
         plain: dict[str, Any] = {"warned": self.warned}
         if self.single is not None:
@@ -263,7 +263,7 @@ class DiffusionDPOTrainer(Trainer):
         return tensors, plain
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what ``state`` gave. ValueError: a stream that another number of processes read."""
+        """Restore what ``state`` returned. ValueError: a stream was read by another number of processes."""
         if self.reference is not None:
             restore(self.reference.shadow, tensors)
         if self.single is not None:

@@ -1,6 +1,6 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients through the stochastic steps of a flow model's sampler.
 
-An iteration draws ``num_groups`` prompts and ``group_size`` images of each along a plan, scores them, turns scores into
+An iteration samples ``group_size`` images of each of ``num_groups`` prompts along a plan, scores them, computes
 advantages relative to the group, and takes ``updates_per_rollout`` optimizer steps on the stored transitions.
 """
 
@@ -40,7 +40,7 @@ from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 
 class FlowGRPOTrainer(Trainer):
-    """Trains a model on rewards.
+    """Train a model on rewards with Flow-GRPO.
 
     model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
     reward_funcs: rewards (names, functions or instances), alone, in a list, or as a mapping from reward name to weight
@@ -84,29 +84,29 @@ class FlowGRPOTrainer(Trainer):
         self.clip = clip_range_per_dimension(args.clip_range, args.clip_unit, dimensions)
 
     def check_batches(self, processes: int) -> None:
-        """ValueError where images or groups do not divide over the processes."""
+        """Raise ValueError where images or groups do not divide over the processes."""
         self.args.validate_batches(processes)
         check_groups(self.rewards, self.args.num_groups, processes)
 
     @property
     def eval_levels(self) -> Level:
-        """Those of ``eval_num_steps``, else of the plan."""
+        """Levels of ``eval_num_steps``, else of the plan."""
         return self.model.levels(self.args.eval_num_steps or self.args.plan.num_steps, self.args.schedule)
 
     def collect(self, iteration: int) -> Metrics:
-        """Samples and scores the images of an iteration."""
-        vars(self).pop("rollout", None)  # the last one's memory is free for this one
+        """Sample and score the images of an iteration."""
+        vars(self).pop("rollout", None)  # free the previous buffer first
         self.rollout = self.collector(iteration, means=self.args.loss == "grpo_guard")
         if self.args.old_log_prob == "recompute":
             self._recompute(len(self.buffer.leaves))
         return self.rollout.metrics
 
     def collected(self) -> dict[str, Tensor]:
-        """The images of the iteration, as the policy of its beginning drew them."""
+        """The rollout as it was sampled by the policy from the start of the iteration."""
         return self.buffer.drawn()
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on with these images."""
+        """Restore the rollout."""
         self.rollout = self.collector.restored(iteration, tensors)
 
     def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ class FlowGRPOTrainer(Trainer):
 
     @property
     def buffer(self) -> RolloutBuffer:
-        """The iteration's nodes."""
+        """The iteration's rollout buffer."""
         return self.rollout.buffer
 
     # Update ---------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class FlowGRPOTrainer(Trainer):
         return loss, metrics
 
     def _replay(self, buffer: RolloutBuffer, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
-        """The stored transition of ``step`` under the current weights, and the nodes it ends in."""
+        """Replay the stored transition of ``step`` under the current weights; return it and the nodes it ends in."""
         nodes = buffer.nodes(samples, step + 1)
         x, x_next = buffer.latents(buffer.parent[nodes]), buffer.latents(nodes)
         conditioning = self.rollout.conditioning[buffer.group[nodes]]
@@ -249,7 +249,7 @@ class FlowGRPOTrainer(Trainer):
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:
-    """The loss weight of each trained step: its row's own, times TempFlow's where asked for."""
+    """Return the loss weight of each trained step: the weight of its plan row, times TempFlow's if chosen."""
     steps = plan.trained_steps
     rows = [plan.rows[step] for step in steps]
     weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)
