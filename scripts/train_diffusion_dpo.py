@@ -1,6 +1,9 @@
 """``accelerate launch scripts/train_diffusion_dpo.py --config configs/diffusion_dpo/shapes.yaml``."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone needs no installation
 
 from diffalign.cli import main
 

@@ -15,8 +15,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def trust(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("trust")
+    return importlib.import_module("scripts.studies.trust")
 
 
 def noted(name, outcome="passed", cpu=1.0, **counts):

@@ -5,7 +5,6 @@ import importlib
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -173,8 +172,7 @@ def test_rounding_to_8_bits_moves_a_score_by_far_less_than_another_picture_does(
 def test_the_check_for_published_weights_finds_no_difference_and_a_planted_one(
     name, small, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    check = importlib.import_module("check_rewards")
+    check = importlib.import_module("scripts.studies.check_rewards")
     for i, picture in enumerate(pictures()[:2]):
         picture.save(tmp_path / f"{i}.png")
     argv = ["check_rewards.py", name, "--images", str(tmp_path), "--options", json.dumps(small[name])]

@@ -1,6 +1,6 @@
 """The names and shapes of published weights, each listed by its authors' own module code on the meta device.
 
-``published/NAME.txt`` says where from; every line is a name and a shape. ``scripts/list_published_keys.py`` made them.
+``published/NAME.txt`` says where from; every line is a name and a shape. ``scripts/build/published_keys.py`` made them.
 What is loaded here, by the loaders' own mapping, must want exactly these.
 """
 

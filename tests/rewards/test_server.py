@@ -139,7 +139,7 @@ def test_a_request_has_so_many_images_at_most(monkeypatch):
 def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-        yield importlib.import_module("bench_server")
+        yield importlib.import_module("scripts.bench.server")
 
 
 @pytest.mark.parametrize(

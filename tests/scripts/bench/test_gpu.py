@@ -15,8 +15,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("bench_gpu")
+    return importlib.import_module("scripts.bench.gpu")
 
 
 def test_a_frozen_base_is_charged_no_weight_gradients(bench):
@@ -87,7 +86,7 @@ def test_the_bench_runs_small_and_says_what_does_not_run(bench, tmp_path):
     (tmp_path / "checkout/other.py").write_text(OTHER)
     adapter.write_text(ADAPTER)
     names = ["sd35_medium_512", "sdxl_1024", "flux1_dev_512"]
-    command = [sys.executable, "scripts/bench_gpu.py", "--size", "tiny", "--models", *names, "--repeats", "1"]
+    command = [sys.executable, "scripts/bench/gpu.py", "--size", "tiny", "--models", *names, "--repeats", "1"]
     command += ["--settings", "plain", "xformers", "base_4bit", "--write", str(file)]
     command += ["--against", str(tmp_path / "checkout"), "--adapter", f"{adapter}:prepare"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -114,7 +113,7 @@ def test_the_bench_runs_small_and_says_what_does_not_run(bench, tmp_path):
 
 
 def test_other_work_is_told_from_the_same(bench, tmp_path):
-    against = importlib.import_module("bench_against")
+    against = importlib.import_module("scripts.bench.against")
     net = torch.nn.Linear(2, 2)
     job = SimpleNamespace(checkout=tmp_path, pipeline=SimpleNamespace(components={"unet": net}), images=4)
     ours = {
@@ -147,7 +146,7 @@ def test_an_adapter_that_is_missing_is_told(bench, tmp_path, adapter, message):
 @pytest.mark.parametrize("quantise", ["no", "4bit"])
 def test_random_weights_go_without_text_encoders(bench, monkeypatch, quantise):
     """The way of published sizes, with a small pipeline in their place; the loader's quantisation needs a GPU."""
-    models = importlib.import_module("bench_models")
+    models = importlib.import_module("scripts.bench.gpu_models")
     asked = []
     monkeypatch.setattr(models, "quantisation", lambda kind, part: asked.append((kind, part)))
     case = models.Case({"published": "tests.models.tiny_flow:flux_dev"}, resolution=16, batch=1)
@@ -163,7 +162,7 @@ def test_random_weights_go_without_text_encoders(bench, monkeypatch, quantise):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_published_sizes_ask_for_a_gpu(bench, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit):
         bench.main()
     assert "published sizes need a CUDA device" in capsys.readouterr().err

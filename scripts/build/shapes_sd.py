@@ -1,7 +1,7 @@
 """Trains the embedded StableDiffusionPipeline from scratch and writes it to ``assets/shapes-sd``.
 
-    python scripts/build_shapes_sd.py latents    # about 4 minutes on 1 core
-    python scripts/build_shapes_sd.py train      # about 45 minutes; goes on from its last checkpoint
+    python scripts/build/shapes_sd.py latents    # about 4 minutes on 1 core
+    python scripts/build/shapes_sd.py train      # about 45 minutes; goes on from its last checkpoint
 
 A UNet that predicts epsilon, one CLIP text encoder trained with it, and the VAE and the tokenizer of
 ``assets/shapes-sd3``. As there, the last steps see captions of which one in twelve is wrong in one word. ``train``
@@ -13,16 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from shapes_build import clip_config, cosine, encode_latents, follow, report, ship, wording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
+from scripts.build.shapes_training import clip_config, cosine, encode_latents, follow, report, ship, wording
 
 WIDTH = 80
 BATCH = 256

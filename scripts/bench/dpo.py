@@ -1,7 +1,7 @@
 """Pairs per second of Diffusion-DPO, and how close that is to the bare cost of its passes.
 
-    python scripts/bench_dpo.py                                  # the embedded world
-    python scripts/bench_dpo.py --config my.yaml --repeats 9     # any data set; fields as for training
+    python scripts/bench/dpo.py                                  # the embedded world
+    python scripts/bench/dpo.py --config my.yaml --repeats 9     # any data set; fields as for training
 
 The bare cost is that of the policy's forward and backward passes, the reference's forward passes and the optimizer
 step, each measured alone at the same shapes, precision and threads. Optimizer steps and bare parts alternate, and
@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from bench_flow_grpo import ROOT, device, optimizer_step, peak_memory
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffalign.cli import use_all_cores
@@ -29,6 +31,8 @@ from diffalign.config import parse
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.sampler import micro_batches
 from diffalign.structures import Conditioning
+from scripts import ROOT
+from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
 
 
 class Bench:
@@ -132,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = parse(DiffusionDPOConfig, ["--config", str(own.config), *overrides, "--output_dir", folder])
         if args.online or args.losers == "reference":
-            parser.error("pairs of the model's own images cost rollouts: bench_flow_grpo.py times those")
+            parser.error("pairs of the model's own images cost rollouts: bench/flow_grpo.py times those")
         found = measure(Bench(DiffusionDPOTrainer(args=args)), own.repeats)
     result = {"config": own.config.name, "overrides": overrides, "device": device(), **found}
     result["peak_memory_gib"] = peak_memory()

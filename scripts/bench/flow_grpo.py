@@ -1,7 +1,7 @@
 """What an iteration of Flow-GRPO costs, by phase, and how close it is to the bare cost of its model evaluations.
 
-    python scripts/bench_flow_grpo.py                                  # the quickstart
-    python scripts/bench_flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
+    python scripts/bench/flow_grpo.py                                  # the quickstart
+    python scripts/bench/flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
 
 The bare cost is that of the forward and backward passes, optimizer steps, decoding and scoring of an iteration, each
 measured alone at the same shapes and threads. Iterations and bare parts alternate, and medians are compared, so that a
@@ -15,12 +15,15 @@ import json
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 from diffalign.cli import use_all_cores
@@ -30,8 +33,7 @@ from diffalign.rollout.generate import decode, shared_steps
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.scoring import score
 from diffalign.trainers.base import Trainer
-
-ROOT = Path(__file__).parents[1]
+from scripts import ROOT
 
 
 class Bench:

@@ -1,7 +1,7 @@
 """Why images of the embedded world are wrong: the verifier's reasons, task by task, for every model of an evaluation.
 
     diffalign eval tuned=runs/shapes_long_seeds/seed-2 --output_dir runs/eval_long
-    python scripts/what_fails.py runs/eval_long --name shapes_long_fails
+    python scripts/studies/what_fails.py runs/eval_long --name shapes_long_fails
 
 Reads the images that ``diffalign eval`` left, of all prompts. Writes ``assets/results/NAME.csv`` and
 ``assets/pictures/NAME.png``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
 from diffalign.data.prompts import load_prompts
 from diffalign.shapes import TAGS, judge_batch
 from diffalign.shapes.captions import Spec
 from diffalign.shapes.verifier import Found
 from diffalign.structures import Prompt
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 COLOURS = {
     "right": "#1f5fa8",
     "no clear shape": "#7d8894",

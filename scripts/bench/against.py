@@ -1,6 +1,6 @@
 """The same work through the code of another trainer's repository, in the same run, for a ratio.
 
-    python scripts/bench_gpu.py --against ~/other --adapter adapter.py:prepare
+    python scripts/bench/gpu.py --against ~/other --adapter adapter.py:prepare
 
 No repository is known here. What joins one is a function of the user's own, which is told a ``Job`` and returns what
 does one iteration of it:
@@ -78,7 +78,7 @@ def load_adapter(spec: str) -> Adapter:
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     if not callable(function := getattr(module, name, None)):
-        raise ValueError(f"adapter {spec!r}: {file} has no function {name!r}; see scripts/bench_against.py")
+        raise ValueError(f"adapter {spec!r}: {file} has no function {name!r}; see scripts/bench/against.py")
     return function
 
 

@@ -1,8 +1,8 @@
 """The published weights through this package, and through the recipe of their authors: run it where the weights are.
 
-    python scripts/check_rewards.py pickscore clipscore hpsv2.1 aesthetic
-    python scripts/check_rewards.py image_reward vqascore --images my/pictures --prompt "a cat"
-    python scripts/check_rewards.py pickscore --options '{"path": "my/weights", "tokenizer": "my/weights"}'
+    python scripts/studies/check_rewards.py pickscore clipscore hpsv2.1 aesthetic
+    python scripts/studies/check_rewards.py image_reward vqascore --images my/pictures --prompt "a cat"
+    python scripts/studies/check_rewards.py pickscore --options '{"path": "my/weights", "tokenizer": "my/weights"}'
 
 PickScore, CLIPScore, HPS and the aesthetic predictor are computed a second time with plain transformers and open_clip,
 picture by picture through PIL. ImageReward, HPSv3 and VQAScore are compared with their authors' packages where these
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
 from diffalign import score_images
 from diffalign.rewards import get_reward
 from diffalign.rewards.aesthetic import AestheticReward
@@ -34,8 +36,8 @@ from diffalign.rewards.clip import ClipReward
 from diffalign.rewards.hps import HpsReward
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import state_dict
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 Scores = list[float]
 
 

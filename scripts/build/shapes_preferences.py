@@ -1,6 +1,6 @@
 """Makes the embedded preference data: pairs of the pipeline's own images in Pick-a-Pic's columns.
 
-    python scripts/build_shapes_preferences.py      # about 10 minutes on a core
+    python scripts/build/shapes_preferences.py      # about 10 minutes on a core
 
 For each training caption the pipeline draws ``GROUP`` images; the verifier's best and worst make a pair, in random
 order, or a tie where all are equally good. Images are JPEG, as there. Writes ``assets/preferences/shapes.parquet``.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import random
+import sys
 import uuid
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
 from diffalign.cli import use_all_cores
 from diffalign.models import load_model
 from diffalign.rng import KeyedRNG
@@ -27,8 +30,8 @@ from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import caption, judge_batch
 from diffalign.structures import Guidance
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "assets/shapes-sd3"
 GROUP = 8
 PROMPTS = 32  # at a time

@@ -22,7 +22,8 @@ from typing import Protocol
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from repeat_seeds import ROOT
+
+from scripts import ROOT
 
 Row = dict[str, object]
 COST = "cost.json"

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.shapes import prompt_set
 
-ROOT = Path(__file__).parents[1]
-COMMAND = ["build_shapes_sd.py", "train", "--parts", str(ROOT / "assets/shapes-sd3"), "--check_per_tag", "1"]
+ROOT = Path(__file__).parents[3]
+COMMAND = ["shapes_sd.py", "train", "--parts", str(ROOT / "assets/shapes-sd3"), "--check_per_tag", "1"]
 
 
 @pytest.fixture
 def build(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    module = importlib.import_module("build_shapes_sd")
+    module = importlib.import_module("scripts.build.shapes_sd")
     monkeypatch.setattr(module, "BATCH", 4)
     monkeypatch.setattr(module, "check", lambda args: None)
     return module

@@ -1,9 +1,9 @@
 """A recipe on several seeds: what it gains, how fast, and how far seeds differ.
 
-    python scripts/repeat_seeds.py                                             # the quickstart: three runs, one by one
-    python scripts/repeat_seeds.py --config configs/flow_grpo/shapes_long.yaml
-    python scripts/repeat_seeds.py --config configs/refl/shapes_draft_k.yaml   # the folder names the trainer
-    python scripts/repeat_seeds.py --check runs/shapes                         # exit 1 unless accuracy rose well
+    python scripts/studies/repeat_seeds.py  # the quickstart: three runs, one by one
+    python scripts/studies/repeat_seeds.py --config configs/flow_grpo/shapes_long.yaml
+    python scripts/studies/repeat_seeds.py --config configs/refl/shapes_draft_k.yaml  # the folder names the trainer
+    python scripts/studies/repeat_seeds.py --check runs/shapes  # exit 1 unless accuracy rose well
 
 A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
 tuned weights on the same held-out prompts, noise, steps and guidance scale. Prints the README's table and writes
@@ -24,11 +24,13 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
 from diffalign.config import load_yaml
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.shapes import TAGS
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/flow_grpo/shapes.yaml"
 LEAST_GAIN = 0.12  # of a single run of the quickstart; seeds and machines differ a little
 TASKS = [f"accuracy/{tag}" for tag in TAGS]

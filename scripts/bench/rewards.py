@@ -1,7 +1,7 @@
 """What a reward costs beyond its network: images per second, against calling the underlying model directly.
 
-    python scripts/bench_rewards.py
-    python scripts/bench_rewards.py --images 32 --side 1024 --layers 24 --width 1024
+    python scripts/bench/rewards.py
+    python scripts/bench/rewards.py --images 32 --side 1024 --layers 24 --width 1024
 
 The networks are random, in the published layouts, as wide and deep as asked. A direct call gets pixels and tokens that
 are ready; a reward starts from images and prompts. Both alternate, and medians are compared, so that a busy machine
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import open_clip
 import torch
-from build_judges import save_vqascore, vqa_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.cli import use_all_cores
 from diffalign.rewards import get_reward
@@ -31,8 +33,9 @@ from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Reward
 from diffalign.rewards.support.preprocess import Preprocess, stretch
 from diffalign.rewards.vqascore import AFTER, BEFORE, QUESTION, ClipT5, ClipT5Config, yes_eos
+from scripts import ROOT
+from scripts.build.judges import save_vqascore, vqa_tokenizer
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "assets/shapes-sd3/tokenizer"
 PROMPTS = ["a red circle", "two squares", "a triangle left of a square", "a blue circle and a red square"]
 

@@ -1,8 +1,8 @@
 """The reliability list, row by row, and the figures to print.
 
-    python scripts/trust.py                                   # all of it, 200 kills
-    python scripts/trust.py --short                           # no slow test, each kind of resume point once
-    python scripts/trust.py --rows 2 --kills 2000 --jobs 2    # one row, more kills, two at a time
+    python scripts/studies/trust.py                                   # all of it, 200 kills
+    python scripts/studies/trust.py --short                           # no slow test, each kind of resume point once
+    python scripts/studies/trust.py --rows 2 --kills 2000 --jobs 2    # one row, more kills, two at a time
 
 Runs tests/reliability and, for some rows, the tests beside the code; a row is green if all of its tests pass and one
 ran at least. What is done is kept in ``--output_dir``, in a folder for these sources, as it is done: the run can be
@@ -36,13 +36,12 @@ import psutil
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything asks
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by libraries on import
 
-from repeat_seeds import checkpoint_share  # noqa: E402
-
-from diffalign.runtime.provenance import machine  # noqa: E402
+from diffalign.runtime.provenance import machine
+from scripts import ROOT
+from scripts.studies.repeat_seeds import checkpoint_share
 
 WRITE = ROOT / "assets/results/trust.json"
 ROWS = 41

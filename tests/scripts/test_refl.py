@@ -13,13 +13,12 @@ from diffalign import ReFLConfig
 from diffalign.config import parse
 from diffalign.diffusion.reward_gradient_presets import PRESETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("compare_refl")
+    return importlib.import_module("scripts.studies.compare_refl")
 
 
 def test_every_preset_is_compared_on_as_many_images(compare, tmp_path, monkeypatch):
@@ -71,9 +70,8 @@ TINY = ["--num_groups", "2", "--rollout_batch_size", "2", "--train_batch_size", 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.chdir(ROOT)
-    return importlib.import_module("bench_refl")
+    return importlib.import_module("scripts.bench.refl")
 
 
 def test_the_bench_adds_up(bench):
@@ -95,7 +93,7 @@ def test_memory_that_was_needed_before_does_not_hide_what_a_step_needs(bench):
 @pytest.mark.slow
 def test_the_bench_measures_each_saving_in_a_process_of_its_own(tmp_path):
     sizes = ["--num_groups", "16", "--rollout_batch_size", "16", "--train_batch_size", "16"]  # of two nothing is saved
-    command = [sys.executable, "scripts/bench_refl.py", *TINY, *sizes, "--repeats", "1"]
+    command = [sys.executable, "scripts/bench/refl.py", *TINY, *sizes, "--repeats", "1"]
     command += ["--savings", "none", "train_batch_size 1", "--write", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())["memory"]["own"]

@@ -1,7 +1,7 @@
 """Load on the reward server, on this machine only: many requests at once, silent clients, and clients that drip.
 
-    python scripts/bench_server.py            # starts the server itself, in a process of its own
-    python scripts/bench_server.py --url http://127.0.0.1:8000 --reward brightness
+    python scripts/bench/server.py            # starts the server itself, in a process of its own
+    python scripts/bench/server.py --url http://127.0.0.1:8000 --reward brightness
 
 Prints a line per trial: requests answered, reset and refused, requests per second, the slowest answer, and the threads
 and memory of the server's process.
@@ -18,11 +18,14 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import torch
 import urllib3
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.rewards.support.http_client import encode_image
 

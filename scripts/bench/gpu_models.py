@@ -1,4 +1,4 @@
-"""The models that ``bench_gpu`` measures: from their public configurations, with random weights, or small ones."""
+"""The models that ``gpu.py`` measures: from their public configurations, with random weights, or small ones."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Trains the embedded StableDiffusion3Pipeline from scratch and writes it, with its prompt files, to ``assets/``.
 
-    python scripts/build_shapes_pipeline.py vae        # about 6 minutes on 2 cores
-    python scripts/build_shapes_pipeline.py latents    # about 2 minutes
-    python scripts/build_shapes_pipeline.py denoiser   # about 30 minutes
-    python scripts/build_shapes_pipeline.py web        # about 6 minutes
-    python scripts/build_shapes_pipeline.py prompts
+    python scripts/build/shapes_pipeline.py vae        # about 6 minutes on 2 cores
+    python scripts/build/shapes_pipeline.py latents    # about 2 minutes
+    python scripts/build/shapes_pipeline.py denoiser   # about 30 minutes
+    python scripts/build/shapes_pipeline.py web        # about 6 minutes
+    python scripts/build/shapes_pipeline.py prompts
 
 Each stage reads what the one before it left in ``--work_dir``. ``denoiser`` writes the pipeline, half-way through its
 learning-rate schedule; ``web`` finishes it, on captions of which one in twelve is wrong in one word, as captions from
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from shapes_build import CLIP_LENGTH, clip_config, cosine, encode_latents, follow, random_scenes, report, ship, wording
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
@@ -42,8 +42,21 @@ from transformers import (
     T5TokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
+
 from diffalign.shapes import judge_batch, prompt_set, render
 from diffalign.shapes.captions import vocabulary
+from scripts.build.shapes_training import (
+    CLIP_LENGTH,
+    clip_config,
+    cosine,
+    encode_latents,
+    follow,
+    random_scenes,
+    report,
+    ship,
+    wording,
+)
 
 SHORT = 16  # T5 tokens in most batches
 LONG = (64, 256)  # the lengths, one of them the pipeline's default, that every --long_every-th batch uses

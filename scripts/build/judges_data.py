@@ -1,7 +1,7 @@
 """What the judges of the embedded world learn from: images, what they were drawn for, and what they show.
 
 Half of the images are the pipeline's, at several guidance scales, so that many are wrong; the renderer's are right.
-``build_judges.py`` is the command.
+``judges.py`` is the command.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,8 +26,8 @@ from diffalign.shapes import TAGS, caption, render, scene_for
 from diffalign.shapes.captions import OPENINGS, Spec, is_held_out, is_novel, neighbours, phrase, specs
 from diffalign.shapes.verifier import Found, find_objects, judge, nearest_colors
 from diffalign.structures import Guidance, Prompt
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "assets/shapes-sd3"
 EVERY: list[Spec] = [spec for tag in TAGS for spec in specs(tag)]
 PLACE = {json.dumps(spec): i for i, spec in enumerate(EVERY)}

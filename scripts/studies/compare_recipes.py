@@ -1,8 +1,8 @@
 """What helps Flow-GRPO on the embedded world: a controlled comparison, one change at a time.
 
-    python scripts/compare_recipes.py                              # all of it; hours, goes on where it stopped
-    python scripts/compare_recipes.py --axes noise "group size"    # some of it
-    python scripts/compare_recipes.py --draw                       # the table and the picture of what is finished
+    python scripts/studies/compare_recipes.py                            # all of it; hours, goes on where it stopped
+    python scripts/studies/compare_recipes.py --axes noise "group size"  # some of it
+    python scripts/studies/compare_recipes.py --draw                     # the table and the picture of what is finished
 
 Every variant changes one thing of the quickstart and trains on the same number of images. Its learning rate is tuned on
 the first seed: two factors, and a third beyond the better one; the best then runs with the other seeds too. Each run
@@ -14,15 +14,18 @@ by side, each on its share of the cores. Writes ``assets/results/recipes.csv`` (
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trials
-from repeat_seeds import QUICKSTART as CONFIG
-from repeat_seeds import ROOT, evaluations
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.config import load_yaml
+from scripts import ROOT
+from scripts.studies import trials
+from scripts.studies.repeat_seeds import QUICKSTART as CONFIG
+from scripts.studies.repeat_seeds import evaluations
 
 CSV = ROOT / "assets/results/recipes.csv"
 PICTURE = ROOT / "assets/pictures/recipes.png"

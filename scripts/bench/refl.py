@@ -1,8 +1,8 @@
 """What an optimizer step of a recipe costs against the bare passes that its maths needs, and what each saving saves.
 
-    python scripts/bench_refl.py                                         # the configuration of the embedded world
-    python scripts/bench_refl.py --config my.yaml --repeats 9            # any run; fields as for training
-    python scripts/bench_refl.py --presets draft_1 drtune                # several recipes, one after the other
+    python scripts/bench/refl.py                                         # the configuration of the embedded world
+    python scripts/bench/refl.py --config my.yaml --repeats 9            # any run; fields as for training
+    python scripts/bench/refl.py --presets draft_1 drtune                # several recipes, one after the other
 
 The bare cost is that of the denoiser's calls without and with a backward pass, of decoding and judging with a backward
 pass, and of the optimizer, each measured alone at the same shapes and threads. Steps and bare parts alternate, and
@@ -26,7 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from bench_flow_grpo import ROOT, device, optimizer_step, peak_memory
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign import ReFLConfig, ReFLTrainer
 from diffalign.cli import use_all_cores
@@ -34,6 +35,8 @@ from diffalign.config import parse
 from diffalign.rewards.base import ask
 from diffalign.rollout.sampler import micro_batches
 from diffalign.trainers.refl.initial_states import Batch
+from scripts import ROOT
+from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
 
 OFF = {
     "gradient_checkpointing": "false",

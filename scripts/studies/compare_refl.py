@@ -1,10 +1,10 @@
 """What each recipe of direct reward gradients gains on the embedded world, and what it costs: one table, one picture.
 
-    python scripts/compare_refl.py                                   # all presets; hours, goes on where it stopped
-    python scripts/compare_refl.py --variants draft_1 drtune         # some of them
-    python scripts/compare_refl.py --factors 0.5 1 2                 # learning rates tuned for each, at twice the cost
-    python scripts/compare_refl.py --judge vqascore                  # another judge trains, the rest are held out
-    python scripts/compare_refl.py --draw                            # the table and the picture of what is finished
+    python scripts/studies/compare_refl.py                            # all presets; hours, goes on where it stopped
+    python scripts/studies/compare_refl.py --variants draft_1 drtune  # some of them
+    python scripts/studies/compare_refl.py --factors 0.5 1 2          # learning rates tuned for each, at twice the cost
+    python scripts/studies/compare_refl.py --judge vqascore           # another judge trains, the rest are held out
+    python scripts/studies/compare_refl.py --draw                     # the table and the picture of what is finished
 
 Every run takes as many images as the others. With several ``--factors`` of the learning rate, the one of the best
 held-out reward, not of the verifier, on the first seed runs with the other seeds too. ``--jobs`` runs go side by side,
@@ -18,17 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import trials
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from repeat_seeds import ROOT, spread
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.config import load_yaml
 from diffalign.runtime.tracking import MetricsLog
+from scripts import ROOT
+from scripts.studies import trials
+from scripts.studies.repeat_seeds import spread
 
 CONFIGS = ROOT / "configs/refl"
 CSV = ROOT / "assets/results/refl.csv"

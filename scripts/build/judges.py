@@ -1,12 +1,12 @@
 """Trains the small judges of the embedded world, from scratch, and ships them in the layouts of the published ones.
 
-    python scripts/build_judges.py data         # images of the pipeline and of the renderer, with the verifier's word
-    python scripts/build_judges.py pickscore    # transformers' CLIPModel
-    python scripts/build_judges.py hps          # open_clip's CLIP, configuration and .pt
-    python scripts/build_judges.py aesthetic    # a head on PickScore's image embedding
-    python scripts/build_judges.py vqascore --steps 6000 --lr 3e-4     # CLIP-FlanT5
-    python scripts/build_judges.py vqascore --steps 2600 --lr 2e-4 --go_on    # on harder questions
-    python scripts/build_judges.py check        # agreement with the verifier on held-out pairs and questions
+    python scripts/build/judges.py data         # images of the pipeline and of the renderer, with the verifier's word
+    python scripts/build/judges.py pickscore    # transformers' CLIPModel
+    python scripts/build/judges.py hps          # open_clip's CLIP, configuration and .pt
+    python scripts/build/judges.py aesthetic    # a head on PickScore's image embedding
+    python scripts/build/judges.py vqascore --steps 6000 --lr 3e-4     # CLIP-FlanT5
+    python scripts/build/judges.py vqascore --steps 2600 --lr 2e-4 --go_on    # on harder questions
+    python scripts/build/judges.py check        # agreement with the verifier on held-out pairs and questions
 
 PickScore and HPS learn from preferences: which of two images shows a caption, and which of two captions an image shows.
 VQAScore learns to answer, and starts with PickScore's eyes, as the paper's model does with CLIP's. ``check`` asks about
@@ -20,19 +20,21 @@ import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import torch
-from judges_data import EVERY, PIPELINE, ROOT, Data, Sampler, make_data, wording
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, T5TokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.cli import use_all_cores
 from diffalign.rewards import get_reward
@@ -44,6 +46,8 @@ from diffalign.rewards.vqascore import AFTER, BEFORE, QUESTION, ClipT5, ClipT5Co
 from diffalign.shapes import TAGS
 from diffalign.shapes.captions import vocabulary
 from diffalign.shapes.verifier import find_objects, nearest_colors
+from scripts import ROOT
+from scripts.build.judges_data import EVERY, PIPELINE, Data, Sampler, make_data, wording
 
 
 def normalised(pixels: Tensor) -> Tensor:

@@ -22,13 +22,12 @@ from diffalign.shapes import Object, render
 from diffalign.shapes.captions import is_novel
 from diffalign.structures import Prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("compare_recipes")
+    return importlib.import_module("scripts.studies.compare_recipes")
 
 
 def test_every_recipe_is_valid_and_trains_on_as_many_images(recipes, tmp_path, monkeypatch):
@@ -57,7 +56,7 @@ def finish(run, root, gain):
 
 
 def test_seconds_are_those_of_all_updates_of_an_iteration_and_checkpoints_have_their_share(tmp_path, recipes):
-    seeds = importlib.import_module("repeat_seeds")
+    seeds = importlib.import_module("scripts.studies.repeat_seeds")
     (tmp_path / "config.yaml").write_text("seed: 3\n")
     rows = [
         {"step": 0, "eval/accuracy": 0.4},
@@ -147,8 +146,7 @@ def test_the_recipes_are_drawn(recipes, tmp_path, monkeypatch):
 
 @pytest.fixture
 def losses(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    module = importlib.import_module("compare_losses")
+    module = importlib.import_module("scripts.studies.compare_losses")
     for name in ("CSV", "TABLE", "PICTURE"):
         monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
     return module
@@ -227,8 +225,7 @@ def test_the_seeds_csv_is_of_the_shipped_config(name):
 
 
 def test_seeds_are_summed_up_and_drawn(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    seeds = importlib.import_module("repeat_seeds")
+    seeds = importlib.import_module("scripts.studies.repeat_seeds")
     for seed, gain in ((0, 0.1), (1, 0.3)):
         folder = tmp_path / f"seed-{seed}"
         folder.mkdir()
@@ -251,8 +248,7 @@ def test_seeds_are_summed_up_and_drawn(monkeypatch, tmp_path):
 
 
 def test_wrong_images_are_sorted_by_what_is_wrong(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    fails = importlib.import_module("what_fails")
+    fails = importlib.import_module("scripts.studies.what_fails")
     drawn = {
         "right": [("circle", "red"), ("square", "blue")],
         "other colour or place": [("circle", "red"), ("square", "green")],
@@ -284,7 +280,7 @@ def test_wrong_images_are_sorted_by_what_is_wrong(monkeypatch, tmp_path):
 def test_the_bench_adds_up(tmp_path):
     tiny = ["--num_groups", "2", "--group_size", "4", "--eval_prompts", "null", "--repeats", "1"]
     tiny += ["--plan.window_range", "[2, 4]"]
-    command = [sys.executable, "scripts/bench_flow_grpo.py", *tiny, "--write", str(tmp_path / "bench.json")]
+    command = [sys.executable, "scripts/bench/flow_grpo.py", *tiny, "--write", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["seconds_per_iteration"] == pytest.approx(sum(found["seconds"].values()))
@@ -294,7 +290,7 @@ def test_the_bench_adds_up(tmp_path):
 
 def test_the_bench_of_pairs_adds_up(tmp_path):
     tiny = ["--num_pairs", "4", "--train_batch_size", "2", "--eval_prompts", "null", "--data.scan", "2"]
-    command = [sys.executable, "scripts/bench_dpo.py", *tiny, "--repeats", "1", "--write", str(tmp_path / "bench.json")]
+    command = [sys.executable, "scripts/bench/dpo.py", *tiny, "--repeats", "1", "--write", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["pairs_per_second"] == pytest.approx(4 / sum(found["seconds"].values()))
@@ -305,7 +301,7 @@ def test_the_bench_of_pairs_adds_up(tmp_path):
 
 def test_rewards_are_timed_against_their_networks(tmp_path):
     tiny = ["--images", "2", "--side", "32", "--layers", "1", "--width", "64", "--repeats", "1"]
-    command = [sys.executable, "scripts/bench_rewards.py", *tiny, "--write", str(tmp_path / "bench.json")]
+    command = [sys.executable, "scripts/bench/rewards.py", *tiny, "--write", str(tmp_path / "bench.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())["rewards"]
     assert list(found) == ["pickscore", "aesthetic", "hpsv2.1", "vqascore"]
@@ -313,8 +309,7 @@ def test_rewards_are_timed_against_their_networks(tmp_path):
 
 
 def test_a_wrong_caption_is_wrong_in_one_word_and_names_nothing_held_out(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    build = importlib.import_module("shapes_build")
+    build = importlib.import_module("scripts.build.shapes_training")
     rng = random.Random(0)
     prompts = [build.caption(rng, tag, plain=1.0) for tag in build.TAGS for _ in range(40)]
     for prompt in prompts:

@@ -1,9 +1,9 @@
 """Every preference loss on the embedded world: accuracy, win rate against the base, diversity and minutes.
 
-    python scripts/compare_losses.py                         # all of them; hours, goes on where it stopped
-    python scripts/compare_losses.py --only dpo ipo          # some of them
-    python scripts/compare_losses.py --factors 0.3 1 3       # learning rates tuned for each, at three times the cost
-    python scripts/compare_losses.py --draw                  # tables and picture of what is finished
+    python scripts/studies/compare_losses.py                    # all of them; hours, goes on where it stopped
+    python scripts/studies/compare_losses.py --only dpo ipo     # some of them
+    python scripts/studies/compare_losses.py --factors 0.3 1 3  # learning rates tuned for each, at three times the cost
+    python scripts/studies/compare_losses.py --draw             # tables and picture of what is finished
 
 A variant is a config of ``configs/diffusion_dpo`` and what it changes: ``VARIANTS`` is the table of hyper-parameters.
 All take as many steps, and offline variants see as many images per step as Diffusion-DPO. With several ``--factors``
@@ -19,21 +19,25 @@ import argparse
 import io
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import trials
 from datasets import Dataset
 from PIL import Image, ImageFilter
-from repeat_seeds import ROOT, evaluations, spread
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.evaluation.win_rate import WinRate, win_rate
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.shapes.verifier import nearest_colors
+from scripts import ROOT
+from scripts.studies import trials
+from scripts.studies.repeat_seeds import evaluations, spread
 
 PAIRS = ROOT / "assets/preferences/shapes.parquet"
 AROUND = 4  # pixels

@@ -1,9 +1,9 @@
 """What Flow-GRPO costs on a card: SD3.5-medium, SDXL and FLUX.1-dev at their published sizes, with random weights.
 
-    python scripts/bench_gpu.py                                              # every model, every setting
-    python scripts/bench_gpu.py --models sd35_medium_512 --settings plain compile
-    python scripts/bench_gpu.py --size tiny --models sd35_medium_512         # a small model, on a CPU in seconds
-    python scripts/bench_gpu.py --against ~/other --adapter adapter.py:prepare   # and through other code: bench_against
+    python scripts/bench/gpu.py                                              # every model, every setting
+    python scripts/bench/gpu.py --models sd35_medium_512 --settings plain compile
+    python scripts/bench/gpu.py --size tiny --models sd35_medium_512         # a small model, on a CPU in seconds
+    python scripts/bench/gpu.py --against ~/other --adapter adapter.py:prepare   # and through other code
 
 Per model and setting: images per second while sampling, while training and of whole iterations; evaluations of the
 denoiser per image; the FLOP/s that training executes (a frozen base needs no gradients of its weights) as a share of
@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from bench_against import Adapter, Job, load_adapter, measure_against
-from bench_flow_grpo import device, peak_memory
-from bench_models import CASES, CUDA, DEVICE, DTYPE, Case, build
 from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
@@ -37,8 +36,11 @@ from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.forecast.cost import Share
 from diffalign.forecast.per_trainer import METHODS
 from diffalign.models.weight_memory import memory_needs
+from scripts import ROOT
+from scripts.bench.against import Adapter, Job, load_adapter, measure_against
+from scripts.bench.flow_grpo import device, peak_memory
+from scripts.bench.gpu_models import CASES, CUDA, DEVICE, DTYPE, Case, build
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = [f"prompt {i}" for i in range(4)]
 Flops = tuple[float, float]  # of an evaluation of an image: without gradients, and with its backward pass
 # Each optimisation alone, then those that are free of charge together.
@@ -254,17 +256,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_gpu.json")
     parser.add_argument("--against", type=Path, help="a checkout of another trainer's repository")
-    parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench_against.py")
+    parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench/against.py")
     told = parser.parse_args()
     if (told.against is None) != (told.adapter is None):
         parser.error("--against and --adapter go together: the checkout, and what drives it")
     adapter = None if told.adapter is None else load_adapter(told.adapter)
     if told.size == "published" and not CUDA:
         parser.error("published sizes need a CUDA device, and there is none: use --size tiny")
-    sys.path.insert(0, str(ROOT))  # published sizes stand where the tests check them
     use_all_cores()
     peak = matrix_peak()
-    command = f"python scripts/bench_gpu.py {' '.join(sys.argv[1:])}"
+    command = f"python scripts/bench/gpu.py {' '.join(sys.argv[1:])}"
     result: dict[str, Any] = {
         "command": command,
         "size": told.size,

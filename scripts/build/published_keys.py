@@ -4,9 +4,9 @@ Makes ``tests/rewards/published/NAME.txt``. Needs nothing of this package, but w
 ``transformers==4.45.2``, and for ImageReward ``timm==0.6.13`` and ``fairscale==0.4.13``. Get the code and list it:
 
     git clone https://github.com/linzhiqiu/t2v_metrics && git -C t2v_metrics checkout COMMIT  # as in ``SOURCES``
-    python scripts/list_published_keys.py clip_flant5_xl t2v_metrics
+    python scripts/build/published_keys.py clip_flant5_xl t2v_metrics
     pip download --no-deps hpsv3==1.0.0 && unzip -d hpsv3_wheel hpsv3-1.0.0-py3-none-any.whl
-    python scripts/list_published_keys.py hpsv3 hpsv3_wheel
+    python scripts/build/published_keys.py hpsv3 hpsv3_wheel
 
 Of each repository only the files that define the network are run; what their packages import besides is left out.
 """
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=BUILDERS)
     parser.add_argument("root", type=Path, help="the authors' code at its commit; any folder for pickscore")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parents[1] / "tests/rewards/published")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parents[2] / "tests/rewards/published")
     args = parser.parse_args()
     sys.path.insert(0, str(args.root))
     (args.output_dir / f"{args.name}.txt").write_text(listed(args.name, args.root.resolve()))
