@@ -59,6 +59,27 @@ def flat_share(rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[s
     return float(flat.double().mean())
 
 
+def subtree_mean(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> Tensor:
+    """Average values of the leaves over the subtree of each node: (N,), float64. NaN where no leaf has a value.
+
+    Args:
+        leaf_values: (L,), in the order of the leaves; NaN leaves are left out of every mean.
+        leaf: (N,) bool. parent: (N,) int64, the row of the parent, -1 for a root.
+    """
+    values = leaf_values.double()
+    usable = ~values.isnan()
+    total = torch.zeros(len(leaf), dtype=torch.float64)
+    count = torch.zeros(len(leaf), dtype=torch.float64)
+
+    rows = leaf.nonzero().flatten()
+    while len(rows):
+        total.index_add_(0, rows, torch.where(usable, values, 0.0))
+        count.index_add_(0, rows, usable.double())
+        rows = parent[rows]
+        values, usable, rows = values[rows >= 0], usable[rows >= 0], rows[rows >= 0]
+    return total / count
+
+
 Term = tuple[float, Tensor, Tensor]
 
 
