@@ -24,7 +24,7 @@ from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.rollout import pinned_memory
-from diffalign.rollout.advantages import subtree_mean
+from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree, subtree_mean
 from diffalign.rollout.tree import depths, path_table, paths, tree_parents
 from diffalign.structures import Prompt
 
@@ -277,6 +277,21 @@ class RolloutBuffer:
     def set_advantages(self, advantages: Tensor) -> None:
         """Give each node the mean advantage of the leaves (L,) in its subtree: in a chain, that of its leaf."""
         self.advantage = self.subtree_mean(advantages.cpu()).to(self.advantage)
+
+    def apply_rule(self, rule: str, rewards: Tensor, advantages: Tensor) -> None:
+        """Set the advantages of all nodes by a rule of ``ADVANTAGE_RULES``.
+
+        Args:
+            rewards: (L,), the weighted total of each leaf; NaN or infinite where a reward failed.
+            advantages: (L,), of ``group_advantages``.
+
+        ValueError: an unknown rule.
+        """
+        if rule not in ADVANTAGE_RULES:
+            raise ValueError(f"unknown advantage rule {rule!r}; known: {', '.join(ADVANTAGE_RULES)}")
+        roots = torch.stack([self.group, self.sample], 1).unique(dim=0, return_inverse=True)[1]
+        tree = Tree(self.group, roots, self.parent, self.depth, self.leaf)
+        self.advantage = ADVANTAGE_RULES[rule](tree, rewards.cpu(), advantages.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
         """Exchange samples between processes: return the buffer of those that ``move`` gives for ``samples``.
