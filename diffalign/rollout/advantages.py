@@ -92,10 +92,9 @@ def _subtree_sums(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> tuple[Te
 class Tree:
     """The columns of a buffer that advantage rules read.
 
-    group, parent, depth: (N,) int64. tree: (N,) int64, equal for the nodes of one tree. leaf: (N,) bool.
+    parent, depth: (N,) int64. tree: (N,) int64, equal for the nodes of one tree. leaf: (N,) bool.
     """
 
-    group: Tensor
     tree: Tensor
     parent: Tensor
     depth: Tensor

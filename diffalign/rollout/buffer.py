@@ -290,7 +290,7 @@ class RolloutBuffer:
         if rule not in ADVANTAGE_RULES:
             raise ValueError(f"unknown advantage rule {rule!r}; known: {', '.join(ADVANTAGE_RULES)}")
         roots = torch.stack([self.group, self.sample], 1).unique(dim=0, return_inverse=True)[1]
-        tree = Tree(self.group, roots, self.parent, self.depth, self.leaf)
+        tree = Tree(roots, self.parent, self.depth, self.leaf)
         self.advantage = ADVANTAGE_RULES[rule](tree, rewards.cpu(), advantages.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -59,7 +60,7 @@ def _origin(model: DiffusionModel) -> str:
     return model.pipeline.config.get("_name_or_path") or "model"
 
 
-class Trainer:
+class Trainer(ABC):
     """Base class of all trainers: a ``Task`` without ``collect``, ``minibatches`` and ``loss``.
 
     Args:
@@ -73,7 +74,6 @@ class Trainer:
 
     name: ClassVar[str]
     world_size_invariant = True
-    has_gradient = True  # whether the first update had one
     done = False  # early stopping: the loop ends as after its last step
     data_digest = ""
     data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
@@ -191,9 +191,9 @@ class Trainer:
         return 0
 
     @property
+    @abstractmethod
     def eval_levels(self) -> Level:
         """Levels of an evaluation's sampling."""
-        raise NotImplementedError
 
     def train(self) -> None:
         """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid."""
@@ -260,9 +260,14 @@ class Trainer:
         """Return a context for the passes of an optimizer step."""
         return self.model.keeping(*self.grad_through)
 
+    @abstractmethod
     def probe(self) -> list[Tensor]:
         """Return outputs of the denoiser on the iteration's data that the first update must change."""
-        raise NotImplementedError
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last optimizer step had a gradient, so that it must have changed the outputs."""
+        return True
 
     def check_on_policy(self) -> None:
         """Raise CannotTrain where the unchanged weights do not reproduce what the iteration stored."""

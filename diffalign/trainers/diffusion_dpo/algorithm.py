@@ -295,6 +295,6 @@ class DiffusionDPOTrainer(Trainer):
         return [side.output for side in self.first_sides]
 
     @property
-    def has_gradient(self) -> bool:  # type: ignore[override]
+    def has_gradient(self) -> bool:
         """Whether any example of the iteration counts."""
         return bool(self.examples.weight.any())

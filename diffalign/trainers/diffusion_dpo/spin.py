@@ -21,9 +21,9 @@ from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, sample
 from diffalign.runtime.loop import Metrics
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.collector import RolloutConfig
 from diffalign.trainers.diffusion_dpo.batches import Source
 from diffalign.trainers.diffusion_dpo.latents import Examples
+from diffalign.trainers.rollout_config import RolloutConfig
 
 
 class SelfPlaySource:

@@ -259,7 +259,7 @@ class ReFLTrainer(Trainer):
 
     def after_update(self, step: int, metrics: Metrics) -> None:
         """Note whether there was a gradient. ValueError: rewards failed on too many images."""
-        self.has_gradient = metrics["grad_norm"] > 0
+        self._moved = metrics["grad_norm"] > 0
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
         if metrics["unscored"] and not all(batch.buffer.x.isfinite().all() for batch in self.batches):
@@ -287,6 +287,11 @@ class ReFLTrainer(Trainer):
 
     def probe(self) -> list[Tensor]:
         """Outputs of the first recorded call for the first batch."""
-        self.tracked = vars(self).get("tracked", self.batches[0])
-        rows = torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
-        return [self.gradient.unrolled(self.tracked, rows, 0).calls[0].output]
+        batch = self.batches[0]
+        rows = torch.arange(min(self.args.train_batch_size, len(batch.samples)))
+        return [self.gradient.unrolled(batch, rows, 0).calls[0].output]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last optimizer step had one: rewards may be equal for all samples."""
+        return self._moved
