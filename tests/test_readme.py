@@ -25,7 +25,7 @@ from scripts.build import hero, tables
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROSE = " ".join(README.split())  # one line, as sentences are wrapped
-DOCUMENTS = ("README.md", "configs/README.md", "assets/results/README.md")
+DOCUMENTS = ("README.md", "configs/README.md", "assets/results/README.md", "diffalign/rewards/README.md")
 MAX_LINES, MAX_WIDTH = 280, 150
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from diffalign.commands.resume import mend, same_or_new, whole_rows
+from diffalign.commands.resume import drop_partial_line, same_or_new, whole_rows
 from diffalign.evaluation.checkpoints import Subject
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scored_images import ScoredImages
@@ -92,7 +92,7 @@ class Gallery:
         progress(len(own) - len(missing))
         if not missing:
             return
-        mend(place / f"scores-{self.process}.jsonl")
+        drop_partial_line(place / f"scores-{self.process}.jsonl")
         with tuned(model, subject.path, subject.scale, allow_partial=self.allow_partial):
             # A subject's weights may be those of the text encoders too.
             encoded = PromptEmbeddingCache(model, folder=self.cache)

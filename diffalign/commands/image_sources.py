@@ -30,8 +30,9 @@ PICTURES = ("image", "jpg_0", "file_name", "file_path")
 class Item:
     """A picture to be judged.
 
-    name: tells it from the others. load: reads it. prompt: None where none was found. content: what it was, so that
-    another picture of the same name is told apart: size and time of a file, a digest of bytes in a table.
+    name: unique among the images. load: reads the image. prompt: None where none was found. content: identifies the
+    content, so that another image of the same name is scored again: size and time of a file, a digest of bytes in a
+    table.
     """
 
     name: str
@@ -53,7 +54,7 @@ def read(source: str, image_root: Path | None = None, allow_outside: bool = Fals
     "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row; paths start at the table's folder, or at ``image_root``.
     Anything else is a picture.
 
-    FileNotFoundError: nothing there. ValueError: no picture in it, or columns that cannot be told.
+    FileNotFoundError: nothing there. ValueError: no picture in it, or columns that cannot be identified.
     """
     path = Path(source)
     settings = PreferenceDataConfig(image_root=image_root, allow_outside=allow_outside)

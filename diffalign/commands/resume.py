@@ -1,4 +1,4 @@
-"""What a long command has done already: a line of JSON per piece of work, and the settings that the pieces were of."""
+"""Resume a long command: finished work as JSON lines, and the settings that it was done with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from diffalign.atomic import replacing, write_text
 
 
 def whole_rows(path: Path) -> list[dict]:
-    """The objects of ``path``, one per line, without a last line that a crash cut short; none without a file.
+    """Read JSON objects, one per line, without a last line that a crash cut short; empty if there is no file.
 
-    ValueError: a line that is none, by its number.
+    ValueError: a line is not a JSON object; the message names its number.
     """
     if not path.is_file():
         return []
@@ -30,15 +30,15 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     raise ValueError(f"{path}, line {number} is damaged ({problem}): delete this line, or the file; its work is redone")
 
 
-def mend(path: Path) -> None:
-    """Takes away a last line that a crash cut short, so that the next one starts on its own."""
+def drop_partial_line(path: Path) -> None:
+    """Remove a last line that a crash cut short, so that the next row starts on a line of its own."""
     if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
         with replacing(path) as staged:
             staged.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def same_or_new(path: Path, content: dict) -> None:
-    """Writes ``content``, or checks that it is what was written. ValueError where it is not."""
+    """Write settings, or compare them with those in the file. ValueError: they differ."""
     if not path.is_file():
         write_text(path, json.dumps(content, indent=1) + "\n")
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.commands.image_sources import Item
-from diffalign.commands.resume import mend, same_or_new, whole_rows
+from diffalign.commands.resume import drop_partial_line, same_or_new, whole_rows
 from diffalign.commands.score_config import ScoreConfig, check_pointwise
 from diffalign.config import to_dict
 from diffalign.report.score_report import scores_of, write
@@ -126,7 +126,7 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be made ({error.strerror}); choose another") from error
     same_or_new(folder / "settings.json", {"rewards": list(rewards), "options": to_dict(config)["reward_options"]})
-    mend(folder / "scores.jsonl")
+    drop_partial_line(folder / "scores.jsonl")
     done = {_key(row): row for row in whole_rows(folder / "scores.jsonl") if _is_scored(row, rewards)}
     left = [item for item in items if _key(_about(item)) not in done]
     with (folder / "scores.jsonl").open("a", encoding="utf-8") as file, tqdm(total=len(items), unit="img") as bar:

@@ -27,7 +27,7 @@ import yaml
 
 from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
-from diffalign.config.consent import CONSENT, GradientGuard, check_file, without
+from diffalign.config.consent import CONSENT, FieldGuard, check_file, without
 from diffalign.config.ranges import check_numbers, range_metadata
 from diffalign.config.ranges import problems as range_problems
 from diffalign.config.schema import (
@@ -61,7 +61,7 @@ def option(
     bare: Any = None,
     *,
     typed_only: bool = False,
-    guard: GradientGuard | None = None,
+    guard: FieldGuard | None = None,
     **limits: Any,
 ) -> Any:
     """Declare a dataclass field with a one-line description for ``--help``.

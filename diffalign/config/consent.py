@@ -14,7 +14,7 @@ from typing import Any
 from diffalign.config.schema import Place, config_arm, default_of, init_fields
 
 CONSENT = "allow_reward_code"
-GradientGuard = Callable[[Any, Place, bool], None]
+FieldGuard = Callable[[Any, Place, bool], None]
 
 
 def check_file(cls: Any, mapping: Mapping[str, Any], place: Place, consent: bool) -> None:

@@ -82,7 +82,7 @@ class Quarantine:
         """Notes a fault; True where its sample is used all the same. ValueError: its kind is not tolerated."""
         action = self.actions[fault.kind]
         if action == "error":
-            raise ValueError(f"{fault} ({fault.kind}): mend it, or set on_fault.{fault.kind} to drop") from fault
+            raise ValueError(f"{fault} ({fault.kind}): fix it, or set on_fault.{fault.kind} to drop") from fault
         if action == "keep":
             self.kept[fault.kind] += 1
         else:

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from diffalign.models import DiffusionModel
-from diffalign.runtime.loop import crossed
+from diffalign.runtime.progress import crossed
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -57,6 +58,101 @@ def flat_share(rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[s
     members = _Groups(groups, finite)
     flat = torch.stack([members.flat(r, m) for _, r, m in terms]).all(0)
     return float(flat.double().mean())
+
+
+def subtree_mean(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> Tensor:
+    """Average values of the leaves over the subtree of each node: (N,), float64. NaN where no leaf has a value.
+
+    Args:
+        leaf_values: (L,), in the order of the leaves; NaN leaves are left out of every mean.
+        leaf: (N,) bool.
+        parent: (N,) int64, the row of the parent, -1 for a root.
+    """
+    total, count = _subtree_sums(leaf_values, leaf, parent)
+    return total / count
+
+
+def _subtree_sums(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the values of the leaves under each node that are not NaN, and count them."""
+    values = leaf_values.double()
+    usable = ~values.isnan()
+    total = torch.zeros(len(leaf), dtype=torch.float64)
+    count = torch.zeros(len(leaf), dtype=torch.float64)
+
+    rows = leaf.nonzero().flatten()
+    while len(rows):
+        total.index_add_(0, rows, torch.where(usable, values, 0.0))
+        count.index_add_(0, rows, usable.double())
+        rows = parent[rows]
+        values, usable, rows = values[rows >= 0], usable[rows >= 0], rows[rows >= 0]
+    return total, count
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The columns of a buffer that advantage rules read.
+
+    parent, depth: (N,) int64. tree: (N,) int64, equal for the nodes of one tree. leaf: (N,) bool.
+    """
+
+    tree: Tensor
+    parent: Tensor
+    depth: Tensor
+    leaf: Tensor
+
+
+# From a tree, the total reward of its leaves (L,) and their advantages (L,) to advantages of nodes (N,), float64.
+AdvantageRule = Callable[[Tree, Tensor, Tensor], Tensor]
+ADVANTAGE_RULES: dict[str, AdvantageRule] = {}
+
+
+def advantage_rule(name: str) -> Callable[[AdvantageRule], AdvantageRule]:
+    """Register an advantage rule in ``ADVANTAGE_RULES``. ValueError: the name is taken."""
+
+    def register(rule: AdvantageRule) -> AdvantageRule:
+        if name in ADVANTAGE_RULES:
+            raise ValueError(f"advantage rule {name!r} is registered already: choose another name")
+        ADVANTAGE_RULES[name] = rule
+        return rule
+
+    return register
+
+
+@advantage_rule("leaf")
+def leaf_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+    """Give a node the advantage of the one leaf under it, and 0 where leaves of a branching share it.
+
+    On chains this is Flow-GRPO; on trees only the transitions after the last branching are trained on.
+    """
+    total, _ = _subtree_sums(advantages, tree.leaf, tree.parent)
+    _, leaves = _subtree_sums(torch.ones_like(advantages), tree.leaf, tree.parent)
+    return torch.where(leaves == 1, total, 0.0)
+
+
+@advantage_rule("subtree_mean")
+def subtree_mean_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+    """Give a node the mean advantage of the leaves in its subtree.
+
+    Training each shared transition once on it has the gradient of training it once per leaf, up to the clipping.
+    """
+    return subtree_mean(advantages, tree.leaf, tree.parent)
+
+
+@advantage_rule("per_depth")
+def per_depth_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+    """Normalise the mean reward of each node's leaves over the nodes of its depth and tree (BranchGRPO, 2509.06040).
+
+    A = (r - mean) / (std + 1e-8) with the population std, and 0 where the rewards of a depth are equal up to rounding.
+
+    Departures from the released code:
+    1. A depth is flat where its spread is rounding of float32 (``FLAT``), not where its std is below 1e-6.
+    2. Leaves with a non-finite reward are left out; a node without any other leaf gets 0.
+    """
+    means = subtree_mean(torch.where(rewards.isfinite(), rewards.double(), torch.nan), tree.leaf, tree.parent)
+    usable = means.isfinite()
+    clean = torch.where(usable, means, 0.0)
+    labels = torch.stack([tree.tree, tree.depth], 1).unique(dim=0, return_inverse=True)[1]
+    return _Groups(labels, usable).normalise(clean, clean.abs(), over_all=False, epsilon=1e-8)
 
 
 Term = tuple[float, Tensor, Tensor]

@@ -1,8 +1,8 @@
-"""The rollout buffer: what a rollout leaves behind, as a forest of nodes in columns.
+"""The rollout buffer: the stored states of an iteration's sampling trees, as nodes in columns.
 
-A node is a latent at a level. Its parent is the stored node that it came from, and a trained node is one whose
+A node is a latent at a level. Its parent is the stored node that it was sampled from, and a trained node is one whose
 transition from its parent the policy gradient uses. Only trained nodes, their parents and the final latents are stored,
-so the bytes that an iteration needs are known before it starts.
+so the bytes that an iteration needs are known before it starts. A chain is a tree whose branch factors are all 1.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.rollout import pinned_memory
+from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree, subtree_mean
+from diffalign.rollout.tree import depths, path_table, paths, tree_parents
 from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
@@ -59,7 +61,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def stored_steps(plan: Plan) -> tuple[int, ...]:
-    """The level indices at which nodes are kept, ascending; the last is the final latent."""
+    """Return the level indices at which nodes are stored, ascending; the last is the final latent."""
     ends = {end for step in plan.trained_steps for end in (step, step + 1)}
     return tuple(sorted(ends | {len(plan)}))
 
@@ -67,19 +69,26 @@ def stored_steps(plan: Plan) -> tuple[int, ...]:
 def bytes_needed(
     plan: Plan, samples: int, latent_shape: Sequence[int], dtype: torch.dtype, *, means: bool = False
 ) -> int:
-    """The size of the latents that a rollout of ``samples`` samples stores."""
+    """Compute the size of the latents that a rollout stores.
+
+    Args:
+        samples: the number of trees, each with a start of its own; a chain is a tree with one leaf.
+        means: whether trained nodes store the mean that they were drawn around, in float32.
+    """
     latent = torch.Size(latent_shape).numel()
-    stored = len(stored_steps(plan)) * latent * dtype.itemsize
-    return samples * (stored + (len(plan.trained_steps) * latent * 4 if means else 0))
+    stored = sum(paths(plan, step) for step in stored_steps(plan)) * latent * dtype.itemsize
+    trained = sum(paths(plan, step + 1) for step in plan.trained_steps) * latent * 4
+    return samples * (stored + (trained if means else 0))
 
 
 @dataclass
 class RolloutBuffer:
-    """N nodes; a sample's nodes lie together, in the order of their steps.
+    """N nodes of B trees; a tree's nodes lie together, ordered by step and within a step by path.
 
-    group, sample: (N,) int64, the prompt's index in the iteration and the sample's index in its group.
-    parent: (N,) int64, a row, -1 for a node without a stored ancestor. step: (N,) int64, the index of its level.
-    trained: (N,) bool. x: (N, C, h, w), in the dtype that the sampler computed with.
+    group, sample: (N,) int64, the prompt's index in the iteration and the tree's index in its group.
+    parent: (N,) int64, a row, -1 for a node without a stored ancestor. depth: (N,) int64, its stored ancestors.
+    step: (N,) int64, the index of its level. path: (N, D) int64, see ``path_table``. leaf: (N,) bool, final latents.
+    trained: (N,) bool. x: (N, C, *spatial), in the dtype that the sampler computed with.
     log_prob: (N,) float64, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
     mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
     rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
@@ -91,7 +100,10 @@ class RolloutBuffer:
     group: Tensor
     sample: Tensor
     parent: Tensor
+    depth: Tensor
     step: Tensor
+    path: Tensor
+    leaf: Tensor
     trained: Tensor
     x: Tensor
     log_prob: Tensor
@@ -115,74 +127,115 @@ class RolloutBuffer:
         steps: Sequence[int] | None = None,
         pinned: bool = False,
     ) -> RolloutBuffer:
-        """An empty buffer for B samples; ``group`` and ``sample`` are (B,), on the CPU.
+        """Allocate the nodes of B trees of a plan, without latents.
 
-        steps: the level indices at which nodes are kept, ascending; default: ``stored_steps``. pinned: whether latents
-        wait in pinned main memory.
+        Args:
+            group, sample: (B,) int64, on the CPU.
+            latent_shape: (C, *spatial).
+            means: whether trained nodes store the mean that they were drawn around.
+            steps: the level indices at which nodes are stored, ascending; default: ``stored_steps``.
+            pinned: whether latents wait in pinned main memory.
         """
-        steps = torch.tensor(stored_steps(plan) if steps is None else list(steps))
-        per_sample, count = len(steps), len(group)
-        rows = torch.arange(count * per_sample)
-        step = steps.repeat(count)
-        trained = torch.isin(step - 1, torch.tensor(plan.trained_steps))
+        steps = list(stored_steps(plan) if steps is None else steps)
+        tables = [path_table(plan, step) for step in steps]
+        path, step = torch.cat(tables), torch.tensor(steps).repeat_interleave(torch.tensor([len(t) for t in tables]))
+        count, size = len(group), len(step)
+        parent = tree_parents([len(table) for table in tables])
+        first = torch.arange(count).repeat_interleave(size) * size
+        trained = torch.isin(step - 1, torch.tensor(plan.trained_steps)).repeat(count)
+
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
-        latents = torch.empty(len(rows), *latent_shape, dtype=dtype, **place)
-        nan = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=device)
+        latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
         return cls(
-            group=group.repeat_interleave(per_sample),
-            sample=sample.repeat_interleave(per_sample),
-            parent=torch.where(step == steps[0], -1, rows - 1),
-            step=step,
+            group=group.repeat_interleave(size),
+            sample=sample.repeat_interleave(size),
+            parent=torch.where(parent.repeat(count) < 0, -1, parent.repeat(count) + first),
+            depth=torch.bucketize(step, torch.tensor(steps)).repeat(count),
+            step=step.repeat(count),
+            path=path.repeat(count, 1),
+            leaf=(step == steps[-1]).repeat(count),
             trained=trained,
             x=latents,
-            log_prob=nan,
-            advantage=torch.zeros(len(rows), device=device),
+            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=device),
+            advantage=torch.zeros(count * size, device=device),
             prompts=prompts,
             mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
         )
 
     @property
     def device(self) -> torch.device:
-        """That samples, and trains."""
+        """The device that samples and trains."""
         return self.log_prob.device
 
     def latents(self, rows: Tensor) -> Tensor:
-        """x of nodes (n,), on the device: (n, C, h, w)."""
+        """Copy the latents of nodes (n,) to the device: (n, C, *spatial)."""
         return pinned_memory.take(self.x, rows, self.device)
 
     def means(self, rows: Tensor) -> Tensor:
-        """The means that trained nodes (n,) were drawn around, on the device: (n, C, h, w)."""
+        """Copy the means that trained nodes (n,) were drawn around to the device: (n, C, *spatial)."""
         assert self.mean is not None
         return pinned_memory.take(self.mean, self.trained_rank(rows), self.device)
 
     def settle(self) -> None:
-        """To be called between writing latents and reading them: what a GPU still copies cannot be read."""
+        """Wait for queued copies of latents. Call it between writing and reading them."""
         pinned_memory.settle(self.x, self.device)
 
     def put_means(self, rows: Tensor, means: Tensor) -> None:
-        """Keeps them, where this buffer does."""
+        """Store the means of trained nodes, if the buffer was allocated with ``means=True``."""
         if self.mean is not None:
             pinned_memory.put(self.mean, self.trained_rank(rows), means.float())
 
     @property
     def leaves(self) -> Tensor:
-        """The rows of final latents, one per sample, in the order of the samples."""
-        return (self.step == self.step.max()).nonzero().flatten()
+        """The rows of final latents: (L,), tree after tree. A chain has one, so that L = B."""
+        return self.leaf.nonzero().flatten()
+
+    @property
+    def steps(self) -> list[int]:
+        """The level indices at which nodes are stored, ascending."""
+        return [int(step) for step in self.step.unique()]
+
+    def transitions(self) -> Tensor:
+        """Return the rows of trained nodes (T,), each the end of one stored transition from its parent.
+
+        They are the unit of a policy gradient: an ancestor that leaves share is one transition and trains once.
+        """
+        return self.trained.nonzero().flatten()
+
+    def leaves_under(self, node: int) -> Tensor:
+        """Return the rows of the leaves in the subtree of ``node``, itself included."""
+        rows = leaves = self.leaves
+        inside = rows == node
+        while (rows >= 0).any():
+            inside, rows = inside | (rows == node), torch.where(rows < 0, -1, self.parent[rows])
+        return leaves[inside]
+
+    def subtree_mean(self, leaf_values: Tensor) -> Tensor:
+        """Average values (L,) of the leaves over the subtree of each node: (N,), float64. NaN leaves are left out."""
+        return subtree_mean(leaf_values, self.leaf, self.parent)
 
     def named(self, samples: Tensor) -> list[dict[str, Any]]:
-        """Group, member and prompt of the samples (by their order in the buffer)."""
+        """Describe leaves, by their order in the buffer: group, index in the group and prompt of each."""
         rows = self.leaves[samples].tolist()
-        places = [(int(self.group[row]), int(self.sample[row])) for row in rows]
-        return [{"group": g, "member": m, "prompt": self.prompts[g].text} for g, m in places]
+        places = [(int(self.group[row]), self.sample_index(row)) for row in rows]
+        return [{"group": g, "member": index, "prompt": self.prompts[g].text} for g, index in places]
+
+    def sample_index(self, row: int) -> int:
+        """Return the index of a leaf among the leaves of its group, as if all of the group's trees were in one list."""
+        base = self.path[self.leaf].amax(0) + 1 if self.path.shape[1] else self.path[0]
+        index = int(self.sample[row])
+        for digit, count in zip(self.path[row].tolist(), base.tolist(), strict=True):
+            index = index * count + digit
+        return index
 
     def drawn(self) -> dict[str, Tensor]:
-        """All that is not known before an iteration begins, by name; ``fill`` takes it back."""
+        """Return what sampling and scoring wrote, by name; ``fill`` restores it."""
         found = {"x": self.x, "log_prob": self.log_prob, "advantage": self.advantage}
         found |= {"mean": self.mean} if self.mean is not None else {}
         return found | {f"reward/{name}": values for name, values in self.rewards.items()}
 
     def fill(self, drawn: Mapping[str, Tensor]) -> None:
-        """Puts in what another buffer of the same shape gave as ``drawn``."""
+        """Restore what ``drawn`` of a buffer of the same plan returned."""
         for name, tensor in drawn.items():
             if name.startswith("reward/"):
                 self.rewards[name.removeprefix("reward/")] = tensor
@@ -191,46 +244,73 @@ class RolloutBuffer:
 
     @property
     def nodes_per_sample(self) -> int:
-        """How many nodes each sample has."""
+        """The number of nodes of a chain. ValueError: the plan branches, see ``steps``."""
+        if self.path.shape[1]:
+            raise ValueError("nodes of a tree do not divide over samples: use steps, nodes or leaves_under")
         return len(self.step) // len(self.leaves)
 
     def nodes(self, samples: Tensor | slice, step: int) -> Tensor:
-        """The rows, one per sample, that hold the samples (by their order in the buffer) at a stored step."""
-        first = torch.arange(len(self.leaves))[samples] * self.nodes_per_sample
-        offset = (self.step[: self.nodes_per_sample] == step).nonzero()
-        if len(offset) != 1:
-            raise ValueError(f"step {step} is not stored; stored: {self.step[: self.nodes_per_sample].tolist()}")
-        return first + offset.item()
+        """Return the ancestors of leaves (by their order in the buffer) that are stored at level ``step``, a row each.
+
+        ValueError: nothing is stored at that level.
+        """
+        rows = self.leaves[samples]
+        while len(rows) and (above := self.step[rows] > step).any():
+            if (self.parent[rows[above]] < 0).any():
+                break
+            rows = torch.where(above, self.parent[rows], rows)
+        if (self.step[rows] != step).any():
+            raise ValueError(f"step {step} is not stored; stored: {self.steps}")
+        return rows
 
     def trained_rank(self, rows: Tensor) -> Tensor:
-        """The rows of ``mean`` that belong to trained nodes."""
+        """Return the rows of ``mean`` that belong to trained nodes."""
         return self.trained.cumsum(0)[rows] - 1
 
     def set_rewards(self, rewards: Mapping[str, Tensor]) -> None:
-        """Stores named rewards (B,) at the leaves."""
+        """Store named rewards (L,) at the leaves."""
         for name, values in rewards.items():
             column = torch.full((len(self.step),), torch.nan)
             column[self.leaves] = values.float().cpu()
             self.rewards[name] = column
 
     def set_advantages(self, advantages: Tensor) -> None:
-        """Gives every node of a sample the advantage (B,) of its leaf: the rule of Flow-GRPO."""
-        self.advantage = advantages.to(self.advantage).repeat_interleave(self.nodes_per_sample)
+        """Give each node the mean advantage of the leaves (L,) in its subtree: in a chain, that of its leaf."""
+        self.advantage = self.subtree_mean(advantages.cpu()).to(self.advantage)
+
+    def apply_rule(self, rule: str, rewards: Tensor, advantages: Tensor) -> None:
+        """Set the advantages of all nodes by a rule of ``ADVANTAGE_RULES``.
+
+        Args:
+            rewards: (L,), the weighted total of each leaf; NaN or infinite where a reward failed.
+            advantages: (L,), of ``group_advantages``.
+
+        ValueError: an unknown rule.
+        """
+        if rule not in ADVANTAGE_RULES:
+            raise ValueError(f"unknown advantage rule {rule!r}; known: {', '.join(ADVANTAGE_RULES)}")
+        roots = torch.stack([self.group, self.sample], 1).unique(dim=0, return_inverse=True)[1]
+        tree = Tree(roots, self.parent, self.depth, self.leaf)
+        self.advantage = ADVANTAGE_RULES[rule](tree, rewards.cpu(), advantages.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
-        """The buffer of the samples that ``move`` gives for ``samples`` of this one, without their rewards.
+        """Exchange samples between processes: return the buffer of those that ``move`` gives for ``samples``.
 
-        move: from a column of those, (b, ...), to that of at most as many as this buffer has.
+        move: maps a column of these samples, (b, ...), to that of at most as many. Rewards are left out.
+        ValueError: the plan branches, because a leaf cannot move without the ancestors that it shares.
         """
+        per_sample = self.nodes_per_sample
 
-        def of(column: Tensor) -> Tensor:
-            per_sample = len(column) // len(self.leaves)
-            nodes = column.unflatten(0, (-1, per_sample))[samples].unbind(1)  # a device need not have room for all
+        def of(column: Tensor, size: int) -> Tensor:
+            nodes = column.unflatten(0, (-1, size))[samples].unbind(1)  # a device need not have room for all
             return torch.stack([move(part) for part in nodes], 1).flatten(0, 1)
 
-        columns = {name: of(getattr(self, name)) for name in ("group", "sample", "x", "log_prob", "advantage")}
-        alike = {name: getattr(self, name)[: len(columns["group"])] for name in ("parent", "step", "trained")}
-        return replace(self, **columns, **alike, mean=None if self.mean is None else of(self.mean), rewards={})
+        names = ("group", "sample", "x", "log_prob", "advantage")
+        columns = {name: of(getattr(self, name), per_sample) for name in names}
+        same = ("parent", "depth", "step", "path", "leaf", "trained")
+        alike = {name: getattr(self, name)[: len(columns["group"])] for name in same}
+        mean = None if self.mean is None else of(self.mean, len(self.mean) // len(self.leaves))
+        return replace(self, **columns, **alike, mean=mean, rewards={})
 
     def save(
         self,
@@ -253,6 +333,8 @@ class RolloutBuffer:
         """
         (directory / "images").mkdir(parents=True, exist_ok=True)
         columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
+        if self.path.shape[1]:  # the files of chains have no paths
+            columns["path"] = self.path.contiguous()
         columns |= {f"reward/{name}": values for name, values in self.rewards.items()}
         columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
         with replacing(directory / (f"nodes-{share:05d}.safetensors" if share else NODES)) as staged:
@@ -266,8 +348,8 @@ class RolloutBuffer:
             write_text(directory / "prompts.json", json.dumps(prompts))
             write_text(directory / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in everyone))
 
-    def _describe(self, row: int, model: str, seed: int) -> dict:
-        group, sample = int(self.group[row]), int(self.sample[row])
+    def _describe(self, row: int, model: str, seed: int) -> dict[str, Any]:
+        group, sample = int(self.group[row]), self.sample_index(row)
         scores = {name: float(values[row]) for name, values in self.rewards.items()}
         prompt = self.prompts[group]
         return {
@@ -293,6 +375,13 @@ class RolloutBuffer:
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
         prompts = [Prompt(**entry) for entry in _read_prompts(directory / "prompts.json")]
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
+        path = columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64))
         return cls(
-            **{name: columns[name] for name in COLUMNS}, prompts=prompts, mean=columns.get("mean"), rewards=rewards
+            **{name: columns[name] for name in COLUMNS},
+            path=path,
+            depth=depths(columns["parent"]),
+            leaf=columns["step"] == columns["step"].max(),
+            prompts=prompts,
+            mean=columns.get("mean"),
+            rewards=rewards,
         )

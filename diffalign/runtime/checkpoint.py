@@ -35,7 +35,7 @@ __all__ = ["STATE", "flatten_optimizer", "latest", "load", "resolve", "restore_o
 
 logger = logging.getLogger(__name__)
 
-FORMER = "former"  # the folder that a fresh start moves the checkpoints of another run to
+EARLIER = "earlier"  # folder that a fresh start moves the checkpoints of another run to
 FLOAT = "__float__"  # the key of a number that JSON has no word for: NaN and the infinities
 _FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -278,12 +278,12 @@ def resolve(output_dir: Path, resume: str | None) -> Path | None:
 def put_aside(output_dir: Path) -> Path | None:
     """Move all checkpoints to a new folder, so that ``latest`` is never one of another run; None: there are none.
 
-    The folder is ``former``, or ``former-2`` and so on where earlier runs have their checkpoints.
+    The folder is ``earlier``, or ``earlier-2`` and so on where earlier runs have their checkpoints.
     """
     found = [path for path in _newest_first(Path(output_dir)) if (path / MANIFEST).exists() or (path / STATE).exists()]
     if not found:
         return None
-    folder = unused(Path(output_dir) / FORMER)
+    folder = unused(Path(output_dir) / EARLIER)
     folder.mkdir()
     for path in found:
         target = os.path.realpath(path) if path.is_symlink() else None

@@ -28,7 +28,7 @@ class EMA:
         self.shadow = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
 
     def update(self) -> None:
-        """Moves the shadow towards the parameters; call it once after each optimizer step."""
+        """Move the shadow towards the parameters; call it once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         targets = [p.detach().to(s) for p, s in zip(self.parameters, self.shadow, strict=True)]
         torch._foreach_lerp_(self.shadow, targets, 1 - decay)

@@ -1,4 +1,4 @@
-"""How a run ends: by its exports, or by an error that names its cause and costs no step that is done."""
+"""End a run: write its exports, or raise an error that names its cause after saving finished steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import Interrupted, NotFinite, OutOfMemory, SaveFailed
-from diffalign.runtime.gradient_guard import first_bad
+from diffalign.runtime.gradient_guard import STREAK, first_bad
 from diffalign.runtime.oom import advice, batch_name
 from diffalign.runtime.products import write_exports
 from diffalign.runtime.state import indexed
@@ -19,11 +19,12 @@ from diffalign.runtime.state import indexed
 if TYPE_CHECKING:
     from diffalign.runtime.loop import Loop
 
-FAILED_SAVES = 3  # in a row, and the run ends
+FAILED_SAVES = 3  # in a row before the run ends
+SCALER_STREAK = 20  # fp16 overflows in a row before the run ends; a few are normal while GradScaler calibrates
 
 
 def blame_weights(loop: Loop, error: Exception) -> None:
-    """Raise NotFinite where the weights are not finite: whatever failed afterwards, failed because of that."""
+    """Raise NotFinite if the weights are not finite: they caused whatever failed afterwards."""
     bad = first_bad(indexed(loop.parameters))
     if bad is not None and loop.step:
         raise NotFinite(
@@ -34,16 +35,27 @@ def blame_weights(loop: Loop, error: Exception) -> None:
 
 
 def save_before_end(loop: Loop) -> None:
-    """Save the steps that are done before an error ends the run; of several processes others may be elsewhere."""
+    """Save finished steps before an error ends a run of one process; several processes may be at different points."""
     if loop.accelerator.num_processes > 1 or loop.applying or not loop.step or loop.saved == loop.place():
         return
-    with contextlib.suppress(Exception):  # the error itself matters more than one that it causes
+    with contextlib.suppress(Exception):  # must not hide the error that ends the run
         loop.optimizer.zero_grad(set_to_none=True)
         loop.say(f"step {loop.step} is saved before the run ends: {loop.save()}")
 
 
+def stop_on_streak(loop: Loop) -> None:
+    """Save and raise NotFinite after too many non-finite steps in a row."""
+    if loop.guard.bad < (STREAK if loop.accelerator.scaler is None else SCALER_STREAK):
+        return
+    loop.save()
+    raise NotFinite(
+        f"{loop.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; "
+        f"skipped.jsonl names their samples; last good checkpoint: {loop.last_good()}{extremes(loop.args)}"
+    )
+
+
 def diverged(loop: Loop, what: str) -> NotFinite:
-    """Return the error to raise where images or losses are not finite though no step was refused."""
+    """Return the error for images or losses that are not finite although no step was skipped."""
     if not loop.taken:
         text = f"{what} before the first update: lower guidance_scale, or set mixed_precision: no"
     else:
@@ -52,7 +64,7 @@ def diverged(loop: Loop, what: str) -> NotFinite:
 
 
 def make_room(loop: Loop, phase: str, error: torch.OutOfMemoryError) -> None:
-    """Halves the batch of a phase, or ends the run with what to change."""
+    """Halve the batch size of a phase with ``auto_batch``, else raise OutOfMemory with settings to change."""
     name = batch_name(loop.args, phase)
     size = getattr(loop.args, name, 1)
     if not loop.args.auto_batch or size == 1 or loop.accelerator.num_processes > 1:
@@ -68,7 +80,7 @@ def make_room(loop: Loop, phase: str, error: torch.OutOfMemoryError) -> None:
 
 
 def export(loop: Loop) -> None:
-    """Write what the run is for, and last of all the manifest that proves it whole."""
+    """Write the exports of a run, and last the manifest with their checksums."""
     try:
         written = loop.task.finish()
         if loop.accelerator.is_main_process and written is not None:
@@ -81,7 +93,7 @@ def export(loop: Loop) -> None:
 
 
 def leave(loop: Loop) -> NoReturn:
-    """Saves at the last whole optimizer step, says how to go on, and ends the program."""
+    """Save the last whole optimizer step, print the command that resumes, and raise Interrupted."""
     loop.optimizer.zero_grad(set_to_none=True)
     if loop.saved != loop.place() or not loop.step:
         loop.save(last=True)
@@ -91,7 +103,7 @@ def leave(loop: Loop) -> NoReturn:
 
 
 def save_failed(loop: Loop, error: OSError, size: int, last: bool) -> None:
-    """Say that a checkpoint could not be written, or raise SaveFailed where the run must not go on without one."""
+    """Report a checkpoint that could not be written; raise SaveFailed if the run must not continue without one."""
     loop.failed_saves += 1
     text = f"checkpoint-{loop.step} in {loop.args.output_dir} could not be written ({size:,} bytes: {error})"
     if last or loop.failed_saves >= FAILED_SAVES:

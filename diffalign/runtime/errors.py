@@ -1,4 +1,4 @@
-"""How a run may end, each way with an exit code that a scheduler can act on."""
+"""Exceptions that end a run, with exit codes that a scheduler can act on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SaveFailed(OSError):
 
 
 class NotFinite(FloatingPointError):
-    """Numbers went bad and did not come back; the message names the last good checkpoint."""
+    """Losses, gradients or weights stayed non-finite; the message names the last good checkpoint."""
 
     exit_code = NOT_FINITE
 
@@ -33,11 +33,11 @@ class OutOfMemory(RuntimeError):
 
 
 class StopRequested(Exception):
-    """Raised between two micro-steps once a signal has come; the loop saves and leaves."""
+    """Raised between two micro-batches after a signal; the loop saves and exits."""
 
 
 class Interrupted(SystemExit):
-    """A run that was told to stop, and has saved: exit code 128 + the signal's number, as shells have it."""
+    """A run was stopped by a signal and is saved: exit code 128 + the signal number, as in shells."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)

@@ -1,4 +1,4 @@
-"""Decides whether an optimizer step is taken: not on numbers that are not finite, not on a spike, not on nothing."""
+"""Skip optimizer steps whose loss or gradient is non-finite, whose gradient norm spikes, or whose gradient is zero."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOW = 50  # gradient norms that say what is usual
-ENOUGH = 20  # of them before a spike can be told
-STREAK = 3  # steps in a row: not finite, and the run ends; spikes, and they are what is usual now
+WINDOW = 50  # recent gradient norms whose median is the reference
+ENOUGH = 20  # norms needed before a spike can be detected
+STREAK = 3  # consecutive non-finite steps that end the run; consecutive spikes that reset the reference
 FLAT_ALARM = 5
 DRIFT = 10.0  # times the first full window
 REASONS = ("loss not finite", "gradient not finite", "spike", "no gradient")
@@ -21,11 +21,14 @@ REASONS = ("loss not finite", "gradient not finite", "spike", "no gradient")
 
 @dataclass
 class GradientGuard:
-    """What is usual in this run, and what was not.
+    """Running statistics of gradient norms, and counts of skipped steps.
 
-    spike_factor: a gradient norm that many times the median of the last ``WINDOW`` is a spike; 0: none is. norms: of
-    steps that were taken. baseline: the median of the first full window. skipped: how many steps were not taken, noted
-    of them those at fault; bad, spikes, flat: how many of the last ones in a row.
+    Attributes:
+        spike_factor: A gradient norm of so many times the median of the last ``WINDOW`` is a spike; 0 turns this off.
+        norms: Gradient norms of the last steps taken, at most ``WINDOW``.
+        baseline: Median of the first full window.
+        skipped: Steps not taken; ``noted`` counts those among them that are written to skipped.jsonl.
+        bad, spikes, flat: Length of the current streak of non-finite steps, of spikes, and of zero gradients.
     """
 
     spike_factor: float = 100.0
@@ -40,27 +43,30 @@ class GradientGuard:
 
     @property
     def limit(self) -> float:
-        """The largest norm that is no spike."""
+        """Largest gradient norm that is not a spike."""
         known = len(self.norms) >= ENOUGH and self.spike_factor
         return self.spike_factor * statistics.median(self.norms) if known else float("inf")
 
     def flags(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """What this process sees, a number for each of ``REASONS``, without waiting for the device; (4,)."""
+        """Return 1.0 for each of ``REASONS`` that holds on this process, without a host synchronisation: (4,)."""
         seen = [~loss.isfinite(), ~norm.isfinite(), norm.isfinite() & (norm > self.limit), norm == 0]
         return torch.stack(seen).float()
 
     @staticmethod
     def reason(shares: Sequence[float]) -> str | None:
-        """Why a step must not be taken, from the share of processes that raised each flag; None: take it.
+        """Return why a step must be skipped, or None to take it.
 
-        One process is enough, but for the lack of a gradient, which all have to see.
+        One process is enough to skip a step, except for a zero gradient, which all processes must have.
+
+        Args:
+            shares: Share of the processes that raised each flag, in the order of ``REASONS``.
         """
         *faults, flat = shares
         found = next((name for name, share in zip(REASONS, faults, strict=False) if share > 0), None)
         return found or (REASONS[-1] if flat == 1 else None)
 
     def note(self, reason: str | None, norm: float) -> None:
-        """Remembers what became of a step. ``stuck`` says whether the run has to end."""
+        """Update the statistics with a step; warn about spikes, zero gradients and drift."""
         self.skipped += reason is not None
         self.noted += reason in REASONS[:3]
         self.bad = self.bad + 1 if reason in REASONS[:2] else 0
@@ -93,15 +99,15 @@ class GradientGuard:
             )
 
     def state(self) -> dict[str, Any]:
-        """For JSON; the setting is the configuration's."""
+        """Return the statistics as JSON values, without the setting."""
         return {name: value for name, value in asdict(self).items() if name != "spike_factor"}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``state`` gave."""
+        """Restore what ``state`` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def first_bad(tensors: dict[str, Tensor]) -> str | None:
-    """The name of a tensor that is not finite."""
+    """Return the name of a non-finite tensor, or None."""
     return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)

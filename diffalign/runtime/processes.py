@@ -1,4 +1,4 @@
-"""Makes sure that a run has the processes, and the sharding, that its launcher was asked for."""
+"""Check that a run has the processes and the sharding that its launcher was asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHAT_WORKS = (
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...` or `torchrun --nproc_per_node N ...`"
 )
 
-# Of accelerate's settings, those that would not be followed: what must not be in the environment, and what to do.
+# Settings of accelerate that are not supported: environment variable and value, and the advice.
 REFUSED = {
     ("ACCELERATE_USE_DEEPSPEED", "true"): "DeepSpeed is not supported, because it steps, clips and checkpoints by "
     "itself: use configs/accelerate/zero2.yaml, which shards as ZeRO-2 does, or fsdp2.yaml, which shards all",
@@ -31,10 +31,12 @@ REFUSED = {
 
 
 def connect() -> None:
-    """Call it before ``Accelerator()``: several processes without an accelerator are to work together on the CPU.
+    """Let several processes without an accelerator train together on CPUs; call it before ``Accelerator()``.
 
-    Without the variable that is set here, each of them would believe to be alone.
-    ValueError: the launcher asks for what is not supported.
+    Without the variable set here, each process would start a group of its own.
+
+    Raises:
+        ValueError: The launcher asks for an engine or option that is not supported.
     """
     shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for (name, value), advice in REFUSED.items():
@@ -45,19 +47,19 @@ def connect() -> None:
 
 
 def wants_shards(device: torch.device) -> FSDPConfig | None:
-    """How the launcher asks for weights in shards (FSDP2), if it does, and there are several processes."""
+    """Return the FSDP2 settings of the launcher, or None for one process or without FSDP2."""
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
     return FSDPConfig(device, keep) if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def shortfall(passes: int) -> int:
-    """How many passes fewer this process has than the one with the most; all must ask, before the first of them."""
+    """Return how many passes this process lacks compared to the one with the most. Collective."""
     return max(gather_object([passes])) - passes
 
 
 def check_world(num_processes: int) -> None:
-    """RuntimeError where the launcher was asked for another number of processes than there are."""
+    """Raise RuntimeError where the launcher was asked for another number of processes than there are."""
     wanted = asked_for(os.environ, _parent())
     if wanted is not None and wanted != num_processes:
         raise RuntimeError(
@@ -66,9 +68,11 @@ def check_world(num_processes: int) -> None:
 
 
 def asked_for(environment: Mapping[str, str], parent: Sequence[str]) -> int | None:
-    """The number of processes that a launcher set in the environment or was told on its command line, else None.
+    """Return the number of processes from the environment or the launcher's command line, else None.
 
-    parent: the command line of the parent process.
+    Args:
+        environment: Environment variables.
+        parent: Command line of the parent process.
     """
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
@@ -77,7 +81,7 @@ def asked_for(environment: Mapping[str, str], parent: Sequence[str]) -> int | No
     options = {}
     for token, following in zip(parent, [*parent[1:], ""], strict=True):
         if token.endswith(".py"):
-            break  # what follows is for the script
+            break  # arguments of the script
         name, equals, value = token.partition("=")
         options[name.lstrip("-").replace("-", "_")] = value if equals else following
     if "num_processes" in options:
@@ -91,4 +95,4 @@ def _parent() -> list[str]:
         parent = psutil.Process().parent()
         return parent.cmdline() if parent is not None else []
     except psutil.Error:
-        return []  # another user's process, or gone: nothing can be learned from it
+        return []  # another user's process, or one that has exited

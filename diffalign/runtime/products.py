@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from diffalign.atomic import keep_aside, write_text
 from diffalign.config import from_dict, load_yaml, save_yaml, to_yaml
-from diffalign.runtime.checkpoint import has_checkpoints
+from diffalign.runtime.checkpoint import has_checkpoints, put_aside, sweep
 from diffalign.runtime.manifest import checked, manifest_text
 
 EXPORTS = "exports.json"
@@ -78,6 +81,18 @@ def save_config(args: Any) -> None:
     save_yaml(portable(args), args.output_dir / CONFIG)
 
 
+def prepare_folder(args: Any, say: Callable[[str], None], resumed: bool) -> None:
+    """Clear the run folder for a run that starts or resumes: rename what others wrote, and write the configuration."""
+    folder = args.output_dir
+    sweep(folder)
+    if not resumed and (aside := put_aside(folder)):
+        say(f"checkpoints of an earlier run are in {aside}")
+    for name, kept in keep_others(args).items():
+        say(f"{name} in {folder} was not written by this run: it is now {kept.name}")
+    (folder / EXPORTS).unlink(missing_ok=True)  # the run is not finished any more
+    save_config(args)
+
+
 def write_exports(folder: Path, step: int, written: Iterable[Path]) -> None:
     """Write the manifest of what a finished run has exported; folders stand for all files in them."""
     files = {file for path in written for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
@@ -89,3 +104,11 @@ def is_exported(folder: Path, step: int) -> bool:
     """Whether the exports of this step are in the folder, byte for byte as they were written."""
     manifest, problems = checked(folder / EXPORTS)
     return not problems and manifest["step"] == step
+
+
+def all_exported(accelerator: Accelerator, args: Any, step: int) -> bool:
+    """Whether the exports of ``step`` are complete; the main process checks for all."""
+    found = [is_exported(args.output_dir, step)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its configuration, data and machine, and whether this run may go on from it."""
+"""Provenance of a checkpoint: its configuration, data and machine, and whether this run may resume from it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration, whatever the order of its keys."""
+    """Hash a configuration with SHA-256, independent of the order of its keys."""
     return digest([json.dumps(config, sort_keys=True, default=str)])
 
 
 def digest(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order; where one ends matters."""
+    """Hash a sequence of texts with SHA-256; their boundaries count."""
     found = hashlib.sha256()
     for text in texts:
         content = text.encode("utf-8", "surrogatepass")
@@ -35,7 +35,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def machine(processes: int, device: str) -> dict[str, Any]:
-    """What the last bits of a training depend on besides its configuration."""
+    """Describe what the last bits of a training depend on besides its configuration."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -45,7 +45,7 @@ def machine(processes: int, device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """torch picks its kernels by this; the name of the model, where the system tells it."""
+    """Name the processor and the instruction set by which torch chooses its kernels."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -55,9 +55,12 @@ def _processor() -> str:
 
 
 def commit(name: str, revision: str | None = None, kind: str = "model") -> str | None:
-    """What the hub's repository ``name`` was at ``revision`` (a branch, tag or commit; None: main) when it was fetched.
+    """Return the commit of a hub repository in the local cache; None if it is not cached or not a repository.
 
-    kind: "model" or "dataset". None for what is no repository, or has not been fetched.
+    Args:
+        name: ``owner/name``.
+        revision: Branch, tag or commit; None is ``main``.
+        kind: ``model`` or ``dataset``.
     """
     if not REPOSITORY.fullmatch(name) or Path(name).exists():
         return None
@@ -77,15 +80,15 @@ def origin(
     commits: Mapping[str, str] | None = None,
     contents: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """Describe where a checkpoint comes from.
+    """Describe the run that writes a checkpoint.
 
     Args:
-        args: the configuration.
-        data: a digest of what is trained on; empty where there is none.
-        processes: of the run.
-        device: its type.
-        commits: repository -> commit of what came from the hub.
-        contents: what of local files the run depends on -> its ``fingerprint``.
+        args: Configuration of the run.
+        data: Digest of the training data; empty where there is none.
+        processes: Number of processes.
+        device: Device type.
+        commits: Commit of each hub repository that was loaded.
+        contents: ``fingerprint`` of each local file that the run depends on.
     """
     config = plain(args)
     return {
@@ -99,20 +102,21 @@ def origin(
 
 
 def plain(args: TrainingConfig) -> dict[str, Any]:
-    """A configuration as JSON gives it back."""
+    """Return a configuration as plain JSON values."""
     return json.loads(json.dumps(to_dict(args)))
 
 
 def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: TrainingConfig) -> list[str]:
-    """What differs from the machine that saved a checkpoint, and may change last bits: a line each.
+    """List differences to the machine that saved a checkpoint that may change last bits, a line each.
 
-    ValueError: a setting that must not change, or data that did.
+    Raises:
+        ValueError: The data, or a setting that must not change on resume, differ.
     """
     old, new = _flat(then["config"]), _flat(now["config"])
-    # A setting that is younger than the checkpoint had its default, without a name.
+    # Fields added after the checkpoint was written are assumed to have had their defaults.
     younger = new.keys() - old.keys() - {"revision"}
     old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
-    old.setdefault("revision", new.get("revision"))  # checkpoints of before could not say what the hub had then
+    old.setdefault("revision", new.get("revision"))  # early checkpoints did not store the commit
     old = _with_recorded_rewards(old, new)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
@@ -120,16 +124,18 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
         table = "\n".join(f"  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in fixed)
         raise ValueError(
             f"this checkpoint is of another configuration:\n{table}\n"
-            "go on with the settings of then (config.yaml of its run), or start anew in another output_dir"
+            "resume with the original settings (config.yaml of that run), or choose a new output_dir"
         )
     if then["data_sha256"] != now["data_sha256"]:
-        raise ValueError("the training data have changed since this checkpoint: restore them, or start anew")
+        raise ValueError(
+            "the training data have changed since this checkpoint: restore them, or choose a new output_dir"
+        )
     known = then.get("commits", {})
     for name, here in now["commits"].items():
         if known.get(name, here) != here:
             raise ValueError(
                 f"{name} has changed on the hub since this checkpoint: it was {known[name]}, and is {here}: "
-                "name the revision of then, or start anew in another output_dir"
+                f"set revision: {known[name]}, or choose a new output_dir"
             )
     touched = _check_contents(then.get("contents", {}), now.get("contents", {}))
     before, here = then["machine"], now["machine"]
@@ -158,7 +164,7 @@ def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Map
 
 
 def _with_recorded_rewards(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """``old`` with rewards as they are recorded now: 0.1 kept no more than the weight of one passed from Python."""
+    """Complete the rewards of ``old``: version 0.1 recorded only the weight of a reward that was passed from Python."""
     found = dict(old)
     for name in [name for name in old if name.startswith("rewards.") and f"{name}.weight" in new]:
         recorded = {key: value for key, value in new.items() if key.startswith(f"{name}.")}

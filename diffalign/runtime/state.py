@@ -1,4 +1,4 @@
-"""What a checkpoint of the loop holds, and how it is put back."""
+"""Collect the state of a training loop for a checkpoint, and restore it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from diffalign.runtime.provenance import check_origin
 if TYPE_CHECKING:
     from diffalign.runtime.loop import Loop
 
-# Where NaN is a value like others: nodes that are not trained have no log-prob.
+# Groups that may contain NaN (untrained nodes have no log-prob).
 MAY_HOLD_NAN = ("iteration", "collected")
 Tensors = dict[str, dict[str, Tensor]]
-PART = 1 << 26  # bytes that processes send each other at once
+PART = 1 << 26  # bytes per gather
 
 
 def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors, state) of the run at its last whole optimizer step; every process calls it.
+    """Return (tensors, JSON state) of the run at its last whole optimizer step. Collective.
 
-    What is in shards becomes whole, on the CPU, for the main process; for the others it stays as it is.
+    Sharded tensors are gathered to full ones on the CPU of the main process.
 
-    An iteration that is not over brings its data along, where collecting them again would take the weights of then.
+    A mid-iteration checkpoint stores the iteration's data: collecting them again would need the weights from the start
+    of the iteration.
     """
     accelerator = loop.accelerator
     moments, optimizer = checkpoint.flatten_optimizer(loop.optimizer.optimizer)
@@ -48,7 +49,7 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
         "optimizer": optimizer,
         "schedule": loop.schedule.state_dict(),
         "guard": loop.guard.state(),
-        # Streams of data have a place per process; all else is the same everywhere.
+        # Data streams have a cursor per process; all else is the same on all processes.
         "tasks": gather_object([own_state]) if accelerator.num_processes > 1 else [own_state],
         "origin": loop.origin(),
     }
@@ -65,9 +66,9 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
 
 
 def everyones(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The rows of all processes, which have equally many, in the order of processes.
+    """Gather rows of all processes, in the order of processes; each has the same number of rows.
 
-    They travel in parts, so that a device need not have room for what waits in main memory.
+    Rows are gathered in parts, because they may not fit on the device at once.
     """
     if accelerator.num_processes == 1:
         return tensor
@@ -78,14 +79,14 @@ def everyones(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """NotFinite, with the name of a tensor, for what must never become a checkpoint."""
+    """Raise NotFinite, naming the tensor, where one that must be finite is not."""
     for group, named in tensors.items():
         if group not in MAY_HOLD_NAN and (name := first_bad(dict(named))) is not None:
             raise NotFinite(f"{group}/{name} is not finite, so that no checkpoint is written: lower learning_rate")
 
 
 def find(loop: Loop) -> Path | None:
-    """The checkpoint to go on from; one process chooses, so that all take the same."""
+    """Return the checkpoint to resume from, or None; the main process chooses for all."""
     args, accelerator = loop.args, loop.accelerator
     if accelerator.num_processes == 1:
         return checkpoint.resolve(args.output_dir, args.resume_from_checkpoint)
@@ -102,7 +103,7 @@ def find(loop: Loop) -> Path | None:
 
 
 def put_back(loop: Loop, path: Path) -> int:
-    """Makes the loop what it was; returns how many rows its log had then. ValueError: it is another run's."""
+    """Restore the loop from a checkpoint; return how many rows its log had. ValueError: it belongs to another run."""
     tensors, state = checkpoint.load(path)
     try:
         return _put_back(loop, path, tensors, state)
@@ -140,7 +141,7 @@ def _put_back(loop: Loop, path: Path, tensors: Tensors, state: dict[str, Any]) -
 
 
 def _check_place(loop: Loop, path: Path, state: Mapping[str, Any]) -> None:
-    """ValueError within an iteration whose remaining updates another number of processes would split otherwise."""
+    """Raise ValueError in mid-iteration if this number of processes would split the remaining updates differently."""
     then, now, task = len(state["tasks"]), loop.accelerator.num_processes, loop.task
     if then != now and 0 < state["update"] < task.updates_per_iteration and not task.world_size_invariant:
         place = f"update {state['update']} of {task.updates_per_iteration}"
@@ -159,12 +160,12 @@ def _own(tasks: Sequence[dict[str, Any]], loop: Loop) -> dict[str, Any]:
 
 
 def indexed(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tensors by position, as safetensors wants them: named."""
+    """Name tensors by their position, for safetensors."""
     return {f"{index:05d}": tensor.detach() for index, tensor in enumerate(tensors)}
 
 
 def restore(tensors: Sequence[Tensor], stored: Mapping[str, Tensor]) -> None:
-    """Copies back what ``indexed`` named. ValueError where the number of tensors differs."""
+    """Copy tensors named by ``indexed`` back in place. ValueError: their number or shapes differ."""
     if len(tensors) != len(stored):
         raise ValueError(
             f"the checkpoint holds {len(stored)} tensors, this run trains {len(tensors)}: use its config.yaml"

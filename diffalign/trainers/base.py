@@ -1,9 +1,10 @@
-"""What all trainers share: the model made trainable, the loop around it, evaluations, exports, the report."""
+"""Base trainer: load the model, make it trainable, run the loop, evaluate, export and report."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor
@@ -26,8 +28,10 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.weights import repositories
 from diffalign.rng import KeyedRNG
+from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.lock import refuse_busy
-from diffalign.runtime.loop import Loop, Metrics
+from diffalign.runtime.loop import Loop, Metrics, MiniBatch
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products, portable
@@ -45,7 +49,7 @@ Config = TypeVar("Config", bound=TrainerConfig)
 
 
 def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Config:
-    """Return ``args`` with the name of the model that was passed beside them, and an absolute ``output_dir``."""
+    """Return ``args`` with the name of a model passed as an argument, and an absolute ``output_dir``."""
     args = dataclasses.replace(args, output_dir=args.output_dir.absolute())  # rewards may change the working folder
     if isinstance(model, DiffusionModel):
         return args if args.model else dataclasses.replace(args, model=_origin(model))
@@ -56,19 +60,24 @@ def _origin(model: DiffusionModel) -> str:
     return model.pipeline.config.get("_name_or_path") or "model"
 
 
-class Trainer:
-    """A task for the loop, less what it collects and which losses it yields.
+class Trainer(ABC):
+    """Base class of all trainers: a ``Task`` without ``collect``, ``minibatches`` and ``loss``.
 
-    args: valid already. rewards: those that evaluations report, the first as accuracy. keep_reference: whether the
-    base's weights will be needed. eval_batch_size: images per forward pass of an evaluation.
+    Args:
+        model: A path, a hub id or a ``DiffusionModel``; None: ``args.model``.
+        args: Validated configuration.
+        rewards: Rewards that evaluations report, the first as accuracy.
+        eval_dataset: Held-out prompts; None: those of ``args.eval_prompts``.
+        keep_reference: Whether predictions of the base model will be needed.
+        eval_batch_size: Images per forward pass of an evaluation.
     """
 
     name: ClassVar[str]
     world_size_invariant = True
-    done = False  # a trainer that sets it has seen enough: the loop ends as after its last step
+    done = False  # early stopping: the loop ends as after its last step
     data_digest = ""
     data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
-    grad_through: ClassVar[tuple[str, ...]] = ()  # parts that gradients come back through
+    grad_through: ClassVar[tuple[str, ...]] = ()  # model parts that gradients pass through
 
     def __init__(
         self,
@@ -83,19 +92,18 @@ class Trainer:
         self.args: TrainerConfig = args
         self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
         if self.eval_prompts:
-            known = {id(reward) for reward in vars(self).get("rewards", {}).values()}  # tried on training prompts
+            known = {id(reward) for reward in vars(self).get("rewards", {}).values()}  # tried already
             try_rewards(
                 {name: r for name, r in rewards.items() if id(r) not in known}, self.eval_prompts, args.resolution
             )
         connect()
-        # Accelerate would shard the denoiser too late, and on CPUs not at all: it is told of processes only.
+        # Accelerate would shard the denoiser too late, and on CPUs not at all: let it handle processes only.
         with patch_environment(ACCELERATE_USE_FSDP="false"):
             self.accelerator = Accelerator(
                 mixed_precision=args.mixed_precision,
                 log_with=tracker_names(args.report_to) or None,
                 project_dir=args.output_dir,
-                # Processes may call the denoiser differently often in a pass, and would wait for each other's buffers,
-                # which are constants.
+                # Buffers are constants, and processes may call the denoiser a different number of times per pass.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
         check_world(self.accelerator.num_processes)
@@ -108,14 +116,14 @@ class Trainer:
             check_products(args.output_dir)
         self.model = model if isinstance(model, DiffusionModel) else self._load()
         if (known := loaded_commit(self.model)) is not None:
-            # What a branch is may change; the run's config.yaml says what it was.
+            # A branch may move: config.yaml records the commit.
             self.args = args = dataclasses.replace(args, revision=known)
         if args.guidance_scale is None:
-            # From here on, and in config.yaml, a number: the family's own for no guidance.
+            # Record the family's scale for no guidance, so that config.yaml holds a number.
             self.args = args = dataclasses.replace(args, guidance_scale=self.model.unguided_scale)
-        # A denoiser that will be sharded need not fit on the device whole.
+        # A denoiser that will be sharded need not fit on one device.
         self.model.place(self.accelerator.device, args.offload, denoiser=self.shards is None)
-        # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
+        # Gradient checkpointing recomputes blocks outside the attention context, so do not set one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.plain_attention = slow and not args.gradient_checkpointing
         if args.gradient_checkpointing:
@@ -139,7 +147,7 @@ class Trainer:
         )
 
     def prepare(self, keep_reference: bool) -> Loop:
-        """Makes the denoiser trainable, and the loop that trains it."""
+        """Make the denoiser trainable and build the loop that trains it."""
         self.model.train(
             self.args.lora,
             seed=self.args.seed,
@@ -164,31 +172,31 @@ class Trainer:
         )
 
     def check_batches(self, processes: int) -> None:
-        """ValueError where the batches do not divide over the processes; called before a model is loaded."""
+        """Raise ValueError where batches do not divide over the processes. Called before the model is loaded."""
 
     @property
     def guidance(self) -> Guidance:
-        """That of every sampling."""
+        """Guidance of every sampling."""
         return self.encoded.guidance(self.guidance_scale)
 
     @property
     def guidance_scale(self) -> float:
-        """That of every sampling, as the model's pipeline means it."""
+        """Guidance scale of every sampling, as the model's pipeline defines it."""
         scale = self.args.guidance_scale
         return self.model.unguided_scale if scale is None else scale
 
     @property
     def eval_base_steps(self) -> int:
-        """How many steps of an evaluation's sampling the reference makes."""
+        """First steps of an evaluation's sampling that the reference model takes."""
         return 0
 
     @property
+    @abstractmethod
     def eval_levels(self) -> Level:
-        """Those that an evaluation samples at."""
-        raise NotImplementedError
+        """Levels of an evaluation's sampling."""
 
     def train(self) -> None:
-        """Runs to ``max_train_steps``, and writes the LoRA, the model card, curves and a base-versus-tuned grid."""
+        """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid."""
         self.model.about = self.about()
         self.loop.say(opening(self))
         self.loop.run()
@@ -197,7 +205,7 @@ class Trainer:
 
     @property
     def resume_command(self) -> str:
-        """What goes on with this run."""
+        """Shell command that resumes this run."""
         several = self.accelerator.num_processes > 1
         program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
         config = shlex.quote(str(portable(self.args).output_dir / "config.yaml"))
@@ -205,7 +213,7 @@ class Trainer:
 
     @property
     def commits(self) -> dict[str, str]:
-        """Those of the hub's repositories that model, data and rewards were loaded from, by name."""
+        """Commit of each hub repository that model, data and rewards were loaded from."""
         args: Any = self.args
         sources = (name for field in ("train_data", "train_images") for name in getattr(args, field, ()))
         named = [(name, args.data.revision, "dataset") for name in sources]
@@ -215,12 +223,12 @@ class Trainer:
 
     @cached_property
     def contents(self) -> dict[str, dict[str, str]]:
-        """Fingerprints of the local files and data that this run depends on, as they were when it started."""
+        """Fingerprints of the local files and data that this run depends on, taken at its start."""
         rewards = {**self.evaluation.rewards, **getattr(self, "rewards", {})}
         return {**contents(self.args, rewards), **self.data_contents}
 
     def about(self) -> dict[str, str]:
-        """What the header of the LoRA says of its making, so that the file answers by itself."""
+        """Metadata for the header of the LoRA file: how it was trained."""
         args, made = self.args, self.loop.origin()
         said = {
             "version": version("diffalign"),
@@ -237,39 +245,61 @@ class Trainer:
         # A header is UTF-8; a path on disk may not be.
         return {f"diffalign.{name}": value.encode("utf-8", "replace").decode() for name, value in said.items()}
 
-    def samples(self) -> list[dict[str, Any]]:
-        """What tells the samples of the current update from all others."""
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Identify the samples of an optimizer step, for skipped.jsonl."""
         return []
 
     def collected(self) -> dict[str, Tensor]:
-        """What an iteration collected with weights that have moved since; empty where it would do the same again."""
+        """Rollout data to checkpoint; empty if ``collect`` is reproducible from the current weights."""
         return {}
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on with the iteration that ``collected`` is of."""
+        """Restore the iteration's data from what ``collected`` returned."""
 
     def updating(self) -> AbstractContextManager[None]:
-        """Around the passes of an optimizer step."""
+        """Return a context for the passes of an optimizer step."""
         return self.model.keeping(*self.grad_through)
 
-    def before_first_update(self) -> None:
-        """Checks that must hold when the weights have not moved yet."""
+    @abstractmethod
+    def probe(self) -> list[Tensor]:
+        """Return outputs of the denoiser on the iteration's data that the first update must change."""
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last optimizer step had a gradient, so that it must have changed the outputs."""
+        return True
+
+    def check_on_policy(self) -> None:
+        """Raise CannotTrain where the unchanged weights do not reproduce what the iteration stored."""
+
+    @torch.no_grad()
+    def before_first_update(self) -> None:
+        """Check that the run is on policy, and keep the denoiser's outputs from before the first update."""
+        self.first_outputs = self.probe()
+        self.check_on_policy()
+
+    @torch.no_grad()
     def after_first_update(self) -> None:
-        """Checks that must hold once they have."""
+        """Raise CannotTrain where an update with a gradient left the denoiser's outputs as they were: the canary."""
+        same = all(torch.equal(now, before) for now, before in zip(self.probe(), self.first_outputs, strict=True))
+        if same and self.has_gradient:
+            raise CannotTrain(
+                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
+                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
+            )
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Follows optimizer step number ``step`` (from 1), with its figures over all processes, which it may add to."""
+        """Act on optimizer step ``step`` (from 1); may add to ``metrics``, means over all processes."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint must hold of this trainer: tensors, and what JSON can hold."""
+        """Return the trainer's own state for a checkpoint: tensors and JSON values."""
         return {}, {}
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what ``state`` gave."""
+        """Restore what ``state`` returned."""
 
     def evaluate(self, step: int) -> Metrics:
-        """ODE sampling of the held-out prompts at fixed seeds, with the averaged weights where there are any."""
+        """Sample the held-out prompts with the ODE at fixed seeds, and score them; EMA weights if there are any."""
         if not self.eval_prompts:
             return {}
         # auto_batch may have halved it.
@@ -282,7 +312,7 @@ class Trainer:
         return figures
 
     def exporter(self) -> Callable[[Path], object] | None:
-        """What is trained as it is now, averaged where it is averaged; full weights are in the checkpoint already."""
+        """Return a function that writes the LoRA (of the EMA if there is one); None for full weights."""
         if not (self.model.has_adapter or self.model.negative is not None):
             return None
         return self.model.saver(self.report.weight_set, self.accelerator.is_main_process)

@@ -32,7 +32,7 @@ from diffalign.trainers.rollout_config import RolloutConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """An iteration's images. conditioning: a row per group. metrics: what to log of it."""
+    """The rollout of an iteration. conditioning: a row per group. metrics: figures to log."""
 
     buffer: RolloutBuffer
     route: SamplingPlan
@@ -41,7 +41,7 @@ class Rollout:
 
 
 class Collector:
-    """Samples and scores the images of an iteration; groups and statistics span all processes."""
+    """Sample and score the images of an iteration; groups and statistics span all processes."""
 
     def __init__(
         self, trainer: Trainer, prompts: Sequence[Prompt], rewards: Mapping[str, Reward], weights: Mapping[str, float]
@@ -50,15 +50,15 @@ class Collector:
         assert isinstance(args, RolloutConfig)
         self.args, self.trainer, self.prompts, self.rewards, self.weights = args, trainer, prompts, rewards, weights
         self.levels = trainer.model.levels(args.plan.num_steps, args.schedule)
-        # All of them now: a window that moves may reach a step that cannot be trained in an hour.
+        # All plans now: a moving window may reach a step that cannot be trained only after an hour.
         for plan in possible_plans(args.plan):
             if plan.trained_steps:
                 plan.validate(self.levels)
         self.scored = False
 
     def __call__(self, iteration: int, *, means: bool = False) -> Rollout:
-        """A buffer of this process's share. means: whether the trained nodes keep the means they were drawn around."""
-        begun, args, trainer = time.perf_counter(), self.args, self.trainer
+        """Return the rollout of this process's share. means: whether trained nodes store the means of their steps."""
+        started, args, trainer = time.perf_counter(), self.args, self.trainer
         empty = self._empty(iteration, means)
         buffer, route, conditioning, prompts = empty.buffer, empty.route, empty.conditioning, empty.buffer.prompts
         group, member = self._own_samples()
@@ -71,7 +71,7 @@ class Collector:
             with trainer.model.keeping(VAE):
                 for rows, batch in parts:
                     trainer.loop.pulse(together=True)
-                    # Beside the last one there is nothing to do.
+                    # No sampling is left to overlap with the last batch.
                     book.add(batch, [prompts[g] for g in group[rows].tolist()], overlap and rows.stop < len(group))
                     trainer.loop.pulse(together=True)
             own = book.scores(group)
@@ -84,20 +84,20 @@ class Collector:
         if metrics["unscored"] and not buffer.x[buffer.leaves].isfinite().all():
             raise diverged(trainer.loop, "the model's images are not finite")  # no fault of the rewards
         check_unscored(metrics["unscored"], args.max_unscored, extremes(args))
-        rate = args.num_groups * args.group_size / (time.perf_counter() - begun)
+        rate = args.num_groups * args.group_size / (time.perf_counter() - started)
         return dataclasses.replace(empty, metrics={**metrics, **extras, "images_per_second": rate})
 
     def _may_overlap(self) -> bool:
-        """Whether rewards may be asked in another thread while this one samples.
+        """Whether rewards may run in a background thread while this thread samples.
 
-        Not where one of them changes what is the process's: sampling, which kernels torch's attention may use, where it
-        is told to; rewards, torch's default dtype, while their networks load at the first use.
+        Not where one of the two changes process-wide state: sampling may choose torch's attention kernels, and rewards
+        may set torch's default dtype while their networks load at first use.
         """
         chooses_kernels = self.trainer.model.plain_attention or self.args.attention.startswith("_native_")
         return self.args.overlap_rewards and self.scored and not chooses_kernels
 
     def _save(self, buffer: RolloutBuffer, images: Tensor) -> None:
-        """Writes the shares of all processes as one buffer, in place of the last iteration's."""
+        """Write the shares of all processes as one buffer, in place of the previous iteration's."""
         args, accelerator = self.args, self.trainer.accelerator
         folder, share, several = args.output_dir / "rollouts", accelerator.process_index, accelerator.num_processes > 1
         if share == 0:
@@ -108,7 +108,7 @@ class Collector:
         )
 
     def _empty(self, iteration: int, means: bool) -> Rollout:
-        """The rollout of an iteration before anything is drawn."""
+        """Allocate the rollout of an iteration."""
         args, trainer = self.args, self.trainer
         prompts = self.prompts_of(iteration)
         plan = make_plan(args.plan, iteration, args.seed)
@@ -120,18 +120,18 @@ class Collector:
         return Rollout(buffer, SamplingPlan(plan, self.levels, trainer.guidance), conditioning, {})
 
     def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> Rollout:
-        """The rollout whose ``RolloutBuffer.drawn`` of all processes is given; each takes its own share."""
+        """Rebuild a rollout from the ``RolloutBuffer.drawn`` of all processes; each takes its own share."""
         rollout = self._empty(iteration, "mean" in tensors)
         rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
         rollout.buffer.fill({name: tensor.chunk(world)[rank] for name, tensor in tensors.items()})
         return rollout
 
     def texts(self) -> list[str]:
-        """What the prompts are, with all that rewards are told of them."""
+        """Return each prompt with its metadata as JSON, for the digest of the training data."""
         return [json.dumps([p.text, p.metadata], sort_keys=True, default=str) for p in self.prompts]
 
     def prompts_of(self, iteration: int) -> list[Prompt]:
-        """A prompt per group, the same on all processes; each epoch goes through all prompts in a new order."""
+        """Return a prompt per group, the same on all processes; each epoch shuffles all prompts."""
         count = len(self.prompts)
         order = take(
             count,
@@ -141,11 +141,11 @@ class Collector:
         )
         return [self.prompts[i] for i in order]
 
-    def dealt(self, iteration: int) -> Tensor:
-        """(B,): the update, from 0, that learns from each sample of this process.
+    def update_index(self, iteration: int) -> Tensor:
+        """Return the optimizer step of the iteration, from 0, that trains on each sample of this process: (B,) int64.
 
-        Of every ``updates_per_rollout`` consecutive samples of the whole iteration each update gets one, at random:
-        the same ones however many processes there are, of which each has equally much to do.
+        Every ``updates_per_rollout`` consecutive samples of the whole iteration go to different steps, at random. The
+        assignment does not depend on the number of processes, and gives each of them the same amount of work.
         """
         updates, total = self.args.updates_per_rollout, self.args.num_groups * self.args.group_size
         lots = self.trainer.noise.normal((total // updates, updates), "updates", iteration)
@@ -153,14 +153,14 @@ class Collector:
         return lots.argsort(1).flatten()[group * self.args.group_size + member]
 
     def _own_samples(self) -> tuple[Tensor, Tensor]:
-        """(group, index within the group) of the samples of this process: a consecutive share of them all."""
+        """Return (group, sample index) of this process's samples: a consecutive share of them all."""
         accelerator = self.trainer.accelerator
         share = self.args.num_groups * self.args.group_size // accelerator.num_processes
         own = torch.arange(share) + share * accelerator.process_index
         return own // self.args.group_size, own % self.args.group_size
 
     def _advantages(self, buffer: RolloutBuffer, own: dict[str, Tensor], group: Tensor) -> Metrics:
-        """Advantages from the rewards of all processes, into the buffer; the figures of the iteration."""
+        """Compute advantages from the rewards of all processes, store them, and return the metrics."""
         args, accelerator = self.args, self.trainer.accelerator
         names = list(own)
         table = torch.stack([own[name] for name in names] + [group.float()]).T.contiguous().to(accelerator.device)

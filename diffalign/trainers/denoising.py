@@ -1,4 +1,4 @@
-"""Noises examples as an optimizer step does, and denoises them with the policy and with its reference."""
+"""Noise examples and denoise them with the policy and its reference."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from diffalign.trainers.diffusion_dpo.latents import Examples
 
 
 class Denoising:
-    """Levels, noise and dropped prompts are drawn for each example and optimizer step, whatever the other examples.
+    """Draw levels, noise and dropped prompts per example and optimizer step, independent of the batch; denoise.
 
-    encoded: prompts, and the model that denoises. compares: whether the reference denoises as well.
+    Args:
+        encoded: Prompt embeddings and the model.
+        args: Time sampling, prompt dropout and reduction.
+        noise: Keyed random numbers.
+        compares: Whether the reference predicts as well.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Denoising:
         self.model, self.encoded, self.args, self.noise, self.compares = encoded.model, encoded, args, noise, compares
 
     def __call__(self, examples: Examples, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:
-        """The examples ``rows``, noised as optimizer step ``step`` (from 0) does: K sides, and their levels (P,)."""
+        """Denoise the examples ``rows`` as in optimizer step ``step`` (from 0): K sides, and their levels (P,)."""
         model = self.model
         numbers = [examples.number[i] for i in rows.tolist()]
         latents = examples.latents[rows].to(model.device, non_blocking=True)
@@ -44,7 +48,7 @@ class Denoising:
         x = add_noise(x0, noise, levels)
         goals = target(model.parameterization, x0, noise, levels).chunk(sides)
         mask = None if examples.mask is None else examples.mask[rows].to(model.device, non_blocking=True)
-        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
+        # The reference first: its activations are freed before the policy's graph is built.
         references = self._reference(x, levels, conditioning, sides)
         outputs = model.predict(x, levels, conditioning).chunk(sides)
         return [
@@ -60,7 +64,7 @@ class Denoising:
             return self.model.predict(x, levels, conditioning).chunk(sides)
 
     def _times(self, numbers: Sequence[int], step: int) -> Tensor:
-        """Times of training, (P,), float64: a draw per example and optimizer step."""
+        """Sample training times, (P,), float64, one per example and optimizer step."""
         args, end = self.args, self.model.num_train_timesteps
         drawn = [self.noise.generator("time", step, number) for number in numbers]
         if args.times:
@@ -71,7 +75,7 @@ class Denoising:
         return torch.sigmoid(args.time_mean + args.time_std * normal) * end
 
     def _conditioning(self, examples: Examples, rows: Tensor, numbers: Sequence[int], step: int) -> Conditioning:
-        """A row per image, all first sides first; some prompts are left out, for both images of a pair."""
+        """Return a row per image, all first sides first; prompts are dropped for both images of a pair."""
         sides = examples.latents.shape[1]
         texts = [examples.texts[i] for i in rows.tolist()]
         dropped = [self.noise.generator("dropout", step, n).random() < self.args.prompt_dropout for n in numbers]
@@ -80,8 +84,8 @@ class Denoising:
         conditioning = known[torch.tensor(place * sides)]
         if examples.sizes is None:
             return conditioning
-        told = [examples.sizes[i][side] for side in range(sides) for i in rows.tolist()]
+        sizes = [examples.sizes[i][side] for side in range(sides) for i in rows.tolist()]
         columns = (
-            torch.tensor([getattr(s, n) for s in told]) for n in ("original_size", "crop_top_left", "target_size")
+            torch.tensor([getattr(s, n) for s in sizes]) for n in ("original_size", "crop_top_left", "target_size")
         )
         return self.model.with_sizes(conditioning, *columns)

@@ -57,8 +57,8 @@ class Bench:
         trainer.collect(self.iteration)
         collected = self._now()
         self.new.append((fresh - begun - (collected - fresh)) / len(trainer.examples.texts))
-        for micros in trainer.updates(self.iteration):
-            trainer.after_update(trainer.loop.step, trainer.loop._update(micros))
+        for minibatch in trainer.minibatches(self.iteration):
+            trainer.after_update(trainer.loop.step, trainer.loop._update(minibatch))
         self.iteration += 1
         return {"collect": collected - fresh, "update": self._now() - collected}
 

@@ -60,8 +60,8 @@ class Bench:
         begun = self._now()
         self.trainer.collect(self.iteration)
         collected = self._now()
-        for micros in self.trainer.updates(self.iteration):
-            self.trainer.loop._update(micros)
+        for minibatch in self.trainer.minibatches(self.iteration):
+            self.trainer.loop._update(minibatch)
         self.iteration += 1
         return {"collect": collected - begun, "update": self._now() - collected}
 
@@ -69,7 +69,7 @@ class Bench:
         """Seconds of each part, alone, times how often an iteration needs it."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
-        taught = len(trainer.dealt(torch.arange(self.images))[1])
+        taught = len(trainer.rebalanced(torch.arange(self.images))[1])
         self.sampled.append(self._sampling_steps())
         self.taught.append(taught / self.images)
         training = [len(range(taught)[rows]) for rows in micro_batches(taught, args.train_batch_size)]

@@ -144,8 +144,8 @@ class Bench:
         begun = now()
         self.trainer.collect(iteration)
         collected = now()
-        for micros in self.trainer.updates(iteration):
-            self.trainer.loop._update(micros)
+        for minibatch in self.trainer.minibatches(iteration):
+            self.trainer.loop._update(minibatch)
         return collected - begun, now() - collected
 
     def figures(self, flops_per_image: Flops | None, peak: float, repeats: int) -> dict[str, Any]:

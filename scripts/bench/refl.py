@@ -73,8 +73,8 @@ class Bench:
             trainer.encoded([prompt.text for prompt in start.prompts])
         begun = self._now()
         trainer.collect(iteration)
-        for micros in trainer.updates(iteration):
-            trainer.loop._update(micros)
+        for minibatch in trainer.minibatches(iteration):
+            trainer.loop._update(minibatch)
         self.step += 1
         return self._now() - begun
 
@@ -193,8 +193,8 @@ def one_step(config: Path, overrides: Sequence[str]) -> None:
         trainer = trainer_of(config, overrides, folder)
         trainer.collect(0)
         sampled, before = peak_memory(), forget_peak()
-        (micros,) = trainer.updates(0)
-        trainer.loop._update(micros)
+        (minibatch,) = trainer.minibatches(0)
+        trainer.loop._update(minibatch)
         peak = peak_since()
         print(json.dumps({"peak_gib": max(sampled, peak), "step_gib": peak - before}))
 

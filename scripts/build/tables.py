@@ -1,6 +1,6 @@
 """Write the generated tables of the README files from the results on disk and the registries.
 
-    python scripts/build/tables.py  # rewrite the tables of README.md and assets/results/README.md in place
+    python scripts/build/tables.py  # rewrite the tables of all DOCUMENTS in place
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a key of ``TABLES``.
 """
@@ -24,10 +24,16 @@ from scripts import ROOT
 from scripts.studies import compare_recipes, repeat_seeds
 
 RESULTS = ROOT / "assets/results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "diffalign/rewards/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMON_REWARDS = ("pickscore", "hpsv2.1", "hpsv3", "image_reward", "aesthetic", "vqascore", "geneval", "ocr")
 BENCHMARKS = {"Flow-GRPO": "flow_grpo", "Diffusion-DPO": "dpo", "ReFL (DRTune)": "refl"}
+TRIED = {
+    "attacks": "attacks through configuration files and run folders that ran code, reached a server or left a trace",
+    "requests": "requests answered by the reward server with 64 in flight, alone and beside 300 silent clients",
+    "settings": "extreme numbers in settings that are refused by name, or train and can be read back from every file",
+    "folders": "damaged, forged or foreign run folders that a run survives, or refuses and leaves unchanged",
+}
 UNITS = {"Flow-GRPO": "images_per_second", "Diffusion-DPO": "pairs_per_second", "ReFL (DRTune)": "images_per_second"}
 
 
@@ -95,6 +101,9 @@ def reliability(rows: int | None = None) -> str:
     table = [(text, f"{found[part]:,} of {found[whole]:,}") for text, part, whole in counts]
     share = f"{found['checkpoint_share_of_quickstart']:.2%}"
     table.append(("share of the quickstart's time spent on checkpoints", share))
+    for name, text in TRIED.items():
+        tried, right = found["tried"][name]["tried"], found["tried"][name]["right"]
+        table.append((text, f"{tried - right if name == 'attacks' else right:,} of {tried:,}"))
     return markdown(("", "result"), table[:rows])
 
 
@@ -162,6 +171,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "memory": memory,
     "judges": judges,
     "rewards": common_rewards,
+    "all_rewards": reward_table,
 }
 
 

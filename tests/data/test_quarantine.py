@@ -51,7 +51,7 @@ def test_each_fault_is_named_by_source_row_and_column(kind, tmp_path):
 @pytest.mark.parametrize("kind", FAULTS)
 def test_each_fault_is_handled_as_configured(kind, tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({7: FAULTS[kind]}, 10))
-    with pytest.raises(ValueError, match=rf"row 7.*\({kind}\): mend it, or set on_fault.{kind} to drop"):
+    with pytest.raises(ValueError, match=rf"row 7.*\({kind}\): fix it, or set on_fault.{kind} to drop"):
         load_pairs(path, settings=PreferenceDataConfig(on_fault={kind: "error"}))
     told = PreferenceDataConfig(on_fault={kind: "drop"}, max_bad_share=0.2)
     with pytest.warns(DataWarning, match=kind):

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.config import TrainingConfig
-from diffalign.runtime.loop import Loop
+from diffalign.runtime.loop import Loop, MicroBatch, MiniBatch
 
 Hook = Callable[[str, "NullTask"], None]
 
@@ -56,23 +56,20 @@ class NullTask:
         self.x, self.y = x, torch.cat(made)
         return {"reward/mean": self.y.mean().item()}
 
-    def updates(self, iteration: int):
+    def minibatches(self, iteration: int):
         order = self.noise.permutation(len(self.x), "order", iteration)
         for part in order.chunk(2):
-            yield [self._micro(rows) for rows in part.chunk(2)]
+            yield MiniBatch([MicroBatch(rows, 1 / 2) for rows in part.chunk(2)], part)
 
-    def _micro(self, rows):
-        def run():
-            self.hook("backward", self)
-            error = self.loop.module(self.x[rows]) - self.y[rows] - 0.1
-            return error.square().mean() / 2, {"error": error.detach().abs().mean()}
-
-        return run
+    def loss(self, micro):
+        self.hook("backward", self)
+        error = self.loop.module(self.x[micro.rows]) - self.y[micro.rows] - 0.1
+        return error.square().mean(), {"error": error.detach().abs().mean()}
 
     def updating(self):
         return contextlib.nullcontext()
 
-    def samples(self):
+    def ids(self, minibatch):
         return [{"rank": self.loop.accelerator.process_index}]
 
     def collected(self):

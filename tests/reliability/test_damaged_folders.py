@@ -129,7 +129,7 @@ def test_a_configuration_that_somebody_wrote_by_hand_is_kept(tmp_path):
 def test_each_fresh_start_keeps_the_checkpoints_of_all_runs_before(tmp_path):
     for seed in range(4):
         run(tmp_path, seed=seed, resume_from_checkpoint=None)
-    places = [tmp_path / name for name in ("former", "former-2", "former-3", "")]
+    places = [tmp_path / name for name in ("earlier", "earlier-2", "earlier-3", "")]
     seeds = [checkpoint.load(place / "checkpoint-8")[1]["origin"]["config"]["seed"] for place in places]
     assert seeds == [0, 1, 2, 3]
 
@@ -145,7 +145,7 @@ def test_a_linked_checkpoint_is_used_and_its_target_survives_every_start(tmp_pat
     for _ in range(2):
         run(tmp_path / "run", resume_from_checkpoint=None, lr_scheduler="constant")
     assert not checkpoint.verify(tmp_path / "elsewhere")
-    assert not checkpoint.verify(tmp_path / "run/former/checkpoint-9"), "a relative link leads there still"
+    assert not checkpoint.verify(tmp_path / "run/earlier/checkpoint-9"), "a relative link leads there still"
 
 
 # Exports --------------------------------------------------------------------------------------------------------------

@@ -41,27 +41,20 @@ def everything(loop):
 
 def poisoned(trainer, steps, where):
     """The loss, or only one gradient, is not finite at some steps; returns what every step left as it was."""
-    updates, loop, unmoved = trainer.updates, trainer.loop, []
+    loss_of, loop, unmoved = trainer.loss, trainer.loop, []
     bad = torch.nan if where == "loss" else torch.inf
 
-    def spoil(micro):
-        def run():
-            loss, metrics = micro()
-            return (loss * bad, metrics) if where == "loss" and loop.step in steps else (loss, metrics)
-
-        return run
-
-    def spoilt(iteration):
-        for micros in updates(iteration):
-            yield [spoil(micro) for micro in micros]
+    def spoilt(micro):
+        loss, metrics = loss_of(micro)
+        return (loss * bad, metrics) if where == "loss" and loop.step in steps else (loss, metrics)
 
     if where == "gradient":
         loop.parameters[0].register_hook(lambda g: g * bad if loop.step in steps else g)
-    trainer.updates, apply = spoilt, loop._apply
+    trainer.loss, apply = spoilt, loop._apply
 
-    def watched(reason, norm):
+    def watched(reason, norm, minibatch):
         before, step = everything(loop), loop.step
-        apply(reason, norm)
+        apply(reason, norm, minibatch)
         if everything(loop) == before:
             unmoved.append(step)
 
@@ -167,9 +160,9 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
     trainer.collect(0)
     trainer.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
     with torch.no_grad():
-        for micros in trainer.updates(0):
-            for micro in micros:
-                _, metrics = micro()
+        for minibatch in trainer.minibatches(0):
+            for micro in minibatch.micros:
+                _, metrics = trainer.loss(micro)
                 assert metrics["log_ratio_max"].item() == 0.0
                 assert metrics["ratio_mean"].item() == 1.0
         whole = torch.arange(4)
@@ -271,8 +264,8 @@ def test_r26_one_pass_of_many_or_many_of_one_give_one_gradient(name, tmp_path):
                                       TRAINERS[name].settings else short(name, tmp_path / str(size)),
                                       train_batch_size=size)  # fmt: skip
         trainer.collect(0)
-        for micro in next(iter(trainer.updates(0))):
-            micro()[0].backward()
+        for micro in next(iter(trainer.minibatches(0))).micros:
+            (trainer.loss(micro)[0] * micro.weight).backward()
         found.append(torch.cat([p.grad.flatten() for p in trainer.loop.parameters]).double())
     assert found[0].norm() > 0
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()

@@ -163,7 +163,7 @@ def test_r9_a_fresh_start_puts_the_checkpoints_of_a_former_run_aside(tmp_path):
     run(tmp_path)
     run(tmp_path, resume_from_checkpoint=None, max_train_steps=2, checkpointing_steps=2)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
-    assert sorted(path.name for path in (tmp_path / "former").iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in (tmp_path / "earlier").iterdir()) == ["checkpoint-4", "checkpoint-8"]
 
 
 def test_r10_a_checkpoint_that_is_missing_is_an_error_that_lists_what_exists(straight, tmp_path, capsys):
@@ -299,13 +299,13 @@ def test_r14_an_iteration_that_others_would_split_otherwise_is_refused(tmp_path)
 def test_r14_updates_get_the_same_samples_whatever_the_processes(tmp_path, updates, processes):
     changes = {"updates_per_rollout": updates, "num_groups": 6}
     trainer = TRAINERS["flow_grpo"].make(short("flow_grpo", tmp_path, **changes))
-    alone = trainer.collector.dealt(1)
+    alone = trainer.collector.update_index(1)
     assert alone.bincount().tolist() == [24 // updates] * updates
-    assert updates == 1 or not torch.equal(alone, trainer.collector.dealt(2))
+    assert updates == 1 or not torch.equal(alone, trainer.collector.update_index(2))
     parts = []
     for rank in range(processes):
         trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
-        parts.append(trainer.collector.dealt(1))
+        parts.append(trainer.collector.update_index(1))
         assert parts[-1].bincount().tolist() == [24 // updates // processes] * updates
     assert torch.equal(torch.cat(parts), alone)
 

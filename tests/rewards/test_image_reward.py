@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
 from diffalign.rewards.image_reward import FILE, TEXT_CONFIG, TOKENS, image_reward
+from diffalign.rewards.support import weights as loading
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from tests.rewards.layouts import DEPTH, MED, PATCH, SIDE, VISION
 
@@ -84,10 +85,10 @@ def test_the_score_is_the_published_formula(image_reward_folder):
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(image_reward_folder, tmp_path):
-    weights = torch.load(image_reward_folder / FILE)
-    del weights["blip.visual_encoder.norm.weight"]
-    torch.save(weights, tmp_path / FILE)
+    state = torch.load(image_reward_folder / FILE)
+    del state["blip.visual_encoder.norm.weight"]
+    torch.save(state, tmp_path / FILE)
     (tmp_path / TEXT_CONFIG).write_text(json.dumps(MED))
-    weights.release()
+    loading.release()
     with pytest.raises(ValueError, match=r"Missing key.*vision.post_layernorm.weight"):
         image_reward("image_reward", str(tmp_path), str(image_reward_folder))(IMAGES.float(), PROMPTS, [{}] * 3)

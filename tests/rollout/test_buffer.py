@@ -143,7 +143,7 @@ def test_parts_of_two_processes_load_as_one_buffer(tmp_path):
         rows = slice(share * half, (share + 1) * half)
         part = dataclasses.replace(
             whole,
-            **{column: getattr(whole, column)[rows] for column in COLUMNS},
+            **{column: getattr(whole, column)[rows] for column in (*COLUMNS, "path", "depth", "leaf")},
             mean=whole.mean.chunk(2)[share],
             rewards={"shapes": whole.rewards["shapes"][rows]},
         )
@@ -155,7 +155,7 @@ def test_parts_of_two_processes_load_as_one_buffer(tmp_path):
 
         part.save(tmp_path, torch.rand(2, 3, 8, 8), share=share, gather=gather, **saved)
     again = RolloutBuffer.load(tmp_path)
-    for name in (*COLUMNS, "mean"):
+    for name in (*COLUMNS, "path", "depth", "leaf", "mean"):
         assert torch.equal(getattr(again, name).nan_to_num(9), getattr(whole, name).nan_to_num(9)), name
     assert torch.equal(again.rewards["shapes"][again.leaves], torch.tensor([0.25, 0.5, 0.75, 1.0]))
     listed = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from diffalign.runtime.loop import crossed, indexed, lr_factor, progress, restore
+from diffalign.runtime.optimizers import lr_factor
+from diffalign.runtime.progress import crossed, progress
+from diffalign.runtime.state import indexed, restore
 
 
 @pytest.mark.parametrize(

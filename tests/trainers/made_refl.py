@@ -75,9 +75,9 @@ def moved(trainer):
 
 def gradients(trainer, iteration=0):
     moved(trainer).collect(iteration)
-    (micros,) = trainer.updates(iteration)
-    for micro in micros:
-        trainer.accelerator.backward(micro()[0])
+    (minibatch,) = trainer.minibatches(iteration)
+    for micro in minibatch.micros:
+        trainer.accelerator.backward(trainer.loss(micro)[0] * micro.weight)
     found = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
     trainer.loop.optimizer.zero_grad()
     return found

@@ -49,14 +49,14 @@ def trainer_of(folder: Path, scores: list[Tensor]) -> FlowGRPOTrainer:
 def gradients(trainer: FlowGRPOTrainer, filtering: bool) -> dict[str, Tensor]:
     """Those of the update of a first iteration, the mean over processes, and the images of each of its passes."""
     trainer.args.filter_zero_advantage = filtering
-    (micros,) = trainer.updates(0)
+    (minibatch,) = trainer.minibatches(0)
     images: list[int] = []
     hook = trainer.model.raw_denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     with trainer.accelerator.no_sync(trainer.loop.module):
-        for micro in micros:
-            micro()[0].backward()
+        for micro in minibatch.micros:
+            (trainer.loss(micro)[0] * micro.weight).backward()
     hook.remove()
     own = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
     trainer.loop.optimizer.zero_grad()

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
 from diffalign.data.config import PreferenceDataConfig
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from tests.conftest import PIPELINE, ROOT
 
 

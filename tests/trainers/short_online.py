@@ -9,7 +9,7 @@ from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.rollouts import Pairing
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from tests.conftest import PIPELINE, PROMPTS
 
 

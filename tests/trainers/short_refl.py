@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign.data.prompts import load_prompts
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from tests.conftest import PROMPTS
 from tests.trainers.made_refl import config, trainer_of
 

@@ -22,7 +22,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.fsdp import local, whole
 from diffalign.models.weights import REFERENCE
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from diffalign.trainers.base import Trainer
 from tests.conftest import PIPELINE, PROMPTS, ROOT
 from tests.trainers.made_refl import config, trainer_of
@@ -149,7 +149,7 @@ def others(folder: Path, _: Path) -> None:
             assert {p.dtype for p in trainer.model.raw_denoiser.parameters()} == {torch.bfloat16, torch.float32}
             found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in trainer.batches])
         else:
-            found["passes"] = torch.tensor([len(micros) for micros in trainer.updates(1)])
+            found["passes"] = torch.tensor([len(minibatch.micros) for minibatch in trainer.minibatches(1)])
         write(trainer, found, folder, make.__name__)
 
 

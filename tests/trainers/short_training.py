@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.rewards.support.probe import untried
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from tests.conftest import PIPELINE, PROMPTS
 
 

@@ -30,8 +30,9 @@ def online(dpo, **changes):
 
 def first_losses(trainer):
     trainer.collect(0)
-    (micros, *_) = trainer.updates(0)
-    return [micro() for micro in micros]
+    (minibatch, *_) = trainer.minibatches(0)
+    found = [(trainer.loss(micro), micro.weight) for micro in minibatch.micros]
+    return [(loss * weight, metrics) for (loss, metrics), weight in found]
 
 
 # Exactness ----------------------------------------------------------------------------------------------------------

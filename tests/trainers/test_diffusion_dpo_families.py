@@ -11,8 +11,9 @@ from tests.models import tiny
 
 def gradients(trainer):
     trainer.collect(0)
-    ((micro,),) = list(trainer.updates(0))
-    loss, metrics = micro()
+    (minibatch,) = trainer.minibatches(0)
+    (micro,) = minibatch.micros
+    loss, metrics = trainer.loss(micro)
     loss.backward()
     return loss.item(), metrics, torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
 

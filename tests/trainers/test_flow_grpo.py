@@ -27,9 +27,9 @@ def collected(args, prompts, **kwargs):
 
 def gradients(trainer):
     """The gradient of the first update, without taking it."""
-    (micros,) = trainer.updates(0)
-    for micro in micros:
-        micro()[0].backward()
+    (minibatch,) = trainer.minibatches(0)
+    for micro in minibatch.micros:
+        (trainer.loss(micro)[0] * micro.weight).backward()
     return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
 
 
@@ -41,9 +41,9 @@ def test_the_first_ratio_is_exactly_one(small, train_prompts, preset):
     window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
     trainer = collected(small(plan=PlanConfig(preset=preset, num_steps=5, **window)), train_prompts)
     trainer.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
-    (micros,) = trainer.updates(0)
-    for micro in micros:
-        _, metrics = micro()
+    (minibatch,) = trainer.minibatches(0)
+    for micro in minibatch.micros:
+        _, metrics = trainer.loss(micro)
         assert metrics["ratio_mean"].item() == 1.0
         assert metrics["log_ratio_max"].item() == 0.0
 
@@ -119,7 +119,7 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
         return torch.where(here == 0, 0.5, (here.cumsum(0) - 1).float())
 
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=judge)
-    update_of, first = trainer.collector.dealt(0), trainer.collector.prompts_of(0)[0].text
+    update_of, first = trainer.collector.update_index(0), trainer.collector.prompts_of(0)[0].text
     trainer.train()
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
@@ -368,6 +368,5 @@ def test_arguments_as_users_of_other_trainers_write_them(small, model):
     assert trainer.collector.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
     metrics = trainer.collect(0)
     assert {"reward/shapes", "reward/jpeg_compressibility", "zero_std_groups"} <= metrics.keys()
-    assert trainer.bytes_per_iteration == trainer.buffer.x.nbytes
     other = FlowGRPOTrainer(PIPELINE, small(model="", train_prompts=PROMPTS / "shapes_train.jsonl"), "shapes")
     assert other.args.model == str(PIPELINE)

@@ -74,7 +74,9 @@ def test_latents_in_pinned_memory_train_the_same(small, train_prompts, monkeypat
         assert buffer.x.is_pinned() == (limit == 0)
         assert buffer.mean is None or buffer.mean.is_pinned() == buffer.x.is_pinned()
         assert buffer.device.type == "cuda"
-        losses = [micro()[0] for micros in trainer.updates(0) for micro in micros]
+        losses = [
+            trainer.loss(micro)[0] * micro.weight for minibatch in trainer.minibatches(0) for micro in minibatch.micros
+        ]
         found.append([torch.stack(losses).cpu(), *(tensor.cpu().nan_to_num(9) for tensor in buffer.drawn().values())])
         again = trainer.collector.restored(0, buffer.drawn())
         assert torch.equal(again.buffer.x, buffer.x)

@@ -67,8 +67,8 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
         seen = []
         trainer.collect(0)
         seen.append(visits[:])
-        for micros in trainer.updates(0):
-            trainer.loop._update(micros)
+        for minibatch in trainer.minibatches(0):
+            trainer.loop._update(minibatch)
         seen.append(visits[len(seen[0]) :])
         weights.append([p.detach().clone() for p in trainer.loop.parameters])
         if changes:
@@ -100,8 +100,8 @@ def test_on_cuda_an_update_has_the_memory_of_what_left(small, train_prompts):
         trainer = FlowGRPOTrainer(args=small(**changes), train_dataset=train_prompts)
         trainer.collect(0)
         torch.cuda.reset_peak_memory_stats()
-        for micros in trainer.updates(0):
-            trainer.loop._update(micros)
+        for minibatch in trainer.minibatches(0):
+            trainer.loop._update(minibatch)
         peaks.append(torch.cuda.max_memory_allocated())
         weights.append([p.detach().clone().cpu() for p in trainer.loop.parameters])
         pipeline = trainer.model.pipeline

@@ -36,9 +36,9 @@ def folder(run):
 def gradient(trainer):
     for parameter in trainer.loop.parameters:
         parameter.grad = None
-    for micros in trainer.updates(0):
-        for micro in micros:
-            micro()[0].backward()
+    for minibatch in trainer.minibatches(0):
+        for micro in minibatch.micros:
+            (trainer.loss(micro)[0] * micro.weight).backward()
     return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
 
 

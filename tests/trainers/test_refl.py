@@ -39,7 +39,7 @@ def test_the_gradient_of_draft_k_is_that_of_plain_autograd_through_the_pipeline(
 def test_a_step_against_the_gradient_lowers_the_loss_as_much_as_it_says(refl, train_prompts):
     trainer = trainer_of(refl("draft_k", thresholds={}), train_prompts)
     direction = gradients(trainer)
-    (micros,) = trainer.updates(0)
+    (minibatch,) = trainer.minibatches(0)
     values, size = [], 0.02 / direction.norm()
     with torch.no_grad():
         for sign in (1, -2):
@@ -47,7 +47,7 @@ def test_a_step_against_the_gradient_lowers_the_loss_as_much_as_it_says(refl, tr
                 direction.split([p.numel() for p in trainer.loop.parameters]), trainer.loop.parameters, strict=True
             ):
                 p += sign * size * part.reshape(p.shape)
-            values.append(sum(micro()[0].item() for micro in micros))
+            values.append(sum((trainer.loss(micro)[0] * micro.weight).item() for micro in minibatch.micros))
     assert (values[0] - values[1]) / (2 * size * direction.norm() ** 2) == pytest.approx(1.0, rel=0.02)
 
 
@@ -108,21 +108,22 @@ def test_a_pass_of_its_own_for_each_image_draws_the_same_course_for_a_batch(refl
 def test_the_regulariser_is_zero_at_the_reference_and_pulls_back(refl, train_prompts):
     trainer = trainer_of(refl("draft_1", {"regulariser": "reference", "regulariser_weight": 5.0}), train_prompts)
     trainer.collect(0)
-    (micros,) = trainer.updates(0)
-    assert micros[0]()[1]["regulariser"] == 0
+    (minibatch,) = trainer.minibatches(0)
+    assert trainer.loss(minibatch.micros[0])[1]["regulariser"] == 0
     with torch.no_grad():
         for p in trainer.loop.parameters:
             p += 0.02
-    own, metrics = micros[0]()
+    own, metrics = trainer.loss(minibatch.micros[0])
     assert metrics["regulariser"] > 0
-    assert own.item() == pytest.approx((5 * metrics["regulariser"] - metrics["reward/mean"]).item() / 2, rel=1e-4)
+    weighted = own.item() * minibatch.micros[0].weight
+    assert weighted == pytest.approx((5 * metrics["regulariser"] - metrics["reward/mean"]).item() / 2, rel=1e-4)
 
 
 def test_imagerefl_denoises_its_images_where_its_samplings_begin(refl, train_prompts):
     trainer = trainer_of(refl("imagerefl", guidance_scale=3.0), train_prompts)
     trainer.collect(0)
-    (micros,) = trainer.updates(0)
-    found = micros[0]()[1]["regulariser"]
+    (minibatch,) = trainer.minibatches(0)
+    found = trainer.loss(minibatch.micros[0])[1]["regulariser"]
     batch, first = trainer.batches[0], trainer.recipe.first
     level, x = trainer.levels[first], trainer.starts(0, batch.samples, first).x
     images, _, _ = trainer.pictures(0, [group for group, _ in batch.samples])
@@ -170,9 +171,9 @@ def test_unets_train_through_the_same_interface(refl, train_prompts, tmp_path, f
     trainer = trainer_of(args, train_prompts)
     # A LoRA begins where one of its factors has no gradient: the other must have one.
     trainer.collect(0)
-    (micros,) = trainer.updates(0)
-    for micro in micros:
-        micro()[0].backward()
+    (minibatch,) = trainer.minibatches(0)
+    for micro in minibatch.micros:
+        (trainer.loss(micro)[0] * micro.weight).backward()
     assert any(p.grad is not None and p.grad.norm() > 0 for p in trainer.loop.parameters)
 
 
@@ -187,11 +188,11 @@ def test_two_rewards_add_up_by_weight(refl, train_prompts):
     args = refl("draft_1", rewards={"brightness": 0.5, "sharpness": 2.0})
     trainer = ReFLTrainer(args=args, train_dataset=train_prompts)
     trainer.collect(0)
-    (micros,) = trainer.updates(0)
-    loss, metrics = micros[0]()
+    (minibatch,) = trainer.minibatches(0)
+    loss, metrics = trainer.loss(minibatch.micros[0])
     expected = 0.5 * metrics["reward/brightness"] + 2 * metrics["reward/sharpness"]
     assert metrics["reward/mean"].item() == pytest.approx(expected.item())
-    assert loss.item() == pytest.approx(-expected.item() / 2)
+    assert loss.item() * minibatch.micros[0].weight == pytest.approx(-expected.item() / 2)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from diffalign.models.lora import WEIGHTS_NAME
-from diffalign.runtime.loop import indexed
+from diffalign.runtime.state import indexed
 from tests.conftest import ROOT
 from tests.trainers.short_shards import KINDS, SAVED, STEPS, flat_group, run, seen
 from tests.trainers.test_flow_grpo_processes import BIN, free_port

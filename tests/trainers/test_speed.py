@@ -22,7 +22,8 @@ def test_a_run_with_another_attention_is_on_policy(small, train_prompts, monkeyp
     assert all(isinstance(layer.processor, Dispatched) for layer in layers)
     trainer.collect(0)
     trainer.before_first_update()
-    assert torch.equal(trainer.first_log_prob, trainer.buffer.log_prob[trainer.buffer.nodes(trainer.tracked[0], 1)])
+    samples = torch.arange(len(trainer.first_outputs[0]))
+    assert torch.equal(trainer.first_outputs[0], trainer.buffer.log_prob[trainer.buffer.nodes(samples, 1)])
 
 
 def test_attention_that_does_not_run_is_refused_before_training(small, train_prompts):

@@ -1,7 +1,7 @@
-"""Diffusion-DPO (arXiv 2311.12908) and its relatives: preferences between images as differences of denoising errors.
+"""Diffusion-DPO (arXiv 2311.12908) and related losses: preferences as differences of denoising errors.
 
-An optimizer step takes ``num_pairs`` pairs of data, or, online, the pairs that a rollout's rewards make of the model's
-own images. Both images of a pair are noised to one level with one noise; policy and reference see the same batch.
+An optimizer step trains on ``num_pairs`` pairs of a data set or, online, on pairs of the model's own images, ranked by
+rewards. Both images of a pair share the noise level and the noise; policy and reference predict the same batch.
 
 Departures from the paper's code: 1. the reference is the model itself with its adapter off, in the same precision, so
 that the first loss is ln 2 to the last bit; 2. latents are the mean of the encoder's distribution; 3. crop and flip are
@@ -30,11 +30,11 @@ from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.record import reward_record
 from diffalign.rollout.sampler import micro_batches
-from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Metrics, Micro, indexed, restore
+from diffalign.runtime.loop import Metrics, MicroBatch, MiniBatch
 from diffalign.runtime.provenance import digest
+from diffalign.runtime.state import indexed, restore
 from diffalign.structures import Level, Prompt
 from diffalign.trainers.arguments import check_groups, evaluation_rewards, reward_table
 from diffalign.trainers.base import Trainer, named_model
@@ -58,11 +58,11 @@ from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 
 
 class DiffusionDPOTrainer(Trainer):
-    """Trains a model on preferences.
+    """Train a model on preferences with Diffusion-DPO and related losses.
 
     model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
-    reward_funcs: rewards that make pairs of the model's own images; as for ``FlowGRPOTrainer``.
-    train_dataset: what ``load_pairs``, ``stream_pairs`` or ``load_labelled`` gave; with rewards a list of ``Prompt``;
+    reward_funcs: rewards that rank the model's own images into pairs; as for ``FlowGRPOTrainer``.
+    train_dataset: result of ``load_pairs``, ``stream_pairs`` or ``load_labelled``; with rewards a list of ``Prompt``;
         default: what ``args`` names. eval_dataset: a list of ``Prompt``.
 
     ValueError or FileNotFoundError before any work where something is missing or does not fit.
@@ -109,7 +109,7 @@ class DiffusionDPOTrainer(Trainer):
         self.source = self._source(data, weights)
         self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
         self.updates_per_iteration = args.updates_per_rollout if args.online else 1
-        self.world_size_invariant = self.updates_per_iteration == 1  # each process splits the pairs that it found
+        self.world_size_invariant = self.updates_per_iteration == 1  # else each process splits its own pairs
         self._moving_reference()
         low, high = args.auto_beta_range
         self.auto_beta = AutoBeta(low=low, high=high, target=args.auto_beta) if args.auto_beta else None
@@ -135,7 +135,7 @@ class DiffusionDPOTrainer(Trainer):
         return source if args.losers == "data" else SelfPlaySource(source, self)
 
     def check_batches(self, processes: int) -> None:
-        """ValueError where pairs or groups do not divide over the processes."""
+        """Raise ValueError where pairs or groups do not divide over the processes."""
         args = self.args
         if args.online:
             args.validate_batches(processes)
@@ -147,47 +147,46 @@ class DiffusionDPOTrainer(Trainer):
 
     @property
     def eval_levels(self) -> Level:
-        """Those of ``eval_num_steps``, else of the plan."""
+        """Levels of ``eval_num_steps``, else of the plan."""
         return self.model.levels(self.args.eval_num_steps or self.args.plan.num_steps, self.args.schedule)
 
     def collect(self, iteration: int) -> Metrics:
-        """The examples of an iteration."""
+        """Collect the examples of an iteration and encode their prompts."""
         self.examples, metrics = self.source(iteration)
-        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder has to come in the update
+        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder is loaded during the update
         return metrics
 
     def collected(self) -> dict[str, Tensor]:
-        """The model's own images, as the policy of the iteration's beginning drew them; data are read again."""
+        """The rollout of an online run; empty for data sets, which are read again."""
         return self.source.rollout.buffer.drawn() if isinstance(self.source, RolloutSource) else {}
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on with these images."""
+        """Restore the rollout and its examples."""
         assert isinstance(self.source, RolloutSource)
         self.examples = self.source.examples(self.source.collector.restored(iteration, tensors))[0]
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Number and text of each example of the current update."""
-        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in self.part.tolist()]
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Number and prompt of each example of an optimizer step."""
+        rows = minibatch.rows.tolist()
+        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in rows]
 
     # Update ---------------------------------------------------------------------------------------------------------
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """Splits the iteration's examples at random into its updates, and each update into passes."""
+    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+        """Split the iteration's examples at random into optimizer steps, and each step into passes."""
         count = len(self.examples.texts)
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
         size = -(-count // self.updates_per_iteration)
+
         for update in range(self.updates_per_iteration):
-            # A process with too few examples for all updates begins again.
-            part = order[torch.arange(update * size, (update + 1) * size) % count]
-            self.part = part
-            passes = [part[rows] for rows in micro_batches(len(part), self.args.train_batch_size)]
-            yield [self._micro(rows, len(rows) / len(part)) for rows in passes]
+            # A process with too few examples for all updates starts over.
+            own = order[torch.arange(update * size, (update + 1) * size) % count]
+            passes = [own[rows] for rows in micro_batches(len(own), self.args.train_batch_size)]
+            yield MiniBatch([MicroBatch(rows, len(rows) / len(own)) for rows in passes], own)
 
-    def _micro(self, rows: Tensor, scale: float) -> Micro:
-        return lambda: self._loss(rows, scale)
-
-    def _loss(self, rows: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of some examples, and metrics."""
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of some examples, and metrics."""
+        rows = micro.rows
         sides, level = self.denoise(rows, self.loop.step)
         weight = self.examples.weight[rows].to(self.model.device)
         label = self.examples.label[rows].to(self.model.device)
@@ -195,7 +194,7 @@ class DiffusionDPOTrainer(Trainer):
             loss, metrics = self._paired(sides, label, level)
         else:
             loss, metrics = self._single(sides, label, weight)
-        return (weight * loss).mean() * scale, metrics
+        return (weight * loss).mean(), metrics
 
     def _paired(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
         pair = DenoisedPair(*sides)
@@ -214,26 +213,26 @@ class DiffusionDPOTrainer(Trainer):
 
     @property
     def beta(self) -> float | Tensor | None:
-        """The strength of the preference, in units of the errors; None for a loss that has none."""
+        """Strength of the preference, in units of the errors; None for a loss without beta."""
         if self.auto_beta is not None:
             return self.auto_beta.beta.to(self.model.device)
         return self.kind.beta if self.args.beta is None else self.args.beta
 
     def denoise(self, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:
-        """Some of the iteration's examples: see ``Denoising``."""
+        """Noise and denoise examples of the iteration: see ``Denoising``."""
         return self.denoising(self.examples, rows, step)
 
     # The reference --------------------------------------------------------------------------------------------------
 
     def _moving_reference(self) -> None:
-        """A reference that follows the policy is a weight set of its own."""
+        """Add the weight set of a reference that follows the policy."""
         args, self.reference = self.args, None
         if self.compares and (args.reference_decay or args.reference_steps):
             self.reference = EMA(self.loop.parameters, args.reference_decay, warmup=False)
             self.model.weights.add(REFERENCE, self.reference.shadow)
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Moves the reference and beta, and says so when a run goes wrong."""
+        """Update the moving reference and beta; warn when winners get worse than the reference."""
         every = self.args.reference_steps
         if self.reference is not None and (not every or step % every == 0):
             self.reference.update()
@@ -252,7 +251,7 @@ class DiffusionDPOTrainer(Trainer):
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint must hold besides the loop's own."""
+        """Return the moving reference, beta, running means and stream cursors."""
         tensors = {} if self.reference is None else indexed(self.reference.shadow)
         plain: dict[str, Any] = {"warned": self.warned}
         if self.single is not None:
@@ -264,7 +263,7 @@ class DiffusionDPOTrainer(Trainer):
         return tensors, plain
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Goes on from what ``state`` gave. ValueError: a stream that another number of processes read."""
+        """Restore what ``state`` returned. ValueError: a stream was read by another number of processes."""
         if self.reference is not None:
             restore(self.reference.shadow, tensors)
         if self.single is not None:
@@ -278,26 +277,24 @@ class DiffusionDPOTrainer(Trainer):
     # Checks ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def before_first_update(self) -> None:
-        """A policy that has not moved says what the reference says, to the last bit."""
-        rows = torch.arange(min(self.args.train_batch_size, len(self.examples.texts)))
-        self.tracked, _ = self.denoise(rows, 0)
+    def check_on_policy(self) -> None:
+        """Check that an unchanged policy predicts exactly what the reference predicts, on what ``probe`` denoised."""
         if not self.compares:
             return
-        worst = max(side.shift.abs().max().item() for side in self.tracked)
+        worst = max(side.shift.abs().max().item() for side in self.first_sides)
         if worst > 0:
             raise CannotTrain(
                 f"policy and reference differ by {worst:.2e} before the first update: dropout or another source of "
                 "randomness in the denoiser is on; turn it off"
             )
 
-    @torch.no_grad()
-    def after_first_update(self) -> None:
-        """The canary: an update must have changed what the denoiser says."""
-        now, _ = self.denoise(torch.arange(len(self.tracked[0].output)), 0)
-        same = all(torch.equal(a.output, b.output) for a, b in zip(now, self.tracked, strict=True))
-        if same and self.examples.weight.any():
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
+    def probe(self) -> list[Tensor]:
+        """Outputs of the policy on the first examples, noised as in the first optimizer step."""
+        rows = torch.arange(min(self.args.train_batch_size, len(self.examples.texts)))
+        self.first_sides, _ = self.denoise(rows, 0)
+        return [side.output for side in self.first_sides]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any example of the iteration counts."""
+        return bool(self.examples.weight.any())

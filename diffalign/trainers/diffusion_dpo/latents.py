@@ -1,4 +1,4 @@
-"""What a preference loss learns from, as latents: pairs or single images."""
+"""Encode preference data to latents: pairs or single images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Examples:
     latents: (P, K, C, h, w). label: (P,), the probability that the first image is the preferred one; of single images
     1 for liked, 0 for disliked. texts: P prompts. sizes: per example and image, where the images are framed data.
     number: per example, what tells it from the others of its optimizer step, on all processes. weight: (P,), 1 on
-    average over all processes, 0 for an example that only keeps a process company. mask: (P, 1, h, w) in [0, 1], what
-    each position of the latents counts; None: all alike.
+    average over all processes, 0 for padding examples that equalise the number of passes per rank. mask: (P, 1, h, w)
+    in [0, 1], the weight of each latent position; None: all 1.
     """
 
     latents: Tensor
@@ -47,7 +47,7 @@ KEPT = 1 << 30  # bytes of latents that stay in memory
 
 @dataclass(frozen=True)
 class _Row:
-    """One example: latents (K, C, h, w), what SDXL is told of each image, label, prompt, and mask (1, h, w)."""
+    """One example: latents (K, C, h, w), SDXL's size conditioning of each image, label, prompt, and mask (1, h, w)."""
 
     latents: Tensor
     sizes: tuple[SizeConditioning, ...]
@@ -118,7 +118,7 @@ class LatentEncoder:
         framed = [frame(image, self.resolution, framing) for image in images]
         latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
         mask = None if sample.mask is None else self._mask(sample.mask, framing, latents.shape[-2:])
-        return _Row(latents, tuple(told for _, told in framed), label, sample.prompt.text, mask)
+        return _Row(latents, tuple(size for _, size in framed), label, sample.prompt.text, mask)
 
     def _mask(self, source: ImageSource, framing: CropParams, size: Sequence[int]) -> Tensor:
         """Cropped and mirrored as its images are, on the latent grid: (1, h, w)."""

@@ -1,10 +1,10 @@
-"""SPIN-Diffusion (arXiv 2402.10210): liked images against what an earlier self of the model draws of their prompts.
+"""SPIN-Diffusion (arXiv 2402.10210): liked images against samples of an earlier checkpoint for the same prompts.
 
-The reference is that earlier self, as in the paper, where it is refreshed (``reference_steps``) once per iteration of
-the method; the loss of pairs is any.
+The reference is that checkpoint; the paper refreshes it (``reference_steps``) once per iteration of the method. Any
+loss of pairs can be used.
 
-Departures from the paper: 1. losers are drawn anew for each optimizer step, not once per iteration; 2. they remain
-latents, and are not decoded and encoded again.
+Departures from the paper: 1. losers are sampled for each optimizer step, not once per iteration; 2. they stay latents,
+without a round trip through the VAE.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, sample
 from diffalign.runtime.loop import Metrics
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.collector import RolloutConfig
 from diffalign.trainers.diffusion_dpo.batches import Source
 from diffalign.trainers.diffusion_dpo.latents import Examples
+from diffalign.trainers.rollout_config import RolloutConfig
 
 
 class SelfPlaySource:
-    """Pairs of a liked image and one that the reference draws of the same prompt. winners: gives the liked images."""
+    """Pair liked images with samples of the reference for the same prompts. winners: source of the liked images."""
 
     def __init__(self, winners: Source, trainer: Trainer) -> None:
         self.winners, self.trainer = winners, trainer
 
     def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The winners of one optimizer step with their losers."""
+        """Return the pairs of one optimizer step."""
         examples, metrics = self.winners(iteration)
         assert examples.latents.shape[1] == 1
         height, width = self.trainer.model.default_resolution
         own = SizeConditioning((height, width), (0, 0), (height, width))
-        sizes = None if examples.sizes is None else [(told, own) for (told,) in examples.sizes]
+        sizes = None if examples.sizes is None else [(winner, own) for (winner,) in examples.sizes]
         latents = torch.cat([examples.latents, self._draw(examples, iteration)[:, None].cpu()], 1)
         return replace(examples, latents=latents, sizes=sizes), metrics
 
     def _draw(self, examples: Examples, iteration: int) -> Tensor:
-        """Final latents, (P, C, h, w)."""
+        """Sample the losers; return their latents, (P, C, h, w)."""
         trainer, args, model = self.trainer, self.trainer.args, self.trainer.model
         assert isinstance(args, RolloutConfig)
         levels = model.levels(args.plan.num_steps, args.schedule)

@@ -1,6 +1,6 @@
 """Flow-GRPO (arXiv 2505.05470): policy gradients through the stochastic steps of a flow model's sampler.
 
-An iteration draws ``num_groups`` prompts and ``group_size`` images of each along a plan, scores them, turns scores into
+An iteration samples ``group_size`` images of each of ``num_groups`` prompts along a plan, scores them, computes
 advantages relative to the group, and takes ``updates_per_rollout`` optimizer steps on the stored transitions.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.diffusion.plan import Plan, make_plan
+from diffalign.diffusion.plan import Plan
 from diffalign.diffusion.steps import transition
 from diffalign.losses.flow_grpo import clip_range_per_dimension, clipped_surrogate, gaussian_kl, published_kl
 from diffalign.losses.grpo_guard import grpo_guard
@@ -25,12 +25,12 @@ from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.record import reward_record
-from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
+from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.load_balancing import at_home, deal, exchange
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Metrics, Micro
+from diffalign.runtime.loop import Metrics, MicroBatch, MiniBatch
 from diffalign.runtime.provenance import digest
 from diffalign.structures import Level, Prompt, StepResult
 from diffalign.trainers.arguments import check_groups, dataset, evaluation_rewards, reward_table
@@ -40,7 +40,7 @@ from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 
 class FlowGRPOTrainer(Trainer):
-    """Trains a model on rewards.
+    """Train a model on rewards with Flow-GRPO.
 
     model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
     reward_funcs: rewards (names, functions or instances), alone, in a list, or as a mapping from reward name to weight
@@ -84,110 +84,122 @@ class FlowGRPOTrainer(Trainer):
         self.clip = clip_range_per_dimension(args.clip_range, args.clip_unit, dimensions)
 
     def check_batches(self, processes: int) -> None:
-        """ValueError where images or groups do not divide over the processes."""
+        """Raise ValueError where images or groups do not divide over the processes."""
         self.args.validate_batches(processes)
         check_groups(self.rewards, self.args.num_groups, processes)
 
     @property
     def eval_levels(self) -> Level:
-        """Those of ``eval_num_steps``, else of the plan."""
+        """Levels of ``eval_num_steps``, else of the plan."""
         return self.model.levels(self.args.eval_num_steps or self.args.plan.num_steps, self.args.schedule)
 
     def collect(self, iteration: int) -> Metrics:
-        """Samples and scores the images of an iteration."""
-        vars(self).pop("rollout", None)  # the last one's memory is free for this one
+        """Sample and score the images of an iteration."""
+        vars(self).pop("rollout", None)  # free the previous buffer first
         self.rollout = self.collector(iteration, means=self.args.loss == "grpo_guard")
         if self.args.old_log_prob == "recompute":
             self._recompute(len(self.buffer.leaves))
         return self.rollout.metrics
 
     def collected(self) -> dict[str, Tensor]:
-        """The images of the iteration, as the policy of its beginning drew them."""
+        """The rollout as it was sampled by the policy from the start of the iteration."""
         return self.buffer.drawn()
 
     def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on with these images."""
+        """Restore the rollout."""
         self.rollout = self.collector.restored(iteration, tensors)
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Prompt, group and member of each image of the current update."""
-        return self.buffer.named(self.part)
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Prompt, group and sample index of each image of an optimizer step."""
+        return self.buffer.named(minibatch.rows)
 
     @property
     def buffer(self) -> RolloutBuffer:
-        """The iteration's nodes."""
+        """The iteration's rollout buffer."""
         return self.rollout.buffer
 
     # Update ---------------------------------------------------------------------------------------------------------
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """Deals the iteration's samples to its updates, and cuts each update into (samples, step) passes."""
+    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+        """Assign the iteration's samples to optimizer steps, and split each step into passes over (samples, step)."""
         count = len(self.buffer.leaves)
         order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
-        update_of = self.collector.dealt(iteration)[order]
+        update_of = self.collector.update_index(iteration)[order]
+        weights = step_weights(self.rollout.route.plan, self.levels, self.args.step_weights)
+
         for update in range(self.args.updates_per_rollout):
-            self.part = part = order[update_of == update]
-            self._weights = step_weights(self.rollout.route.plan, self.levels, self.args.step_weights)
-            buffer, samples = self.dealt(part)
+            own = order[update_of == update]
+            buffer, samples = self.rebalanced(own)
             passes = self._passes(samples)
-            self.left_out = {
-                "kept_fraction": len(samples) / len(part),
-                "passes_saved": float(len(self._passes(part)) - len(passes)),
-            }
-            yield [self._micro(buffer, rows, step, len(part)) for rows, step in passes]
+            scale = len(own) * len(weights)
+            yield MiniBatch(
+                [MicroBatch(rows, weights[step] * len(rows) / scale, step, buffer) for rows, step in passes],
+                own,
+                {
+                    "kept_fraction": len(samples) / len(own),
+                    "passes_saved": float(len(self._passes(own)) - len(passes)),
+                },
+            )
 
-    def dealt(self, samples: Tensor) -> tuple[RolloutBuffer, Tensor]:
-        """What this process goes through for an update whose samples on it are ``samples``: a buffer and rows of it.
+    def rebalanced(self, samples: Tensor) -> tuple[RolloutBuffer, Tensor]:
+        """Return the samples that this process trains on in an optimizer step: a buffer and rows of it.
 
-        With ``filter_zero_advantage``, samples without an advantage are left out and the others dealt evenly over the
-        processes; those of other processes are in the buffer. The loss stays the mean over all samples, of which those
-        without an advantage have neither loss nor gradient: gradients are as without, up to rounding. A KL has a
-        gradient on each sample, so that none is left out where ``kl_beta`` is not 0.
+        With ``filter_zero_advantage``, samples without an advantage are left out, and the others are spread evenly over
+        the processes; the buffer holds those of other processes too. The loss stays the mean over all samples: those
+        without an advantage have neither loss nor gradient, so gradients agree up to rounding. The KL has a gradient on
+        every sample, so none is left out where ``kl_beta`` is not 0.
+
+        Args:
+            samples: (n,), this process's samples in the step.
         """
         if not self.args.filters:
             return self.buffer, samples
         accelerator, own = self.accelerator, len(samples)
-        teaches = self.buffer.advantage[self.buffer.leaves[samples]] != 0
-        places = deal(accelerator.gather(teaches.long()).view(-1, own).cpu() > 0)
+        trained = self.buffer.advantage[self.buffer.leaves[samples]] != 0
+        assigned = deal(accelerator.gather(trained.long()).view(-1, own).cpu() > 0)
         rank = accelerator.process_index
-        if at_home(places, own):
-            return self.buffer, samples[places[rank] - rank * own]
-        move = partial(exchange, dealt=places, rank=rank, device=accelerator.device)
-        return self.buffer.moved(samples, move), torch.arange(places.shape[1])
+        if at_home(assigned, own):
+            return self.buffer, samples[assigned[rank] - rank * own]
+        move = partial(exchange, dealt=assigned, rank=rank, device=accelerator.device)
+        return self.buffer.moved(samples, move), torch.arange(assigned.shape[1])
 
     def _passes(self, samples: Tensor) -> list[tuple[Tensor, int]]:
         parts = [samples[rows] for rows in micro_batches(len(samples), self.args.train_batch_size)]
         return [(part, step) for part in parts for step in self.rollout.route.plan.trained_steps]
 
-    def _micro(self, buffer: RolloutBuffer, samples: Tensor, step: int, total: int) -> Micro:
-        scale = self._weights[step] * len(samples) / (total * len(self._weights))
-        return lambda: self._loss(buffer, samples, step, scale)
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of one stored step of some samples, and metrics."""
+        args, buffer, step = self.args, micro.data, micro.tag
 
-    def _loss(
-        self, buffer: RolloutBuffer, samples: Tensor, step: int, scale: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of one stored step of some samples, and metrics."""
-        args = self.args
-        # The reference first: what its pass holds for a moment does not come on top of the policy's graph.
-        reference = self._reference_mean(buffer, samples, step) if args.kl_beta > 0 else None
-        result, nodes = self._replay(buffer, samples, step)
-        level, next_level = self.levels[step], self.levels[step + 1]
+        # The reference first: its activations are freed before the policy's graph is built.
+        reference = self._reference_mean(buffer, micro.rows, step) if args.kl_beta > 0 else None
+        result, nodes = self._replay(buffer, micro.rows, step)
         old, advantage = buffer.log_prob[nodes], buffer.advantage[nodes]
+
         if args.loss == "grpo_guard":
-            old_mean = buffer.means(nodes)
+            level, next_level = self.levels[step], self.levels[step + 1]
             loss, metrics = grpo_guard(
-                result.log_prob, old, result.mean, old_mean, result.std, advantage, self.clip, level, next_level
+                result.log_prob,
+                old,
+                result.mean,
+                buffer.means(nodes),
+                result.std,
+                advantage,
+                self.clip,
+                level,
+                next_level,
             )
         else:
             loss, metrics = clipped_surrogate(result.log_prob, old, advantage, self.clip)
         loss = loss.mean()
+
         if reference is not None:
             kl = self._kl(result, reference, step).mean()
             loss, metrics["kl"] = loss + args.kl_beta * kl, kl.detach()
-        return loss * scale, metrics
+        return loss, metrics
 
     def _replay(self, buffer: RolloutBuffer, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
-        """The stored transition of ``step`` under the current weights, and the nodes it ends in."""
+        """Replay the stored transition of ``step`` under the current weights; return it and the nodes it ends in."""
         nodes = buffer.nodes(samples, step + 1)
         x, x_next = buffer.latents(buffer.parent[nodes]), buffer.latents(nodes)
         conditioning = self.rollout.conditioning[buffer.group[nodes]]
@@ -212,15 +224,11 @@ class FlowGRPOTrainer(Trainer):
             self.buffer.put_means(nodes, result.mean)
         self.buffer.settle()
 
-    def after_update(self, step: int, metrics: Metrics) -> None:
-        """Adds what was left out of the update."""
-        metrics.update(self.left_out)
-
     # Checks ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def before_first_update(self) -> None:
-        """The on-policy check: replayed at unchanged weights, no log-ratio may exceed a tenth of the clip range."""
+    def check_on_policy(self) -> None:
+        """Replay stored steps at unchanged weights: no log-ratio may exceed a tenth of the clip range."""
         samples = torch.arange(min(self.args.train_batch_size, len(self.buffer.leaves)))
         drift = {}
         for step in self.rollout.route.plan.trained_steps:
@@ -233,30 +241,15 @@ class FlowGRPOTrainer(Trainer):
                 "old_log_prob: recompute, or make train_batch_size equal to rollout_batch_size and train in float32"
                 + extremes(self.args)
             )
-        self.tracked = (samples, self.rollout.route.plan.trained_steps[0])
-        self.first_log_prob = self._replay(self.buffer, *self.tracked)[0].log_prob
 
-    @torch.no_grad()
-    def after_first_update(self) -> None:
-        """The canary: an update with a gradient must have changed what the denoiser says."""
-        now = self._replay(self.buffer, *self.tracked)[0].log_prob
-        if torch.equal(now, self.first_log_prob):
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
-
-    @property
-    def bytes_per_iteration(self) -> int:
-        """The memory that the stored latents of an iteration take on this process."""
-        plan = make_plan(self.args.plan, 0, self.args.seed)
-        share = self.args.num_groups * self.args.group_size // self.accelerator.num_processes
-        means = self.args.loss == "grpo_guard"
-        return bytes_needed(plan, share, self.model.latent_shape(), torch.float32, means=means)
+    def probe(self) -> list[Tensor]:
+        """Log-probs of the first trained step."""
+        samples = torch.arange(min(self.args.train_batch_size, len(self.buffer.leaves)))
+        return [self._replay(self.buffer, samples, self.rollout.route.plan.trained_steps[0])[0].log_prob]
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:
-    """The loss weight of each trained step: its row's own, times TempFlow's where asked for."""
+    """Return the loss weight of each trained step: the weight of its plan row, times TempFlow's if chosen."""
     steps = plan.trained_steps
     rows = [plan.rows[step] for step in steps]
     weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)

@@ -32,8 +32,7 @@ from diffalign.rollout.sampler import SamplingPlan, micro_batches
 from diffalign.rollout.scoring import RewardWarning, check_unscored
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.endings import diverged
-from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Loop, Metrics, Micro
+from diffalign.runtime.loop import Loop, Metrics, MicroBatch, MiniBatch
 from diffalign.runtime.provenance import digest
 from diffalign.structures import Guidance, Level, Prompt
 from diffalign.trainers.arguments import check_differentiable, dataset, evaluation_rewards, reward_table
@@ -58,7 +57,7 @@ from diffalign.trainers.refl.reward_loss import Judge, thresholds
 
 
 class ReFLTrainer(Trainer):
-    """Trains a model on the gradient of rewards.
+    """Train a model on the gradient of rewards, with ReFL and related methods.
 
     model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
     reward_funcs: differentiable rewards; as for ``FlowGRPOTrainer``. train_dataset, eval_dataset: lists of ``Prompt``;
@@ -116,7 +115,7 @@ class ReFLTrainer(Trainer):
         self.watch = Watch(self, self.rewards, list(held_out))
 
     def prepare(self, keep_reference: bool) -> Loop:
-        """Makes the denoiser trainable, or where the recipe says so a negative prompt."""
+        """Make the denoiser trainable, or a negative prompt if the recipe trains one."""
         if not self.model.guides(self.guidance_scale):
             off = f"guidance_scale {self.guidance_scale:g} does not guide this model"
             if self.recipe.negative:
@@ -161,14 +160,14 @@ class ReFLTrainer(Trainer):
 
     @property
     def guidance(self) -> Guidance:
-        """That of every sampling, with the negative prompt as it is now where one is trained."""
+        """Guidance of every sampling, with the current negative prompt if one is trained."""
         if self.model.negative is None:
             return super().guidance
         return Guidance(self.guidance_scale, self.model.negative.conditioning(self.loop.module()))
 
     @property
     def grad_guidance(self) -> Guidance | None:
-        """That of recorded calls."""
+        """Guidance of the calls that gradients pass through."""
         if self.recipe.guidance == "off":
             return None
         return dataclasses.replace(self.guidance, detached=self.recipe.guidance == "detached")
@@ -177,17 +176,17 @@ class ReFLTrainer(Trainer):
 
     @property
     def eval_levels(self) -> Level:
-        """Those of ``eval_num_steps``, else of the recipe."""
+        """Levels of ``eval_num_steps``, else of the recipe."""
         return self.model.levels(self.args.eval_num_steps or self.recipe.num_steps, self.args.schedule)
 
     @property
     def eval_base_steps(self) -> int:
-        """Those of ``base_share``."""
+        """Steps of ``base_share``."""
         return round(self.args.base_share * (len(self.eval_levels) - 1))
 
     def collect(self, iteration: int) -> Metrics:
-        """Samples this process's images as far as their courses need."""
-        begun, args = time.perf_counter(), self.args
+        """Sample this process's images up to the steps that their gradient paths need."""
+        started, args = time.perf_counter(), self.args
         share = args.num_groups * args.group_size // self.accelerator.num_processes
         first = share * self.accelerator.process_index
         own = [divmod(first + place, args.group_size) for place in range(share)]
@@ -200,10 +199,10 @@ class ReFLTrainer(Trainer):
                 # Processes that gather weights together go through courses of one length.
                 lead = own[rows.start] if self.shards is None else divmod(rows.start, args.group_size)
                 self.batches.append(self._batch(iteration, own[rows], lead))
-        return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - begun)}
+        return {"images_per_second": args.num_groups * args.group_size / (time.perf_counter() - started)}
 
     def _texts(self, iteration: int, samples: Sequence[tuple[int, int]]) -> list[str]:
-        """All that an iteration asks text encoders, its update included."""
+        """Return all prompts that an iteration encodes, its update included."""
         prompts = self.starts.prompts_of(iteration, samples)
         if self.recipe.regulariser == "pretraining":
             assert self.pictures is not None
@@ -211,7 +210,7 @@ class ReFLTrainer(Trainer):
         return [prompt.text for prompt in prompts]
 
     def _batch(self, iteration: int, samples: Sequence[tuple[int, int]], lead: tuple[int, int]) -> Batch:
-        """Sampled as far as needed. lead: the sample that the courses are drawn for."""
+        """Sample a batch up to its gradient paths. lead: the sample whose random numbers choose the paths."""
         courses = draw_courses(self.recipe, self.noise, iteration, lead)
         kept = places(courses, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
@@ -227,8 +226,8 @@ class ReFLTrainer(Trainer):
         advance(self.model, SamplingPlan(plan, self.levels, self.guidance), conditioning, start, buffer, draw_noise)
         return Batch(courses, samples, start.prompts, conditioning, buffer)
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Prompt, group and member of each image of the iteration."""
+    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
+        """Prompt, group and sample index of each image of the iteration."""
         return [
             {"prompt": prompt.text, "group": group, "member": member}
             for batch in self.batches
@@ -237,35 +236,30 @@ class ReFLTrainer(Trainer):
 
     # Update ---------------------------------------------------------------------------------------------------------
 
-    def updates(self, iteration: int) -> Iterator[list[Micro]]:
-        """One update: a pass per course and part of a batch."""
+    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+        """Yield the one optimizer step of an iteration: a pass per gradient path and part of a batch."""
         total = sum(len(batch.samples) for batch in self.batches)
-        yield [
-            self._micro(batch, torch.arange(len(batch.samples))[rows], course, total)
-            for batch in self.batches
-            for rows in micro_batches(len(batch.samples), self.args.train_batch_size)
-            for course in range(len(batch.courses))
-        ]
+        micros = []
+        for batch in self.batches:
+            for rows in torch.arange(len(batch.samples)).split(self.args.train_batch_size):
+                weight = len(rows) / (total * len(batch.courses))
+                micros += [MicroBatch(rows, weight, path, batch) for path in range(len(batch.courses))]
+        yield MiniBatch(micros, torch.arange(total))
 
-    def _micro(self, batch: Batch, rows: Tensor, course: int, total: int) -> Micro:
-        scale = len(rows) / (total * len(batch.courses))
-
-        def micro() -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = self.gradient(batch, rows, course)
-            return loss * scale, metrics
-
-        return micro
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of some samples on one gradient path, and metrics."""
+        return self.gradient(micro.data, micro.rows, micro.tag)
 
     # Watching it ----------------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> Metrics:
-        """Held-out figures, and what tells learning from hacking."""
+        """Evaluate the held-out prompts, and monitor reward hacking."""
         figures = super().evaluate(step)
         return {**figures, **self.watch(step, figures)} if figures else {}
 
     def after_update(self, step: int, metrics: Metrics) -> None:
-        """Keeps whether there was a gradient. ValueError: rewards failed on too many images."""
-        self.moved = metrics["grad_norm"] > 0
+        """Note whether there was a gradient. ValueError: rewards failed on too many images."""
+        self._moved = metrics["grad_norm"] > 0
         if failures := self.judge.failures(some=metrics["unscored"] > 0):
             warnings.warn(failures, RewardWarning, stacklevel=2)
         if metrics["unscored"] and not all(batch.buffer.x.isfinite().all() for batch in self.batches):
@@ -273,7 +267,7 @@ class ReFLTrainer(Trainer):
         check_unscored(metrics["unscored"], self.args.max_unscored, extremes(self.args))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is watched."""
+        """Return the state of the hacking monitor."""
         return self.watch.state()
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -281,7 +275,7 @@ class ReFLTrainer(Trainer):
         self.watch.restore(tensors, plain)
 
     def finish(self) -> list[Path]:
-        """Export the best weights where early stopping kept some, and draw what was watched."""
+        """Export the best weights if early stopping kept some, and plot the monitored metrics."""
         if self.watch.use_best():
             super().evaluate(self.watch.best_step)  # so that the card tells of the weights beside it
         written = super().finish()
@@ -291,20 +285,13 @@ class ReFLTrainer(Trainer):
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _output(self) -> Tensor:
-        batch, rows = self.tracked, torch.arange(min(self.args.train_batch_size, len(self.tracked.samples)))
-        return self.gradient.unrolled(batch, rows, 0).calls[0].output
+    def probe(self) -> list[Tensor]:
+        """Outputs of the first recorded call for the first batch."""
+        batch = self.batches[0]
+        rows = torch.arange(min(self.args.train_batch_size, len(batch.samples)))
+        return [self.gradient.unrolled(batch, rows, 0).calls[0].output]
 
-    def before_first_update(self) -> None:
-        """What the denoiser says while its weights have not moved."""
-        self.tracked = self.batches[0]
-        self.first_output = self._output()
-
-    def after_first_update(self) -> None:
-        """The canary: an update with a gradient must have changed what the denoiser says."""
-        if torch.equal(self._output(), self.first_output) and self.moved:
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the last optimizer step had one: rewards may be equal for all samples."""
+        return self._moved

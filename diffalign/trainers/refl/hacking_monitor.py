@@ -21,7 +21,8 @@ from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.rollout.scoring import RewardWarning
-from diffalign.runtime.loop import Metrics, indexed, restore
+from diffalign.runtime.loop import Metrics
+from diffalign.runtime.state import indexed, restore
 from diffalign.runtime.tracking import MetricsLog
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The loss whose gradient ReFL and its relatives train on: samples unrolled on a course, judged, and kept near."""
+"""The loss of ReFL and related methods: unroll samples along a gradient path, score them, regularise."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ class RewardGradient:
         return loss, metrics
 
     def _weight(self, found: Unrolled, course: GradientPath) -> Tensor:
-        """What each sample counts, (b,), a constant."""
+        """Return the weight of each sample, (b,), without gradient."""
         scale = self.model.guidance_factor(self.trainer.guidance_scale) if self.recipe.compensate else 1.0
         weight = found.x.new_full((len(found.x),), course.weight / scale)
         floor = self.recipe.gap_floor
         return weight if floor is None else weight * gap_weights(found.gaps, floor)
 
     def _kept(self, found: Unrolled, batch: Batch, rows: Tensor) -> Tensor:
-        """The regulariser, a mean over samples."""
+        """Return the regulariser, a mean over samples."""
         if self.recipe.regulariser == "pretraining":
             return self._pretraining(batch, rows).mean()
         with torch.no_grad(), self.model.using(REFERENCE):
@@ -95,7 +95,7 @@ class RewardGradient:
         ).mean()
 
     def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The error of denoising real images, one for each group and with a noise for each sample: (b,)."""
+        """Return the denoising error of real images, one image per group and one noise per sample: (b,)."""
         assert self.trainer.pictures is not None
         model = self.model
         samples = [batch.samples[row] for row in rows.tolist()]
@@ -109,15 +109,15 @@ class RewardGradient:
             level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
         noise = self.trainer.noise.normal_batch(latents.shape[1:], stream, addresses).to(model.device)
         latents = latents.to(model.device)
-        told = [
+        columns = [
             torch.tensor([getattr(size, name) for size in sizes])
             for name in ("original_size", "crop_top_left", "target_size")
         ]
-        conditioning = model.with_sizes(self.trainer.encoded([prompt.text for prompt in prompts]), *told)
+        conditioning = model.with_sizes(self.trainer.encoded([prompt.text for prompt in prompts]), *columns)
         output = model.predict(add_noise(latents, noise, level), level, conditioning)
         return squared_distance(output, target(model.parameterization, latents, noise, level))
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """The model as ``unroll`` calls it."""
-        plain, taught = self.trainer.guidance, self.trainer.grad_guidance
-        return lambda x, level, gradient: self.model.predict(x, level, conditioning, taught if gradient else plain)
+        plain, recorded = self.trainer.guidance, self.trainer.grad_guidance
+        return lambda x, level, gradient: self.model.predict(x, level, conditioning, recorded if gradient else plain)

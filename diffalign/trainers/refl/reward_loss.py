@@ -1,4 +1,4 @@
-"""From latents to the loss of what rewards say of their images, with the gradient all the way."""
+"""Decode latents and compute the differentiable loss of their rewards."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Seen:
 
 
 class Judge:
-    """Decodes and judges. weights, thresholds: of ``rewards``, by name.
+    """Decode and score. weights, thresholds: of ``rewards``, by name.
 
-    slice_size: images that are decoded and judged at once, 0 for all of a batch; the gradient is the same.
+    slice_size: images decoded and scored at once, 0 for the whole batch; the gradient is the same.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Judge:
         A sample that a reward fails on, by raising or by no finite number, counts in nothing else.
         """
         count = len(seen.latents)
-        heard: list[dict[str, Tensor]] = []
+        results: list[dict[str, Tensor]] = []
 
         def loss(latents: Tensor, rows: slice) -> Tensor:
             losses, rewards = self._losses(latents, seen, rows)
             self._asked.append((seen.prompts[rows], rewards["unscored"]))
-            heard.append(rewards)
+            results.append(rewards)
             return (seen.weight[rows] * losses).sum() / count
 
         sliced = 0 < self.slice_size < count
         total = in_slices(loss, seen.latents, self.slice_size) if sliced else loss(seen.latents, slice(None))
-        found = {name: torch.cat([one[name] for one in heard]) for name in (*self.rewards, "unscored")}
+        found = {name: torch.cat([one[name] for one in results]) for name in (*self.rewards, "unscored")}
         means = {name: found[name].nanmean() for name in self.rewards}
         weighted = torch.stack([self.weights[name] * value for name, value in means.items()]).sum()
         figures = {f"reward/{name}": value for name, value in means.items()}
@@ -111,7 +111,7 @@ class Judge:
             rewards[name] = value.detach()
             scored = scored & rewards[name].isfinite().to(scored.device)
         if images.requires_grad:
-            # Nothing times what is no number is no number: such a gradient must not reach the denoiser.
+            # 0 * NaN is NaN, so zero the gradient of unscored samples explicitly.
             images.register_hook(lambda gradient: torch.where(scored[:, None, None, None], gradient, 0))
         kept = {name: torch.where(scored.to(value.device), value, math.nan) for name, value in rewards.items()}
         return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
@@ -125,7 +125,7 @@ class Judge:
         return relative_reward(wanted, unwanted, seen.word_weight)
 
     def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str], metadata: Metadata) -> Tensor:
-        """What a reward says, (b,); where it raises, it is asked image by image, and NaN is what it cannot say."""
+        """Score images, (b,); a reward that raises is called image by image, with NaN for those it fails on."""
         try:
             return ask(reward, images, texts, metadata)[0]
         except (RewardUnavailable, torch.OutOfMemoryError):

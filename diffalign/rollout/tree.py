@@ -1,0 +1,46 @@
+"""The shape of a plan's sampling tree: how many nodes each level has, their paths and parents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.diffusion.plan import Plan
+
+
+def paths(plan: Plan, step: int) -> int:
+    """Count the nodes of a tree at level ``step``: the product of the branch factors up to there."""
+    return math.prod(row.branch for row in plan.rows[:step])
+
+
+def path_table(plan: Plan, step: int) -> Tensor:
+    """List the paths to the nodes of a tree at level ``step``: (paths, D) int64, in ascending order.
+
+    A path has a digit per branching row of the plan (D of them; a chain has none), the index of the child taken there,
+    and -1 where the branching lies after ``step``.
+    """
+    rows = [(index, row.branch) for index, row in enumerate(plan.rows) if row.branch > 1]
+    digits = [range(branch) if index < step else (-1,) for index, branch in rows]
+    table = list(itertools.product(*digits))
+    return torch.tensor(table, dtype=torch.int64).reshape(len(table), len(rows))
+
+
+def tree_parents(widths: Sequence[int]) -> Tensor:
+    """Return the parents of a tree's nodes, stored level by level; ``widths``: how many nodes each level has."""
+    parents, begin = [torch.full((widths[0],), -1)], 0
+    for width, following in itertools.pairwise(widths):
+        parents.append(begin + torch.arange(following) // (following // width))
+        begin += width
+    return torch.cat(parents)
+
+
+def depths(parent: Tensor) -> Tensor:
+    """Count the stored ancestors of each node."""
+    depth, above = torch.zeros_like(parent), parent
+    while (above >= 0).any():
+        depth, above = depth + (above >= 0), torch.where(above < 0, -1, parent[above])
+    return depth
