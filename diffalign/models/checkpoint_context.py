@@ -47,7 +47,7 @@ def weights_file(model: DiffusionModel, path: Path) -> Path:
 
 
 @contextmanager
-def tuned(
+def with_tuned_weights(
     model: DiffusionModel, path: Path | None, scale: float = 1.0, *, allow_partial: bool = False
 ) -> Iterator[None]:
     """Within this context ``model`` draws with the weights of ``path``, loaded as plain diffusers loads them.
@@ -79,7 +79,7 @@ def tuned(
 
 
 def check_weights(model: DiffusionModel, path: Path | None, *, allow_partial: bool = False) -> None:
-    """Raise what ``tuned`` would raise for a LoRA that does not fit, or for a path without weights, before any work."""
+    """Check before any work that ``path`` holds weights and that a LoRA fits; raises what ``with_tuned_weights`` raises."""
     if path is not None and (file := weights_file(model, path)).suffix == ".safetensors" and file.name != NEGATIVE_NAME:
         _fitting(model, file, allow_partial)
 

@@ -26,7 +26,7 @@ from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
 from diffalign.diffusion.reward_gradient_presets import RecipeConfig
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
@@ -290,7 +290,7 @@ def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
     run = runs[name, "flow_grpo"]
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
     noise = noise_of(model, len(TEXTS))
-    with tuned(model, run.folder):
+    with with_tuned_weights(model, run.folder):
         assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() < 1e-5
     assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() > 1e-3
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.models import LoraConfig, load_model
-from diffalign.models.checkpoint_context import tuned
+from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora import export, learned_nothing
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.fresh import TEXTS, draw_fresh
@@ -151,5 +151,5 @@ def test_a_lora_of_an_earlier_version_keeps_its_alpha(family_pipelines, monkeypa
     monkeypatch.setattr("diffalign.models.lora.fold_scale", lambda *_: None)
     expected = trained("sd3", model, CONFIGS["alpha"], tmp_path)
     fresh = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
-    with tuned(fresh, tmp_path):
+    with with_tuned_weights(fresh, tmp_path):
         assert (images_of(FAMILIES["sd3"], fresh, noise_of(fresh, len(TEXTS))) - expected).abs().max() < 1e-5

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffalign import ReFLConfig
 from diffalign.models import load_model
-from diffalign.models.checkpoint_context import tuned
+from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.weights import POLICY
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
@@ -112,7 +112,7 @@ def test_what_was_saved_comes_back(trained, family_pipelines, tmp_path):
     name, model, _ = trained
     file = model.save(tmp_path)
     again = load_model(family_pipelines[name], **FAMILIES[name].options)
-    with tuned(again, tmp_path):
+    with with_tuned_weights(again, tmp_path):
         found = again.negative.conditioning(again.negative())
         torch.testing.assert_close(again.negative_arguments(found), load_file(file), rtol=0, atol=0)
         with again.using("reference"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign import LoraConfig
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.quiet import quiet_libraries
 from tests.models.families import FAMILIES
@@ -35,7 +35,7 @@ def test_loading_a_model_and_a_lora_says_one_line_each(family_pipelines, name, c
                 parameter.fill_(0.01)
         model.save(tmp_path)
         fresh = load_model(family_pipelines[name], **FAMILIES[name].options, dtype=torch.bfloat16)
-        with tuned(fresh, tmp_path):
+        with with_tuned_weights(fresh, tmp_path):
             pass
     said = capfd.readouterr()
     assert said.out == ""
