@@ -79,7 +79,10 @@ def with_tuned_weights(
 
 
 def check_weights(model: DiffusionModel, path: Path | None, *, allow_partial: bool = False) -> None:
-    """Check before any work that ``path`` holds weights and that a LoRA fits; raises what ``with_tuned_weights`` raises."""
+    """Check before any work that ``path`` holds weights, and that a LoRA fits.
+
+    Raises what ``with_tuned_weights`` would raise.
+    """
     if path is not None and (file := weights_file(model, path)).suffix == ".safetensors" and file.name != NEGATIVE_NAME:
         _fitting(model, file, allow_partial)
 
