@@ -20,7 +20,7 @@ from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
 from diffalign.models import lora
 from diffalign.models.lora_file import read_tensors
 from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
-from diffalign.models.offload import VAE, OffloadedModule, needs, place
+from diffalign.models.offload import VAE, OffloadedModule, needs, to_device
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.structures import Conditioning, Guidance, Level
 
@@ -89,8 +89,8 @@ class DiffusionModel(ABC):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.denoiser = self.raw_denoiser
-        # Parts that are on the device only while they are used: see ``place``.
-        self.visitors: dict[str, OffloadedModule] = {}
+        # Parts that are on the device only while they are used: see ``to_device``.
+        self.offloaded: dict[str, OffloadedModule] = {}
         # Weights in 4 or 8 bits are stored as whole numbers.
         self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
@@ -165,20 +165,20 @@ class DiffusionModel(ABC):
         setattr(self.pipeline, self.denoiser_name, module)
         self.denoiser = module
 
-    def place(self, device: torch.device, offload: Sequence[str] = (), *, denoiser: bool = True) -> None:
+    def to_device(self, device: torch.device, offload: Sequence[str] = (), *, denoiser: bool = True) -> None:
         """Moves the pipeline to ``device``; without ``denoiser``, which stays where it is, if that will be sharded.
 
         offload: "text_encoders", "vae": they come when they are used, and leave after it, or after ``keeping``.
         """
-        self.visitors = place(self.pipeline, device, offload, without=None if denoiser else self.denoiser_name)
+        self.offloaded = to_device(self.pipeline, device, offload, without=None if denoiser else self.denoiser_name)
 
     @contextmanager
     def keeping(self, *parts: str) -> Iterator[None]:
         """A phase within which ``parts`` do not leave the device again once they have come; others come and go."""
         with ExitStack() as stack:
             for part in parts:
-                if part in self.visitors:
-                    stack.enter_context(self.visitors[part].kept())
+                if part in self.offloaded:
+                    stack.enter_context(self.offloaded[part].pinned())
             yield
 
     @property

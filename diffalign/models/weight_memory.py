@@ -27,7 +27,7 @@ class MemoryNeeds:
 
     frozen: weights and buffers that do not train, of every part of the pipeline, by dtype. trainable: weights that
     train. copies: of those, such as a frozen reference or an EMA. gradients, moments: of the trainable weights.
-    pair_latents: winners and losers of one batch, float32. visitors: of ``frozen``, the parts that leave the device.
+    pair_latents: winners and losers of one batch, float32. offloaded: of ``frozen``, the parts that leave the device.
     gathered: weights that are put together from shards while the denoiser runs, and gathered_to_train, while it trains.
     """
 
@@ -37,7 +37,7 @@ class MemoryNeeds:
     gradients: int
     moments: int
     pair_latents: int
-    visitors: Mapping[str, int] = field(default_factory=dict)
+    offloaded: Mapping[str, int] = field(default_factory=dict)
     gathered: int = 0
     gathered_to_train: int = 0
 
@@ -50,9 +50,9 @@ class MemoryNeeds:
 
     def phases(self, grad_through: Collection[str] = ()) -> dict[str, int]:
         """Bytes at a time, by what is done. grad_through: parts that gradients come back through."""
-        always = self.total - self.gradients - sum(self.visitors.values())
+        always = self.total - self.gradients - sum(self.offloaded.values())
         text, vae, taught = (
-            sum(self.visitors.get(part, 0) for part in parts) for parts in ([TEXT_ENCODERS], [VAE], grad_through)
+            sum(self.offloaded.get(part, 0) for part in parts) for parts in ([TEXT_ENCODERS], [VAE], grad_through)
         )
         return {
             ENCODING: always + text,

@@ -114,7 +114,7 @@ class Trainer:
             # From here on, and in config.yaml, a number: the family's own for no guidance.
             self.args = args = dataclasses.replace(args, guidance_scale=self.model.unguided_scale)
         # A denoiser that will be sharded need not fit on the device whole.
-        self.model.place(self.accelerator.device, args.offload, denoiser=self.shards is None)
+        self.model.to_device(self.accelerator.device, args.offload, denoiser=self.shards is None)
         # Blocks that checkpointing runs again run outside of the choice of a back end, and must not meet another one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.plain_attention = slow and not args.gradient_checkpointing

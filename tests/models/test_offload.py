@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffalign.models import FAMILIES, load_model
-from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule, part_of, place
+from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule, part_of, to_device
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rollout.generate import decode
 from tests.conftest import PIPELINE
@@ -34,17 +34,17 @@ def addresses(network):
 
 def test_a_visitor_is_a_copy_of_what_stays_at_home():
     network, layouts = Tied(), lambda: [(t.dtype, t.stride(), t.requires_grad) for t in network.parameters()]
-    visitor, home, known, plain = OffloadedModule([network], CPU), addresses(network), network.state_dict(), layouts()
+    module, home, known, plain = OffloadedModule([network], CPU), addresses(network), network.state_dict(), layouts()
     kept = {name: tensor.clone() for name, tensor in known.items()}
-    with visitor.kept():
+    with module.pinned():
         assert addresses(network) == home  # nobody has asked for it
-        visitor.come()
+        module.load()
         there = addresses(network)
         assert not {*there} & {*home}
         assert network.three.weight is network.one.weight
         assert layouts() == plain
-        with visitor.kept():
-            visitor.come()
+        with module.pinned():
+            module.load()
         assert addresses(network) == there  # the outer phase is not over
         assert all(torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items())
     assert addresses(network) == home
@@ -53,7 +53,7 @@ def test_a_visitor_is_a_copy_of_what_stays_at_home():
 
 def test_it_leaves_whatever_happens(monkeypatch):
     network = Tied()
-    visitor, home, moves = OffloadedModule([network], CPU), addresses(network), []
+    module, home, moves = OffloadedModule([network], CPU), addresses(network), []
 
     def half(tensor, *arguments, own=torch.Tensor.to, **options):
         moves.append(tensor)
@@ -62,16 +62,16 @@ def test_it_leaves_whatever_happens(monkeypatch):
         return own(tensor, *arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "to", half)
-    with visitor.kept():
+    with module.pinned():
         with pytest.raises(torch.OutOfMemoryError):
-            visitor.come()
-        assert not visitor.here
+            module.load()
+        assert not module.resident
         assert addresses(network) == home
-        visitor.come()
-        assert visitor.here
+        module.load()
+        assert module.resident
     monkeypatch.undo()
-    with pytest.raises(KeyError), visitor.kept():  # noqa: PT012
-        visitor.come()
+    with pytest.raises(KeyError), module.pinned():  # noqa: PT012
+        module.load()
         raise KeyError
     assert addresses(network) == home
 
@@ -81,24 +81,24 @@ class Came(Exception):
 
 
 class Door:
-    """A visitor that tells of itself instead of coming."""
+    """A module that tells of itself instead of coming."""
 
-    keepers = 1
+    pins = 1
 
     def __init__(self, part):
         self.part = part
 
-    def kept(self):
+    def pinned(self):
         return nullcontext()
 
-    def come(self):
+    def load(self):
         raise Came(self.part)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_family_says_what_it_needs(family):
     model, image = object.__new__(family), torch.zeros(1, 3, 16, 16)
-    model.visitors = {part: Door(part) for part in PARTS}
+    model.offloaded = {part: Door(part) for part in PARTS}
     calls = {
         lambda: model.encode(["a"]): TEXT_ENCODERS,
         lambda: model.unconditional(): TEXT_ENCODERS,
@@ -124,24 +124,24 @@ def places(pipeline):
 
 def test_what_does_not_leave_is_placed_and_the_rest_stays_at_home():
     pipeline = networks()
-    visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    offloaded = to_device(pipeline, ELSEWHERE, [TEXT_ENCODERS])
     assert {**places(pipeline)} == {
         "text_encoder": CPU,
         "text_encoder_2": CPU,
         "vae": ELSEWHERE,
         "transformer": ELSEWHERE,
     }
-    assert {part: len(visitor.networks) for part, visitor in visitors.items()} == {TEXT_ENCODERS: 2}
+    assert {part: len(module.networks) for part, module in offloaded.items()} == {TEXT_ENCODERS: 2}
     pipeline = networks()
-    assert place(pipeline, ELSEWHERE, [VAE], without="transformer").keys() == {VAE}
+    assert to_device(pipeline, ELSEWHERE, [VAE], without="transformer").keys() == {VAE}
     assert {name for name, where in places(pipeline).items() if where == CPU} == {"vae", "transformer"}
 
 
 def test_what_is_quantised_stays_where_it_was_loaded():
     pipeline = networks(text_encoder_2="bitsandbytes", transformer="bitsandbytes")
     with pytest.warns(UserWarning, match="text_encoder_2 is quantised, and stays on the device"):
-        visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
-    assert [*visitors[TEXT_ENCODERS].networks] == [pipeline.components["text_encoder"]]
+        offloaded = to_device(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    assert [*offloaded[TEXT_ENCODERS].networks] == [pipeline.components["text_encoder"]]
     assert places(pipeline)["vae"] == ELSEWHERE
     assert {places(pipeline)[name] for name in ("text_encoder_2", "transformer")} == {CPU}  # as they were
 
@@ -149,28 +149,28 @@ def test_what_is_quantised_stays_where_it_was_loaded():
 def test_on_a_cpu_nothing_leaves_and_names_are_checked():
     asked = []
     pipeline = SimpleNamespace(components={}, to=asked.append)
-    assert place(pipeline, CPU, [TEXT_ENCODERS, VAE]) == {}
+    assert to_device(pipeline, CPU, [TEXT_ENCODERS, VAE]) == {}
     assert asked == [CPU]
     with pytest.raises(ValueError, match="no part is named text; known: text_encoders, vae"):
-        place(pipeline, CPU, ["text"])
+        to_device(pipeline, CPU, ["text"])
 
 
 @pytest.fixture
 def visited(frozen, monkeypatch):
     """The shipped pipeline as if it were on a device that its parts leave, and the list of their visits."""
     log = []
-    visitors = {part: Logged(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
-    monkeypatch.setattr(frozen, "visitors", visitors)
+    offloaded = {part: Logged(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
+    monkeypatch.setattr(frozen, "offloaded", offloaded)
     yield frozen, log
-    assert not any(visitor.here for visitor in visitors.values())
+    assert not any(module.resident for module in offloaded.values())
 
 
 @contextmanager
 def staying(model):
     """Within it nothing leaves."""
-    visitors, model.visitors = model.visitors, {}
+    offloaded, model.offloaded = model.offloaded, {}
     yield
-    model.visitors = visitors
+    model.offloaded = offloaded
 
 
 def test_new_prompts_are_one_visit_and_known_ones_none(visited, tmp_path):
@@ -215,7 +215,7 @@ def test_on_cuda_a_part_takes_memory_while_it_visits_and_says_the_same():
     for offload in ((), (TEXT_ENCODERS, VAE)):
         model = load_model(PIPELINE, max_sequence_length=16)
         before = torch.cuda.memory_allocated()
-        model.place(cuda, offload)
+        model.to_device(cuda, offload)
         assert model.device.type == "cuda"
         sizes.append(torch.cuda.memory_allocated() - before)
         torch.cuda.reset_peak_memory_stats()

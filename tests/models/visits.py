@@ -17,7 +17,7 @@ class Logged(OffloadedModule):
         super().__init__(networks, torch.device("cpu"))
         self.log, self.name = log, name
 
-    def come(self) -> None:
-        if not self.here:
+    def load(self) -> None:
+        if not self.resident:
             self.log.append(self.name)
-        super().come()
+        super().load()
