@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffalign.atomic import replacing, replacing_folder
-from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
-from diffalign.models import lora
-from diffalign.models.lora_file import read_tensors
-from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.offload import VAE, OffloadedModule, needs, to_device
-from diffalign.models.weights import REFERENCE, WeightSets
+from diffalign.models.trainable import TrainableModel
 from diffalign.structures import Conditioning, Guidance, Level
 
 SCHEDULES = ("pipeline", "uniform")
@@ -53,7 +46,7 @@ def check_schedule(schedule: str) -> None:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 
 
-class DiffusionModel(ABC):
+class DiffusionModel(TrainableModel):
     """A pipeline, its denoiser and the denoiser's named weight sets.
 
     Latents are (B, C, h, w), scaled for the denoiser; images are (B, 3, H, W), float, in [0, 1].
@@ -66,14 +59,8 @@ class DiffusionModel(ABC):
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained`` that leave out components unused in training.
     load_options: Mapping[str, Any] = {}
-    # Conditioning tensor -> pipeline argument that takes it as a negative prompt.
-    negative_names: Mapping[str, str] = {
-        "embeds": "negative_prompt_embeds",
-        "pooled": "negative_pooled_prompt_embeds",
-    }
     # Source of the pipeline call with a saved negative prompt, ``negative``; the prompt is inserted as a literal.
     negative_call = "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
-    weights: WeightSets
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
         self.pipeline = pipeline
@@ -94,9 +81,8 @@ class DiffusionModel(ABC):
         # 4-bit and 8-bit weights are stored as integers.
         self.dtype = next(p.dtype for p in self.raw_denoiser.parameters() if p.is_floating_point())
         self.has_adapter = False
-        self.negative: NegativePrompt | None = None
-        # Provenance for the header of an exported LoRA.
-        self.about: dict[str, str] = {}
+        self.negative = None
+        self.about = {}
         # Set for bfloat16 training on a CPU, where the backward pass of fused attention takes ten times as long as
         # plain matrix products.
         self.plain_attention = False
@@ -313,110 +299,3 @@ class DiffusionModel(ABC):
     def _latent_shift(self) -> float:
         """``shift_factor`` of SD3's and later VAEs; missing or null in earlier configurations."""
         return self.pipeline.vae.config.get("shift_factor") or 0.0
-
-    def train(
-        self,
-        config: lora.LoraConfig,
-        *,
-        seed: int = 0,
-        keep_reference: bool = False,
-        shards: FSDPConfig | None = None,
-    ) -> None:
-        """Make the denoiser trainable: through a LoRA, or with rank 0 in full.
-
-        Args:
-            config: The LoRA.
-            seed: Seed of its initial weights.
-            keep_reference: Support ``using("reference")``; costs a copy of the weights in full fine-tuning and nothing
-                for a LoRA.
-            shards: FSDP2 settings; None keeps the whole denoiser on each process.
-        """
-        if config.rank:
-            lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
-        else:
-            self.raw_denoiser.requires_grad_(True)
-            for name in self.idle_layers:
-                self.raw_denoiser.get_submodule(name).requires_grad_(False)
-        if shards is not None:
-            shard(self.raw_denoiser, shards)
-        self.has_adapter = config.rank > 0
-        self.weights = WeightSets(self.raw_denoiser, has_adapter=self.has_adapter)
-        if keep_reference and not self.has_adapter:
-            self.weights.keep_copy(REFERENCE)
-
-    def train_negative(self) -> NegativePrompt:
-        """Train a negative prompt only, initialised from ``unconditional``, which is also the reference."""
-        self.negative = NegativePrompt(self.unconditional()).to(self.device)
-        self.weights = WeightSets(self.negative, has_adapter=False)
-        self.weights.keep_copy(REFERENCE)
-        return self.negative
-
-    @torch.no_grad()
-    def load_negative(self, file: Path) -> None:
-        """Load a negative prompt written by ``save``; ``unconditional`` becomes the reference.
-
-        Raises:
-            ValueError: The file is damaged, or belongs to another model or prompt length.
-        """
-        negative = self.train_negative()
-        here, saved = self.negative_arguments(negative.conditioning(negative())), read_tensors(file)
-        sizes, found = ({name: tuple(t.shape) for name, t in named.items()} for named in (here, saved))
-        if sizes != found:
-            raise ValueError(
-                f"{file} holds {found}, and a negative prompt of this model is {sizes}: "
-                "give the model and the max_sequence_length that it was trained with"
-            )
-        for name in negative.trained:
-            argument = self.negative_names[name]
-            here[argument].copy_(saved[argument])  # the parameter or a view of it
-
-    def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
-        """Return a negative prompt as keyword arguments of the diffusers pipeline."""
-        return {argument: row.tensors[name] for name, argument in self.negative_names.items() if name in row.tensors}
-
-    def using(self, name: str) -> AbstractContextManager[None]:
-        """Run the denoiser with weight set ``name`` within this context: "policy", "reference", "ema", ..."""
-        return self.weights.using(name)
-
-    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-        """Save the trained weights as diffusers loads them: a LoRA file, full weights, or a negative prompt.
-
-        Args:
-            directory: Created if missing.
-            weights: Gathered weights of a sharded denoiser by name: see ``saver``.
-
-        Returns:
-            The file or folder written.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.negative is not None:
-            named = self.negative_arguments(self.negative.conditioning(self.negative()))
-            with replacing(directory / NEGATIVE_NAME) as staged:
-                save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, staged)
-            return directory / NEGATIVE_NAME
-        if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
-        denoiser = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
-        with replacing_folder(directory / self.denoiser_name) as folder:
-            denoiser.save_pretrained(folder)
-        return directory / self.denoiser_name
-
-    def saver(self, name: str, keep: bool = True) -> Callable[[Path], Path]:
-        """Return a function that saves weight set ``name`` into a folder.
-
-        Collective: every process must call this method, and one process calls the returned function.
-
-        Args:
-            name: A weight set.
-            keep: Whether this process will call the returned function.
-        """
-        weights = None
-        if is_sharded(self.raw_denoiser):
-            with self.using(name):
-                weights = gathered(self.raw_denoiser, trained_only=self.has_adapter, keep=keep)
-
-        def write(directory: Path) -> Path:
-            with self.using(name):
-                return self.save(directory, weights)
-
-        return write
