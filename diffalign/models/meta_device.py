@@ -1,4 +1,4 @@
-"""A pipeline as shapes: everything about its memory from its configuration files, without reading a weight."""
+"""Build a pipeline on the meta device from its configuration files, to estimate memory without reading weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffalign.models.load import FAMILIES, pipeline_class
 def model_on_meta(
     path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> DiffusionModel:
-    """What ``load_model`` gives, on the meta device and without tokenizers: it has shapes and schedules, no numbers.
+    """Build the model of ``load_model`` on the meta device, with shapes and schedules but no weights or tokenizers.
 
-    Arguments and errors as for ``load_model``; of a hub id, only configuration files are fetched.
+    Arguments and errors are those of ``load_model``; only configuration files of a hub id are fetched.
     """
     name = pipeline_class(path, revision)
     family, kind = FAMILIES[name], getattr(diffusers, name)
@@ -37,7 +37,7 @@ def model_on_meta(
 
 
 def _part(path: str | Path, name: str, library: str | None, kind: str | None, revision: str | None) -> Any:
-    """A scheduler as it is, a network on the meta device, None for the rest."""
+    """Load a scheduler, build a network on the meta device, or return None for other components."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
     found = getattr(module, kind or "", None)
     if found is None or not isinstance(found, type):

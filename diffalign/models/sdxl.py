@@ -35,7 +35,7 @@ class SDXLModel(SDModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
-        """Encode the empty prompt; zeros if the pipeline sets ``force_zeros_for_empty_prompt``, as in SDXL's training."""
+        """Encode the empty prompt; zeros if the pipeline sets ``force_zeros_for_empty_prompt``, as SDXL trained."""
         _, embeds, _, pooled = self.pipeline.encode_prompt("", device=self.pipeline.text_encoder_2.device)
         return self._conditioning(embeds, pooled)
 
