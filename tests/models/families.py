@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from diffalign.models import DiffusionModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.models import tiny, tiny_flow
-from tests.models.fresh import STEPS, TEXTS
+from tests.models import tiny_flow_pipelines as tiny_flow
+from tests.models import tiny_unet_pipelines as tiny
+from tests.models.plain_diffusers import STEPS, TEXTS
 
 PACKED = {"height": 16, "width": 16, "max_sequence_length": 24}
 

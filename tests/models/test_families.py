@@ -32,7 +32,7 @@ from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, images_of, noise_of, packed
-from tests.models.fresh import TEXTS, draw_fresh
+from tests.models.plain_diffusers import TEXTS, draw_fresh
 
 MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 

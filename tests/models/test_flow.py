@@ -13,7 +13,7 @@ from diffalign.models.flux import FluxModel, image_ids
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sana import SanaModel
 from diffalign.models.tensor_cache import TensorCache
-from tests.models import tiny_flow
+from tests.models import tiny_flow_pipelines as tiny_flow
 from tests.models.families import FAMILIES, images_of, noise_of
 
 TEXTS = ["a red circle", "a blue square left of a yellow circle", "three triangles"]

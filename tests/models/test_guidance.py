@@ -13,9 +13,9 @@ from diffalign.models.sd import SDModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
-from tests.models import tiny
+from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES, noise_of, packed
-from tests.models.fresh import TEXTS
+from tests.models.plain_diffusers import TEXTS
 
 STEPS = 3
 SCALES = (0.0, 0.5, 1.0, 1.5, 4.0)

@@ -12,7 +12,7 @@ from diffalign.models import LoraConfig, load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora import export, learned_nothing
 from tests.models.families import FAMILIES, images_of, noise_of
-from tests.models.fresh import TEXTS, draw_fresh
+from tests.models.plain_diffusers import TEXTS, draw_fresh
 
 STABLE = ("sd3", "sd15", "sd2", "sdxl")
 

@@ -12,7 +12,7 @@ from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule,
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rollout.generate import decode
 from tests.conftest import PIPELINE
-from tests.models.visits import Logged
+from tests.models.logged_offload import LoggedOffload
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 
@@ -159,7 +159,7 @@ def test_on_a_cpu_nothing_leaves_and_names_are_checked():
 def visited(frozen, monkeypatch):
     """The shipped pipeline as if it were on a device that its parts leave, and the list of their visits."""
     log = []
-    offloaded = {part: Logged(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
+    offloaded = {part: LoggedOffload(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
     monkeypatch.setattr(frozen, "offloaded", offloaded)
     yield frozen, log
     assert not any(module.resident for module in offloaded.values())

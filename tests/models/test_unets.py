@@ -18,8 +18,8 @@ from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.models import tiny
-from tests.models.published import SD15_SCHEDULER
+from tests.models import tiny_unet_pipelines as tiny
+from tests.models.published_configs import SD15_SCHEDULER
 
 TEXTS = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 STEPS = 5

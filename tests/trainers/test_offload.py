@@ -10,7 +10,7 @@ from diffalign.diffusion.plan import PlanConfig
 from diffalign.models import base
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, tensors_of, to_device
 from diffalign.models.weight_memory import size_of
-from tests.models.visits import Logged
+from tests.models.logged_offload import LoggedOffload
 from tests.trainers.made_refl import trainer_of
 
 OFFLOAD = {"offload": (TEXT_ENCODERS, VAE), "cache": True}
@@ -23,7 +23,7 @@ def visits(monkeypatch):
 
     def placed(pipeline, device, offload, without):
         assert to_device(pipeline, device, offload, without) == {}
-        return {part: Logged(part_of(pipeline, part).values(), log, part) for part in offload}
+        return {part: LoggedOffload(part_of(pipeline, part).values(), log, part) for part in offload}
 
     monkeypatch.setattr(base, "to_device", placed)
     return log

@@ -10,7 +10,7 @@ from torch import nn
 from diffalign.models.offload import OffloadedModule
 
 
-class Logged(OffloadedModule):
+class LoggedOffload(OffloadedModule):
     """A visitor whose device is the CPU; ``name`` goes to ``log`` each time that it comes."""
 
     def __init__(self, networks: Collection[nn.Module], log: list[str], name: str) -> None:
