@@ -1,4 +1,4 @@
-"""Visits of parts that leave the device, watched on a CPU."""
+"""Offloading observed on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffalign.models.offload import OffloadedModule
 
 
 class LoggedOffload(OffloadedModule):
-    """A visitor whose device is the CPU; ``name`` goes to ``log`` each time that it comes."""
+    """An offloaded part whose device is the CPU; each load appends ``name`` to ``log``."""
 
     def __init__(self, networks: Collection[nn.Module], log: list[str], name: str) -> None:
         super().__init__(networks, torch.device("cpu"))

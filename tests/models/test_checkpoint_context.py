@@ -1,4 +1,4 @@
-"""All of a weight file is used, or it is said; a load that fails leaves the model as it was."""
+"""Unused tensors of a weight file are reported, and a failed load leaves the model unchanged."""
 
 import json
 import re
@@ -22,7 +22,7 @@ NAME = "pytorch_lora_weights.safetensors"
 
 
 def moved(model, generator=0):
-    """Moves what trains away from its start."""
+    """Perturb the trainable weights."""
     source = torch.Generator().manual_seed(generator)
     with torch.no_grad():
         for parameter in model.weights.trainable:
@@ -32,7 +32,7 @@ def moved(model, generator=0):
 
 @pytest.fixture(scope="module")
 def bases(family_pipelines):
-    """One model a family; every test must leave it as it was."""
+    """One model per family; tests must not change it."""
     known = {}
 
     def get(name):
@@ -45,7 +45,7 @@ def bases(family_pipelines):
 
 @pytest.fixture(scope="module")
 def loras(family_pipelines, tmp_path_factory):
-    """A family -> the file of a LoRA for it."""
+    """Family -> file of a LoRA for it."""
     known, root = {}, tmp_path_factory.mktemp("loras")
 
     def get(name):

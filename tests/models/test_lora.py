@@ -1,4 +1,4 @@
-"""The LoRA as it leaves the trainer: what plain diffusers makes of it in a fresh process."""
+"""Exported LoRAs, loaded by plain diffusers in a fresh process."""
 
 import json
 
@@ -18,7 +18,7 @@ STABLE = ("sd3", "sd15", "sd2", "sdxl")
 
 
 def trained(family, model, config, folder):
-    """Disturbs the trainable weights, saves them, and returns the model's own images."""
+    """Perturb and save the trainable weights; return the model's images."""
     model.train(config, seed=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A trained negative prompt: its gradient, its weight sets, and a constant one on the gradient's path."""
+"""Trained negative prompts: gradients, weight sets, saving, and detached negatives."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def prediction(model, guidance, scale=1.0):
     return model.predict(x, model.levels(4)[1], model.encode(["a red circle", "two squares"]), guidance)
 
 
-def test_it_begins_as_the_empty_prompt_and_is_all_that_trains(model):
+def test_it_starts_as_the_empty_prompt_and_only_it_trains(model):
     before = prediction(model, Guidance(3.0, model.unconditional()))
     negative = model.train_negative()
     guidance = Guidance(3.0, negative.conditioning(negative()))
@@ -65,7 +65,7 @@ TEXT, STEPS, SCALE = 'a "red" circle', 3, 3.0
 
 @pytest.fixture(params=FAMILIES)
 def trained(request, family_pipelines):
-    """(family's name, model, negative prompt): one that has moved from its start."""
+    """(family name, model, negative prompt) with the prompt moved from its initial value."""
     model = load_model(family_pipelines[request.param], **FAMILIES[request.param].options)
     negative = model.train_negative()
     generator = torch.Generator().manual_seed(0)
@@ -82,12 +82,12 @@ def images(family, model, guidance):
 
 
 def call_of(pipe, family, noise, monkeypatch):
-    """Has every call of the pipeline told what the card leaves to the reader."""
+    """Patch the pipeline's calls with the arguments that the card leaves to the reader."""
     kind = type(pipe)
     small = {"latents": packed(pipe, noise), "num_inference_steps": STEPS, "output_type": "pt", **family.call}
     original = kind.__call__
-    told = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **{**small, **kwargs}))
-    monkeypatch.setattr(kind, "__call__", told)
+    call = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **{**small, **kwargs}))
+    monkeypatch.setattr(kind, "__call__", call)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_: pipe)
 
 
