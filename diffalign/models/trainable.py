@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from diffalign.structures import Conditioning
 class TrainableModel(ABC):
     """Make a model trainable, switch between its weight sets and save what was trained."""
 
-    pipeline: DiffusionPipeline
+    pipeline: Any  # a DiffusionPipeline, whose components are dynamic attributes
     denoiser_name: str
     lora_targets: tuple[str, ...]
     # Conditioning tensor -> pipeline argument that takes it as a negative prompt.
