@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -72,6 +75,7 @@ def _difference(output: Tensor, gradient: Tensor | None, drawn: list[Tensor], to
     query.requires_grad_()
     expected = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
     expected.sum().backward()
+    assert query.grad is not None
     for found, right in ((output, expected), (gradient, query.grad)):
         error = (found.detach().double().cpu().transpose(1, 2) - right.detach()).abs().max().item()
         if not error <= tolerance:
@@ -113,7 +117,7 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) 
     return name
 
 
-def set_attention(module: nn.Module, name: str) -> None:
+def set_attention(module: ModelMixin, name: str) -> None:
     """Set the attention backend of every layer of a diffusers model to ``name``, from ``choose_attention``."""
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it warns at every call that the dispatcher is experimental
@@ -136,7 +140,7 @@ class Dispatched:
     Routing happens within the layer, so that gradient checkpointing recomputes with the same backend.
     """
 
-    def __init__(self, processor: object, name: str) -> None:
+    def __init__(self, processor: Callable[..., object], name: str) -> None:
         self.processor, self.name = processor, name
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -152,11 +156,15 @@ class _Through(TorchFunctionMode):
         super().__init__()
         self.backend = AttentionBackendName(name)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         call = self._attend if func is F.scaled_dot_product_attention else func
         return call(*args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """Attend over torch's layout (B, heads, L, d); the dispatcher takes (B, L, heads, d)."""
         heads_last = (x.transpose(1, 2) for x in self._cast(query, key, value))
         return dispatch_attention_fn(*heads_last, attn_mask=attn_mask, backend=self.backend, **options).transpose(1, 2)

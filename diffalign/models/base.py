@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -158,7 +158,7 @@ class DiffusionModel(TrainableModel):
     # What all families share ----------------------------------------------------------------------------------------
 
     @property
-    def raw_denoiser(self) -> nn.Module:
+    def raw_denoiser(self) -> ModelMixin:
         """The pipeline's own denoiser, without any wrapper that ``denoiser`` may have."""
         return getattr(self.pipeline, self.denoiser_name)
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -131,12 +132,12 @@ def _only(model: DiffusionModel, found: LoraFile) -> Iterator[None]:
     pipeline = model.pipeline
     read: Callable = pipeline.lora_state_dict
 
-    def kept(*args, **kwargs):
+    def usable(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         state, *rest = read(*args, **kwargs)
         state, rest = fold_alphas(state, rest)
         return {name: tensor for name, tensor in state.items() if name in found.used}, *rest
 
-    vars(pipeline)["lora_state_dict"] = kept
+    vars(pipeline)["lora_state_dict"] = usable
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from diffalign.models.attention import first_line
 
@@ -28,7 +29,7 @@ def compile_refusal(device: torch.device | str) -> str | None:
     return None if torch.allclose(gradient, expected, atol=1e-4) else "its gradient is wrong"
 
 
-def compile_blocks(denoiser: nn.Module, **options: Any) -> None:
+def compile_blocks(denoiser: ModelMixin, **options: Any) -> None:
     """Compile the blocks of a diffusers model in place; parameter names do not change.
 
     Sampling and training share one graph per block, so that replayed steps equal sampled ones: see ``OneGraph``. Each

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
@@ -96,7 +96,7 @@ class FlowModel(DiffusionModel):
         """Pixels per side of a token."""
         return self.pipeline.vae_scale_factor * self.patch_size
 
-    def _shift(self, scheduler, resolution: tuple[int, int] | None) -> dict[str, float]:
+    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None) -> dict[str, float]:
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
         _, height, width = self.latent_shape(resolution)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
@@ -22,7 +22,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def inject(
-    module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
+    module: ModelMixin, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
 ) -> None:
     """Add a trainable float32 adapter to ``module`` and freeze the rest.
 
@@ -106,7 +106,7 @@ def export(
     return path
 
 
-def fold_scale(module: nn.Module, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def fold_scale(module: ModelMixin, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Multiply each layer's scale, usually alpha / rank, into its B, and set alpha = rank in the metadata, in place."""
     for name, tensor in layers.items():
         layer, _, part = name.rpartition(".lora_")

@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -138,7 +138,7 @@ def needs(part: str) -> Callable[[Method], Method]:
                 module.load()
                 return method(model, *args, **kwargs)
 
-        return wrapper
+        return cast(Method, wrapper)
 
     return decorate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ class PromptEmbeddingCache:
             for text in new:
                 # One at a time: batch shape changes the last bits, and an embedding must not depend on which other
                 # prompts are new in the same call, which a resumed run would change.
-                self._rows[text] = self._kept(f"prompt {text}", lambda text=text: self.model.encode([text]))
+                self._rows[text] = self._kept(f"prompt {text}", partial(self.model.encode, [text]))
 
     def _warn_of_length(self, texts: Sequence[str]) -> None:
         """Warn once of truncated prompts, instead of a line per prompt from each tokenizer."""

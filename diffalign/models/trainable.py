@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.atomic import replacing, replacing_folder
 from diffalign.config.sections import LoraConfig
@@ -25,7 +25,7 @@ from diffalign.structures import Conditioning
 class TrainableModel(ABC):
     """Make a model trainable, switch between its weight sets and save what was trained."""
 
-    pipeline: Any  # a DiffusionPipeline, whose components are dynamic attributes
+    pipeline: DiffusionPipeline
     denoiser_name: str
     lora_targets: tuple[str, ...]
     # Conditioning tensor -> pipeline argument that takes it as a negative prompt.
@@ -41,7 +41,7 @@ class TrainableModel(ABC):
 
     @property
     @abstractmethod
-    def raw_denoiser(self) -> nn.Module:
+    def raw_denoiser(self) -> ModelMixin:
         """The pipeline's own denoiser."""
 
     @property
@@ -140,7 +140,7 @@ class TrainableModel(ABC):
             return directory / NEGATIVE_NAME
         if self.has_adapter:
             return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
-        denoiser = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
+        denoiser: ModelMixin = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
         with replacing_folder(directory / self.denoiser_name) as folder:
             denoiser.save_pretrained(folder)
         return directory / self.denoiser_name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class WeightSets:
 
 
 @contextmanager
-def _adapters_off(module: nn.Module) -> Iterator[None]:
+def _adapters_off(module: Any) -> Iterator[None]:
     module.disable_adapters()
     try:
         yield
