@@ -49,7 +49,7 @@ def check_schedule(schedule: str) -> None:
 class DiffusionModel(TrainableModel):
     """A pipeline, its denoiser and the denoiser's named weight sets.
 
-    Latents are (B, C, h, w), scaled for the denoiser; images are (B, 3, H, W), float, in [0, 1].
+    Latents are (B, C, *spatial), scaled for the denoiser; images are (B, 3, H, W), float, in [0, 1].
     """
 
     parameterization: str
@@ -124,7 +124,7 @@ class DiffusionModel(TrainableModel):
 
     @abstractmethod
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the denoiser once. x: (B, C, h, w); time: (B,), float32."""
+        """Run the denoiser once. x: (B, C, *spatial); time: (B,), float32."""
 
     def unconditional(self) -> Conditioning:
         """Encode the default negative prompt of guidance, which also replaces dropped prompts: one row."""
@@ -203,8 +203,12 @@ class DiffusionModel(TrainableModel):
         size = self.resolution or self.raw_denoiser.config.sample_size * self.pipeline.vae_scale_factor
         return size, size
 
-    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Return the latent shape (C, h, w) of a resolution in pixels. ValueError: see ``check_resolution``."""
+    def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return the latent shape (C, *spatial) of a resolution in pixels; (C, h, w) here.
+
+        Raises:
+            ValueError: See ``check_resolution``.
+        """
         resolution = resolution or self.default_resolution
         self.check_resolution(resolution)
         height, width = (side // self.pipeline.vae_scale_factor for side in resolution)
@@ -231,13 +235,13 @@ class DiffusionModel(TrainableModel):
         recorded. At scales where the pipeline applies no guidance it costs nothing (see ``guides``).
 
         Args:
-            x: (B, C, h, w).
+            x: (B, C, *spatial).
             level: Fields () or (B,).
             conditioning: B rows.
             guidance: None for no guidance.
 
         Returns:
-            (B, C, h, w), float32 or wider.
+            (B, C, *spatial), float32 or wider.
         """
         time = level.time.to(x.device, torch.float32, non_blocking=True).expand(len(x))
         with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
@@ -287,7 +291,7 @@ class DiffusionModel(TrainableModel):
 
         Args:
             images: (B, 3, H, W), float, in [0, 1].
-            noise: (B, C, h, w), standard normal, for the sample mean + std * noise of the encoder's distribution; None
+            noise: (B, C, *spatial), standard normal, for the sample mean + std * noise of the encoder's distribution; None
                 for its mean.
         """
         vae = self.pipeline.vae

@@ -99,7 +99,7 @@ class FlowModel(DiffusionModel):
     def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None) -> dict[str, float]:
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
-        _, height, width = self.latent_shape(resolution)
+        *_, height, width = self.latent_shape(resolution)
         tokens = (height // self.patch_size) * (width // self.patch_size)
         return {"mu": calculate_shift(tokens, *(scheduler.config.get(name, usual) for name, usual in SHIFT.items()))}
 
