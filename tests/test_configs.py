@@ -20,8 +20,8 @@ from diffalign.models import FAMILIES, LoraConfig
 from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
-from tests.models.published import PIPELINES
-from tests.models.published_flow import FLOW_PIPELINES
+from tests.models.published_configs import PIPELINES
+from tests.models.published_flow_configs import FLOW_PIPELINES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).glob("*.yaml"))

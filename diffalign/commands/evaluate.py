@@ -65,7 +65,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredIm
     )
     for subject in subjects:
         check_weights(model, subject.path, allow_partial=config.allow_partial)
-    model.place(state.device, config.offload)
+    model.to_device(state.device, config.offload)
     total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
     for subject in subjects:
         with tqdm(total=total, desc=subject.name, unit="img", disable=not state.is_main_process) as bar:

@@ -22,7 +22,7 @@ from diffalign.commands.resume import drop_partial_line, same_or_new, whole_rows
 from diffalign.evaluation.checkpoints import Subject
 from diffalign.evaluation.sampling import Sampling
 from diffalign.evaluation.scored_images import ScoredImages
-from diffalign.models import DiffusionModel, tuned
+from diffalign.models import DiffusionModel, with_tuned_weights
 from diffalign.models.checkpoint_context import weights_file
 from diffalign.models.offload import VAE
 from diffalign.models.prompt_cache import PromptEmbeddingCache
@@ -40,7 +40,7 @@ AHEAD = 8  # batches whose prompts are encoded at once
 class Gallery:
     """A folder of images and rewards. ``process`` of ``processes`` draws its share of the prompts.
 
-    cache: a folder for prompt embeddings. allow_partial: as for ``tuned``.
+    cache: a folder for prompt embeddings. allow_partial: as for ``with_tuned_weights``.
 
     ValueError: the folder holds images of other settings, prompts or rewards.
     """
@@ -60,7 +60,7 @@ class Gallery:
     ) -> None:
         """Open or make the folder.
 
-        places: of ``prompts`` in their file, where they are only some of it. allow_partial: see ``tuned``.
+        places: of ``prompts`` in their file, where they are only some of it. allow_partial: see ``with_tuned_weights``.
         """
         self.allow_partial = allow_partial
         self.folder, self.sampling, self.prompts, self.rewards = folder, sampling, prompts, rewards
@@ -93,7 +93,7 @@ class Gallery:
         if not missing:
             return
         drop_partial_line(place / f"scores-{self.process}.jsonl")
-        with tuned(model, subject.path, subject.scale, allow_partial=self.allow_partial):
+        with with_tuned_weights(model, subject.path, subject.scale, allow_partial=self.allow_partial):
             # A subject's weights may be those of the text encoders too.
             encoded = PromptEmbeddingCache(model, folder=self.cache)
             encoded = self._encoded.setdefault(encoded.identity, encoded)

@@ -56,7 +56,7 @@ def memory_lines(found: Forecast, free: int, place: str) -> list[str]:
         "copies of what is trained": needs.copies,
         "stored latents": found.stored,
         "saved by quantisation": -found.saved,
-        **{f"of these, {part} leave": size for part, size in needs.visitors.items()},
+        **{f"of these, {part} leave": size for part, size in needs.offloaded.items()},
         "gathered from shards": needs.gathered_to_train,
         **{f"in all, while {phase}": size for phase, size in found.phases.items()},
     }

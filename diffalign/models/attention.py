@@ -1,25 +1,28 @@
-"""Attention back ends: which of diffusers' dispatcher can train on this machine, and how a denoiser is given one.
+"""Choose and set attention backends of diffusers' dispatcher.
 
-Whether one runs is found by a call, not from a version: wheels that fit another torch, missing kernels for a card or
-a dtype, and kernels without a backward pass all look fine until then.
+A trial call decides whether a backend can train here, not its version: wheels built for another torch, missing kernels
+for a GPU or dtype, and kernels without a backward pass all look fine until they are called.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 NATIVE = "native"
-# What "auto" tries, fastest first. xformers is for those who ask for it: its wheels follow torch with a delay.
+# Tried by "auto", fastest first. Not xformers: its wheels lag behind torch releases.
 AUTO = ("_flash_3", "flash", NATIVE)
-# What a report lists.
+# Backends listed by ``diffalign doctor``.
 LISTED = (
     NATIVE,
     "_native_flash",
@@ -31,7 +34,7 @@ LISTED = (
     "sage",
     "xformers",
 )
-# Back end -> the module that it needs beside torch.
+# Backend -> module that it needs besides torch.
 MODULES = {
     "flash": "flash_attn",
     "_flash_3": "flash_attn_interface",
@@ -42,9 +45,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 def refusal(name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why a back end cannot train here, in one line; None where it can.
+    """Return in one line why a backend cannot train here, or None if it can.
 
-    It can where a forward and a backward pass agree with softmax(Q K^T / sqrt(d)) V. ValueError: an unknown name.
+    It can if a forward and a backward pass agree with softmax(Q K^T / sqrt(d)) V. ValueError: unknown name.
     """
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
@@ -56,22 +59,23 @@ def refusal(name: str, device: torch.device | str, dtype: torch.dtype) -> str | 
     query, key, value = (x.to(device, dtype).requires_grad_() for x in drawn)
     try:
         with warnings.catch_warnings(), attention_backend(name):
-            warnings.simplefilter("ignore")  # torch warns once for every kernel that it turns down
+            warnings.simplefilter("ignore")  # torch warns once for each kernel it rejects
             output = dispatch_attention_fn(query, key, value)
         output.float().sum().backward()
-    except Exception as error:  # whatever a kernel raises is the answer
+    except Exception as error:  # kernels raise errors of any type
         return first_line(error)
     return _difference(output, query.grad, drawn, TOLERANCE[dtype])
 
 
 def _difference(output: Tensor, gradient: Tensor | None, drawn: list[Tensor], tolerance: float) -> str | None:
-    """What is wrong with a result for these (B, L, heads, d); None: nothing."""
+    """Describe the error of a backend's result for inputs (B, L, heads, d); None if within tolerance."""
     if gradient is None:
         return "it has no backward pass"
     query, key, value = (x.detach().double().transpose(1, 2) for x in drawn)
     query.requires_grad_()
     expected = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
     expected.sum().backward()
+    assert query.grad is not None
     for found, right in ((output, expected), (gradient, query.grad)):
         error = (found.detach().double().cpu().transpose(1, 2) - right.detach()).abs().max().item()
         if not error <= tolerance:
@@ -85,20 +89,26 @@ def _import_error(module: str) -> str | None:
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         return f"{package} is not installed" if error.name == package else first_line(error)
-    except Exception as error:  # a wheel built for another torch fails in its own ways
+    except Exception as error:  # a wheel built for another torch may raise anything
         return f"{module.split('.')[0]} cannot be imported: {first_line(error)}"
     return None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, or the error's name where it says nothing."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The back end that ``name`` stands for: itself, or with "auto" the first of ``AUTO`` that can train here.
+    """Resolve a backend name: itself, or for "auto" the first of ``AUTO`` that can train here.
 
-    dtype: what queries and keys are computed in. ValueError: it cannot train here, with the reason.
+    Args:
+        name: "auto" or a backend of diffusers' dispatcher.
+        device: Device of the denoiser.
+        dtype: Dtype of queries and keys.
+
+    Raises:
+        ValueError: The backend cannot train here; the message gives the reason.
     """
     if name == "auto":
         return next((one for one in AUTO if refusal(one, device, dtype) is None), NATIVE)
@@ -107,12 +117,12 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) 
     return name
 
 
-def set_attention(module: nn.Module, name: str) -> None:
-    """Gives every attention layer of a diffusers model the back end ``name``, which ``choose_attention`` has tried."""
+def set_attention(module: ModelMixin, name: str) -> None:
+    """Set the attention backend of every layer of a diffusers model to ``name``, from ``choose_attention``."""
     level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it calls the dispatcher experimental at every call
+    diffusers_logging.set_verbosity_error()  # it warns at every call that the dispatcher is experimental
     try:
-        with attention_backend(NATIVE):  # on leaving, the choice of other models in this process is as it was
+        with attention_backend(NATIVE):  # restores the active backend of other models
             module.set_attention_backend(name)
     finally:
         diffusers_logging.set_verbosity(level)
@@ -125,39 +135,43 @@ def set_attention(module: nn.Module, name: str) -> None:
 
 
 class Dispatched:
-    """A processor whose attention goes through the dispatcher: those of SD3 and of UNets call torch's own instead.
+    """Route a processor's attention through the dispatcher; those of SD3 and UNets call torch's attention directly.
 
-    It acts within the layer, so that gradient checkpointing computes the same again.
+    Routing happens within the layer, so that gradient checkpointing recomputes with the same backend.
     """
 
-    def __init__(self, processor: object, name: str) -> None:
+    def __init__(self, processor: Callable[..., object], name: str) -> None:
         self.processor, self.name = processor, name
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """What the processor returns."""
+        """Run the processor with the backend active."""
         with _Through(self.name):
             return self.processor(*args, **kwargs)
 
 
 class _Through(TorchFunctionMode):
-    """Hands torch's attention to a back end of the dispatcher."""
+    """Redirect ``scaled_dot_product_attention`` to a backend of the dispatcher."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.backend = AttentionBackendName(name)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         call = self._attend if func is F.scaled_dot_product_attention else func
         return call(*args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
-        """(B, heads, L, d), as torch has it; the dispatcher has heads last but one."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Attend over torch's layout (B, heads, L, d); the dispatcher takes (B, L, heads, d)."""
         heads_last = (x.transpose(1, 2) for x in self._cast(query, key, value))
         return dispatch_attention_fn(*heads_last, attn_mask=attn_mask, backend=self.backend, **options).transpose(1, 2)
 
     @staticmethod
     def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-        """As autocast would: other kernels than torch's own do not know of it."""
+        """Cast as autocast would; only torch's own kernels support autocast."""
         kind = tensors[0].device.type
         if not torch.is_autocast_enabled(kind):
             return tensors

@@ -1,6 +1,6 @@
-"""Puts what was tuned onto a pipeline for a while: a LoRA at any scale, full weights, or a negative prompt.
+"""Apply a checkpoint to a model within a context: a LoRA at any scale, full weights, or a negative prompt.
 
-All of a file is used, or it is an error that names what is not; after a load that fails the model is as it was.
+Unused tensors of a file are an error that names them. A failed load leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,11 +28,16 @@ PARTIAL = "set allow_partial (--allow_partial) to go on with the rest"
 
 
 def weights_file(model: DiffusionModel, path: Path) -> Path:
-    """The file or folder that holds the tuned weights of ``path``.
+    """Find the file or folder of the tuned weights in ``path``.
 
-    path: the file of a LoRA or a negative prompt; a folder with ``pytorch_lora_weights.safetensors`` or
-    ``negative_prompt.safetensors`` (a run, its ``raw/``, a checkpoint); or a folder whose subfolder, such as
-    ``transformer/``, holds full weights. FileNotFoundError: none of these.
+    Args:
+        model: Its denoiser's name is the subfolder of full weights.
+        path: File of a LoRA or negative prompt; folder with ``pytorch_lora_weights.safetensors`` or
+            ``negative_prompt.safetensors`` (a run, its ``raw/``, a checkpoint); or folder with full weights in a
+            subfolder such as ``transformer/``.
+
+    Raises:
+        FileNotFoundError: None of these.
     """
     files, full = (path / WEIGHTS_NAME, path / HALF_NAME, path / NEGATIVE_NAME), path / model.denoiser_name
     if path.is_file() and path.suffix == ".safetensors":
@@ -47,23 +53,23 @@ def weights_file(model: DiffusionModel, path: Path) -> Path:
 
 
 @contextmanager
-def tuned(
+def with_tuned_weights(
     model: DiffusionModel, path: Path | None, scale: float = 1.0, *, allow_partial: bool = False
 ) -> Iterator[None]:
-    """Within this context ``model`` draws with the weights of ``path``, loaded as plain diffusers loads them.
+    """Run ``model`` with the weights of ``path`` within this context, loaded as diffusers loads them.
 
-    A negative prompt is ``model.negative``, to guide away from. Of all that is tuned, ``model.using("reference")`` is
-    the base's. On leaving, and after any error, the model is what it was.
+    A negative prompt becomes ``model.negative``. ``model.using("reference")`` gives the base weights of all three
+    kinds. On exit, and after any error, the model is unchanged.
 
     Args:
-        model: a base, without an adapter of its own.
-        path: as for ``weights_file``; None is the base model.
-        scale: of the LoRA's update, any finite number; 0 gives the base.
-        allow_partial: go on, with a warning, where the model lacks some layers of the file.
+        model: A base model without an adapter.
+        path: As for ``weights_file``; None keeps the base weights.
+        scale: Scale of the LoRA's update, any finite number; 0 gives the base.
+        allow_partial: Warn instead of raising if the model lacks some layers of the file.
 
     Raises:
-        ValueError: part of the file is not used (without ``allow_partial``), or none of it is; it is damaged, empty or
-            not finite; full weights or a negative prompt at another scale than 1, or of another model.
+        ValueError: Some of the file is unused (without ``allow_partial``) or all of it; the file is damaged, empty or
+            not finite; ``scale`` is not 1 for full weights or a negative prompt; or the weights fit another model.
     """
     if path is None:
         yield
@@ -79,13 +85,16 @@ def tuned(
 
 
 def check_weights(model: DiffusionModel, path: Path | None, *, allow_partial: bool = False) -> None:
-    """Raise what ``tuned`` would raise for a LoRA that does not fit, or for a path without weights, before any work."""
+    """Check before any work that ``path`` holds weights, and that a LoRA fits.
+
+    Raises what ``with_tuned_weights`` would raise.
+    """
     if path is not None and (file := weights_file(model, path)).suffix == ".safetensors" and file.name != NEGATIVE_NAME:
         _fitting(model, file, allow_partial)
 
 
 def _fitting(model: DiffusionModel, file: Path, allow_partial: bool) -> LoraFile:
-    """Read a LoRA. ValueError: part of it is not used, or with ``allow_partial`` all of it."""
+    """Read a LoRA. ValueError: some of it is unused, or with ``allow_partial`` all of it."""
     found = read_lora(model.pipeline, file)
     if not found.used:
         kind = type(model.pipeline).__name__
@@ -103,7 +112,7 @@ def _lora(model: DiffusionModel, file: Path, scale: float, allow_partial: bool) 
     with _structure_kept(model):
         try:
             with quiet_libraries(), warnings.catch_warnings(), _only(model, found):
-                warnings.simplefilter("ignore")  # of peft, on layers that were left out
+                warnings.simplefilter("ignore")  # peft warns about skipped layers
                 model.pipeline.load_lora_weights(
                     file.parent, weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
                 )
@@ -119,16 +128,16 @@ def _lora(model: DiffusionModel, file: Path, scale: float, allow_partial: bool) 
 
 @contextmanager
 def _only(model: DiffusionModel, found: LoraFile) -> Iterator[None]:
-    """Has the pipeline read what it has layers for, and the alpha of each of them."""
+    """Restrict the pipeline's LoRA loader to usable tensors, with each layer's alpha folded in."""
     pipeline = model.pipeline
     read: Callable = pipeline.lora_state_dict
 
-    def kept(*args, **kwargs):
+    def usable(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         state, *rest = read(*args, **kwargs)
         state, rest = fold_alphas(state, rest)
         return {name: tensor for name, tensor in state.items() if name in found.used}, *rest
 
-    vars(pipeline)["lora_state_dict"] = kept
+    vars(pipeline)["lora_state_dict"] = usable
     try:
         yield
     finally:
@@ -175,9 +184,9 @@ def _modules(model: DiffusionModel) -> list[nn.Module]:
 
 @contextmanager
 def _structure_kept(model: DiffusionModel) -> Iterator[None]:
-    """On leaving, every part of the pipeline has the very modules and tensors that it had, whatever was put there.
+    """Restore every component's modules, tensors and flags by identity on exit.
 
-    Adapters wrap layers and never write to the weights that they wrap, so that references are enough.
+    Adapters wrap layers and never write to the wrapped weights, so references are enough.
     """
     parts = [module for part in _modules(model) for module in part.modules()]
     before = [(module, _contents(module), dict(vars(module))) for module in parts]

@@ -1,4 +1,4 @@
-"""torch.compile on the repeated blocks of a denoiser: minutes less to compile than the whole, and as fast to run."""
+"""Compile the repeated blocks of a denoiser: minutes faster to compile than the whole model, equally fast to run."""
 
 from __future__ import annotations
 
@@ -6,37 +6,44 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from diffalign.models.attention import first_line
 
-# Graphs that one kind of block may have: of each shape of batch, with the adapter on and off. Beyond it torch would
-# go on uncompiled, and say so once.
+# Graphs per block class: one for each batch shape, with and without the adapter. Beyond this limit torch falls back to
+# eager with a single warning.
 GRAPHS = 64
 
 
 def compile_refusal(device: torch.device | str) -> str | None:
-    """Why torch.compile does not run here, in one line; None where a forward and a backward pass through it do."""
+    """Return in one line why torch.compile does not run here, or None if a forward and a backward pass succeed."""
     x = torch.linspace(-1, 1, 64, device=device).reshape(8, 8).requires_grad_()
-    torch._dynamo.reset()  # what failed before in this process would fail again without being tried
+    torch._dynamo.reset()  # clears cached failures of this process
     try:
         compiled = torch.compile(lambda y: (y @ y).sin().sum())
         (gradient,) = torch.autograd.grad(compiled(x), x)
         (expected,) = torch.autograd.grad((x @ x).sin().sum(), x)
-    except Exception as error:  # no C++ compiler, no Triton, a driver too old: all have errors of their own
+    except Exception as error:  # no C++ compiler, no Triton, an old driver: error types vary
         return first_line(error)
     return None if torch.allclose(gradient, expected, atol=1e-4) else "its gradient is wrong"
 
 
-def compile_blocks(denoiser: nn.Module, **options: Any) -> None:
-    """Compiles the blocks of a diffusers model, in place: names of weights stay as they are.
+def compile_blocks(denoiser: ModelMixin, **options: Any) -> None:
+    """Compile the blocks of a diffusers model in place; parameter names do not change.
 
-    A block has one graph for sampling and for training, so that replayed steps are what was sampled: see ``OneGraph``.
-    Each shape of batch has graphs of its own, because one for all shapes rounds otherwise. options: of torch.compile.
-    ValueError: a model whose blocks diffusers does not name.
+    Sampling and training share one graph per block, so that replayed steps equal sampled ones: see ``OneGraph``. Each
+    batch shape has its own graphs, because a dynamic-shape graph rounds differently.
+
+    Args:
+        denoiser: A diffusers model.
+        options: Keyword arguments of torch.compile.
+
+    Raises:
+        ValueError: diffusers does not name the model's repeated blocks.
     """
     if not getattr(denoiser, "_repeated_blocks", None):
-        # Of SD3: diffusers names what must not be split over devices, which are the same blocks.
+        # SD3 names its blocks only as those that must not be split over devices.
         denoiser._repeated_blocks = list(getattr(denoiser, "_no_split_modules", None) or ())
     if not denoiser._repeated_blocks:
         raise ValueError(
@@ -50,18 +57,18 @@ def compile_blocks(denoiser: nn.Module, **options: Any) -> None:
 
 
 class OneGraph:
-    """Calls a compiled block in the same way whether gradients are wanted or not.
+    """Call a compiled block through one graph, with or without gradients.
 
-    torch compiles a graph for inference and another for training, which fuse, and so round, differently; and a third
-    for a first block, whose input needs no gradient. Here every floating input needs one. Without gradients, what the
-    block recorded is freed as it returns.
+    torch compiles separate graphs for inference and training, which fuse and therefore round differently, and a third
+    for a first block, whose input needs no gradient. Here every floating input requires a gradient. Without gradients,
+    the recorded graph is freed when the block returns.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block returns; detached where no gradient is wanted."""
+        """Run the block; the output is detached if gradients are disabled."""
         wanted = torch.is_grad_enabled()
         with torch.enable_grad():
             output = self.call(*map(_recorded, args), **{name: _recorded(value) for name, value in kwargs.items()})
@@ -69,7 +76,7 @@ class OneGraph:
 
 
 def _recorded(value: Any) -> Any:
-    """A tensor that needs a gradient; anything else as it is."""
+    """Return a floating tensor that requires a gradient; anything else unchanged."""
     if not (isinstance(value, Tensor) and value.is_floating_point()) or value.requires_grad:
         return value
     return value.detach().requires_grad_()

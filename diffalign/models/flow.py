@@ -1,11 +1,11 @@
-"""What flow models share: levels from the scheduler's own sigmas, and latents that are packed into tokens."""
+"""Base classes of flow models: levels from the scheduler's sigmas, and packing of latents into tokens."""
 
 from __future__ import annotations
 
 import copy
 
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from diffalign.diffusion.schedule import flow_level_at, flow_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.structures import Level
 
-# Layers of attention over image and text together: the usual targets of a LoRA.
+# Joint attention layers over image and text: the usual LoRA targets.
 JOINT_ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -25,20 +25,27 @@ JOINT_ATTENTION = (
     "attn.to_add_out",
 )
 
-# Scheduler's name of a number -> ours in ``calculate_shift``, with the value that pipelines take where it has none.
+# Scheduler config key -> the pipelines' default, in the order of ``calculate_shift``'s arguments.
 SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 class FlowModel(DiffusionModel):
     """A pipeline whose denoiser predicts noise - x0 at x = (1 - sigma) x0 + sigma noise.
 
-    max_sequence_length: tokens per prompt. What is trained here should be what is sampled later. resolution: side of
-    the square images, in pixels. Both default to the pipeline's own.
+    Both arguments default to the pipeline's own.
+
+    Args:
+        pipeline: The pipeline to drive.
+        max_sequence_length: Tokens per prompt; use the same value for training and later sampling.
+        resolution: Side of the square images, in pixels.
+
+    Raises:
+        ValueError: ``max_sequence_length`` is out of range, or the scheduler has no flow sigmas.
     """
 
     parameterization = "flow"
-    # Whether the pipeline hands linspace(1, 1 / N, N) to its scheduler, so that its schedule is "uniform"; SD3's leaves
-    # the grid to the scheduler.
+    # Whether the pipeline passes linspace(1, 1 / N, N) to its scheduler, which makes its schedule "uniform"; SD3's
+    # leaves the grid to the scheduler.
     uniform_grid = True
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: int | None = None):
@@ -57,7 +64,7 @@ class FlowModel(DiffusionModel):
             )
 
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
-        """The scheduler's own sigmas, dynamic shift included."""
+        """Return the levels of the scheduler's sigmas, including dynamic shift."""
         check_schedule(schedule)
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         uniform = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
@@ -66,7 +73,7 @@ class FlowModel(DiffusionModel):
         return flow_levels(scheduler.sigmas, self.num_train_timesteps)
 
     def level_at(self, time: Tensor) -> Level:
-        """sigma = time / T."""
+        """Return the level with sigma = time / T."""
         return flow_level_at(time, self.num_train_timesteps)
 
     @property
@@ -76,51 +83,51 @@ class FlowModel(DiffusionModel):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens per prompt that the pipeline takes at most, or its text encoder where the pipeline does not say."""
+        """Maximum ``max_sequence_length`` of the pipeline, or of its text encoder if the pipeline sets none."""
         return 512
 
     @property
     def patch_size(self) -> int:
-        """Side of the square of latents that is one token."""
+        """Side of a token's square of latents."""
         return 2
 
     @property
     def resolution_unit(self) -> int:
-        """Whole tokens."""
+        """Pixels per side of a token."""
         return self.pipeline.vae_scale_factor * self.patch_size
 
-    def _shift(self, scheduler, resolution: tuple[int, int] | None) -> dict[str, float]:
+    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None) -> dict[str, float]:
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
-        _, height, width = self.latent_shape(resolution)
+        *_, height, width = self.latent_shape(resolution)
         tokens = (height // self.patch_size) * (width // self.patch_size)
         return {"mu": calculate_shift(tokens, *(scheduler.config.get(name, usual) for name, usual in SHIFT.items()))}
 
 
 class PackedFlowModel(FlowModel):
-    """A flow model whose transformer takes squares of 2 x 2 latents, packed into tokens (B, h/2 w/2, 4 C)."""
+    """A flow model whose transformer takes 2 x 2 latents packed into tokens (B, h/2 w/2, 4 C)."""
 
     @property
     def default_resolution(self) -> tuple[int, int]:
-        """``resolution``, else the pipeline's own; its transformer does not know one."""
+        """``resolution``, or the pipeline's default; the transformer's config has none."""
         size = self.resolution or self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return size, size
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents before packing."""
+        """Number of latent channels C before packing."""
         return self.raw_denoiser.config.in_channels // self.patch_size**2
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 w/2, 4 C): a token holds 2 x 2 positions, channel by channel."""
+    """Pack latents (B, C, h, w) into tokens (B, h/2 w/2, 4 C) of 2 x 2 positions, channels first."""
     batch, channels, height, width = latents.shape
     squares = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, h/2 w/2, 4 C) -> (B, C, h, w); the inverse of ``pack``."""
+    """Unpack tokens (B, h/2 w/2, 4 C) into latents (B, C, h, w); the inverse of ``pack``."""
     batch, _, channels = tokens.shape
     squares = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)

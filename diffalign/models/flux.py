@@ -15,14 +15,19 @@ from diffalign.structures import Conditioning
 
 
 class FluxModel(PackedFlowModel):
-    """Drives a ``FluxPipeline``: FLUX.1-dev, FLUX.1-schnell and models of their shape.
+    """Drive a ``FluxPipeline``: FLUX.1-dev, FLUX.1-schnell and models of their shape.
 
-    max_sequence_length: T5 tokens per prompt. The pipeline's default is 512; FLUX.1-schnell was trained with 256.
-    resolution: as for ``FlowModel``, a multiple of 16 pixels.
-    embedded_guidance: the ``guidance_scale`` of the pipeline, an input of FLUX.1-dev, which was distilled from guided
-    samples; default 3.5, as the pipeline's. It costs nothing, and training and sampling see the same. The trainers'
-    ``guidance_scale`` is the pipeline's ``true_cfg_scale``, which these models are made to do without (1.0).
-    ValueError: embedded guidance for a model that is not told it, as FLUX.1-schnell.
+    The trainers' ``guidance_scale`` is the pipeline's ``true_cfg_scale``, which these models do not need (1.0).
+
+    Args:
+        pipeline: The pipeline to drive.
+        max_sequence_length: T5 tokens per prompt. The pipeline's default is 512; FLUX.1-schnell was trained with 256.
+        resolution: As for ``FlowModel``, a multiple of 16 pixels.
+        embedded_guidance: The pipeline's ``guidance_scale``, an input of FLUX.1-dev, which is distilled from guided
+            samples; default 3.5, as the pipeline's. It adds no cost, and is the same in training and sampling.
+
+    Raises:
+        ValueError: ``embedded_guidance`` is given for a model without a guidance embedding, such as FLUX.1-schnell.
     """
 
     negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
@@ -36,35 +41,36 @@ class FluxModel(PackedFlowModel):
         embedded_guidance: float | None = None,
     ) -> None:
         super().__init__(pipeline, max_sequence_length, resolution)
-        told = self.raw_denoiser.config.guidance_embeds
-        if embedded_guidance is not None and not told:
+        has_guidance_embedding = self.raw_denoiser.config.guidance_embeds
+        if embedded_guidance is not None and not has_guidance_embedding:
             raise ValueError(
                 f"embedded_guidance {embedded_guidance}: this model has no guidance embedding (FLUX.1-dev has); "
                 "leave it out"
             )
-        self.embedded_guidance = (3.5 if embedded_guidance is None else embedded_guidance) if told else None
+        default = 3.5 if embedded_guidance is None else embedded_guidance
+        self.embedded_guidance = default if has_guidance_embedding else None
 
     def count_tokens(self, text: str) -> int:
-        """Count T5's tokens."""
+        """Count T5 tokens."""
         return len(self.pipeline.tokenizer_2(text).input_ids)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: T5's embeddings (B, L, D), CLIP's pooled (B, P), and text ids (L, 3)."""
+        """Encode with the pipeline: T5 embeddings (B, L, D), pooled CLIP embeddings (B, P) and text ids (L, 3)."""
         embeds, pooled, text_ids = self.pipeline.encode_prompt(
             list(texts), device=self.pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
         )
         return Conditioning({"embeds": embeds, "pooled": pooled}, {"text_ids": text_ids}).to(self.device)
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the transformer, through the wrapper that accelerate prepared."""
+        """Run the transformer once, through accelerate's wrapper."""
         dtype, tensors = self.dtype, conditioning.tensors
         height, width = x.shape[-2:]
         guidance = self.embedded_guidance
         output = self.denoiser(
             hidden_states=pack(x.to(dtype)),
-            # Rounded before the division, as the pipeline does: in bfloat16 the order shows.
+            # Round before dividing, as the pipeline does: the order matters in bfloat16.
             timestep=time.to(dtype) / self.num_train_timesteps,
             guidance=None if guidance is None else torch.full_like(time, guidance),
             pooled_projections=tensors["pooled"].to(dtype),
@@ -78,6 +84,6 @@ class FluxModel(PackedFlowModel):
 
 @lru_cache(maxsize=16)
 def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The place of each token of the image, (h w, 3): 0, row, column. Kept, because making it waits for the device."""
+    """Return the position ids of the image tokens, (h w, 3): 0, row, column. Cached to avoid a device sync."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Full weights of a denoiser, held against the one that they replace before they are loaded."""
+"""Load full weights of a denoiser after comparing them with the denoiser that they replace."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_full(original: nn.Module, folder: Path, allow_partial: bool) -> nn.Module:
-    """Load full weights in the place of ``original``, on its device and in its dtype.
+    """Load full weights as a replacement of ``original``, on its device and in its dtype.
 
     Args:
-        original: the denoiser of the pipeline; it is not changed.
-        folder: as ``save_pretrained`` wrote it, fp16-only variants included.
-        allow_partial: go on, with a warning, where the file has weights that the denoiser lacks.
+        original: The pipeline's denoiser; not changed.
+        folder: Written by ``save_pretrained``; fp16-only variants are accepted.
+        allow_partial: Warn instead of raising if the folder has weights that the denoiser lacks.
 
     Raises:
-        ValueError: weights are missing, left over or of another shape; the folder is of another class, holds no
-            safetensors, or a file is damaged.
+        ValueError: Weights are missing, unexpected or of another shape; the folder holds another class or no
+            safetensors; or a file is damaged.
     """
     kind = plain_class(original)
     try:
@@ -55,7 +55,7 @@ def load_full(original: nn.Module, folder: Path, allow_partial: bool) -> nn.Modu
 
 
 def weight_files(folder: Path) -> tuple[str | None, list[Path]]:
-    """Return the variant of a folder's weights, None or "fp16", and their files. ValueError: no safetensors there."""
+    """Return the variant of a folder's weights, None or "fp16", and their files. ValueError: no safetensors."""
     for variant in (None, "fp16"):
         whole = folder / (f"{STEM}.safetensors" if variant is None else f"{STEM}.{variant}.safetensors")
         index = folder / f"{STEM}.safetensors.index{'' if variant is None else '.' + variant}.json"
@@ -76,9 +76,9 @@ def _shapes(file: Path) -> Shapes:
 
 
 def _compare(original: nn.Module, folder: Path, found: Shapes) -> str:
-    """Describe weights that the denoiser has no place for. ValueError: missing ones, or other shapes."""
+    """Describe unexpected weights; empty if there are none. ValueError: missing weights or other shapes."""
     if getattr(original, "quantization_method", None) is not None:
-        return ""  # its own weights are packed, and have no shapes to compare with
+        return ""  # quantised weights are packed and have other shapes
     wanted = {name: tuple(tensor.shape) for name, tensor in original.state_dict().items()}
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing:

@@ -1,4 +1,4 @@
-"""From a path or a hub id to a ``DiffusionModel``: the family is read from the pipeline's own index."""
+"""Load a ``DiffusionModel`` from a path or hub id; the pipeline's ``model_index.json`` selects the family."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
 
 @contextmanager
 def local_files(path: str | Path) -> Iterator[None]:
-    """Raise ValueError, with the path and the cause, where the files of a local model are damaged or incomplete."""
+    """Turn errors from damaged or incomplete files of a local model into a ValueError with path and cause."""
     try:
         yield
-    except Exception as error:  # of safetensors, json, diffusers and transformers, each with kinds of its own
+    except Exception as error:  # safetensors, json, diffusers and transformers raise different types
         explained = str(error).startswith(f"model {path}:")
         if explained or not Path(path).exists() or "memory" in str(error).lower() or isinstance(error, MemoryError):
             raise
@@ -55,7 +55,7 @@ def local_files(path: str | Path) -> Iterator[None]:
 
 
 def pipeline_class(path: str | Path, revision: str | None = None) -> str:
-    """The name of the pipeline's class in its own index. FileNotFoundError, ValueError: as for ``load_model``."""
+    """Return the pipeline class named in ``model_index.json``. Raises as ``load_model`` does."""
     local = Path(path)
     if not local.exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/"))):
         raise FileNotFoundError(
@@ -73,15 +73,15 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
 
 
 def unguided_scale(path: str | Path, revision: str | None = None) -> float:
-    """Return the guidance scale that turns guidance off in a model's family; 1 where the family cannot be told yet."""
+    """Return the scale that turns guidance off in a model's family; 1 if the family cannot be read yet."""
     try:
         return FAMILIES[pipeline_class(path, revision)].unguided_scale
-    except (OSError, ValueError):  # loading the model says what is wrong with it
+    except (OSError, ValueError):  # loading the model will report the error
         return DiffusionModel.unguided_scale
 
 
 def _check_libraries(path: str | Path, index: Mapping[str, Any]) -> None:
-    """ValueError for a part that comes from another library: diffusers would import whatever module is named."""
+    """Raise ValueError for a component of another library: diffusers would import any module named there."""
     for part, value in index.items():
         library = value[0] if isinstance(value, (list, tuple)) and value else None
         if library is None or library in LIBRARIES:
@@ -94,9 +94,9 @@ def _check_libraries(path: str | Path, index: Mapping[str, Any]) -> None:
 
 
 def loaded_commit(model: DiffusionModel) -> str | None:
-    """The commit of the hub that the denoiser came from; None for one from a folder."""
-    place = Path(str(model.raw_denoiser.config.get("_name_or_path", "")))
-    found = [name for folder, name in pairwise(place.parts) if folder == "snapshots" and COMMIT.fullmatch(name)]
+    """Return the hub commit of the denoiser, or None if it was loaded from a folder."""
+    folder = Path(str(model.raw_denoiser.config.get("_name_or_path", "")))
+    found = [name for parent, name in pairwise(folder.parts) if parent == "snapshots" and COMMIT.fullmatch(name)]
     return found[-1] if found else None
 
 
@@ -108,15 +108,18 @@ def load_model(
     quantise: str = "no",
     **options: Any,
 ) -> DiffusionModel:
-    """Loads a pipeline with plain diffusers and wraps it.
+    """Load a pipeline with diffusers and wrap it in the model of its family.
 
-    path: a folder in diffusers' layout, or a hub id; weights may be there as an fp16 variant only. revision: its
-    branch, tag or commit.
-    dtype: of the frozen weights; the VAE stays float32.
-    quantise: the denoiser loads in "8bit" or "4bit", for a LoRA on it; see ``quantisation``.
-    options: of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
-    FileNotFoundError: no such folder, or one without ``model_index.json``. ValueError: a family not known yet, an
-    option that it does not have, or weights that are missing.
+    Args:
+        path: Folder in diffusers' layout, or hub id; an fp16 variant alone is enough.
+        dtype: Dtype of the frozen weights; the VAE stays float32.
+        revision: Branch, tag or commit of a hub id.
+        quantise: "8bit" or "4bit" loads the denoiser quantised, for a LoRA on it: see ``quantisation``.
+        options: Options of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
+
+    Raises:
+        FileNotFoundError: The folder does not exist or has no ``model_index.json``.
+        ValueError: Unsupported family, unknown option, or missing weights.
     """
     name = pipeline_class(path, revision)
     family = FAMILIES[name]
@@ -142,7 +145,7 @@ def load_model(
 
 
 def _from_pretrained(path: str | Path, **options: Any) -> DiffusionPipeline:
-    """Load a pipeline, from its fp16 files where it has no others. OSError, ValueError: of diffusers, the first one."""
+    """Load a pipeline, falling back to its fp16 files; if both fail, raise the first error of diffusers."""
     try:
         return DiffusionPipeline.from_pretrained(path, **options)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The LoRA: inject it, write it in diffusers' own layout, and check that what was written is what was trained."""
+"""Inject a LoRA, export it in diffusers' layout, and check that the export is not all zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
@@ -22,11 +22,19 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def inject(
-    module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
+    module: ModelMixin, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
 ) -> None:
-    """Adds a trainable float32 adapter to ``module``, freezes the rest. idle: full names of layers to leave out.
+    """Add a trainable float32 adapter to ``module`` and freeze the rest.
 
-    ValueError where a target matches no layer.
+    Args:
+        module: The denoiser, changed in place.
+        config: Rank, alpha and targets.
+        targets: Default targets: layer names or their ends.
+        seed: Seed of the adapter's initial weights.
+        idle: Full names of layers to leave out.
+
+    Raises:
+        ValueError: A target matches no layer.
     """
     wanted = config.targets or targets
     names = [name for name, _ in module.named_modules()]
@@ -45,7 +53,7 @@ def inject(
         target_modules=sorted(wanted),
         exclude_modules=[name for name in idle if any(_named(name, t) for t in wanted)] or None,
     )
-    # peft draws from the global generator; a fork keeps it untouched and the draw a function of the seed.
+    # peft uses the global generator: fork it, so that the weights depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(peft_config)
@@ -55,7 +63,7 @@ def inject(
 
 
 def _named(layer: str, target: str) -> bool:
-    """Whether ``target`` is the name of a layer, or its end."""
+    """Tell whether ``target`` is a layer's name or its end."""
     return layer == target or layer.endswith("." + target)
 
 
@@ -68,24 +76,23 @@ def export(
 ) -> Path:
     """Write ``pytorch_lora_weights.safetensors``: float32, with alpha / rank multiplied into B.
 
-    The header says alpha = rank, so that readers that use it and readers that do not get the same update. The module
-    keeps its own alpha.
+    The header says alpha = rank, so that readers that ignore it get the same update. The module keeps its own alpha.
 
     Args:
-        pipeline: whose layout the file has.
-        component: the pipeline's name for the module with the adapter, "unet" or "transformer".
-        directory: where the file goes.
-        about: what else the header of the file is to say, such as the base model.
-        whole: the adapter's weights by name, where the module has shards.
+        pipeline: Defines the layout of the file.
+        component: Name of the module with the adapter, "unet" or "transformer".
+        directory: Folder of the file.
+        about: Further header entries, such as the base model.
+        whole: Gathered adapter weights by name, for a sharded module.
     """
     module = getattr(pipeline, component)
     trained = get_peft_model_state_dict(module, state_dict=whole)
     layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
     metadata = module.peft_config["default"].to_dict()
     fold_scale(module, layers, metadata)
-    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: its order would differ between files
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # sort the set, so that files are reproducible
     if metadata["exclude_modules"]:
-        # Loaders warn of excluded layers that are not there, and of ends of names that match more than the file has.
+        # Loaders warn of missing excluded layers, and of name ends that match layers not in the file.
         metadata["exclude_modules"] = None
         metadata["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in layers})
     named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
@@ -99,8 +106,8 @@ def export(
     return path
 
 
-def fold_scale(module: nn.Module, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Multiply each layer's scale, alpha / rank in most, into its B, and set alpha = rank in the metadata, in place."""
+def fold_scale(module: ModelMixin, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Multiply each layer's scale, usually alpha / rank, into its B, and set alpha = rank in the metadata, in place."""
     for name, tensor in layers.items():
         layer, _, part = name.rpartition(".lora_")
         if part.startswith("B."):
@@ -111,7 +118,7 @@ def fold_scale(module: nn.Module, layers: dict[str, Tensor], metadata: dict[str,
 
 
 def learned_nothing(path: Path) -> bool:
-    """True, with a warning, when every B matrix of an exported LoRA is still zero."""
+    """Warn and return True if every B matrix of an exported LoRA is zero."""
     weights = load_file(path)
     idle = not any(bool(t.any()) for name, t in weights.items() if ".lora_B." in name)
     if idle:

@@ -1,4 +1,4 @@
-"""The file of a LoRA, held against a pipeline before anything of it is loaded."""
+"""Check a LoRA file against a pipeline before loading any of it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from torch import Tensor, nn
 from diffalign.models.quiet import quiet_libraries
 
 SHOWN = 4  # names in a message
-# What diffusers and kohya call the parts of a low-rank update; a name without any of them is no LoRA of theirs.
+# Names of low-rank update tensors in diffusers' and kohya's formats.
 PART = re.compile(
     r"lora_[AB]\b|lora_(up|down)\b|lora_linear_layer\.(up|down)|_lora\.(up|down)|lora_magnitude_vector|alpha$"
 )
 PEFT_PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(?=\.|$)")
-# Prefixes by which kohya's files name a part of the pipeline.
+# Prefixes of pipeline components in kohya's format.
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as diffusers reads it for one pipeline.
+    """A LoRA file as diffusers reads it for one pipeline.
 
-    used: names in the converted state that the pipeline has layers for. unused: reasons by name, converted or as in the
-    file, for everything else.
+    Attributes:
+        path: The file.
+        used: Names in the converted state dict that match layers of the pipeline.
+        unused: Reason for each other tensor, by its name in the converted state dict or in the file.
     """
 
     path: Path
@@ -43,7 +45,7 @@ class LoraFile:
     unused: Mapping[str, str]
 
     def problem(self) -> str:
-        """Describe what is not used, naming a few tensors; empty where all of the file is."""
+        """Describe the unused tensors, naming a few; empty if all are used."""
         if not self.unused:
             return ""
         first = list(self.unused.items())[:SHOWN]
@@ -54,7 +56,7 @@ class LoraFile:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file. ValueError naming it: damaged, empty, or with values that are not finite."""
+    """Load a safetensors file. ValueError: it is damaged, empty, or has non-finite values."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -67,15 +69,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
-    """Tell which tensors of a LoRA the pipeline has layers for, without changing it.
+    """Match the tensors of a LoRA file to layers of the pipeline, without changing the pipeline.
 
-    ValueError: the file cannot be read, or diffusers cannot convert it for this pipeline.
+    Raises:
+        ValueError: The file cannot be read, or diffusers cannot convert it for this pipeline.
     """
     raw = read_tensors(path)
     foreign = {name: "no part of a LoRA that diffusers loads" for name in raw if not PART.search(_part_of(name))}
     try:
         state = _converted(pipeline, path)
-    except Exception as error:  # converters of diffusers fail in many ways on files that they do not know
+    except Exception as error:  # diffusers' converters raise various types on unknown formats
         raise ValueError(f"{path} is no LoRA for a {type(pipeline).__name__}: {str(error)[:300]}") from error
     used, unused = set(), dict(foreign)
     parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
@@ -93,13 +96,13 @@ def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
 
 
 def fold_alphas(state: Mapping[str, Tensor], rest: Sequence[Any]) -> tuple[dict[str, Tensor], list[Any]]:
-    """Multiply the alpha / rank of each layer into its B, where diffusers returns alphas beside the state.
+    """Multiply each layer's alpha / rank into its B if diffusers returns alphas separately.
 
-    diffusers hands peft one alpha for all layers of a UNet, and drops those of layers that have another.
+    diffusers passes peft one alpha for all layers of a UNet, and drops those of layers with another one.
 
     Args:
-        state: the converted tensors.
-        rest: what else ``lora_state_dict`` returned: alphas by name or None, and metadata.
+        state: Converted tensors.
+        rest: Further results of ``lora_state_dict``: alphas by name or None, and metadata.
     """
     folded = dict(state)
     if not rest or not rest[0] or not all(name.endswith("alpha") for name in rest[0]):
@@ -113,7 +116,7 @@ def fold_alphas(state: Mapping[str, Tensor], rest: Sequence[Any]) -> tuple[dict[
 
 
 def _part_of(name: str) -> str:
-    """The name without kohya's prefix, which has "lora" in it whatever follows."""
+    """Strip kohya's prefix, which contains "lora" for any tensor."""
     return next((name.removeprefix(prefix) for prefix in KOHYA if name.startswith(prefix)), name)
 
 
@@ -127,10 +130,10 @@ def _converted(pipeline: DiffusionPipeline, path: Path) -> dict[str, Tensor]:
 
 
 def _unfit(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
-    """Reasons, by name in ``state``, for tensors that ``component`` has no layer of that shape for."""
+    """Return the reason for each tensor of ``state`` that fits no layer of ``component``, by name."""
     try:
         renamed = _peft_names(component, state)
-    except (ValueError, KeyError) as error:  # of diffusers, which guesses the layout from some names
+    except (ValueError, KeyError) as error:  # diffusers guesses the layout from a few names
         return dict.fromkeys(state, f"diffusers cannot convert it ({str(error)[:80]})")
     layers = dict(component.named_modules())
     parts: dict[str, set[str]] = {}
@@ -150,13 +153,13 @@ def _unfit(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """(layer, part, rest) of a name such as ``attn.to_q.lora_A.weight``; the part is empty where it has none."""
+    """Split a name such as ``attn.to_q.lora_A.weight`` into (layer, part, rest); part is empty if it has none."""
     match = PEFT_PART.search(name)
     return (name[: match.start()], match[1], name[match.end() :]) if match else (name, "", "")
 
 
 def _peft_names(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
-    """The names that diffusers will give these tensors when it loads them."""
+    """Return the names that diffusers gives these tensors on loading."""
     if not state:
         return {}
     marked: dict[str, Any] = {name: name for name in state}
@@ -170,7 +173,7 @@ def _peft_names(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str
 
 
 def _misfit(layer: nn.Module, part: str, tensor: Tensor) -> str:
-    """What is wrong with the shape of one tensor for ``layer``; empty: nothing."""
+    """Describe a shape mismatch between a tensor and ``layer``; empty if it fits."""
     weight = getattr(layer, "weight", None)
     if weight is None or part == "lora_magnitude_vector" or not hasattr(layer, "in_features"):
         ends = (getattr(layer, "in_channels", None), getattr(layer, "out_channels", None))

@@ -1,4 +1,4 @@
-"""A pipeline as shapes: everything about its memory from its configuration files, without reading a weight."""
+"""Build a pipeline on the meta device from its configuration files, to estimate memory without reading weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffalign.models.load import FAMILIES, pipeline_class
 def model_on_meta(
     path: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> DiffusionModel:
-    """What ``load_model`` gives, on the meta device and without tokenizers: it has shapes and schedules, no numbers.
+    """Build the model of ``load_model`` on the meta device, with shapes and schedules but no weights or tokenizers.
 
-    Arguments and errors as for ``load_model``; of a hub id, only configuration files are fetched.
+    Arguments and errors are those of ``load_model``; only configuration files of a hub id are fetched.
     """
     name = pipeline_class(path, revision)
     family, kind = FAMILIES[name], getattr(diffusers, name)
@@ -28,7 +28,7 @@ def model_on_meta(
     given = {key: value for key, value in index.items() if not key.startswith("_")}
     for key, value in given.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
-            given[key] = None if key in family.load_options else _part(path, key, *value, revision=revision)
+            given[key] = None if key in family.load_options else _part(path, key, revision, *value)
     pipeline = kind(**{**given, **family.load_options})
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):
@@ -36,18 +36,19 @@ def model_on_meta(
     return family(pipeline, **{key: value for key, value in options.items() if value is not None})
 
 
-def _part(path: str | Path, name: str, library: str | None, kind: str | None, revision: str | None) -> Any:
-    """A scheduler as it is, a network on the meta device, None for the rest."""
+def _part(path: str | Path, name: str, revision: str | None, library: str | None, kind: str | None) -> Any:
+    """Load a scheduler, build a network on the meta device, or return None for other components."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
     found = getattr(module, kind or "", None)
     if found is None or not isinstance(found, type):
         return None
+    build: Any = found
     if issubclass(found, SchedulerMixin):
-        return found.from_pretrained(path, subfolder=name, revision=revision)
+        return build.from_pretrained(path, subfolder=name, revision=revision)
     if not issubclass(found, nn.Module):
         return None
-    config = found.load_config(path, subfolder=name, revision=revision) if library == "diffusers" else None
+    config = build.load_config(path, subfolder=name, revision=revision) if library == "diffusers" else None
     if config is None:
-        config = found.config_class.from_pretrained(path, subfolder=name, revision=revision)
+        config = build.config_class.from_pretrained(path, subfolder=name, revision=revision)
     with torch.device("meta"):
-        return found.from_config(config) if library == "diffusers" else found(config)
+        return build.from_config(config) if library == "diffusers" else build(config)

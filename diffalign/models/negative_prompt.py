@@ -1,4 +1,4 @@
-"""A negative prompt that is trained: what guidance leads away from, as free tensors instead of an encoded text."""
+"""A trainable negative prompt: free embeddings for guidance instead of an encoded text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from diffalign.structures import Conditioning
 
 NEGATIVE_NAME = "negative_prompt.safetensors"
-# The members of a conditioning that stand for a text; the others, such as masks, stay as they are.
+# Conditioning tensors that are trained; others, such as masks, stay fixed.
 TRAINED = ("embeds", "pooled")
 
 
 class NegativePrompt(nn.Module):
-    """The embeddings of a negative prompt, trainable, float32: one row, of the same shape as an encoded text.
+    """Trainable float32 embeddings of a negative prompt: one row, shaped like an encoded text.
 
-    Where there is a mask, what it hides gets no gradient. initial: one row, what it begins at. ValueError where it has
-    no embeddings.
+    Masked positions get no gradient.
+
+    Args:
+        initial: One row, the initial value.
+
+    Raises:
+        ValueError: ``initial`` has no embeddings.
     """
 
     def __init__(self, initial: Conditioning) -> None:
@@ -32,9 +37,9 @@ class NegativePrompt(nn.Module):
         self.shared = initial.shared
 
     def forward(self) -> dict[str, Tensor]:
-        """The trained tensors by name. Called on accelerate's wrapper, so that processes share their gradients."""
+        """Return the trained tensors by name; call accelerate's wrapper, so that processes share gradients."""
         return dict(self.trained.items())
 
     def conditioning(self, trained: Mapping[str, Tensor]) -> Conditioning:
-        """One row of what the denoiser sees, from what ``forward`` gave."""
+        """Build a one-row conditioning from the output of ``forward``."""
         return Conditioning({**trained, **self.rest}, self.shared)

@@ -1,4 +1,4 @@
-"""How plain diffusers is called so that it draws what an evaluation draws: settings as lines of Python."""
+"""Write the diffusers call that reproduces an evaluation's images, as Python source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from diffalign.models.base import DiffusionModel
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """setup: statements between loading and calling, on ``pipe``; imports: names of diffusers that they need.
+    """The call of a pipeline as source code.
 
-    arguments: of ``pipe(prompt, ...)``, as source code.
+    Attributes:
+        arguments: Keyword arguments of ``pipe(prompt, ...)``.
+        setup: Statements on ``pipe`` between loading and calling.
+        imports: Names of diffusers that ``setup`` needs.
     """
 
     arguments: Mapping[str, str]
@@ -22,13 +25,13 @@ class PipelineCall:
 
     @property
     def text(self) -> str:
-        """The arguments as they stand behind the prompt."""
+        """The arguments as source text after the prompt."""
         return "".join(f", {name}={value}" for name, value in self.arguments.items())
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """How images were drawn. guidance: the trainers' ``guidance_scale``; None, or a scale that does not guide: off."""
+    """Sampling settings. guidance: the trainers' ``guidance_scale``; None or a scale that does not guide is off."""
 
     num_steps: int
     schedule: str = "pipeline"
@@ -37,9 +40,9 @@ class Sampled:
 
 
 def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
-    """Return the call of the model's own pipeline that draws with these settings.
+    """Return the call of the model's pipeline that samples with these settings.
 
-    Steps, guidance and tokens are given even where they are the defaults, which differ between versions.
+    Steps, guidance and prompt length are always given, because the defaults differ between versions of diffusers.
     """
     setup, imports, steps = _schedule(model, sampled)
     arguments = {**steps, **_guidance(model, sampled.guidance)}
@@ -50,12 +53,12 @@ def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
 
 
 def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[str], dict[str, str]]:
-    """Statements, imports, and the arguments that choose the steps."""
+    """Return setup statements, imports, and the arguments that select the timesteps."""
     count = sampled.num_steps
     steps = {"num_inference_steps": str(count)}
     config = model.pipeline.scheduler.config
     if model.parameterization != "flow":
-        # Evaluations take DDIM's steps, whatever the pipeline's own scheduler is.
+        # Evaluations use DDIM, whatever the pipeline's scheduler is.
         spacing = ', timestep_spacing="trailing"' if sampled.schedule == "uniform" else ""
         change = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{spacing})"
         return [change], ["DDIMScheduler"], steps
@@ -64,7 +67,7 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
         change = "pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)"
         return [change], ["FlowMatchEulerDiscreteScheduler"], {**steps, **uniform}
     if config.get("use_flow_sigmas"):
-        # The first order of DPM-Solver++ is the ODE step of an evaluation.
+        # First-order DPM-Solver++ is the ODE step of an evaluation.
         change = "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)"
         return [change], [], steps
     if sampled.schedule == "uniform" and not getattr(model, "uniform_grid", True):
@@ -102,7 +105,7 @@ def _qwen(model: DiffusionModel, scale: float | None) -> dict[str, str]:
 
 
 def _z_image(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    """Its scale counts from 0; where the model's interface counts from 1, one is taken away."""
+    """Write the scale relative to the scale that turns guidance off, which is 0 in Z-Image's pipeline."""
     offset = getattr(model, "unguided_scale", 1.0)
     return {"guidance_scale": f"{scale - offset:g}" if _guides(model, scale) and scale is not None else "0.0"}
 
@@ -115,7 +118,7 @@ GUIDANCE: dict[str, Callable[[DiffusionModel, float | None], dict[str, str]]] = 
 
 
 def _size(model: DiffusionModel) -> dict[str, str]:
-    """Height and width, where a run chose them; SANA would otherwise round them to one of its own."""
+    """Height and width if the run sets them; SANA must not round them to its resolution bins."""
     if model.resolution is None:
         return {}
     height, width = model.default_resolution

@@ -1,11 +1,11 @@
-"""Keeps what the text encoders said, so that each distinct prompt is encoded once."""
+"""Cache prompt embeddings, so that each distinct prompt is encoded once."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,15 +17,17 @@ from diffalign.models.quiet import quiet_libraries
 from diffalign.models.tensor_cache import TensorCache
 from diffalign.structures import Conditioning, Guidance
 
-SHARED = "shared/"  # begins the name, on disk, of a tensor without a batch axis
-PROBE = 64  # numbers of each tensor that tell one model from another
+SHARED = "shared/"  # prefix, on disk, of tensors without a batch axis
+PROBE = 64  # values of each tensor that identify a model
 
 
 class PromptEmbeddingCache:
-    """The conditioning of prompts, from memory where it is there.
+    """Encode prompts through a cache in memory and, optionally, on disk.
 
-    limit: bytes beyond which the oldest are forgotten, but for what was prepared last. folder: where they are kept on
-    disk as well; None: they are not.
+    Args:
+        model: Encodes the prompts that are not cached.
+        limit: Bytes of memory beyond which the oldest rows are evicted, except the last prepared ones.
+        folder: Folder of the disk cache; None for none.
     """
 
     def __init__(self, model: DiffusionModel, limit: int = 2 << 30, folder: Path | None = None) -> None:
@@ -36,26 +38,28 @@ class PromptEmbeddingCache:
         self._warned = False
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """The conditioning of ``texts``, a row each, on the denoiser's device."""
+        """Encode ``texts``, a row each, on the denoiser's device."""
         return self.rows(texts).to(self.model.device)
 
     def rows(self, texts: Sequence[str]) -> Conditioning:
-        """The conditioning of ``texts``, a row each, on the CPU: for more of them than the device should hold."""
+        """Encode ``texts``, a row each, on the CPU, for more rows than the device should hold."""
         self._encode(texts)
         result = Conditioning.cat([self._rows[text] for text in texts])
         self._shrink()
         return result
 
     def prepare(self, texts: Sequence[str], *, empty: bool = False) -> None:
-        """Encodes what is new among ``texts`` for a phase in which no text encoder is to come to the device.
+        """Encode new prompts ahead of a phase that must not load the text encoders.
 
-        empty: ``empty`` too.
+        Args:
+            texts: Prompts of the phase, protected from eviction until the next call.
+            empty: Encode the default negative prompt too.
         """
         self._prepared = frozenset(texts)
         self._encode(texts, empty)
 
     def _encode(self, texts: Sequence[str], empty: bool = False) -> None:
-        """Text encoders that leave the device come once for all of it."""
+        """Encode new prompts, loading offloaded text encoders once for all of them."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if new and not self._warned:
             self._warn_of_length(new)
@@ -63,12 +67,12 @@ class PromptEmbeddingCache:
             if empty and self._empty is None:
                 self._empty = self._kept("unconditional", self.model.unconditional)
             for text in new:
-                # Alone, because a batch's shape shows in the last bits: what a prompt is encoded to must not depend
-                # on which others a run, or a resumed run, happens to meet for the first time along with it.
-                self._rows[text] = self._kept(f"prompt {text}", lambda text=text: self.model.encode([text]))
+                # One at a time: batch shape changes the last bits, and an embedding must not depend on which other
+                # prompts are new in the same call, which a resumed run would change.
+                self._rows[text] = self._kept(f"prompt {text}", partial(self.model.encode, [text]))
 
     def _warn_of_length(self, texts: Sequence[str]) -> None:
-        """Warn once, in the place of a line a prompt from each tokenizer, where the end of prompts is not read."""
+        """Warn once of truncated prompts, instead of a line per prompt from each tokenizer."""
         limit = self.model.token_limit
         with quiet_libraries():
             long = [text for text in texts if self.model.count_tokens(text) > limit]
@@ -81,7 +85,7 @@ class PromptEmbeddingCache:
             )
 
     def _kept(self, what: str, encode: Callable[[], Conditioning]) -> Conditioning:
-        """One row, on the CPU: from disk, or what ``encode`` gives."""
+        """Return one row on the CPU, from disk if cached there, else from ``encode``."""
         if self.cache.folder is None:
             return encode().to("cpu")
         key = f"{self.identity} {self.model.default_resolution} {what}"
@@ -95,10 +99,9 @@ class PromptEmbeddingCache:
 
     @cached_property
     def identity(self) -> str:
-        """Equal for models whose text encoders and VAE say the same: their configurations and the begin of each tensor,
-        and the scales of adapters on them.
+        """Hash that identifies the text encoders and VAE: configs, the first values of each tensor and adapter scales.
 
-        All of a tensor would be gigabytes; a fine-tuned encoder differs everywhere.
+        Hashing whole tensors would read gigabytes, and a fine-tuned encoder differs everywhere.
         """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{getattr(self.model, 'max_sequence_length', None)}".encode())
@@ -107,8 +110,8 @@ class PromptEmbeddingCache:
                 scales = [getattr(layer, "scaling", None) for layer in component.modules()]
                 digest.update(f"{name} {component.dtype} {component.config} {scales}".encode())
                 for tensor in component.state_dict().values():
-                    begin = tensor.detach().flatten()[:PROBE].cpu().contiguous()
-                    digest.update(begin.view(torch.uint8).numpy())
+                    first_values = tensor.detach().flatten()[:PROBE].cpu().contiguous()
+                    digest.update(first_values.view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _shrink(self) -> None:
@@ -119,12 +122,12 @@ class PromptEmbeddingCache:
                 del self._rows[text]
 
     def guidance(self, scale: float) -> Guidance:
-        """Return guidance of ``scale`` away from ``empty``, which is encoded only where the model guides."""
+        """Return guidance of ``scale`` with ``empty`` as negative, encoded only at scales that guide."""
         return Guidance(scale, self.empty if self.model.guides(scale) else None)
 
     @property
     def empty(self) -> Conditioning:
-        """What classifier-free guidance leads away from: see ``DiffusionModel.unconditional``."""
+        """Default negative of classifier-free guidance: see ``DiffusionModel.unconditional``."""
         self._encode((), empty=True)
         assert self._empty is not None
         return self._empty.to(self.model.device)

@@ -1,4 +1,4 @@
-"""How many tokens the text encoders of a model read of a prompt: tokenizers alone, no weights."""
+"""Count prompt tokens against the limits of a model's text encoders, from its tokenizers alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from transformers import AutoTokenizer
 from diffalign.files import shorten
 from diffalign.models.load import FAMILIES, pipeline_class
 
-# What a pipeline puts around a prompt, as its own code does.
+# Text that a pipeline appends to a prompt.
 SUFFIX = {"QwenImagePipeline": "<|im_end|>\n<|im_start|>assistant\n"}
-BESIDE = {"SanaPipeline": 1}  # tokens of its instruction's end that stand in the window
+BESIDE = {"SanaPipeline": 1}  # tokens of the instruction that share the window
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder of a model. name: of its tokenizer; limit: tokens that it reads; count: tokens of a text."""
+    """A text encoder of a model.
+
+    Attributes:
+        name: Component name of its tokenizer.
+        limit: Maximum number of tokens it reads.
+        count: Counts the tokens of a text.
+    """
 
     name: str
     limit: int
@@ -29,13 +35,11 @@ class Encoder:
 
 
 def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> list[Encoder]:
-    """The text encoders of a pipeline.
+    """Return the text encoders of a pipeline. Raises as ``load_model`` does.
 
     Args:
-        path: folder in diffusers' layout, or hub id.
-        max_sequence_length: tokens per prompt of all encoders but CLIP's; default: the family's.
-
-    FileNotFoundError, ValueError: as ``load_model``.
+        path: Folder in diffusers' layout, or hub id.
+        max_sequence_length: Tokens per prompt of all encoders except CLIP; default: the family's.
     """
     kind = pipeline_class(path)
     parameter = inspect.signature(FAMILIES[kind]).parameters.get("max_sequence_length")
@@ -67,7 +71,7 @@ def _encoder(kind: str, name: str, tokenizer: Any, length: int | None) -> Encode
 
 
 def cut(text: str, encoders: list[Encoder]) -> str | None:
-    """Say which encoders read only the beginning of a text; None where each reads all of it."""
-    found = [(encoder.count(text), encoder) for encoder in encoders]
-    said = [f"{count:,} tokens, {e.name} reads {e.limit:,}" for count, e in found if count > e.limit]
-    return "; ".join(said) or None
+    """Describe which encoders truncate a text; None if none does."""
+    counts = [(encoder.count(text), encoder) for encoder in encoders]
+    truncated = [f"{count:,} tokens, {e.name} reads {e.limit:,}" for count, e in counts if count > e.limit]
+    return "; ".join(truncated) or None

@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits (arXiv 2305.14314), by diffusers' own quantisation; only the LoRA on it trains."""
+"""Load a frozen base in 8 or 4 bits (arXiv 2305.14314) with diffusers' quantisation, to train a LoRA on it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
 }
 
-# Of a weight, with the scale of each block of 64 in float32.
+# Bytes per weight, including a float32 scale per block of 64.
 BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 
 def saved_bytes(module: nn.Module, kind: str) -> int:
-    """How much smaller the frozen linear layers of ``module``, as it is now, would be in ``kind``; "no" saves nothing.
+    """Return the bytes saved by quantising the frozen linear layers of ``module``; 0 for "no".
 
-    What is no linear layer stays as it is.
+    Other layers are not quantised.
     """
     if kind == "no":
         return 0
@@ -32,9 +32,14 @@ def saved_bytes(module: nn.Module, kind: str) -> int:
 
 
 def quantisation(kind: str, component: str) -> PipelineQuantizationConfig:
-    """What ``from_pretrained`` must be told, so that ``component`` ("transformer", "unet") loads in ``kind``.
+    """Return the ``quantization_config`` of ``from_pretrained`` that quantises one component.
 
-    ValueError: an unknown kind, no bitsandbytes, or no GPU.
+    Args:
+        kind: "8bit" or "4bit".
+        component: "transformer" or "unet".
+
+    Raises:
+        ValueError: Unknown kind, bitsandbytes is missing, or there is no GPU.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown quantisation {kind!r}; known: no, {', '.join(KINDS)}")

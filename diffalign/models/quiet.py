@@ -1,4 +1,4 @@
-"""What diffusers and transformers log while they load: kept from users where this package has settled the matter."""
+"""Filter what diffusers, transformers and peft log while loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 LIBRARIES = {"diffusers": diffusers_logging, "transformers": transformers_logging, "peft": None}
-# Said of every model, and true of none: casting parts without float32 modules, and LoRAs of a denoiser alone.
+# Messages without consequence: casts of components without float32 modules, LoRAs of the denoiser alone, and
+# truncated prompts, which the prompt cache reports itself.
 NOISE = (
     re.compile(r"should be kept in float32: \[\]"),
     re.compile(r"No LoRA keys associated"),
@@ -36,7 +37,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def quiet_libraries() -> Iterator[list[str]]:
-    """Within this context no progress bars are shown, and what the libraries log is collected in what this yields."""
+    """Hide progress bars and collect the libraries' log messages in the list that this context yields."""
     collector = _Collector()
     loggers = {name: logging.getLogger(name) for name in LIBRARIES}
     handlers = {name: (logger.handlers, logger.propagate) for name, logger in loggers.items()}
@@ -55,9 +56,14 @@ def quiet_libraries() -> Iterator[list[str]]:
 
 
 def pass_on(source: object, lines: list[str]) -> None:
-    """Warn of what the libraries logged, less what is known as noise; ``source`` names the file or model.
+    """Warn of collected log messages, except known noise.
 
-    ValueError: weights that were not found, and are random numbers instead.
+    Args:
+        source: File or model to name in the messages.
+        lines: Messages of ``quiet_libraries``.
+
+    Raises:
+        ValueError: Missing weights were randomly initialised.
     """
     kept = [line[:LONGEST] for line in dict.fromkeys(lines) if not any(noise.search(line) for noise in NOISE)]
     if random := [line for line in lines if RANDOM.search(line)]:
@@ -67,7 +73,7 @@ def pass_on(source: object, lines: list[str]) -> None:
 
 
 def no_bars() -> None:
-    """Turn off the bars of diffusers and transformers, which nest while a pipeline loads; downloads keep theirs."""
+    """Disable the nested loading bars of diffusers and transformers; download bars stay."""
     for library in LIBRARIES.values():
         if library is not None:
             library.disable_progress_bar()

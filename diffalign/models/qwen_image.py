@@ -1,4 +1,4 @@
-"""Qwen-Image: a flow model of joint blocks, told what a language model with eyes makes of the prompt (2508.02324)."""
+"""Qwen-Image: an MMDiT flow model conditioned on Qwen2.5-VL embeddings of the prompt (arXiv 2508.02324)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from diffalign.structures import Conditioning
 
 
 class QwenImageModel(PackedFlowModel):
-    """Drives a ``QwenImagePipeline``.
+    """Drive a ``QwenImagePipeline``.
 
-    max_sequence_length: tokens per prompt, to which shorter prompts are padded and masked; the pipeline's default is
-    512, and it pads to the longest prompt of a call, which says the same. resolution: as for ``FlowModel``, a multiple
-    of 16 pixels. Guidance is the pipeline's ``true_cfg_scale``, with its rescaling to the norm of the positive output.
+    Guidance is the pipeline's ``true_cfg_scale``, with its rescaling to the norm of the positive output.
+
+    ``max_sequence_length`` is the number of tokens per prompt, to which shorter prompts are padded and masked. The
+    pipeline's default is 512, and it pads to the longest prompt of a call, which is equivalent. ``resolution`` is as
+    for ``FlowModel``, a multiple of 16 pixels.
     """
 
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_embeds_mask"}
@@ -27,24 +29,24 @@ class QwenImageModel(PackedFlowModel):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens per prompt that the pipeline takes at most."""
+        """Maximum ``max_sequence_length`` of the pipeline."""
         return 1024
 
     @property
     def idle_layers(self) -> tuple[str, ...]:
-        """The last block's layers that go on with the text."""
+        """The last block's text-stream layers."""
         last = f"transformer_blocks.{len(self.raw_denoiser.transformer_blocks) - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp.net.0.proj", f"{last}.txt_mlp.net.2"
 
     def count_tokens(self, text: str) -> int:
-        """Count tokens behind the instruction, which the pipeline drops."""
+        """Count tokens after the instruction, which the pipeline drops."""
         whole = self.pipeline.prompt_template_encode.format(text)
         return len(self.pipeline.tokenizer(whole).input_ids) - self.pipeline.prompt_template_encode_start_idx
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), true where there is text."""
+        """Encode with the pipeline: embeddings (B, L, D) and mask (B, L), true for text tokens."""
         embeds, mask = self.pipeline.encode_prompt(
             list(texts), device=self.pipeline.text_encoder.device, max_sequence_length=self.max_sequence_length
         )
@@ -54,16 +56,16 @@ class QwenImageModel(PackedFlowModel):
         return Conditioning(padded).to(self.device)
 
     def unconditional(self) -> Conditioning:
-        """A space, which the model's card guides away from: without a negative prompt the pipeline does not guide."""
+        """Encode a space, the model card's negative prompt; the pipeline does not guide without one."""
         return self.encode([" "])
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the transformer, through the wrapper that accelerate prepared."""
+        """Run the transformer once, through accelerate's wrapper."""
         dtype, tensors = self.dtype, conditioning.tensors
         height, width = x.shape[-2:]
         output = self.denoiser(
             hidden_states=pack(x.to(dtype)),
-            # Rounded before the division, as the pipeline does: in bfloat16 the order shows.
+            # Round before dividing, as the pipeline does: the order matters in bfloat16.
             timestep=time.to(dtype) / self.num_train_timesteps,
             encoder_hidden_states=tensors["embeds"].to(dtype),
             encoder_hidden_states_mask=tensors["mask"],
@@ -73,20 +75,20 @@ class QwenImageModel(PackedFlowModel):
         return unpack(output.float(), height, width)
 
     def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
-        """Guided outputs, each token with the norm that it has without guidance."""
+        """Apply guidance, then rescale each token to the norm of the positive output."""
         guided = pack(super().guide(against, towards, scale))
         norm = pack(towards).norm(dim=-1, keepdim=True)
         return unpack(guided * (norm / guided.norm(dim=-1, keepdim=True)), *towards.shape[-2:])
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1)."""
+        """Return mean and standard deviation of the VAE's latents, (C, 1, 1, 1)."""
         config = self.pipeline.vae.config
         mean, std = (torch.tensor(values).reshape(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return mean.to(like), std.to(like)
 
     @needs(VAE)
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, differentiable: the VAE is one of films, and these have one frame."""
+        """Decode latents to images as single frames of the video VAE; differentiable."""
         vae = self.pipeline.vae
         latents = latents.to(vae.dtype).unsqueeze(2)
         mean, std = self._statistics(latents)
@@ -95,7 +97,7 @@ class QwenImageModel(PackedFlowModel):
 
     @needs(VAE)
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of images, each channel of zero mean and unit deviation over the VAE's training data."""
+        """Encode images to latents, standardised per channel by the VAE's training statistics."""
         vae = self.pipeline.vae
         found = vae.encode((images * 2 - 1).to(vae.dtype).unsqueeze(2)).latent_dist
         latents = found.mean if noise is None else found.mean + found.std * noise.to(found.std).unsqueeze(2)

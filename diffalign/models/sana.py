@@ -1,4 +1,4 @@
-"""SANA: a flow model of linear attention on a deep-compression autoencoder, prompted by Gemma (arXiv 2410.10629)."""
+"""SANA: a linear-attention flow model on a deep-compression autoencoder, with Gemma as encoder (arXiv 2410.10629)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from diffalign.structures import Conditioning, Level
 
 
 class SanaModel(FlowModel):
-    """Drives a ``SanaPipeline``.
+    """Drive a ``SanaPipeline``.
 
-    max_sequence_length: tokens per prompt, 300 by default as the pipeline's; prompts stand behind its instruction to
-    enhance them, of which the first token is kept. resolution: side of the square images, in pixels, a multiple of 32;
-    the pipeline gives the same with ``use_resolution_binning=False``, and at sides that are bins of its own.
+    Published pipelines sample with DPM-Solver++; ``levels`` returns its levels, so that "dpmpp_2m" reproduces
+    their images. With a ``FlowMatchEulerDiscreteScheduler``, "ode" does. The autoencoder is deterministic.
 
-    Published pipelines sample with DPM-Solver++; their levels are those, so that "dpmpp_2m" draws what they draw. With
-    a ``FlowMatchEulerDiscreteScheduler`` "ode" does. Images have one encoding, without noise.
+    Args:
+        pipeline: The pipeline to drive.
+        max_sequence_length: Tokens per prompt, 300 by default as in the pipeline; prompts follow its instruction to
+            enhance them, whose first token is kept.
+        resolution: Side of the square images, in pixels, a multiple of 32. The pipeline gives the same images with
+            ``use_resolution_binning=False``, and at sides that are among its bins.
     """
 
     uniform_grid = False
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
-    # This pipeline takes no text beside embeddings, so that its prompt is encoded first.
+    # The pipeline does not accept text together with embeddings, so the prompt is encoded first.
     negative_call = """
 import inspect
 
@@ -54,16 +57,16 @@ image = pipe(
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens per prompt that the text encoder has positions for; the pipeline does not say."""
+        """Positions of the text encoder; the pipeline sets no maximum."""
         return self.pipeline.text_encoder.config.max_position_embeddings
 
     @property
     def resolution_unit(self) -> int:
-        """As the pipeline checks it, whatever its autoencoder."""
+        """The pipeline checks multiples of 32, whatever the autoencoder."""
         return math.lcm(32, self.pipeline.vae_scale_factor * self.raw_denoiser.config.patch_size)
 
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
-        """The scheduler's own sigmas; DPM-Solver tells the denoiser whole timesteps, rounded down."""
+        """Return the scheduler's levels; DPM-Solver passes the denoiser integer timesteps, rounded down."""
         scheduler = self.pipeline.scheduler
         if not scheduler.config.get("use_flow_sigmas"):
             return super().levels(num_steps, schedule, resolution)
@@ -77,7 +80,7 @@ image = pipe(
         return Level(level.alpha, level.sigma, torch.cat([scheduler.timesteps.double(), level.time[-1:]]))
 
     def count_tokens(self, text: str) -> int:
-        """Count tokens behind the instruction, with the two that the pipeline counts for its ends."""
+        """Count tokens after the instruction, plus the two that the pipeline counts for its ends."""
         instruction, read = "\n".join(self.instruction), self.pipeline.tokenizer.encode
         return len(read(instruction + text.lower().strip())) - len(read(instruction)) + 2
 
@@ -94,17 +97,17 @@ image = pipe(
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: embeddings (B, L, D), and mask (B, L), 1 where there is text."""
+        """Encode with the pipeline: embeddings (B, L, D) and mask (B, L), 1 for text tokens."""
         return self._encode(texts, self.instruction)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
-        """The empty prompt, without the instruction."""
+        """Encode the empty prompt without the instruction."""
         return self._encode([""], None)
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the transformer, through the wrapper that accelerate prepared."""
+        """Run the transformer once, through accelerate's wrapper."""
         tensors = conditioning.tensors
         output = self.denoiser(
             x.to(self.dtype),
@@ -117,6 +120,6 @@ image = pipe(
 
     @needs(VAE)
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents of images; this autoencoder has no distribution, so that ``noise`` finds a deviation of 0."""
+        """Encode images to latents; the autoencoder is deterministic, so ``noise`` is ignored."""
         vae = self.pipeline.vae
         return vae.encode((images * 2 - 1).to(vae.dtype)).latent * vae.config.scaling_factor

@@ -15,25 +15,31 @@ from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.structures import Conditioning, Guidance, Level
 
-# What the scheduler's configuration calls an output -> what this package calls it.
+# ``prediction_type`` of the scheduler -> parameterization of this package.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 class SDModel(DiffusionModel):
-    """Drives a ``StableDiffusionPipeline``, with the noise schedule of its scheduler and the steps of DDIM.
+    """Drive a ``StableDiffusionPipeline`` with its scheduler's noise schedule and DDIM's timesteps.
 
-    Whatever the pipeline's scheduler is (PNDM, Euler, DPM-Solver ...), the levels are those of
-    ``DDIMScheduler.from_config(pipe.scheduler.config)``, without its clipping of samples. Options of other solvers, as
-    Karras sigmas, are not DDIM's and change nothing. resolution: side of the square images, in pixels; default: the
-    pipeline's own. ValueError: a scheduler without betas, or a UNet that predicts neither epsilon nor v.
+    For any scheduler (PNDM, Euler, DPM-Solver, ...), the levels are those of
+    ``DDIMScheduler.from_config(pipe.scheduler.config)``, without its clipping of samples. Options that DDIM lacks, such
+    as Karras sigmas, have no effect.
 
-    A UNet with ``time_cond_proj_dim`` (distilled from guided samples, as LCM) has the guidance scale as an input, 1
-    where there is none, and is not guided otherwise.
+    A UNet with ``time_cond_proj_dim`` (distilled from guided samples, such as LCM) takes the guidance scale as an
+    input, 1 without guidance, and gets no classifier-free guidance.
+
+    Args:
+        pipeline: The pipeline to drive.
+        resolution: Side of the square images, in pixels; default: the pipeline's own.
+
+    Raises:
+        ValueError: The scheduler has no betas, or the UNet predicts neither epsilon nor v.
     """
 
     denoiser_name = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    # It would black out training images, and weighs as much as the UNet in half precision.
+    # The checker would black out training images, and is as large as the UNet in half precision.
     load_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
@@ -52,20 +58,20 @@ class SDModel(DiffusionModel):
 
     @property
     def resolution_unit(self) -> int:
-        """As the pipeline checks it, whatever its autoencoder."""
+        """The pipeline checks multiples of 8, whatever the autoencoder."""
         return math.lcm(8, self.pipeline.vae_scale_factor)
 
     def guides(self, scale: float | None) -> bool:
-        """Tell whether the pipeline guides at ``scale``; None is no guidance."""
+        """Tell whether the pipeline applies guidance at ``scale``; None is no guidance."""
         return super().guides(scale) and self._scale_input is None
 
     @property
     def _scale_input(self) -> int | None:
-        """Width of the UNet's embedding of the guidance scale; None: it has none."""
+        """Width of the UNet's guidance-scale embedding; None if it has none."""
         return self.raw_denoiser.config.get("time_cond_proj_dim")
 
     def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
-        """The UNet's output, guided: (B, C, h, w), float32 or wider; arguments as for every family."""
+        """Predict with the UNet, guided: see ``DiffusionModel.predict``."""
         if self._scale_input is not None:
             scale = torch.full((len(x),), (1.0 if guidance is None else guidance.scale) - 1)
             embedded = self.pipeline.get_guidance_scale_embedding(scale, self._scale_input).to(x.device)
@@ -74,17 +80,17 @@ class SDModel(DiffusionModel):
 
     @property
     def token_limit(self) -> int:
-        """Positions of CLIP, 77, begin and end of the text included."""
+        """CLIP's positions, 77, including the start and end tokens."""
         return self.pipeline.tokenizer.model_max_length
 
     def count_tokens(self, text: str) -> int:
-        """Count CLIP's tokens."""
+        """Count CLIP tokens."""
         return len(self.pipeline.tokenizer(text).input_ids)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: embeddings (B, L, D)."""
+        """Encode with the pipeline: embeddings (B, L, D)."""
         embeds, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.text_encoder.device, 1, False)
         return Conditioning({"embeds": embeds}).to(self.device)
 
@@ -92,8 +98,9 @@ class SDModel(DiffusionModel):
         return DDIMScheduler.from_config(self.pipeline.scheduler.config, **changes)
 
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
-        """The timesteps of DDIM: "pipeline" spaces them as the scheduler's configuration says, "uniform" from the
-        noisiest down ("trailing"). They end at its ``final_alpha_cumprod``, whatever the resolution.
+        """Return the levels of DDIM's timesteps, ending at ``final_alpha_cumprod``, whatever the resolution.
+
+        "pipeline" uses the ``timestep_spacing`` of the scheduler's config, "uniform" uses "trailing".
         """
         check_schedule(schedule)
         scheduler = self._scheduler(**{"timestep_spacing": "trailing"} if schedule == "uniform" else {})
@@ -101,11 +108,11 @@ class SDModel(DiffusionModel):
         return vp_levels(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod))
 
     def level_at(self, time: Tensor) -> Level:
-        """The levels of whole timesteps 0 to T - 1: times are rounded down, and T counts as T - 1."""
+        """Return the levels of integer timesteps 0 to T - 1: times are rounded down, and T counts as T - 1."""
         return vp_level_at(self._scheduler().alphas_cumprod, time)
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the UNet, through the wrapper that accelerate prepared."""
+        """Run the UNet once, through accelerate's wrapper."""
         embedded = conditioning.tensors.get("scale")
         output = self.denoiser(
             x.to(self.dtype),
@@ -118,5 +125,5 @@ class SDModel(DiffusionModel):
         return output.float()
 
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """What the UNet sees besides text and time."""
+        """Return conditioning of the UNet besides text and time."""
         return None

@@ -14,14 +14,17 @@ from diffalign.structures import Conditioning
 
 
 class SD3Model(FlowModel):
-    """Drives a ``StableDiffusion3Pipeline``.
+    """Drive a ``StableDiffusion3Pipeline``.
 
-    max_sequence_length: T5 tokens per prompt. The pipeline's default is 256; what is trained here should be what is
-    sampled later. resolution: side of the square images, in pixels; default: the pipeline's own.
+    Args:
+        pipeline: The pipeline to drive.
+        max_sequence_length: T5 tokens per prompt; use the same value for training and later sampling. Default 256, as
+            in the pipeline.
+        resolution: Side of the square images, in pixels; default: the pipeline's own.
     """
 
     uniform_grid = False
-    # Positive and negative prompts stand in one batch, and must be as long as each other.
+    # Positive and negative prompts share a batch and must have equal lengths.
     negative_call = (
         "image = pipe({prompt}, **negative, guidance_scale={scale:g}, max_sequence_length={length}).images[0]"
     )
@@ -32,23 +35,23 @@ class SD3Model(FlowModel):
 
     @property
     def patch_size(self) -> int:
-        """Side of the square of latents that is one token."""
+        """Side of a token's square of latents."""
         return self.raw_denoiser.config.patch_size
 
     @property
     def token_limit(self) -> int:
-        """T5's ``max_sequence_length``; without T5, CLIP's positions."""
+        """``max_sequence_length`` of T5, or CLIP's positions if the pipeline has no T5."""
         clip = self.pipeline.tokenizer
         return clip.model_max_length if self.pipeline.text_encoder_3 is None else self.max_sequence_length
 
     def count_tokens(self, text: str) -> int:
-        """Count T5's tokens; without T5, CLIP's."""
+        """Count T5 tokens, or CLIP tokens if the pipeline has no T5."""
         pipeline = self.pipeline
         reader = pipeline.tokenizer if pipeline.text_encoder_3 is None else pipeline.tokenizer_3
         return len(reader(text).input_ids)
 
     def check_resolution(self, resolution: tuple[int, int]) -> None:
-        """Refuse (height, width) in pixels that are no whole tokens, or more than there are positions for."""
+        """Raise ValueError for a (height, width) in pixels of partial tokens or beyond the position embedding."""
         super().check_resolution(resolution)
         most = self.raw_denoiser.config.pos_embed_max_size * self.resolution_unit
         if max(resolution) > most:
@@ -58,7 +61,7 @@ class SD3Model(FlowModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: embeddings (B, L, D) and pooled (B, P)."""
+        """Encode with the pipeline: embeddings (B, L, D) and pooled embeddings (B, P)."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts),
             None,
@@ -70,7 +73,7 @@ class SD3Model(FlowModel):
         return Conditioning({"embeds": embeds, "pooled": pooled}).to(self.device)
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the transformer, through the wrapper that accelerate prepared."""
+        """Run the transformer once, through accelerate's wrapper."""
         dtype, tensors = self.dtype, conditioning.tensors
         output = self.denoiser(
             hidden_states=x.to(dtype),

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet told pooled text and image sizes, and two CLIP text encoders (arXiv 2307.01952)."""
+"""Stable Diffusion XL: a UNet conditioned on two CLIP encoders, pooled text and image sizes (arXiv 2307.01952)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffalign.structures import Conditioning
 
 
 class SDXLModel(SDModel):
-    """Drives a ``StableDiffusionXLPipeline``; schedule, resolution and errors as for ``SDModel``.
+    """Drive a ``StableDiffusionXLPipeline``; schedule, resolution and errors as for ``SDModel``.
 
     Its conditioning has ``time_ids``, (B, 6) float32: height and width of the original image, top and left of the
-    crop, height and width of the result, in pixels. ``encode`` says what the pipeline says when not told otherwise:
-    an image of the model's resolution, uncropped.
+    crop, height and width of the result, in pixels. ``encode`` uses the pipeline's defaults: an uncropped image of the
+    model's resolution.
     """
 
     load_options: Mapping[str, Any] = {}
@@ -26,7 +26,7 @@ class SDXLModel(SDModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding: embeddings (B, L, D) of both encoders, pooled (B, P) of the second."""
+        """Encode with the pipeline: embeddings (B, L, D) of both encoders, pooled (B, P) of the second."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), device=self.pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
@@ -35,7 +35,7 @@ class SDXLModel(SDModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
-        """Zeros where the pipeline's ``force_zeros_for_empty_prompt`` says so, as in SDXL's own training."""
+        """Encode the empty prompt; zeros if the pipeline sets ``force_zeros_for_empty_prompt``, as SDXL trained."""
         _, embeds, _, pooled = self.pipeline.encode_prompt("", device=self.pipeline.text_encoder_2.device)
         return self._conditioning(embeds, pooled)
 
@@ -45,8 +45,8 @@ class SDXLModel(SDModel):
         return self.with_sizes(bare, size, torch.zeros_like(size), size)
 
     def with_sizes(self, conditioning: Conditioning, original: Tensor, crop: Tensor, target: Tensor) -> Conditioning:
-        """The conditioning with ``time_ids`` of images of these sizes."""
-        # Kept in float32: bfloat16 knows no odd number above 256, and the UNet embeds them in float32 anyway.
+        """Add ``time_ids`` of these sizes to a conditioning."""
+        # float32, because bfloat16 has no odd integers above 256; the UNet embeds in float32 anyway.
         time_ids = torch.cat([original, crop, target], dim=1).float().to(self.device)
         return Conditioning({**conditioning.tensors, "time_ids": time_ids}, conditioning.shared)
 

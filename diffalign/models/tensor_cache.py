@@ -1,4 +1,4 @@
-"""Tensors on disk by content: what is expensive to compute and never changes, such as latents of images."""
+"""Cache tensors on disk by key, for results that are expensive and never change, such as latents of images."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ CHECKSUM = "checksum"
 
 
 class TensorCache:
-    """Named tensors under a key, a file each; None as the folder keeps nothing.
+    """Store named tensors per key, one file each; ``folder=None`` disables the cache.
 
-    A file that is damaged, cut short or somebody else's is not trusted: it counts as missing, and is written anew. Any
-    number of processes may use a folder.
+    A damaged, truncated or foreign file fails its checksum, counts as missing and is overwritten. Any number of
+    processes may share a folder.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """The file of a key; any text is one."""
+        """Return the file of a key, which may be any text."""
         assert self.folder is not None
         name = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """What ``put`` stored, on the CPU; None where it is missing or does not verify."""
+        """Return the stored tensors on the CPU, or None if they are missing or fail the checksum."""
         if self.folder is None:
             return None
         try:
@@ -43,7 +43,7 @@ class TensorCache:
         return tensors if known == _checksum(key, tensors) else None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Stores tensors; readers see the whole file or none."""
+        """Store tensors atomically: readers see the whole file or none."""
         if self.folder is None:
             return
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -55,7 +55,7 @@ class TensorCache:
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the key as well, so that a file under another one's name is found out."""
+    """Hash the key with the tensors, to detect a file stored under another key's name."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -1,4 +1,4 @@
-"""What a training holds in memory besides its activations, counted from the weights themselves before it starts."""
+"""Count the memory of a training run besides activations, from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from diffalign.fsdp import units
 from diffalign.models.base import DiffusionModel
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, tensors_of
 
-ADAMW_MOMENTS = 2  # of the gradient and of its square, in the dtype of the weight
-AT_ONCE = 2  # units of a sharded module that are whole at once: the one that runs, and the next
+ADAMW_MOMENTS = 2  # first and second moments, in the dtype of the weight
+AT_ONCE = 2  # FSDP units gathered at once: the running one and the prefetched next
 
 ENCODING = "prompts are encoded"
 DRAWING = "images are made"
@@ -23,12 +23,18 @@ TRAINING = "it trains"
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes of a process by purpose.
+    """Bytes per process by purpose.
 
-    frozen: weights and buffers that do not train, of every part of the pipeline, by dtype. trainable: weights that
-    train. copies: of those, such as a frozen reference or an EMA. gradients, moments: of the trainable weights.
-    pair_latents: winners and losers of one batch, float32. visitors: of ``frozen``, the parts that leave the device.
-    gathered: weights that are put together from shards while the denoiser runs, and gathered_to_train, while it trains.
+    Attributes:
+        frozen: Frozen weights and buffers of all components, by dtype.
+        trainable: Trainable weights.
+        copies: Copies of the trainable weights, such as a frozen reference or an EMA.
+        gradients: Gradients of the trainable weights.
+        moments: Optimizer moments of the trainable weights.
+        pair_latents: Float32 latents of a batch's winners and losers.
+        offloaded: Share of ``frozen`` that is offloaded, by part.
+        gathered: Weights gathered from shards during a forward pass without gradients.
+        gathered_to_train: Weights gathered from shards during training.
     """
 
     frozen: Mapping[torch.dtype, int]
@@ -37,39 +43,39 @@ class MemoryNeeds:
     gradients: int
     moments: int
     pair_latents: int
-    visitors: Mapping[str, int] = field(default_factory=dict)
+    offloaded: Mapping[str, int] = field(default_factory=dict)
     gathered: int = 0
     gathered_to_train: int = 0
 
     @property
     def total(self) -> int:
-        """All of it, if nothing left and nothing were in shards."""
+        """Sum without offloading and gathering."""
         return sum(self.frozen.values()) + sum(
             (self.trainable, self.copies, self.gradients, self.moments, self.pair_latents)
         )
 
     def phases(self, grad_through: Collection[str] = ()) -> dict[str, int]:
-        """Bytes at a time, by what is done. grad_through: parts that gradients come back through."""
-        always = self.total - self.gradients - sum(self.visitors.values())
-        text, vae, taught = (
-            sum(self.visitors.get(part, 0) for part in parts) for parts in ([TEXT_ENCODERS], [VAE], grad_through)
+        """Return the bytes of each phase. grad_through: offloaded parts that gradients flow through in training."""
+        always = self.total - self.gradients - sum(self.offloaded.values())
+        text, vae, with_grad = (
+            sum(self.offloaded.get(part, 0) for part in parts) for parts in ([TEXT_ENCODERS], [VAE], grad_through)
         )
         return {
             ENCODING: always + text,
             DRAWING: always + vae + self.gathered,
-            TRAINING: always + taught + self.gathered_to_train + self.gradients,
+            TRAINING: always + with_grad + self.gathered_to_train + self.gradients,
         }
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Over how many processes a denoiser is spread (FSDP2). keep: as for ``sharding.FSDPConfig``."""
+    """FSDP2 sharding of a denoiser over ``processes``. keep: as for ``fsdp.FSDPConfig``."""
 
     processes: int = 1
     keep: bool = False
 
     def share(self, size: int) -> int:
-        """That of a process, rounded up."""
+        """Return one process's share of ``size``, rounded up."""
         return -(-size // self.processes)
 
 
@@ -82,11 +88,15 @@ def memory_needs(
     offload: Collection[str] = (),
     spread: Spread | None = None,
 ) -> MemoryNeeds:
-    """The needs of training ``model``, on which ``train`` has been called, on batches of so many pairs.
+    """Count the memory needs of training ``model``. Uses shapes only, so a model on the meta device is enough.
 
-    Counts shapes only, so a model on the meta device will do. resolution: (height, width) in pixels, default the
-    model's. copies: kept of the trainable weights: 1 for the reference of full fine-tuning, 1 for an EMA. offload:
-    parts that leave the device. spread: None where each process has all of the denoiser.
+    Args:
+        model: Made trainable by ``train``.
+        pairs: Pairs per batch.
+        resolution: (height, width) in pixels; default: the model's.
+        copies: Copies of the trainable weights: 1 for the reference of full fine-tuning, 1 for an EMA.
+        offload: Offloaded parts.
+        spread: Sharding of the denoiser; None if each process holds all of it.
     """
     denoiser, pipeline, spread = model.raw_denoiser, model.pipeline, spread or Spread()
     chosen = {id(p) for p in denoiser.parameters() if p.requires_grad}
@@ -112,11 +122,11 @@ def memory_needs(
 
 
 def gathered_bytes(module: nn.Module) -> int:
-    """What a pass without gradients puts together at once: what is in no unit, and the largest units."""
+    """Return the peak gathered bytes of a forward pass: weights outside FSDP units plus the largest units."""
     *sizes, rest = (sum(map(size_of, parameters)) for _, parameters in units(module))
     return rest + sum(sorted(sizes)[-AT_ONCE:])
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

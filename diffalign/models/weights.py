@@ -1,14 +1,14 @@
-"""Named sets of weights for one module: the policy that trains, and what it is compared with.
+"""Named weight sets of a module: the policy in training and the weights it is compared with.
 
-A set holds tensors for exactly the trainable parameters. Switching exchanges storage, so it costs no copy, and leaving
-the context puts back the very tensors and ``requires_grad`` flags that were there. Shards are copied in and back: FSDP2
-knows them by their memory.
+A set holds one tensor per trainable parameter. Switching swaps storage without a copy, and leaving the context restores
+the same tensors and ``requires_grad`` flags. Shards are copied in and back, because FSDP2 tracks their memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ REFERENCE = "reference"
 
 
 class WeightSets:
-    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy of it."""
+    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy."""
 
     def __init__(self, module: nn.Module, *, has_adapter: bool) -> None:
         self.module = module
@@ -29,9 +29,14 @@ class WeightSets:
         self._sets: dict[str, Sequence[Tensor]] = {}
 
     def add(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Names a set: one tensor per trainable parameter, shared with the caller (an EMA goes on updating it).
+        """Add a weight set.
 
-        ValueError where shapes or the reserved name "policy" do not fit.
+        Args:
+            name: Any name except "policy".
+            tensors: One per trainable parameter, shared with the caller, who may update them (as an EMA does).
+
+        Raises:
+            ValueError: The name is "policy", or number or shapes do not match.
         """
         if name == POLICY:
             raise ValueError('"policy" names the weights in training: choose another name')
@@ -41,16 +46,16 @@ class WeightSets:
 
     @property
     def names(self) -> list[str]:
-        """The sets that ``using`` knows."""
+        """Names that ``using`` accepts."""
         return [POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]
 
     def keep_copy(self, name: str) -> None:
-        """Names a frozen copy of the weights as they are now: the reference of full fine-tuning."""
+        """Add a frozen copy of the current weights, such as the reference of full fine-tuning."""
         self.add(name, [p.detach().clone() for p in self.trainable])
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Runs the module on another set; on leaving, the policy is trained exactly as before (asserted)."""
+        """Run the module with another weight set; on exit the policy's tensors and flags are restored (asserted)."""
         flags = [(p, p.requires_grad) for p in self.module.parameters()]
         storages = [local(p).data_ptr() for p in self.trainable]
         try:
@@ -103,12 +108,12 @@ class WeightSets:
         for parameter, tensor in zip(self.trainable, shards, strict=True):
             local(parameter).copy_(tensor)
         if torch.accelerator.is_available():
-            # A backward pass gathers on a stream of its own, which does not wait for these copies.
+            # Backward gathers on a separate stream, which does not wait for these copies.
             torch.accelerator.synchronize()
 
 
 @contextmanager
-def _adapters_off(module: nn.Module) -> Iterator[None]:
+def _adapters_off(module: Any) -> Iterator[None]:
     module.disable_adapters()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Z-Image: a single-stream flow model on the VAE of FLUX.1, prompted through Qwen3 (arXiv 2511.22699)."""
+"""Z-Image: a single-stream flow model on FLUX.1's VAE, with Qwen3 as text encoder (arXiv 2511.22699)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from diffalign.structures import Conditioning
 
 
 class ZImageModel(FlowModel):
-    """Drives a ``ZImagePipeline``: Z-Image and Z-Image-Turbo.
+    """Drive a ``ZImagePipeline``: Z-Image and Z-Image-Turbo.
 
-    max_sequence_length: tokens per prompt, chat template included; the pipeline's default is 512. resolution: side of
-    the square images, in pixels, a multiple of 16; default 1024, as the pipeline's.
+    ``max_sequence_length`` is the number of tokens per prompt, chat template included; the pipeline's default is 512.
+    ``resolution`` is the side of the square images in pixels, a multiple of 16; default 1024, as in the pipeline.
 
-    Guidance counts from 0, as in the pipeline: positive + scale * (positive - negative), so that 0 turns it off and 1
-    guides as 2 does in other families. The transformer takes lists of prompts of any length, so that each call waits
-    once for their lengths.
+    Guidance is positive + scale * (positive - negative), as in the pipeline: 0 turns it off, and 1 equals 2 in other
+    families. The transformer takes lists of prompts of any length, so each call syncs once for their lengths.
     """
 
     unguided_scale = 0.0
 
-    # It takes a list of prompts, none of them padded.
+    # The pipeline takes a list of unpadded embeddings.
     negative_call = (
         "negative = {{name: list(rows) for name, rows in negative.items()}}\n"
         "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
@@ -35,16 +34,16 @@ class ZImageModel(FlowModel):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens per prompt that the text encoder has positions for; the pipeline does not say."""
+        """Positions of the text encoder; the pipeline sets no maximum."""
         return self.pipeline.text_encoder.config.max_position_embeddings
 
     @property
     def default_resolution(self) -> tuple[int, int]:
-        """``resolution``, else 1024."""
+        """``resolution``, or 1024."""
         return (self.resolution or 1024,) * 2
 
     def count_tokens(self, text: str) -> int:
-        """Count tokens in the chat template."""
+        """Count tokens, including the chat template."""
         message = [{"role": "user", "content": text}]
         whole = self.pipeline.tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -54,7 +53,7 @@ class ZImageModel(FlowModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """The pipeline's own encoding, padded: embeddings (B, L, D), and length (B,), how many of them are text."""
+        """Encode with the pipeline and pad: embeddings (B, L, D) and length (B,), the number of text tokens."""
         found, _ = self.pipeline.encode_prompt(
             list(texts),
             device=self.pipeline.text_encoder.device,
@@ -65,7 +64,7 @@ class ZImageModel(FlowModel):
         return Conditioning({"embeds": embeds, "length": torch.tensor([len(e) for e in found])}).to(self.device)
 
     def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
-        """What is text of it: (1, length, D)."""
+        """Return the negative embeddings without padding, (1, length, D)."""
         named = super().negative_arguments(row)
         return {name: embeds[:, : int(row.tensors["length"])] for name, embeds in named.items()}
 
@@ -78,9 +77,9 @@ class ZImageModel(FlowModel):
         return 1 + float(scale) if scale is not None and self.guides(scale) else 1.0
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One call of the transformer, through the wrapper that accelerate prepared.
+        """Run the transformer once, through accelerate's wrapper.
 
-        It counts time from the noise, 0 to 1, and says x0 - noise.
+        Its time runs from 0 at pure noise to 1, and its output is x0 - noise.
         """
         tensors, end = conditioning.tensors, self.num_train_timesteps
         embeds = tensors["embeds"].to(self.dtype)

@@ -122,7 +122,7 @@ class Trainer(ABC):
             # Record the family's scale for no guidance, so that config.yaml holds a number.
             self.args = args = dataclasses.replace(args, guidance_scale=self.model.unguided_scale)
         # A denoiser that will be sharded need not fit on one device.
-        self.model.place(self.accelerator.device, args.offload, denoiser=self.shards is None)
+        self.model.to_device(self.accelerator.device, args.offload, denoiser=self.shards is None)
         # Gradient checkpointing recomputes blocks outside the attention context, so do not set one.
         slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
         self.model.plain_attention = slow and not args.gradient_checkpointing

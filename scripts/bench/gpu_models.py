@@ -34,9 +34,12 @@ class Case:
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
-SD35 = {"published": "tests.models.published:sd35_medium", "tiny": "tests.conftest:PIPELINE"}
-SDXL = {"published": "tests.models.published:sdxl", "tiny": "tests.models.tiny:sdxl"}
-FLUX = {"published": "tests.models.published_flow:flux_dev", "tiny": "tests.models.tiny_flow:flux_dev"}
+SD35 = {"published": "tests.models.published_configs:sd35_medium", "tiny": "tests.conftest:PIPELINE"}
+SDXL = {"published": "tests.models.published_configs:sdxl", "tiny": "tests.models.tiny_unet_pipelines:sdxl"}
+FLUX = {
+    "published": "tests.models.published_flow_configs:flux_dev",
+    "tiny": "tests.models.tiny_flow_pipelines:flux_dev",
+}
 CASES = {
     "sd35_medium_512": Case(SD35, 512, 8, 4.5),
     "sd35_medium_1024": Case(SD35, 1024, 4, 4.5),

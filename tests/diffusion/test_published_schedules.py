@@ -17,8 +17,8 @@ from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
 from diffalign.models.sd3 import SD3Model
 from diffalign.models.z_image import ZImageModel
-from tests.models.published import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER
-from tests.models.published_flow import (
+from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER
+from tests.models.published_flow_configs import (
     FLUX_SCHEDULER,
     QWEN_SCHEDULER,
     SANA_SCHEDULER,

@@ -4,7 +4,7 @@ import pytest
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from tests.conftest import PIPELINE
-from tests.models import tiny
+from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES
 
 

@@ -1,4 +1,4 @@
-"""Every family that the package drives: a tiny pipeline of it, and how plain diffusers is called like the model."""
+"""Test cases of every model family: a tiny pipeline, and the equivalent diffusers call."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from diffusers import DiffusionPipeline
 from diffalign.models import DiffusionModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.models import tiny, tiny_flow
-from tests.models.fresh import STEPS, TEXTS
+from tests.models import tiny_flow_pipelines as tiny_flow
+from tests.models import tiny_unet_pipelines as tiny
+from tests.models.plain_diffusers import STEPS, TEXTS
 
 PACKED = {"height": 16, "width": 16, "max_sequence_length": 24}
 
 
 @dataclass(frozen=True)
 class Family:
-    """build: the pipeline; None for the shipped one. options: of ``load_model``. call: of ``pipe(...)``, to the same
-    effect, without guidance. guided: what is said instead, for classifier-free guidance of a scale. scale: the argument
-    that carries a LoRA's scale. solver: of a plan's ODE rows, and stochastic: of the others, that fit its scheduler.
+    """A family's tiny pipeline and how to call it.
+
+    Attributes:
+        build: Builds the pipeline; None for the shipped one.
+        options: Options of ``load_model``.
+        call: Equivalent arguments of ``pipe(...)`` without guidance.
+        guided: (scale, batch size) -> arguments that add classifier-free guidance.
+        scale: Pipeline argument with the LoRA's scale.
+        solver: Solver of ODE rows that fits the scheduler.
+        stochastic: Solver of SDE rows that fits the scheduler.
     """
 
     build: Callable[[], DiffusionPipeline] | None
@@ -74,14 +82,14 @@ def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:
 
 
 def packed(pipe: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
-    """Latents as the pipeline takes them."""
+    """Pack latents as the pipeline takes them."""
     return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
 
 
 def images_of(
     family: Family, model: DiffusionModel, noise: torch.Tensor, texts=TEXTS, steps: int = STEPS, scale: float = 1.0
 ) -> torch.Tensor:
-    """What the model draws from ``noise``."""
+    """Sample the model's images from ``noise``."""
     guidance = Guidance(scale, model.unconditional()) if scale != 1 else None
     route = SamplingPlan(ode_plan(steps, family.solver), model.levels(steps), guidance)
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_other_kernels_get_the_dtype_of_autocast(model, counted):
 
 
 def test_a_unet_is_given_one_too(counted):
-    from tests.models import tiny
+    from tests.models import tiny_unet_pipelines as tiny
 
     network = tiny.unet()
     set_attention(network, "_native_math")

@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline, and through every trainer: a new one joins ``families.FAMILIES``."""
+"""Compare every family of ``families.FAMILIES`` with diffusers' pipeline and run it through every trainer."""
 
 import io
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
 from diffalign.diffusion.reward_gradient_presets import RecipeConfig
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, images_of, noise_of, packed
-from tests.models.fresh import TEXTS, draw_fresh
+from tests.models.plain_diffusers import TEXTS, draw_fresh
 
 MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 
@@ -48,8 +48,8 @@ def test_our_ode_draws_the_pipelines_images(models, plain, name):
     family, model, pipe = FAMILIES[name], models[name], plain(name)
     noise = noise_of(model, len(MANY))
     for scale in (1.0, 3.0):
-        said = {**family.call, **(family.guided(scale, len(MANY)) if scale != 1 else {})}
-        expected = pipe(list(MANY), latents=packed(pipe, noise), num_inference_steps=5, output_type="pt", **said).images
+        call = {**family.call, **(family.guided(scale, len(MANY)) if scale != 1 else {})}
+        expected = pipe(list(MANY), latents=packed(pipe, noise), num_inference_steps=5, output_type="pt", **call).images
         images = images_of(family, model, noise, MANY, 5, scale)
         assert images.std() > 0.01
         assert (images - expected).abs().max() < 1e-5 * scale
@@ -115,8 +115,8 @@ def test_latents_and_images_have_each_others_shapes_and_gradients(models, name):
     assert latents.grad.abs().sum() > 0
 
 
-def told(module, work):
-    """What each call of ``module`` in ``work`` was given, by name or place."""
+def recorded_inputs(module, work):
+    """Record the arguments of each call of ``module`` during ``work``, by name or position."""
     calls = []
     hook = module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append({**dict(enumerate(args)), **kwargs}), with_kwargs=True
@@ -130,15 +130,15 @@ NAMED = {"flux_dev": "pooled_projections guidance txt_ids img_ids encoder_hidden
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_in_bfloat16_the_transformer_is_told_what_the_pipeline_tells_it(family_pipelines, name):
+def test_in_bfloat16_the_transformer_gets_the_inputs_of_the_pipeline(family_pipelines, name):
     half, family = torch.bfloat16, FAMILIES[name]
     model = load_model(family_pipelines[name], dtype=half, **family.options)
     pipe = DiffusionPipeline.from_pretrained(family_pipelines[name], torch_dtype=half)
     pipe.set_progress_bar_config(disable=True)
     noise = noise_of(model, 2).to(half)
     call = {"latents": packed(pipe, noise), "num_inference_steps": 4, "output_type": "latent", **family.call}
-    theirs = told(pipe.transformer, lambda: pipe(list(TEXTS), **call))
-    ours = told(model.raw_denoiser, lambda: images_of(family, model, noise))
+    theirs = recorded_inputs(pipe.transformer, lambda: pipe(list(TEXTS), **call))
+    ours = recorded_inputs(model.raw_denoiser, lambda: images_of(family, model, noise))
     assert len(ours) == len(theirs) == 4
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine["timestep"], other["timestep"])
@@ -161,7 +161,7 @@ def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines,
         model.predict(x, level, conditioning).square().mean().backward()
         found.append([p.grad for p in model.weights.trainable])
         model.raw_denoiser.zero_grad()
-    # Processes that share gradients wait for one of every weight that trains.
+    # DDP waits for a gradient of every trainable weight.
     assert not any(gradient is None for gradient in found[0])
     assert any(gradient.any() for gradient in found[0])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -171,7 +171,7 @@ def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines,
 
 
 def shared(name, folder, pipeline):
-    """Settings of a training in seconds, which leaves no weight where it was."""
+    """Return settings of a run of seconds that moves every weight."""
     return {
         "model": str(pipeline),
         **FAMILIES[name].options,
@@ -204,7 +204,7 @@ def refl(name, folder, pipeline, pairs):
 
 
 TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl}
-# A decoder's gradient takes longest: a UNet told sizes and a packed transformer stand for the others.
+# The decoder's backward pass is slow: SDXL and a packed transformer represent the other families.
 QUICK = {"refl": ("sdxl", "flux_dev")}
 RUNS = [
     pytest.param(name, kind, marks=[] if name in QUICK.get(kind, FAMILIES) else pytest.mark.slow)
@@ -234,7 +234,7 @@ def pairs(tmp_path_factory):
 
 @dataclass(frozen=True)
 class Run:
-    """folder: of the run. images: what its model draws. ratios: of the stored steps, before the first update."""
+    """A finished run: its folder, its model's images, and the ratios of stored steps before the first update."""
 
     folder: Path
     images: torch.Tensor
@@ -243,7 +243,7 @@ class Run:
 
 @torch.no_grad()
 def old_ratios(trainer):
-    """(trained steps, samples): of the policy to itself."""
+    """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
     trainer.collect(0)
     buffer, steps = trainer.buffer, trainer.rollout.route.plan.trained_steps
     replays = [trainer._replay(buffer, torch.arange(4), step) for step in steps]
@@ -252,17 +252,17 @@ def old_ratios(trainer):
 
 @pytest.fixture(scope="module")
 def wanted(request):
-    """(family, trainer) of the runs that the selected tests look at: those of slow ones are not made for others."""
-    asked = [item.callspec.params for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    return dict.fromkeys((params["name"], params.get("trainer", "flow_grpo")) for params in asked)
+    """(family, trainer) of the runs used by the selected tests, so that fast selections skip slow runs."""
+    selected = [item.callspec.params for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    return dict.fromkeys((params["name"], params.get("trainer", "flow_grpo")) for params in selected)
 
 
 @pytest.fixture(scope="module")
 def runs(wanted, family_pipelines, pairs, tmp_path_factory):
-    """(family, trainer) -> a training of two updates, whose export has been drawn from by plain diffusers."""
+    """(family, trainer) -> a run of two updates, with images of its export drawn by plain diffusers."""
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
     with pytest.MonkeyPatch.context() as patch:
-        # Four fifths of such a training, and the same for every family.
+        # Plotting takes four fifths of such a run.
         patch.setattr("diffalign.trainers.report.plot_curves", lambda *_, **__: None)
         for name, kind in wanted:
             folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
@@ -290,7 +290,7 @@ def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
     run = runs[name, "flow_grpo"]
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
     noise = noise_of(model, len(TEXTS))
-    with tuned(model, run.folder):
+    with with_tuned_weights(model, run.folder):
         assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() < 1e-5
     assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() > 1e-3
 
@@ -301,7 +301,7 @@ def test_before_the_first_update_every_ratio_is_exactly_one(runs, name):
     assert torch.equal(ratios, torch.ones(2, 4))
 
 
-def test_a_run_and_its_evaluation_tell_the_model_one_guidance(family_pipelines, tmp_path):
+def test_a_run_and_its_evaluation_use_the_same_embedded_guidance(family_pipelines, tmp_path):
     settings = shared("flux_dev", tmp_path, family_pipelines["flux_dev"]) | {"embedded_guidance": 2.0}
     args = FlowGRPOConfig(**settings, num_groups=1, group_size=2)
     trainer = FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=[Prompt("a red circle")])

@@ -13,7 +13,7 @@ from diffalign.models.flux import FluxModel, image_ids
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sana import SanaModel
 from diffalign.models.tensor_cache import TensorCache
-from tests.models import tiny_flow
+from tests.models import tiny_flow_pipelines as tiny_flow
 from tests.models.families import FAMILIES, images_of, noise_of
 
 TEXTS = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
@@ -52,19 +52,19 @@ def test_schnell_does_not_shift(loaded):
     assert np.abs(loaded("flux_schnell").levels(4).sigma.numpy() - [1, 0.75, 0.5, 0.25, 0]).max() < 1e-6
 
 
-def test_dev_is_told_its_guidance_and_schnell_is_not(loaded, family_pipelines):
+def test_dev_embeds_its_guidance_and_schnell_does_not(loaded, family_pipelines):
     family, draws = FAMILIES["flux_dev"], {}
     pipe = FluxPipeline.from_pretrained(family_pipelines["flux_dev"])
     pipe.set_progress_bar_config(disable=True)
-    for told in (None, 1.0, 7.0):
-        model = loaded("flux_dev", embedded_guidance=told)
+    for scale in (None, 1.0, 7.0):
+        model = loaded("flux_dev", embedded_guidance=scale)
         noise = noise_of(model, len(TEXTS))
-        draws[told] = images_of(family, model, noise, TEXTS)
-        said = {} if told is None else {"guidance_scale": told}
+        draws[scale] = images_of(family, model, noise, TEXTS)
+        guidance = {} if scale is None else {"guidance_scale": scale}
         expected = pipe(
-            TEXTS, latents=pack(noise), num_inference_steps=4, output_type="pt", **family.call, **said
+            TEXTS, latents=pack(noise), num_inference_steps=4, output_type="pt", **family.call, **guidance
         ).images
-        assert (draws[told] - expected).abs().max() < 1e-5
+        assert (draws[scale] - expected).abs().max() < 1e-5
     assert (draws[1.0] - draws[7.0]).abs().max() > 1e-4
     assert torch.equal(draws[None], images_of(family, loaded("flux_dev", embedded_guidance=3.5), noise, TEXTS))
     with pytest.raises(ValueError, match=r"embedded_guidance 3\.5: this model has no guidance embedding"):

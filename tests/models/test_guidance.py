@@ -1,4 +1,4 @@
-"""A guidance scale means what the family's own pipeline means by it, wherever it can be set."""
+"""Guidance scales have the meaning of the family's pipeline wherever they can be set."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from diffalign.models.sd import SDModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
-from tests.models import tiny
+from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES, noise_of, packed
-from tests.models.fresh import TEXTS
+from tests.models.plain_diffusers import TEXTS
 
 STEPS = 3
 SCALES = (0.0, 0.5, 1.0, 1.5, 4.0)
@@ -37,7 +37,7 @@ def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
         expected = pipe(
             list(TEXTS), latents=packed(pipe, noise), num_inference_steps=STEPS, output_type="pt", **call
         ).images
-        # At 1 without a negative: it costs an encoding that most families do not need there.
+        # At 1 there is no negative, to save an encoding that most families do not need.
         negative = model.unconditional() if scale != 1 else None
         assert (draw(model, family, noise, Guidance(scale, negative)) - expected).abs().max() < 1e-5, scale
         assert (draw(model, family, noise, Guidance(scale)) - expected).abs().max() < 1e-5, scale
@@ -57,7 +57,7 @@ def test_a_scale_that_does_not_guide_costs_one_evaluation(family_pipelines, name
     assert batches == [4 if doubled else 2 for doubled in guided]
 
 
-def test_a_unet_that_is_told_its_guidance_is_told_the_scale():
+def test_a_unet_with_a_guidance_embedding_gets_the_scale():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         pipe = tiny._sd(tiny.unet(time_cond_proj_dim=8), tiny.clip(tiny.CLIPTextModel, 24), DDIMScheduler())

@@ -1,4 +1,4 @@
-"""The LoRA as it leaves the trainer: what plain diffusers makes of it in a fresh process."""
+"""Exported LoRAs, loaded by plain diffusers in a fresh process."""
 
 import json
 
@@ -9,16 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffalign.models import LoraConfig, load_model
-from diffalign.models.checkpoint_context import tuned
+from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora import export, learned_nothing
 from tests.models.families import FAMILIES, images_of, noise_of
-from tests.models.fresh import TEXTS, draw_fresh
+from tests.models.plain_diffusers import TEXTS, draw_fresh
 
 STABLE = ("sd3", "sd15", "sd2", "sdxl")
 
 
 def trained(family, model, config, folder):
-    """Disturbs the trainable weights, saves them, and returns the model's own images."""
+    """Perturb and save the trainable weights; return the model's images."""
     model.train(config, seed=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -151,5 +151,5 @@ def test_a_lora_of_an_earlier_version_keeps_its_alpha(family_pipelines, monkeypa
     monkeypatch.setattr("diffalign.models.lora.fold_scale", lambda *_: None)
     expected = trained("sd3", model, CONFIGS["alpha"], tmp_path)
     fresh = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
-    with tuned(fresh, tmp_path):
+    with with_tuned_weights(fresh, tmp_path):
         assert (images_of(FAMILIES["sd3"], fresh, noise_of(fresh, len(TEXTS))) - expected).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""Parts that leave the device: when they come, that they go, and that nothing else changes."""
+"""Offloaded parts: when they are loaded, that they are unloaded, and that results do not change."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from diffalign.models import FAMILIES, load_model
-from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule, part_of, place
+from diffalign.models.offload import PARTS, TEXT_ENCODERS, VAE, OffloadedModule, part_of, to_device
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rollout.generate import decode
 from tests.conftest import PIPELINE
-from tests.models.visits import Logged
+from tests.models.logged_offload import LoggedOffload
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 
@@ -32,28 +32,28 @@ def addresses(network):
     return [t.data_ptr() for t in [*network.parameters(), *network.buffers()]]
 
 
-def test_a_visitor_is_a_copy_of_what_stays_at_home():
+def test_loading_copies_weights_and_unloading_restores_the_host_tensors():
     network, layouts = Tied(), lambda: [(t.dtype, t.stride(), t.requires_grad) for t in network.parameters()]
-    visitor, home, known, plain = OffloadedModule([network], CPU), addresses(network), network.state_dict(), layouts()
+    module, home, known, plain = OffloadedModule([network], CPU), addresses(network), network.state_dict(), layouts()
     kept = {name: tensor.clone() for name, tensor in known.items()}
-    with visitor.kept():
-        assert addresses(network) == home  # nobody has asked for it
-        visitor.come()
+    with module.pinned():
+        assert addresses(network) == home  # pinning does not load
+        module.load()
         there = addresses(network)
         assert not {*there} & {*home}
         assert network.three.weight is network.one.weight
         assert layouts() == plain
-        with visitor.kept():
-            visitor.come()
+        with module.pinned():
+            module.load()
         assert addresses(network) == there  # the outer phase is not over
         assert all(torch.equal(tensor, kept[name]) for name, tensor in network.state_dict().items())
     assert addresses(network) == home
     assert layouts() == plain
 
 
-def test_it_leaves_whatever_happens(monkeypatch):
+def test_errors_unload_it(monkeypatch):
     network = Tied()
-    visitor, home, moves = OffloadedModule([network], CPU), addresses(network), []
+    module, home, moves = OffloadedModule([network], CPU), addresses(network), []
 
     def half(tensor, *arguments, own=torch.Tensor.to, **options):
         moves.append(tensor)
@@ -62,43 +62,43 @@ def test_it_leaves_whatever_happens(monkeypatch):
         return own(tensor, *arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "to", half)
-    with visitor.kept():
+    with module.pinned():
         with pytest.raises(torch.OutOfMemoryError):
-            visitor.come()
-        assert not visitor.here
+            module.load()
+        assert not module.resident
         assert addresses(network) == home
-        visitor.come()
-        assert visitor.here
+        module.load()
+        assert module.resident
     monkeypatch.undo()
-    with pytest.raises(KeyError), visitor.kept():  # noqa: PT012
-        visitor.come()
+    with pytest.raises(KeyError), module.pinned():  # noqa: PT012
+        module.load()
         raise KeyError
     assert addresses(network) == home
 
 
-class Came(Exception):
+class Loaded(Exception):
     pass
 
 
-class Door:
-    """A visitor that tells of itself instead of coming."""
+class RaisesOnLoad:
+    """An offloaded part that raises instead of loading."""
 
-    keepers = 1
+    pins = 1
 
     def __init__(self, part):
         self.part = part
 
-    def kept(self):
+    def pinned(self):
         return nullcontext()
 
-    def come(self):
-        raise Came(self.part)
+    def load(self):
+        raise Loaded(self.part)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_family_says_what_it_needs(family):
+def test_every_family_declares_the_parts_it_needs(family):
     model, image = object.__new__(family), torch.zeros(1, 3, 16, 16)
-    model.visitors = {part: Door(part) for part in PARTS}
+    model.offloaded = {part: RaisesOnLoad(part) for part in PARTS}
     calls = {
         lambda: model.encode(["a"]): TEXT_ENCODERS,
         lambda: model.unconditional(): TEXT_ENCODERS,
@@ -106,7 +106,7 @@ def test_every_family_says_what_it_needs(family):
         lambda: model.encode_images(image): VAE,
     }
     for call, part in calls.items():
-        with pytest.raises(Came, match=part):
+        with pytest.raises(Loaded, match=part):
             call()
 
 
@@ -122,61 +122,61 @@ def places(pipeline):
     return {name: part.weight.device for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def test_what_does_not_leave_is_placed_and_the_rest_stays_at_home():
+def test_offloaded_parts_stay_in_host_memory_and_the_rest_moves():
     pipeline = networks()
-    visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    offloaded = to_device(pipeline, ELSEWHERE, [TEXT_ENCODERS])
     assert {**places(pipeline)} == {
         "text_encoder": CPU,
         "text_encoder_2": CPU,
         "vae": ELSEWHERE,
         "transformer": ELSEWHERE,
     }
-    assert {part: len(visitor.networks) for part, visitor in visitors.items()} == {TEXT_ENCODERS: 2}
+    assert {part: len(module.networks) for part, module in offloaded.items()} == {TEXT_ENCODERS: 2}
     pipeline = networks()
-    assert place(pipeline, ELSEWHERE, [VAE], without="transformer").keys() == {VAE}
+    assert to_device(pipeline, ELSEWHERE, [VAE], without="transformer").keys() == {VAE}
     assert {name for name, where in places(pipeline).items() if where == CPU} == {"vae", "transformer"}
 
 
-def test_what_is_quantised_stays_where_it_was_loaded():
+def test_quantised_components_stay_where_they_were_loaded():
     pipeline = networks(text_encoder_2="bitsandbytes", transformer="bitsandbytes")
     with pytest.warns(UserWarning, match="text_encoder_2 is quantised, and stays on the device"):
-        visitors = place(pipeline, ELSEWHERE, [TEXT_ENCODERS])
-    assert [*visitors[TEXT_ENCODERS].networks] == [pipeline.components["text_encoder"]]
+        offloaded = to_device(pipeline, ELSEWHERE, [TEXT_ENCODERS])
+    assert [*offloaded[TEXT_ENCODERS].networks] == [pipeline.components["text_encoder"]]
     assert places(pipeline)["vae"] == ELSEWHERE
     assert {places(pipeline)[name] for name in ("text_encoder_2", "transformer")} == {CPU}  # as they were
 
 
-def test_on_a_cpu_nothing_leaves_and_names_are_checked():
-    asked = []
-    pipeline = SimpleNamespace(components={}, to=asked.append)
-    assert place(pipeline, CPU, [TEXT_ENCODERS, VAE]) == {}
-    assert asked == [CPU]
+def test_on_a_cpu_nothing_is_offloaded_and_names_are_checked():
+    moves = []
+    pipeline = SimpleNamespace(components={}, to=moves.append)
+    assert to_device(pipeline, CPU, [TEXT_ENCODERS, VAE]) == {}
+    assert moves == [CPU]
     with pytest.raises(ValueError, match="no part is named text; known: text_encoders, vae"):
-        place(pipeline, CPU, ["text"])
+        to_device(pipeline, CPU, ["text"])
 
 
 @pytest.fixture
-def visited(frozen, monkeypatch):
-    """The shipped pipeline as if it were on a device that its parts leave, and the list of their visits."""
+def loads_logged(frozen, monkeypatch):
+    """The shipped pipeline with all parts offloaded, and the list of loads."""
     log = []
-    visitors = {part: Logged(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
-    monkeypatch.setattr(frozen, "visitors", visitors)
+    offloaded = {part: LoggedOffload(part_of(frozen.pipeline, part).values(), log, part) for part in PARTS}
+    monkeypatch.setattr(frozen, "offloaded", offloaded)
     yield frozen, log
-    assert not any(visitor.here for visitor in visitors.values())
+    assert not any(module.resident for module in offloaded.values())
 
 
 @contextmanager
-def staying(model):
-    """Within it nothing leaves."""
-    visitors, model.visitors = model.visitors, {}
+def not_offloaded(model):
+    """Disable offloading within this context."""
+    offloaded, model.offloaded = model.offloaded, {}
     yield
-    model.visitors = visitors
+    model.offloaded = offloaded
 
 
-def test_new_prompts_are_one_visit_and_known_ones_none(visited, tmp_path):
-    model, log = visited
+def test_new_prompts_load_encoders_once_and_known_ones_never(loads_logged, tmp_path):
+    model, log = loads_logged
     texts = ["a red circle", "two stars"]
-    with staying(model):
+    with not_offloaded(model):
         plain = PromptEmbeddingCache(model)(texts)
     encoded = PromptEmbeddingCache(model, folder=tmp_path)
     found = encoded(texts)
@@ -191,8 +191,8 @@ def test_new_prompts_are_one_visit_and_known_ones_none(visited, tmp_path):
     assert log == [TEXT_ENCODERS] * 2
 
 
-def test_slices_are_decoded_in_one_visit_and_gradients_need_it_to_last(visited):
-    model, log = visited
+def test_slices_are_decoded_in_one_load_and_gradients_need_pinning(loads_logged):
+    model, log = loads_logged
     latents = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0), requires_grad=True)
     with model.keeping(VAE, TEXT_ENCODERS):
         for _ in range(2):
@@ -202,20 +202,20 @@ def test_slices_are_decoded_in_one_visit_and_gradients_need_it_to_last(visited):
     with pytest.raises(RuntimeError, match=r'decode with gradients .* within model.keeping\("vae"\)'):
         model.decode(latents)
     found, latents.grad = latents.grad, None
-    with staying(model):
+    with not_offloaded(model):
         model.decode(latents).square().mean().backward()
     assert torch.equal(found, latents.grad)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_a_part_takes_memory_while_it_visits_and_says_the_same():
+def test_on_cuda_a_part_takes_memory_only_while_loaded_and_results_match():
     cuda, texts = torch.device("cuda"), ["a red circle", "two stars"]
     found, sizes = [], []
     for offload in ((), (TEXT_ENCODERS, VAE)):
         model = load_model(PIPELINE, max_sequence_length=16)
         before = torch.cuda.memory_allocated()
-        model.place(cuda, offload)
+        model.to_device(cuda, offload)
         assert model.device.type == "cuda"
         sizes.append(torch.cuda.memory_allocated() - before)
         torch.cuda.reset_peak_memory_stats()

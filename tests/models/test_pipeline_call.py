@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffalign import FlowGRPOConfig, LoraConfig, ReFLConfig
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from diffalign.trainers.load_snippet import load_snippet
@@ -61,7 +61,7 @@ def test_the_snippet_draws_the_evaluated_image(trained, family_pipelines, name, 
         schedule=schedule, **{k: v for k, v in FAMILIES[name].options.items() if k != "revision"},
     )  # fmt: skip
     noise = noise_of(model, 1)
-    with torch.no_grad(), tuned(model, folder):
+    with torch.no_grad(), with_tuned_weights(model, folder):
         guidance = Guidance(scale, model.unconditional()) if guided else None
         route = SamplingPlan(ode_plan(STEPS), model.levels(STEPS, schedule), guidance)
         expected = model.decode(sample(model, route, model.encode([PROMPT]), noise))[0]

@@ -1,4 +1,4 @@
-"""What libraries log is not passed on where it says nothing, and is counted once where it does."""
+"""Noise in library logs is dropped, and meaningful messages appear once."""
 
 import logging
 import warnings
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign import LoraConfig
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.quiet import quiet_libraries
 from tests.models.families import FAMILIES
@@ -35,11 +35,11 @@ def test_loading_a_model_and_a_lora_says_one_line_each(family_pipelines, name, c
                 parameter.fill_(0.01)
         model.save(tmp_path)
         fresh = load_model(family_pipelines[name], **FAMILIES[name].options, dtype=torch.bfloat16)
-        with tuned(fresh, tmp_path):
+        with with_tuned_weights(fresh, tmp_path):
             pass
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert [line.split(" ")[0] for line in said.err.splitlines()] == ["loading"] * 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert [line.split(" ")[0] for line in output.err.splitlines()] == ["loading"] * 2
     assert not [str(w.message) for w in seen if any(noise in str(w.message) for noise in NOISE)]
 
 
@@ -55,9 +55,9 @@ def test_prompts_that_are_too_long_are_counted_once(family_pipelines, name, capf
         warnings.simplefilter("always")
         encoded([short, *long])
         encoded([text + "x" for text in long])
-    (told,) = [str(w.message) for w in caught if "tokens" in str(w.message)]
-    assert told.startswith(f"3 of 4 prompts have more than the {limit} tokens")
-    assert len(told) < 400
+    (warning,) = [str(w.message) for w in caught if "tokens" in str(w.message)]
+    assert warning.startswith(f"3 of 4 prompts have more than the {limit} tokens")
+    assert len(warning) < 400
     assert capfd.readouterr().err == ""
 
 

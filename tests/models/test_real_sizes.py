@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from diffalign.models import FAMILIES, LoraConfig
 from diffalign.models.weight_memory import memory_needs, size_of
-from tests.models.published import COUNTED, COUNTED_LORA, PIPELINES, on_meta
+from tests.models.published_configs import COUNTED, COUNTED_LORA, PIPELINES, on_meta
 
 RANK = 4
 

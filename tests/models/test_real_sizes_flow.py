@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from diffalign.models import FAMILIES, LoraConfig
 from diffalign.models.weight_memory import memory_needs
-from tests.models.published_flow import FLOW_COUNTED, FLOW_PIPELINES
+from tests.models.published_flow_configs import FLOW_COUNTED, FLOW_PIPELINES
 from tests.models.test_real_sizes import materialise
 
 RANK = 4

@@ -18,8 +18,8 @@ from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.models import tiny
-from tests.models.published import SD15_SCHEDULER
+from tests.models import tiny_unet_pipelines as tiny
+from tests.models.published_configs import SD15_SCHEDULER
 
 TEXTS = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 STEPS = 5
@@ -182,7 +182,7 @@ def test_sdxl_leads_away_from_what_its_pipeline_does(force_zeros, tmp_path):
     assert model.encode([""]).tensors["embeds"].any()
 
 
-def test_what_sdxl_is_told_of_a_size_is_not_kept_for_another(models, monkeypatch, tmp_path):
+def test_size_conditioning_of_sdxl_is_not_cached_for_another_size(models, monkeypatch, tmp_path):
     for resolution in (16, 32):
         monkeypatch.setattr(models["sdxl"], "resolution", resolution)
         encoded = PromptEmbeddingCache(models["sdxl"], folder=tmp_path)
@@ -190,7 +190,7 @@ def test_what_sdxl_is_told_of_a_size_is_not_kept_for_another(models, monkeypatch
             assert row.tensors["time_ids"].tolist() == [[resolution, resolution, 0, 0, resolution, resolution]]
 
 
-def test_sdxl_is_told_the_sizes_of_each_image(models, ddim):
+def test_sdxl_gets_the_sizes_of_each_image(models, ddim):
     model = models["sdxl"]
     _, noise = noise_of(model)
     sizes = {

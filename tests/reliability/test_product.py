@@ -17,7 +17,7 @@ from diffalign.models import LoraConfig, load_model
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.runtime.provenance import config_hash
 from tests.conftest import PIPELINE
-from tests.models.tiny import FAMILIES, build
+from tests.models.tiny_unet_pipelines import FAMILIES, build
 from tests.reliability.trainers import TRAINERS, held_out, short
 
 TEXT = "a red circle"

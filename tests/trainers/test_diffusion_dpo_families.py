@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffalign import DiffusionDPOTrainer
-from tests.models import tiny
+from tests.models import tiny_unet_pipelines as tiny
 
 
 def gradients(trainer):

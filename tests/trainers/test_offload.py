@@ -8,9 +8,9 @@ import torch
 from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.models import base
-from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, place, tensors_of
+from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, tensors_of, to_device
 from diffalign.models.weight_memory import size_of
-from tests.models.visits import Logged
+from tests.models.logged_offload import LoggedOffload
 from tests.trainers.made_refl import trainer_of
 
 OFFLOAD = {"offload": (TEXT_ENCODERS, VAE), "cache": True}
@@ -22,10 +22,10 @@ def visits(monkeypatch):
     log = []
 
     def placed(pipeline, device, offload, without):
-        assert place(pipeline, device, offload, without) == {}
-        return {part: Logged(part_of(pipeline, part).values(), log, part) for part in offload}
+        assert to_device(pipeline, device, offload, without) == {}
+        return {part: LoggedOffload(part_of(pipeline, part).values(), log, part) for part in offload}
 
-    monkeypatch.setattr(base, "place", placed)
+    monkeypatch.setattr(base, "to_device", placed)
     return log
 
 
@@ -73,7 +73,7 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
         weights.append([p.detach().clone() for p in trainer.loop.parameters])
         if changes:
             assert tuple(seen) == PHASES[make]
-            assert not any(visitor.here for visitor in trainer.model.visitors.values())
+            assert not any(module.resident for module in trainer.model.offloaded.values())
             visits.clear()
         else:
             assert not visits
@@ -89,7 +89,7 @@ def test_an_evaluation_decodes_in_one_visit_and_a_fault_sends_everything_home(sm
     with pytest.raises(ZeroDivisionError):
         trainer.evaluate(0)
     assert visits == [VAE] * 2
-    assert not trainer.model.visitors[VAE].here
+    assert not trainer.model.offloaded[VAE].resident
 
 
 @pytest.mark.gpu

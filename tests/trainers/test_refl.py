@@ -9,7 +9,7 @@ from diffalign import LoraConfig, ReFLTrainer
 from diffalign.diffusion.reward_gradient_presets import PRESETS
 from diffalign.rewards.base import get_reward
 from diffalign.runtime.tracking import MetricsLog
-from tests.models import tiny
+from tests.models import tiny_unet_pipelines as tiny
 from tests.trainers.made_refl import IMAGES, close, gradients, moved, redness, trainer_of
 
 # Exactness ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.commands.doctor.findings import Finding
-from diffalign.models import DiffusionModel, LoraConfig, load_model, tuned
+from diffalign.models import DiffusionModel, LoraConfig, load_model, with_tuned_weights
 from diffalign.models.attention import LISTED, NATIVE, choose_attention, refusal
 from diffalign.models.compiling import compile_refusal
 from diffalign.structures import Conditioning
@@ -69,7 +69,7 @@ def lora_round_trip(pipeline: Path) -> Iterator[Finding]:
     plain.pipeline.to(device)
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder))
-        with tuned(plain, Path(folder)):
+        with with_tuned_weights(plain, Path(folder)):
             loaded = _output(plain, x, conditioning)
     change, error = (trained - base).abs().max().item(), (loaded - trained).abs().max().item()
     if not error <= LORA_TOLERANCE * max(1.0, change) < change:

@@ -149,7 +149,7 @@ def test_random_weights_go_without_text_encoders(bench, monkeypatch, quantise):
     models = importlib.import_module("scripts.bench.gpu_models")
     asked = []
     monkeypatch.setattr(models, "quantisation", lambda kind, part: asked.append((kind, part)))
-    case = models.Case({"published": "tests.models.tiny_flow:flux_dev"}, resolution=16, batch=1)
+    case = models.Case({"published": "tests.models.tiny_flow_pipelines:flux_dev"}, resolution=16, batch=1)
     model = models.build(case, "published", quantise)
     assert asked == ([("4bit", "transformer")] if quantise == "4bit" else [])
     conditioning = model.encode(["a", "b"])

@@ -38,8 +38,8 @@ from transformers import (
 )
 
 from tests.conftest import PIPELINE
-from tests.models import published_flow as published
-from tests.models.tiny import clip, tokenizer
+from tests.models import published_flow_configs as published
+from tests.models.tiny_unet_pipelines import clip, tokenizer
 
 CAPTIONS = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 TALK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -1,4 +1,4 @@
-"""Damaged model folders end in a message that names the folder, whatever library stumbles."""
+"""Loading damaged model folders raises an error that names the folder, whichever library fails."""
 
 import shutil
 

@@ -43,7 +43,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.models.published import CLIP_L, T5_XXL, VAE
+from tests.models.published_configs import CLIP_L, T5_XXL, VAE
 
 FLUX_SCHEDULER = {
     "base_image_seq_len": 256,

@@ -1,7 +1,7 @@
-"""Plain diffusers in fresh processes, nothing of this package: what it draws from weights that were saved.
+"""Sample from saved weights with plain diffusers in fresh processes, without this package.
 
-A process per pipeline, so that no state of one family can help another. They are forked from one that has imported
-diffusers and done nothing, because that takes longer than drawing.
+One process per pipeline, so that families share no state. They are forked from a process that has only imported
+diffusers, because the import takes longer than sampling.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ for path, part in groupby(sorted(jobs), lambda job: job[0]):
     child = os.fork()
     if not child:
         draw_all(path, list(part))
-        os._exit(0)  # taking the interpreter apart would cost four times what drawing does
+        os._exit(0)  # interpreter shutdown takes four times as long as sampling
     assert os.waitpid(child, 0)[1] == 0, path
 """
 
 
 def draw_fresh(jobs: list[list], loras: int) -> None:
-    """Runs ``SCRIPT``, and asserts that each of so many LoRAs loaded whole, and at scale 0 is the base."""
+    """Run ``SCRIPT``; assert that all ``loras`` load completely and equal the base at scale 0."""
     run = subprocess.run(
         [sys.executable, "-c", f"TEXTS, STEPS = {TEXTS!r}, {STEPS}\n{SCRIPT}", json.dumps(jobs)],
         capture_output=True,

@@ -18,7 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.conftest import PIPELINE
-from tests.models.published import SD15_SCHEDULER, SD21_SCHEDULER, SDXL_SCHEDULER
+from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SDXL_SCHEDULER
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -1,4 +1,4 @@
-"""Visits of parts that leave the device, watched on a CPU."""
+"""Offloading observed on a CPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from diffalign.models.offload import OffloadedModule
 
 
-class Logged(OffloadedModule):
-    """A visitor whose device is the CPU; ``name`` goes to ``log`` each time that it comes."""
+class LoggedOffload(OffloadedModule):
+    """An offloaded part whose device is the CPU; each load appends ``name`` to ``log``."""
 
     def __init__(self, networks: Collection[nn.Module], log: list[str], name: str) -> None:
         super().__init__(networks, torch.device("cpu"))
         self.log, self.name = log, name
 
-    def come(self) -> None:
-        if not self.here:
+    def load(self) -> None:
+        if not self.resident:
             self.log.append(self.name)
-        super().come()
+        super().load()

@@ -1,4 +1,4 @@
-"""All of a weight file is used, or it is said; a load that fails leaves the model as it was."""
+"""Unused tensors of a weight file are reported, and a failed load leaves the model unchanged."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import LoraConfig
 from diffalign.cli import main
-from diffalign.models import load_model, tuned
+from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.checkpoint_context import ADAPTER
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, noise_of
@@ -22,7 +22,7 @@ NAME = "pytorch_lora_weights.safetensors"
 
 
 def moved(model, generator=0):
-    """Moves what trains away from its start."""
+    """Perturb the trainable weights."""
     source = torch.Generator().manual_seed(generator)
     with torch.no_grad():
         for parameter in model.weights.trainable:
@@ -32,7 +32,7 @@ def moved(model, generator=0):
 
 @pytest.fixture(scope="module")
 def bases(family_pipelines):
-    """One model a family; every test must leave it as it was."""
+    """One model per family; tests must not change it."""
     known = {}
 
     def get(name):
@@ -45,7 +45,7 @@ def bases(family_pipelines):
 
 @pytest.fixture(scope="module")
 def loras(family_pipelines, tmp_path_factory):
-    """A family -> the file of a LoRA for it."""
+    """Family -> file of a LoRA for it."""
     known, root = {}, tmp_path_factory.mktemp("loras")
 
     def get(name):
@@ -79,7 +79,10 @@ def assert_same(model, before):
 
 def refused(model, path, message, **options):
     before = contents(model)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught, tuned(model, path, **options):
+    with (
+        pytest.raises((ValueError, FileNotFoundError), match=message) as caught,
+        with_tuned_weights(model, path, **options),
+    ):
         pytest.fail("it was loaded")
     assert len(str(caught.value)) < 2000
     assert str(path) in str(caught.value)
@@ -118,13 +121,13 @@ def test_layers_that_the_model_lacks_are_named_or_left_out_with_a_warning(bases,
     model, file = bases(name), rewritten(loras(name), tmp_path, renamed)
     before, count = contents(model), len(load_file(file))
     refused(model, file, rf"\d+ of {count} tensors do not fit this model \(.*_elsewhere.*no such layer.*allow_partial")
-    with pytest.warns(UserWarning, match="no such layer"), tuned(model, file, allow_partial=True):
+    with pytest.warns(UserWarning, match="no such layer"), with_tuned_weights(model, file, allow_partial=True):
         loaded = [n for n, _ in model.raw_denoiser.named_parameters() if ADAPTER in n]
     assert 0 < len(loaded) < count
     assert_same(model, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with tuned(model, loras(name)):
+        with with_tuned_weights(model, loras(name)):
             assert not torch.equal(output(model), base := output_of_base(model))
     assert torch.equal(output(model), base)
 
@@ -164,7 +167,7 @@ def with_text(file, prefix, folder, layer="encoder.layers.0.self_attn.q_proj", w
 def test_a_text_encoders_part_is_used(bases, loras, name, tmp_path):
     model, file = bases(name), with_text(loras(name), "text_encoder", tmp_path)
     before, plain = contents(model), model.encode(["a red circle"])
-    with tuned(model, file):
+    with with_tuned_weights(model, file):
         assert any(ADAPTER in n for n, _ in model.pipeline.text_encoder.named_parameters())
         tuned_row = model.encode(["a red circle"])
     assert any(not torch.equal(tuned_row.tensors[key], plain.tensors[key]) for key in plain.tensors)
@@ -188,7 +191,7 @@ def test_a_text_encoders_part_is_used(bases, loras, name, tmp_path):
 def test_a_text_encoders_part_that_cannot_be_loaded_is_refused(bases, loras, name, prefix, layer, width, tmp_path):
     file = with_text(loras(name), prefix, tmp_path, layer, width)
     refused(bases(name), file, rf"2 of \d+ tensors do not fit this model \({prefix}\..*allow_partial")
-    with pytest.warns(UserWarning, match="2 of"), tuned(bases(name), file, allow_partial=True):
+    with pytest.warns(UserWarning, match="2 of"), with_tuned_weights(bases(name), file, allow_partial=True):
         assert any(ADAPTER in n for n, _ in bases(name).raw_denoiser.named_parameters())
 
 
@@ -198,7 +201,7 @@ def test_a_text_encoders_part_that_diffusers_cannot_convert_is_refused_by_the_na
     file = rewritten(loras("sd15"), tmp_path, lambda state: {**kohya(state, 1.0), **parts}, header=False)
     before = contents(bases("sd15"))
     refused(bases("sd15"), file, rf"{file}: 2 of .*diffusers cannot convert it.*allow_partial")
-    with pytest.warns(UserWarning, match="2 of"), tuned(bases("sd15"), file, allow_partial=True):
+    with pytest.warns(UserWarning, match="2 of"), with_tuned_weights(bases("sd15"), file, allow_partial=True):
         assert any(ADAPTER in n for n, _ in bases("sd15").raw_denoiser.named_parameters())
     assert_same(bases("sd15"), before)
 
@@ -214,7 +217,7 @@ def test_a_load_that_breaks_half_way_leaves_no_trace(bases, loras, name, where, 
     refused(model, loras(name), "does not load into this model: half-way")
     monkeypatch.undo()
     before = contents(model)
-    with tuned(model, loras(name)):
+    with with_tuned_weights(model, loras(name)):
         assert not torch.equal(output(model), output_of_base(model))
     assert_same(model, before)
 
@@ -222,7 +225,7 @@ def test_a_load_that_breaks_half_way_leaves_no_trace(bases, loras, name, where, 
 def test_an_error_of_the_caller_is_the_callers_and_leaves_no_trace(bases, loras):
     model = bases("sd15")
     before = contents(model)
-    with pytest.raises(KeyError, match="mine"), tuned(model, loras("sd15")):
+    with pytest.raises(KeyError, match="mine"), with_tuned_weights(model, loras("sd15")):
         raise KeyError("mine")
     assert_same(model, before)
 
@@ -246,9 +249,9 @@ def kohya(state, alpha):
 def test_a_file_of_kohya_with_its_own_alphas_is_the_same_lora(bases, loras, name, tmp_path):
     model = bases(name)
     file = rewritten(loras(name), tmp_path, lambda state: kohya(state, 1.5), header=False)
-    with tuned(model, loras(name)):
+    with with_tuned_weights(model, loras(name)):
         expected = output(model)
-    with tuned(model, file):
+    with with_tuned_weights(model, file):
         assert (output(model) - expected).abs().max() < 1e-5
 
 
@@ -258,9 +261,9 @@ def test_a_file_in_half_precision_is_the_same_lora_but_for_its_rounding(bases, l
     model = bases(name)
     file = rewritten(loras(name), tmp_path, lambda state: {n: t.to(dtype) for n, t in state.items()})
     file.rename(tmp_path / "pytorch_lora_weights.fp16.safetensors")
-    with tuned(model, loras(name)):
+    with with_tuned_weights(model, loras(name)):
         expected, size = output(model), (output(model) - output_of_base(model)).abs().max()
-    with tuned(model, tmp_path):
+    with with_tuned_weights(model, tmp_path):
         assert (output(model) - expected).abs().max() < 0.05 * size
 
 
@@ -281,7 +284,7 @@ def test_a_dora_of_peft_is_used_whole(bases, family_pipelines, tmp_path):
         config = json.loads(opened.metadata()["lora_adapter_metadata"])
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     save_file({f"transformer.{n}": t for n, t in state.items()}, tmp_path / NAME, {"format": "pt", **header})
-    with tuned(model, tmp_path):
+    with with_tuned_weights(model, tmp_path):
         assert (output(model) - output(source)).abs().max() < 1e-5
 
 
@@ -293,7 +296,7 @@ def test_what_diffusers_would_filter_out_of_a_file_is_named(bases, loras, tmp_pa
 
     file = rewritten(loras("sd15"), tmp_path, dora, header=False)
     refused(bases("sd15"), file, r"1 of \d+ tensors do not fit this model \(lora_unet_.*dora_scale")
-    with pytest.warns(UserWarning, match="dora_scale"), tuned(bases("sd15"), file, allow_partial=True):
+    with pytest.warns(UserWarning, match="dora_scale"), with_tuned_weights(bases("sd15"), file, allow_partial=True):
         pass
 
 
@@ -361,13 +364,13 @@ def full(bases, tmp_path):
 def test_full_weights_are_used_in_fp16_only_too(bases, full):
     model, (folder, file) = bases("sd15"), full
     before, base = contents(model), output(model)
-    with tuned(model, folder):
+    with with_tuned_weights(model, folder):
         expected = output(model)
     assert (expected - base).abs().max() > 1e-3
     half = {n: t.half() for n, t in load_file(file).items()}
     file.unlink()
     save_file(half, file.with_name("diffusion_pytorch_model.fp16.safetensors"), {"format": "pt"})
-    with tuned(model, folder):
+    with with_tuned_weights(model, folder):
         assert (output(model) - expected).abs().max() < 1e-2
     assert_same(model, before)
 
@@ -388,28 +391,31 @@ def test_full_weights_that_do_not_fit_are_refused(bases, full, change, message):
     folder, file = full
     save_file(change(load_file(file)), file, {"format": "pt"})
     before = contents(bases("sd15"))
-    with pytest.raises(ValueError, match=message), tuned(bases("sd15"), folder):
+    with pytest.raises(ValueError, match=message), with_tuned_weights(bases("sd15"), folder):
         pytest.fail("they were loaded")
     assert_same(bases("sd15"), before)
 
 
 def test_full_weights_with_something_more_may_be_used_in_part(bases, full):
     folder, file = full
-    with tuned(bases("sd15"), folder):
+    with with_tuned_weights(bases("sd15"), folder):
         expected = output(bases("sd15"))
     save_file({**load_file(file), "more.weight": torch.ones(3)}, file, {"format": "pt"})
-    with pytest.warns(UserWarning, match=r"more\.weight"), tuned(bases("sd15"), folder, allow_partial=True):
+    with (
+        pytest.warns(UserWarning, match=r"more\.weight"),
+        with_tuned_weights(bases("sd15"), folder, allow_partial=True),
+    ):
         assert (output(bases("sd15")) - expected).abs().max() < 1e-5
 
 
 def test_full_weights_of_another_class_or_in_a_pickle_are_refused(bases, full):
     folder, file = full
     file.rename(file.with_name("diffusion_pytorch_model.bin"))
-    with pytest.raises(ValueError, match="no diffusion_pytorch_model"), tuned(bases("sd15"), folder):
+    with pytest.raises(ValueError, match="no diffusion_pytorch_model"), with_tuned_weights(bases("sd15"), folder):
         pass
     config = file.with_name("config.json")
     config.write_text(config.read_text().replace("UNet2DConditionModel", "SD3Transformer2DModel"))
-    with pytest.raises(ValueError, match="holds a SD3Transformer2DModel"), tuned(bases("sd15"), folder):
+    with pytest.raises(ValueError, match="holds a SD3Transformer2DModel"), with_tuned_weights(bases("sd15"), folder):
         pass
 
 

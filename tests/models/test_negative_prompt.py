@@ -1,4 +1,4 @@
-"""A trained negative prompt: its gradient, its weight sets, and a constant one on the gradient's path."""
+"""Trained negative prompts: gradients, weight sets, saving, and detached negatives."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffalign import ReFLConfig
 from diffalign.models import load_model
-from diffalign.models.checkpoint_context import tuned
+from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.weights import POLICY
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
@@ -25,7 +25,7 @@ def prediction(model, guidance, scale=1.0):
     return model.predict(x, model.levels(4)[1], model.encode(["a red circle", "two squares"]), guidance)
 
 
-def test_it_begins_as_the_empty_prompt_and_is_all_that_trains(model):
+def test_it_starts_as_the_empty_prompt_and_only_it_trains(model):
     before = prediction(model, Guidance(3.0, model.unconditional()))
     negative = model.train_negative()
     guidance = Guidance(3.0, negative.conditioning(negative()))
@@ -65,7 +65,7 @@ TEXT, STEPS, SCALE = 'a "red" circle', 3, 3.0
 
 @pytest.fixture(params=FAMILIES)
 def trained(request, family_pipelines):
-    """(family's name, model, negative prompt): one that has moved from its start."""
+    """(family name, model, negative prompt) with the prompt moved from its initial value."""
     model = load_model(family_pipelines[request.param], **FAMILIES[request.param].options)
     negative = model.train_negative()
     generator = torch.Generator().manual_seed(0)
@@ -82,12 +82,12 @@ def images(family, model, guidance):
 
 
 def call_of(pipe, family, noise, monkeypatch):
-    """Has every call of the pipeline told what the card leaves to the reader."""
+    """Patch the pipeline's calls with the arguments that the card leaves to the reader."""
     kind = type(pipe)
     small = {"latents": packed(pipe, noise), "num_inference_steps": STEPS, "output_type": "pt", **family.call}
     original = kind.__call__
-    told = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **{**small, **kwargs}))
-    monkeypatch.setattr(kind, "__call__", told)
+    call = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **{**small, **kwargs}))
+    monkeypatch.setattr(kind, "__call__", call)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_: pipe)
 
 
@@ -112,7 +112,7 @@ def test_what_was_saved_comes_back(trained, family_pipelines, tmp_path):
     name, model, _ = trained
     file = model.save(tmp_path)
     again = load_model(family_pipelines[name], **FAMILIES[name].options)
-    with tuned(again, tmp_path):
+    with with_tuned_weights(again, tmp_path):
         found = again.negative.conditioning(again.negative())
         torch.testing.assert_close(again.negative_arguments(found), load_file(file), rtol=0, atol=0)
         with again.using("reference"):

@@ -1,0 +1,166 @@
+"""The trainable side of a model: LoRA or full fine-tuning, negative prompts, weight sets and saving."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.atomic import replacing, replacing_folder
+from diffalign.config.sections import LoraConfig
+from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
+from diffalign.models import lora
+from diffalign.models.lora_file import read_tensors
+from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
+from diffalign.models.weights import REFERENCE, WeightSets
+from diffalign.structures import Conditioning
+
+
+class TrainableModel(ABC):
+    """Make a model trainable, switch between its weight sets and save what was trained."""
+
+    pipeline: DiffusionPipeline
+    denoiser_name: str
+    lora_targets: tuple[str, ...]
+    # Conditioning tensor -> pipeline argument that takes it as a negative prompt.
+    negative_names: Mapping[str, str] = {
+        "embeds": "negative_prompt_embeds",
+        "pooled": "negative_pooled_prompt_embeds",
+    }
+    weights: WeightSets
+    has_adapter: bool
+    negative: NegativePrompt | None
+    # Provenance for the header of an exported LoRA.
+    about: dict[str, str]
+
+    @property
+    @abstractmethod
+    def raw_denoiser(self) -> ModelMixin:
+        """The pipeline's own denoiser."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The denoiser's device."""
+
+    @property
+    @abstractmethod
+    def idle_layers(self) -> tuple[str, ...]:
+        """Layers with unused output, which stay frozen."""
+
+    @abstractmethod
+    def unconditional(self) -> Conditioning:
+        """Encode the default negative prompt of guidance: one row."""
+
+    def train(
+        self,
+        config: LoraConfig,
+        *,
+        seed: int = 0,
+        keep_reference: bool = False,
+        shards: FSDPConfig | None = None,
+    ) -> None:
+        """Make the denoiser trainable: through a LoRA, or with rank 0 in full.
+
+        Args:
+            config: The LoRA.
+            seed: Seed of its initial weights.
+            keep_reference: Support ``using("reference")``; costs a copy of the weights in full fine-tuning and nothing
+                for a LoRA.
+            shards: FSDP2 settings; None keeps the whole denoiser on each process.
+        """
+        if config.rank:
+            lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
+        else:
+            self.raw_denoiser.requires_grad_(True)
+            for name in self.idle_layers:
+                self.raw_denoiser.get_submodule(name).requires_grad_(False)
+        if shards is not None:
+            shard(self.raw_denoiser, shards)
+        self.has_adapter = config.rank > 0
+        self.weights = WeightSets(self.raw_denoiser, has_adapter=self.has_adapter)
+        if keep_reference and not self.has_adapter:
+            self.weights.keep_copy(REFERENCE)
+
+    def train_negative(self) -> NegativePrompt:
+        """Train a negative prompt only, initialised from ``unconditional``, which is also the reference."""
+        self.negative = NegativePrompt(self.unconditional()).to(self.device)
+        self.weights = WeightSets(self.negative, has_adapter=False)
+        self.weights.keep_copy(REFERENCE)
+        return self.negative
+
+    @torch.no_grad()
+    def load_negative(self, file: Path) -> None:
+        """Load a negative prompt written by ``save``; ``unconditional`` becomes the reference.
+
+        Raises:
+            ValueError: The file is damaged, or belongs to another model or prompt length.
+        """
+        negative = self.train_negative()
+        here, saved = self.negative_arguments(negative.conditioning(negative())), read_tensors(file)
+        sizes, found = ({name: tuple(t.shape) for name, t in named.items()} for named in (here, saved))
+        if sizes != found:
+            raise ValueError(
+                f"{file} holds {found}, and a negative prompt of this model is {sizes}: "
+                "give the model and the max_sequence_length that it was trained with"
+            )
+        for name in negative.trained:
+            argument = self.negative_names[name]
+            here[argument].copy_(saved[argument])  # the parameter or a view of it
+
+    def negative_arguments(self, row: Conditioning) -> dict[str, Tensor]:
+        """Return a negative prompt as keyword arguments of the diffusers pipeline."""
+        return {argument: row.tensors[name] for name, argument in self.negative_names.items() if name in row.tensors}
+
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Run the denoiser with weight set ``name`` within this context: "policy", "reference", "ema", ..."""
+        return self.weights.using(name)
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Save the trained weights as diffusers loads them: a LoRA file, full weights, or a negative prompt.
+
+        Args:
+            directory: Created if missing.
+            weights: Gathered weights of a sharded denoiser by name: see ``saver``.
+
+        Returns:
+            The file or folder written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.negative is not None:
+            named = self.negative_arguments(self.negative.conditioning(self.negative()))
+            with replacing(directory / NEGATIVE_NAME) as staged:
+                save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, staged)
+            return directory / NEGATIVE_NAME
+        if self.has_adapter:
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
+        denoiser: ModelMixin = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
+        with replacing_folder(directory / self.denoiser_name) as folder:
+            denoiser.save_pretrained(folder)
+        return directory / self.denoiser_name
+
+    def saver(self, name: str, keep: bool = True) -> Callable[[Path], Path]:
+        """Return a function that saves weight set ``name`` into a folder.
+
+        Collective: every process must call this method, and one process calls the returned function.
+
+        Args:
+            name: A weight set.
+            keep: Whether this process will call the returned function.
+        """
+        weights = None
+        if is_sharded(self.raw_denoiser):
+            with self.using(name):
+                weights = gathered(self.raw_denoiser, trained_only=self.has_adapter, keep=keep)
+
+        def write(directory: Path) -> Path:
+            with self.using(name):
+                return self.save(directory, weights)
+
+        return write
