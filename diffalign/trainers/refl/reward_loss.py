@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffalign.diffusion.reward_gradient_presets import Recipe
 from diffalign.diffusion.trajectory import in_slices
-from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss
+from diffalign.losses.refl import PUBLISHED_THRESHOLDS
+from diffalign.losses.registry import get_reward_loss
 from diffalign.losses.srpo import relative_reward
 from diffalign.models import DiffusionModel
 from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
