@@ -87,5 +87,15 @@ def test_the_maths_sees_tensors_only():
     for name in ("diffusion", "losses"):
         for path in (PACKAGE / name).rglob("*.py"):
             tops = {imported.split(".")[0] for imported in imports(path)}
-            standard = {"__future__", "collections", "dataclasses", "hashlib", "inspect", "math", "typing"}
+            standard = {
+                "__future__",
+                "collections",
+                "dataclasses",
+                "hashlib",
+                "inspect",
+                "math",
+                "pathlib",
+                "re",
+                "typing",
+            }
             assert tops <= standard | {"torch", "diffalign"}, path

@@ -33,7 +33,7 @@ class Recipe:
         (those of leaps).
     gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``GradientPath``.
-    copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
+    copies: finished samples that are renoised and denoised: beside the sampling's own end, or, for "recovered", in all.
     invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
         last level of the window, linear between them; a step's is that of its level with less noise.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.

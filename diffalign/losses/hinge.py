@@ -1,4 +1,4 @@
-"""The hinge loss of SLiC-HF (arXiv 2305.10425): pairs that are told apart well enough teach nothing more."""
+"""The hinge loss of SLiC-HF (arXiv 2305.10425): pairs with a large enough margin have no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MaPO (arXiv 2406.06424): no reference; winners are learned, and told from losers by a bounded score."""
+"""MaPO (arXiv 2406.06424): no reference; learn winners, and separate them from losers by a bounded score."""
 
 from __future__ import annotations
 
