@@ -109,7 +109,7 @@ def _bases(folder: Path) -> Iterator[Path]:
 def raw_lines(path: str | Path) -> Iterator[bytes]:
     """Yield the lines of a file with their ends (LF, CRLF or CR), without a byte order mark.
 
-    Bytes, so that a wrong one can be told from its neighbours. Not ``str.splitlines``, which also cuts at separators
+    Bytes, so that one invalid line does not hide its neighbours. Not ``str.splitlines``, which also cuts at separators
     that a JSON string may hold, such as U+2028. ValueError: a line of more than ``MAX_BYTES``.
     """
     with open_regular(path) as file:

@@ -1,4 +1,4 @@
-"""Weights in shards over all processes, by torch's own FSDP2: a trainable set that is larger than one device.
+"""Shard weights over all processes by torch's own FSDP2, for a trainable set that is larger than one device.
 
 A module is sharded before anything else holds its parameters, so that the optimizer, the EMA and the weight sets are
 made of shards and nothing is replaced later. Frozen weights in bfloat16 beside a LoRA in float32 are fine: only what
@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class FSDPConfig:
-    """Where a module goes in shards. keep: whether its weights stay whole from a pass that records gradients to the
-    backward pass, which then need not gather them again: ZeRO-2 of arXiv 1910.02054; else ZeRO-3.
+    """Settings of FSDP2.
+
+    device: of the shards. keep: whether parameters stay gathered between forward and backward, which is ZeRO-2 of
+        arXiv 1910.02054; else they are gathered again, ZeRO-3.
     """
 
     device: torch.device
@@ -30,7 +32,7 @@ class FSDPConfig:
 
 
 def shard(module: nn.Module, to: FSDPConfig) -> None:
-    """Spreads a diffusers model over all processes, unit by unit. Each process must have the same weights."""
+    """Shard a diffusers model over all processes, unit by unit. Each process must have the same weights."""
     mesh = init_device_mesh(to.device.type, (get_world_size(),))
     for part, _ in units(module):
         # The outermost part too: what it kept after a pass without gradients would be old after the next update.
@@ -40,9 +42,9 @@ def shard(module: nn.Module, to: FSDPConfig) -> None:
 
 
 def units(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """What is gathered one after another, with its parameters: blocks, inner ones first, then the rest as ``module``.
+    """List the units that are gathered one after another, with their parameters: inner blocks first, ``module`` last.
 
-    Blocks are what diffusers names as not to be split.
+    Blocks are those of ``_no_split_modules``, which diffusers declares.
     """
     names = getattr(module, "_no_split_modules", None) or ()
     blocks = [part for part in module.modules() if type(part).__name__ in names and part is not module]
@@ -58,26 +60,26 @@ def _keep_if_recorded(module: FSDPModule, _: Any) -> None:
 
 
 def free(module: nn.Module) -> None:
-    """Lets go of what is gathered of a module, which is old once its shards change."""
+    """Free the gathered parameters of a module, which are stale once its shards change."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has had it."""
+    """Return whether ``shard`` was applied to the module."""
     return isinstance(module, FSDPModule)
 
 
 def plain_class(module: nn.Module) -> type[Any]:
-    """The class that a module had before it was sharded."""
+    """Return the class that a module had before it was sharded."""
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def whole(tensor: Tensor, keep: bool = True) -> Tensor:
-    """A tensor put together, on the CPU if it was in shards; every process must ask. keep: False leaves it as it was.
+def full_tensor(tensor: Tensor, keep: bool = True) -> Tensor:
+    """Gather a sharded tensor on the CPU; return others as they are. Every process must call it.
 
-    One that is whole is given back itself.
+    keep: False returns the sharded tensor instead, for processes that take part in the gather and need no result.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -86,28 +88,28 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
 
 
 def gathered(module: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, Tensor]:
-    """The weights of a sharded module by name, put together as ``whole`` does; every process must ask."""
+    """The weights of a sharded module by name, gathered by ``full_tensor``; every process must call it."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     chosen = trained if trained_only else module.state_dict()
-    return {name: whole(tensor, keep) for name, tensor in chosen.items()}
+    return {name: full_tensor(tensor, keep) for name, tensor in chosen.items()}
 
 
 def unsharded(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A diffusers model as ``module`` was before it was sharded, with these weights."""
+    """Build an unsharded diffusers model of the class and configuration of ``module``, with these weights."""
     with torch.device("meta"):
         found = plain_class(module).from_config(module.config)
     found.load_state_dict(weights, assign=True)
     return found
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """``tensor``, which every process has whole, in shards if ``other`` is."""
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Shard ``tensor``, which every process has in full, as ``other`` is sharded, if it is."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, in the same memory, without gradients."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, in the same memory, without gradients."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,11 +14,10 @@ from typing import Any
 from diffalign.config.schema import ConfigError, shown
 from diffalign.config.sections import PASSED
 from diffalign.messages import hub_sentence, is_offline, offline_sentence
-from diffalign.plugins import entry_points
+from diffalign.plugins import declared_names, entry_points
 
 TIMEOUT = 10  # seconds for the hub to answer
 PLUGINS = "diffalign.rewards"
-REGISTERED = re.compile(r'^@?register\(\s*"([^"]+)"', re.MULTILINE)
 FILE_SUFFIXES = frozenset({".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".safetensors", ".tar"})
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -178,9 +177,7 @@ def known_rewards() -> list[str]:
     """All names that a reward can be asked for by, without importing any of them."""
     if (base := sys.modules.get("diffalign.rewards.base")) is not None:
         return list(base.names())
-    files = sorted((Path(__file__).parent / "rewards").glob("*.py"))
-    names = {name for file in files for name in REGISTERED.findall(file.read_text(encoding="utf-8"))}
-    return sorted({*names, *entry_points(group=PLUGINS).names})
+    return sorted({*declared_names("rewards", "register"), *entry_points(group=PLUGINS).names})
 
 
 def hub_problem(repository: str, revision: str | None, kind: str, file: str | None = None) -> str | None:

@@ -41,8 +41,8 @@ class Level:
     """A point of a noise schedule: x = alpha * x0 + sigma * noise.
 
     Variance-preserving models keep alpha^2 + sigma^2 = 1, flow models alpha = 1 - sigma, so one noun serves both.
-    Each field is a float64 CPU tensor, of shape () for one level or (B,) for a level per sample. ``time`` is what the
-    denoiser is told (in the units of its own schedule, e.g. 0 to 1000).
+    Each field is a float64 CPU tensor, of shape () for one level or (B,) for a level per sample. ``time`` is the
+    denoiser's time input (in the units of its own schedule, e.g. 0 to 1000).
     """
 
     alpha: Tensor

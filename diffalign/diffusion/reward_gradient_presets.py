@@ -12,7 +12,7 @@ from typing import Any
 
 from diffalign.diffusion.plan import MAX_STEPS
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
-from diffalign.diffusion.trajectory import GradientPath, Move
+from diffalign.diffusion.trajectory import GradientPath, Segment
 
 MAX_COPIES = 1000
 SEES = ("sample", "predicted", "recovered", "straight_through")
@@ -33,7 +33,7 @@ class Recipe:
         (those of leaps).
     gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
         is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``GradientPath``.
-    copies: finished samples noised anew and denoised: beside the sampling's own end, or, for "recovered", in all.
+    copies: finished samples that are renoised and denoised: beside the sampling's own end, or, for "recovered", in all.
     invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
         last level of the window, linear between them; a step's is that of its level with less noise.
     from_images: begins at real images, noised to the share ``image_start``, not at noise.
@@ -253,11 +253,11 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Gradient
     count = min(integers(1, count + 1) if recipe.truncate else count, len(calls))
     chosen = spaced(calls, count, integers) if recipe.choice == "spaced" else calls[-count:]
     moves = tuple(
-        Move(place, None if predicted and place == stop else place + 1, place in chosen)
+        Segment(place, None if predicted and place == stop else place + 1, place in chosen)
         for place in range(chosen[0], stop + 1)
     )
     course = GradientPath(moves, recipe.through)
-    return (course, *(replace(course, renoised=True),) * recipe.copies)
+    return (course, *(replace(course, renoise=True),) * recipe.copies)
 
 
 def spaced(calls: range, count: int, integers: Integers) -> range:
@@ -274,11 +274,13 @@ def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Gr
         up = recipe.invert and (iteration * recipe.copies + number) % 2 == 1
         among = recipe.raised if up else recipe.places
         place = integers(among.start, among.stop)
-        move = Move(place, place - 1 if up else place + 1)
+        move = Segment(place, place - 1 if up else place + 1)
         low = place if up else place + 1  # of the two levels the one with less noise
         weight = recipe.between(recipe.discount, low)
         k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, low)
-        found.append(GradientPath((move,), recipe.through, renoised=True, recovered=True, weight=weight, word_weight=k))
+        found.append(
+            GradientPath((move,), recipe.through, renoise=True, direct_align=True, weight=weight, word_weight=k)
+        )
     return tuple(found)
 
 
@@ -288,8 +290,8 @@ def _leaps(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Gradient
     count = min(recipe.gradient_steps or len(left), len(left))
     chosen = sorted(left.pop(integers(0, len(left))) for _ in range(count))
     ends = [*chosen[1:], recipe.num_steps]
-    moves = tuple(Move(start, end) for start, end in zip(chosen, ends, strict=True))
-    return (GradientPath(moves, recipe.through, straight=True),)
+    moves = tuple(Segment(start, end) for start, end in zip(chosen, ends, strict=True))
+    return (GradientPath(moves, recipe.through, straight_through=True),)
 
 
 DRAWS: dict[str, Callable[[Recipe, int, Integers], tuple[GradientPath, ...]]] = {

@@ -5,7 +5,7 @@ With the denoiser's x0 and noise, x = alpha x0 + sigma noise holds identically. 
 
     x' = m_x0 x0 + m_noise noise + std eps,   eps ~ N(0, 1).
 
-All kinds have m_x0 = alpha'. They differ in how much of the noise is kept and how much is drawn anew.
+All kinds have m_x0 = alpha'. They differ in how much of the noise is kept and how much is redrawn.
 """
 
 from __future__ import annotations

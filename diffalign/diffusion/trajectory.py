@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Move:
+class Segment:
     """A call at level ``start`` and the step to level ``end``, both places in a schedule.
 
     end: None is a level without noise, so that the step gives the predicted x0. gradient: whether the call is recorded;
@@ -44,24 +44,25 @@ class Move:
 
 @dataclass(frozen=True)
 class GradientPath:
-    """What is unrolled, and what the reward sees of it: the sample after the last move, unless said otherwise.
+    """Segments of a trajectory that are unrolled with a gradient; the reward sees the sample after the last one.
 
-    moves: each begins where the one before ended, and the first carries a gradient. through: the share of the gradient
-    that passes through the inputs of calls: 1 all of it, 0 none (detached inputs). renoised: begins at a finished
-    sample, noised to the first level with noise that is known; False: at a state of a sampling.
-    recovered: the known noise is taken off the sample, (x - sigma noise) / alpha: Direct-Align. straight: moves leap
-    over steps of a sampling, and where they end its own states are put in their place, with the gradient of the leap.
+    moves: the segments; each begins where the one before ended, and the first carries a gradient. input_grad_scale:
+        the share of the gradient that passes through the inputs of calls: 1 all of it, 0 none (detached inputs).
+    renoise: begin at a finished sample, noised to the first level with known noise; False: at a state of a trajectory.
+    direct_align: subtract the known noise from the sample, (x - sigma noise) / alpha (Direct-Align).
+    straight_through: segments leap over steps of a trajectory, and take its states as their values where they end,
+        with the gradient of the leap.
     weight: of its loss. words, word_weight: SRPO's control words in its reward, the one to come closer to first, and k.
 
     ValueError: moves that do not join, no gradient in the first, a share outside [0, 1], or a recovery without known
     noise.
     """
 
-    moves: tuple[Move, ...]
-    through: float = 1.0
-    renoised: bool = False
-    recovered: bool = False
-    straight: bool = False
+    moves: tuple[Segment, ...]
+    input_grad_scale: float = 1.0
+    renoise: bool = False
+    direct_align: bool = False
+    straight_through: bool = False
     weight: float = 1.0
     words: tuple[str, str] | None = None
     word_weight: float = 0.0
@@ -71,10 +72,10 @@ class GradientPath:
             raise ValueError("a course begins with a move that carries a gradient: what lies before is sampled")
         if any(a.end != b.start for a, b in zip(self.moves, self.moves[1:], strict=False)):
             raise ValueError(f"each move must begin where the one before ended, got {self.moves}")
-        if not 0 <= self.through <= 1:
-            raise ValueError(f"through is a share in [0, 1], got {self.through}")
-        if self.recovered and not (self.renoised and self.moves[-1].end is not None):
-            raise ValueError("noise can be taken off where it is known: make the course renoised, and end at a level")
+        if not 0 <= self.input_grad_scale <= 1:
+            raise ValueError(f"input_grad_scale is a share in [0, 1], got {self.input_grad_scale}")
+        if self.direct_align and not (self.renoise and self.moves[-1].end is not None):
+            raise ValueError("noise can be taken off where it is known: set renoise, and end at a level")
 
     @property
     def start(self) -> int:
@@ -90,12 +91,12 @@ class GradientPath:
     @property
     def states(self) -> tuple[int, ...]:
         """The places in a sampling whose states it needs, beside a finished sample where it is renoised."""
-        ends = tuple(move.end for move in self.moves if move.end is not None) if self.straight else ()
-        return (() if self.renoised else (self.start,)) + ends
+        ends = tuple(move.end for move in self.moves if move.end is not None) if self.straight_through else ()
+        return (() if self.renoise else (self.start,)) + ends
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A recorded call: its input, a constant; its level; its output, with the gradient."""
 
     x: Tensor
@@ -111,7 +112,7 @@ class Unrolled:
     """
 
     x: Tensor
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
     gaps: tuple[Tensor, ...]
 
 
@@ -133,22 +134,22 @@ def unroll(
     noise: the same shape, the known noise of a renoised course. truth: of a straight course, the states at ``states``.
     checkpointed: a recorded call keeps its input alone and is made again on the way back; the gradient is the same.
     """
-    x = start if not course.renoised else add_noise(start, _given(noise, "noise"), levels[course.start])
+    x = start if not course.renoise else add_noise(start, _given(noise, "noise"), levels[course.start])
     calls, gaps = [], []
     for move in course.moves:
         level, next_level = levels[move.start], levels[move.end] if move.end is not None else clean(levels)
-        seen = passing(x, course.through)
+        seen = passing(x, course.input_grad_scale)
         output = _call(denoise, seen, level, move.gradient, checkpointed)
         if move.gradient:
-            calls.append(Call(seen.detach(), level, output))
+            calls.append(RecordedCall(seen.detach(), level, output))
         x = step("ode", x, output, level, next_level, parameterization=parameterization).mean
-        if course.straight:
+        if course.straight_through:
             assert move.end is not None
             state = widen(_given(truth, "truth")[move.end])
             gaps.append((x.detach() - state).abs().flatten(1).mean(1))
             # In this order, so that the value is the state to the last bit.
             x = state + (x - x.detach())
-    if course.recovered:
+    if course.direct_align:
         x = recover(x, _given(noise, "noise"), next_level)
     return Unrolled(x, tuple(calls), tuple(gaps))
 

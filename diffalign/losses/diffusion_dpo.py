@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.losses.errors import REDUCTIONS, DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 
 def dpo_logit(pair: DenoisedPair, beta: float | Tensor) -> Tensor:
@@ -13,6 +14,9 @@ def dpo_logit(pair: DenoisedPair, beta: float | Tensor) -> Tensor:
     return 0.5 * beta * pair.margin
 
 
+@preference_loss(
+    "dpo", idea="logistic in the margin; soft labels, smoothing", source="2311.12908", beta=2000.0, margin=True
+)
 def diffusion_dpo(
     pair: DenoisedPair, *, beta: float | Tensor, label: float | Tensor = 1.0, smoothing: float = 0.0
 ) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.losses.context import Processes
 from diffalign.losses.errors import Denoised
+from diffalign.losses.registry import preference_loss
 
 # Section 4.2. The first is the paper's choice; the others weigh losses, and gains, more.
 UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +20,32 @@ UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class BatchKL:
+    """The KL estimate of each batch, ``reference_point`` over all processes. It has no state."""
+
+    provides: tuple[str, ...] = ("kl",)
+
+    def __call__(
+        self, denoised: Denoised, liked: Tensor, beta: float | Tensor | None, weight: Tensor, processes: Processes
+    ) -> dict[str, Tensor]:
+        """Return {"kl": ()}, the mean gain of all images. weight: (B,), 0 for padding images."""
+        gain, counted = denoised.gain.detach(), weight > 0
+        sums = torch.stack([(gain * counted).sum(), counted.to(gain).sum()])
+
+        total, count = processes.reduce(sums, "sum")
+        return {"kl": total / count.clamp(min=1)}
+
+    def state_dict(self) -> dict[str, float]:
+        """Return nothing: each batch has its own estimate."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore nothing."""
+
+
+@preference_loss(
+    "kto", idea="prospect theory's utility", source="2404.04465", beta=1000.0, paired=False, context=BatchKL
+)
 def diffusion_kto(
     denoised: Denoised,
     liked: Tensor,
@@ -36,7 +64,7 @@ def diffusion_kto(
     ValueError: an unknown utility.
 
     Departures from the paper:
-    1. The KL is estimated from the gains of the samples themselves, as the released code does unless told otherwise;
+    1. The KL is estimated from the gains of the samples themselves, as the released code does by default;
        the paper takes prompts and images that do not belong together, at the price of two more passes.
     """
     if utility not in UTILITIES:

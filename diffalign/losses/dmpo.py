@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from diffalign.losses.diffusion_dpo import dpo_logit
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 
+@preference_loss("dmpo", idea="reverse KL to the label", source="2507.07510", beta=2000.0, margin=True)
 def dmpo(pair: DenoisedPair, *, beta: float | Tensor, alpha: float = 0.01) -> Tensor:
     """KL(Bernoulli(sigma(z)) || Bernoulli(1 - alpha)), z = ``dpo_logit``: (B,), 0 where sigma(z) = 1 - alpha.
 

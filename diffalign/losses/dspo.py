@@ -7,8 +7,10 @@ from torch import Tensor
 from diffalign.diffusion.parameterization import expand
 from diffalign.losses.diffusion_dpo import dpo_logit
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 
+@preference_loss("dspo", idea="score matching to preferred images", source="openreview xyfb9HHvMe", beta=0.001)
 def dspo(pair: DenoisedPair, *, beta: float | Tensor, weight: float = 1.0) -> Tensor:
     """||(output - target) - weight beta sigma(-z) (output - reference)||^2 of the winner, z = ``dpo_logit``: (B,).
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import expand, widen
+from diffalign.losses.policy import PolicyStep
+from diffalign.losses.registry import policy_objective
 from diffalign.structures import Level
 
 # exp stays finite in float32, also when multiplied with an advantage and squared into a gradient norm's range.
@@ -37,6 +39,12 @@ def clipped_surrogate(
     ratio = log_ratio.exp()
     loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, _metrics(log_ratio.detach(), advantage, clip_range)
+
+
+@policy_objective("flow_grpo", idea="clipped surrogate of a step's density", source="2505.05470")
+def flow_grpo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return ``clipped_surrogate`` of a step: losses (B,) and metrics."""
+    return clipped_surrogate(step.log_prob, step.old_log_prob, step.advantage, clip_range)
 
 
 def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[str, Tensor]:

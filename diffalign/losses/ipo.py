@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 
+@preference_loss("ipo", idea="squared distance from a margin", source="2310.12036", beta=2500.0, margin=True)
 def ipo(pair: DenoisedPair, *, beta: float | Tensor) -> Tensor:
     """(margin - 1 / (2 beta))^2: (B,).
 

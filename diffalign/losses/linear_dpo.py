@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 SLOPE = 0.2
 
 
+@preference_loss("linear_dpo", idea="weights linear in the margin; averaged reference", source="2605.21123", beta=100.0)
 def linear_dpo(pair: DenoisedPair, *, beta: float | Tensor, eta: float = 1e-3) -> Tensor:
     """u (L_w - L_l) with the constant u = clamp(1/2 - 0.2 beta margin, eta, 1 - eta): (B,).
 

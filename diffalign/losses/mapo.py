@@ -1,4 +1,4 @@
-"""MaPO (arXiv 2406.06424): no reference; winners are learned, and told from losers by a bounded score."""
+"""MaPO (arXiv 2406.06424): no reference; learn winners, and separate them from losers by a bounded score."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 # The released code's settings, whose weight is not the paper's 1 / beta; 1000 is its number of timesteps.
 RELEASED = {"beta": 1000.0, "weight": 0.1, "scale": 0.5}
 SERIES_BELOW = 0.03
 
 
+@preference_loss(
+    "mapo", idea="bounded scores beside the winner's loss", source="2406.06424", beta=1000.0, reference=False
+)
 def mapo(pair: DenoisedPair, *, beta: float | Tensor, weight: float | None = None, scale: float = 1.0) -> Tensor:
     """L_w - weight log sigma(beta (phi(scale L_w) - phi(scale L_l))), phi = ``bounded_score``: (B,).
 

@@ -47,6 +47,8 @@ class PairObjective:
                              f"{_where(lambda x: x.margin)}")  # fmt: skip
         if min(self.winner_weight, self.anchor_weight) < 0:
             raise ValueError("winner_weight and anchor_weight are weights of losses: give 0 or more")
+        if "label" in self.options and "label" in loss.options:
+            raise ValueError("label belongs to each pair, from the data or rewards: leave it out of the options")
         if unknown := set(self.options) - set(loss.options):
             known = ", ".join(loss.options) or "none"
             raise ValueError(f"{self.name!r} has no option {', '.join(sorted(unknown))}; its options: {known}")

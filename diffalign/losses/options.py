@@ -16,7 +16,7 @@ def clamp_margin(pair: DenoisedPair, limit: float) -> DenoisedPair:
     """The pair with its margin held at ``limit`` > 0, in the units of the errors. ValueError for another limit.
 
     For losses that are functions of the margin (``PreferenceLoss.margin``): a pair that has reached the limit has no
-    gradient left. Self-generated losers can be told apart without end, which ruins the sampler.
+    gradient left. Margins to self-generated losers can grow without bound, which ruins the sampler.
     """
     if not limit > 0:
         raise ValueError(f"the largest margin must be positive, got {limit}: a policy starts at margin 0")

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.losses.errors import DenoisedPair
+from diffalign.losses.registry import preference_loss
 
 
+@preference_loss("orpo", idea="the winner's loss and a weak preference", source="2403.07691", beta=0.1, reference=False)
 def orpo(pair: DenoisedPair, *, beta: float | Tensor) -> Tensor:
     """L_w - beta log sigma(L_l - L_w): (B,).
 

@@ -1,36 +1,38 @@
-"""ReFL (arXiv 2304.05977) and its relatives: what is minimised of a reward that carries a gradient."""
+"""ReFL (arXiv 2304.05977) and its relatives: losses of a reward that carries a gradient."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.diffusion.parameterization import widen
+from diffalign.losses.registry import reward_loss
 
 # Rewards that differ by so many units in their last place are equal.
 TIED = 4
 
 
-def hinge(reward: Tensor, *, threshold: float) -> Tensor:
+@reward_loss("hinge", idea="linear up to a threshold: ReFL", source="2304.05977")
+def reward_hinge(reward: Tensor, *, threshold: float) -> Tensor:
     """relu(c - r): ReFL. No gradient beyond the threshold, where a reward is more likely to be fooled."""
     return F.relu(threshold - widen(reward))
 
 
-def negative(reward: Tensor) -> Tensor:
+@reward_loss("negative", idea="the reward itself: DRaFT", source="2309.17400")
+def negative_reward(reward: Tensor) -> Tensor:
     """-r: DRaFT (arXiv 2309.17400)."""
     return -widen(reward)
 
 
-def distance(reward: Tensor, *, threshold: float) -> Tensor:
+@reward_loss("distance", idea="distance from a value: AlignProp", source="2310.03739")
+def reward_distance(reward: Tensor, *, threshold: float) -> Tensor:
     """|r - c|: AlignProp (arXiv 2310.03739)."""
     return (widen(reward) - threshold).abs()
 
 
-def group(reward: Tensor, *, groups: Tensor) -> Tensor:
+@reward_loss("group", idea="the reward, standardised within its group", source="this package")
+def group_advantage(reward: Tensor, *, groups: Tensor) -> Tensor:
     """Return -(r - mean) / std, both of the reward's group and constants, so that easy prompts weigh no more.
 
     groups: (B,) integers; a group whose rewards are equal up to their rounding is divided by 1. A reward that is not
@@ -57,29 +59,6 @@ def squared_distance(output: Tensor, goal: Tensor) -> Tensor:
     return (widen(output) - widen(goal.detach())).square().flatten(1).mean(1)
 
 
-@dataclass(frozen=True)
-class RewardLoss:
-    """A loss of rewards (B,), to (B,), float32 or wider. threshold, groups: whether it takes this argument."""
-
-    function: Callable[..., Tensor]
-    threshold: bool = False
-    groups: bool = False
-
-
-REWARD_LOSSES: dict[str, RewardLoss] = {
-    "hinge": RewardLoss(hinge, threshold=True),
-    "negative": RewardLoss(negative),
-    "distance": RewardLoss(distance, threshold=True),
-    "group": RewardLoss(group, groups=True),
-}
-
 # Of the hinge, as published: ImageReward's by ReFL, HPSv2.1's by LeapAlign, and by FlowBP for all that it compares. In
 # the units of the registered rewards.
 PUBLISHED_THRESHOLDS: dict[str, float] = {"image_reward": 2.0, "hpsv2.1": 0.55}
-
-
-def get_reward_loss(name: str) -> RewardLoss:
-    """By its name. ValueError for an unknown one."""
-    if name not in REWARD_LOSSES:
-        raise ValueError(f"unknown reward loss {name!r}; known: {', '.join(REWARD_LOSSES)}")
-    return REWARD_LOSSES[name]

@@ -1,84 +1,211 @@
-"""Preference losses by name, and what to know about each: trainers and tables are driven by this."""
+"""Losses by name, and what to know about each: trainers, tables and tests are driven by these registries.
+
+A loss registers itself in its own file; a user's own loss is named as ``module:function`` or ``file.py:function``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_type_hints
+from inspect import Parameter, signature
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from diffalign.losses.bco import bco
-from diffalign.losses.cpo import cpo
-from diffalign.losses.diffusion_dpo import diffusion_dpo
-from diffalign.losses.diffusion_kto import diffusion_kto
-from diffalign.losses.dmpo import dmpo
-from diffalign.losses.dro import dro, dro_unpaired
-from diffalign.losses.dspo import dspo
-from diffalign.losses.hinge import hinge
-from diffalign.losses.ipo import ipo
-from diffalign.losses.linear_dpo import linear_dpo
-from diffalign.losses.mapo import mapo
-from diffalign.losses.orpo import orpo
-from diffalign.losses.sft import sft
+from diffalign.losses.context import BatchContext
+from diffalign.user_code import HOW, consented, load_code
+
+F = TypeVar("F", bound=Callable[..., Any])
+COMMON = ("pair", "denoised", "liked", "reward", "step", "beta", "clip_range")
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss per sample and what it asks for.
+class Loss:
+    """A function of the convention in ``diffalign.losses`` and where it comes from.
 
-    function: ``(pair, *, beta, ...) -> (B,)`` where ``paired``, else ``(denoised, liked, *, beta, ...) -> (B,)``.
-    idea: in a few words. source: an arXiv number, or where it was published.
-    beta: a default for errors of the reduction "mean", None for a loss that takes none. Published for SD 1.5 where
-        anything is; flow models with a LoRA want 100 to 500 where SD 1.5 wants 2000 to 5000.
-    reference: whether it compares with a reference. margin: whether it is a function of the margin alone, so that a
-        bound of the margin ends a pair's gradient. liked_only: whether it has no use for images that are not liked.
+    function: see there. idea: in a few words. source: an arXiv number, or where it was published.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     idea: str
     source: str
-    beta: float | None
-    paired: bool = True
-    reference: bool = True
-    margin: bool = False
-    liked_only: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
         """The names of what else the function takes."""
-        common = ("pair", "denoised", "liked", "beta", "return")
-        return tuple(name for name in get_type_hints(self.function) if name not in common)
+        return tuple(name for name in signature(self.function).parameters if name not in COMMON)
 
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
-    "dpo": PreferenceLoss(
-        diffusion_dpo, "logistic in the margin; soft labels, smoothing", "2311.12908", 2000.0, margin=True
-    ),
-    "ipo": PreferenceLoss(ipo, "squared distance from a margin", "2310.12036", 2500.0, margin=True),
-    "hinge": PreferenceLoss(hinge, "linear up to a margin", "2305.10425", 2500.0, margin=True),
-    "dmpo": PreferenceLoss(dmpo, "reverse KL to the label", "2507.07510", 2000.0, margin=True),
-    "dspo": PreferenceLoss(dspo, "score matching to preferred images", "openreview xyfb9HHvMe", 0.001),
-    "linear_dpo": PreferenceLoss(linear_dpo, "weights linear in the margin; averaged reference", "2605.21123", 100.0),
-    "mapo": PreferenceLoss(mapo, "bounded scores beside the winner's loss", "2406.06424", 1000.0, reference=False),
-    # No diffusion model's value is published: errors of two images that differ by 0.02 have the logit 1.
-    "cpo": PreferenceLoss(cpo, "logistic in the errors beside the winner's loss", "2401.08417", 100.0, reference=False),
-    "orpo": PreferenceLoss(orpo, "the winner's loss and a weak preference", "2403.07691", 0.1, reference=False),
-    "dro": PreferenceLoss(dro, "learn winners, unlearn losers", "2503.22677", None, reference=False),
-    "dro_unpaired": PreferenceLoss(
-        dro_unpaired, "learn liked images, unlearn others", "2503.22677", None, paired=False, reference=False
-    ),
-    "sft": PreferenceLoss(
-        sft, "ordinary training on the best images", "2304.06767", None, paired=False, reference=False, liked_only=True
-    ),
-    "kto": PreferenceLoss(diffusion_kto, "prospect theory's utility", "2404.04465", 1000.0, paired=False),
-    # As for "kto", whose logit it has; the paper is about language models.
-    "bco": PreferenceLoss(bco, "a classifier of liked images", "2404.04656", 1000.0, paired=False),
-}
+@dataclass(frozen=True)
+class PreferenceLoss(Loss):
+    """A loss per pair, or per single image.
+
+    beta: default for errors of the reduction "mean", None for a loss that takes none. Published for SD 1.5 where
+        anything is; flow models with a LoRA want 100 to 500 where SD 1.5 wants 2000 to 5000.
+    paired: whether it takes pairs, else single images with labels.
+    reference: whether it compares with a reference. margin: whether it is a function of the margin alone, so that a
+        bound of the margin ends a pair's gradient. liked_only: whether it has no use for images that are not liked.
+    context: makes the statistics over all processes' batches that the function takes as options.
+    """
+
+    beta: float | None = None
+    paired: bool = True
+    reference: bool = True
+    margin: bool = False
+    liked_only: bool = False
+    context: Callable[[], BatchContext] | None = None
 
 
-def get_loss(name: str) -> PreferenceLoss:
-    """The loss of that name. ValueError, with the known names, where there is none."""
-    if name not in PREFERENCE_LOSSES:
-        raise ValueError(f"unknown preference loss {name!r}; use one of {', '.join(PREFERENCE_LOSSES)}")
-    return PREFERENCE_LOSSES[name]
+@dataclass(frozen=True)
+class RewardLoss(Loss):
+    """A loss of rewards (B,) that carry a gradient."""
+
+    @property
+    def threshold(self) -> bool:
+        """Whether it takes ``threshold``, in the units of the reward."""
+        return "threshold" in self.options
+
+    @property
+    def groups(self) -> bool:
+        """Whether it takes ``groups``, (B,) integers, and so needs whole groups."""
+        return "groups" in self.options
+
+
+@dataclass(frozen=True)
+class PolicyObjective(Loss):
+    """A loss of stored transitions. means: whether it needs the mean of each step as it was sampled."""
+
+    means: bool = False
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
+REWARD_LOSSES: dict[str, RewardLoss] = {}
+POLICY_OBJECTIVES: dict[str, PolicyObjective] = {}
+# Losses by code, by what they were asked for as: loading them once takes consent, using them does not.
+_LOADED: dict[tuple[type[Loss], str], Any] = {}
+
+
+def preference_loss(
+    name: str,
+    *,
+    idea: str,
+    source: str,
+    beta: float | None = None,
+    paired: bool = True,
+    reference: bool = True,
+    margin: bool = False,
+    liked_only: bool = False,
+    context: Callable[[], BatchContext] | None = None,
+) -> Callable[[F], F]:
+    """Register a preference loss; arguments as the fields of ``PreferenceLoss``. ValueError: the name is taken."""
+
+    def add(function: F) -> F:
+        entry = PreferenceLoss(function, idea, source, beta, paired, reference, margin, liked_only, context)
+        return _add(PREFERENCE_LOSSES, name, entry, function)
+
+    return add
+
+
+def reward_loss(name: str, *, idea: str, source: str) -> Callable[[F], F]:
+    """Register a reward loss; arguments as the fields of ``RewardLoss``. ValueError: the name is taken."""
+    return lambda function: _add(REWARD_LOSSES, name, RewardLoss(function, idea, source), function)
+
+
+def policy_objective(name: str, *, idea: str, source: str, means: bool = False) -> Callable[[F], F]:
+    """Register a policy objective; arguments as the fields of ``PolicyObjective``. ValueError: the name is taken."""
+    return lambda function: _add(POLICY_OBJECTIVES, name, PolicyObjective(function, idea, source, means), function)
+
+
+def _add(registry: dict[str, Any], name: str, entry: Loss, function: F) -> F:
+    if name in registry:
+        raise ValueError(f"a loss named {name!r} is registered already: choose another name")
+    registry[name] = entry
+    return function
+
+
+def get_loss(name: str, allow_code: bool = False) -> PreferenceLoss:
+    """Find a preference loss by name, or load one given as ``module:function`` or ``file.py:function``.
+
+    A function without the decorator is taken as one of pairs if its first parameter is called ``pair``, and of single
+    images if its first two are ``denoised, liked``; the default of its parameter ``beta`` is the loss's own.
+
+    Args:
+        name: Registered, or code.
+        allow_code: Whether code may be loaded; loaded once, it needs no consent.
+
+    Raises:
+        ValueError: An unknown name, with the known ones, or code that is missing, faulty, not allowed or no loss.
+    """
+    return _find("preference loss", PREFERENCE_LOSSES, PreferenceLoss, name, allow_code, _plain_preference_loss)
+
+
+def get_reward_loss(name: str, allow_code: bool = False) -> RewardLoss:
+    """Find a reward loss as ``get_loss`` does; code is a function whose first parameter is ``reward``."""
+    return _find("reward loss", REWARD_LOSSES, RewardLoss, name, allow_code, _plain_reward_loss)
+
+
+def get_objective(name: str, allow_code: bool = False) -> PolicyObjective:
+    """Find a policy objective as ``get_loss`` does; code is a function of ``(step, *, clip_range)``."""
+    return _find("policy objective", POLICY_OBJECTIVES, PolicyObjective, name, allow_code, _plain_objective)
+
+
+L = TypeVar("L", bound=Loss)
+
+
+def _find(
+    kind: str,
+    registry: Mapping[str, L],
+    cls: type[L],
+    name: str,
+    allow_code: bool,
+    plain: Callable[[Callable[..., Any], str, tuple[str, ...]], L],
+) -> L:
+    if name in registry:
+        return registry[name]
+    if ":" not in name:
+        raise ValueError(f"unknown {kind} {name!r}; use one of {', '.join(registry)}, or {HOW.removeprefix('write ')}")
+    if (cls, name) not in _LOADED:
+        with consented(allow_code):
+            module, attribute = load_code(name, kind)
+        _LOADED[cls, name] = _from_module(kind, registry, name, vars(module).get(attribute), plain)
+    found: L = _LOADED[cls, name]
+    return found
+
+
+def _from_module(
+    kind: str,
+    registry: Mapping[str, L],
+    name: str,
+    found: Any,
+    plain: Callable[[Callable[..., Any], str, tuple[str, ...]], L],
+) -> L:
+    if entry := next((entry for entry in registry.values() if entry.function is found), None):
+        return entry
+    if not callable(found) or isinstance(found, type):
+        raise ValueError(f"{kind} {name!r} cannot be loaded: there is no function of that name in it; {HOW}")
+    try:
+        return plain(found, name, tuple(signature(found).parameters))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{kind} {name!r} is none: {error}") from error
+
+
+def _plain_preference_loss(function: Callable[..., Any], name: str, parameters: tuple[str, ...]) -> PreferenceLoss:
+    paired = parameters[:1] == ("pair",)
+    if not paired and parameters[:2] != ("denoised", "liked"):
+        raise ValueError("write it as (pair, *, beta: float = ...) or (denoised, liked, *, beta: float = ...)")
+    beta = signature(function).parameters["beta"].default if "beta" in parameters else None
+    if beta is Parameter.empty or isinstance(beta, Tensor):
+        raise ValueError("give its parameter beta a number as default, which is the loss's own beta")
+    return PreferenceLoss(function, "the user's own", name, beta, paired)
+
+
+def _plain_reward_loss(function: Callable[..., Any], name: str, parameters: tuple[str, ...]) -> RewardLoss:
+    if parameters[:1] != ("reward",) or {*parameters[1:]} - {"threshold", "groups"}:
+        raise ValueError("write it as (reward), with threshold and groups as keywords where it needs them")
+    return RewardLoss(function, "the user's own", name)
+
+
+def _plain_objective(function: Callable[..., Any], name: str, parameters: tuple[str, ...]) -> PolicyObjective:
+    if parameters != ("step", "clip_range"):
+        raise ValueError("write it as (step, *, clip_range), returning losses (B,) and metrics")
+    return PolicyObjective(function, "the user's own", name, means=True)

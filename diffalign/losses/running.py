@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RunningMean:
-    """The exponential average of the finite values it was given, corrected for having begun at 0; float32.
+    """The exponential average of the finite values it was given, corrected for its start at 0; float32.
 
     decay: in [0, 1). ValueError outside. Values that are not finite are left out, so that one diverged batch cannot
     spoil it. Nothing waits for the device until ``state_dict``.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.fsdp import free, is_sharded, local
+from diffalign.fsdp import free, is_sharded, local_tensor
 
 POLICY = "policy"
 REFERENCE = "reference"
@@ -57,14 +57,14 @@ class WeightSets:
     def using(self, name: str) -> Iterator[None]:
         """Run the module with another weight set; on exit the policy's tensors and flags are restored (asserted)."""
         flags = [(p, p.requires_grad) for p in self.module.parameters()]
-        storages = [local(p).data_ptr() for p in self.trainable]
+        storages = [local_tensor(p).data_ptr() for p in self.trainable]
         try:
             with self._switched(name):
                 yield
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-        assert [local(p).data_ptr() for p in self.trainable] == storages, (
+        assert [local_tensor(p).data_ptr() for p in self.trainable] == storages, (
             "the policy's weights were replaced inside using()"
         )
 
@@ -95,9 +95,9 @@ class WeightSets:
 
     @contextmanager
     def _copied(self, replacement: Sequence[Tensor]) -> Iterator[None]:
-        original = [local(p).clone() for p in self.trainable]
+        original = [local_tensor(p).clone() for p in self.trainable]
         try:
-            self._write([local(tensor) for tensor in replacement])
+            self._write([local_tensor(tensor) for tensor in replacement])
             yield
         finally:
             self._write(original)
@@ -106,7 +106,7 @@ class WeightSets:
     def _write(self, shards: Sequence[Tensor]) -> None:
         free(self.module)
         for parameter, tensor in zip(self.trainable, shards, strict=True):
-            local(parameter).copy_(tensor)
+            local_tensor(parameter).copy_(tensor)
         if torch.accelerator.is_available():
             # Backward gathers on a separate stream, which does not wait for these copies.
             torch.accelerator.synchronize()

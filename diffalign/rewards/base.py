@@ -18,7 +18,8 @@ from diffalign.config.sections import PASSED
 from diffalign.plugins import entry_points
 from diffalign.rewards.support.isolation import isolated, own_copy
 from diffalign.rewards.support.preprocess import wants_grad
-from diffalign.rewards.support.user_code import check_reward, consented, load_code
+from diffalign.rewards.support.signature import check_reward
+from diffalign.user_code import consented, load_code
 
 Metadata = Sequence[Mapping[str, Any]]
 Extras = Mapping[str, Tensor]
@@ -144,7 +145,7 @@ def get_reward(spec: str | Reward | RewardFunction, allow_code: bool = False, **
     """A reward from a registered name, a plain function (named after it), or a reward, which is returned as it is.
 
     A name with a colon is code, ``module:function`` or ``file.py:function``: it is imported, once, only where
-    ``allow_code`` says so, and called only if it is a reward (``code.check_reward``). ``options`` are for what has a
+    ``allow_code`` says so, and called only if it is a reward (``check_reward``). ``options`` are for what has a
     name, a function by code too: ``get_reward("pickscore", path="my/weights", precision="bf16")``.
 
     ValueError: an unknown name or option, code that is missing, faulty or not allowed, a class instead of an instance,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffalign.config import to_dict
-from diffalign.fsdp import is_sharded, whole
+from diffalign.fsdp import full_tensor, is_sharded
 from diffalign.runtime import checkpoint, state
 from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.diagnosis import extremes
@@ -279,7 +279,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)  # an interrupted attempt may have left gradients
         with self.task.updating():
             collected = self._passes(minibatch.micros)
-        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
+        norm = full_tensor(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
         names = collected[0]
         found = {name: torch.stack([c[name].float() for c in collected]) for name in names}
         # `mean` for the loss, so NaN reaches the guard; `nanmean` for metrics that some micro-batches do not report.

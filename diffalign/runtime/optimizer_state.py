@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.fsdp import like
+from diffalign.fsdp import shard_like
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
@@ -43,7 +43,7 @@ def restore_optimizer(
         value = value.clone() if isinstance(value, Tensor) else value
         if isinstance(value, Tensor) and not owner.startswith("group"):
             parameter = parameters[int(owner)]
-            value = like(value, parameter) if value.shape == parameter.shape else value
+            value = shard_like(value, parameter) if value.shape == parameter.shape else value
         if owner.startswith("group"):
             group = groups[int(owner.removeprefix("group"))]
             group[name] = tuple(value) if isinstance(group.get(name), tuple) else value

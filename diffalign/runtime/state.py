@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from diffalign.fsdp import like, whole
+from diffalign.fsdp import full_tensor, shard_like
 from diffalign.runtime import checkpoint
 from diffalign.runtime.errors import NotFinite
 from diffalign.runtime.gradient_guard import first_bad
@@ -62,7 +62,7 @@ def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     keep = accelerator.is_main_process
-    return {group: {name: whole(t, keep) for name, t in named.items()} for group, named in tensors.items()}, state
+    return {group: {name: full_tensor(t, keep) for name, t in named.items()} for group, named in tensors.items()}, state
 
 
 def everyones(accelerator: Accelerator, tensor: Tensor) -> Tensor:
@@ -177,4 +177,4 @@ def restore(tensors: Sequence[Tensor], stored: Mapping[str, Tensor]) -> None:
                 f"the checkpoint's tensor {index} is {tuple(found.shape)}, this run's is {tuple(tensor.shape)}: use "
                 "the config.yaml of the checkpoint's run"
             )
-        tensor.copy_(like(found, tensor))
+        tensor.copy_(shard_like(found, tensor))

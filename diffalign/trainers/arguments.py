@@ -9,8 +9,8 @@ from pathlib import Path
 from diffalign.data.prompts import load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.config import build_rewards
-from diffalign.rewards.support.user_code import running
 from diffalign.structures import Prompt
+from diffalign.user_code import running
 
 RESERVED = frozenset({"mean", "std", "accuracy", "diversity"})  # of ``reward/...`` and ``eval/...`` in metrics.jsonl
 

@@ -26,7 +26,7 @@ def test_refl_predicts_x0_from_one_call_in_the_last_ten_of_forty_steps():
     for (course,) in found:
         (move,) = course.moves
         assert move.end is None
-        assert not course.renoised
+        assert not course.renoise
 
 
 def test_the_authors_script_samples_with_noise_and_scales_its_loss():
@@ -64,7 +64,7 @@ def test_draft_k_records_the_last_calls_of_the_whole_sampling():
 def test_draft_lv_adds_two_noised_copies_of_the_end():
     _, found = drawn(1, preset="draft_lv", num_steps=8)
     own, *copies = found[0]
-    assert [course.renoised for course in (own, *copies)] == [False, True, True]
+    assert [course.renoise for course in (own, *copies)] == [False, True, True]
     assert {course.moves for course in copies} == {own.moves}
 
 
@@ -83,7 +83,7 @@ def test_drtune_detaches_inputs_and_spaces_its_steps_up_to_an_early_stop():
     for (course,) in found:
         one, two, three = (m.start for m in course.moves if m.gradient)
         assert two - one == three - two == (course.moves[-1].start + 1) // 3
-        assert course.through == 0
+        assert course.input_grad_scale == 0
         assert course.moves[-1].end is None
         recorded |= {one, two, three}
     assert recorded == set(range(20))  # each step is taught at times
@@ -111,7 +111,7 @@ def test_direct_align_begins_anywhere_and_srpo_turns_every_other_time():
     assert [courses[0].inverted for courses in found[:4]] == [False, True, False, True]
     for (course,) in found:
         (move,) = course.moves
-        assert course.recovered
+        assert course.direct_align
         assert move.end == move.start + (-1 if course.inverted else 1)
         assert move.end >= 1
         assert course.weight == pytest.approx(0.5 + 0.25 * max(move.start, move.end))
@@ -152,7 +152,7 @@ def test_leapalign_leaps_twice_to_the_end():
     pairs = {tuple(m.start for m in course.moves) for (course,) in found}
     assert pairs == {(k, j) for j in range(8) for k in range(j)}
     (course,) = found[0]
-    assert course.straight
+    assert course.straight_through
     assert course.states == (course.start, course.moves[0].end, 8)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from diffalign.diffusion.parameterization import add_noise, target, to_x0
 from diffalign.diffusion.schedule import flow_levels, vp_levels
-from diffalign.diffusion.trajectory import GradientPath, Move, clean, in_slices, passing, recover, unroll
+from diffalign.diffusion.trajectory import GradientPath, Segment, clean, in_slices, passing, recover, unroll
 
 SHAPE = (3, 2, 4, 4)
 STEPS = 5
@@ -53,9 +53,9 @@ def literal_step(kind, x, output, level, next_level):
 
 def last(count, predicted=False, **options):
     first = STEPS - count
-    moves = [Move(i, i + 1) for i in range(first, STEPS)]
+    moves = [Segment(i, i + 1) for i in range(first, STEPS)]
     if predicted:
-        moves[-1] = Move(STEPS - 1, None)
+        moves[-1] = Segment(STEPS - 1, None)
     return GradientPath(tuple(moves), **options)
 
 
@@ -66,17 +66,17 @@ COURSES = {
     "predicted, K = 1": last(1, True),
     "predicted, K = 2": last(2, True),
     "predicted, all": last(STEPS, True),
-    "predicted early": GradientPath((Move(2, None),)),
-    "recovered, K = 1": GradientPath((Move(2, 3),), renoised=True, recovered=True),
-    "recovered, K = 2": GradientPath((Move(2, 3), Move(3, 4)), renoised=True, recovered=True),
-    "recovered, all": GradientPath(tuple(Move(i, i + 1) for i in range(1, STEPS)), renoised=True, recovered=True),
-    "recovered, inverted": GradientPath((Move(3, 2),), renoised=True, recovered=True),
-    "renoised": GradientPath((Move(4, 5),), renoised=True),
+    "predicted early": GradientPath((Segment(2, None),)),
+    "recovered, K = 1": GradientPath((Segment(2, 3),), renoise=True, direct_align=True),
+    "recovered, K = 2": GradientPath((Segment(2, 3), Segment(3, 4)), renoise=True, direct_align=True),
+    "recovered, all": GradientPath(tuple(Segment(i, i + 1) for i in range(1, STEPS)), renoise=True, direct_align=True),
+    "recovered, inverted": GradientPath((Segment(3, 2),), renoise=True, direct_align=True),
+    "renoised": GradientPath((Segment(4, 5),), renoise=True),
 }
 STRAIGHT = {
-    "one leap": GradientPath((Move(2, 5),), straight=True),
-    "two leaps": GradientPath((Move(1, 3), Move(3, 5)), straight=True),
-    "all": GradientPath(tuple(Move(i, i + 1) for i in range(STEPS)), straight=True),
+    "one leap": GradientPath((Segment(2, 5),), straight_through=True),
+    "two leaps": GradientPath((Segment(1, 3), Segment(3, 5)), straight_through=True),
+    "all": GradientPath(tuple(Segment(i, i + 1) for i in range(STEPS)), straight_through=True),
 }
 
 
@@ -87,13 +87,13 @@ def start_of(course, kind="flow"):
 
 def literal(model, course, levels, kind, start, noise, share=1.0):
     """The recursion in plain words: what is seen, with nothing but autograd."""
-    x = levels[course.start].alpha * start + levels[course.start].sigma * noise if course.renoised else start
+    x = levels[course.start].alpha * start + levels[course.start].sigma * noise if course.renoise else start
     for move in course.moves:
         level, end = levels[move.start], clean(levels) if move.end is None else levels[move.end]
         seen = x if share == 1 else x.detach() + share * (x - x.detach())
         output = model(seen, level)
         x = literal_step(kind, x, output if move.gradient else output.detach(), level, end)
-    return (x - end.sigma * noise) / end.alpha if course.recovered else x
+    return (x - end.sigma * noise) / end.alpha if course.direct_align else x
 
 
 @pytest.mark.parametrize("kind", LEVELS)
@@ -163,7 +163,7 @@ def reward_slope(x):
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_detached_inputs_leave_out_the_denoisers_own_jacobians(share):
     model = Lora()
-    course = last(3, predicted=True, through=share)
+    course = last(3, predicted=True, input_grad_scale=share)
     start = start_of(course)
     found = unroll(model, course, FLOW, start, parameterization="flow")
     expected = literal(model, course, FLOW, "flow", start, None, share)
@@ -176,7 +176,7 @@ def test_detached_inputs_leave_out_the_denoisers_own_jacobians(share):
 
 def test_detached_inputs_give_the_sum_over_steps_of_the_samplers_own_path():
     """With constant inputs x_N is linear in the outputs: dx_N/dv_i is the length of step i on flow levels."""
-    model, course = Lora(), last(3, through=0.0)
+    model, course = Lora(), last(3, input_grad_scale=0.0)
     start = start_of(course)
     found = unroll(model, course, FLOW, start, parameterization="flow")
     slope, x, total = reward_slope(found.x), start, 0.0
@@ -191,8 +191,8 @@ def test_detached_inputs_give_the_sum_over_steps_of_the_samplers_own_path():
 
 def test_calls_without_a_gradient_are_constants_and_x_keeps_its_path():
     model = Lora()
-    moves = (Move(1, 2), Move(2, 3, False), Move(3, 4), Move(4, 5, False))
-    course = GradientPath(moves, through=0.0)
+    moves = (Segment(1, 2), Segment(2, 3, False), Segment(3, 4), Segment(4, 5, False))
+    course = GradientPath(moves, input_grad_scale=0.0)
     start = start_of(course)
     asked = []
 
@@ -217,14 +217,14 @@ def test_direct_align_recovers_x0_exactly_with_the_true_noise(kind, place):
     torch.testing.assert_close(recover(add_noise(x0, noise, levels[place]), noise, levels[place]), x0)
     # And so after a step, if the denoiser is right.
     truth = target(kind, x0, noise, levels[place])
-    course = GradientPath((Move(place, place + 1),), renoised=True, recovered=True)
+    course = GradientPath((Segment(place, place + 1),), renoise=True, direct_align=True)
     found = unroll(lambda *_: truth, course, levels, x0, parameterization=kind, noise=noise)
     torch.testing.assert_close(found.x, x0, rtol=1e-9, atol=1e-9)
 
 
 def test_direct_align_is_the_papers_formula_on_flow_levels():
     model, x0, noise = Lora(), randn(1), randn(2)
-    course = GradientPath((Move(2, 3),), renoised=True, recovered=True)
+    course = GradientPath((Segment(2, 3),), renoise=True, direct_align=True)
     found = unroll(model, course, FLOW, x0, parameterization="flow", noise=noise)
     s, t = FLOW.sigma[2], FLOW.sigma[3]
     x = s * noise + (1 - s) * x0
@@ -235,7 +235,7 @@ def test_a_step_up_has_the_opposite_slope():
     """d recovered / d output is negative going down and positive going up, which is what makes inversion a penalty."""
     for end, sign in ((3, -1), (1, 1)):
         output = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
-        course = GradientPath((Move(2, end),), renoised=True, recovered=True)
+        course = GradientPath((Segment(2, end),), renoise=True, direct_align=True)
         found = unroll(lambda *_, o=output: o, course, FLOW, randn(1), parameterization="flow", noise=randn(2))
         slope = torch.autograd.grad(found.x.sum(), output)[0]
         assert (slope * sign > 0).all()
@@ -289,12 +289,14 @@ def test_a_share_of_the_gradient_changes_no_value():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientPath((Move(0, 1, False), Move(1, 2))), "begins with a move that carries a gradient"),
-        (lambda: GradientPath((Move(0, 1), Move(2, 3))), "must begin where the one before ended"),
-        (lambda: GradientPath((Move(0, 1),), through=1.5), r"a share in \[0, 1\]"),
-        (lambda: GradientPath((Move(0, 1),), recovered=True), "noise can be taken off where it is known"),
+        (lambda: GradientPath((Segment(0, 1, False), Segment(1, 2))), "begins with a move that carries a gradient"),
+        (lambda: GradientPath((Segment(0, 1), Segment(2, 3))), "must begin where the one before ended"),
+        (lambda: GradientPath((Segment(0, 1),), input_grad_scale=1.5), r"a share in \[0, 1\]"),
+        (lambda: GradientPath((Segment(0, 1),), direct_align=True), "noise can be taken off where it is known"),
         (
-            lambda: unroll(Lora(), GradientPath((Move(0, 1),), renoised=True), FLOW, randn(1), parameterization="flow"),
+            lambda: unroll(
+                Lora(), GradientPath((Segment(0, 1),), renoise=True), FLOW, randn(1), parameterization="flow"
+            ),
             "needs noise",
         ),
     ],

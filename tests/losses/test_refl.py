@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffalign.losses.leapalign import gap_weights
-from diffalign.losses.refl import REWARD_LOSSES, get_reward_loss
+from diffalign.losses.registry import REWARD_LOSSES, get_reward_loss
 from diffalign.losses.srpo import relative_reward
 
 REWARD = [0.5, 2.5, -1.0, 1.0, 2.0, 3.0]
@@ -88,7 +88,7 @@ def test_half_precision_rewards_are_widened():
 
 
 def test_an_unknown_loss_names_the_known():
-    with pytest.raises(ValueError, match="unknown reward loss 'hing'; known: hinge, negative, distance, group"):
+    with pytest.raises(ValueError, match="unknown reward loss 'hing'; use one of hinge, negative, distance, group"):
         get_reward_loss("hing")
 
 

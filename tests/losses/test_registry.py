@@ -222,7 +222,7 @@ def test_nothing_waits_for_the_device(name):
 
 
 def test_an_unknown_loss_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown preference loss 'simpo'; use one of dpo, ipo"):
+    with pytest.raises(ValueError, match="unknown preference loss 'simpo'; use one of bco, cpo, dpo"):
         get_loss("simpo")
     assert get_loss("dpo").options == ("label", "smoothing")
     assert get_loss("dro").options == ()

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffalign import LoraConfig
-from diffalign.fsdp import FSDPConfig, free, is_sharded, like, local, whole
+from diffalign.fsdp import FSDPConfig, free, full_tensor, is_sharded, local_tensor, shard_like
 from diffalign.models import load_model
 from diffalign.models.weights import POLICY, REFERENCE
 from tests.models.families import FAMILIES, noise_of
@@ -28,14 +28,14 @@ def trained(folder, name, shards, dtype=torch.float32):
     model.train(LoraConfig(rank=2), shards=shards)
     with torch.no_grad():
         for parameter in model.weights.trainable:
-            local(parameter).add_(0.1)
+            local_tensor(parameter).add_(0.1)
     x, conditioning, level = noise_of(model, 2), model.encode(["a red circle", "two stars"]), model.levels(5)[1]
     found = {}
     for weights in (REFERENCE, POLICY):  # adapters are off at the first call
         with model.using(weights), torch.no_grad():
             found[weights] = model.predict(x, level, conditioning)
     model.predict(x, level, conditioning).square().mean().backward()
-    return model, found, [whole(p.grad) for p in model.weights.trainable]
+    return model, found, [full_tensor(p.grad) for p in model.weights.trainable]
 
 
 def near(one, two):
@@ -76,7 +76,7 @@ def test_what_is_gathered_is_let_go_of_when_weights_change(family_pipelines):
     with torch.no_grad():
         base = model.predict(x, level, conditioning)
         for parameter in model.weights.trainable:
-            local(parameter).mul_(1.1)
+            local_tensor(parameter).mul_(1.1)
     policy = model.predict(x, level, conditioning)  # whose weights stay for a backward pass
     with model.using(REFERENCE), torch.no_grad():
         assert torch.equal(model.predict(x, level, conditioning), base)
@@ -91,9 +91,9 @@ def test_a_whole_tensor_is_spread_as_another_and_put_together(family_pipelines):
     mesh = distributed.init_device_mesh("cpu", (1,))
     tensor = torch.arange(12.0).reshape(4, 3)
     other = distributed.tensor.distribute_tensor(torch.zeros(4, 3), mesh, [distributed.tensor.Shard(0)])
-    spread = like(tensor, other)
+    spread = shard_like(tensor, other)
     assert (type(spread), spread.placements) == (DTensor, other.placements)
-    assert torch.equal(whole(spread), tensor)
-    assert whole(spread, keep=False) is spread
-    assert whole(tensor) is tensor
-    assert like(tensor, tensor + 1) is tensor
+    assert torch.equal(full_tensor(spread), tensor)
+    assert full_tensor(spread, keep=False) is spread
+    assert full_tensor(tensor) is tensor
+    assert shard_like(tensor, tensor + 1) is tensor

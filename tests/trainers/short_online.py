@@ -50,6 +50,7 @@ def write(folder: Path) -> None:
     for loss in ("kto", "bco"):
         trainer = train(folder, loss)
         found |= {f"{loss}/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.parameters).items()}
-        found |= {f"shift/{loss}": trainer.single.shift.value.reshape(())}
+        if loss == "bco":
+            found |= {"shift/bco": trainer.single.context.value.reshape(())}
     found |= {"world": torch.tensor(trainer.accelerator.num_processes)}
     save_file(found, folder / f"{trainer.accelerator.process_index}.safetensors")

@@ -20,7 +20,7 @@ from diffalign import (
 )
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.fsdp import local, whole
+from diffalign.fsdp import full_tensor, local_tensor
 from diffalign.models.weights import REFERENCE
 from diffalign.runtime.state import indexed
 from diffalign.trainers.base import Trainer
@@ -69,8 +69,8 @@ def run(folder: Path, kind: str, resume: str | None = None) -> DiffusionDPOTrain
 
 def seen(trainer: DiffusionDPOTrainer) -> dict[str, torch.Tensor]:
     """The weights, put together, and what the denoiser says with each set of them."""
-    found = {f"weight/{name}": whole(t).clone() for name, t in indexed(trainer.loop.parameters).items()}
-    found |= {f"ema/{name}": whole(t).clone() for name, t in indexed(trainer.loop.ema.shadow).items()}
+    found = {f"weight/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.parameters).items()}
+    found |= {f"ema/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.ema.shadow).items()}
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *trainer.model.latent_shape(), generator=generator)
     conditioning = trainer.encoded(["a red circle"])
@@ -85,7 +85,7 @@ def write(trainer: Trainer, found: dict[str, torch.Tensor], folder: Path, name: 
     parameters = list(trainer.model.raw_denoiser.parameters())
     assert trainer.accelerator.num_processes == 2
     assert all(isinstance(p, DTensor) for p in parameters)
-    found["local"] = torch.tensor(sum(local(p).numel() for p in parameters))
+    found["local"] = torch.tensor(sum(local_tensor(p).numel() for p in parameters))
     found["all"] = torch.tensor(sum(p.numel() for p in parameters))
     rank = trainer.accelerator.process_index
     save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{rank}.safetensors")
@@ -144,7 +144,7 @@ def others(folder: Path, _: Path) -> None:
     """The other trainers, whose processes would go ways of their own."""
     for make in (flat_group, courses):
         trainer = make(folder / make.__name__)
-        found = {f"weight/{name}": whole(t) for name, t in indexed(trainer.loop.parameters).items()}
+        found = {f"weight/{name}": full_tensor(t) for name, t in indexed(trainer.loop.parameters).items()}
         if make is courses:
             assert {p.dtype for p in trainer.model.raw_denoiser.parameters()} == {torch.bfloat16, torch.float32}
             found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in trainer.batches])

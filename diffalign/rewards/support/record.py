@@ -14,7 +14,7 @@ from typing import Any
 from diffalign.plugins import entry_points
 from diffalign.rewards.base import PASSED, PLUGINS, RECIPE, REWARDS, FunctionReward, Reward
 from diffalign.rewards.config import RewardConfig
-from diffalign.rewards.support.user_code import PREFIX
+from diffalign.user_code import PREFIX
 
 PLAIN = (str, int, float, bool, type(None))
 

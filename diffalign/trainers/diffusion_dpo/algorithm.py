@@ -24,6 +24,7 @@ from diffalign.losses.errors import Denoised, DenoisedPair
 from diffalign.losses.options import AutoBeta, margin_size
 from diffalign.losses.preference_metrics import preference_metrics, single_metrics
 from diffalign.losses.registry import get_loss
+from diffalign.losses.unpaired import SingleObjective
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.base import Reward, RewardFunction
@@ -54,7 +55,6 @@ from diffalign.trainers.diffusion_dpo.batches import (
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import LatentEncoder
 from diffalign.trainers.diffusion_dpo.spin import SelfPlaySource
-from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 
 
 class DiffusionDPOTrainer(Trainer):
@@ -255,7 +255,7 @@ class DiffusionDPOTrainer(Trainer):
         tensors = {} if self.reference is None else indexed(self.reference.shadow)
         plain: dict[str, Any] = {"warned": self.warned}
         if self.single is not None:
-            plain["reward_shift"] = self.single.shift.state_dict()
+            plain["reward_shift"] = self.single.state_dict()
         if self.auto_beta is not None:
             plain["auto_beta"] = self.auto_beta.state_dict()
         if isinstance(self.source, StreamSource):
@@ -267,7 +267,7 @@ class DiffusionDPOTrainer(Trainer):
         if self.reference is not None:
             restore(self.reference.shadow, tensors)
         if self.single is not None:
-            self.single.shift.load_state_dict(plain["reward_shift"])
+            self.single.load_state_dict(plain["reward_shift"])
         if self.auto_beta is not None:
             self.auto_beta.load_state_dict(plain["auto_beta"])
         self.warned = plain["warned"]

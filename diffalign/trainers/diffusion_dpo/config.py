@@ -115,7 +115,7 @@ class DiffusionDPOConfig(RolloutConfig):
     def _validate_source(self) -> None:
         from diffalign.losses.registry import get_loss
 
-        paired = get_loss(self.loss).paired
+        paired = get_loss(self.loss, self.allow_reward_code).paired
         if self.streaming and not (paired and self.losers == "data"):
             what = repr(self.loss) if self.losers == "data" else "losers: reference"
             raise ValueError(f"{what} learns from single images, which are not streamed: set streaming: false")
@@ -128,8 +128,9 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def _validate_loss(self) -> None:
         from diffalign.losses.registry import get_loss
+        from diffalign.losses.unpaired import SingleObjective
 
-        if get_loss(self.loss).paired:
+        if get_loss(self.loss, self.allow_reward_code).paired:
             self.objective()
             return
         if self.beta is not None and get_loss(self.loss).beta is None:
@@ -143,3 +144,4 @@ class DiffusionDPOConfig(RolloutConfig):
         }
         if used := [name for name, value in pairs_only.items() if value]:
             raise ValueError(f"{', '.join(used)}: for losses of pairs, and {self.loss!r} learns from single images")
+        SingleObjective(self.loss, self.loss_options)

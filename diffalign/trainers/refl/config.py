@@ -98,10 +98,10 @@ class ReFLConfig(TrainerConfig):
         self.validate_batches(1)
 
     def _validate_recipe(self) -> None:
-        from diffalign.losses.refl import get_reward_loss
+        from diffalign.losses.registry import get_reward_loss
 
         recipe = self.recipe.resolve()
-        loss = get_reward_loss(recipe.reward_loss)
+        loss = get_reward_loss(recipe.reward_loss, self.allow_reward_code)
         if self.thresholds and not loss.threshold:
             raise ValueError(f"thresholds: the loss {recipe.reward_loss!r} has none; leave them out")
         if (recipe.from_images or recipe.regulariser == "pretraining") and not self.train_images:
@@ -126,7 +126,7 @@ class ReFLConfig(TrainerConfig):
 
     def validate_batches(self, processes: int) -> None:
         """ValueError where images do not divide over processes, or groups over passes."""
-        from diffalign.losses.refl import get_reward_loss
+        from diffalign.losses.registry import get_reward_loss
 
         images = self.num_groups * self.group_size
         if images % processes:

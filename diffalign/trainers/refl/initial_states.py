@@ -199,7 +199,7 @@ def draw_courses(recipe: Recipe, noise: KeyedRNG, iteration: int, first: tuple[i
 def places(courses: Sequence[GradientPath], num_steps: int) -> list[int]:
     """The places at which samplings must be kept, ascending."""
     kept = {place for course in courses for place in course.states}
-    return sorted(kept | {num_steps for course in courses if course.renoised})
+    return sorted(kept | {num_steps for course in courses if course.renoise})
 
 
 def sampling_plan(recipe: Recipe) -> Plan:

@@ -14,7 +14,7 @@ from diffalign.losses.refl import squared_distance
 from diffalign.models.weights import REFERENCE
 from diffalign.structures import Conditioning
 from diffalign.trainers.refl.initial_states import Batch
-from diffalign.trainers.refl.reward_loss import Judge, Seen
+from diffalign.trainers.refl.reward_loss import Judge, RewardInputs
 
 if TYPE_CHECKING:
     from diffalign.trainers.refl.algorithm import ReFLTrainer
@@ -41,8 +41,8 @@ class RewardGradient:
     def unrolled(self, batch: Batch, rows: Tensor, number: int) -> Unrolled:
         """Some samples on course ``number`` of their batch."""
         course, steps = batch.courses[number], self.recipe.num_steps
-        start = batch.state(rows, steps if course.renoised else course.start)
-        noise = self._known_noise(batch, rows, number).to(start) if course.renoised else None
+        start = batch.state(rows, steps if course.renoise else course.start)
+        noise = self._known_noise(batch, rows, number).to(start) if course.renoise else None
         return unroll(
             self.denoiser(batch.conditioning[rows]),
             course,
@@ -50,7 +50,7 @@ class RewardGradient:
             start,
             parameterization=self.model.parameterization,
             noise=noise,
-            truth={place: batch.state(rows, place) for place in course.states} if course.straight else None,
+            truth={place: batch.state(rows, place) for place in course.states} if course.straight_through else None,
             checkpointed=self.trainer.args.step_checkpointing,
         )
 
@@ -63,7 +63,7 @@ class RewardGradient:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of the rewards, and their means."""
         chosen = rows.tolist()
-        seen = Seen(
+        seen = RewardInputs(
             found.x,
             [batch.prompts[row] for row in chosen],
             torch.tensor([batch.samples[row][0] for row in chosen]),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffalign.diffusion.reward_gradient_presets import Recipe
 from diffalign.diffusion.trajectory import in_slices
-from diffalign.losses.refl import PUBLISHED_THRESHOLDS, get_reward_loss
+from diffalign.losses.refl import PUBLISHED_THRESHOLDS
+from diffalign.losses.registry import get_reward_loss
 from diffalign.losses.srpo import relative_reward
 from diffalign.models import DiffusionModel
 from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
@@ -21,7 +22,7 @@ from diffalign.structures import Prompt
 
 
 @dataclass(frozen=True)
-class Seen:
+class RewardInputs:
     """What the rewards are to judge. latents: (B, C, h, w). group: (B,), the prompt's. weight: (B,), of each loss.
 
     words, word_weight: SRPO's control words and k, as in a ``GradientPath``.
@@ -57,7 +58,7 @@ class Judge:
         self._asked: list[tuple[Sequence[Prompt], Tensor]] = []
         self._error: Exception | None = None
 
-    def __call__(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, seen: RewardInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss, the mean of each reward over the samples that have one, and the share that has not.
 
         A sample that a reward fails on, by raising or by no finite number, counts in nothing else.
@@ -93,7 +94,7 @@ class Judge:
         cause = said(error) if error else "a score is not finite"
         return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named(failed)}"
 
-    def _losses(self, latents: Tensor, seen: Seen, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, latents: Tensor, seen: RewardInputs, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant.
 
         "unscored", beside them, says which samples have none.
@@ -116,7 +117,7 @@ class Judge:
         kept = {name: torch.where(scored.to(value.device), value, math.nan) for name, value in rewards.items()}
         return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
 
-    def _reward(self, reward: Reward, images: Tensor, seen: Seen, prompts: Sequence[Prompt]) -> Tensor:
+    def _reward(self, reward: Reward, images: Tensor, seen: RewardInputs, prompts: Sequence[Prompt]) -> Tensor:
         """What a reward says, relative to control words where the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
         if seen.words is None:
