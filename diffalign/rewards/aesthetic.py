@@ -14,8 +14,8 @@ from transformers import CLIPModel
 
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip
-from diffalign.rewards.support.preprocess import centre_round, on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, split, state_dict
+from diffalign.rewards.support.preprocess import at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, split, state_dict
 
 WIDTHS = (1024, 128, 64, 16, 1)
 DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers; they make the names of the rest
@@ -65,9 +65,9 @@ class AestheticReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, head = load_once(_load, self.weights, self.file, self.clip)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device), hosted(head, self.weights, images.device):
-            return widened(head(image_embeddings(model, images, quantize, centre_round)))
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device), on_device(head, self.weights, images.device):
+            return at_least_float32(head(image_embeddings(model, images, quantize, centre_round)))
 
 
 PREDICTOR = RewardCard(

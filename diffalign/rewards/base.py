@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.config.sections import PASSED
 from diffalign.plugins import entry_points
-from diffalign.rewards.support.isolation import isolated, own_copy
+from diffalign.rewards.support.isolation import copy_metadata, isolated
 from diffalign.rewards.support.preprocess import wants_grad
 from diffalign.rewards.support.user_code import check_reward, consented, load_code
 
@@ -185,9 +185,9 @@ def ask(
     foreign = not _is_ours(reward)
 
     def call(seen: Tensor) -> tuple[Tensor, Extras]:
-        own = [own_copy(entry) for entry in metadata]
+        own = [copy_metadata(entry) for entry in metadata]
         copied = None if groups is None else groups.clone()
-        values, extras = isolated(lambda: _asked(reward, seen, list(prompts), own, copied))
+        values, extras = isolated(lambda: _checked_call(reward, seen, list(prompts), own, copied))
         if not foreign:
             return values, extras
         # What it returned may be written to when it is called again.
@@ -195,7 +195,7 @@ def ask(
 
     try:
         if foreign and reward.differentiable and wants_grad(images) and not needs_groups(reward):
-            return _with_gradient(images, call)
+            return _score_with_gradient(images, call)
         return call(images.clone() if foreign else images)
     except WrongShape:
         raise
@@ -203,7 +203,7 @@ def ask(
         raise RewardUnavailable(f"reward {reward.name!r}: {error}") from error
 
 
-def _asked(
+def _checked_call(
     reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata, groups: Tensor | None
 ) -> tuple[Tensor, Extras]:
     """Call a reward, and check the shape of what it returns."""
@@ -219,7 +219,7 @@ def _asked(
     return values, extras
 
 
-def _with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]) -> tuple[Tensor, Extras]:
+def _score_with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]) -> tuple[Tensor, Extras]:
     """``call`` on images of its own, whose gradient is taken at once: what raises there costs the sample as well.
 
     Exact for rewards that judge each image by itself, as all do that need no groups.
@@ -231,11 +231,11 @@ def _with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras
         (gradient,) = isolated(lambda: torch.autograd.grad(found.sum(), leaf, allow_unused=True))
     if gradient is None:
         raise RewardUnavailable("it says that it is differentiable, and its scores carry no gradient to the images")
-    values: Tensor = _GivenGradient.apply(images, found.detach(), gradient)
+    values: Tensor = _PrecomputedGradient.apply(images, found.detach(), gradient)
     return values, {name: extra.detach() for name, extra in extras.items()}
 
 
-class _GivenGradient(torch.autograd.Function):
+class _PrecomputedGradient(torch.autograd.Function):
     """Scores (B,) of images (B, 3, H, W) whose gradient is known. One that is not finite makes its score NaN."""
 
     @staticmethod

@@ -15,9 +15,16 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_floor, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.prompts import distinct
-from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned
+from diffalign.rewards.support.preprocess import (
+    Preprocess,
+    at_least_float32,
+    centre_floor,
+    centre_round,
+    on_images,
+    should_quantize,
+)
+from diffalign.rewards.support.prompts import unique_prompts
+from diffalign.rewards.support.weights import Weights, check_report, frozen, load_once, on_device, pinned
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 FORMS = ("logit", "cosine", "clipscore")
@@ -67,13 +74,13 @@ class ClipReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer = load_once(_load, self.weights, self.tokenizer or self.weights.spec)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device):
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device):
             paper = self.form == "clipscore"  # published with torchvision, the others with transformers
             image = image_embeddings(model, images, quantize, centre_round if paper else centre_floor)
             text = text_embeddings(model, tokenizer, [CAPTION + prompt for prompt in prompts] if paper else prompts)
             cosine = (image * text).sum(-1)
-            return widened(self._form(cosine, model.logit_scale))
+            return at_least_float32(self._form(cosine, model.logit_scale))
 
     def _form(self, cosine: Tensor, logit_scale: Tensor) -> Tensor:
         if self.form == "logit":
@@ -103,7 +110,7 @@ def image_embeddings(
 @torch.no_grad()
 def text_embeddings(model: CLIPModel, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """Unit vectors (B, D); a prompt that comes more than once is encoded once."""
-    once, rows = distinct(prompts)
+    once, rows = unique_prompts(prompts)
     length = min(77, model.config.text_config.max_position_embeddings)
     tokens = tokenizer(once, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
     features = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output

@@ -25,7 +25,7 @@ from diffalign.rewards.base import Metadata, Reward, RewardCard, ask, needs_grou
 from diffalign.rewards.config import RewardConfig, build_rewards
 
 QUANTILES = 101
-LARGEST_TABLE = 64 << 20  # bytes of stored calibrations that are read
+MAX_TABLE_BYTES = 64 << 20  # bytes of stored calibrations that are read
 TIED = 4  # units in the last place by which equal scores may differ
 
 
@@ -73,7 +73,7 @@ def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> No
 def load_calibrations(path: Path) -> dict[str, Calibration]:
     """What ``save_calibrations`` wrote. ValueError naming the file where it is something else."""
     try:
-        table = json.loads(read_text(path, LARGEST_TABLE))
+        table = json.loads(read_text(path, MAX_TABLE_BYTES))
         return {n: Calibration(c["mean"], c["std"], tuple(c["quantiles"])) for n, c in table.items()}
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(

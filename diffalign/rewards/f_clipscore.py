@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import Extras, Metadata, RewardCard, register
 from diffalign.rewards.clip import CAPTION, VIT_H, image_embeddings, load_clip
-from diffalign.rewards.support.preprocess import centre_round, on_images, rounds, wants_grad, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once
+from diffalign.rewards.support.preprocess import at_least_float32, centre_round, on_images, should_quantize, wants_grad
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device
 
 TEMPLATE = CAPTION
 LAYERS = 3  # the last ones of the text encoder, whose attentions count
@@ -91,11 +91,11 @@ class FClipScore:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device; extra "worst": the lowest word's
         attribution (B,), 0 for a prompt without words."""
         model, tokenizer = load_once(_load, self.weights)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         longest = min(77, model.config.text_config.max_position_embeddings)
         options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         tokens = tokenizer([TEMPLATE + prompt for prompt in prompts], **options).to(images.device)
-        with hosted(model, self.weights, images.device):
+        with on_device(model, self.weights, images.device):
             image = image_embeddings(model, images, quantize, centre_round)
             per_token, cosine = attributions(model, tokens.input_ids, tokens.attention_mask, image)
         scores, worst = [], []
@@ -107,7 +107,7 @@ class FClipScore:
         result = torch.stack(scores) * (1 - cosine.clamp(min=0))
         if not wants_grad(images):
             result = result.detach()
-        return widened(result), {"worst": widened(torch.stack(worst).detach())}
+        return at_least_float32(result), {"worst": at_least_float32(torch.stack(worst).detach())}
 
 
 FACTS = RewardCard("words that the image does not show", 1e-4, "arXiv 2412.18404", VIT_H, "MIT", 986)

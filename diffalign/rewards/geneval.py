@@ -22,13 +22,13 @@ from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip, text_embeddings
 from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.support.preprocess import centre_round, on_images, to_bytes
-from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned, split
+from diffalign.rewards.support.weights import Weights, check_report, frozen, load_once, on_device, pinned, split
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = 0x99 / 255  # around an object whose colour is asked for
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the least confidence in an object
-MOST = 16  # objects of a class
+MAX_OBJECTS = 16  # objects of a class
 POSITION_MARGIN = 0.1  # of both objects' sizes, that their centres must be apart
 # What GenEval calls the classes that detectors trained on COCO call otherwise; some keep the names of Pascal VOC.
 RENAMED = {
@@ -153,7 +153,7 @@ def detect(detector: Any, processor: Any, image: Tensor, threshold: float) -> di
     for place in sorted(range(len(segments)), key=lambda i: -segments[i]["score"]):
         mask = result["segmentation"][place].bool().cpu()
         same = objects.setdefault(class_names(detector)[segments[place]["label_id"]], [])
-        if len(same) < MOST:
+        if len(same) < MAX_OBJECTS:
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
             box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
             same.append(Found(box, mask))
@@ -216,7 +216,7 @@ class GenEvalReward:
         known = set(class_names(detector).values())
         specs = [self._spec(prompt, given, known) for prompt, given in zip(prompts, metadata, strict=True)]
         scores = []
-        with hosted(detector, self.weights, images.device), hosted(clip, self.weights, images.device):
+        with on_device(detector, self.weights, images.device), on_device(clip, self.weights, images.device):
             for image, spec in zip(images, specs, strict=True):
                 least = COUNTING_THRESHOLD if spec.get("tag") == "counting" else THRESHOLD
                 objects = detect(detector, processor, image, least)

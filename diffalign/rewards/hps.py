@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.prompts import distinct
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, quiet, state_dict
+from diffalign.rewards.support.preprocess import Preprocess, at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.prompts import unique_prompts
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, quiet, state_dict
 
 
 def _load(weights: Weights, file: str, architecture: str) -> tuple[nn.Module, Any]:
@@ -52,14 +52,14 @@ class HpsReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer = load_once(_load, self.weights, self.file, self.architecture)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device):
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device):
             step = Preprocess(goal=model.visual.image_size[0], crop=centre_round, through_pil=False)
             image = F.normalize(model.encode_image(step(images, quantize=quantize).to(self.weights.dtype)), dim=-1)
-            once, rows = distinct(prompts)
+            once, rows = unique_prompts(prompts)
             with torch.no_grad():
                 text = F.normalize(model.encode_text(tokenizer(once).to(images.device)), dim=-1)
-            return widened((image * text[rows]).sum(-1))
+            return at_least_float32((image * text[rows]).sum(-1))
 
 
 HPS = RewardCard("human preference", 0.01, "arXiv 2306.09341", "xswu/HPSv2", "Apache-2.0", 986)

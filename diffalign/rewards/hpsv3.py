@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from diffalign.rewards.base import Extras, Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import on_images, rounds
-from diffalign.rewards.support.prompts import literal
+from diffalign.rewards.support.preprocess import on_images, should_quantize
+from diffalign.rewards.support.prompts import escape_special_tokens
 from diffalign.rewards.support.qwen_vl import Patches, chat
 from diffalign.rewards.support.weights import (
     Weights,
     check_report,
     frozen,
-    hosted,
     load_once,
+    on_device,
     pinned,
     split,
     weights_file,
@@ -121,13 +121,13 @@ class HpsV3Reward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         network, tokenizer, patches = load_once(_load, self.weights, self.base)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         rows, grid = patches(images, quantize=quantize)
         # Not str.format: a prompt may hold braces.
-        texts = [prompt_text().replace("{text_prompt}", literal(tokenizer, prompt)) for prompt in prompts]
+        texts = [prompt_text().replace("{text_prompt}", escape_special_tokens(tokenizer, prompt)) for prompt in prompts]
         count = len(rows) // len(images) // patches.merge**2
         ids, mask = chat(tokenizer, texts, count, "right", images.device)
-        with hosted(network, self.weights, images.device):
+        with on_device(network, self.weights, images.device):
             found = network(ids, mask, rows.to(self.weights.dtype), grid, tokenizer.convert_tokens_to_ids(TOKEN))
         return found[:, 0], {"sigma": found[:, 1].detach().exp()}
 

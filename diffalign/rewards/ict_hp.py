@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import VIT_H, image_embeddings, image_features, text_embeddings
-from diffalign.rewards.support.preprocess import on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, split, state_dict
+from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, pinned, split, state_dict
 
 ICT_FILE, HP_FILE, HEAD_FILE = "pytorch_model.bin", "hp_backbone/pytorch_model.bin", "hp_scorer/mlp_pytorch_model.bin"
 
@@ -68,7 +68,7 @@ class IctHpReward:
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         score = 1.0
         if self.ict is not None:
             score = score * self._contains(images, prompts, quantize)
@@ -78,14 +78,14 @@ class IctHpReward:
 
     def _contains(self, images: Tensor, prompts: Sequence[str], quantize: bool) -> Tensor:
         model, tokenizer = load_once(_load_ict, self.ict, self.clip)
-        with hosted(model, self.ict, images.device):
+        with on_device(model, self.ict, images.device):
             text = text_embeddings(model, tokenizer, prompts)
-            return widened((image_embeddings(model, images, quantize) * text).sum(-1))
+            return at_least_float32((image_embeddings(model, images, quantize) * text).sum(-1))
 
     def _looks(self, images: Tensor, quantize: bool) -> Tensor:
         model, head = load_once(_load_hp, self.hp, self.clip)
-        with hosted(model, self.hp, images.device), hosted(head, self.hp, images.device):
-            return widened(head(image_features(model, images, quantize)).sigmoid())
+        with on_device(model, self.hp, images.device), on_device(head, self.hp, images.device):
+            return at_least_float32(head(image_features(model, images, quantize)).sigmoid())
 
 
 PAPER = "arXiv 2507.19002"

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, state_dict, weights_file
+from diffalign.rewards.support.preprocess import Preprocess, at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, pinned, state_dict, weights_file
 
 FILE, TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head on the authors' data
@@ -119,13 +119,13 @@ class ImageReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         network, tokenizer = load_once(_load, self.weights, self.tokenizer)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         step = Preprocess(goal=network.vision.config.image_size, crop=centre_round)
         options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
         tokens = tokenizer(list(prompts), **options).to(images.device)
-        with hosted(network, self.weights, images.device):
+        with on_device(network, self.weights, images.device):
             pixels = step(images, quantize=quantize).to(self.weights.dtype)
-            return widened(network(pixels, tokens.input_ids, tokens.attention_mask))
+            return at_least_float32(network(pixels, tokens.input_ids, tokens.attention_mask))
 
 
 FACTS = RewardCard("human preference", 0.1, "arXiv 2304.05977", "THUDM/ImageReward", "Apache-2.0", 446)

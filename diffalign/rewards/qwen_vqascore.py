@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import on_images, rounds, widened
-from diffalign.rewards.support.prompts import check_question, literal
+from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
+from diffalign.rewards.support.prompts import check_question, escape_special_tokens
 from diffalign.rewards.support.qwen_vl import chat, load
-from diffalign.rewards.support.weights import Weights, hosted, load_once
+from diffalign.rewards.support.weights import Weights, load_once, on_device
 from diffalign.rewards.vqascore import ANSWERS, PAPER
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -51,12 +51,12 @@ class QwenVqaScore:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer, patches = load_once(load, self.weights)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         rows, grid = patches(images, quantize=quantize)
-        questions = [self.question.format(literal(tokenizer, prompt)) for prompt in prompts]
+        questions = [self.question.format(escape_special_tokens(tokenizer, prompt)) for prompt in prompts]
         count = len(rows) // len(images) // patches.merge**2
         ids, mask = chat(tokenizer, questions, count, "left", images.device)
-        with hosted(model, self.weights, images.device):
+        with on_device(model, self.weights, images.device):
             logits = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -67,7 +67,7 @@ class QwenVqaScore:
                 use_cache=False,
             ).logits
         yes, no = (torch.tensor(tokenizer.encode(word), device=images.device) for word in ("Yes", "No"))
-        return ANSWERS[self.answer](widened(logits).log_softmax(-1), yes, no)
+        return ANSWERS[self.answer](at_least_float32(logits).log_softmax(-1), yes, no)
 
 
 MEASURES = "whether the image shows the text"

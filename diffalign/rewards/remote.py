@@ -27,14 +27,14 @@ UNAVAILABLE = HTTPStatus.NOT_IMPLEMENTED
 
 @dataclass(frozen=True)
 class RemoteReward:
-    """The reward ``reward`` of the server at ``wire.url``: its scores, without extras.
+    """The reward ``reward`` of the server at ``client.url``: its scores, without extras.
 
     batch_size: images per request. Images whose request fails have no score (NaN), and a warning says why; so have
     those that are not finite, which are not sent. RewardUnavailable: the server says that it can score nothing.
     """
 
     name: str
-    wire: HTTPClient
+    client: HTTPClient
     reward: str
     batch_size: int = 16
     differentiable: bool = False
@@ -49,12 +49,12 @@ class RemoteReward:
         """Images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
         seen = images.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
         parts = [seen[i : i + self.batch_size] for i in range(0, len(seen), self.batch_size)]
-        found = self.wire.map(lambda rows: self._ask(images, prompts, metadata, rows), parts)
+        found = self.client.map(lambda rows: self._ask(images, prompts, metadata, rows), parts)
         values = torch.full((len(images),), math.nan)
         problems: dict[str, None] = {}
         for rows, result in zip(parts, found, strict=True):
             scores, problem = (None, str(result)) if isinstance(result, RemoteError) else result
-            problem = self.wire.clean(problem)
+            problem = self.client.clean(problem)
             if isinstance(result, RemoteError) and result.status == UNAVAILABLE:
                 raise RewardUnavailable(problem)
             if problem:
@@ -75,11 +75,11 @@ class RemoteReward:
             "metadata": [dict(metadata[i]) for i in rows],
             "images": [encode_image(images[i]) for i in rows],
         }
-        reply = self.wire.post("/score", body)
+        reply = self.client.post("/score", body)
         scores = reply.get("scores") if isinstance(reply, dict) else None
         if not isinstance(scores, list) or len(scores) != len(rows):
-            raise RemoteError(f"{self.wire.url} answered {str(reply)[:200]!r}, not a list of {len(rows)} scores")
-        return [_number(self.wire.url, value) for value in scores], str(reply.get("error") or "")
+            raise RemoteError(f"{self.client.url} answered {str(reply)[:200]!r}, not a list of {len(rows)} scores")
+        return [_number(self.client.url, value) for value in scores], str(reply.get("error") or "")
 
 
 @register("remote", RewardCard("what the reward of another machine does", 1.0))
@@ -93,9 +93,9 @@ def remote(
     retries: int = 4,
     concurrency: int = 8,
 ) -> RemoteReward:
-    """The reward ``reward`` of the server at ``url``; see ``HTTPClient.to``."""
-    wire = HTTPClient.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
-    return RemoteReward(name, wire, reward, batch_size)
+    """The reward ``reward`` of the server at ``url``; see ``HTTPClient.for_url``."""
+    client = HTTPClient.for_url(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    return RemoteReward(name, client, reward, batch_size)
 
 
 def _number(url: str, value: Any) -> float:

@@ -43,7 +43,7 @@ class Endpoint:
     max_tokens: of an answer. logprobs: ask for them where the answer is one word of two.
     """
 
-    wire: HTTPClient
+    client: HTTPClient
     model: str
     max_tokens: int = 64
     logprobs: bool = True
@@ -58,16 +58,16 @@ class Endpoint:
             "temperature": 0,
             **({"logprobs": True, "top_logprobs": 20} if one_word and self.logprobs else {}),
         }
-        reply = self.wire.post("/v1/chat/completions", body)
+        reply = self.client.post("/v1/chat/completions", body)
         try:
             choice = reply["choices"][0]
             words = choice["message"]["content"]
             first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
             table = {str(entry["token"]): float(entry["logprob"]) for entry in first}
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise RemoteError(f"{self.wire.url} answered {str(reply)[:200]!r}, no chat completion") from error
+            raise RemoteError(f"{self.client.url} answered {str(reply)[:200]!r}, no chat completion") from error
         if not isinstance(words, str):
-            raise RemoteError(f"{self.wire.url} answered {words!r} where text belongs")
+            raise RemoteError(f"{self.client.url} answered {words!r} where text belongs")
         return Answer(words, table)
 
 
@@ -107,10 +107,10 @@ class Answer:
         raise RemoteError(f'the judge said {self.text[:100]!r}, not {{"score": number}} from {low:g} to {high:g}')
 
 
-def _scores(name: str, wire: HTTPClient, ask: Any, items: Sequence[Any]) -> list[float]:
+def _scores(name: str, client: HTTPClient, ask: Any, items: Sequence[Any]) -> list[float]:
     """NaN where asking failed, with one warning per cause."""
-    found = wire.map(ask, items)
-    for error in {wire.clean(str(result)) for result in found if isinstance(result, RemoteError)}:
+    found = client.map(ask, items)
+    for error in {client.clean(str(result)) for result in found if isinstance(result, RemoteError)}:
         warnings.warn(f"reward {name!r}: {error}", stacklevel=3)
     return [math.nan if isinstance(result, RemoteError) else result for result in found]
 
@@ -139,7 +139,7 @@ class RatingJudge:
             text = self.question.format(prompt=prompts[i], low=f"{self.low:g}", high=f"{self.high:g}")
             return self.endpoint.ask(text, [encode_image(images[i])]).number(self.low, self.high)
 
-        return torch.tensor(_scores(self.name, self.endpoint.wire, ask, range(len(images))), dtype=torch.float32)
+        return torch.tensor(_scores(self.name, self.endpoint.client, ask, range(len(images))), dtype=torch.float32)
 
 
 def _questions(metadata: Mapping[str, Any]) -> list[str]:
@@ -176,7 +176,7 @@ class ChecklistJudge:
             text = CHECK.format(question=item[1])
             return self.endpoint.ask(text, [pictures[item[0]]], one_word=True).choice("yes", "no")
 
-        answers = torch.tensor(_scores(self.name, self.endpoint.wire, ask, asked), dtype=torch.float32)
+        answers = torch.tensor(_scores(self.name, self.endpoint.client, ask, asked), dtype=torch.float32)
         owner = torch.tensor([i for i, _ in asked], dtype=torch.int64)
         total = torch.zeros(len(images)).index_add(0, owner, answers)
         return total / torch.bincount(owner, minlength=len(images))
@@ -214,7 +214,7 @@ class PairwiseJudge:
             return self.endpoint.ask(text, [pictures[i] for i in pair], one_word=True).choice("1", "2")
 
         both = [order for first, second in pairs for order in ((first, second), (second, first))]
-        won = torch.tensor(_scores(self.name, self.endpoint.wire, ask, both), dtype=torch.float32).view(-1, 2)
+        won = torch.tensor(_scores(self.name, self.endpoint.client, ask, both), dtype=torch.float32).view(-1, 2)
         # The first image's share of its pair: asked first it should be "1", asked second it should be "2".
         share = (won[:, 0] + 1 - won[:, 1]) / 2
         total, count = torch.zeros(len(images)), torch.zeros(len(images))
@@ -250,8 +250,8 @@ def vlm_judge(
     logprobs: bool = True,
     **options: Any,
 ) -> Any:
-    """A judge behind the OpenAI-compatible server at ``url``; see ``HTTPClient.to``. options: fields of the judge."""
-    wire = HTTPClient.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    """A judge behind the OpenAI-compatible server at ``url`` (see ``HTTPClient.for_url``); options are its fields."""
+    client = HTTPClient.for_url(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
     known = [field.name for field in fields(judge) if field.name in OPTIONS]
     if unknown := options.keys() - set(known):
         wrong, right = ", ".join(sorted(unknown)), ", ".join(known) or "none"
@@ -259,4 +259,4 @@ def vlm_judge(
     if "question" in options:
         blanks = {"prompt", "low", "high"} if judge is RatingJudge else {"prompt"}
         check_template(name, str(options["question"]), blanks)
-    return judge(name, Endpoint(wire, model, max_tokens, logprobs), **options)
+    return judge(name, Endpoint(client, model, max_tokens, logprobs), **options)

@@ -17,9 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import CLIP_MEAN, Preprocess, on_images, rounds, stretch, widened
+from diffalign.rewards.support.preprocess import (
+    CLIP_MEAN,
+    Preprocess,
+    at_least_float32,
+    on_images,
+    should_quantize,
+    stretch,
+)
 from diffalign.rewards.support.prompts import check_question
-from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned
+from diffalign.rewards.support.weights import Weights, check_report, frozen, load_once, on_device, pinned
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -71,7 +78,7 @@ class ClipT5(T5ForConditionalGeneration):
         mask = torch.cat([mask.new_ones(len(images), front.shape[1] + images.shape[1]), mask], 1)
         given = self._shift_right(answer.expand(len(images), -1))
         logits = self(inputs_embeds=embeddings, attention_mask=mask, decoder_input_ids=given, use_cache=False).logits
-        return widened(logits).log_softmax(-1)
+        return at_least_float32(logits).log_softmax(-1)
 
 
 def build(path: str | None, config: ClipT5Config, vision: Any, **source: Any) -> ClipT5:
@@ -166,13 +173,13 @@ class VqaScore:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer = load_once(_load, self.weights, self.tokenizer or self.weights.spec, self.tower)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         step = Preprocess(goal=model.vision_tower.config.image_size, fit=stretch, pad=PAD)
 
         def ids(text: str) -> Tensor:
             return torch.tensor(tokenizer(text).input_ids, device=images.device)
 
-        with hosted(model, self.weights, images.device):
+        with on_device(model, self.weights, images.device):
             patches = model.patches(step(images, quantize=quantize).to(model.dtype))
             before = ids(BEFORE)
             after = LONGEST - len(before) - 1

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffalign.rewards.image_reward import FILE, TEXT_CONFIG, TOKENS, image_reward
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
-from tests.rewards.layouts import DEPTH, MED, PATCH, SIDE, VISION
+from tests.rewards.tiny_checkpoints import DEPTH, MED, PATCH, SIDE, VISION
 
 PROMPTS = ["a red circle", "two squares and a circle", ""]
 IMAGES = torch.randint(0, 256, (3, 3, 45, 61), generator=torch.Generator().manual_seed(0)).double() / 255

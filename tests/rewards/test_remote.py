@@ -350,7 +350,7 @@ def test_a_wish_to_be_asked_later_is_kept_up_to_a_bound(monkeypatch):
     server.kind = "later"
     with running(server) as address, pytest.warns(UserWarning, match="status 503"):
         ask(address, retries=2, deadline=100.0)
-    assert [wait for wait in slept if wait > 1] == [http_client.LONGEST_WAIT] * 2
+    assert [wait for wait in slept if wait > 1] == [http_client.MAX_WAIT] * 2
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"batch_size": 0}])

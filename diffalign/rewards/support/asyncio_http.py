@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
-MOST_HEADER = 1 << 16  # bytes
+MAX_HEADER = 1 << 16  # bytes
 IDLE = 30.0  # seconds that a connection is kept for a next request
 SLOWEST = 1 << 20  # bytes per second of a body that is waited for
 LINGER = 1 << 20  # bytes that are read and dropped, so that a client which still sends gets to read its answer
@@ -243,7 +243,7 @@ class HTTPServer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(NotImplementedError):  # Windows
                     self._loop.add_signal_handler(number, self._signalled)
-        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MOST_HEADER, backlog=BACKLOG)
+        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MAX_HEADER, backlog=BACKLOG)
         await self.stopping.wait()
         server.close()
         if self.connections:

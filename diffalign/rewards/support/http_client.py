@@ -26,10 +26,10 @@ from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
 T, R = TypeVar("T"), TypeVar("R")
-AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
-LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
-LARGEST_REPLY = 1 << 24  # bytes
-LARGEST_PICTURE = 1 << 24  # pixels, checked before any is decoded
+RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
+MAX_WAIT = 30.0  # seconds, whatever a server asks for
+MAX_RESPONSE_BYTES = 1 << 24  # bytes
+MAX_IMAGE_PIXELS = 1 << 24  # pixels, checked before any is decoded
 POOL = urllib3.PoolManager(maxsize=64)
 
 
@@ -46,9 +46,9 @@ class HTTPClient:
     """How to talk to one server.
 
     url: without the path. timeout: seconds to connect, for the first byte, and for the body. retries: how often one
-    that may pass (no connection, time-out, a status of ``AGAIN``) is made again. backoff: seconds before that, doubled
+    that may pass (no connection, time-out, a ``RETRY_STATUSES``) is made again. backoff: seconds before that, doubled
     each time, and a random part of that, so that many clients do not return together; a server's Retry-After goes
-    first, up to ``LONGEST_WAIT``. deadline: seconds for all of it. concurrency: requests under way at once. headers:
+    first, up to ``MAX_WAIT``. deadline: seconds for all of it. concurrency: requests under way at once. headers:
     e.g. an authorization.
 
     ValueError: a number that is too small.
@@ -71,7 +71,7 @@ class HTTPClient:
             )
 
     @classmethod
-    def to(cls, url: str, token_env: str | None = None, **options: float) -> HTTPClient:
+    def for_url(cls, url: str, token_env: str | None = None, **options: float) -> HTTPClient:
         """To ``url``, with the token of its host (``token_variable``), or of the variable ``token_env``.
 
         Only the command line and Python can name ``token_env``: a file does not choose which secret goes where.
@@ -92,7 +92,7 @@ class HTTPClient:
         for attempt in range(self.retries + 1):
             asked = 0.0
             try:
-                reply, content = self._once(address, body, end)
+                reply, content = self._attempt(address, body, end)
             except urllib3.exceptions.HTTPError as error:
                 said = f"{type(error).__name__}: {self.clean(str(error))}"
                 problem = RemoteError(
@@ -101,19 +101,19 @@ class HTTPClient:
                 )
             else:
                 if reply.status == 200:
-                    return self._parsed(address, content)
+                    return self._parse_response(address, content)
                 said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
                 problem = RemoteError(f"{address} answered with status {reply.status}: {said}", reply.status)
-                if reply.status not in AGAIN:
+                if reply.status not in RETRY_STATUSES:
                     break
                 asked = _retry_after(reply)
-            wait = min(asked or self.backoff * 2**attempt * (1 + random.random()), LONGEST_WAIT)
+            wait = min(asked or self.backoff * 2**attempt * (1 + random.random()), MAX_WAIT)
             if attempt == self.retries or time.monotonic() + wait > end:
                 break
             time.sleep(wait)
         raise problem
 
-    def _once(self, address: str, body: Any, end: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+    def _attempt(self, address: str, body: Any, end: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
         """One attempt, until ``end`` at most; the body may take another ``timeout``.
 
         urllib3's HTTPError: no answer, or one without end.
@@ -132,7 +132,7 @@ class HTTPClient:
         try:
             while part := reply.read1(1 << 16):
                 content += part
-                if len(content) > LARGEST_REPLY or time.monotonic() > end:
+                if len(content) > MAX_RESPONSE_BYTES or time.monotonic() > end:
                     raise urllib3.exceptions.ResponseError(f"{len(content)} bytes and no end")
         except BaseException:
             reply.close()  # its connection has bytes left that belong to no other request
@@ -140,7 +140,7 @@ class HTTPClient:
         reply.release_conn()
         return reply, bytes(content)
 
-    def _parsed(self, address: str, content: bytes) -> Any:
+    def _parse_response(self, address: str, content: bytes) -> Any:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
@@ -193,11 +193,11 @@ def decode_images(texts: Sequence[Any], max_pixels: int | None = None) -> list[T
     """
     try:
         contents = [base64.b64decode(text, validate=True) for text in texts]
-        sizes = [media.size(content, LARGEST_PICTURE) for content in contents]
+        sizes = [media.size(content, MAX_IMAGE_PIXELS) for content in contents]
         total = sum(width * height for width, height in sizes)
         if total > (max_pixels or total):
             raise ValueError(f"{total:,} pixels are too many for one request: send at most {max_pixels:,}")
-        return [pil_to_tensor(media.decode(content, LARGEST_PICTURE)) for content in contents]
+        return [pil_to_tensor(media.decode(content, MAX_IMAGE_PIXELS)) for content in contents]
     except (TypeError, *media.BROKEN) as error:
         raise ValueError(
             f"an image must be a PNG, JPEG or WebP picture file in base64: {media.reason(error)}"

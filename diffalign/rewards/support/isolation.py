@@ -37,7 +37,7 @@ def isolated(call: Callable[[], T]) -> T:
     ``GeneratorExit`` ...), which comes out as a ``RewardExit``. A real Ctrl-C, or whatever else a signal handler of the
     program raises while ``call`` runs, comes out as it is, even where ``call`` swallows it.
     """
-    with _SameState(), _StopSignals() as stops:
+    with _StateGuard(), _SignalGuard() as stops:
         try:
             result = call()
         except BaseException as error:
@@ -67,15 +67,15 @@ def named(texts: Iterable[str], most: int = 8, length: int = 80) -> str:
     return ", ".join(short) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
-def own_copy(value: Any) -> Any:
+def copy_metadata(value: Any) -> Any:
     """Return a deep copy of metadata; what cannot be copied, such as an open file, is passed on as it is."""
     try:
         return copy.deepcopy(value)
     except Exception:  # copying runs the code of the object's class
-        return {key: own_copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+        return {key: copy_metadata(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-class _StopSignals:
+class _SignalGuard:
     """Passes signals on to the program's Python handlers, and keeps what these raise: that is not the callee's own.
 
     Handlers that the callee replaces are put back. Only the main thread receives signals; elsewhere this does nothing.
@@ -87,7 +87,7 @@ class _StopSignals:
         self.raised: BaseException | None = None
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> _SignalGuard:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
                 handler = self._handlers[number] = signal.getsignal(number)
@@ -116,7 +116,7 @@ class _Setting:
     write: Callable[[Any], object]
 
 
-class _SameState:
+class _StateGuard:
     """A context at whose end every one of ``SETTINGS``, and the filters of warnings, are as at its beginning.
 
     What has not changed is not written: while rewards run in a thread of their own, the program goes on in another.
@@ -134,11 +134,11 @@ class _SameState:
         depth = self._depth.value = getattr(self._depth, "value", 0) + 1
         if depth == 1:
             with self._lock:
-                if not _SameState._threads:
-                    _SameState._first = self._before
-                _SameState._threads += 1
-                own = {name: self._before[name] for name in OF_A_THREAD}
-                self._before = {**_SameState._first, **own}
+                if not _StateGuard._threads:
+                    _StateGuard._first = self._before
+                _StateGuard._threads += 1
+                own = {name: self._before[name] for name in PER_THREAD}
+                self._before = {**_StateGuard._first, **own}
         self._filters, self._content = warnings.filters, list(warnings.filters)
         self._streams = sys.stdout, sys.stderr
 
@@ -146,7 +146,7 @@ class _SameState:
         self._depth.value -= 1
         with self._lock:
             if not self._depth.value:
-                _SameState._threads -= 1
+                _StateGuard._threads -= 1
             problems = [self._restore(name, setting) for name, setting in SETTINGS.items()]
         if self._filters != self._content:
             self._filters[:] = self._content
@@ -346,7 +346,7 @@ SETTINGS: dict[str, _Setting] = {
     "level of logging": _Setting(lambda: logging.root.manager.disable, logging.disable),
 }
 # Those that each thread has for itself.
-OF_A_THREAD = (
+PER_THREAD = (
     "default device",
     "grad mode",
     "threads",

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A picture larger than this on its longer side is more likely a mistake than an image to judge.
-LARGEST_SIDE = 16384
+MAX_SIDE = 16384
 # Pixels beyond are not in [0, 1] but in [0, 255] or [-1, 1]; a decoder's small overshoot is let pass.
 LOWEST, HIGHEST = -0.5, 1.5
 
@@ -56,7 +56,7 @@ def straight_through(smooth: Tensor, exact: Tensor) -> Tensor:
     return smooth + (exact - smooth).detach()
 
 
-def rounds(quantize: bool | None, images: Tensor) -> bool:
+def should_quantize(quantize: bool | None, images: Tensor) -> bool:
     """Whether to round to 8 bits: as ``quantize`` says, or where no gradient is asked."""
     return not wants_grad(images) if quantize is None else quantize
 
@@ -128,11 +128,11 @@ class Preprocess:
         form would not fit into memory.
         """
         check_images(images)
-        images = widened(images)
+        images = at_least_float32(images)
         if self.pad is not None:
             images = pad_square(images, self.pad)
         height, width = size = self.fit(tuple(images.shape[-2:]), self.goal)
-        if max(size) > LARGEST_SIDE:
+        if max(size) > MAX_SIDE:
             raise ValueError(
                 f"an image of {images.shape[-1]} x {images.shape[-2]} pixels would be resized to {width} x {height}: "
                 "crop it first, such a strip cannot be judged"
@@ -147,7 +147,7 @@ class Preprocess:
         return (resized - mean) / std
 
 
-def widened(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
     """In float32, or float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -161,8 +161,8 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images have shape {tuple(images.shape)}: pass (B, 3, H, W), see diffalign.rewards.as_images")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], see diffalign.rewards.as_images")
-    if 0 in images.shape[2:] or max(images.shape[2:]) > LARGEST_SIDE:
-        raise ValueError(f"images of {images.shape[-1]} x {images.shape[-2]} pixels: 1 to {LARGEST_SIDE} on each side")
+    if 0 in images.shape[2:] or max(images.shape[2:]) > MAX_SIDE:
+        raise ValueError(f"images of {images.shape[-1]} x {images.shape[-2]} pixels: 1 to {MAX_SIDE} on each side")
     if len(images):
         lowest, highest = (bound.item() for bound in images.detach().aminmax())
         if -math.inf < lowest < LOWEST or HIGHEST < highest < math.inf:
@@ -192,14 +192,16 @@ def on_images(*extras: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
                 return score(*arguments)
             result = score(*own, torch.where(finite.view(-1, 1, 1, 1), images, 0.0), prompts, metadata)
             if not extras:
-                return _kept(result, finite)
-            return _kept(result[0], finite), {name: _kept(values, finite) for name, values in result[1].items()}
+                return _nan_outside(result, finite)
+            return _nan_outside(result[0], finite), {
+                name: _nan_outside(values, finite) for name, values in result[1].items()
+            }
 
         return call
 
     return decorate
 
 
-def _kept(values: Tensor, rows: Tensor) -> Tensor:
+def _nan_outside(values: Tensor, rows: Tensor) -> Tensor:
     """``values`` (B, ...) in ``rows`` (B,), NaN elsewhere."""
     return torch.where(rows.to(values.device).view(-1, *[1] * (values.ndim - 1)), values, math.nan)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups
-from diffalign.rewards.support.isolation import isolated, own_copy, said
+from diffalign.rewards.support.isolation import copy_metadata, isolated, said
 from diffalign.structures import Prompt
 
 COUNT, SIDE = 2, 64
@@ -106,7 +106,7 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
 
 def _ask(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
     groups = [torch.zeros(len(prompts), dtype=torch.long)] if needs_groups(reward) else []
-    texts, metadata = [p.text for p in prompts], [own_copy(dict(p.metadata)) for p in prompts]
+    texts, metadata = [p.text for p in prompts], [copy_metadata(dict(p.metadata)) for p in prompts]
     return isolated(lambda: reward(images, texts, metadata, *groups))
 
 

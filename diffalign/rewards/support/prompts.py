@@ -8,7 +8,7 @@ from string import Formatter
 from typing import Any
 
 
-def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+def unique_prompts(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Each prompt once, and where each of ``prompts`` is among them."""
     places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return list(places), [places[prompt] for prompt in prompts]
@@ -39,7 +39,7 @@ def check_template(name: str, template: str, fields: Set[str]) -> None:
             )
 
 
-def literal(tokenizer: Any, prompt: str) -> str:
+def escape_special_tokens(tokenizer: Any, prompt: str) -> str:
     """``prompt`` with a blank inside whatever the tokenizer would take for one of its own marks.
 
     A prompt that writes ``<|image_pad|>`` would otherwise claim a second image.

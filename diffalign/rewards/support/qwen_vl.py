@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from diffalign.rewards.support.preprocess import check_images, resize, widened
+from diffalign.rewards.support.preprocess import at_least_float32, check_images, resize
 from diffalign.rewards.support.weights import Weights, frozen
 
-FEWEST, MOST = 4, 16384  # words that an image becomes
+MIN_TOKENS, MAX_TOKENS = 4, 16384  # words that an image becomes
 IMAGE = "<|image_pad|>"  # one for each patch that the language model sees
 
 
@@ -57,7 +57,7 @@ class Patches:
         check_images(images)
         height, width = images.shape[-2:]
         size = smart_resize(height, width, self.patch * self.merge, self.smallest, self.largest)
-        pixels = resize(widened(images), size, quantize=quantize)
+        pixels = resize(at_least_float32(images), size, quantize=quantize)
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return patchify((pixels - mean) / std, self.patch, self.merge, self.frames)
 
@@ -87,7 +87,7 @@ def load(weights: Weights) -> tuple[nn.Module, Any, Patches]:
     tokenizer = AutoTokenizer.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
     patches = Patches.of(weights.path, weights.revision)
     word = (patches.patch * patches.merge) ** 2
-    return frozen(model, weights), tokenizer, replace(patches, smallest=FEWEST * word, largest=MOST * word)
+    return frozen(model, weights), tokenizer, replace(patches, smallest=MIN_TOKENS * word, largest=MAX_TOKENS * word)
 
 
 def chat(

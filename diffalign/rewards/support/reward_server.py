@@ -31,10 +31,10 @@ from diffalign.rewards.support.isolation import said
 from diffalign.structures import Prompt
 from diffalign.tokens import printable
 
-MOST_IMAGES = 1024  # of a request
-MOST_PIXELS = 1 << 26  # of a request, over all of its images: 16 of 2048 x 2048
+MAX_IMAGES = 1024  # of a request
+MAX_PIXELS = 1 << 26  # of a request, over all of its images: 16 of 2048 x 2048
 SMALL = 1 << 18  # bytes of a request that is read faster than handed to another thread
-MOST_WAITING = 512  # requests per reward
+MAX_QUEUED = 512  # requests per reward
 # Absolute paths, quoted (with spaces) or bare; of an address such as https://host/path nothing is taken.
 PATH = re.compile(
     r"""file:/+[^\s'",;()<>\]]+|(['"])(?:/|~/|[A-Za-z]:[\\/])[^'"\n]*\1"""
@@ -122,16 +122,16 @@ class RewardServer(HTTPServer):
 
     async def _score(self, content: bytes) -> dict[str, Any]:
         if len(content) < SMALL:
-            asked = Asked.read(content)
+            asked = ScoreRequest.read(content)
         else:
-            asked = await asyncio.get_running_loop().run_in_executor(self.readers, Asked.read, content)
+            asked = await asyncio.get_running_loop().run_in_executor(self.readers, ScoreRequest.read, content)
         del content
         if asked.reward not in self.rewards:
             name = printable(asked.reward, 100)
             raise RewardUnavailable(f"unknown reward {name!r}; offered: {', '.join(self.rewards)}")
-        return await self._in_lane(self.lanes[asked.reward], lambda: self._scored(asked))
+        return await self._run_in_lane(self.lanes[asked.reward], lambda: self._score_request(asked))
 
-    async def _in_lane(self, lane: Lane, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    async def _run_in_lane(self, lane: Lane, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``work`` returns. HTTPError: 503, its turn did not come or the server stops; 504, it takes too long."""
         job = lane.submit(work)
         stop = asyncio.ensure_future(self.stopping.wait())
@@ -153,7 +153,7 @@ class RewardServer(HTTPServer):
             for waiting in (stop, started, result):
                 waiting.cancel()
 
-    def _scored(self, asked: Asked) -> dict[str, Any]:
+    def _score_request(self, asked: ScoreRequest) -> dict[str, Any]:
         """The answer to a request. RewardUnavailable: no request to this reward will do. ValueError: bad pictures."""
         pictures = asked.pictures()
         scores: list[float | None] = [None] * len(pictures)
@@ -184,7 +184,7 @@ class Lane:
     def __init__(self, name: str) -> None:
         self.name = name
         self.current: Job | None = None
-        self.waiting: queue.Queue[Job | None] = queue.Queue(MOST_WAITING)
+        self.waiting: queue.Queue[Job | None] = queue.Queue(MAX_QUEUED)
         # No pool: its threads are joined at exit, and one that hangs in a reward would keep the process.
         threading.Thread(target=self._run, name=f"reward {name}", daemon=True).start()
 
@@ -228,7 +228,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScoreRequest:
     """A request that is well formed: the reward's name, prompts, and pictures in base64."""
 
     reward: str
@@ -236,7 +236,7 @@ class Asked:
     images: Sequence[Any]
 
     @classmethod
-    def read(cls, content: bytes) -> Asked:
+    def read(cls, content: bytes) -> ScoreRequest:
         """From the body of a request. ValueError: anything of another type or length."""
         try:
             body = json.loads(content)
@@ -249,8 +249,8 @@ class Asked:
             raise ValueError(f'"reward" must be a name, got {_short(name)}')
         if not isinstance(prompts, list) or not isinstance(images, list) or len(prompts) != len(images):
             raise ValueError('"prompts" and "images" must be lists of the same length')
-        if len(images) > MOST_IMAGES:
-            raise ValueError(f"{len(images)} images are too many for one request: send at most {MOST_IMAGES}")
+        if len(images) > MAX_IMAGES:
+            raise ValueError(f"{len(images)} images are too many for one request: send at most {MAX_IMAGES}")
         metadata = body.get("metadata") or [{}] * len(prompts)
         if not isinstance(metadata, list) or len(metadata) != len(prompts):
             raise ValueError(f'"metadata" must be a list of {len(prompts)} objects, one for each prompt')
@@ -261,7 +261,7 @@ class Asked:
 
     def pictures(self) -> list[Tensor]:
         """Decode to (3, H, W), uint8 each. ValueError: no such pictures, or too many pixels."""
-        return decode_images(self.images, MOST_PIXELS)
+        return decode_images(self.images, MAX_PIXELS)
 
 
 def shown(text: str) -> str:

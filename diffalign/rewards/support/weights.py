@@ -159,7 +159,7 @@ def frozen(network: nn.Module, weights: Weights) -> nn.Module:
 
 
 @contextmanager
-def hosted(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
+def on_device(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
     """``network`` on ``device``; then back where it belongs. A server's threads use it one after the other.
 
     It stays where gradients are recorded: the backward pass still needs it there.
