@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_costs_the_score():
     "function", [lambda i, p, m: light(i).detach(), lambda i, p, m: torch.ones(2).requires_grad_()]
 )
 def test_a_reward_without_the_gradient_that_it_promises_is_said(function):
-    with pytest.raises(RewardUnavailable, match="'mine': it says that it is differentiable"):
+    with pytest.raises(RewardUnavailable, match="'mine': it declares differentiable=True"):
         ask(FunctionReward("mine", function, differentiable=True), images_of().requires_grad_(), TEXTS, [{}, {}])
 
 
