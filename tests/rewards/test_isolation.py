@@ -359,7 +359,7 @@ def test_a_setting_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch):
 
     monkeypatch.setitem(SETTINGS, "default device", dataclasses.replace(SETTINGS["default device"], read=fails))
     before = random.getstate()
-    with pytest.warns(UserWarning, match="default device, and it cannot be put back: OSError: gone"):
+    with pytest.warns(UserWarning, match="default device, and it cannot be restored: OSError: gone"):
         isolated(lambda: (random.random(), os.environ.update(CHANGED="1"), warnings.simplefilter("error")))
     assert random.getstate() == before
     assert "CHANGED" not in os.environ
