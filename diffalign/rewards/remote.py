@@ -19,9 +19,9 @@ from torch import Tensor
 
 from diffalign.rewards.base import Metadata, RewardCard, RewardUnavailable, register
 from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
-from diffalign.rewards.support.reward_server import RewardServer, _Handler
+from diffalign.rewards.support.reward_server import RewardServer
 
-__all__ = ["RemoteReward", "RewardServer", "_Handler", "remote"]
+__all__ = ["RemoteReward", "RewardServer", "remote"]
 UNAVAILABLE = HTTPStatus.NOT_IMPLEMENTED
 
 

@@ -1,4 +1,4 @@
-"""Load code of the user's own by name: ``module:function``, or ``file.py:function``."""
+"""Import rewards from user code: ``module:function`` or ``file.py:function``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PREFIX = "reward_code_"  # of the names of modules that are loaded from a file
+PREFIX = "reward_code_"  # of module names of files
 PARAMETERS = ("images", "prompts", "metadata")
 HOW = "write module:function or file.py:function"
 _CONSENT: ContextVar[bool] = ContextVar("consent", default=False)
@@ -23,7 +23,7 @@ _RUNNING: ContextVar[str] = ContextVar("running", default="")
 
 @contextmanager
 def consented(allowed: bool) -> Iterator[None]:
-    """Extend the user's consent to rewards that are made inside, such as the parts of ``combined``."""
+    """Grant consent to rewards that are built inside the context, such as those of ``combined``."""
     token = _CONSENT.set(allowed or _CONSENT.get())
     try:
         yield
@@ -32,15 +32,15 @@ def consented(allowed: bool) -> Iterator[None]:
 
 
 def running() -> str:
-    """The file or module that is being loaded for its rewards; empty where none is."""
+    """Return the file or module that is being imported; empty if none is."""
     return _RUNNING.get()
 
 
 def load_code(spec: str) -> tuple[ModuleType, str]:
-    """Import the module that ``spec`` names; returns it with the name of the reward in it.
+    """Import the module of ``spec``, and return it with the name of the reward in it.
 
-    ValueError: no consent (nothing is imported then, not even to look), a module of Python itself, or code that is
-    missing or faulty.
+    Raises ValueError without consent (nothing is imported or searched then), for a module of the standard library, and
+    for code that is missing or raises.
     """
     if not _CONSENT.get():
         raise ValueError(
@@ -49,28 +49,28 @@ def load_code(spec: str) -> tuple[ModuleType, str]:
         )
     where, _, name = spec.rpartition(":")
     if where.split(".")[0] in sys.stdlib_module_names | {"builtins"}:
-        raise ValueError(f"reward {spec!r} cannot be loaded: {where} is a part of Python and holds no reward; {HOW}")
+        raise ValueError(f"reward {spec!r} cannot be loaded: {where} is part of Python and defines no reward; {HOW}")
     token = _RUNNING.set(where)
     try:
         return _run_file(Path(where)) if where.endswith(".py") else _import(where), name
-    except (Exception, SystemExit) as error:  # the code of a user: what it raises is unknown
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ValueError(f"reward {spec!r} cannot be loaded: {type(error).__name__}: {error}; {HOW}") from error
     finally:
         _RUNNING.reset(token)
 
 
 def check_reward(spec: str, found: Any) -> None:
-    """Refuse what cannot be a reward, before anything of it is called.
+    """Check that an object has the signature of a reward, without calling it.
 
-    A reward is a function, or a class whose instances can be called, with (images, prompts, metadata), in that order
-    and each a parameter of its own, and for group rewards a fourth, the group ids.
+    A reward is a function, or a class with callable instances, with the parameters (images, prompts, metadata) in this
+    order, followed by the group ids for group rewards.
 
-    ValueError: anything else, such as a class that only takes options.
+    Raises ValueError for anything else, such as a class that only takes options.
     """
     call = _call_of(found)
-    taken = [] if call is None else _positional(call)[:3]
-    own = [p for p in taken if p.default is p.empty or p.name in PARAMETERS]
-    if len(own) < 3:
+    first = [] if call is None else _positional(call)[:3]
+    required = [p for p in first if p.default is p.empty or p.name in PARAMETERS]
+    if len(required) < 3:
         raise ValueError(
             f"reward {spec!r} is not a reward: it cannot be called with (images, prompts, metadata); name a function "
             "with these three parameters, or a class whose __call__ has them"
@@ -78,7 +78,7 @@ def check_reward(spec: str, found: Any) -> None:
 
 
 def _call_of(found: Any) -> Callable[..., Any] | None:
-    """The function that scores: the function itself, or ``__call__`` (``forward`` of a module) without ``self``."""
+    """Return the scoring function: the function itself, or ``__call__`` (``forward`` of a module) without ``self``."""
     if inspect.isfunction(found):
         return found
     kind = found if isinstance(found, type) else type(found)
@@ -90,7 +90,7 @@ def _call_of(found: Any) -> Callable[..., Any] | None:
 
 
 def _positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The positional parameters; none where there is no signature."""
+    """List the positional parameters; empty if there is no signature."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):
@@ -100,7 +100,7 @@ def _positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _import(name: str) -> ModuleType:
-    """Import a module, also one beside the run, as ``python -m`` would."""
+    """Import a module, also from the working directory, as ``python -m`` does."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
@@ -108,14 +108,14 @@ def _import(name: str) -> ModuleType:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """The module of a file, which is run once per process: a second time it could not register its rewards."""
+    """Run a file as a module, once per process: a second run would register its rewards again."""
     path = path.resolve()
     name = f"{PREFIX}{str(path).encode().hex()}"
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look up their module here
     try:
         found.loader.exec_module(module)
     except BaseException:
