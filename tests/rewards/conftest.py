@@ -10,7 +10,7 @@ from tests.rewards import tiny_checkpoints
 
 @pytest.fixture(autouse=True)
 def nothing_loaded():
-    weights.release()
+    weights._LOADED.clear()
 
 
 @pytest.fixture(scope="session")

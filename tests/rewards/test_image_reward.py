@@ -88,6 +88,6 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(image_reward_folder, tmp_pa
     del weights["blip.visual_encoder.norm.weight"]
     torch.save(weights, tmp_path / FILE)
     (tmp_path / TEXT_CONFIG).write_text(json.dumps(MED))
-    weights.release()
+    weights._LOADED.clear()
     with pytest.raises(ValueError, match=r"Missing key.*vision.post_layernorm.weight"):
         image_reward("image_reward", str(tmp_path), str(image_reward_folder))(IMAGES.float(), PROMPTS, [{}] * 3)

@@ -155,7 +155,7 @@ def by_relabel(rewards):
 
 
 def response_of(server, body):
-    return server._score_request(ScoreRequest.read(json.dumps(body).encode()))
+    return server._score_request(ScoreRequest.parse(json.dumps(body).encode()))
 
 
 def by_server(rewards):

@@ -129,7 +129,7 @@ def test_clip_weights_that_are_left_over_or_missing_are_refused(clip_folder, tmp
         reward = clip_reward("c", str(tmp_path), "logit")
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             assert reward(IMAGES, PROMPTS, [{}] * 4).isfinite().all()
-        weights.release()
+        weights._LOADED.clear()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward, RewardUnavailable, needs_groups
-from diffalign.rewards.support.asyncio_http import Handler, HTTPError, HTTPServer, Limits, Request
+from diffalign.rewards.support.asyncio_http import HTTPError, HTTPServer, Limits, Request
 from diffalign.rewards.support.fault_isolation import Batch, guarded
 from diffalign.rewards.support.http_client import decode_images
 from diffalign.rewards.support.isolation import said
