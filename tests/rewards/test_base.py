@@ -125,8 +125,8 @@ def test_a_class_in_code_is_made_with_the_options(tmp_path):
 
 
 README = (
-    "from diffalign import register\nfrom diffalign.rewards import Facts, FunctionReward\n"
-    "@register('redness', Facts('how red an image is', scale=0.1))\n"
+    "from diffalign import register\nfrom diffalign.rewards import FunctionReward, RewardCard\n"
+    "@register('redness', RewardCard('how red an image is', scale=0.1))\n"
     "def redness(name, strength=1.0):\n"
     "    return FunctionReward(name, lambda i, p, m: strength * i[:, 0].mean((1, 2)))\n"
 )
