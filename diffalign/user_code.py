@@ -1,4 +1,4 @@
-"""Load code of the user's own by name: ``module:function``, or ``file.py:function``."""
+"""Import objects from user code: ``module:function`` or ``file.py:function``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
-PREFIX = "reward_code_"  # of the names of modules that are loaded from a file
+PREFIX = "reward_code_"  # of module names of files
 HOW = "write module:function or file.py:function"
 _CONSENT: ContextVar[bool] = ContextVar("consent", default=False)
 _RUNNING: ContextVar[str] = ContextVar("running", default="")
@@ -20,7 +20,7 @@ _RUNNING: ContextVar[str] = ContextVar("running", default="")
 
 @contextmanager
 def consented(allowed: bool) -> Iterator[None]:
-    """Extend the user's consent to code that is loaded inside, such as the parts of the reward ``combined``."""
+    """Grant consent to code that is imported inside the context, such as the rewards of ``combined``."""
     token = _CONSENT.set(allowed or _CONSENT.get())
     try:
         yield
@@ -29,7 +29,7 @@ def consented(allowed: bool) -> Iterator[None]:
 
 
 def running() -> str:
-    """Return the file or module that is being loaded; empty where none is."""
+    """Return the file or module that is being imported; empty if none is."""
     return _RUNNING.get()
 
 
@@ -41,8 +41,8 @@ def load_code(spec: str, kind: str = "reward") -> tuple[ModuleType, str]:
         kind: What the object is, for messages: "reward", "loss" ...
 
     Raises:
-        ValueError: No consent (nothing is imported then, not even to look), a module of Python itself, or code that is
-            missing or faulty.
+        ValueError: no consent (nothing is imported or searched then), a module of the standard library, or code that
+            is missing or raises.
     """
     if not _CONSENT.get():
         raise ValueError(
@@ -51,18 +51,18 @@ def load_code(spec: str, kind: str = "reward") -> tuple[ModuleType, str]:
         )
     where, _, name = spec.rpartition(":")
     if where.split(".")[0] in sys.stdlib_module_names | {"builtins"}:
-        raise ValueError(f"{kind} {spec!r} cannot be loaded: {where} is a part of Python and holds no {kind}; {HOW}")
+        raise ValueError(f"{kind} {spec!r} cannot be loaded: {where} is part of Python and defines no {kind}; {HOW}")
     token = _RUNNING.set(where)
     try:
         return _run_file(Path(where)) if where.endswith(".py") else _import(where), name
-    except (Exception, SystemExit) as error:  # the code of a user: what it raises is unknown
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ValueError(f"{kind} {spec!r} cannot be loaded: {type(error).__name__}: {error}; {HOW}") from error
     finally:
         _RUNNING.reset(token)
 
 
 def _import(name: str) -> ModuleType:
-    """Import a module, also one in the working folder, as ``python -m`` would."""
+    """Import a module, also from the working directory, as ``python -m`` does."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
@@ -70,7 +70,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Import a file as a module, once per process: a second time it could not register its objects."""
+    """Run a file as a module, once per process: a second run would register its objects again."""
     path = path.resolve()
     name = f"{PREFIX}{str(path).encode().hex()}"
     if name in sys.modules:
@@ -79,7 +79,7 @@ def _run_file(path: Path) -> ModuleType:
     if found is None or found.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look up their module here
     try:
         found.loader.exec_module(module)
     except BaseException:

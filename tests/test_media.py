@@ -19,7 +19,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import decode, to_uint8
 from diffalign.data.pairs import load_pairs
 from diffalign.data.validation import Fault
-from diffalign.rewards.support.http_client import decode_image
+from diffalign.rewards.support.http_client import decode_images
 from diffalign.rewards.support.images import as_image
 from diffalign.structures import ImageSource
 from tests.data.made import jsonl
@@ -122,7 +122,7 @@ def by_parquet_of_score(path):
 
 
 def by_server(path):
-    return decode_image(base64.b64encode(path.read_bytes()).decode())
+    return decode_images([base64.b64encode(path.read_bytes())])[0].float() / 255
 
 
 def by_pairs(path):

@@ -1,24 +1,8 @@
-"""Rewards: one file each; a file that is imported here can be found by name."""
+"""Rewards, one file each. Importing this package imports all of its files, which register their rewards by name."""
 
-from diffalign.rewards import (
-    aesthetic,
-    clip,
-    combine,
-    f_clipscore,
-    geneval,
-    hps,
-    hpsv3,
-    ict_hp,
-    image_reward,
-    jpeg,
-    ocr,
-    pixel_stats,
-    qwen_vqascore,
-    remote,
-    shapes,
-    vlm_judge,
-    vqascore,
-)
+import importlib
+import pkgutil
+
 from diffalign.rewards.base import REWARDS, FunctionReward, Reward, RewardCard, get_reward, register
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.images import as_image, as_images
@@ -29,25 +13,18 @@ __all__ = [
     "Reward",
     "RewardCard",
     "RewardConfig",
-    "aesthetic",
     "as_image",
     "as_images",
-    "clip",
-    "combine",
-    "f_clipscore",
-    "geneval",
     "get_reward",
-    "hps",
-    "hpsv3",
-    "ict_hp",
-    "image_reward",
-    "jpeg",
-    "ocr",
-    "pixel_stats",
-    "qwen_vqascore",
     "register",
-    "remote",
-    "shapes",
-    "vlm_judge",
-    "vqascore",
 ]
+
+
+def _import_rewards() -> None:
+    """Import the modules of this folder; ``support`` is a package, holds no rewards, and is skipped."""
+    for module in pkgutil.iter_modules(__path__):
+        if not module.ispkg:
+            importlib.import_module(f"{__name__}.{module.name}")
+
+
+_import_rewards()

@@ -1,6 +1,6 @@
-"""LAION's improved aesthetic predictor: a linear map of CLIP ViT-L/14's image embedding; prompts do not matter.
+"""LAION's improved aesthetic predictor: a linear map of the image embedding of CLIP ViT-L/14; ignores prompts.
 
-Source of layout and weights: the repository improved-aesthetic-predictor, ``sac+logos+ava1-l14-linearMSE.pth``.
+Layout and weights follow ``sac+logos+ava1-l14-linearMSE.pth`` of the repository improved-aesthetic-predictor.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from transformers import CLIPModel
 
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip
-from diffalign.rewards.support.preprocess import centre_round, on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, split, state_dict
+from diffalign.rewards.support.preprocess import at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, split, state_dict
 
 WIDTHS = (1024, 128, 64, 16, 1)
-DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers; they make the names of the rest
+DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers; they shift the indices of later layers in the state dict
 
 
 class Head(nn.Module):
-    """Five linear layers with dropout and no activation in between, named as the published file names them."""
+    """Five linear layers with dropout and no activations; parameter names match the published file."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """(B, width) to (B,)."""
+        """Map embeddings (B, width) to scores (B,)."""
         return self.layers(embedding).squeeze(-1)
 
 
@@ -47,10 +47,16 @@ def _load(weights: Weights, file: str, clip: str) -> tuple[CLIPModel, Head]:
 
 @dataclass(frozen=True)
 class AestheticReward:
-    """How much people like the look of an image, about 1 to 10, mostly 5 to 6.5. The easiest reward to hack.
+    """Predict the aesthetic rating of an image, about 1 to 10, mostly 5 to 6.5. The easiest reward to hack.
 
-    clip: folder, or hub id with or without @revision, of the CLIP model. file: the head in the folder or
-    repository of ``weights``.
+    Args:
+        name: under which scores are stored.
+        weights: of the head.
+        file: the head's file in the folder or repository of ``weights``.
+        clip: folder, or hub id with or without @revision, of the CLIP model.
+        quantize: round pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
+        range: lowest and highest score.
     """
 
     name: str
@@ -63,11 +69,11 @@ class AestheticReward:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, head = load_once(_load, self.weights, self.file, self.clip)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device), hosted(head, self.weights, images.device):
-            return widened(head(image_embeddings(model, images, quantize, centre_round)))
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device), on_device(head, self.weights, images.device):
+            return at_least_float32(head(image_embeddings(model, images, quantize, centre_round)))
 
 
 PREDICTOR = RewardCard(
@@ -86,5 +92,5 @@ def aesthetic(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> AestheticReward:
-    """The published predictor, or the same layout under ``path`` with another ``clip``."""
+    """Build the published predictor, or one of the same layout at ``path`` with another ``clip``."""
     return AestheticReward(name, Weights(path, revision, precision, offload), file, clip, quantize)

@@ -1,4 +1,4 @@
-"""What a reward is, and how to find one by name."""
+"""The reward protocol, the registry of rewards, and the one function that calls a reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.config.sections import PASSED
 from diffalign.plugins import entry_points
-from diffalign.rewards.support.isolation import isolated, own_copy
+from diffalign.rewards.support.isolation import copy_metadata, isolated
 from diffalign.rewards.support.preprocess import wants_grad
 from diffalign.rewards.support.signature import check_reward
 from diffalign.user_code import consented, load_code
@@ -27,30 +27,30 @@ RewardFunction = Callable[[Tensor, Sequence[str], Metadata], Tensor]
 
 
 class RewardUnavailable(ValueError):
-    """A reward that can score nothing: weights or a package are missing, or what it returns is no list of numbers.
+    """A reward that cannot score any sample: weights or a package are missing, or its result has the wrong shape.
 
-    No sample is to blame, so it ends what was asked for, where any other failure costs its samples alone.
+    It ends the command or run. Every other exception of a reward costs only the samples that cause it.
     """
 
 
 class WrongShape(RewardUnavailable):
-    """A reward whose result is no list of numbers."""
+    """A reward whose result is not a tensor of shape (B,)."""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Judges images, each independently of the rest of its batch. Higher is better.
+    """Score images, each independently of the rest of its batch. Higher is better.
 
-    One that ranks the images of a group against each other sets ``needs_groups``, and is called with their group ids.
+    A group reward compares the images of a group: it sets ``needs_groups`` and is called with group ids.
 
-    While a run samples, images are judged in another thread than at other times, though in one at a time, unless its
-    ``overlap_rewards`` is off. Images, prompts and metadata are the reward's own. Process-wide state that it changes,
-    such as generators' seeds, default dtype, environment or working directory, is put back after each call.
+    With ``overlap_rewards``, a run scores images in a background thread while it samples; calls never overlap. Images,
+    prompts and metadata are copies that the reward may change. Process-wide state that it changes, such as random
+    seeds, default dtype, environment or working directory, is restored after each call.
     """
 
     @property
     def name(self) -> str:
-        """The name under which scores are stored and logged."""
+        """Name under which scores are stored and logged."""
 
     @property
     def differentiable(self) -> bool:
@@ -58,18 +58,24 @@ class Reward(Protocol):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The lowest and highest value that can be returned; infinite where there is no bound."""
+        """Lowest and highest possible score; infinite where there is no bound."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor | tuple[Tensor, Extras]:
-        """Images (B, 3, H, W), float, [0, 1], with B prompts and B metadata mappings, to a float tensor (B,).
+        """Score a batch.
 
-        A reward may have more to say: then it returns a pair of that tensor and named tensors, a row per image.
+        Args:
+            images: (B, 3, H, W), float, [0, 1].
+            prompts: B texts.
+            metadata: B mappings, one per prompt.
+
+        Returns:
+            Scores (B,), float; or a pair of scores and named extras, tensors with one row per image.
         """
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A plain function ``(images, prompts, metadata) -> (B,)`` as a reward."""
+    """Wrap a function ``(images, prompts, metadata) -> (B,)`` as a reward."""
 
     name: str
     function: RewardFunction
@@ -77,17 +83,22 @@ class FunctionReward:
     range: tuple[float, float] = (-math.inf, math.inf)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """What the function returns."""
+        """Call the function."""
         return self.function(images, prompts, metadata)
 
 
 @dataclass(frozen=True)
 class RewardCard:
-    """What to know about a registered reward before using it; the README's table is made of these.
+    """Describe a registered reward; the reward table of the documentation is generated from these.
 
-    measures: in a few words. scale: a difference of scores that matters; tolerances are in its units. source: of the
-    recipe. weights: the hub id that is loaded by default, licence: theirs; both empty where there are none. millions:
-    of their parameters.
+    Attributes:
+        measures: what a high score means, in a few words.
+        scale: a difference of scores that matters; test tolerances are in this unit.
+        source: paper or repository that defines the reward.
+        weights: hub id loaded by default; empty without weights.
+        licence: of the weights; empty without weights.
+        millions: parameters of the weights, in millions.
+        extra: pip extra of diffalign that the reward needs; empty if none.
     """
 
     measures: str
@@ -96,40 +107,41 @@ class RewardCard:
     weights: str = ""
     licence: str = ""
     millions: float = 0.0
+    extra: str = ""
 
 
-UNSAID = RewardCard("what its author says", 1.0)
+DEFAULT_CARD = RewardCard("what its author says", 1.0)
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A reward that has a name: how it is made, with which options, and what is known about it."""
+    """An entry of the registry: factory, default options and card of a reward."""
 
     factory: Callable[..., Reward]
     options: Mapping[str, Any]
-    facts: RewardCard = UNSAID
+    facts: RewardCard = DEFAULT_CARD
 
     def make(self, **options: Any) -> Reward:
-        """The reward. ValueError: options that it does not take."""
+        """Build the reward. Raises ValueError for options that the factory does not accept."""
         every = {**self.options, **options}
         _check_options(every.get("name", _name_of(self.factory)), self.factory, 0, every)
         reward = self.factory(**every)
-        with suppress(AttributeError, TypeError):  # slots: then nothing can be noted
+        with suppress(AttributeError, TypeError):  # an instance with __slots__ cannot store its recipe
             object.__setattr__(reward, RECIPE, (every.get("name", ""), options))
         return reward
 
 
 REWARDS: dict[str, Registered] = {}
-RECIPE = "_made_from"  # attribute of a reward that was made by name: the name and the options given
-PLUGINS = "diffalign.rewards"  # the entry points of other packages: a class or factory each
+RECIPE = "_made_from"  # attribute of rewards built from the registry: (name, options)
+PLUGINS = "diffalign.rewards"  # entry point group of other packages: a class or factory each
 
 
 def register(
-    name: str, facts: RewardCard = UNSAID, **options: Any
+    name: str, facts: RewardCard = DEFAULT_CARD, **options: Any
 ) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
-    """Decorates a reward's class (or factory): ``get_reward(name)`` then calls it with ``name`` and ``options``.
+    """Register a reward class or factory: ``get_reward(name)`` calls it with ``name`` and ``options``.
 
-    Stack it to register several settings of one class. ValueError: the name is taken.
+    Stack the decorator to register several presets of one class. Raises ValueError if the name is taken.
     """
 
     def add(factory: Callable[..., Reward]) -> Callable[..., Reward]:
@@ -142,14 +154,18 @@ def register(
 
 
 def get_reward(spec: str | Reward | RewardFunction, allow_code: bool = False, **options: Any) -> Reward:
-    """A reward from a registered name, a plain function (named after it), or a reward, which is returned as it is.
+    """Resolve a reward: ``get_reward("pickscore", path="my/weights", precision="bf16")``.
 
-    A name with a colon is code, ``module:function`` or ``file.py:function``: it is imported, once, only where
-    ``allow_code`` says so, and called only if it is a reward (``check_reward``). ``options`` are for what has a
-    name, a function by code too: ``get_reward("pickscore", path="my/weights", precision="bf16")``.
+    Args:
+        spec: a registered name; ``module:function`` or ``file.py:function``; a function, which becomes a reward of its
+            name; or a reward, returned unchanged.
+        allow_code: consent to import a ``spec`` with a colon. It is imported once, and called only if its signature is
+            a reward's (``signature.check_reward``).
+        options: passed to the factory or function that a string ``spec`` names.
 
-    ValueError: an unknown name or option, code that is missing, faulty or not allowed, a class instead of an instance,
-    or something that cannot be called.
+    Raises:
+        ValueError: an unknown name or option; code that is missing, faulty or not allowed; a class instead of an
+            instance; an object that is not callable.
     """
     if isinstance(spec, str) and spec == PASSED:
         raise ValueError(
@@ -160,43 +176,56 @@ def get_reward(spec: str | Reward | RewardFunction, allow_code: bool = False, **
         with consented(allow_code):
             return _from_code(spec, options) if ":" in spec else registered(spec).make(**options)
     if options:
-        raise ValueError(f"{spec!r} takes no options ({', '.join(options)}): only rewards that are named do")
+        raise ValueError(f"{spec!r} takes no options ({', '.join(options)}): only rewards given by name do")
     if isinstance(spec, type) or not callable(spec):
-        raise ValueError(f"{spec!r} is no reward: give a name, a function or an instance (known: {_known()})")
+        raise ValueError(f"{spec!r} is not a reward: give a name, a function or an instance (known: {_known()})")
     if isinstance(spec, Reward):
         return spec
     return FunctionReward(_name_of(spec), spec)
 
 
 def needs_groups(reward: object) -> bool:
-    """Whether it judges images against the others of their group, and is called with a fourth argument, ``groups``."""
+    """Whether the reward compares images within a group, and takes a fourth argument, ``groups``."""
     return getattr(reward, "needs_groups", False)
 
 
 def ask(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Tensor | None = None
 ) -> tuple[Tensor, Extras]:
-    """Return what a reward of any kind says: scores (B,), and its extras. groups: (B,), for one that needs them.
+    """Call a reward on a batch, isolated from the caller: see ``isolated``.
 
-    The reward gets inputs of its own, and what it changes in the process is put back: see ``isolated``. Rewards of this
-    package are known to leave images alone, and get them as they are; others get a copy, which carries the gradient.
+    Rewards of this package do not write to images and receive them directly; others receive a copy, through which
+    gradients flow.
 
-    RewardUnavailable: see there. RewardExit: see there. ValueError: scores of another number of images.
+    Args:
+        reward: pointwise or group reward.
+        images: (B, 3, H, W), float, [0, 1].
+        prompts: B texts.
+        metadata: B mappings.
+        groups: group ids (B,), for a group reward.
+
+    Returns:
+        Scores (B,), and the extras by name.
+
+    Raises:
+        RewardUnavailable: the reward cannot score any sample.
+        RewardExit: the reward raised an exception that would end the program.
+        ValueError: the number of scores differs from B.
     """
     foreign = not _is_ours(reward)
 
     def call(seen: Tensor) -> tuple[Tensor, Extras]:
-        own = [own_copy(entry) for entry in metadata]
+        own = [copy_metadata(entry) for entry in metadata]
         copied = None if groups is None else groups.clone()
-        values, extras = isolated(lambda: _asked(reward, seen, list(prompts), own, copied))
+        values, extras = isolated(lambda: _checked_call(reward, seen, list(prompts), own, copied))
         if not foreign:
             return values, extras
-        # What it returned may be written to when it is called again.
+        # The reward may reuse its output buffers in the next call.
         return values.clone(), {name: extra.clone() for name, extra in extras.items()}
 
     try:
         if foreign and reward.differentiable and wants_grad(images) and not needs_groups(reward):
-            return _with_gradient(images, call)
+            return _score_with_gradient(images, call)
         return call(images.clone() if foreign else images)
     except WrongShape:
         raise
@@ -204,40 +233,42 @@ def ask(
         raise RewardUnavailable(f"reward {reward.name!r}: {error}") from error
 
 
-def _asked(
+def _checked_call(
     reward: Reward, images: Tensor, prompts: list[str], metadata: Metadata, groups: Tensor | None
 ) -> tuple[Tensor, Extras]:
-    """Call a reward, and check the shape of what it returns."""
+    """Call a reward and check the shape of its result."""
     count = len(images)  # before the reward may change the tensor's shape
     result = reward(images, prompts, metadata, *([groups] if needs_groups(reward) else []))
     found, extras = result if isinstance(result, tuple) else (result, {})
     values = torch.as_tensor(found)
     if values.shape != (count,):
         problem = f"reward {reward.name!r} returned shape {tuple(values.shape)} for {count} images"
-        # Another number of scores can be one sample's doing; another number of dimensions cannot.
+        # One sample can change the number of scores, but not the number of dimensions.
         kind = ValueError if values.ndim == 1 else WrongShape
         raise kind(f"{problem}: return one number each")
     return values, extras
 
 
-def _with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]) -> tuple[Tensor, Extras]:
-    """``call`` on images of its own, whose gradient is taken at once: what raises there costs the sample as well.
+def _score_with_gradient(images: Tensor, call: Callable[[Tensor], tuple[Tensor, Extras]]) -> tuple[Tensor, Extras]:
+    """Run ``call`` on a copy of the images, and its backward pass at once, so that errors in it cost the sample too.
 
-    Exact for rewards that judge each image by itself, as all do that need no groups.
+    Exact for pointwise rewards: the gradient of the sum of scores holds the gradient of each score.
     """
     leaf = images.detach().requires_grad_()
-    found, extras = call(leaf.clone())  # no leaf, so that the reward may write to it as to any image
+    found, extras = call(leaf.clone())  # a leaf does not allow in-place writes
     gradient = None
     if found.requires_grad:
         (gradient,) = isolated(lambda: torch.autograd.grad(found.sum(), leaf, allow_unused=True))
     if gradient is None:
-        raise RewardUnavailable("it says that it is differentiable, and its scores carry no gradient to the images")
-    values: Tensor = _GivenGradient.apply(images, found.detach(), gradient)
+        raise RewardUnavailable(
+            "it declares differentiable=True, but its scores carry no gradient to the images; set differentiable=False"
+        )
+    values: Tensor = _PrecomputedGradient.apply(images, found.detach(), gradient)
     return values, {name: extra.detach() for name, extra in extras.items()}
 
 
-class _GivenGradient(torch.autograd.Function):
-    """Scores (B,) of images (B, 3, H, W) whose gradient is known. One that is not finite makes its score NaN."""
+class _PrecomputedGradient(torch.autograd.Function):
+    """Attach a known gradient to scores (B,) of images (B, 3, H, W). A non-finite gradient makes its score NaN."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -252,7 +283,7 @@ class _GivenGradient(torch.autograd.Function):
 
 
 def _is_ours(reward: object) -> bool:
-    """Whether a reward is this package's code: tests hold every registered reward to leave its images alone."""
+    """Whether a reward is code of this package, whose tests check that registered rewards do not write to images."""
     function = getattr(reward, "function", None) if type(reward) is FunctionReward else type(reward)
     while isinstance(function, partial):
         function = function.func
@@ -260,11 +291,11 @@ def _is_ours(reward: object) -> bool:
 
 
 def registered(name: str) -> Registered:
-    """What goes by ``name``, a plug-in of another package too. ValueError: an unknown name, with the closest one."""
+    """Look up a name in the registry and among plug-ins. Raises ValueError with the closest name if it is unknown."""
     if name not in REWARDS and name in (plugins := entry_points(group=PLUGINS)).names:
         factory = plugins[name].load()
-        if name not in REWARDS:  # importing it may have registered it
-            register(name, getattr(factory, "facts", UNSAID))(factory)
+        if name not in REWARDS:  # loading the plug-in may have registered it
+            register(name, getattr(factory, "facts", DEFAULT_CARD))(factory)
     if name in REWARDS:
         return REWARDS[name]
     close = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
@@ -273,7 +304,7 @@ def registered(name: str) -> Registered:
 
 
 def names() -> list[str]:
-    """All that can be asked for by name, plug-ins of installed packages too."""
+    """List the registered names and those of plug-ins."""
     return sorted({*REWARDS, *entry_points(group=PLUGINS).names})
 
 
@@ -298,7 +329,7 @@ def _from_code(spec: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _check_options(name: str, function: Callable[..., Any], given: int, options: Mapping[str, Any]) -> None:
-    """ValueError where ``function`` does not take ``options`` after so many arguments."""
+    """Raise ValueError if ``function`` does not accept ``options`` after ``given`` positional arguments."""
     signature = inspect.signature(function)
     try:
         signature.bind(*range(given), **options)

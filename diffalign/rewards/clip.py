@@ -1,6 +1,6 @@
-"""Rewards that are an angle between CLIP's embeddings of image and prompt: PickScore and CLIPScore.
+"""PickScore (arXiv 2305.01569) and CLIPScore (arXiv 2104.08718): cosine similarity of CLIP embeddings.
 
-PickScore: arXiv 2305.01569; CLIPScore: arXiv 2104.08718. Both models are transformers' ``CLIPModel``.
+Both load transformers' ``CLIPModel``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_floor, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.prompts import distinct
-from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned
+from diffalign.rewards.support.preprocess import (
+    Preprocess,
+    at_least_float32,
+    centre_floor,
+    centre_round,
+    on_images,
+    should_quantize,
+)
+from diffalign.rewards.support.prompts import unique_prompts
+from diffalign.rewards.support.weights import Weights, check_report, frozen, load_once, on_device, pinned
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 FORMS = ("logit", "cosine", "clipscore")
-CAPTION = "A photo depicts "  # what the paper of CLIPScore puts before every text
+CAPTION = "A photo depicts "  # prefix of every text in the CLIPScore paper
 
 
 def load_clip(path: str, revision: str | None = None, **options: Any) -> CLIPModel:
-    """Every weight of it. ValueError: some are missing or left over, so that the file is no whole CLIP."""
+    """Load a CLIP model. Raises ValueError if weights are missing or unexpected."""
     model, report = CLIPModel.from_pretrained(path, revision=revision, output_loading_info=True, **options)
     check_report(report, path, "CLIP")
     return model
@@ -38,12 +45,18 @@ def _load(weights: Weights, tokenizer: str) -> tuple[CLIPModel, Any]:
 
 @dataclass(frozen=True)
 class ClipReward:
-    """The cosine of an image's and its prompt's embedding, in one of three forms.
+    """Cosine similarity of the embeddings of an image and its prompt, in one of three forms.
 
-    form: "logit", times exp(logit_scale) as PickScore has it (about 18 to 24); "cosine", as it is; "clipscore", as the
-    paper of CLIPScore has it: 2.5 max(cosine, 0) of "A photo depicts " and the prompt. tokenizer: folder, or hub id
-    with or without @revision; None for that of the weights. Prompts are cut after 77 tokens, or where the model's
-    positions end. quantize: pixels rounded as PIL does; None: except where a gradient is asked.
+    Prompts are truncated to 77 tokens, or to the position embeddings of a smaller model.
+
+    Args:
+        name: under which scores are stored.
+        weights: of the CLIP model.
+        form: "logit" multiplies by exp(logit_scale), as PickScore (about 18 to 24); "cosine"; or "clipscore",
+            2.5 max(cosine, 0) of "A photo depicts " and the prompt, as the CLIPScore paper.
+        tokenizer: folder, or hub id with or without @revision; None for that of the weights.
+        quantize: round pixels to 8 bits as PIL does; None: unless a gradient is required.
+        differentiable: True.
     """
 
     name: str
@@ -54,26 +67,26 @@ class ClipReward:
     differentiable: bool = True
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown form."""
+        """Check the form."""
         if self.form not in FORMS:
             raise ValueError(f"reward {self.name!r}: form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
     @property
     def range(self) -> tuple[float, float]:
-        """Bounds of the form; the logit scale of PickScore's family is at most 100."""
+        """Bounds of the form; CLIP clips its logit scale at 100."""
         return {"logit": (-100.0, 100.0), "cosine": (-1.0, 1.0), "clipscore": (0.0, 2.5)}[self.form]
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer = load_once(_load, self.weights, self.tokenizer or self.weights.spec)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device):
-            paper = self.form == "clipscore"  # published with torchvision, the others with transformers
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device):
+            paper = self.form == "clipscore"  # published with torchvision's crop, the others with transformers'
             image = image_embeddings(model, images, quantize, centre_round if paper else centre_floor)
             text = text_embeddings(model, tokenizer, [CAPTION + prompt for prompt in prompts] if paper else prompts)
             cosine = (image * text).sum(-1)
-            return widened(self._form(cosine, model.logit_scale))
+            return at_least_float32(self._form(cosine, model.logit_scale))
 
     def _form(self, cosine: Tensor, logit_scale: Tensor) -> Tensor:
         if self.form == "logit":
@@ -84,7 +97,7 @@ class ClipReward:
 def image_features(
     model: CLIPModel, images: Tensor, quantize: bool, crop: Callable[[int], int] = centre_floor
 ) -> Tensor:
-    """Embeddings (B, D) of images (B, 3, H, W), preprocessed as CLIP was published.
+    """Preprocess images (B, 3, H, W) as CLIP was published, and embed them: (B, D).
 
     crop: ``centre_floor`` for models published with transformers' processor, ``centre_round`` for torchvision's.
     """
@@ -96,14 +109,14 @@ def image_features(
 def image_embeddings(
     model: CLIPModel, images: Tensor, quantize: bool, crop: Callable[[int], int] = centre_floor
 ) -> Tensor:
-    """``image_features`` as unit vectors."""
+    """Normalize ``image_features`` to unit length."""
     return F.normalize(image_features(model, images, quantize, crop), dim=-1)
 
 
 @torch.no_grad()
 def text_embeddings(model: CLIPModel, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Unit vectors (B, D); a prompt that comes more than once is encoded once."""
-    once, rows = distinct(prompts)
+    """Embed prompts as unit vectors (B, D); repeated prompts are encoded once."""
+    once, rows = unique_prompts(prompts)
     length = min(77, model.config.text_config.max_position_embeddings)
     tokens = tokenizer(once, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
     features = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
@@ -126,5 +139,5 @@ def clip_reward(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> ClipReward:
-    """PickScore, CLIPScore, or any transformers CLIP folder under ``path``."""
+    """Build PickScore, CLIPScore, or a reward of any transformers CLIP folder at ``path``."""
     return ClipReward(name, Weights(path, revision, precision, offload), form, tokenizer, quantize)

@@ -1,8 +1,8 @@
-"""Several rewards as one: what each is worth on the base model, and a rule that joins them.
+"""Combine several rewards into one by a rule, after calibration on the base model.
 
-A ``Calibration`` holds what the base model's images score, so that rewards of different units can be compared. It is
-measured once (``calibrate``) and stored as JSON. A rule is a function of the calibrated scores, R rewards times B
-images, and every rule is an entry of ``RULES``.
+A ``Calibration`` holds statistics of a reward's scores on images of the base model, which makes rewards of different
+units comparable. It is measured once (``calibrate``) and stored as JSON. A rule maps calibrated scores (R, B) of R
+rewards on B images to (B,); ``RULES`` holds all rules.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from diffalign.rewards.base import Metadata, Reward, RewardCard, ask, needs_grou
 from diffalign.rewards.config import RewardConfig, build_rewards
 
 QUANTILES = 101
-LARGEST_TABLE = 64 << 20  # bytes of stored calibrations that are read
-TIED = 4  # units in the last place by which equal scores may differ
+MAX_TABLE_BYTES = 64 << 20  # of a file of calibrations
+TIED = 4  # units in the last place within which scores count as equal
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of one reward on the base model: mean, population deviation, and quantiles from lowest to highest."""
+    """Statistics of one reward on the base model: mean, population standard deviation, ascending quantiles."""
 
     mean: float
     std: float
     quantiles: tuple[float, ...]
 
     def standardise(self, values: Tensor) -> Tensor:
-        """(values - mean) / std: 0 is an average image of the base, 1 a deviation better."""
+        """(values - mean) / std: 0 is the base model's mean, 1 is one standard deviation above it."""
         return (values - self.mean) / self.std
 
     def rank(self, values: Tensor) -> Tensor:
-        """The share of the base's images that score lower, in [0, 1]; linear between quantiles, and so is its slope."""
+        """Share of the base model's images that score lower, in [0, 1]; piecewise linear between quantiles."""
         knots = values.new_tensor(self.quantiles)
         right = torch.searchsorted(knots, values.detach().contiguous()).clamp(1, len(knots) - 1)
         low, high = knots[right - 1], knots[right]
@@ -52,32 +52,34 @@ class Calibration:
 
 
 def calibrate(values: Tensor) -> Calibration:
-    """Measure scores (N,) of the base model's images; those that are not finite do not count.
+    """Compute the statistics of scores (N,) of the base model's images, ignoring non-finite scores.
 
-    ValueError: fewer than two finite scores, or all the same up to float32's rounding.
+    Raises ValueError for fewer than two finite scores, or if all are equal up to float32 rounding.
     """
     values = values[values.isfinite()].double()
     rounding = TIED * torch.finfo(torch.float32).eps
     if len(values) < 2 or values.max() - values.min() <= rounding * values.abs().max():
-        raise ValueError(f"{len(values)} finite scores that do not differ calibrate nothing: score more images")
+        raise ValueError(
+            f"{len(values)} finite scores without any difference cannot calibrate a reward: score more images"
+        )
     quantiles = values.quantile(torch.linspace(0, 1, QUANTILES, dtype=torch.float64))
     return Calibration(values.mean().item(), values.std(correction=0).item(), tuple(quantiles.tolist()))
 
 
 def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> None:
-    """Writes reward -> calibration as JSON."""
+    """Write calibrations by reward name as JSON."""
     table = {name: vars(calibration) for name, calibration in calibrations.items()}
     write_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def load_calibrations(path: Path) -> dict[str, Calibration]:
-    """What ``save_calibrations`` wrote. ValueError naming the file where it is something else."""
+    """Read a file of ``save_calibrations``. Raises ValueError that names the file if it has another content."""
     try:
-        table = json.loads(read_text(path, LARGEST_TABLE))
+        table = json.loads(read_text(path, MAX_TABLE_BYTES))
         return {n: Calibration(c["mean"], c["std"], tuple(c["quantiles"])) for n, c in table.items()}
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} holds no calibrations ({str(error)[:300]}): write one with save_calibrations"
+            f"{path} holds no calibrations ({str(error)[:300]}): write one with diffalign score --calibrations"
         ) from error
 
 
@@ -85,19 +87,19 @@ Rule = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def weighted_sum(scores: Tensor, weights: Tensor, k: float) -> Tensor:
-    """Sum over rewards of weight times score."""
+    """sum_r w_r s_r."""
     return (weights[:, None] * scores).sum(0)
 
 
 def soft_and(scores: Tensor, weights: Tensor, k: float) -> Tensor:
-    """Sum over rewards of weight times log sigmoid(score): no reward makes up for one that is far below the base."""
+    """sum_r w_r log sigmoid(s_r): no reward compensates for one that is far below the base model."""
     return (weights[:, None] * F.logsigmoid(scores)).sum(0)
 
 
 def pessimistic(scores: Tensor, weights: Tensor, k: float) -> Tensor:
-    """Return the weighted mean minus k weighted deviations: judges that disagree lower the score.
+    """Weighted mean minus k weighted standard deviations: disagreement between rewards lowers the score.
 
-    Judges whose scores are equal up to their rounding have a deviation of 0 and no slope from it.
+    The deviation of scores that are equal up to rounding is 0, with zero gradient.
     """
     share = (weights / weights.sum()).double()[:, None]
     wide = scores.double()
@@ -106,12 +108,12 @@ def pessimistic(scores: Tensor, weights: Tensor, k: float) -> Tensor:
 
     rounding = TIED * torch.finfo(scores.dtype).eps * wide.detach().abs().amax(0)
     differ = variance.detach() > rounding.square()
-    # The root has no slope at 0, where all judges agree.
+    # sqrt has no gradient at 0, where all rewards agree.
     return (mean - k * torch.where(differ, variance, 1.0).sqrt() * differ).to(scores)
 
 
 def minimum(scores: Tensor, weights: Tensor, k: float) -> Tensor:
-    """The lowest score of an image; all weights are 1."""
+    """min_r s_r; all weights must be 1."""
     return scores.min(0).values
 
 
@@ -130,13 +132,21 @@ SCALES: dict[str, Callable[[Calibration, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Combined:
-    """Rewards joined by a rule; itself a reward.
+    """Combine rewards by a rule; the result is a reward itself.
 
-    rewards: by name, with a weight each, positive. rule: a key of ``RULES``. scale: "raw", "standardised" or "rank" of
-    ``calibrations``, by the names of ``rewards``. k: of the rule "pessimistic".
+    An image on which one reward fails scores NaN; extras are dropped.
 
-    An image on which one reward fails has no score; extras are left out. ValueError: unknown rule or scale, no reward,
-    a weight that is not positive, or not 1 under "minimum", a reward without calibration.
+    Args:
+        name: of the combined reward.
+        rewards: (reward, positive weight) by name.
+        rule: a key of ``RULES``.
+        scale: "raw", "standardised" or "rank"; the last two need ``calibrations``.
+        calibrations: by the names of ``rewards``.
+        k: standard deviations that the rule "pessimistic" subtracts.
+
+    Raises:
+        ValueError: an unknown rule or scale, no reward, a weight that is not positive (or not 1 under "minimum"), a
+            reward without calibration.
     """
 
     name: str
@@ -147,12 +157,12 @@ class Combined:
     k: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks that need no image."""
+        """Check the fields."""
         for value, known in ((self.rule, RULES), (self.scale, SCALES)):
             if value not in known:
-                raise ValueError(f"reward {self.name!r}: {value!r} is none of {', '.join(known)}")
+                raise ValueError(f"reward {self.name!r}: {value!r} is unknown; choose one of {', '.join(known)}")
         if not self.rewards:
-            raise ValueError(f"reward {self.name!r} combines nothing: give at least one reward")
+            raise ValueError(f"reward {self.name!r} has no rewards: give at least one")
         if bad := [name for name, (_, weight) in self.rewards.items() if not weight > 0]:
             raise ValueError(f"reward {self.name!r}: weights must be positive, that of {', '.join(bad)} is not")
         if self.rule == "minimum" and (bad := [name for name, (_, weight) in self.rewards.items() if weight != 1]):
@@ -163,23 +173,23 @@ class Combined:
 
     @property
     def differentiable(self) -> bool:
-        """Whether all parts are."""
+        """Whether all combined rewards are."""
         return all(reward.differentiable for reward, _ in self.rewards.values())
 
     @property
     def needs_groups(self) -> bool:
-        """Whether a part does."""
+        """Whether one of the combined rewards does."""
         return any(needs_groups(reward) for reward, _ in self.rewards.values())
 
     @property
     def range(self) -> tuple[float, float]:
-        """Not bounded in general."""
+        """Unbounded: the rules map bounds in different ways."""
         return (-math.inf, math.inf)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Tensor | None = None
     ) -> Tensor:
-        """(B,), on the device of the images. groups: (B,), where a part needs them."""
+        """Score a batch: (B,) on the device of the images. groups: ids (B,), if one of the rewards needs them."""
         found = {
             name: ask(reward, images, prompts, metadata, groups)[0].to(images.device)
             for name, (reward, _) in self.rewards.items()
@@ -201,9 +211,15 @@ def combined(
     calibrations: str | None = None,
     k: float = 1.0,
 ) -> Combined:
-    """Rewards as a configuration names them, by ``rule``; ``calibrations``: the file of ``save_calibrations``.
+    """Build ``Combined`` from a configuration.
 
-    Its names are those of the entries, as in ``diffalign score --calibrations``.
+    Args:
+        name: of the combined reward.
+        rewards: table of rewards as in a training configuration.
+        rule: a key of ``RULES``.
+        scale: a key of ``SCALES``.
+        calibrations: file of ``diffalign score --calibrations``, with the same names as ``rewards``.
+        k: of the rule "pessimistic".
     """
     found, weights = build_rewards(from_dict(_Table, {"rewards": rewards}, f"reward {name!r}").rewards)
     known = load_calibrations(Path(calibrations)) if calibrations else None
@@ -216,9 +232,9 @@ class _Table:
 
 
 def majority(first: Tensor, second: Tensor) -> Tensor:
-    """Which image of each pair most rewards prefer: scores (R, B) each, to (B,): 1 the first, -1 the second, 0 a tie.
+    """Majority vote of R rewards on B pairs: scores (R, B) of both images to (B,), 1 first, -1 second, 0 tie.
 
-    A reward that fails on one of the two does not vote.
+    A reward whose score is not finite for one of the two images does not vote.
     """
     votes = torch.where(first.isfinite() & second.isfinite(), (first - second).sign(), 0.0)
     return votes.sum(0).sign()

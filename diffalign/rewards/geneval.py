@@ -1,8 +1,8 @@
-"""GenEval (arXiv 2310.11513) on real images: objects by a detector, colours by CLIP, six kinds of checks.
+"""GenEval (arXiv 2310.11513): check objects, counts, colours and positions with a detector and CLIP.
 
-A re-implementation on models of transformers. Departures from the published code: 1. the detector is the same
-architecture in transformers' weights and preprocessing, not mmdet's; 2. colours are told by transformers' CLIP; 3. a
-class that the detector does not know is refused, where the published code takes it for one that is not there.
+Re-implemented on models of transformers. Departures from the published code: 1. the detector has the same architecture,
+with the weights and preprocessing of transformers instead of mmdet; 2. colours are classified by transformers' CLIP; 3.
+a class that the detector does not know is an error, where the published code counts it as absent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import image_embeddings, load_clip, text_embeddings
 from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.support.preprocess import centre_round, on_images, to_bytes
-from diffalign.rewards.support.weights import Weights, check_report, frozen, hosted, load_once, pinned, split
+from diffalign.rewards.support.weights import Weights, check_report, frozen, load_once, on_device, pinned, split
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-BACKGROUND = 0x99 / 255  # around an object whose colour is asked for
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the least confidence in an object
-MOST = 16  # objects of a class
-POSITION_MARGIN = 0.1  # of both objects' sizes, that their centres must be apart
-# What GenEval calls the classes that detectors trained on COCO call otherwise; some keep the names of Pascal VOC.
+BACKGROUND = 0x99 / 255  # grey around an object whose colour is classified
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # minimum confidence of a detection
+MAX_OBJECTS = 16  # per class
+POSITION_MARGIN = 0.1  # minimum distance of centres, as a fraction of both objects' sizes
+# COCO class name -> GenEval's name; some detectors keep the names of Pascal VOC.
 RENAMED = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -46,7 +46,7 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Found:
-    """An object: its box (left, top, right, bottom) in pixels, and its mask (H, W)."""
+    """A detected object: its box (left, top, right, bottom) in pixels, and its mask (H, W)."""
 
     box: tuple[float, float, float, float]
     mask: Tensor
@@ -57,7 +57,7 @@ ColorsOf = Callable[[Sequence[Found], str], list[str]]
 
 
 def relations(a: Found, b: Found) -> set[str]:
-    """Where ``a`` lies from ``b``: of "left of", "right of", "above" and "below" one, two or none."""
+    """Return the relations of ``a`` to ``b``: up to two of "left of", "right of", "above" and "below"."""
     offset, apart = [], []
     for low, high in ((0, 2), (1, 3)):
         distance = (a.box[low] + a.box[high] - b.box[low] - b.box[high]) / 2
@@ -75,7 +75,7 @@ def relations(a: Found, b: Found) -> set[str]:
 
 
 def correct(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> float:
-    """1 where every object asked for is there, in its colour and place, and nothing that is excluded; else 0."""
+    """Return 1 if all specified objects are present in their colours and positions and no excluded one is, else 0."""
     right, groups = True, []
     for wanted in spec.get("include", []):
         found = objects.get(wanted["class"], [])[: wanted["count"]]
@@ -91,14 +91,15 @@ def correct(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> f
 
 
 def graded(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> float:
-    """Partial credit, as the reward server of Flow-GRPO (arXiv 2505.05470) gives it: the mean of its parts.
+    """Return partial credit as the reward server of Flow-GRPO (arXiv 2505.05470): the mean of several terms.
 
-    A part for each number, 1 - |found - asked| / asked, below 0 where there are more than twice as many. Where the
-    number is wrong, a 0 for colour and place together. Where it is right, a part for the colour, the share that has it,
-    and if all have it one for the place: 1, and a 0 beside that 1 where some object is not there.
+    Each specified class adds 1 - |found - count| / count, which is negative beyond twice the count. If the number is
+    wrong, colour and position together add a 0. If it is right, the colour adds the fraction of objects that have it;
+    if all have it, the position adds a 0 if an object violates the relation, and a 1 if the reference object exists.
     """
     parts: list[float] = []
     groups: list[Sequence[Found] | None] = []
+
     for wanted in spec.get("include", []):
         found, count = objects.get(wanted["class"], []), wanted["count"]
         parts.append(1 - abs(len(found) - count) / count)
@@ -112,9 +113,10 @@ def graded(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> fl
         if good and "position" in wanted:
             good = _placed(found, groups, wanted["position"])
             parts += [] if good else [0.0]
-            # Where there is something to be placed by, the published code adds this 1 whatever it found.
+            # The published code adds this 1 whenever the reference object exists, even if the relation is violated.
             parts += [] if groups[wanted["position"][1]] is None else [1.0]
         groups.append(found if good else None)
+
     return sum(parts) / len(parts)
 
 
@@ -130,7 +132,7 @@ def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
     detector, report = AutoModelForUniversalSegmentation.from_pretrained(
         weights.path, revision=weights.revision, output_loading_info=True, trust_remote_code=False
     )
-    # Detectors of older versions also hold buffers that are computed now; what they leave over is no fault.
+    # Unexpected keys are allowed: old checkpoints store buffers that are computed now.
     check_report({key: report[key] for key in ("missing_keys", "mismatched_keys")}, weights.path, "a detector")
     processor = AutoImageProcessor.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
     colors, tokenizer = load_clip(*split(clip)), AutoTokenizer.from_pretrained(**pinned(clip), trust_remote_code=False)
@@ -138,22 +140,22 @@ def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
 
 
 def class_names(detector: Any) -> dict[int, str]:
-    """What the detector knows, as GenEval calls it."""
+    """Return the detector's classes under GenEval's names."""
     return {label: RENAMED.get(name, name) for label, name in detector.config.id2label.items()}
 
 
 def detect(detector: Any, processor: Any, image: Tensor, threshold: float) -> dict[str, list[Found]]:
-    """The objects of an image (3, H, W), float, [0, 1], by class, most confident first."""
+    """Detect the objects of an image (3, H, W), float, [0, 1]: by class, in order of decreasing confidence."""
     pixels = processor(to_bytes(image), return_tensors="pt").to(image.device, detector.dtype)
     (result,) = processor.post_process_instance_segmentation(
         detector(**pixels), threshold=threshold, target_sizes=[tuple(image.shape[-2:])], return_binary_maps=True
     )
     objects: dict[str, list[Found]] = {}
     segments = result["segments_info"]
-    for place in sorted(range(len(segments)), key=lambda i: -segments[i]["score"]):
-        mask = result["segmentation"][place].bool().cpu()
-        same = objects.setdefault(class_names(detector)[segments[place]["label_id"]], [])
-        if len(same) < MOST:
+    for index in sorted(range(len(segments)), key=lambda i: -segments[i]["score"]):
+        mask = result["segmentation"][index].bool().cpu()
+        same = objects.setdefault(class_names(detector)[segments[index]["label_id"]], [])
+        if len(same) < MAX_OBJECTS:
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
             box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
             same.append(Found(box, mask))
@@ -161,13 +163,13 @@ def detect(detector: Any, processor: Any, image: Tensor, threshold: float) -> di
 
 
 def colors_by_clip(model: CLIPModel, tokenizer: Any, image: Tensor, found: Sequence[Found], name: str) -> list[str]:
-    """The colour of each object, cut out on grey, that CLIP finds most like it."""
+    """Classify the colour of each object, cut out on grey, by CLIP similarity."""
     lines = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
     text = text_embeddings(model, tokenizer, lines).view(len(COLORS), len(TEMPLATES), -1).mean(1)
     names = []
-    for thing in found:
-        left, top, right, bottom = map(int, thing.box)
-        cut = torch.where(thing.mask.to(image.device), image, BACKGROUND)[:, top:bottom, left:right]
+    for item in found:
+        left, top, right, bottom = map(int, item.box)
+        cut = torch.where(item.mask.to(image.device), image, BACKGROUND)[:, top:bottom, left:right]
         similarity = image_embeddings(model, cut[None], True, centre_round) @ F.normalize(text, dim=-1).T
         names.append(COLORS[int(similarity.argmax())])
     return names
@@ -175,10 +177,14 @@ def colors_by_clip(model: CLIPModel, tokenizer: Any, image: Tensor, found: Seque
 
 @dataclass(frozen=True)
 class GenEvalReward:
-    """One verdict on what each prompt's metadata asks for, in GenEval's own format.
+    """Check images against the specification in each prompt's metadata, in GenEval's format.
 
-    weights: of the detector. clip: folder, or hub id with or without @revision, of the model that tells colours.
-    verdict: a key of ``VERDICTS``.
+    Args:
+        name: under which scores are stored.
+        weights: of the detector.
+        clip: folder, or hub id with or without @revision, of the colour classifier.
+        verdict: a key of ``VERDICTS``.
+        differentiable: False.
     """
 
     name: str
@@ -189,11 +195,11 @@ class GenEvalReward:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Objects that are too many cost without bound where the verdict is graded."""
+        """Lowest and highest score; surplus objects lower the graded verdict without bound."""
         return (-math.inf if self.verdict == "graded" else 0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown verdict."""
+        """Check the verdict."""
         if self.verdict not in VERDICTS:
             raise ValueError(
                 f"reward {self.name!r}: verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}"
@@ -202,21 +208,22 @@ class GenEvalReward:
     @on_images()
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU.
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU.
 
-        ValueError: metadata without a specification, or with a class that the detector does not know.
+        Raises ValueError for metadata without a specification, or with a class that the detector does not know.
         """
-        for prompt, given in zip(prompts, metadata, strict=True):
-            if not given.get("include"):
+        for prompt, data in zip(prompts, metadata, strict=True):
+            if not data.get("include"):
                 raise ValueError(
                     f"reward {self.name!r} needs the objects of {shorten(prompt, 80)!r}: add metadata in GenEval's "
                     'format, "tag": "colors", "include": [{"class": "bench", "count": 1, "color": "red"}]'
                 )
         detector, processor, clip, tokenizer = load_once(_load, self.weights, self.clip)
         known = set(class_names(detector).values())
-        specs = [self._spec(prompt, given, known) for prompt, given in zip(prompts, metadata, strict=True)]
+        specs = [self._spec(prompt, data, known) for prompt, data in zip(prompts, metadata, strict=True)]
+
         scores = []
-        with hosted(detector, self.weights, images.device), hosted(clip, self.weights, images.device):
+        with on_device(detector, self.weights, images.device), on_device(clip, self.weights, images.device):
             for image, spec in zip(images, specs, strict=True):
                 least = COUNTING_THRESHOLD if spec.get("tag") == "counting" else THRESHOLD
                 objects = detect(detector, processor, image, least)
@@ -225,18 +232,19 @@ class GenEvalReward:
                     return colors_by_clip(clip, tokenizer, image, found, name)
 
                 scores.append(VERDICTS[self.verdict](objects, colors_of, spec))
+
         return torch.tensor(scores, dtype=torch.float32)
 
-    def _spec(self, prompt: str, given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    def _spec(self, prompt: str, data: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
         try:
-            return read_spec(given, known, COLORS, "the detector")
+            return read_spec(data, known, COLORS, "the detector")
         except ValueError as error:
             where = f"reward {self.name!r} cannot read the metadata of {shorten(prompt, 80)!r}"
             raise ValueError(f"{where}: {error}") from error
 
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-# The page of the detector's weights says no more of their licence than "other"; Mask2Former's code is MIT.
+# The hub states the licence of the detector's weights as "other"; Mask2Former's code is MIT.
 FACTS = RewardCard("objects, number, colour and place asked for", 0.1, "arXiv 2310.11513", DETECTOR, "other", 497)
 
 
@@ -251,5 +259,5 @@ def geneval(
     precision: str = "no",
     offload: bool = False,
 ) -> GenEvalReward:
-    """Mask2Former and CLIP, or others of their kinds under ``path`` and ``clip``."""
+    """Build GenEval on Mask2Former and CLIP, or on other models of these kinds at ``path`` and ``clip``."""
     return GenEvalReward(name, Weights(path, revision, precision, offload), clip, verdict)

@@ -1,4 +1,4 @@
-"""GenEval's metadata format (arXiv 2310.11513): what a prompt asks for, checked before a reward relies on it."""
+"""Read and validate GenEval's metadata format (arXiv 2310.11513)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ KEYS = ("class", "count", "color", "position")
 def read_spec(
     metadata: Mapping[str, Any], classes: Collection[str], colors: Collection[str], who: str = "the reward"
 ) -> dict[str, Any]:
-    """Return the metadata with entries that are known to be right, and without nulls.
+    """Validate the metadata of a prompt, and return it without nulls.
 
     Args:
         metadata: ``{"include": [{"class", "count", "color"?, "position"?}], "exclude"?: [{"class", "count"}]}``, where
-            ``position`` is ``[relation, index of an earlier entry]``; other members stay as they are. Lists may be JSON
-            text, as in tables.
-        classes: what an object can be.
-        colors: what a colour can be.
-        who: what messages call the reader.
+            ``position`` is ``[relation, index of an earlier entry]``; other keys are kept. Lists may be JSON text, as
+            in tables.
+        classes: known object classes.
+        colors: known colours.
+        who: subject of error messages, such as "the detector".
 
-    ValueError names the entry that cannot be read, and what could stand there.
+    Raises:
+        ValueError: an invalid entry; the message names it and a valid form.
     """
     found: dict[str, Any] = without_nulls(metadata)
     include = _entries(found.get("include"), "include")
@@ -73,12 +74,12 @@ def _position(value: Any, where: str, earlier: int) -> tuple[str, int]:
         raise ValueError(f"{where} is {shorten(repr(value), 60)}; write {example}")
     index = _whole(value[1], f"{where}[1]", 0)
     if index >= earlier:
-        raise ValueError(f"{where} refers to entry {index}, and only entries before its own can be referred to")
+        raise ValueError(f"{where} refers to entry {index}, but only earlier entries can be referred to")
     return value[0], index
 
 
 def _whole(value: Any, where: str, least: int) -> int:
-    """A whole number; tables make floats of integers beside nulls, and texts of them beside texts."""
+    """Parse an integer; tables turn integers into floats beside nulls, and into texts beside texts."""
     text = str(value).strip()
     if isinstance(value, bool) or not text.removesuffix(".0").isdecimal() or int(text.removesuffix(".0")) < least:
         raise ValueError(f"{where} is {shorten(repr(value), 40)}; write a whole number of at least {least}")

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.prompts import distinct
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, quiet, state_dict
+from diffalign.rewards.support.preprocess import Preprocess, at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.prompts import unique_prompts
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, quiet, state_dict
 
 
 def _load(weights: Weights, file: str, architecture: str) -> tuple[nn.Module, Any]:
-    import open_clip  # takes seconds, which runs without this reward need not wait
+    import open_clip  # takes seconds to import
 
     if (Path(weights.path) / "open_clip_config.json").is_file():
         architecture = f"local-dir:{weights.path}"
@@ -30,14 +30,19 @@ def _load(weights: Weights, file: str, architecture: str) -> tuple[nn.Module, An
 
 @dataclass(frozen=True)
 class HpsReward:
-    """The cosine of an image's and its prompt's embedding; about 0.2 to 0.37, benchmarks print it times 100.
+    """Cosine similarity of the embeddings of an image and its prompt: about 0.2 to 0.37; benchmarks print it times 100.
 
-    file: the checkpoint in the folder or repository of ``weights``: ``{"state_dict": ...}`` with open_clip's names.
-    architecture: open_clip's name of it; a folder with an ``open_clip_config.json`` brings its own.
-    quantize: input pixels rounded to 8 bits; None: except where a gradient is asked.
+    The published package resizes float tensors, not PIL images: with antialiasing since torchvision 0.17, as here. It
+    scores in float16 on a GPU, this in the precision of ``weights``.
 
-    The published package resizes float tensors, not PIL images: antialiased since torchvision 0.17, and so here. It
-    scores in float16 on a GPU; here in the precision of ``weights``.
+    Args:
+        name: under which scores are stored.
+        weights: folder or repository of the checkpoint.
+        file: the checkpoint in it, ``{"state_dict": ...}`` with open_clip's names.
+        architecture: open_clip model name; a folder with an ``open_clip_config.json`` overrides it.
+        quantize: round input pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
+        range: lowest and highest score.
     """
 
     name: str
@@ -50,16 +55,16 @@ class HpsReward:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer = load_once(_load, self.weights, self.file, self.architecture)
-        quantize = rounds(self.quantize, images)
-        with hosted(model, self.weights, images.device):
+        quantize = should_quantize(self.quantize, images)
+        with on_device(model, self.weights, images.device):
             step = Preprocess(goal=model.visual.image_size[0], crop=centre_round, through_pil=False)
             image = F.normalize(model.encode_image(step(images, quantize=quantize).to(self.weights.dtype)), dim=-1)
-            once, rows = distinct(prompts)
+            once, rows = unique_prompts(prompts)
             with torch.no_grad():
                 text = F.normalize(model.encode_text(tokenizer(once).to(images.device)), dim=-1)
-            return widened((image * text[rows]).sum(-1))
+            return at_least_float32((image * text[rows]).sum(-1))
 
 
 HPS = RewardCard("human preference", 0.01, "arXiv 2306.09341", "xswu/HPSv2", "Apache-2.0", 986)
@@ -76,5 +81,5 @@ def hps(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> HpsReward:
-    """HPSv2, HPSv2.1, or the same layout under ``path``."""
+    """Build HPSv2 or HPSv2.1, or a model of the same layout at ``path``."""
     return HpsReward(name, Weights(path, revision, precision, offload), file, quantize=quantize)

@@ -1,6 +1,6 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head that reads the mean and the uncertainty of human preference.
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head for the mean and uncertainty of human preference.
 
-``hpsv3_prompt.txt`` is the prompt that the weights were trained with (the authors' package, MIT licence).
+``hpsv3_prompt.txt`` is the training prompt of the weights (from the authors' package, MIT licence).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from diffalign.rewards.base import Extras, Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import on_images, rounds
-from diffalign.rewards.support.prompts import literal
+from diffalign.rewards.support.preprocess import on_images, should_quantize
+from diffalign.rewards.support.prompts import escape_special_tokens
 from diffalign.rewards.support.qwen_vl import Patches, chat
 from diffalign.rewards.support.weights import (
     Weights,
     check_report,
     frozen,
-    hosted,
     load_once,
+    on_device,
     pinned,
     split,
     weights_file,
@@ -34,20 +34,20 @@ from diffalign.rewards.support.weights import (
 
 FILE = "HPSv3.safetensors"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
-TOKEN = "<|Reward|>"  # the head reads the hidden state at this word
-PIXELS = 256 * 28 * 28  # every image is resized to about so many
+TOKEN = "<|Reward|>"  # the head reads the hidden state of this token
+PIXELS = 256 * 28 * 28  # area to which every image is resized, approximately
 
 HEAD, UNUSED = "rm_head.", "lm_head."
 
 
 @cache
 def prompt_text() -> str:
-    """The instruction, with one ``{text_prompt}``."""
+    """Read the instruction, which contains ``{text_prompt}`` once."""
     return (Path(__file__).parent / "hpsv3_prompt.txt").read_text(encoding="utf-8")
 
 
 class Network(nn.Module):
-    """Qwen2-VL without its words' head, and the head of the score."""
+    """Qwen2-VL without its language-model head, plus the score head."""
 
     def __init__(self, network: Qwen2VLModel) -> None:
         super().__init__()
@@ -62,22 +62,34 @@ class Network(nn.Module):
         )
 
     def forward(self, ids: Tensor, mask: Tensor, rows: Tensor, grid: Tensor, token: int) -> Tensor:
-        """(B, 2): mean and log of the deviation. ids, mask: (B, L), padded on the right; ``token`` once in each."""
-        words = self.network.get_input_embeddings()(ids)
-        seen = torch.cat(self.network.get_image_features(rows, grid).pooler_output).to(words.dtype)
-        places = (ids == self.network.config.image_token_id)[..., None].expand_as(words)
-        # Positions are plain counts, as in the published model, which does without Qwen's rows and columns.
-        count = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
+        """Predict mean and log standard deviation: (B, 2).
+
+        Args:
+            ids: tokens (B, L), padded on the right, with ``token`` once in each row.
+            mask: attention mask (B, L).
+            rows: image patches, see ``qwen_vl.patchify``.
+            grid: patch grids (B, 3).
+            token: id of the token whose hidden state the head reads.
+        """
+        embeddings = self.network.get_input_embeddings()(ids)
+        patches = torch.cat(self.network.get_image_features(rows, grid).pooler_output).to(embeddings.dtype)
+        is_patch = (ids == self.network.config.image_token_id)[..., None].expand_as(embeddings)
+
+        # The published model uses plain 1-D positions, without Qwen's rows and columns.
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
         hidden = self.network.language_model(
-            inputs_embeds=words.masked_scatter(places, seen), attention_mask=mask, position_ids=count, use_cache=False
+            inputs_embeds=embeddings.masked_scatter(is_patch, patches),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
         return self.head(hidden[ids == token].to(self.head[0].weight.dtype))
 
 
 def build(published: dict[str, Tensor], config: Qwen2VLConfig, weights: Weights) -> Network:
-    """The network of published weights. ValueError: weights are missing, or too many."""
+    """Build the network from published weights. Raises ValueError if some are missing or unexpected."""
     own = {name: tensor for name, tensor in published.items() if not name.startswith((HEAD, UNUSED))}
-    # The names are those of transformers 4.45, which from_pretrained knows, as it knows what is computed, not stored.
+    # from_pretrained converts the weight names of transformers 4.45, and knows the buffers that are not stored.
     network, report = Qwen2VLModel.from_pretrained(
         None, config=config, state_dict=own, dtype=weights.dtype, output_loading_info=True
     )
@@ -101,13 +113,18 @@ def _load(weights: Weights, base: str) -> tuple[Network, Any, Patches]:
 
 @dataclass(frozen=True)
 class HpsV3Reward:
-    """How much people like an image for its prompt, about -1 to 14; the extra "sigma" is the model's uncertainty.
+    """Predict human preference for an image given its prompt, about -1 to 14; the extra "sigma" is its uncertainty.
 
-    The head's second number is the logarithm of that deviation, which the authors' trainer takes the exponential of
-    and their inference code returns as it is.
+    The head's second output is log sigma: the authors' trainer exponentiates it, as here; their inference code returns
+    the logarithm.
 
-    base: folder, or hub id with or without @revision, of Qwen2-VL-7B-Instruct: its configuration and tokenizer, not its
-    weights.
+    Args:
+        name: under which scores are stored.
+        weights: of the whole network.
+        base: folder, or hub id with or without @revision, of Qwen2-VL-7B-Instruct, for configuration and tokenizer.
+        quantize: round pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
+        range: lowest and highest score.
     """
 
     name: str
@@ -119,15 +136,15 @@ class HpsV3Reward:
 
     @on_images("sigma")
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         network, tokenizer, patches = load_once(_load, self.weights, self.base)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         rows, grid = patches(images, quantize=quantize)
-        # Not str.format: a prompt may hold braces.
-        texts = [prompt_text().replace("{text_prompt}", literal(tokenizer, prompt)) for prompt in prompts]
+        # Not str.format: a prompt may contain braces.
+        texts = [prompt_text().replace("{text_prompt}", escape_special_tokens(tokenizer, prompt)) for prompt in prompts]
         count = len(rows) // len(images) // patches.merge**2
         ids, mask = chat(tokenizer, texts, count, "right", images.device)
-        with hosted(network, self.weights, images.device):
+        with on_device(network, self.weights, images.device):
             found = network(ids, mask, rows.to(self.weights.dtype), grid, tokenizer.convert_tokens_to_ids(TOKEN))
         return found[:, 0], {"sigma": found[:, 1].detach().exp()}
 
@@ -145,5 +162,5 @@ def hpsv3(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> HpsV3Reward:
-    """The published model, or the same file in a folder ``path``."""
+    """Build the published model, or one from the same file in a folder ``path``."""
     return HpsV3Reward(name, Weights(path, revision, precision, offload), base, quantize)

@@ -1,6 +1,6 @@
-"""ICT and HP (arXiv 2507.19002): whether the image contains the text, and how good it looks, apart and as a product.
+"""ICT and HP (arXiv 2507.19002): text containment, image quality, and their product.
 
-Both are CLIP ViT-H-14, fine-tuned; HP adds a head on the image's embedding.
+Both are fine-tuned CLIP ViT-H-14; HP adds a head on the image embedding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.clip import VIT_H, image_embeddings, image_features, text_embeddings
-from diffalign.rewards.support.preprocess import on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, split, state_dict
+from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, pinned, split, state_dict
 
 ICT_FILE, HP_FILE, HEAD_FILE = "pytorch_model.bin", "hp_backbone/pytorch_model.bin", "hp_scorer/mlp_pytorch_model.bin"
 
@@ -41,11 +41,15 @@ def _load_hp(weights: Weights, clip: str) -> tuple[CLIPModel, Head]:
 
 @dataclass(frozen=True)
 class IctHpReward:
-    """ICT, HP or, where both weights are given, their product.
+    """Score images by ICT, by HP, or by their product if both weights are given.
 
-    ict: cosine of image and prompt, [-1, 1]. hp: sigmoid of the head, [0, 1]; prompts do not matter. clip: folder,
-    or hub id with or without @revision, of the model that both were fine-tuned from; it gives the shape and the
-    tokenizer.
+    Args:
+        name: under which scores are stored.
+        ict: weights of ICT, the cosine of image and prompt, [-1, 1].
+        hp: weights of HP, the sigmoid of the head, [0, 1]; ignores prompts.
+        clip: folder, or hub id with or without @revision, of the base model, for configuration and tokenizer.
+        quantize: round pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
     """
 
     name: str
@@ -56,36 +60,36 @@ class IctHpReward:
     differentiable: bool = True
 
     def __post_init__(self) -> None:
-        """ValueError where there is nothing to compute."""
+        """Check that at least one of the two has weights."""
         if self.ict is None and self.hp is None:
             raise ValueError(f"reward {self.name!r}: give the weights of ict, of hp, or of both")
 
     @property
     def range(self) -> tuple[float, float]:
-        """Of the factors that are there."""
+        """Lowest and highest value of the product."""
         return (0.0, 1.0) if self.ict is None else (-1.0, 1.0)
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
-        quantize = rounds(self.quantize, images)
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        quantize = should_quantize(self.quantize, images)
         score = 1.0
         if self.ict is not None:
-            score = score * self._contains(images, prompts, quantize)
+            score = score * self._ict_score(images, prompts, quantize)
         if self.hp is not None:
-            score = score * self._looks(images, quantize)
+            score = score * self._hp_score(images, quantize)
         return score
 
-    def _contains(self, images: Tensor, prompts: Sequence[str], quantize: bool) -> Tensor:
+    def _ict_score(self, images: Tensor, prompts: Sequence[str], quantize: bool) -> Tensor:
         model, tokenizer = load_once(_load_ict, self.ict, self.clip)
-        with hosted(model, self.ict, images.device):
+        with on_device(model, self.ict, images.device):
             text = text_embeddings(model, tokenizer, prompts)
-            return widened((image_embeddings(model, images, quantize) * text).sum(-1))
+            return at_least_float32((image_embeddings(model, images, quantize) * text).sum(-1))
 
-    def _looks(self, images: Tensor, quantize: bool) -> Tensor:
+    def _hp_score(self, images: Tensor, quantize: bool) -> Tensor:
         model, head = load_once(_load_hp, self.hp, self.clip)
-        with hosted(model, self.hp, images.device), hosted(head, self.hp, images.device):
-            return widened(head(image_features(model, images, quantize)).sigmoid())
+        with on_device(model, self.hp, images.device), on_device(head, self.hp, images.device):
+            return at_least_float32(head(image_features(model, images, quantize)).sigmoid())
 
 
 PAPER = "arXiv 2507.19002"
@@ -106,6 +110,6 @@ def ict_hp(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> IctHpReward:
-    """The published models, or the same files in the folders ``ict`` and ``hp``; hub ids may end in @revision."""
+    """Build the published models, or those of folders ``ict`` and ``hp``; hub ids may end in @revision."""
     found = [spec and Weights(*split(spec), precision, offload) for spec in (ict, hp)]
     return IctHpReward(name, *found, clip, quantize)

@@ -1,6 +1,6 @@
-"""ImageReward (arXiv 2304.05977): BLIP reads the prompt with the image in sight; a head scores its first token.
+"""ImageReward (arXiv 2304.05977): BLIP's text encoder attends to the image; a head scores its first token.
 
-The published ``ImageReward.pt`` names BLIP's layers as its first authors did; here they are those of transformers.
+The published ``ImageReward.pt`` has the original BLIP layer names; they are converted to those of transformers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import Preprocess, centre_round, on_images, rounds, widened
-from diffalign.rewards.support.weights import Weights, frozen, hosted, load_once, pinned, state_dict, weights_file
+from diffalign.rewards.support.preprocess import Preprocess, at_least_float32, centre_round, on_images, should_quantize
+from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device, pinned, state_dict, weights_file
 
 FILE, TEXT_CONFIG = "ImageReward.pt", "med_config.json"
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head on the authors' data
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the authors' data
 TOKENS = 35
-HEAD_WIDTH = 64  # of BLIP's vision transformers
+HEAD_WIDTH = 64  # of attention heads in BLIP's vision transformers
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
-# Parts of the published names, and what transformers calls them; applied in this order.
+# Substrings of published names -> names of transformers, applied in this order.
 NAMES = {
     "blip.visual_encoder.": "vision.",
     "blip.text_encoder.": "text.",
@@ -43,7 +43,7 @@ NAMES = {
 
 
 class Network(nn.Module):
-    """BLIP's encoders and the head."""
+    """BLIP's image and text encoders, and the score head."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class Network(nn.Module):
         self.head = Head(text.hidden_size)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S), tokens and their mask (B, L): (B,)."""
-        seen = self.vision(pixel_values=pixels).last_hidden_state
-        read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        return (self.head(read[:, 0]) - MEAN) / STD
+        """Score pixels (B, 3, S, S) for tokens and their mask (B, L): (B,)."""
+        image = self.vision(pixel_values=pixels).last_hidden_state
+        text = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
+        return (self.head(text[:, 0]) - MEAN) / STD
 
 
 def renamed(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published weights under the names of ``Network``."""
+    """Convert published weights to the parameter names of ``Network``."""
     result = {}
     for name, tensor in published.items():
         if not name.startswith(UNUSED):
@@ -70,7 +70,7 @@ def renamed(published: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vision_config(weights: dict[str, Tensor]) -> BlipVisionConfig:
-    """The vision transformer that fits renamed weights."""
+    """Infer the vision configuration from the shapes of renamed weights."""
     width, _, patch, _ = weights["vision.embeddings.patch_embedding.weight"].shape
     patches = weights["vision.embeddings.position_embedding"].shape[1] - 1
     layers = {name.split(".")[3] for name in weights if name.startswith("vision.encoder.layers.")}
@@ -86,7 +86,7 @@ def vision_config(weights: dict[str, Tensor]) -> BlipVisionConfig:
 
 
 def text_config(published: dict[str, Any], image_width: int) -> BlipTextConfig:
-    """The text encoder that ``med_config.json`` describes, attending to images of ``image_width``."""
+    """Convert ``med_config.json`` to a text configuration with cross-attention to ``image_width`` features."""
     shared = {name: published[name] for name in published if hasattr(BlipTextConfig(), name)}
     shared.pop("model_type", None)
     return BlipTextConfig(**{**shared, "encoder_hidden_size": image_width, "is_decoder": True})
@@ -103,9 +103,17 @@ def _load(weights: Weights, tokenizer: str) -> tuple[Network, Any]:
 
 @dataclass(frozen=True)
 class ImageReward:
-    """How much people like an image for its prompt; mean 0 and deviation 1 on the authors' data, about -2.3 to 2.
+    """Predict human preference; mean 0 and standard deviation 1 on the authors' data, about -2.3 to 2.
 
-    tokenizer: folder, or hub id with or without @revision, of BERT's. Prompts are cut after 35 tokens.
+    Prompts are truncated to 35 tokens.
+
+    Args:
+        name: under which scores are stored.
+        weights: folder or repository of the checkpoint and its text configuration.
+        tokenizer: folder, or hub id with or without @revision, of BERT's tokenizer.
+        quantize: round pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
+        range: lowest and highest score.
     """
 
     name: str
@@ -117,15 +125,15 @@ class ImageReward:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         network, tokenizer = load_once(_load, self.weights, self.tokenizer)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         step = Preprocess(goal=network.vision.config.image_size, crop=centre_round)
         options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
         tokens = tokenizer(list(prompts), **options).to(images.device)
-        with hosted(network, self.weights, images.device):
+        with on_device(network, self.weights, images.device):
             pixels = step(images, quantize=quantize).to(self.weights.dtype)
-            return widened(network(pixels, tokens.input_ids, tokens.attention_mask))
+            return at_least_float32(network(pixels, tokens.input_ids, tokens.attention_mask))
 
 
 FACTS = RewardCard("human preference", 0.1, "arXiv 2304.05977", "THUDM/ImageReward", "Apache-2.0", 446)
@@ -141,5 +149,5 @@ def image_reward(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> ImageReward:
-    """The published model, or the same files in a folder ``path``."""
+    """Build the published model, or one from the same files in a folder ``path``."""
     return ImageReward(name, Weights(path, revision, precision, offload), tokenizer, quantize)

@@ -1,4 +1,4 @@
-"""JPEG size as a reward, from DDPO (arXiv 2305.13301): needs no weights, and shows at once whether training works."""
+"""JPEG file size as a reward, from DDPO (arXiv 2305.13301): no weights, so it suits first tests of a training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DDPO = "arXiv 2305.13301"
 
 
 def jpeg_kilobytes(image: Tensor) -> float:
-    """Size of an image (3, H, W), [0, 1], as a JPEG file of quality 95, in kB of 1000 bytes."""
+    """Measure the size of an image (3, H, W), [0, 1], as a JPEG of quality 95, in kB of 1000 bytes."""
     pixels = to_bytes(image).permute(1, 2, 0).cpu()
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="JPEG", quality=QUALITY)
@@ -30,7 +30,7 @@ def jpeg_kilobytes(image: Tensor) -> float:
 @register("jpeg_incompressibility", RewardCard("kB as JPEG", 1.0, DDPO), sign=1, range=(0.0, math.inf))
 @dataclass(frozen=True)
 class JpegReward:
-    """``sign`` times the size of the image as a JPEG file, in kB; prompts do not matter."""
+    """Score images by ``sign`` times their JPEG size in kB; ignores prompts."""
 
     name: str
     sign: int
@@ -39,5 +39,5 @@ class JpegReward:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """(B,) float32, kB, on the CPU."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32, kB, on the CPU."""
         return torch.tensor([self.sign * jpeg_kilobytes(image) for image in images], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Two rewards that need no weights: to try a pipeline out, and to see how little a reward of one's own takes."""
+"""Brightness and sharpness: rewards without weights, for first tests and as examples of custom rewards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @on_images()
 def brightness(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-    """Mean luma, [0, 1]."""
+    """Compute the mean luma, [0, 1]."""
     return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1).mean((1, 2))
 
 
 @on_images()
 def sharpness(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-    """Mean square of the luma's differences between neighbours, [0, 2]; 0 for an image of one pixel."""
+    """Compute the mean squared luma difference of neighbouring pixels, [0, 2]; 0 for an image of one pixel."""
     luma = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1)
     steps = (luma.diff(dim=axis).square().flatten(1) for axis in (1, 2))
     return sum(step.sum(1) / max(1, step.shape[1]) for step in steps)

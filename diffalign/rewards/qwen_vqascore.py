@@ -1,9 +1,9 @@
-"""VQAScore (arXiv 2404.01291) asked of Qwen's vision-language models, as the authors' package does since version 3.1.
+"""VQAScore (arXiv 2404.01291) on Qwen's vision-language models, as in the authors' package since version 3.1.
 
-The likelihood comes from the plain logits of one forward pass: what ``generate`` reports has gone through the model's
-generation settings, such as a repetition penalty. As in that package, which takes the softmax of what ``generate``
-reports, it is among all rows of the head. Unlike CLIP-FlanT5's, whose head it cuts to the words of the tokenizer, those
-of Qwen have some hundred rows more than words, which training has made unlikely.
+The likelihood is the softmax over the raw logits of one forward pass. Departure from that package: it takes the softmax
+of the scores that ``generate`` returns, to which generation settings such as a repetition penalty have been applied. As
+in that package, the softmax covers all rows of the head, including the few hundred rows beyond the tokenizer's
+vocabulary; training has made them unlikely. (CLIP-FlanT5's head is truncated to the vocabulary.)
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import on_images, rounds, widened
-from diffalign.rewards.support.prompts import check_question, literal
+from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
+from diffalign.rewards.support.prompts import check_question, escape_special_tokens
 from diffalign.rewards.support.qwen_vl import chat, load
-from diffalign.rewards.support.weights import Weights, hosted, load_once
+from diffalign.rewards.support.weights import Weights, load_once, on_device
 from diffalign.rewards.vqascore import ANSWERS, PAPER
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -27,10 +27,16 @@ KNOWN = ("yes", "yes_no")
 
 @dataclass(frozen=True)
 class QwenVqaScore:
-    """The probability, in [0, 1], that the model's first word is "Yes".
+    """Probability, in [0, 1], that the first token of the answer is "Yes".
 
-    answer: "yes", among all words, or "yes_no", among "Yes" and "No". question: with one ``{}`` for the prompt; version
-    3.0 of the authors' package asked 'Does this image show "{}"?'.
+    Args:
+        name: under which scores are stored.
+        weights: of the vision-language model.
+        answer: "yes" normalizes over the vocabulary, "yes_no" over "Yes" and "No".
+        question: with one ``{}`` for the prompt; version 3.0 of the authors' package used 'Does this image show "{}"?'.
+        quantize: round pixels to 8 bits; None: unless a gradient is required.
+        differentiable: True.
+        range: lowest and highest score.
     """
 
     name: str
@@ -42,21 +48,21 @@ class QwenVqaScore:
     range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown answer, or a question without a place for the prompt."""
+        """Check the answer and the question."""
         if self.answer not in KNOWN:
             raise ValueError(f"reward {self.name!r}: answer must be one of {', '.join(KNOWN)}, got {self.answer!r}")
         check_question(self.name, self.question)
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         model, tokenizer, patches = load_once(load, self.weights)
-        quantize = rounds(self.quantize, images)
+        quantize = should_quantize(self.quantize, images)
         rows, grid = patches(images, quantize=quantize)
-        questions = [self.question.format(literal(tokenizer, prompt)) for prompt in prompts]
+        questions = [self.question.format(escape_special_tokens(tokenizer, prompt)) for prompt in prompts]
         count = len(rows) // len(images) // patches.merge**2
         ids, mask = chat(tokenizer, questions, count, "left", images.device)
-        with hosted(model, self.weights, images.device):
+        with on_device(model, self.weights, images.device):
             logits = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -67,7 +73,7 @@ class QwenVqaScore:
                 use_cache=False,
             ).logits
         yes, no = (torch.tensor(tokenizer.encode(word), device=images.device) for word in ("Yes", "No"))
-        return ANSWERS[self.answer](widened(logits).log_softmax(-1), yes, no)
+        return ANSWERS[self.answer](at_least_float32(logits).log_softmax(-1), yes, no)
 
 
 MEASURES = "whether the image shows the text"
@@ -87,5 +93,5 @@ def qwen_vqascore(
     offload: bool = False,
     quantize: bool | None = None,
 ) -> QwenVqaScore:
-    """The published models, any other size of them, or the same layout under ``path``."""
+    """Build the published models, another size of them, or one of the same layout at ``path``."""
     return QwenVqaScore(name, Weights(path, revision, precision, offload), answer, question, quantize)

@@ -1,4 +1,4 @@
-"""Rewards of the embedded world: its verifier's verdict on coloured shapes."""
+"""Rewards of the embedded world: the verdict of its verifier on images of coloured shapes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ VERDICTS = ("score", "strict", "correct")
 @register("shapes_correct", RewardCard("what is asked for, by GenEval's rule, embedded world", 1.0), verdict="correct")
 @dataclass(frozen=True)
 class ShapesReward:
-    """One field of the verifier's ``Verdict`` on what each prompt's metadata asks for.
+    """Score images by one field of the verifier's ``Verdict`` on the specification in each prompt's metadata.
 
-    verdict: "score" (graded, [0, 1]), "strict" (1 for exactly the objects asked for, else 0) or "correct" (1 by the
-    rule of GenEval, which allows further objects except when counting, else 0). Metadata: as in ``shapes.captions``.
+    Args:
+        name: under which scores are stored.
+        verdict: "score", graded in [0, 1]; "strict", 1 for exactly the specified objects, else 0; or "correct", 1 by
+            GenEval's rule, which allows other objects except when counting, else 0.
+        differentiable: False.
+        range: lowest and highest score.
     """
 
     name: str
@@ -36,7 +40,7 @@ class ShapesReward:
     range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown verdict."""
+        """Check the verdict."""
         if self.verdict not in VERDICTS:
             raise ValueError(
                 f"reward {self.name!r}: verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}"
@@ -44,19 +48,19 @@ class ShapesReward:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """(B,) float32, [0, 1], on the CPU. ValueError: metadata without a specification."""
-        specs = [self._spec(prompt, given) for prompt, given in zip(prompts, metadata, strict=True)]
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU. ValueError: no specification."""
+        specs = [self._spec(prompt, data) for prompt, data in zip(prompts, metadata, strict=True)]
         verdicts = judge_batch(images, specs)
         return torch.tensor([getattr(verdict, self.verdict) for verdict in verdicts], dtype=torch.float32)
 
-    def _spec(self, prompt: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        if not given.get("include"):
+    def _spec(self, prompt: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        if not data.get("include"):
             raise ValueError(
                 f"reward {self.name!r} needs the objects of {shorten(prompt, 80)!r}: add metadata such as "
                 '"include": [{"class": "circle", "count": 1, "color": "red"}], as diffalign.shapes.prompt_set does'
             )
         try:
-            return read_spec(given, SHAPES, COLORS, "the verifier")
+            return read_spec(data, SHAPES, COLORS, "the verifier")
         except ValueError as error:
             where = f"reward {self.name!r} cannot read the metadata of {shorten(prompt, 80)!r}"
             raise ValueError(f"{where}: {error}") from error

@@ -1,8 +1,7 @@
-"""Judges that speak: a vision-language model behind any OpenAI-compatible endpoint.
+"""VLM-as-judge rewards over an OpenAI-compatible API: rating, checklist and pairwise comparison.
 
-Three ways to ask: a number, a checklist of yes/no questions, and which of two images is better, asked in both orders so
-that a taste for the first place cancels. Where the server gives log-probabilities, an answer is the expected one under
-them instead of the single word that was drawn.
+Pairs are compared in both orders, which cancels position bias. If the server returns log-probabilities, the score is
+the expected answer under them instead of the sampled token.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ RATE = (
 )
 CHECK = "{question} Answer with one word, yes or no."
 SHOWS = 'Does this image show "{prompt}"?'
-WORD_TOKENS = 4  # of an answer of one word
-LEAST_MASS = 0.5  # of both words, below which the first token says nothing about the answer
+WORD_TOKENS = 4  # max_tokens of a one-word answer
+MIN_MASS = 0.5  # total probability of both words, below which log-probabilities of the first token are ignored
 COMPARE = 'Which of these two images shows "{prompt}" better? Answer with one digit, 1 or 2.'
 
 
@@ -40,63 +39,73 @@ COMPARE = 'Which of these two images shows "{prompt}" better? Answer with one di
 class Endpoint:
     """A model behind ``POST /v1/chat/completions``.
 
-    max_tokens: of an answer. logprobs: ask for them where the answer is one word of two.
+    Attributes:
+        client: connection to the server.
+        model: name of the model in requests.
+        max_tokens: of a free-form answer.
+        logprobs: request log-probabilities for one-word answers.
     """
 
-    wire: HTTPClient
+    client: HTTPClient
     model: str
     max_tokens: int = 64
     logprobs: bool = True
 
     def ask(self, text: str, images: Sequence[str], one_word: bool = False) -> Answer:
-        """One question about images (PNG, base64). RemoteError where the reply is not of the protocol's form."""
-        pictures = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+        """Ask a question about images (PNG, base64). Raises RemoteError if the response has another form."""
+        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}],
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
             "max_tokens": WORD_TOKENS if one_word else self.max_tokens,
             "temperature": 0,
             **({"logprobs": True, "top_logprobs": 20} if one_word and self.logprobs else {}),
         }
-        reply = self.wire.post("/v1/chat/completions", body)
+        reply = self.client.post("/v1/chat/completions", body)
+
         try:
             choice = reply["choices"][0]
             words = choice["message"]["content"]
             first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
             table = {str(entry["token"]): float(entry["logprob"]) for entry in first}
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise RemoteError(f"{self.wire.url} answered {str(reply)[:200]!r}, no chat completion") from error
+            raise RemoteError(f"{self.client.url} answered {str(reply)[:200]!r}, no chat completion") from error
         if not isinstance(words, str):
-            raise RemoteError(f"{self.wire.url} answered {words!r} where text belongs")
+            raise RemoteError(f"{self.client.url} answered {words!r} where text belongs")
         return Answer(words, table)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text: what the model said. first: log-probabilities of its first token, as far as the server gave them."""
+    """Answer of a judge.
+
+    Attributes:
+        text: generated text.
+        first: log-probabilities of the first token's candidates; empty if the server returned none.
+    """
 
     text: str
     first: Mapping[str, float]
 
     def choice(self, one: str, other: str) -> float:
-        """The probability of ``one`` against ``other`` where the first token is likely one of them.
+        """Return the probability of ``one`` against ``other``.
 
-        Else, a model that thinks before it answers or gives no log-probabilities, 1 or 0 by the text. RemoteError: the
-        text has neither, or both.
+        Uses the log-probabilities if the first token is likely one of the two. Otherwise (the model reasons first, or
+        there are no log-probabilities) it is 1 or 0 by the text. Raises RemoteError if the text has neither or both.
         """
         mass = dict.fromkeys((one, other), 0.0)
         for token, log_prob in self.first.items():
             if (word := token.strip().strip(".\"'").lower()) in mass:
                 mass[word] += math.exp(log_prob)
-        if (total := sum(mass.values())) >= LEAST_MASS:
+        if (total := sum(mass.values())) >= MIN_MASS:
             return mass[one] / total
-        said = mass.keys() & re.findall(r"[a-z0-9]+", self.text.lower())
-        if len(said) == 1:
-            return float(one in said)
+        words = mass.keys() & re.findall(r"[a-z0-9]+", self.text.lower())
+        if len(words) == 1:
+            return float(one in words)
         raise RemoteError(f"the judge said {self.text[:100]!r}, neither {one!r} nor {other!r}")
 
     def number(self, low: float, high: float) -> float:
-        """``score`` of the JSON object in the text. RemoteError: none, or out of bounds."""
+        """Parse ``score`` from a JSON object in the text. Raises RemoteError if it is missing or out of bounds."""
         for part in re.findall(r"\{[^{}]*\}", self.text):
             try:
                 value = json.loads(part)["score"]
@@ -107,17 +116,17 @@ class Answer:
         raise RemoteError(f'the judge said {self.text[:100]!r}, not {{"score": number}} from {low:g} to {high:g}')
 
 
-def _scores(name: str, wire: HTTPClient, ask: Any, items: Sequence[Any]) -> list[float]:
-    """NaN where asking failed, with one warning per cause."""
-    found = wire.map(ask, items)
-    for error in {wire.clean(str(result)) for result in found if isinstance(result, RemoteError)}:
+def _query_all(name: str, client: HTTPClient, query: Any, items: Sequence[Any]) -> list[float]:
+    """Run ``query`` on every item. A failed query gives NaN, with one warning per cause."""
+    results = client.map(query, items)
+    for error in {client.clean(str(result)) for result in results if isinstance(result, RemoteError)}:
         warnings.warn(f"reward {name!r}: {error}", stacklevel=3)
-    return [math.nan if isinstance(result, RemoteError) else result for result in found]
+    return [math.nan if isinstance(result, RemoteError) else result for result in results]
 
 
 @dataclass(frozen=True)
 class RatingJudge:
-    """A number from ``low`` to ``high``. question: with {prompt}, {low} and {high}."""
+    """Rate each image with a number from ``low`` to ``high``; ``question`` may use {prompt}, {low} and {high}."""
 
     name: str
     endpoint: Endpoint
@@ -128,18 +137,18 @@ class RatingJudge:
 
     @property
     def range(self) -> tuple[float, float]:
-        """As asked for."""
+        """Bounds that the question states."""
         return (self.low, self.high)
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
 
-        def ask(i: int) -> float:
+        def query(i: int) -> float:
             text = self.question.format(prompt=prompts[i], low=f"{self.low:g}", high=f"{self.high:g}")
             return self.endpoint.ask(text, [encode_image(images[i])]).number(self.low, self.high)
 
-        return torch.tensor(_scores(self.name, self.endpoint.wire, ask, range(len(images))), dtype=torch.float32)
+        return torch.tensor(_query_all(self.name, self.endpoint.client, query, range(len(images))), dtype=torch.float32)
 
 
 def _questions(metadata: Mapping[str, Any]) -> list[str]:
@@ -151,10 +160,9 @@ def _questions(metadata: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class ChecklistJudge:
-    """The mean probability of "yes" over the questions in a prompt's metadata, under ``questions``.
+    """Average the probability of "yes", [0, 1], over the ``questions`` in a prompt's metadata.
 
-    Without any, the one question is whether the image shows the prompt. In [0, 1]. An image of which one question
-    fails has no score.
+    Without questions, the only one is whether the image shows the prompt. If a question fails, the image scores NaN.
     """
 
     name: str
@@ -164,30 +172,30 @@ class ChecklistJudge:
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
-        asked = [
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
+        queries = [
             (i, question)
             for i, prompt in enumerate(prompts)
             for question in _questions(metadata[i]) or [SHOWS.format(prompt=prompt)]
         ]
-        pictures = [encode_image(image) for image in images]
+        encoded = [encode_image(image) for image in images]
 
-        def ask(item: tuple[int, str]) -> float:
+        def query(item: tuple[int, str]) -> float:
             text = CHECK.format(question=item[1])
-            return self.endpoint.ask(text, [pictures[item[0]]], one_word=True).choice("yes", "no")
+            return self.endpoint.ask(text, [encoded[item[0]]], one_word=True).choice("yes", "no")
 
-        answers = torch.tensor(_scores(self.name, self.endpoint.wire, ask, asked), dtype=torch.float32)
-        owner = torch.tensor([i for i, _ in asked], dtype=torch.int64)
+        answers = torch.tensor(_query_all(self.name, self.endpoint.client, query, queries), dtype=torch.float32)
+        owner = torch.tensor([i for i, _ in queries], dtype=torch.int64)
         total = torch.zeros(len(images)).index_add(0, owner, answers)
         return total / torch.bincount(owner, minlength=len(images))
 
 
 @dataclass(frozen=True)
 class PairwiseJudge:
-    """How often an image is preferred to the others of its group: the mean over them, in [0, 1]. A group reward.
+    """Score an image by its mean preference over the other images of its group, in [0, 1]. A group reward.
 
-    Each pair is asked in both orders, and a pair of which one fails does not count. ``most_pairs`` per group, the
-    nearest neighbours in its order first, bounds the cost: a group of n has n (n - 1) / 2.
+    Each pair is compared in both orders; a pair is dropped if one of the two queries fails. ``most_pairs`` limits the
+    cost per group, which has n (n - 1) / 2 pairs; pairs of images close together in the group come first.
     """
 
     name: str
@@ -199,24 +207,25 @@ class PairwiseJudge:
     range: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float, [0, 1]; groups (B,): (B,) float32 on the CPU, NaN without a single answer.
+        """Score images (B, 3, H, W), float, [0, 1], in groups (B,): (B,) float32 on the CPU, NaN without an answer.
 
-        An image that is not finite is in no pair.
+        Images that are not finite are excluded from all pairs.
         """
         check_images(images)
         finite = images.isfinite().flatten(1).all(1).cpu()
-        members = [((groups.cpu() == label) & finite).nonzero()[:, 0] for label in groups.unique().tolist()]
-        pairs = [pair for group in members for pair in self._pairs(group)]
-        pictures = [encode_image(image) if good else "" for image, good in zip(images, finite, strict=True)]
+        indices = [((groups.cpu() == label) & finite).nonzero()[:, 0] for label in groups.unique().tolist()]
+        pairs = [pair for group in indices for pair in self._pairs(group)]
+        encoded = [encode_image(image) if good else "" for image, good in zip(images, finite, strict=True)]
 
-        def ask(pair: tuple[int, int]) -> float:
+        def query(pair: tuple[int, int]) -> float:
             text = self.question.format(prompt=prompts[pair[0]])
-            return self.endpoint.ask(text, [pictures[i] for i in pair], one_word=True).choice("1", "2")
+            return self.endpoint.ask(text, [encoded[i] for i in pair], one_word=True).choice("1", "2")
 
-        both = [order for first, second in pairs for order in ((first, second), (second, first))]
-        won = torch.tensor(_scores(self.name, self.endpoint.wire, ask, both), dtype=torch.float32).view(-1, 2)
-        # The first image's share of its pair: asked first it should be "1", asked second it should be "2".
+        orders = [order for first, second in pairs for order in ((first, second), (second, first))]
+        won = torch.tensor(_query_all(self.name, self.endpoint.client, query, orders), dtype=torch.float32).view(-1, 2)
+        # Preference for the pair's first image: P("1") in the first order, 1 - P("1") in the second.
         share = (won[:, 0] + 1 - won[:, 1]) / 2
+
         total, count = torch.zeros(len(images)), torch.zeros(len(images))
         for (first, second), value in zip(pairs, share.tolist(), strict=True):
             if not math.isnan(value):
@@ -226,9 +235,9 @@ class PairwiseJudge:
                 count[second] += 1
         return total / count
 
-    def _pairs(self, members: Tensor) -> list[tuple[int, int]]:
-        every = sorted(combinations(range(len(members)), 2), key=lambda pair: (pair[1] - pair[0], pair))
-        return [(int(members[a]), int(members[b])) for a, b in every[: self.most_pairs]]
+    def _pairs(self, indices: Tensor) -> list[tuple[int, int]]:
+        pairs = sorted(combinations(range(len(indices)), 2), key=lambda pair: (pair[1] - pair[0], pair))
+        return [(int(indices[a]), int(indices[b])) for a, b in pairs[: self.most_pairs]]
 
 
 OPTIONS = ("question", "low", "high", "most_pairs")
@@ -250,8 +259,8 @@ def vlm_judge(
     logprobs: bool = True,
     **options: Any,
 ) -> Any:
-    """A judge behind the OpenAI-compatible server at ``url``; see ``HTTPClient.to``. options: fields of the judge."""
-    wire = HTTPClient.to(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    """Build a judge on an OpenAI-compatible server (see ``HTTPClient.for_url``); ``options`` are its fields."""
+    client = HTTPClient.for_url(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
     known = [field.name for field in fields(judge) if field.name in OPTIONS]
     if unknown := options.keys() - set(known):
         wrong, right = ", ".join(sorted(unknown)), ", ".join(known) or "none"
@@ -259,4 +268,4 @@ def vlm_judge(
     if "question" in options:
         blanks = {"prompt", "low", "high"} if judge is RatingJudge else {"prompt"}
         check_template(name, str(options["question"]), blanks)
-    return judge(name, Endpoint(wire, model, max_tokens, logprobs), **options)
+    return judge(name, Endpoint(client, model, max_tokens, logprobs), **options)

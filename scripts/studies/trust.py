@@ -49,7 +49,7 @@ ROWS = 41
 ELSEWHERE = {
     1: ["tests/runtime/test_checkpoint_crash.py"],
     26: [f"tests/trainers/test_{name}_processes.py" for name in ("flow_grpo", "diffusion_dpo", "refl")],
-    28: ["tests/rewards/test_contract.py", "tests/rewards/test_server.py"],
+    28: ["tests/rewards/test_contract.py", "tests/rewards/test_reward_server.py"],
     30: ["tests/data/test_images.py"],
     31: ["tests/data/test_prompts.py"],
     36: ["tests/models/test_lora.py"],

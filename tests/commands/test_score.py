@@ -22,7 +22,7 @@ from diffalign.rewards import FunctionReward, as_images, get_reward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.support.http_client import HTTPClient
 from diffalign.rollout.scoring import RewardWarning
-from tests.rewards import layouts
+from tests.rewards import tiny_checkpoints
 
 SIZES = {"a": (8, 8), "b": (8, 8), "c": (12, 6), "d": (8, 8)}
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_loaded_is_an_error_and_is_scored_when_it_can(folder, tmp
     error = capsys.readouterr().err
     assert "reward 'pickscore': " in error
     assert "there is no file or folder " in error
-    layouts.clip(tmp_path / "later")
+    tiny_checkpoints.clip(tmp_path / "later")
     assert main(command) == 0
     assert "| pickscore | 4 |" in capsys.readouterr().out
 

@@ -5,17 +5,17 @@ import torch
 
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.support import weights
-from tests.rewards import layouts
+from tests.rewards import tiny_checkpoints
 
 
 @pytest.fixture(autouse=True)
 def nothing_loaded():
-    weights.release()
+    weights._LOADED.clear()
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    return layouts.clip(tmp_path_factory.mktemp("clip"))
+    return tiny_checkpoints.clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")
@@ -28,39 +28,39 @@ def aesthetic_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hps_folder(tmp_path_factory):
-    return layouts.hps(tmp_path_factory.mktemp("hps"))
+    return tiny_checkpoints.hps(tmp_path_factory.mktemp("hps"))
 
 
 @pytest.fixture(scope="session")
 def clip_t5_folder(tmp_path_factory):
-    return layouts.clip_t5(tmp_path_factory.mktemp("clip-t5"))
+    return tiny_checkpoints.clip_t5(tmp_path_factory.mktemp("clip-t5"))
 
 
 @pytest.fixture(scope="session")
 def qwen_folders(tmp_path_factory):
     kinds = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-    return {kind: layouts.qwen(kind, tmp_path_factory.mktemp(kind)) for kind in kinds}
+    return {kind: tiny_checkpoints.qwen(kind, tmp_path_factory.mktemp(kind)) for kind in kinds}
 
 
 @pytest.fixture(scope="session")
 def hpsv3_parts(qwen_folders, tmp_path_factory):
     """(folder, network with words' head, tokenizer, head)."""
-    return layouts.hpsv3(qwen_folders["qwen2_vl"], tmp_path_factory.mktemp("hpsv3"))
+    return tiny_checkpoints.hpsv3(qwen_folders["qwen2_vl"], tmp_path_factory.mktemp("hpsv3"))
 
 
 @pytest.fixture(scope="session")
 def image_reward_folder(tmp_path_factory):
-    return layouts.image_reward(tmp_path_factory.mktemp("image-reward"))
+    return tiny_checkpoints.image_reward(tmp_path_factory.mktemp("image-reward"))
 
 
 @pytest.fixture(scope="session")
 def ict_hp_folders(clip_folder, tmp_path_factory):
-    return layouts.ict_hp(clip_folder, tmp_path_factory.mktemp("ict-hp"))
+    return tiny_checkpoints.ict_hp(clip_folder, tmp_path_factory.mktemp("ict-hp"))
 
 
 @pytest.fixture(scope="session")
 def detector_folder(tmp_path_factory):
-    return layouts.detector(tmp_path_factory.mktemp("detector"))
+    return tiny_checkpoints.detector(tmp_path_factory.mktemp("detector"))
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def test_calibration_against_numpy():
 
 def test_scores_that_differ_by_rounding_alone_calibrate_nothing():
     for values in (torch.full((5,), 0.273), torch.tensor([22.0, 22.0 + 2e-6])):
-        with pytest.raises(ValueError, match="that do not differ calibrate nothing"):
+        with pytest.raises(ValueError, match="without any difference cannot calibrate"):
             calibrate(values)
 
 
@@ -144,9 +144,9 @@ def test_an_image_on_which_a_part_fails_has_no_score():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "product"}, "'product' is none of weighted_sum"),
-        ({"scale": "log"}, "'log' is none of raw"),
-        ({"rewards": {}}, "combines nothing"),
+        ({"rule": "product"}, "'product' is unknown; choose one of weighted_sum"),
+        ({"scale": "log"}, "'log' is unknown; choose one of raw"),
+        ({"rewards": {}}, "has no rewards: give at least one"),
         ({"rewards": parts(1.0, 0.5), "rule": "minimum"}, "a minimum has no weights; leave out that of g"),
         ({"rewards": parts(1.0, 0.0)}, "that of g is not"),
         ({"scale": "rank", "calibrations": {"r": CALIBRATIONS["r"]}}, "no calibration of g"),

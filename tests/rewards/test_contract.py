@@ -16,7 +16,7 @@ from diffalign.commands.score import reward_table
 from diffalign.rewards import base, get_reward
 from diffalign.rewards.base import FunctionReward, names, needs_groups, registered
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.support.http_client import decode_image
+from diffalign.rewards.support.http_client import decode_images
 from diffalign.rollout.scoring import RewardWarning, score
 from diffalign.structures import Prompt
 
@@ -37,7 +37,8 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         *pictures, words = body["messages"][0]["content"]
-        light = [decode_image(p["image_url"]["url"].partition(",")[2]).mean().item() for p in pictures]
+        images = decode_images([p["image_url"]["url"].partition(",")[2] for p in pictures])
+        light = [image.float().mean().item() / 255 for image in images]
         said = {"JSON": json.dumps({"score": 10 * light[0]}), "yes": "yes" if light[0] > 0.5 else "no"}
         if len(light) == 2:
             said = {"digit": str(1 + (light[1] > light[0]))}

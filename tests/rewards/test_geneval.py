@@ -216,7 +216,7 @@ def test_colours_are_told_from_the_object_on_grey(clip_folder, monkeypatch):
 
 
 def test_a_real_detector_is_asked_and_its_objects_are_sorted(detector_folder, clip_folder):
-    weights.release()
+    weights._LOADED.clear()
     images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     detector, processor, *_ = _load(Weights(str(detector_folder)), str(clip_folder))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from diffalign.rewards.combine import Combined
 from diffalign.rewards.remote import RewardServer
 from diffalign.rewards.support.http_client import encode_image
 from diffalign.rewards.support.isolation import SETTINGS, isolated
-from diffalign.rewards.support.reward_server import Asked
+from diffalign.rewards.support.reward_server import ScoreRequest
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.structures import Pair, Prompt
 
@@ -154,8 +154,8 @@ def by_relabel(rewards):
     return {name: torch.tensor([found[0][f"{name}/0"], found[0][f"{name}/1"]]) for name in rewards}
 
 
-def asked_of(server, body):
-    return server._scored(Asked.read(json.dumps(body).encode()))
+def response_of(server, body):
+    return server._score_request(ScoreRequest.parse(json.dumps(body).encode()))
 
 
 def by_server(rewards):
@@ -164,7 +164,7 @@ def by_server(rewards):
     try:
         bodies = {name: {"reward": name, "prompts": TEXTS, "metadata": [METADATA] * 2, "images": pictures}
                   for name in rewards}  # fmt: skip
-        return {name: torch.tensor(asked_of(server, body)["scores"]) for name, body in bodies.items()}
+        return {name: torch.tensor(response_of(server, body)["scores"]) for name, body in bodies.items()}
     finally:
         server.server_close()
 
@@ -359,7 +359,7 @@ def test_a_setting_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch):
 
     monkeypatch.setitem(SETTINGS, "default device", dataclasses.replace(SETTINGS["default device"], read=fails))
     before = random.getstate()
-    with pytest.warns(UserWarning, match="default device, and it cannot be put back: OSError: gone"):
+    with pytest.warns(UserWarning, match="default device, and it cannot be restored: OSError: gone"):
         isolated(lambda: (random.random(), os.environ.update(CHANGED="1"), warnings.simplefilter("error")))
     assert random.getstate() == before
     assert "CHANGED" not in os.environ

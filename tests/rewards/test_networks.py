@@ -22,7 +22,7 @@ from diffalign.rewards.hps import hps
 from diffalign.rewards.support import weights
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.vqascore import vqascore
-from tests.rewards import layouts
+from tests.rewards import tiny_checkpoints
 
 PROMPTS = ["a red circle", "two squares", "a red circle", ""]
 # Levels of 8 bits, so that turning them into PIL images loses nothing.
@@ -80,7 +80,7 @@ def test_pickscore_and_clipscore_are_the_published_formulas(clip_folder, rewards
 
 
 def test_clipscore_of_the_paper_is_of_a_caption_and_never_negative(tmp_path):
-    folder = layouts.clip(tmp_path, seed=5)
+    folder = tiny_checkpoints.clip(tmp_path, seed=5)
     image, text, _ = published_clip(folder, [f"A photo depicts {prompt}" for prompt in PROMPTS], True)
     expected = cosines(image, text)
     assert (expected > 1e-3).any()
@@ -128,7 +128,7 @@ def test_clip_weights_that_are_left_over_or_missing_are_refused(clip_folder, tmp
         reward = clip_reward("c", str(tmp_path), "logit")
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             assert reward(IMAGES, PROMPTS, [{}] * 4).isfinite().all()
-        weights.release()
+        weights._LOADED.clear()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from diffalign.rewards.image_reward import renamed, text_config, vision_config
 from diffalign.rewards.support.weights import Weights
 from diffalign.rewards.vqascore import ClipT5Config
 from diffalign.rewards.vqascore import build as build_clip_t5
-from tests.rewards.layouts import MED
+from tests.rewards.tiny_checkpoints import MED
 
 VIT_H = {
     "projection_dim": 1024,

@@ -15,9 +15,10 @@ import torch
 
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import FunctionReward, RewardUnavailable
-from diffalign.rewards.remote import RemoteReward, RewardServer, _Handler
+from diffalign.rewards.remote import RemoteReward, RewardServer
 from diffalign.rewards.support import http_client
-from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_image, encode_image
+from diffalign.rewards.support.asyncio_http import Handler
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_images, encode_image
 
 IMAGES = torch.randint(0, 256, (5, 3, 9, 7), generator=torch.Generator().manual_seed(0)).float() / 255
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -120,10 +121,10 @@ def test_a_remote_reward_is_the_local_one(url, batch_size):
 
 
 def test_images_survive_the_wire():
-    assert torch.equal(decode_image(encode_image(IMAGES[0])), IMAGES[0])
+    assert torch.equal(decode_images([encode_image(IMAGES[0])])[0].float() / 255, IMAGES[0])
     for text in ("no base64!", "aGVsbG8="):
         with pytest.raises(ValueError, match="picture file in base64"):
-            decode_image(text)
+            decode_images([text])
 
 
 def test_no_score_stays_no_score(url):
@@ -296,7 +297,7 @@ def test_a_length_that_is_none_is_answered(length, url):
 
 
 def test_a_body_that_does_not_come_holds_no_thread(url, monkeypatch):
-    monkeypatch.setattr(_Handler, "timeout", 0.1)
+    monkeypatch.setattr(Handler, "timeout", 0.1)
     assert "408" in raw(url, b"POST /score HTTP/1.0\r\nContent-Length: 10\r\n\r\n{")
 
 
@@ -350,7 +351,7 @@ def test_a_wish_to_be_asked_later_is_kept_up_to_a_bound(monkeypatch):
     server.kind = "later"
     with running(server) as address, pytest.warns(UserWarning, match="status 503"):
         ask(address, retries=2, deadline=100.0)
-    assert [wait for wait in slept if wait > 1] == [http_client.LONGEST_WAIT] * 2
+    assert [wait for wait in slept if wait > 1] == [http_client.MAX_WAIT] * 2
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"batch_size": 0}])

@@ -17,7 +17,7 @@ from diffalign.rewards.support.isolation import RewardExit, isolated, named, sai
 from diffalign.rollout.scoring import RewardWarning, ScoreBook, score
 from diffalign.runtime.signals import Signals
 from diffalign.structures import Prompt
-from tests.rewards.test_isolation import TEXTS, asked_of, images_of, light, prompts_of
+from tests.rewards.test_isolation import TEXTS, images_of, light, prompts_of, response_of
 
 # What a reward raises -------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_a_server_answers_what_its_reward_raises(error):
     server = RewardServer({"mine": raising(error)}, port=0)
     pictures = [encode_image(image) for image in images_of()]
     try:
-        answer = asked_of(server, {"reward": "mine", "prompts": TEXTS, "images": pictures})
+        answer = response_of(server, {"reward": "mine", "prompts": TEXTS, "images": pictures})
     finally:
         server.server_close()
     assert answer["scores"] == [pytest.approx(0.8, abs=1e-3), None]
@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_costs_the_score():
     "function", [lambda i, p, m: light(i).detach(), lambda i, p, m: torch.ones(2).requires_grad_()]
 )
 def test_a_reward_without_the_gradient_that_it_promises_is_said(function):
-    with pytest.raises(RewardUnavailable, match="'mine': it says that it is differentiable"):
+    with pytest.raises(RewardUnavailable, match="'mine': it declares differentiable=True"):
         ask(FunctionReward("mine", function, differentiable=True), images_of().requires_grad_(), TEXTS, [{}, {}])
 
 

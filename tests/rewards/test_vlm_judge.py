@@ -11,7 +11,7 @@ import torch
 
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import Reward
-from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_image
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, decode_images
 from diffalign.rewards.vlm_judge import Answer, ChecklistJudge, Endpoint, PairwiseJudge, RatingJudge
 
 BRIGHTNESS = torch.tensor([0.2, 0.8, 0.4, 0.6, 1.0])
@@ -25,7 +25,8 @@ def see(body):
     *pictures, words = message["content"]
     prefix = "data:image/png;base64,"
     assert all(p["image_url"]["url"].startswith(prefix) for p in pictures)
-    return words["text"], [decode_image(p["image_url"]["url"].removeprefix(prefix)).mean().item() for p in pictures]
+    images = decode_images([p["image_url"]["url"].removeprefix(prefix) for p in pictures])
+    return words["text"], [image.float().mean().item() / 255 for image in images]
 
 
 def logs(probabilities):

@@ -1,1 +1,1 @@
-"""What rewards share: loading weights, images, prompts, HTTP, and isolation of failures."""
+"""Shared parts of rewards: weights, images, prompts, HTTP, isolation of user code and of failures."""

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 server on asyncio: bounded in connections, bytes and seconds, and it stops gracefully.
+"""HTTP/1.1 server on asyncio with limits on connections, bytes and time, and graceful shutdown.
 
-It reads requests with a Content-Length, and hands each to one function that answers. A client that falls silent costs a
-socket for some seconds, and no thread.
+It reads requests with a Content-Length and passes each to one answer function. A silent client holds a socket for some
+seconds, but no thread.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-BACKLOG = 1024  # connections that the kernel holds until they are accepted
-MOST_HEADER = 1 << 16  # bytes
-IDLE = 30.0  # seconds that a connection is kept for a next request
-SLOWEST = 1 << 20  # bytes per second of a body that is waited for
-LINGER = 1 << 20  # bytes that are read and dropped, so that a client which still sends gets to read its answer
+BACKLOG = 1024  # connections that the kernel queues
+MAX_HEADER = 1 << 16  # bytes
+IDLE = 30.0  # seconds until an idle connection is closed
+MIN_RATE = 1 << 20  # bytes per second at which a body must arrive
+LINGER = 1 << 20  # bytes read and dropped so that a client that is still sending receives its response
 
 
 class HTTPError(Exception):
-    """A request that is not answered with a result. status: of the answer; the message goes to the client."""
+    """An error response: its status, and a message for the client."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class HTTPError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """The head of a request; ``read`` waits for its body."""
+    """Head of a request; ``read`` awaits the body."""
 
     method: str
     path: str
@@ -42,18 +42,18 @@ class Request:
     read: Callable[[], Awaitable[bytes]]
 
 
-Answer = Callable[[Request], Awaitable[Any]]  # a JSON value; HTTPError for another status than 200
+Answer = Callable[[Request], Awaitable[Any]]  # returns a JSON value; raises HTTPError for a status other than 200
 
 
 @dataclass
 class Limits:
-    """What a client may cost.
+    """Resource limits of a server.
 
-    Args:
+    Attributes:
         request: bytes of a body.
-        waiting: bytes of all bodies that are held at once.
-        connections: clients at once; further ones are answered with 503.
-        stop: seconds that requests under way have to finish when the server stops.
+        waiting: bytes of all bodies held at once.
+        connections: concurrent clients; others receive 503.
+        stop: seconds that running requests have to finish when the server stops.
     """
 
     request: int = 64 << 20
@@ -63,14 +63,14 @@ class Limits:
 
 
 class Budget:
-    """A number of bytes that concurrent requests share; who finds too few left waits."""
+    """A number of bytes shared by concurrent requests; a request waits until enough are free."""
 
     def __init__(self, total: int) -> None:
         self.left, self.changed = total, asyncio.Condition()
 
     @contextlib.asynccontextmanager
-    async def taken(self, size: int) -> Any:
-        """Hold ``size`` bytes inside the context."""
+    async def reserve(self, size: int) -> Any:
+        """Reserve ``size`` bytes inside the context."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.left >= size)
             self.left -= size
@@ -83,30 +83,30 @@ class Budget:
 
 
 class Handler:
-    """One connection: reads requests and writes answers until either side is done."""
+    """A connection: read requests and write responses until either side closes it."""
 
-    timeout = 60.0  # seconds for a body beyond what its length takes at ``SLOWEST``; a header has at most ten
+    timeout = 60.0  # seconds for a body in addition to its length / MIN_RATE; a header has at most ten
 
     def __init__(self, server: HTTPServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.server, self.reader, self.writer = server, reader, writer
         self.unread = 0
 
     async def run(self) -> None:
-        """Answer requests until the client or the server ends the connection."""
+        """Answer requests until the client or the server closes the connection."""
         wait = min(10.0, self.timeout)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-            while await self._one(wait):
+            while await self._serve_request(wait):
                 wait = IDLE
         with contextlib.suppress(OSError, TimeoutError):
             await self._linger()
         self.writer.close()
 
-    async def _one(self, wait: float) -> bool:
-        """One request; whether another may follow on this connection."""
+    async def _serve_request(self, wait: float) -> bool:
+        """Answer one request. Returns whether the connection stays open."""
         keep, self.unread = False, 0
         try:
             request, keep = await self._head(wait)
-            async with self.server.budget.taken(self.unread):
+            async with self.server.budget.reserve(self.unread):
                 body = await self.server.answer(request)
             status = HTTPStatus.OK
         except HTTPError as error:
@@ -116,26 +116,28 @@ class Handler:
         return keep
 
     async def _head(self, wait: float) -> tuple[Request, bool]:
-        """The head of the next request, and whether the client keeps the connection. TimeoutError: none comes."""
+        """Read the head of the next request, and whether the client keeps the connection open."""
         try:
             head = await asyncio.wait_for(self._until_stop(self.reader.readuntil(b"\r\n\r\n")), wait)
         except asyncio.LimitOverrunError as error:
             raise HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the header is too long") from error
-        self.unread = LINGER  # nobody knows how much follows, until the head says it
+        self.unread = LINGER  # the length of the body is unknown until the head is parsed
+
         line, *rest = head.decode("latin-1").split("\r\n")
         words = line.split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "the first line must be METHOD PATH HTTP/1.1")
-        parted = (line.partition(":") for line in rest if line)
-        pairs = [(name.strip().lower(), value.strip()) for name, _, value in parted]
+        fields = (line.partition(":") for line in rest if line)
+        pairs = [(name.strip().lower(), value.strip()) for name, _, value in fields]
         headers = dict(pairs)
+
         length = self._length(headers, [value for name, value in pairs if name == "content-length"])
         self.unread = length or 0
         keep = words[2] != "HTTP/1.0" and headers.get("connection", "").lower() != "close"
         return Request(words[0], words[1], headers, lambda: self._body(headers, length)), keep
 
     async def _until_stop(self, reading: Awaitable[bytes]) -> bytes:
-        """``reading``, given up where the server stops meanwhile: nothing of the request has been answered for."""
+        """Await ``reading``, but raise TimeoutError once the server stops."""
         read = asyncio.ensure_future(reading)
         stop = asyncio.ensure_future(self.server.stopping.wait())
         try:
@@ -149,41 +151,41 @@ class Handler:
 
     def _length(self, headers: Mapping[str, str], given: list[str]) -> int | None:
         if "transfer-encoding" in headers or len(set(given)) > 1:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "say the length of the body once, as Content-Length")
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "send the length of the body once, as Content-Length")
         if not given:
             return None
         most, text = self.server.limits.request, given[0]
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
             shown = text[:20]
             raise HTTPError(
-                HTTPStatus.BAD_REQUEST, f"Content-Length {shown!r}: say how many bytes follow, at most {most}"
+                HTTPStatus.BAD_REQUEST, f"Content-Length {shown!r} is not valid: send a number of bytes, at most {most}"
             )
         return int(text)
 
     async def _body(self, headers: Mapping[str, str], length: int | None) -> bytes:
         if length is None:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "say the length of the body, as Content-Length")
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "send the length of the body, as Content-Length")
         if headers.get("expect", "").lower() == "100-continue":
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            found = await asyncio.wait_for(self.reader.readexactly(length), self.timeout + length / SLOWEST)
+            found = await asyncio.wait_for(self.reader.readexactly(length), self.timeout + length / MIN_RATE)
         except TimeoutError as error:
-            raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "the rest of the request did not come") from error
+            raise HTTPError(HTTPStatus.REQUEST_TIMEOUT, "the rest of the request did not arrive in time") from error
         except asyncio.IncompleteReadError as error:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"{len(error.partial)} bytes came of {length}") from error
+            raise HTTPError(HTTPStatus.BAD_REQUEST, f"received {len(error.partial)} of {length} bytes") from error
         self.unread = 0
         return found
 
     async def _write(self, status: HTTPStatus, body: Any, keep: bool) -> None:
         content = json.dumps(body).encode()
-        later = ["Retry-After: 1"] if status == HTTPStatus.SERVICE_UNAVAILABLE else []
-        head = [f"HTTP/1.1 {status.value} {status.phrase}", "Content-Type: application/json", *later]
+        retry = ["Retry-After: 1"] if status == HTTPStatus.SERVICE_UNAVAILABLE else []
+        head = [f"HTTP/1.1 {status.value} {status.phrase}", "Content-Type: application/json", *retry]
         head += [f"Content-Length: {len(content)}", f"Connection: {'keep-alive' if keep else 'close'}", "", ""]
         self.writer.write("\r\n".join(head).encode("latin-1") + content)
         await asyncio.wait_for(self.writer.drain(), self.timeout)
 
     async def _linger(self) -> None:
-        """Read what the client still sends, for a moment: closing at once would take the answer from it."""
+        """Drain unread input for a moment: closing at once would reset the connection before the response is read."""
         if self.unread and self.writer.can_write_eof():
             self.writer.write_eof()
             left = min(self.unread, LINGER)
@@ -193,9 +195,17 @@ class Handler:
 
 @dataclass
 class HTTPServer:
-    """Listens at ``host``:``server_port`` (of ``port`` 0 a free one) from the start; ``serve_forever`` answers.
+    """Listen at ``host``:``server_port`` on construction; ``serve_forever`` answers requests.
 
-    answer: what makes the reply to a request. handler: what reads them.
+    Args:
+        host: address to bind.
+        port: 0 picks a free one.
+        answer: computes the response to a request.
+        limits: resource limits.
+        handler: class that serves a connection.
+
+    Raises:
+        OSError: the address is in use or not of this machine.
     """
 
     host: str
@@ -205,7 +215,7 @@ class HTTPServer:
     handler: type[Handler] = Handler
 
     def __post_init__(self) -> None:
-        """OSError: the place is taken, or not of this machine."""
+        """Bind the socket."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         self.socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
         self.server_port = int(self.socket.getsockname()[1])
@@ -223,15 +233,15 @@ class HTTPServer:
             self._done.set()
 
     def shutdown(self) -> None:
-        """Stop accepting, let requests under way finish, answer the rest with 503, and wait until that is done."""
+        """Stop accepting, let running requests finish, answer the others with 503, and wait until that is done."""
         self._stop_asked = True
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop has closed in the meantime
                 self._loop.call_soon_threadsafe(self.stopping.set)
         self._done.wait()
 
     def server_close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         self.socket.close()
 
     async def _serve(self) -> None:
@@ -242,8 +252,8 @@ class HTTPServer:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(NotImplementedError):  # Windows
-                    self._loop.add_signal_handler(number, self._signalled)
-        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MOST_HEADER, backlog=BACKLOG)
+                    self._loop.add_signal_handler(number, self._on_signal)
+        server = await asyncio.start_server(self._on_connect, sock=self.socket, limit=MAX_HEADER, backlog=BACKLOG)
         await self.stopping.wait()
         server.close()
         if self.connections:
@@ -251,18 +261,20 @@ class HTTPServer:
         for task in self.connections:
             task.cancel()
 
-    def _signalled(self) -> None:
-        """Stop; the second time without waiting for requests under way."""
+    def _on_signal(self) -> None:
+        """Stop; at the second signal without waiting for running requests."""
         for task in self.connections if self.stopping.is_set() else ():
             task.cancel()
         self.stopping.set()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _on_connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handler, task = self.handler(self, reader, writer), asyncio.current_task()
         assert task is not None
         if len(self.connections) >= self.limits.connections or self.stopping.is_set():
             with contextlib.suppress(OSError, TimeoutError):
-                await handler._write(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "too many clients: try again"}, False)
+                await handler._write(
+                    HTTPStatus.SERVICE_UNAVAILABLE, {"error": "too many clients: try again later"}, False
+                )
             writer.close()
             return
         self.connections.add(task)

@@ -1,4 +1,4 @@
-"""Asks a reward so that one bad sample costs itself alone."""
+"""Score a batch; an exception affects only the samples that cause it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batch:
         return Batch(self.images[rows], [self.prompts[i] for i in rows], self.groups[rows])
 
     def parts(self, whole_groups: bool) -> list[list[int]]:
-        """The places of each sample, or of each group."""
+        """Split the rows into samples, or into groups."""
         if not whole_groups:
             return [[i] for i in range(len(self.prompts))]
         return [(self.groups == label).nonzero()[:, 0].tolist() for label in self.groups.unique()]
@@ -33,33 +33,37 @@ class Batch:
 
 @torch.no_grad()
 def guarded(name: str, reward: Reward, batch: Batch) -> tuple[dict[str, Tensor], Exception | None]:
-    """Scores under ``name``, numbers that a reward adds under "name/extra": each (B,), float32, on the CPU.
+    """Score a batch, and retry sample by sample (group by group for a group reward) after an exception.
 
-    A reward that raises is asked again sample by sample (group by group if it needs groups). Samples on which it raises
-    again have NaN, and the last of these errors comes along. RewardUnavailable: it can score nothing.
+    Returns:
+        Scores by ``name`` and extras by "name/extra", each (B,), float32, on the CPU, with NaN for samples on which the
+        reward raised again; and the last of these exceptions, or None.
+
+    Raises:
+        RewardUnavailable: the reward cannot score any sample.
     """
     count = len(batch.prompts)
     try:
         return _table(name, reward, batch), None
     except RewardUnavailable:
         raise
-    except Exception as error:  # rewards are user code: what they raise is unknown
+    except Exception as error:  # rewards are user code and may raise anything
         parts = batch.parts(needs_groups(reward))
         if len(parts) <= 1:
             return {name: torch.full((count,), math.nan)}, error
-        # Out of memory, or one bad sample: alone, the others can still be scored.
-        return _joined([(rows, *guarded(name, reward, batch[rows])) for rows in parts], count)
+        # Out of memory, or one bad sample: the others can still be scored alone.
+        return _merge([(rows, *guarded(name, reward, batch[rows])) for rows in parts], count)
 
 
 def _table(name: str, reward: Reward, batch: Batch) -> dict[str, Tensor]:
     texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
     values, extras = ask(reward, batch.images, texts, metadata, batch.groups)
-    # Maps and the like are for who calls the reward itself.
+    # Only extras of shape (B,) are stored; maps are available to direct callers.
     numbers = {f"{name}/{key}": extra for key, extra in extras.items() if extra.shape == values.shape}
     return {key: found.detach().to("cpu", torch.float32) for key, found in {name: values, **numbers}.items()}
 
 
-def _joined(
+def _merge(
     found: Sequence[tuple[Sequence[int], dict[str, Tensor], Exception | None]], count: int
 ) -> tuple[dict[str, Tensor], Exception | None]:
     table = {key: torch.full((count,), math.nan) for _, part, _ in found for key in part}

@@ -1,6 +1,6 @@
-"""Asking over HTTP: time-outs, bounded retries with backoff, a limit on what is under way, replies that are checked.
+"""HTTP client with timeouts, bounded retries, limited concurrency and response validation.
 
-Images travel as PNG in base64, answers as JSON; nothing is pickled.
+Requests hold images as PNG in base64, responses are JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
 T, R = TypeVar("T"), TypeVar("R")
-AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # statuses that may pass
-LONGEST_WAIT = 30.0  # seconds, whatever a server asks for
-LARGEST_REPLY = 1 << 24  # bytes
-LARGEST_PICTURE = 1 << 24  # pixels, checked before any is decoded
+RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # transient
+MAX_WAIT = 30.0  # seconds before a retry, also if Retry-After is longer
+MAX_RESPONSE_BYTES = 1 << 24
+MAX_IMAGE_PIXELS = 1 << 24  # checked before decoding
 POOL = urllib3.PoolManager(maxsize=64)
 
 
 class RemoteError(RuntimeError):
-    """A server that could not be reached, refused, or answered something else than asked. status: of its answer."""
+    """The server could not be reached, refused, or sent an invalid response. status: of the response, else 0."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -43,15 +43,20 @@ class RemoteError(RuntimeError):
 
 @dataclass(frozen=True)
 class HTTPClient:
-    """How to talk to one server.
+    """Settings of the connection to one server.
 
-    url: without the path. timeout: seconds to connect, for the first byte, and for the body. retries: how often one
-    that may pass (no connection, time-out, a status of ``AGAIN``) is made again. backoff: seconds before that, doubled
-    each time, and a random part of that, so that many clients do not return together; a server's Retry-After goes
-    first, up to ``LONGEST_WAIT``. deadline: seconds for all of it. concurrency: requests under way at once. headers:
-    e.g. an authorization.
+    Args:
+        url: without a path.
+        timeout: seconds to connect, to the first byte, and for the body.
+        retries: after a failed connection, a timeout or a status in ``RETRY_STATUSES``.
+        backoff: seconds before the first retry, doubled for each further one, plus random jitter; a Retry-After header
+            takes precedence, up to ``MAX_WAIT``.
+        concurrency: simultaneous requests of ``map``.
+        deadline: seconds for all attempts of a request.
+        headers: of every request, such as an authorization.
 
-    ValueError: a number that is too small.
+    Raises:
+        ValueError: a number that is too small.
     """
 
     url: str
@@ -63,7 +68,7 @@ class HTTPClient:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        """Checks that need no server."""
+        """Check the numbers."""
         if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0:
             raise ValueError(
                 f"{self.url}: concurrency {self.concurrency}, retries {self.retries}, timeout {self.timeout}: "
@@ -71,133 +76,158 @@ class HTTPClient:
             )
 
     @classmethod
-    def to(cls, url: str, token_env: str | None = None, **options: float) -> HTTPClient:
-        """To ``url``, with the token of its host (``token_variable``), or of the variable ``token_env``.
+    def for_url(cls, url: str, token_env: str | None = None, **options: float) -> HTTPClient:
+        """Build a client for ``url``, with the token of its host (``token_variable``) or of the variable ``token_env``.
 
-        Only the command line and Python can name ``token_env``: a file does not choose which secret goes where.
+        Only the command line and Python can set ``token_env``: a file must not choose which secret is sent where.
         """
         host = check_url(url)
         token = token_from(token_env, host) if token_env else token_for(url)
         return cls(url, headers=(("Authorization", f"Bearer {token}"),) if token else (), **options)
 
     def clean(self, text: str) -> str:
-        """``text`` from the server as a message may show it: bounded, no tokens, nothing that a terminal obeys."""
+        """Prepare text of the server for messages: bounded, without tokens and terminal control characters."""
         tokens = [value.removeprefix("Bearer ") for _, value in self.headers]
         return printable(redacted(text[: 8 * LONGEST_SAID], tokens), 2 * LONGEST_SAID)
 
     def post(self, path: str, body: Any) -> Any:
-        """The JSON reply to ``body``. RemoteError: see the class; it names the address and says what to try."""
+        """Send ``body`` and return the JSON response, with retries. Raises RemoteError with the address and a hint."""
         address = self.url.rstrip("/") + path
         end = time.monotonic() + self.deadline
-        for attempt in range(self.retries + 1):
-            asked = 0.0
+        retry = self._retry()
+
+        # urllib3's own retry loop has neither an overall deadline nor a limit on the body.
+        while True:
+            attempt = len(retry.history) + 1
+            response, failure = None, None
             try:
-                reply, content = self._once(address, body, end)
+                response, content = self._attempt(address, body, end)
             except urllib3.exceptions.HTTPError as error:
-                said = f"{type(error).__name__}: {self.clean(str(error))}"
-                problem = RemoteError(
-                    f"{address} gave no answer in {attempt + 1} attempts, last {said}; "
-                    "check that the server runs, or raise timeout and retries"
-                )
+                failure, problem = error, self._no_response(address, attempt, error)
             else:
-                if reply.status == 200:
-                    return self._parsed(address, content)
-                said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
-                problem = RemoteError(f"{address} answered with status {reply.status}: {said}", reply.status)
-                if reply.status not in AGAIN:
-                    break
-                asked = _retry_after(reply)
-            wait = min(asked or self.backoff * 2**attempt * (1 + random.random()), LONGEST_WAIT)
-            if attempt == self.retries or time.monotonic() + wait > end:
-                break
+                if response.status == 200:
+                    return self._parse_response(address, content)
+                problem = self._bad_status(address, response.status, content)
+                if not retry.is_retry("POST", response.status):
+                    raise problem
+
+            try:
+                retry = retry.increment("POST", address, response=response, error=failure)
+            except urllib3.exceptions.MaxRetryError:
+                raise problem from None
+            wait = self._wait(retry, attempt, response)
+            if time.monotonic() + wait > end:
+                raise problem
             time.sleep(wait)
-        raise problem
 
-    def _once(self, address: str, body: Any, end: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
-        """One attempt, until ``end`` at most; the body may take another ``timeout``.
+    def _retry(self) -> Retry:
+        return Retry(
+            self.retries,
+            backoff_factor=self.backoff,
+            backoff_jitter=self.backoff,
+            backoff_max=MAX_WAIT,
+            status_forcelist=RETRY_STATUSES,
+            allowed_methods=None,
+        )
 
-        urllib3's HTTPError: no answer, or one without end.
+    def _wait(self, retry: Retry, attempt: int, response: urllib3.BaseHTTPResponse | None) -> float:
+        """Return the seconds before the next attempt: Retry-After, or exponential backoff."""
+        # Retry never waits before the first retry, which would send all clients to a busy server at once.
+        backoff = self.backoff * (1 + random.random()) if attempt == 1 else retry.get_backoff_time()
+        return min((_retry_after(response) if response else 0.0) or backoff, MAX_WAIT)
+
+    def _no_response(self, address: str, attempts: int, error: urllib3.exceptions.HTTPError) -> RemoteError:
+        reason = f"{type(error).__name__}: {self.clean(str(error))}"
+        return RemoteError(
+            f"{address} gave no answer in {attempts} attempts, last {reason}; "
+            "check that the server runs, or raise timeout and retries"
+        )
+
+    def _bad_status(self, address: str, status: int, content: bytes) -> RemoteError:
+        text = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
+        return RemoteError(f"{address} answered with status {status}: {text}", status)
+
+    def _attempt(self, address: str, body: Any, end: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+        """Send one request, which must respond before ``end``; the body may take another ``timeout``.
+
+        Raises urllib3's HTTPError without a response, or for a body beyond the limits of size and time.
         """
-        reply = POOL.request(
+        response = POOL.request(
             "POST",
             address,
             json=body,
             headers=dict(self.headers),
             timeout=max(0.001, min(self.timeout, end - time.monotonic())),
             retries=False,
-            redirect=False,  # another host would get the images, and maybe the token
+            redirect=False,  # another host would receive the images, and perhaps the token
             preload_content=False,
         )
         content, end = bytearray(), min(end, time.monotonic() + self.timeout)
         try:
-            while part := reply.read1(1 << 16):
+            while part := response.read1(1 << 16):
                 content += part
-                if len(content) > LARGEST_REPLY or time.monotonic() > end:
+                if len(content) > MAX_RESPONSE_BYTES or time.monotonic() > end:
                     raise urllib3.exceptions.ResponseError(f"{len(content)} bytes and no end")
         except BaseException:
-            reply.close()  # its connection has bytes left that belong to no other request
+            response.close()  # unread bytes must not reach the connection's next request
             raise
-        reply.release_conn()
-        return reply, bytes(content)
+        response.release_conn()
+        return response, bytes(content)
 
-    def _parsed(self, address: str, content: bytes) -> Any:
+    def _parse_response(self, address: str, content: bytes) -> Any:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            said = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
-        # Without the cause, whose own message holds the reply as it came.
-        raise RemoteError(f"{address} answered no JSON: {said.encode()!r}")
+            text = self.clean(content[: 8 * LONGEST_SAID].decode(errors="replace"))
+        # Not chained: the message of the cause contains the raw response.
+        raise RemoteError(f"{address} answered no JSON: {text.encode()!r}")
 
-    def map(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R | RemoteError]:
-        """``ask`` of every item, ``concurrency`` at a time, in their order; a failure takes the place of its result."""
+    def map(self, query: Callable[[T], R], items: Sequence[T]) -> list[R | RemoteError]:
+        """Run ``query`` on items, ``concurrency`` at a time; a failed item has its RemoteError as result."""
 
-        def one(item: T) -> R | RemoteError:
+        def attempt(item: T) -> R | RemoteError:
             try:
-                return ask(item)
+                return query(item)
             except RemoteError as error:
                 return error
 
         if not items:
             return []
         with ThreadPoolExecutor(min(self.concurrency, len(items))) as pool:
-            return list(pool.map(one, items))
+            return list(pool.map(attempt, items))
 
 
-def _retry_after(reply: urllib3.BaseHTTPResponse) -> float:
+def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
     try:
-        return Retry().get_retry_after(reply) or 0.0
-    except urllib3.exceptions.HTTPError:  # a header of another form
+        return Retry().get_retry_after(response) or 0.0
+    except urllib3.exceptions.HTTPError:  # an invalid header
         return 0.0
 
 
 def encode_image(image: Tensor) -> str:
-    """An image (3, H, W), float, [0, 1], as PNG in base64. ValueError: pixels that are not finite."""
+    """Encode an image (3, H, W), float, [0, 1], as PNG in base64. Raises ValueError for non-finite pixels."""
     if not image.isfinite().all():
-        raise ValueError("an image has pixels that are not finite, which no picture file can hold")
+        raise ValueError("an image has pixels that are not finite, which PNG cannot store")
     pixels = to_bytes(image).permute(1, 2, 0).cpu()
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def decode_image(text: Any) -> Tensor:
-    """Decode an image file in base64 to (3, H, W), float32, [0, 1]. ValueError: no base64, or no such image."""
-    return decode_images([text])[0].float() / 255
-
-
 def decode_images(texts: Sequence[Any], max_pixels: int | None = None) -> list[Tensor]:
-    """Decode image files in base64 to (3, H, W), uint8 each, a quarter of the memory of floats.
+    """Decode image files in base64 to (3, H, W), uint8, a quarter of the memory of float32.
 
-    max_pixels: of all of them together, counted before anything is decoded.
-    ValueError: no base64, no such image, or too many pixels.
+    max_pixels: limit on the sum over all images, checked before decoding.
+
+    Raises ValueError for invalid base64, an invalid image, or too many pixels.
     """
     try:
         contents = [base64.b64decode(text, validate=True) for text in texts]
-        sizes = [media.size(content, LARGEST_PICTURE) for content in contents]
+        sizes = [media.size(content, MAX_IMAGE_PIXELS) for content in contents]
         total = sum(width * height for width, height in sizes)
         if total > (max_pixels or total):
             raise ValueError(f"{total:,} pixels are too many for one request: send at most {max_pixels:,}")
-        return [pil_to_tensor(media.decode(content, LARGEST_PICTURE)) for content in contents]
+        return [pil_to_tensor(media.decode(content, MAX_IMAGE_PIXELS)) for content in contents]
     except (TypeError, *media.BROKEN) as error:
         raise ValueError(
             f"an image must be a PNG, JPEG or WebP picture file in base64: {media.reason(error)}"

@@ -1,4 +1,4 @@
-"""Pictures of any kind as the tensors that rewards take."""
+"""Convert PIL images, files, arrays and tensors to the tensors that rewards take."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffalign import media
 from diffalign.files import read_bytes, shorten
 
-LOWEST, HIGHEST = -0.5, 2.0  # a VAE may leave [0, 1] by a little; levels of 8 bits, and [-1, 1], leave it by far
+# Values outside are in [0, 255] or [-1, 1]; a VAE may overshoot [0, 1] slightly.
+LOWEST, HIGHEST = -0.5, 2.0
 Picture = Image.Image | str | Path | np.ndarray | Tensor
 
 
 def as_image(picture: Picture) -> Tensor:
-    """Convert one picture to (3, H, W), float, [0, 1].
+    """Convert one image to (3, H, W), float, [0, 1].
 
-    A PIL image, the path of one, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor with channels first.
-    Files and PIL images go through the decoder of all commands: see ``media.decode``. Integers of arrays have 8 bits;
-    floats are in [0, 1], float64 stays.
+    Files and PIL images are decoded as by all commands: see ``media.decode``. float64 is kept.
 
-    FileNotFoundError: no such file. ValueError: another type, shape or dtype, floats far outside [0, 1], or a file that
-    cannot be decoded.
+    Args:
+        picture: a PIL image, a path, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor with channels
+            first; uint8, or floats in [0, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another type, shape or dtype, floats far outside [0, 1], or a file that cannot be decoded.
     """
     if isinstance(picture, (str, Path)):
         return _from_file(Path(picture))
@@ -37,13 +41,13 @@ def as_image(picture: Picture) -> Tensor:
         picture = torch.from_numpy(np.ascontiguousarray(rows)).movedim(-1, 0) if rows.ndim == 3 else rows
     if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
         found = f"shape {tuple(picture.shape)}" if hasattr(picture, "shape") else f"a {type(picture).__name__}"
-        raise ValueError(f"{found} is no picture: pass a PIL image, a path, an array (H, W, 3) or a tensor (3, H, W)")
+        raise ValueError(f"{found} is not an image: pass a PIL image, a path, an array (H, W, 3) or a tensor (3, H, W)")
     if not picture.is_floating_point() and picture.dtype != torch.uint8:
-        raise ValueError(f"a picture of {picture.dtype}: pass uint8, or floats in [0, 1]")
+        raise ValueError(f"an image of {picture.dtype}: pass uint8, or floats in [0, 1]")
     if picture.is_floating_point() and picture.numel() and picture.max() > HIGHEST:
-        raise ValueError(f"a picture of floats up to {picture.max():g}: pass floats in [0, 1], or uint8")
+        raise ValueError(f"an image of floats up to {picture.max():g}: pass floats in [0, 1], or uint8")
     if picture.is_floating_point() and picture.numel() and picture.min() < LOWEST:
-        raise ValueError(f"a picture of floats down to {picture.min():g}: pass floats in [0, 1], or uint8")
+        raise ValueError(f"an image of floats down to {picture.min():g}: pass floats in [0, 1], or uint8")
     rgb = picture[:3].expand(3, -1, -1)
     return rgb.float() / 255 if picture.dtype == torch.uint8 else rgb
 
@@ -58,14 +62,14 @@ def _from_file(path: Path) -> Tensor:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """Convert an RGB image to (3, H, W), float32, [0, 1]."""
+    """Convert an RGB PIL image to (3, H, W), float32, [0, 1]."""
     return pil_to_tensor(picture).float() / 255
 
 
 def as_images(pictures: Picture | Sequence[Picture]) -> Tensor:
-    """Pictures of one size as (B, 3, H, W), float, [0, 1]: see ``as_image``. One alone, or a tensor (B, 3, H, W), too.
+    """Convert images of one size to (B, 3, H, W), float, [0, 1]: see ``as_image``.
 
-    ValueError: also where sizes differ.
+    Accepts a sequence, one image, or a tensor or array with a batch dimension. Raises ValueError if sizes differ.
     """
     if isinstance(pictures, (Tensor, np.ndarray)) and pictures.ndim == 4:
         pictures = list(pictures)
@@ -74,5 +78,5 @@ def as_images(pictures: Picture | Sequence[Picture]) -> Tensor:
     if not images:
         return torch.zeros(0, 3, 1, 1)
     if len(sizes := {tuple(image.shape[1:]) for image in images}) > 1:
-        raise ValueError(f"pictures of {len(sizes)} sizes cannot be one batch: score them with diffalign.score_images")
+        raise ValueError(f"images of {len(sizes)} sizes cannot be one batch: score them with diffalign.score_images")
     return torch.stack(images)

@@ -1,4 +1,4 @@
-"""Call user code so that it changes nothing for others: own inputs, and the state of the process as it was."""
+"""Isolate user code: copy its inputs, and restore the process state and signal handlers that it changes."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ T = TypeVar("T")
 
 
 class RewardExit(RuntimeError):
-    """User code that raised what ends a program, such as ``SystemExit``, as an error like any other."""
+    """Ordinary error in place of an exception of user code that would end the program, such as ``SystemExit``."""
 
 
 def isolated(call: Callable[[], T]) -> T:
-    """Return ``call()``, with the state of the process and its signal handlers put back as they were.
+    """Return ``call()``, and restore the process state and signal handlers afterwards.
 
-    What ``call`` raises comes out, but for what would end the program (``SystemExit``, ``KeyboardInterrupt``,
-    ``GeneratorExit`` ...), which comes out as a ``RewardExit``. A real Ctrl-C, or whatever else a signal handler of the
-    program raises while ``call`` runs, comes out as it is, even where ``call`` swallows it.
+    Exceptions of ``call`` propagate, except those that would end the program (``SystemExit``, ``KeyboardInterrupt``,
+    ``GeneratorExit`` ...), which become a ``RewardExit``. What a signal handler of the program raises while ``call``
+    runs, such as KeyboardInterrupt at Ctrl-C, propagates unchanged, even if ``call`` catches it.
     """
-    with _SameState(), _StopSignals() as stops:
+    with _StateGuard(), _SignalGuard() as signals:
         try:
             result = call()
         except BaseException as error:
-            if stops.raised is not None:
-                raise stops.raised from None
+            if signals.raised is not None:
+                raise signals.raised from None
             if isinstance(error, Exception):
                 raise
             raise RewardExit(f"it raised {type(error).__name__} {error.args!r}"[:200]) from error
-        if stops.raised is not None:
-            raise stops.raised
+        if signals.raised is not None:
+            raise signals.raised
         return result
 
 
 def said(error: BaseException | None, length: int = 500) -> str:
-    """Return an error's type and message in at most about ``length`` characters, also where it cannot be printed."""
+    """Format an error's type and message in about ``length`` characters; survives a ``__str__`` that raises."""
     try:
         text = f"{type(error).__name__}: {error}"
     except BaseException:  # __str__ is user code too
@@ -61,24 +61,24 @@ def said(error: BaseException | None, length: int = 500) -> str:
 
 
 def named(texts: Iterable[str], most: int = 8, length: int = 80) -> str:
-    """Return different texts in quotes, shortened, and how many more there are."""
+    """List distinct texts, quoted and shortened, with the number of those omitted."""
     found = list(dict.fromkeys(texts))
     short = [repr(text if len(text) <= length else text[:length] + "...") for text in found[:most]]
     return ", ".join(short) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
-def own_copy(value: Any) -> Any:
-    """Return a deep copy of metadata; what cannot be copied, such as an open file, is passed on as it is."""
+def copy_metadata(value: Any) -> Any:
+    """Deep-copy metadata; values that cannot be copied, such as an open file, are shared."""
     try:
         return copy.deepcopy(value)
-    except Exception:  # copying runs the code of the object's class
-        return {key: own_copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    except Exception:  # deepcopy runs code of the object's class
+        return {key: copy_metadata(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-class _StopSignals:
-    """Passes signals on to the program's Python handlers, and keeps what these raise: that is not the callee's own.
+class _SignalGuard:
+    """Forward signals to the program's Python handlers, and record what they raise, to tell it from user code's errors.
 
-    Handlers that the callee replaces are put back. Only the main thread receives signals; elsewhere this does nothing.
+    Handlers that user code replaces are restored. Only the main thread receives signals; elsewhere this does nothing.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
@@ -87,12 +87,12 @@ class _StopSignals:
         self.raised: BaseException | None = None
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> _SignalGuard:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
                 handler = self._handlers[number] = signal.getsignal(number)
                 if callable(handler):
-                    signal.signal(number, partial(self._pass_on, handler))
+                    signal.signal(number, partial(self._forward, handler))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -100,7 +100,7 @@ class _StopSignals:
             if handler is not None and signal.getsignal(number) is not handler:  # None: set outside of Python
                 signal.signal(number, handler)
 
-    def _pass_on(self, handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
+    def _forward(self, handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
         try:
             handler(number, frame)
         except BaseException as error:
@@ -110,18 +110,18 @@ class _StopSignals:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One part of the process's state: how to read it, as something that compares, and how to put it back."""
+    """One part of the process state: ``read`` returns a comparable value, ``write`` restores it."""
 
     read: Callable[[], Any]
     write: Callable[[Any], object]
 
 
-class _SameState:
-    """A context at whose end every one of ``SETTINGS``, and the filters of warnings, are as at its beginning.
+class _StateGuard:
+    """Context manager that restores all ``SETTINGS`` and the warning filters on exit.
 
-    What has not changed is not written: while rewards run in a thread of their own, the program goes on in another.
-    Contexts of several threads may overlap, as those of a server's rewards do. What is the process's is then put back
-    to what it was before the first of them: none takes another's changes for the state to restore.
+    Unchanged settings are not written, because the program continues in another thread while rewards run in the
+    background. Contexts of several threads may overlap, as on a server: process-wide settings are then restored to
+    their values before the first of them, so that no context saves the changes of another.
     """
 
     _lock: ClassVar = threading.Lock()
@@ -134,11 +134,11 @@ class _SameState:
         depth = self._depth.value = getattr(self._depth, "value", 0) + 1
         if depth == 1:
             with self._lock:
-                if not _SameState._threads:
-                    _SameState._first = self._before
-                _SameState._threads += 1
-                own = {name: self._before[name] for name in OF_A_THREAD}
-                self._before = {**_SameState._first, **own}
+                if not _StateGuard._threads:
+                    _StateGuard._first = self._before
+                _StateGuard._threads += 1
+                own = {name: self._before[name] for name in PER_THREAD}
+                self._before = {**_StateGuard._first, **own}
         self._filters, self._content = warnings.filters, list(warnings.filters)
         self._streams = sys.stdout, sys.stderr
 
@@ -146,26 +146,26 @@ class _SameState:
         self._depth.value -= 1
         with self._lock:
             if not self._depth.value:
-                _SameState._threads -= 1
+                _StateGuard._threads -= 1
             problems = [self._restore(name, setting) for name, setting in SETTINGS.items()]
         if self._filters != self._content:
             self._filters[:] = self._content
-            with warnings.catch_warnings():  # tells the module that its filters have changed
+            with warnings.catch_warnings():  # invalidates the module's cache of filters
                 pass
-        # Another thread may have replaced these by itself, such as ``catch_warnings`` and ``redirect_stdout`` do.
+        # Only in the main thread: others may replace these concurrently, as catch_warnings and redirect_stdout do.
         if threading.current_thread() is threading.main_thread():
             warnings.filters = self._filters
             sys.stdout, sys.stderr = self._streams
-        for problem in filter(None, problems):  # not before the filters are as they were: they may make it an error
+        for problem in filter(None, problems):  # after the filters are restored: user code's may turn it into an error
             warnings.warn(problem, stacklevel=3)
 
     def _restore(self, name: str, setting: _Setting) -> str | None:
-        """Put one setting back; one that cannot be must not keep the others from it. Returns what went wrong."""
+        """Restore one setting. Returns a message if that fails, so that the others are still restored."""
         try:
             if setting.read() != self._before[name]:
                 setting.write(self._before[name])
         except Exception as error:
-            return f"a reward changed the {name}, and it cannot be put back: {said(error)}"
+            return f"a reward changed the {name}, and it cannot be restored: {said(error)}"
         return None
 
 
@@ -189,13 +189,13 @@ def _set_cuda_generators(states: tuple[bytes, ...]) -> None:
 
 
 def _numpy_generator() -> tuple[Any, ...]:
-    generator = np.random.get_bit_generator()  # which can be replaced, by one of another kind too
+    generator = np.random.get_bit_generator()  # the global bit generator can be replaced by another kind
     state: Any = np.random.get_state(legacy=False)
     return generator, _plain(dict(state))
 
 
 def _plain(value: Any) -> Any:
-    """Return nested dicts with arrays as bytes, so that they compare."""
+    """Convert arrays in nested dicts to bytes, which makes them comparable."""
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return (value.tobytes(), value.dtype.str) if isinstance(value, np.ndarray) else value
@@ -242,7 +242,7 @@ def _set_deterministic(state: tuple[bool, bool, bool]) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = state[2]
 
 
-# Parents before their parts, which follow them.
+# Parents first: setting a parent also sets its children.
 _PRECISIONS: tuple[Any, ...] = (
     torch.backends,
     torch.backends.cuda.matmul,
@@ -256,7 +256,7 @@ _PRECISIONS: tuple[Any, ...] = (
 def _matmul_precision() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by parts, and no one name says how
+    except RuntimeError:  # set per backend: there is no single name for it
         return None
 
 
@@ -266,7 +266,7 @@ def _precisions() -> tuple[str | None, ...]:
 
 def _set_precisions(state: tuple[str | None, ...]) -> None:
     matmul, *parts = state
-    for _ in range(2):  # one name sets several parts, and parts may make the name unreadable
+    for _ in range(2):  # the global name sets several backends, and per-backend values make it unreadable
         for part, value in zip(_PRECISIONS, parts, strict=True):
             if value is not None and part.fp32_precision != value:
                 part.fp32_precision = value
@@ -307,7 +307,7 @@ def _autocast(device: str) -> _Setting:
 
 
 SETTINGS: dict[str, _Setting] = {
-    "default device": _Setting(torch.get_default_device, _set_default_device),  # first: others make tensors
+    "default device": _Setting(torch.get_default_device, _set_default_device),  # first: other settings create tensors
     "default dtype": _Setting(torch.get_default_dtype, torch.set_default_dtype),
     "grad mode": _Setting(torch.is_grad_enabled, torch._C._set_grad_enabled),
     "threads": _Setting(torch.get_num_threads, torch.set_num_threads),
@@ -345,8 +345,8 @@ SETTINGS: dict[str, _Setting] = {
     "standard streams": _Setting(process_state.open_descriptors, process_state.open_again),
     "level of logging": _Setting(lambda: logging.root.manager.disable, logging.disable),
 }
-# Those that each thread has for itself.
-OF_A_THREAD = (
+# Settings that are local to a thread.
+PER_THREAD = (
     "default device",
     "grad mode",
     "threads",

@@ -1,4 +1,4 @@
-"""Try rewards on two small images before a model loads: what is wrong with one shows in a second, by its name."""
+"""Call rewards on two small images before a model loads, to report a faulty reward early and by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups
-from diffalign.rewards.support.isolation import isolated, own_copy, said
+from diffalign.rewards.support.isolation import copy_metadata, isolated, said
 from diffalign.structures import Prompt
 
 COUNT, SIDE = 2, 64
@@ -23,7 +23,7 @@ _OFF: ContextVar[bool] = ContextVar("off", default=False)
 
 @contextmanager
 def untried() -> Iterator[None]:
-    """Ask no reward inside: a dry run has no side effects."""
+    """Disable ``try_rewards`` inside the context, for dry runs."""
     token = _OFF.set(True)
     try:
         yield
@@ -36,31 +36,31 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
 
     Args:
         rewards: by name.
-        prompts: of the run, of which the first two are used. Without any, a reward that raises is let pass: it may need
-            metadata that are not here.
-        resolution: of the run's images, where it is known; the test images have at most ``SIDE`` pixels a side.
+        prompts: of the run; the first two are used. Without prompts, exceptions of a reward are ignored, because it may
+            need metadata.
+        resolution: of the run's images, if known; the test images have at most ``SIDE`` pixels a side.
 
     Raises:
         RewardUnavailable: weights or a package are missing.
-        ValueError: a reward that cannot be called with (images, prompts, metadata), raises on both images, together and
-            alone, or returns something else than a number for each.
+        ValueError: a reward that does not accept (images, prompts, metadata), that raises on both images, together and
+            alone, or that does not return one number per image.
     """
     if _OFF.get():
         return
-    asked = [prompts[i % len(prompts)] for i in range(COUNT)] if prompts else [Prompt("a red circle")] * COUNT
+    samples = [prompts[i % len(prompts)] for i in range(COUNT)] if prompts else [Prompt("a red circle")] * COUNT
     for name, reward in rewards.items():
         _check_signature(name, reward)
-        _try(name, _copied(reward), asked, bool(prompts), min(SIDE, resolution or SIDE))
+        _try(name, _copied(reward), samples, bool(prompts), min(SIDE, resolution or SIDE))
 
 
 def _copied(reward: Reward) -> Reward:
-    """A copy whose state may change, of a user's own instance; what holds tensors is used as it is."""
+    """Copy a user's instance, whose state the trial may change; instances that hold tensors are not copied."""
     held = getattr(reward, "__dict__", {})
     if RECIPE in held or isinstance(reward, nn.Module) or any(isinstance(v, nn.Module | Tensor) for v in held.values()):
         return reward
     try:
         return copy.deepcopy(reward)
-    except Exception:  # of an object that cannot be copied, in ways of its own
+    except Exception:  # a user's __deepcopy__ may raise anything
         return reward
 
 
@@ -74,7 +74,7 @@ def _check_signature(name: str, reward: Reward) -> None:
         raise ValueError(
             f"reward {name!r} cannot be called with ({wanted}): {error}; give it these parameters"
         ) from error
-    except ValueError:  # no signature, as of some functions in C
+    except ValueError:  # some C functions have no signature
         return
 
 
@@ -83,19 +83,19 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     errors: list[BaseException] = []
-    for rows in ([0, 1], [0], [1]):  # one that fails on both together may do for one at a time
+    for rows in ([0, 1], [0], [1]):  # a reward may support only single images
         try:
-            found = _ask(reward, images[rows].clone(), [prompts[i] for i in rows])
+            found = _call(reward, images[rows].clone(), [prompts[i] for i in rows])
         except (RewardUnavailable, ImportError) as error:
             raise RewardUnavailable(f"reward {name!r}: {error}") from error
-        except Exception as error:  # the code of a user: what it raises is unknown
+        except Exception as error:  # user code may raise anything
             errors.append(error)
             continue
         if not errors and (problem := _problem(found)):
             raise ValueError(f"reward {name!r} returned {problem}: return one number for each image, as a tensor (B,)")
         return
     first = errors[0]
-    later = isinstance(first, NameError) and "free variable" in str(first)  # assigned once the trainer is made
+    later = isinstance(first, NameError) and "free variable" in str(first)  # assigned after the trainer is built
     if refuse and not later:
         what = said(first, 300).removeprefix("RewardExit: it raised ")
         raise ValueError(
@@ -104,14 +104,14 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
         ) from first
 
 
-def _ask(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
+def _call(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
     groups = [torch.zeros(len(prompts), dtype=torch.long)] if needs_groups(reward) else []
-    texts, metadata = [p.text for p in prompts], [own_copy(dict(p.metadata)) for p in prompts]
+    texts, metadata = [p.text for p in prompts], [copy_metadata(dict(p.metadata)) for p in prompts]
     return isolated(lambda: reward(images, texts, metadata, *groups))
 
 
 def _problem(found: Any) -> str:
-    """What is wrong with the result of a reward for the test images; empty if nothing."""
+    """Describe what is wrong with the result for the test images; empty if nothing is."""
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
         found = found[0]
     try:

@@ -1,4 +1,4 @@
-"""Parts of a process that belong to the operating system, and that user code may leave changed."""
+"""Read and restore operating-system state of the process: timers, umask, signals, standard streams."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _TIMERS = tuple(
 
 
 def timers() -> tuple[bool, ...]:
-    """Return which interval timers run."""
+    """Return which interval timers are running."""
     return tuple(signal.getitimer(timer)[0] > 0 for timer in _TIMERS)
 
 
 def set_timers(running: tuple[bool, ...]) -> None:
-    """End timers that were started meanwhile: without the handler of who did, their signal ends the process."""
+    """Stop timers that user code started: without its handler, their signal would end the process."""
     for timer, before in zip(_TIMERS, running, strict=True):
         if not before:
             signal.setitimer(timer, 0)
 
 
 def umask() -> int | None:
-    """Return the mask of new files, where the system tells it without setting it."""
-    try:  # the call that returns it also sets it, for all threads
+    """Return the umask, or None on systems where reading it would set it."""
+    try:  # os.umask would set it for all threads
         with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             return next((int(line.split()[1], 8) for line in file if line.startswith("Umask:")), None)
     except OSError:
@@ -32,13 +32,13 @@ def umask() -> int | None:
 
 
 def set_umask(value: int | None) -> None:
-    """Set the mask of new files, where it is known."""
+    """Set the umask; None does nothing."""
     if value is not None:
         os.umask(value)
 
 
 def blocked_signals() -> frozenset[int]:
-    """Return the signals that this thread holds back."""
+    """Return the signals that this thread blocks."""
     return (
         frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ())) if hasattr(signal, "pthread_sigmask") else frozenset()
     )
@@ -58,7 +58,7 @@ def _is_open(number: int) -> bool:
 
 
 def open_again(before: tuple[bool, ...]) -> None:
-    """Lead closed standard streams to the null device: a file that took their number would receive the output."""
+    """Reopen closed standard streams on the null device: a file with their number would receive the output."""
     for number, was_open in enumerate(before):
         if was_open and not _is_open(number):
             os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""What is done to the words of prompts before a model reads them."""
+"""Deduplicate prompts, check question templates, and escape special tokens."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from string import Formatter
 from typing import Any
 
 
-def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Each prompt once, and where each of ``prompts`` is among them."""
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return list(places), [places[prompt] for prompt in prompts]
+def unique_prompts(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the distinct prompts, and the index of each of ``prompts`` among them."""
+    indices = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(indices), [indices[prompt] for prompt in prompts]
 
 
 def check_question(name: str, question: str) -> None:
-    """ValueError: the question of reward ``name`` has no place, or several, for the prompt."""
+    """Raise ValueError unless the question of reward ``name`` contains exactly one ``{}``."""
     if question.count("{}") != 1:
         raise ValueError(f"reward {name!r}: the question needs one {{}} for the prompt, got {question!r}")
     check_template(name, question, {""})
 
 
 def check_template(name: str, template: str, fields: Set[str]) -> None:
-    """Check that a text of a configuration has no other replacement fields than ``fields``, and nothing after them.
+    """Check that a template from a configuration contains only plain replacement fields in ``fields``.
 
-    ValueError: a field that reads attributes or items (``{prompt.x}``), or has a format or a width (``{prompt:>99}``).
+    Raises ValueError for other fields, attribute or item access (``{prompt.x}``), conversions, and format
+    specifications (``{prompt:>99}``).
     """
     allowed = ", ".join(f"{{{field}}}" for field in sorted(fields))
     try:
@@ -39,11 +40,11 @@ def check_template(name: str, template: str, fields: Set[str]) -> None:
             )
 
 
-def literal(tokenizer: Any, prompt: str) -> str:
-    """``prompt`` with a blank inside whatever the tokenizer would take for one of its own marks.
+def escape_special_tokens(tokenizer: Any, prompt: str) -> str:
+    """Insert a space into every special token of the tokenizer that occurs in ``prompt``.
 
-    A prompt that writes ``<|image_pad|>`` would otherwise claim a second image.
+    Otherwise a prompt with ``<|image_pad|>`` would insert a second image.
     """
-    marks = sorted((mark for mark in tokenizer.get_added_vocab() if len(mark) > 1), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, marks))
-    return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", prompt) if marks else prompt
+    tokens = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, tokens))
+    return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", prompt) if tokens else prompt

@@ -1,4 +1,4 @@
-"""How Qwen's vision-language models are fed: images as rows of patches, prompts through their chat template."""
+"""Prepare inputs of Qwen's vision-language models: image patches, and prompts in their chat template."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from diffalign.rewards.support.preprocess import check_images, resize, widened
+from diffalign.rewards.support.preprocess import at_least_float32, check_images, resize
 from diffalign.rewards.support.weights import Weights, frozen
 
-FEWEST, MOST = 4, 16384  # words that an image becomes
-IMAGE = "<|image_pad|>"  # one for each patch that the language model sees
+MIN_TOKENS, MAX_TOKENS = 4, 16384  # per image
+IMAGE = "<|image_pad|>"  # one per merged patch
 
 
 @dataclass(frozen=True)
 class Patches:
-    """How an image becomes patches: the fields of ``preprocessor_config.json``.
+    """Convert images to patches by the settings of ``preprocessor_config.json``.
 
-    smallest, largest: number of pixels that an image is enlarged or reduced to. patch: side in pixels. merge: so many
-    patches in each direction become one for the language model. frames: a still image is repeated so often.
+    Args:
+        smallest: minimum area in pixels; smaller images are enlarged.
+        largest: maximum area in pixels; larger images are reduced.
+        patch: side of a patch in pixels.
+        merge: patches per direction that form one token of the language model.
+        frames: repetitions of a still image in time.
+        mean: per channel.
+        std: per channel.
     """
 
     smallest: int
@@ -36,7 +42,7 @@ class Patches:
 
     @classmethod
     def of(cls, path: str, revision: str | None = None) -> Patches:
-        """Those of a published model."""
+        """Read the settings of a published model."""
         own = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
         size = own.size
         return cls(
@@ -50,22 +56,22 @@ class Patches:
         )
 
     def __call__(self, images: Tensor, *, quantize: bool) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), float, [0, 1], to rows of patches, image by image, and the grids (B, 3) that they form.
+        """Convert images (B, 3, H, W), float, [0, 1], to patches, image by image, and their grids (B, 3).
 
-        ValueError: a shape or dtype that is wrong, or sides that differ 200 times.
+        Raises ValueError for a wrong shape or dtype, or an aspect ratio above 200.
         """
         check_images(images)
         height, width = images.shape[-2:]
         size = smart_resize(height, width, self.patch * self.merge, self.smallest, self.largest)
-        pixels = resize(widened(images), size, quantize=quantize)
+        pixels = resize(at_least_float32(images), size, quantize=quantize)
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return patchify((pixels - mean) / std, self.patch, self.merge, self.frames)
 
 
 def patchify(pixels: Tensor, patch: int, merge: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Pixels (B, 3, H, W) to (B h w, 3 frames patch^2), and grids (B, 3) of (1, h, w).
+    """Reshape pixels (B, 3, H, W) to patches (B h w, 3 frames patch^2), and return grids (B, 3) of (1, h, w).
 
-    Patches that will be merged follow each other.
+    Patches that will be merged are adjacent.
     """
     count, channels, height, width = pixels.shape
     h, w = height // patch, width // patch
@@ -76,29 +82,29 @@ def patchify(pixels: Tensor, patch: int, merge: int, frames: int) -> tuple[Tenso
 
 
 def load(weights: Weights) -> tuple[nn.Module, Any, Patches]:
-    """A published model of the family (2-VL, 2.5-VL, 3-VL), its tokenizer, and how it cuts images.
+    """Load a published model (2-VL, 2.5-VL, 3-VL), its tokenizer and its patch settings.
 
-    Images are resized as ``qwen_vl_utils`` does, which VQAScore was published with, whatever the model's own processor
-    would do: to 4 to 16384 words of the language model.
+    Images are resized to 4 to 16384 tokens as ``qwen_vl_utils`` does, which VQAScore was published with, and not by the
+    limits of the model's own processor.
     """
     model = AutoModelForImageTextToText.from_pretrained(
         weights.path, revision=weights.revision, trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
     patches = Patches.of(weights.path, weights.revision)
-    word = (patches.patch * patches.merge) ** 2
-    return frozen(model, weights), tokenizer, replace(patches, smallest=FEWEST * word, largest=MOST * word)
+    area = (patches.patch * patches.merge) ** 2
+    return frozen(model, weights), tokenizer, replace(patches, smallest=MIN_TOKENS * area, largest=MAX_TOKENS * area)
 
 
 def chat(
     tokenizer: Any, texts: Sequence[str], tokens_per_image: int, side: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their mask (B, L), padded on the left or right ``side``, of one turn of an image and a text each."""
-    asked = []
+    """Tokenize one user turn of an image and a text per row: ids and mask (B, L), padded on ``side``."""
+    chats = []
     for text in texts:
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        written = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, _, after = written.partition(IMAGE)
-        asked.append(before + IMAGE * tokens_per_image + after)
-    encoded = tokenizer(asked, padding=True, padding_side=side, return_tensors="pt").to(device)
+        chat_text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, _, after = chat_text.partition(IMAGE)
+        chats.append(before + IMAGE * tokens_per_image + after)
+    encoded = tokenizer(chats, padding=True, padding_side=side, return_tensors="pt").to(device)
     return encoded.input_ids, encoded.attention_mask

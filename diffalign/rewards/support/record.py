@@ -1,4 +1,4 @@
-"""Record rewards that were passed from Python as a configuration can name them, so that a run can be repeated."""
+"""Record rewards passed from Python in the form of a configuration, so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def reward_record(spec: Any, rewards: Mapping[str, Reward]) -> dict[str, float | RewardConfig]:
-    """The ``rewards`` section of a configuration that makes the rewards of ``spec`` again.
+    """Return the ``rewards`` section of a configuration that rebuilds the rewards of ``spec``.
 
     Args:
-        spec: what was passed as ``reward_funcs``: a name, function or instance, several in a list, or weights by name.
-        rewards: what was made of it, by name.
+        spec: the argument ``reward_funcs``: a name, function or instance, a list of them, or weights by name.
+        rewards: the rewards built from it, by name.
 
     Returns:
-        A weight for a registered reward with its defaults; settings with ``module:name`` or ``file.py:name`` for code
-        that can be found by name; settings that say ``PASSED`` for the rest (lambdas, local functions, instances).
+        A weight for a registered reward with default options; ``RewardConfig`` with ``module:name`` or
+        ``file.py:name`` for code that can be imported by name; ``RewardConfig`` with ``PASSED`` for everything else
+        (lambdas, local functions, instances).
     """
     if isinstance(spec, Mapping):
         return {name: entry if isinstance(entry, RewardConfig) else float(entry) for name, entry in spec.items()}
@@ -38,7 +39,7 @@ def reward_record(spec: Any, rewards: Mapping[str, Reward]) -> dict[str, float |
 
 
 def passed_from_python(table: Mapping[str, Any]) -> list[str]:
-    """The names of rewards that a configuration cannot make again."""
+    """List the rewards that a configuration cannot rebuild."""
     return [name for name, entry in table.items() if isinstance(entry, RewardConfig) and entry.reward == PASSED]
 
 
@@ -48,26 +49,26 @@ def _entry(name: str, reward: Reward, code: Mapping[str, str]) -> float | Reward
         factory = REWARDS[made].factory
         while isinstance(factory, partial):
             factory = factory.func
-        spec = made if _is_installed(factory) else _place(getattr(factory, "__module__", ""), made, None)
+        spec = made if _is_installed(factory) else _import_path(getattr(factory, "__module__", ""), made, None)
         if spec and _is_plain(options):
             return 1.0 if spec == name and not options else RewardConfig(reward=spec, options=dict(options))
-    return RewardConfig(reward=code.get(name) or _found(reward) or PASSED)
+    return RewardConfig(reward=code.get(name) or _search(reward) or PASSED)
 
 
-def _found(reward: Reward) -> str | None:
-    """Where a function, or an instance at the top level of a module, can be found by name."""
+def _search(reward: Reward) -> str | None:
+    """Find the import path of a function, or of an instance at the top level of a module."""
     target: Any = reward.function if isinstance(reward, FunctionReward) else reward
     module = getattr(target, "__module__", None) or type(target).__module__
     known = vars(sys.modules[module]) if module in sys.modules else {}
-    # A reward made from a function stands for it only with the defaults, which is what naming the function gives.
+    # Naming a function rebuilds its reward with default settings, so other settings rule it out.
     alike = not isinstance(reward, FunctionReward) or reward == FunctionReward(reward.name, reward.function)
     wanted = [one for one in (reward, target if alike else None) if one is not None]
     names = (name for name, value in known.items() if any(value is one for one in wanted))
-    return next((spec for name in names if (spec := _place(module, name, known[name]))), None)
+    return next((spec for name in names if (spec := _import_path(module, name, known[name]))), None)
 
 
-def _place(module: str, name: str, value: Any) -> str | None:
-    """``module:name`` or ``file.py:name``; None where neither would find it. value: what it should find, if known."""
+def _import_path(module: str, name: str, value: Any) -> str | None:
+    """Return ``module:name`` or ``file.py:name``, or None if neither resolves; ``value``: the expected object."""
     loaded = sys.modules.get(module)
     file = getattr(loaded, "__file__", None)
     if loaded is None or not file or (value is not None and getattr(loaded, name, None) is not value):
@@ -82,7 +83,7 @@ def _place(module: str, name: str, value: Any) -> str | None:
 
 
 def _can_be_imported(module: ModuleType, file: Path) -> bool:
-    """Whether a later command finds the module by its name: part of a package, installed, or in the working folder."""
+    """Whether a later command can import the module: in a package, installed, or in the working directory."""
     name = module.__name__
     if name == "__main__" or name.startswith(PREFIX):
         return False
@@ -96,11 +97,11 @@ def _can_be_imported(module: ModuleType, file: Path) -> bool:
 
 
 def _top_level(path: Path) -> set[str]:
-    """Names that a file defines when it is loaded, not only when it is run as a script."""
+    """List names that a file defines at its top level, outside ``if __name__``."""
     names: set[str] = set()
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError):  # it has changed since it was loaded
+    except (OSError, SyntaxError, ValueError):  # the file has changed since it was loaded
         return names
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -112,7 +113,7 @@ def _top_level(path: Path) -> set[str]:
 
 
 def _is_installed(factory: Any) -> bool:
-    """Whether the factory is registered wherever this package runs: its own, or a plug-in's."""
+    """Whether the factory belongs to this package or to an installed plug-in."""
     module = getattr(factory, "__module__", "") or ""
     plugins = {point.value.partition(":")[0] for point in entry_points(group=PLUGINS)}
     return module.split(".")[0] == "diffalign" or module in plugins

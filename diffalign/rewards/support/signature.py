@@ -1,4 +1,4 @@
-"""Check that code of the user's own can be called as a reward."""
+"""Check that user code has the signature of a reward."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ PARAMETERS = ("images", "prompts", "metadata")
 
 
 def check_reward(spec: str, found: Any) -> None:
-    """Refuse what cannot be a reward, before anything of it is called.
+    """Check that an object has the signature of a reward, without calling it.
 
-    A reward is a function, or a class whose instances can be called, with (images, prompts, metadata), in that order
-    and each a parameter of its own, and for group rewards a fourth, the group ids.
+    A reward is a function, or a class with callable instances, with the parameters (images, prompts, metadata) in this
+    order, followed by the group ids for group rewards.
 
-    ValueError: anything else, such as a class that only takes options.
+    Raises ValueError for anything else, such as a class that only takes options.
     """
     call = _call_of(found)
-    taken = [] if call is None else _positional(call)[:3]
-    own = [p for p in taken if p.default is p.empty or p.name in PARAMETERS]
-    if len(own) < 3:
+    first = [] if call is None else _positional(call)[:3]
+    required = [p for p in first if p.default is p.empty or p.name in PARAMETERS]
+    if len(required) < 3:
         raise ValueError(
             f"reward {spec!r} is not a reward: it cannot be called with (images, prompts, metadata); name a function "
             "with these three parameters, or a class whose __call__ has them"
@@ -28,7 +28,7 @@ def check_reward(spec: str, found: Any) -> None:
 
 
 def _call_of(found: Any) -> Callable[..., Any] | None:
-    """The function that scores: the function itself, or ``__call__`` (``forward`` of a module) without ``self``."""
+    """Return the scoring function: the function itself, or ``__call__`` (``forward`` of a module) without ``self``."""
     if inspect.isfunction(found):
         return found
     kind = found if isinstance(found, type) else type(found)
@@ -40,7 +40,7 @@ def _call_of(found: Any) -> Callable[..., Any] | None:
 
 
 def _positional(call: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The positional parameters; none where there is no signature."""
+    """List the positional parameters; empty if there is no signature."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where the networks of rewards live: loaded at first use, once per process, and off the device when told to."""
+"""Load reward networks at first use, once per process, and offload them if configured."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from diffalign.rewards.base import RewardUnavailable
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _LOADED: dict[tuple[Any, ...], Any] = {}
-_LOCK = threading.Lock()  # of the two tables below
+_LOCK = threading.Lock()  # guards the two tables below
 _LOADING: dict[tuple[Any, ...], threading.RLock] = {}
 _IN_USE: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights a network reward uses, and where.
+    """Source, precision and placement of a reward's weights.
 
-    path: a folder or file, or an id on the hub. revision: of the hub; None for its newest. precision: of the network, a
-    key of ``PRECISIONS``. offload: back to the CPU after each use, so that the device is free for the next phase.
+    Args:
+        path: a folder, a file, or a hub id.
+        revision: of the hub; None for the newest.
+        precision: of the network, a key of ``PRECISIONS``.
+        offload: move the network to the CPU after each use, to free device memory.
     """
 
     path: str
@@ -38,43 +41,43 @@ class Weights:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown precision."""
+        """Check the precision."""
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     @property
     def spec(self) -> str:
-        """path and revision in one, as ``split`` takes them."""
+        """path and revision as one text, the argument of ``split``."""
         return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's weights."""
+        """Data type of the weights."""
         return PRECISIONS[self.precision]
 
 
 def split(spec: str) -> tuple[str, str | None]:
-    """``ID@REVISION`` of the hub (a commit, tag or branch), apart; without one None. What exists on disk is a path."""
+    """Split ``ID@REVISION`` (a commit, tag or branch) into id and revision or None. A path on disk is not split."""
     name, _, revision = spec.partition("@")
     return (spec, None) if Path(spec).exists() else (name, revision or None)
 
 
 def pinned(spec: str) -> dict[str, str | None]:
-    """``split``, as what ``from_pretrained`` takes."""
+    """Return ``split`` as arguments of ``from_pretrained``."""
     return dict(zip(("pretrained_model_name_or_path", "revision"), split(spec), strict=True))
 
 
 def check_path(path: str) -> None:
-    """RewardUnavailable: it is no id of the hub (NAME or OWNER/NAME), and not there. Asking the hub takes a minute."""
+    """Raise RewardUnavailable for a missing path that is no hub id, to avoid a slow request to the hub."""
     if (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1) and not Path(path).exists():
         raise RewardUnavailable(f"there is no file or folder {path}: check the path")
 
 
 def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
-    """``loader(*arguments)``, the first time; later calls of the process get the same object.
+    """Return ``loader(*arguments)``, cached for the process.
 
-    Whoever loads it first, it can be differentiated: tensors made in inference mode cannot. RewardUnavailable: whatever
-    the loader raises.
+    The loader runs outside inference mode, because inference tensors do not support autograd. Exceptions of the loader
+    become RewardUnavailable.
     """
     key = (loader, *arguments)
     with _LOCK:
@@ -91,7 +94,7 @@ def _load(key: tuple[Any, ...]) -> Any:
     try:
         with torch.inference_mode(False):
             _LOADED[key] = loader(*arguments)
-    except Exception as error:  # of the hub and of the libraries that own the formats
+    except Exception as error:  # the hub and the format libraries raise many types
         paths = " and ".join(item.path for item in arguments if isinstance(item, Weights))
         hint = "; check path and revision, and that the hub can be reached" if paths else ""
         problem = f"{paths or 'what it needs'} cannot be loaded: {type(error).__name__}: {error}{hint}"
@@ -100,14 +103,14 @@ def _load(key: tuple[Any, ...]) -> Any:
 
 
 def repositories() -> list[tuple[str, str | None]]:
-    """(name, revision) of all that this process has loaded; paths and other settings are among the names."""
+    """List (name, revision) of everything loaded in this process; names include paths and other settings."""
     arguments = [item for _, *arguments in _LOADED for item in arguments]
     weights = [(item.path, item.revision) for item in arguments if isinstance(item, Weights)]
     return weights + [split(item) for item in arguments if isinstance(item, str)]
 
 
 def repositories_of(reward: Any) -> list[tuple[str, str | None]]:
-    """(path or id, revision) of what a reward will load, of all its parts where it combines others."""
+    """List (path or id, revision) of what a reward will load, including the rewards that it combines."""
     found: list[tuple[str, str | None]] = []
     for name, value in getattr(reward, "__dict__", {}).items():
         if isinstance(value, Weights):
@@ -120,7 +123,7 @@ def repositories_of(reward: Any) -> list[tuple[str, str | None]]:
 
 
 def weights_file(weights: Weights, file: str) -> Path:
-    """``file`` in the folder of ``weights``, the path itself if it is a file, or ``file`` in the hub's repository."""
+    """Locate ``file`` in the folder or hub repository of ``weights``; a path to a file is returned as it is."""
     local = Path(weights.path)
     if local.is_file():
         return local
@@ -130,14 +133,14 @@ def weights_file(weights: Weights, file: str) -> Path:
 
 
 def state_dict(weights: Weights, file: str) -> dict[str, Tensor]:
-    """The tensors of ``weights_file``, unpickled without running code."""
+    """Load the tensors of ``weights_file`` with ``weights_only=True``."""
     found = torch.load(weights_file(weights, file), map_location="cpu", weights_only=True)
     return found.get("state_dict", found)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back warnings of the root logger, such as open_clip's about weights that are loaded a moment later."""
+    """Suppress warnings of the root logger, such as open_clip's about weights that are loaded afterwards."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -148,21 +151,21 @@ def quiet() -> Iterator[None]:
 
 
 def check_report(report: Mapping[str, Any], path: str, kind: str) -> None:
-    """ValueError where ``from_pretrained`` reports weights that are missing, left over, or of another shape."""
+    """Raise ValueError if ``from_pretrained`` reports missing, unexpected or mismatched weights."""
     if wrong := {key: sorted(map(str, names))[:5] for key, names in report.items() if names}:
         raise ValueError(f"{path} does not fit {kind}: {wrong}; check the path, or use other weights")
 
 
 def frozen(network: nn.Module, weights: Weights) -> nn.Module:
-    """``network`` in its dtype, in evaluation mode, without trainable weights."""
+    """Freeze a network, in evaluation mode and in the dtype of ``weights``."""
     return network.requires_grad_(False).eval().to(weights.dtype)
 
 
 @contextmanager
-def hosted(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
-    """``network`` on ``device``; then back where it belongs. A server's threads use it one after the other.
+def on_device(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
+    """Move a network to ``device`` inside the context, under a lock for threads of a server.
 
-    It stays where gradients are recorded: the backward pass still needs it there.
+    Afterwards it is offloaded if configured, unless gradients are recorded: the backward pass needs it on the device.
     """
     with _LOCK:
         lock = _IN_USE.setdefault(network, threading.RLock())
@@ -173,8 +176,3 @@ def hosted(network: nn.Module, weights: Weights, device: torch.device) -> Iterat
         finally:
             if weights.offload and not torch.is_grad_enabled():
                 network.to("cpu")
-
-
-def release() -> None:
-    """Forgets every network that rewards have loaded; the next use loads it again."""
-    _LOADED.clear()

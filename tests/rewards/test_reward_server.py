@@ -84,7 +84,7 @@ def test_pixels_are_counted_before_they_are_decoded(image, monkeypatch):
 
 
 def test_pixels_of_a_request_are_bounded_together(monkeypatch):
-    monkeypatch.setattr(serving, "MOST_PIXELS", 4 * 64)
+    monkeypatch.setattr(serving, "MAX_PIXELS", 4 * 64)
     with running(RewardServer(rewards(), port=0)) as address:
         assert post(address, asked(count=4)).status == 200
         reply = post(address, asked(count=5))
@@ -128,7 +128,7 @@ def test_every_bad_request_is_answered(kind):
 
 def test_a_request_has_so_many_images_at_most(monkeypatch):
     with running(RewardServer(rewards(), port=0)) as address:
-        reply = post(address, asked(count=serving.MOST_IMAGES + 1))
+        reply = post(address, asked(count=serving.MAX_IMAGES + 1))
     assert (reply.status, "too many for one request" in reply.json()["error"]) == (400, True)
 
 
@@ -184,8 +184,8 @@ def test_clients_beyond_the_limit_are_told_to_come_back(bench):
 def test_bodies_wait_for_their_share_of_memory():
     size = len(json.dumps(asked(), separators=(",", ":")))
     with running(RewardServer(rewards(), port=0, limits=Limits(waiting=size + 10))) as address:
-        wire = HTTPClient(address, retries=0, concurrency=4)
-        assert [reply["scores"] for reply in wire.map(lambda _: wire.post("/score", asked()), range(12))] == [
+        client = HTTPClient(address, retries=0, concurrency=4)
+        assert [reply["scores"] for reply in client.map(lambda _: client.post("/score", asked()), range(12))] == [
             [0.0]
         ] * 12
 
@@ -308,7 +308,7 @@ def test_a_token_opens_the_server_to_other_machines(monkeypatch):
         with pytest.raises(RemoteError, match="status 401"):
             HTTPClient(address, retries=0).post("/score", asked())
         monkeypatch.setenv("DIFFALIGN_TOKEN_127_0_0_1", "s3cret-token")
-        assert HTTPClient.to(address, retries=0).post("/score", asked()) == {"scores": [0.0]}
+        assert HTTPClient.for_url(address, retries=0).post("/score", asked()) == {"scores": [0.0]}
         large = b"x" * (1 << 22)
         with urllib3.PoolManager() as pool, contextlib.suppress(urllib3.exceptions.ProtocolError):
             reply = pool.request("POST", f"{address}/score", body=large, retries=False)

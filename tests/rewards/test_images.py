@@ -54,12 +54,12 @@ def test_batches():
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (np.zeros((4, 4, 3), dtype=np.int64), r"a picture of torch.int64: pass uint8"),
-        (np.full((4, 4, 3), 255.0), "a picture of floats up to 255: pass floats in"),
-        (np.zeros((4, 4, 2), dtype=np.uint8), "is no picture"),
-        (torch.zeros(4, 4), "is no picture"),
-        (7, "a int is no picture: pass a PIL image, a path"),
-        (None, "is no picture"),
+        (np.zeros((4, 4, 3), dtype=np.int64), r"an image of torch.int64: pass uint8"),
+        (np.full((4, 4, 3), 255.0), "an image of floats up to 255: pass floats in"),
+        (np.zeros((4, 4, 2), dtype=np.uint8), "is not an image"),
+        (torch.zeros(4, 4), "is not an image"),
+        (7, "a int is not an image: pass a PIL image, a path"),
+        (None, "is not an image"),
     ],
 )
 def test_what_is_no_picture_is_refused(picture, message):

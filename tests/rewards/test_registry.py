@@ -1,0 +1,64 @@
+"""A file in diffalign/rewards is a reward: it is imported, registered and found without an entry in a list."""
+
+from pathlib import Path
+
+from diffalign import preflight, rewards
+from diffalign.rewards import base
+
+FOLDER = Path(rewards.__file__).parent
+NAMES = [
+    "aesthetic",
+    "brightness",
+    "clipscore",
+    "combined",
+    "f_clipscore",
+    "geneval",
+    "geneval_graded",
+    "hp",
+    "hpsv2",
+    "hpsv2.1",
+    "hpsv3",
+    "ict",
+    "ict_hp",
+    "image_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "ocr",
+    "pickscore",
+    "remote",
+    "shapes",
+    "shapes_correct",
+    "shapes_strict",
+    "sharpness",
+    "vlm_checklist",
+    "vlm_pairwise",
+    "vlm_rating",
+    "vqascore",
+    "vqascore_qwen2.5",
+    "vqascore_qwen3",
+    "vqascore_xl",
+]
+
+
+def test_the_rewards_of_the_package():
+    files = sorted(FOLDER.glob("*.py"))
+    names = {name for file in files for name in preflight.REGISTERED.findall(file.read_text(encoding="utf-8"))}
+    assert sorted(names) == NAMES
+    assert names <= base.REWARDS.keys()
+
+
+def test_a_new_file_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "REWARDS", dict(base.REWARDS))
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    (tmp_path / "glow.py").write_text(
+        "from diffalign.rewards.base import FunctionReward, RewardCard, register\n"
+        "@register('glow', RewardCard('mean of all pixels', 0.1))\n"
+        "def glow(name):\n    return FunctionReward(name, lambda i, p, m: i.mean((1, 2, 3)))\n"
+    )
+    rewards._import_rewards()
+    assert base.get_reward("glow").name == "glow"
+
+
+def test_support_is_not_imported_as_rewards():
+    registered = [file for file in (FOLDER / "support").glob("*.py") if preflight.REGISTERED.search(file.read_text())]
+    assert registered == []
