@@ -158,15 +158,15 @@ class PairData(Samples[Pair]):
         super().__init__(settings, quarantine)
         self.parts = parts
         # Three numbers a pair: a million pairs are 24 MB.
-        self.places = array("q")
+        self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for row, place, pair, label in part.pairs(quarantine):
                 if counts(pair, label, settings, quarantine):
-                    self.places.extend((number, row, place))
+                    self._locations.extend((number, row, place))
 
     def __len__(self) -> int:
-        return len(self.places) // 3
+        return len(self._locations) // 3
 
     def __getitem__(self, index: int) -> Pair:
         part, row, place = self._place(index)
@@ -176,7 +176,7 @@ class PairData(Samples[Pair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
-        return tuple(self.places[3 * index : 3 * index + 3])
+        return tuple(self._locations[3 * index : 3 * index + 3])
 
     def confirm(self, index: int, sample: Pair) -> None:
         """ValueError where an AI label was given for another text or image."""

@@ -43,27 +43,30 @@ def labelled_row(row: Row, format: Format) -> LabelledImage:
     return LabelledImage(row.name, row.prompt(), image, liked, row.mask())
 
 
+FIELDS = 5  # integers per image: source, row, pair in the row, side, liked
+
+
 class LabelledData(Samples[LabelledImage]):
     """Single images with their labels, of pairs or of unpaired sources; otherwise as ``PairData``."""
 
     def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
         self.parts = parts
-        # Five numbers an image: source, row, place in the row, side, liked.
-        self.places = array("q")
+        # Packed FIELDS per image.
+        self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for place in self._plain(part) if part.format in UNPAIRED.values() else self._unpaired(part):
-                self.places.extend((number, *place))
+                self._locations.extend((number, *place))
 
     def __len__(self) -> int:
-        return len(self.places) // 5
+        return len(self._locations) // FIELDS
 
     def __getitem__(self, index: int) -> LabelledImage:
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        start = 5 * (index % len(self))
-        number, row, place, side, liked = self.places[start : start + 5]
+        start = FIELDS * (index % len(self))
+        number, row, place, side, liked = self._locations[start : start + FIELDS]
         part = self.parts[number]
         if part.format in UNPAIRED.values():
             return labelled_row(part.table.row(row), part.format)
@@ -71,18 +74,20 @@ class LabelledData(Samples[LabelledImage]):
         return LabelledImage(f"{pair.key}, image {side}", pair.prompt, pair.images[side], bool(liked), pair.mask)
 
     @property
-    def liked_share(self) -> float:
-        """The share of images that are liked."""
-        return sum(self.places[4::5]) / max(1, len(self))
+    def liked_indices(self) -> list[int]:
+        """Return the indices of the liked images, ascending."""
+        return [index for index, liked in enumerate(self._locations[4::FIELDS]) if liked]
 
     def liked(self) -> LabelledData:
-        """The liked ones alone. ValueError: there are none."""
-        starts = (start for start in range(0, len(self.places), 5) if self.places[start + 4])
-        alone = copy(self)
-        alone.places = array("q", (number for start in starts for number in self.places[start : start + 5]))
-        if not len(alone):
+        """Select the liked images. Raises ValueError if there are none."""
+        subset = copy(self)
+        subset._locations = array("q")
+        for index in self.liked_indices:
+            subset._locations.extend(self._locations[FIELDS * index : FIELDS * (index + 1)])
+
+        if not len(subset):
             raise ValueError(f"none of {len(self)} images is liked: look at their labels with diffalign check")
-        return alone
+        return subset
 
     def _plain(self, part: Part) -> Iterator[tuple[int, int, int, int]]:
         for number, row in enumerate(part.table.rows()):
