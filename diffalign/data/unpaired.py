@@ -13,7 +13,7 @@ from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
 from diffalign.data.pairs import Part, Samples, counts, examined, open_part
 from diffalign.data.row import Row
-from diffalign.data.validation import Fault, Quarantine
+from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 
@@ -38,7 +38,7 @@ def unpair(pairs: Iterable[Pair]) -> dict[tuple[str, str], tuple[int, int, bool]
 
 
 def labelled_row(row: Row, format: Format) -> LabelledImage:
-    """The image of a row of an unpaired format. Fault, as from its reader."""
+    """The image of a row of an unpaired format. SampleError, as from its reader."""
     ((image, liked),) = format.read(row)
     return LabelledImage(row.name, row.prompt(), image, liked, row.mask())
 
@@ -94,10 +94,10 @@ class LabelledData(Samples[LabelledImage]):
             self.quarantine.rows += 1
             try:
                 sample = labelled_row(row, part.format)
-            except Fault as fault:
-                self.quarantine.keeps(fault)
+            except SampleError as error:
+                self.quarantine.keeps(error)
                 continue
-            if sample.prompt.text or self.quarantine.keeps(row.fault("empty_caption", "prompt", "empty")):
+            if sample.prompt.text or self.quarantine.keeps(row.error("empty_caption", "prompt", "empty")):
                 yield number, 0, 0, int(sample.liked)
 
     def _unpaired(self, part: Part) -> list[tuple[int, int, int, int]]:
@@ -108,8 +108,8 @@ class LabelledData(Samples[LabelledImage]):
                 if counts(pair, label, self.settings, self.quarantine):
                     try:
                         images = tuple(replace(image, identity=identity(image)) for image in pair.images)
-                    except Fault as fault:
-                        self.quarantine.keeps(Fault(fault.kind, pair.key, fault.detail))
+                    except SampleError as error:
+                        self.quarantine.keeps(SampleError(error.kind, pair.key, error.detail))
                         continue
                     where.append((row, place))
                     yield replace(pair, images=images, label=label)
