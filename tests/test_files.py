@@ -10,7 +10,7 @@ from diffalign.config import load_yaml
 from diffalign.data.folders import folder_rows
 from diffalign.data.prompts import load_prompts
 from diffalign.data.records import Records
-from tests.data.made import encoded
+from tests.data.preference_files import encoded
 
 
 def test_names_are_ordered_as_file_managers_do():

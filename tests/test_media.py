@@ -18,11 +18,11 @@ from diffalign.commands.image_sources import read
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import decode, to_uint8
 from diffalign.data.pairs import load_pairs
-from diffalign.data.validation import Fault
+from diffalign.data.validation import SampleError
 from diffalign.rewards.support.http_client import decode_images
 from diffalign.rewards.support.images import as_image
 from diffalign.structures import ImageSource
-from tests.data.made import jsonl
+from tests.data.preference_files import jsonl
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 RAMP = np.linspace(0, 1, 12 * 16).reshape(12, 16)
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_well_is_refused_by_name(reader, name, tmp_path, mon
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     content, why = BAD[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, Fault), match=why) as caught:
+    with pytest.raises((ValueError, SampleError), match=why) as caught:
         reader(tmp_path / name)
     if reader not in (by_server, by_parquet_of_score):  # there a picture has no file
         assert name in str(caught.value)
@@ -217,7 +217,7 @@ def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
         file.truncate((1 << 29) + 1)
     with pytest.raises(ValueError, match=r"sparse\.png .*larger than 536,870,912 bytes"):
         as_image(tmp_path / "sparse.png")
-    with pytest.raises(Fault, match="larger than"):
+    with pytest.raises(SampleError, match="larger than"):
         decode(ImageSource("sparse", tmp_path / "sparse.png"))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.prompts import FAULTS, LineFault, prompt_file, read_lines
+from diffalign.data.prompts import LINE_ERRORS, LineError, prompt_file, read_lines
 from diffalign.data.validation import EXAMPLES
 from diffalign.files import open_regular, raw_lines, shorten, some
 from diffalign.models.prompt_length import Encoder, cut
@@ -43,12 +43,12 @@ def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] |
     encoders: of the model that is to read the prompts; None: not known.
     FileNotFoundError, ValueError: a file that is missing, or of another kind.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in (*FAULTS, *ODD)}
+    found: dict[str, list[str]] = {kind: [] for kind in (*LINE_ERRORS, *ODD)}
     seen: dict[str, str] = {}
     files = [_examine_file(prompt_file(source), found, seen, encoders) for source in sources]
     faults = {kind: {"count": len(lines), "samples": lines} for kind, lines in found.items()}
     stops = [f"{shorten(file['path'])} holds no prompt: write one per line" for file in files if not file["prompts"]]
-    stops = [lines[0] for kind, lines in found.items() if kind in FAULTS and lines] + stops
+    stops = [lines[0] for kind, lines in found.items() if kind in LINE_ERRORS and lines] + stops
     return {"files": files, "different": len(seen), "faults": faults, "verdict": stops}
 
 
@@ -60,7 +60,7 @@ def _examine_file(
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{shorten(path)}, line {number}"
         counts["blank"] += line is None
-        if isinstance(line, LineFault):
+        if isinstance(line, LineError):
             found[line.kind].append(str(line))
         elif line is not None:
             counts["prompts"] += 1
@@ -102,7 +102,7 @@ def prompts_text(report: dict[str, Any]) -> str:
         counts = f"{file['prompts']} prompts, {file['blank']} blank lines"
         lines.append(f"{shorten(file['path'])}: {counts}, line ends {file['line_ends']}{mark}")
     for kind, faults in report["faults"].items():
-        meaning = FAULTS.get(kind) or ODD[kind]
+        meaning = LINE_ERRORS.get(kind) or ODD[kind]
         lines.append(f"{kind}: {faults['count']} ({meaning})")
         lines += [f"  {sample}" for sample in faults["samples"][:EXAMPLES]]
         if (rest := faults["count"] - EXAMPLES) > 0:

@@ -19,7 +19,7 @@ from diffalign.data.ai_labels import RULES, labels_path, read_table, write_table
 from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.pairs import open_part, usable_images
 from diffalign.data.stream import open_stream_part
-from diffalign.data.validation import Fault, Quarantine
+from diffalign.data.validation import Quarantine, SampleError
 from diffalign.files import bounded, shorten
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.config import RewardConfig, build_rewards
@@ -72,7 +72,7 @@ def _pending(
         inside = fetched(pair)
         try:
             content = content_key(inside)
-        except Fault:
+        except SampleError:
             content = ""
         order.append((key, content))
         if content in book.known or content in asked:

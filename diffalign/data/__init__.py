@@ -1,1 +1,1 @@
-"""Prompts and preference data: readers, their order, and what is wrong with them."""
+"""Readers of prompts and preference data, their order, and their validation."""

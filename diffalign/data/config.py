@@ -1,4 +1,4 @@
-"""What can be told to the readers of preference data; a configuration may hold it as a section."""
+"""Configuration for reading preference data; a trainer's configuration may hold it as a section."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceDataConfig:
-    """How preference data are read, and what is done about what is wrong with them."""
+    """Options for reading preference data and for handling unusable samples."""
 
     numbers_checked: ClassVar[bool] = True
 
     format: str = field(
         default="auto",
-        metadata=_help("pick_a_pic, hpdv2, hpdv3, chosen_rejected, pairs or liked; auto: told by the columns"),
+        metadata=_help("pick_a_pic, hpdv2, hpdv3, chosen_rejected, pairs or liked; auto: detected from the columns"),
     )
     split: str = field(default="train", metadata=_help("split of a folder or hub data set"))
     subset: str | None = field(default=None, metadata=_help("configuration of a hub data set"))
@@ -42,7 +42,7 @@ class PreferenceDataConfig:
     )
     on_fault: dict[str, str] = field(
         default_factory=dict,
-        metadata=_help("drop, keep or error, by kind of fault, e.g. --on_fault.different_size drop"),
+        metadata=_help("drop, keep or error, by kind of error, e.g. --on_fault.different_size drop"),
     )
     mask: str | None = field(
         default=None,
@@ -58,7 +58,7 @@ class PreferenceDataConfig:
     rollouts: Pairing = field(default_factory=Pairing, metadata=_help("how images of a rollout buffer become pairs"))
 
     def __post_init__(self) -> None:
-        """ValueError: an action that cannot be taken, or a number out of range."""
+        """Check actions and ranges. Raises ValueError."""
         check_actions(self.on_fault)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share in [0, 1], got {self.max_bad_share}")

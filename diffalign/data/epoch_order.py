@@ -1,4 +1,4 @@
-"""Which items an iteration uses: a pure function of its number, so that resuming needs no saved iterator."""
+"""Choose the items of an iteration as a pure function of its number, so that resuming needs no saved iterator."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from torch import Tensor
 
 
 def take(num_items: int, count: int, iteration: int, permutation: Callable[[int], Tensor]) -> list[int]:
-    """The indices of the ``count`` items that ``iteration`` (from 0) uses.
+    """Return the indices of the ``count`` items of an iteration.
 
-    Epochs follow each other without a seam: iteration i holds positions i count to (i + 1) count - 1 of the endless row
-    permutation(0), permutation(1), ... So every epoch uses each item exactly once, also where an iteration crosses its
-    end; only then, or when count > num_items, can an iteration hold an item twice.
+    Iteration i takes positions i count to (i + 1) count - 1 of the concatenation permutation(0), permutation(1), ...
+    Every epoch uses each item exactly once, also if an iteration crosses its end; only then, or when count > num_items,
+    can an iteration contain an item twice.
 
-    permutation: epoch -> (num_items,) integers, a permutation of 0 to num_items - 1 that depends on the epoch alone.
-    ValueError: a size below 1, a negative iteration, or a permutation of another length.
+    Args:
+        num_items: Number of items, at least 1.
+        count: Items per iteration, at least 1.
+        iteration: From 0.
+        permutation: Maps an epoch to (num_items,) integers, a permutation of 0 to num_items - 1 that depends on the
+            epoch alone.
+
+    Raises:
+        ValueError: A size below 1, a negative iteration, or a permutation of another length.
     """
     if num_items < 1 or count < 1 or iteration < 0:
         raise ValueError(
@@ -31,5 +38,5 @@ def take(num_items: int, count: int, iteration: int, permutation: Callable[[int]
             raise ValueError(f"the permutation of epoch {epoch} has {len(order)} entries: return {num_items}")
         return order
 
-    places = (divmod(position, num_items) for position in range(iteration * count, (iteration + 1) * count))
-    return [epoch_order(epoch)[offset] for epoch, offset in places]
+    positions = (divmod(position, num_items) for position in range(iteration * count, (iteration + 1) * count))
+    return [epoch_order(epoch)[offset] for epoch, offset in positions]

@@ -49,19 +49,19 @@ def hpdv2(row: Row) -> Iterator[Judgement]:
     preference, rank = row.cell("human_preference"), row.cell("rank")
     if preference:
         if preference not in ([0, 1], [1, 0]):
-            raise row.fault("bad_label", "human_preference", f"{shorten(preference, 60)} is not [1, 0] or [0, 1]")
+            raise row.error("bad_label", "human_preference", f"{shorten(preference, 60)} is not [1, 0] or [0, 1]")
         rank = [1 - value for value in preference]
     elif not rank:
-        raise row.fault("bad_label", "rank", "neither human_preference nor rank is given")
+        raise row.error("bad_label", "rank", "neither human_preference nor rank is given")
     if not isinstance(rank, list) or not all(isinstance(value, (int, float)) for value in rank):
-        raise row.fault("bad_label", "rank", f"{shorten(rank, 60)} is not a list of numbers")
+        raise row.error("bad_label", "rank", f"{shorten(rank, 60)} is not a list of numbers")
     cell = row.cell(column)
     count = len(cell) if isinstance(cell, (list, tuple)) else int(cell is not None)
     if not callable(cell) and count != len(rank):
-        raise row.fault("bad_row", column, f"{count} images for {len(rank)} ranks")
+        raise row.error("bad_row", column, f"{count} images for {len(rank)} ranks")
     for first, second in combinations(range(len(rank)), 2):
         label = 0.5 + 0.5 * ((rank[first] < rank[second]) - (rank[first] > rank[second]))
-        yield row.image(column, place=first), row.image(column, place=second), label
+        yield row.image(column, index=first), row.image(column, index=second), label
 
 
 def hpdv3(row: Row) -> Iterator[Judgement]:
@@ -76,7 +76,7 @@ def hpdv3(row: Row) -> Iterator[Judgement]:
         and all(isinstance(count, (int, float)) and count >= 0 for count in votes)
         and sum(votes)
     ):
-        raise row.fault("bad_label", "choice_dist", f"{shorten(votes, 60)} are not the votes for two images")
+        raise row.error("bad_label", "choice_dist", f"{shorten(votes, 60)} are not the votes for two images")
     yield row.image("path1"), row.image("path2"), max(votes) / sum(votes) if votes else 1.0
 
 
@@ -108,7 +108,7 @@ def liked(row: Row) -> Iterator[tuple[ImageSource, bool]]:
     value = row.cell(column)
     known = row.flag(column) if not isinstance(value, str) or value not in LIKED else LIKED[value]
     if known is None:
-        raise row.fault("bad_label", column, f"{shorten(repr(value), 60)} is not one of {', '.join(map(str, LIKED))}")
+        raise row.error("bad_label", column, f"{shorten(repr(value), 60)} is not one of {', '.join(map(str, LIKED))}")
     yield row.image(row.first(("image", "file_name", "file_path"))), known
 
 

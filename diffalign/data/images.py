@@ -1,4 +1,4 @@
-"""Images of samples: decoded, checked and identified by content."""
+"""Decode, check and hash the images of samples."""
 
 from __future__ import annotations
 
@@ -13,49 +13,68 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign import media
-from diffalign.data.validation import Fault
+from diffalign.data.validation import SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 Sample = Pair | LabelledImage
 
 
 def decode(source: ImageSource, content: bytes | None = None) -> Image.Image:
-    """Decode an image to RGB, 8 bits: see ``media.decode``. content: its bytes, where they were read already.
+    """Decode an image to 8-bit RGB with ``media.decode``.
 
-    Fault "unreadable": no file, no permission, or nothing that can be decoded.
+    Args:
+        source: The image.
+        content: Its encoded bytes, if they were read already.
+
+    Raises:
+        SampleError: "unreadable": no file, no permission, or bytes that cannot be decoded.
     """
     try:
         return media.decode(source.read() if content is None else content)
     except media.BROKEN as error:
-        raise Fault("unreadable", source.name, media.reason(error)) from error
+        raise SampleError("unreadable", source.name, media.reason(error)) from error
 
 
 def to_uint8(image: Image.Image) -> Tensor:
-    """(3, H, W), uint8, of an RGB image."""
+    """Convert an RGB image to a tensor, (3, H, W), uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode_sample(sample: Sample, min_side: int = 1) -> tuple[tuple[Image.Image, ...], list[Fault]]:
-    """Its images, and what is odd about them: "too_small", "same_image", "different_size".
+def decode_sample(sample: Sample, min_side: int = 1) -> tuple[tuple[Image.Image, ...], list[SampleError]]:
+    """Decode the images of a sample and check them.
 
-    Fault "unreadable", "bad_mask": one of them, or their mask, cannot be used. Faults name the sample, and the image
-    where one is to blame.
+    Args:
+        sample: A pair or a single image.
+        min_side: An image with a shorter side, in pixels, is "too_small".
+
+    Returns:
+        The RGB images, and an error for each of "too_small", "same_image" and "different_size" that applies.
+
+    Raises:
+        SampleError: "unreadable" or "bad_mask": an image or the mask cannot be used. Names the sample and the image.
     """
     try:
         contents = [_read(source) for source in sample.images]
         images = tuple(decode(source, content) for source, content in zip(sample.images, contents, strict=True))
-    except Fault as fault:
-        raise Fault(fault.kind, sample.key, f"{fault.where.removeprefix(f'{sample.key}, ')}: {fault.detail}") from fault
+    except SampleError as error:
+        raise _of_sample(error, sample, error.kind) from error
+
     _check_mask(sample, images)
     sizes = [f"{image.width} x {image.height}" for image in images]
     odd = []
     if min(min(image.size) for image in images) < min_side:
-        odd.append(Fault("too_small", sample.key, f"{' and '.join(sizes)}, min_side is {min_side}"))
+        odd.append(SampleError("too_small", sample.key, f"{' and '.join(sizes)}, min_side is {min_side}"))
     if len(images) == 2 and contents[0] == contents[1]:
-        odd.append(Fault("same_image", sample.key, " and ".join(source.name for source in sample.images)))
+        odd.append(SampleError("same_image", sample.key, " and ".join(source.name for source in sample.images)))
     if len(set(sizes)) > 1:
-        odd.append(Fault("different_size", sample.key, " and ".join(sizes)))
+        odd.append(SampleError("different_size", sample.key, " and ".join(sizes)))
     return images, odd
+
+
+def _of_sample(error: SampleError, sample: Sample, kind: str) -> SampleError:
+    """Attribute the error of an image or mask to its sample; the detail begins with the column."""
+    column = error.where.removeprefix(f"{sample.key}, ")
+    return SampleError(kind, sample.key, f"{column}: {error.detail}")
 
 
 def _check_mask(sample: Sample, images: Sequence[Image.Image]) -> None:
@@ -63,27 +82,27 @@ def _check_mask(sample: Sample, images: Sequence[Image.Image]) -> None:
         return
     try:
         mask = decode(sample.mask)
-    except Fault as fault:
-        raise Fault("bad_mask", sample.key, f"{fault.where.removeprefix(f'{sample.key}, ')}: {fault.detail}") from fault
+    except SampleError as error:
+        raise _of_sample(error, sample, "bad_mask") from error
     if any(image.size != mask.size for image in images):
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
-        raise Fault("bad_mask", sample.key, f"a mask of {mask.width} x {mask.height} for images of {sizes}")
+        raise SampleError("bad_mask", sample.key, f"a mask of {mask.width} x {mask.height} for images of {sizes}")
 
 
 def _read(source: ImageSource) -> bytes:
     try:
         return source.read()
     except media.BROKEN as error:
-        raise Fault("unreadable", source.name, media.reason(error)) from error
+        raise SampleError("unreadable", source.name, media.reason(error)) from error
 
 
 def fetched(sample: Sample) -> Sample:
-    """The same sample with the bytes of its images in memory, where they can be read."""
+    """Load the encoded images of a sample into memory; unreadable ones stay as they are."""
 
     def fetch(source: ImageSource) -> ImageSource:
         try:
             return replace(source, content=_read(source))
-        except Fault:
+        except SampleError:
             return source
 
     if isinstance(sample, Pair):
@@ -92,12 +111,12 @@ def fetched(sample: Sample) -> Sample:
 
 
 def digest(source: ImageSource) -> str:
-    """32 hexadecimal digits of the encoded bytes. Fault "unreadable" where there are none."""
+    """Hash the encoded bytes to 32 hexadecimal digits. Raises SampleError "unreadable"."""
     return hashlib.blake2b(_read(source), digest_size=16).hexdigest()
 
 
 def content_key(pair: Pair) -> str:
-    """32 hexadecimal digits of a pair's text, metadata and encoded images, in their order; labels do not count."""
-    told = json.dumps([pair.prompt.text, pair.prompt.metadata], sort_keys=True, default=str)
-    parts = "\0".join([told, *map(digest, pair.images)])
+    """Hash a pair's text, metadata and encoded images, in order, to 32 hexadecimal digits; labels are excluded."""
+    text = json.dumps([pair.prompt.text, pair.prompt.metadata], sort_keys=True, default=str)
+    parts = "\0".join([text, *map(digest, pair.images)])
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()

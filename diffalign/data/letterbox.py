@@ -1,4 +1,4 @@
-"""Progress bars of ``datasets``, which belong on a terminal and nowhere else."""
+"""Progress bars of ``datasets``, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import datasets
 
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
-    """Draw the bars of ``datasets`` only where the standard error is a terminal."""
+    """Show the progress bars of ``datasets`` only if stderr is a terminal."""
     if datasets.are_progress_bars_disabled() or sys.stderr.isatty():
         yield
         return

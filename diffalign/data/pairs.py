@@ -18,7 +18,7 @@ from diffalign.data.formats import FORMATS, Format, detect
 from diffalign.data.images import decode_sample
 from diffalign.data.row import Row
 from diffalign.data.tables import Table, open_table
-from diffalign.data.validation import DataWarning, Fault, Quarantine
+from diffalign.data.validation import DataWarning, Quarantine, SampleError
 from diffalign.files import bounded, shorten
 from diffalign.structures import LabelledImage, Pair
 
@@ -36,8 +36,8 @@ def usable_images(
         return None
     try:
         images, odd = decode_sample(sample, settings.min_side)
-    except Fault as fault:
-        quarantine.keeps(fault)
+    except SampleError as error:
+        quarantine.keeps(error)
         return None
     kept = [quarantine.keeps(f) for f in odd if count_kept or quarantine.actions[f.kind] != "keep"]
     return images if all(kept) else None
@@ -92,7 +92,7 @@ S = TypeVar("S", bound=Samples)
 
 
 def judgements(row: Row, format: Format) -> list[tuple[Pair, float | None]]:
-    """The pairs of a row, and their labels: None where nobody judged, which the pair itself has as 0.5. Fault."""
+    """The pairs of a row, and their labels: None where nobody judged, which the pair itself has as 0.5. SampleError."""
     prompt, found = row.prompt(), list(format.read(row))
     names = [row.name] if len(found) == 1 else [f"{row.name}, pair {place}" for place in range(len(found))]
     return [
@@ -106,10 +106,10 @@ def noted(row: Row, format: Format, quarantine: Quarantine) -> list[tuple[Pair, 
     quarantine.rows += 1
     try:
         found = judgements(row, format)
-    except Fault as fault:
-        quarantine.keeps(fault)
+    except SampleError as error:
+        quarantine.keeps(error)
         return []
-    if found and not found[0][0].prompt.text and not quarantine.keeps(row.fault("empty_caption", "prompt", "empty")):
+    if found and not found[0][0].prompt.text and not quarantine.keeps(row.error("empty_caption", "prompt", "empty")):
         return []
     return found
 
@@ -158,15 +158,15 @@ class PairData(Samples[Pair]):
         super().__init__(settings, quarantine)
         self.parts = parts
         # Three numbers a pair: a million pairs are 24 MB.
-        self.places = array("q")
+        self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for row, place, pair, label in part.pairs(quarantine):
                 if counts(pair, label, settings, quarantine):
-                    self.places.extend((number, row, place))
+                    self._locations.extend((number, row, place))
 
     def __len__(self) -> int:
-        return len(self.places) // 3
+        return len(self._locations) // 3
 
     def __getitem__(self, index: int) -> Pair:
         part, row, place = self._place(index)
@@ -176,7 +176,7 @@ class PairData(Samples[Pair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
-        return tuple(self.places[3 * index : 3 * index + 3])
+        return tuple(self._locations[3 * index : 3 * index + 3])
 
     def confirm(self, index: int, sample: Pair) -> None:
         """ValueError where an AI label was given for another text or image."""
@@ -187,7 +187,7 @@ class PairData(Samples[Pair]):
 
 
 def open_part(source: str | Path, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS) -> Part:
-    """A source, in one of ``formats``. ValueError: a format that cannot be told, or a missing column."""
+    """Open a source in one of ``formats``. Raises ValueError for an ambiguous format or a missing column."""
     table = open_table(source, settings)
     format = detect(table.columns, settings.format, formats, table.name)
     return Part(table, format, Labels.load(source, settings.labels) if settings.labels else None)

@@ -54,23 +54,23 @@ def prompt_file(path: str | Path) -> Path:
 
 def _usable(path: Path) -> Iterator[Prompt]:
     for found in read_lines(path):
-        if isinstance(found, LineFault):
+        if isinstance(found, LineError):
             raise found
         if found is not None:
             yield found
 
 
-class LineFault(ValueError):
-    """A line of a prompt file that cannot be used. kind: one of ``FAULTS``; where: file and line."""
+class LineError(ValueError):
+    """A line of a prompt file that cannot be used. kind: one of ``LINE_ERRORS``; where: file and line."""
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
-        assert kind in FAULTS, kind
+        assert kind in LINE_ERRORS, kind
         detail = shorten(detail, 400)
         super().__init__(f"{where}: {detail}")
         self.kind, self.where, self.detail = kind, where, detail
 
 
-FAULTS = {
+LINE_ERRORS = {
     "not_utf8": "bytes that are no UTF-8",
     "bad_json": "no JSON object",
     "no_prompt": 'an object without "prompt" or "text"',
@@ -79,7 +79,7 @@ FAULTS = {
 }
 
 
-def read_lines(path: Path) -> Iterator[Prompt | LineFault | None]:
+def read_lines(path: Path) -> Iterator[Prompt | LineError | None]:
     """What each line holds: a prompt, what is wrong with it, or None where it is blank."""
     parse = PARSERS[path.suffix.lower()]
     for number, content in enumerate(raw_lines(path), start=1):
@@ -87,12 +87,12 @@ def read_lines(path: Path) -> Iterator[Prompt | LineFault | None]:
         try:
             line = decode_line(content, where).strip()
         except ValueError as error:
-            yield LineFault("not_utf8", where, str(error).removeprefix(f"{where}: "))
+            yield LineError("not_utf8", where, str(error).removeprefix(f"{where}: "))
             continue
         try:
             yield _checked(parse(line)) if line else None
         except _Unusable as error:
-            yield LineFault(error.kind, where, str(error))
+            yield LineError(error.kind, where, str(error))
 
 
 def _checked(prompt: Prompt) -> Prompt:

@@ -1,7 +1,7 @@
-"""Rows of JSON lines, JSON and CSV files as they were written: no nulls added, no text taken for a number or for None.
+"""Read rows of JSON lines, JSON and CSV files as written, without type inference.
 
-Table libraries infer a type per column, which turns the caption ``None`` into nothing, ``007`` into 7, and an absent
-member of a mapping into null. Here a row is what ``json`` or ``csv`` makes of it.
+Table libraries infer a type per column, which turns the caption ``None`` into null, ``007`` into 7, and an absent
+member of a mapping into null. Here a row is what ``json`` or ``csv`` parses.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 class Records(Sequence[dict[str, Any]]):
-    """The rows of text files, parsed when they are asked for: 32 bytes per row are kept.
+    """The rows of text files, parsed on access; the index takes 24 bytes per row.
 
-    columns: of all rows, in the order of their first appearance.
+    Attributes:
+        columns: Columns of all rows in order of first appearance.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -87,9 +88,10 @@ class Records(Sequence[dict[str, Any]]):
 
 
 def read_chunks(path: Path) -> Iterator[tuple[Chunk, dict[str, Any]]]:
-    """Yield the rows of a file with where they stand; blank lines are none.
+    """Yield the rows of a file with their chunks; skips blank lines.
 
-    ValueError: a line that is no row, bytes that are not UTF-8, by file and line.
+    Raises:
+        ValueError: A line that is not a row, or bytes that are not UTF-8; names file and line.
     """
     suffix = path.suffix.lower()
     parse = PARSERS[suffix](path)
@@ -125,7 +127,7 @@ def _parse_line(path: Path, chunk: Chunk) -> dict[str, Any]:
 
 
 def _csv_chunks(path: Path) -> Iterator[Chunk]:
-    """Records of a CSV file after its header; one in quotes may have several lines."""
+    """Yield the records of a CSV file after its header; a quoted cell may span lines."""
     taken: list[Chunk] = []
 
     def feed() -> Iterator[str]:
@@ -186,9 +188,10 @@ PARSERS: dict[str, Callable[[Path], Parser]] = {".jsonl": _json_parser, ".json":
 
 
 def read_json(path: Path) -> Sequence[Mapping[str, Any]] | None:
-    """The rows of a JSON file: a list of objects, or an object of lists of one length; None for JSON lines.
+    """Read a JSON file: a list of objects, or an object of equally long lists; None for JSON lines.
 
-    ValueError: bad JSON, something else, bytes that are not UTF-8.
+    Raises:
+        ValueError: Invalid JSON, another value, or bytes that are not UTF-8.
     """
     lines = [decode_line(line, f"{shorten(path)}, line {n}") for n, line in enumerate(raw_lines(path), start=1)]
     text = "".join(lines)

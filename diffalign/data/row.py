@@ -1,4 +1,4 @@
-"""A row of a table: its cells as texts, numbers and images, with errors that name row and column."""
+"""A row of a table: read cells as texts, numbers and images, with errors that name row and column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import parse_json
-from diffalign.data.validation import Fault
+from diffalign.data.validation import SampleError
 from diffalign.files import printable, shorten
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
@@ -38,9 +38,10 @@ _IMAGE_STARTS = (
 
 
 def as_text(value: Any) -> str:
-    """Convert a cell to text: a number is the text that it is written as, nothing is empty.
+    """Convert a cell to stripped text: numbers as written, null and NaN as the empty string.
 
-    ValueError: a list or mapping, text that is too long or holds half of a surrogate pair.
+    Raises:
+        ValueError: A list, mapping or boolean, text longer than ``MAX_PROMPT``, or half of a surrogate pair.
     """
     if isinstance(value, bytes):
         value = value.decode()
@@ -57,9 +58,10 @@ def as_text(value: Any) -> str:
 
 
 def as_metadata(value: Any) -> dict[str, Any]:
-    """Convert a cell to metadata: a mapping, or JSON of one, without the nulls that tables write for absent members.
+    """Convert a cell, a mapping or JSON of one, to metadata, without the nulls that tables write for absent members.
 
-    ValueError: something else.
+    Raises:
+        ValueError: The cell is neither.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -79,10 +81,15 @@ def as_metadata(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row. name: of its source and its number; key: the number, as text; root: where relative image paths start.
+    """A row of a table.
 
-    A cell that is a function is fetched when its image is read. masks: the column of masks, where they are asked for.
-    within: folders that hold the image files; None: any.
+    Attributes:
+        name: Source and row number, for messages.
+        key: The row number as text.
+        values: Cell by column; a callable cell is called when its image is read.
+        root: Folder that relative image paths start from.
+        masks: Column of masks; None if masks are not used.
+        within: Folders that must contain the image files; None allows any.
     """
 
     name: str
@@ -93,13 +100,13 @@ class Row:
     within: tuple[Path, ...] | None = None
 
     def first(self, columns: Sequence[str]) -> str:
-        """The first of ``columns`` that has a value here, else the first that is there."""
+        """Return the first of ``columns`` with a value, else the first that exists."""
         there = [column for column in columns if column in self.values]
         filled = (column for column in there if self.values[column] is not None and self.values[column] != "")
         return next(filled, (there or columns)[0])
 
     def cell(self, column: str) -> Any:
-        """The value in ``column``, None where there is none; a list that a text file holds as JSON, as a list."""
+        """Return the value in ``column``, or None; parses a JSON list in a text cell."""
         value = self.values.get(column)
         if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
             try:
@@ -109,99 +116,110 @@ class Row:
         return None if isinstance(value, str) and not value.strip() else value
 
     def flag(self, column: str) -> bool | None:
-        """True or False in ``column``, also as the text of a CSV file; None for anything else."""
+        """Read a boolean, also from the text of a CSV file; None for anything else."""
         value = self.values.get(column)
         text = str(value).strip().lower()
         return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
 
-    def fault(self, kind: str, column: str, detail: str) -> Fault:
-        """A fault of this row."""
-        return Fault(kind, f"{self.name}, {column}", detail)
+    def error(self, kind: str, column: str, detail: str) -> SampleError:
+        """Make an error that names this row and a column."""
+        return SampleError(kind, f"{self.name}, {column}", detail)
 
     def text(self, columns: Sequence[str] = PROMPTS) -> str:
-        """The text of the first of ``columns``, empty where there is none. Fault "bad_row": no text."""
+        """Read the text of the first of ``columns`` with a value, else "". Raises SampleError "bad_row"."""
         column = self.first(columns)
         value = self.values.get(column)
         try:
             return as_text(value() if callable(value) else value)
         except ValueError as error:
-            raise self.fault("bad_row", column, str(error)) from error
+            raise self.error("bad_row", column, str(error)) from error
 
     def prompt(self) -> Prompt:
-        """The text ("prompt", "caption" or "text"), empty where there is none, and the mapping in "metadata".
+        """Read the text ("prompt", "caption" or "text"; may be empty) and the mapping in "metadata".
 
-        Fault "bad_row": another kind of text, or metadata that are no mapping.
+        Raises:
+            SampleError: "bad_row": the text is not text, or the metadata are not a mapping.
         """
         return Prompt(self.text(), self.metadata())
 
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
-        """The mapping in "metadata", and the cells of ``others``. Fault "bad_row": no mapping.
+        """Read the mapping in "metadata", completed by the cells of ``others``.
 
-        typeless: cells are texts, as in CSV: an empty one is absent, JSON of a list or mapping is read.
+        Args:
+            others: Further columns; "metadata" takes precedence.
+            typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
+
+        Raises:
+            SampleError: "bad_row": "metadata" is not a mapping.
         """
         value = self.values.get("metadata")
         try:
             own = as_metadata(value() if callable(value) else value)
         except ValueError as error:
-            raise self.fault("bad_row", "metadata", str(error)) from error
+            raise self.error("bad_row", "metadata", str(error)) from error
         cells = {name: self.values[name] for name in others}
         beside: dict[str, Any] = without_nulls({n: _typed(cell) for n, cell in cells.items()} if typeless else cells)
         return {**beside, **own}
 
-    def image(self, column: str, identity: Any = None, place: int | None = None) -> ImageSource:
-        """The image in ``column``, of a list the one at ``place``.
+    def image(self, column: str, identity: Any = None, index: int | None = None) -> ImageSource:
+        """Return the image in ``column`` without reading it.
 
-        Encoded bytes, also in base64; a path; ``datasets``' mapping of both; or a list of one of these.
+        A cell holds encoded bytes, base64, a path, the mapping of both that ``datasets`` writes, or a list of these.
+
+        Args:
+            column: The column.
+            identity: Equal for equal images, if the data name their images.
+            index: Index within a list.
         """
         cell = self.cell(column)
-        name = f"{self.name}, {column}" + ("" if place is None else f"[{place}]")
+        name = f"{self.name}, {column}" + ("" if index is None else f"[{index}]")
         label = None if identity is None else str(identity)
-        value = cell if callable(cell) else _pick(cell, place)
+        value = cell if callable(cell) else _pick(cell, index)
         if (path := self._path(value)) is not None:
             return ImageSource(shorten(printable(path)), path, label or str(path), self.within)
-        return ImageSource(name, partial(self._fetch, value, place), label, self.within)
+        return ImageSource(name, partial(self._fetch, value, index), label, self.within)
 
     def mask(self) -> ImageSource | None:
-        """The mask of the row's images; None where masks are not asked for."""
+        """Return the mask of the row's images; None if masks are not used."""
         return None if self.masks is None else self.image(self.masks)
 
-    def _fetch(self, value: Any, place: int | None) -> bytes | Path | None:
-        value = _pick(value(), place) if callable(value) else value
+    def _fetch(self, value: Any, index: int | None) -> bytes | Path | None:
+        value = _pick(value(), index) if callable(value) else value
         path = self._path(value)
         return _content(value) if path is None else path
 
     def _path(self, value: Any) -> Path | None:
-        """The path that a cell holds, where it holds one."""
+        """Resolve the path in a cell; None if it holds something else."""
         if isinstance(value, Path) or (isinstance(value, str) and value.strip() and _is_path(value)):
             return self.root / value
         return None
 
     def number(self, column: str) -> float | None:
-        """The number in ``column``; None for none, or NaN. Fault "bad_label": something else."""
+        """Read a number; None for an empty cell or NaN. Raises SampleError "bad_label" for anything else."""
         value = self.cell(column)
         try:
             found = math.nan if value is None else float(value)
         except (TypeError, ValueError):
-            raise self.fault("bad_label", column, f"{shorten(repr(value), 60)} is not a number") from None
+            raise self.error("bad_label", column, f"{shorten(repr(value), 60)} is not a number") from None
         return None if math.isnan(found) else found
 
     def choice(self, column: str, choices: Sequence[float]) -> float:
-        """The number in ``column``, one of ``choices``. Fault "bad_label": another, or none."""
+        """Read a number that is one of ``choices``. Raises SampleError "bad_label"."""
         value = self.number(column)
         if value not in choices:
-            raise self.fault("bad_label", column, f"{value} is not one of {', '.join(f'{c:g}' for c in choices)}")
+            raise self.error("bad_label", column, f"{value} is not one of {', '.join(f'{c:g}' for c in choices)}")
         return value
 
     def probability(self, column: str) -> float | None:
-        """The number in ``column``, in [0, 1]; None for none. Fault "bad_label": outside."""
+        """Read a number in [0, 1]; None for an empty cell. Raises SampleError "bad_label"."""
         value = self.number(column)
         if value is not None and not 0 <= value <= 1:
-            raise self.fault("bad_label", column, f"{value} is not in [0, 1]")
+            raise self.error("bad_label", column, f"{value} is not in [0, 1]")
         return value
 
 
 def _typed(cell: str) -> Any:
-    """What a cell of a CSV file holds: nothing, a list or mapping in JSON, or its text."""
+    """Parse a CSV cell: None if blank, a JSON list or mapping, or its text."""
     if not cell.strip():
         return None
     if not cell.lstrip().startswith(("[", "{")):
@@ -212,10 +230,10 @@ def _typed(cell: str) -> Any:
         return cell
 
 
-def _pick(cell: Any, place: int | None) -> Any:
-    """One value of a cell: of a list the one at ``place``, or its only one; of ``datasets``' mapping bytes or path."""
-    if isinstance(cell, (list, tuple)) and (place is not None or len(cell) == 1):
-        return _pick(cell[place or 0], None) if cell and (place or 0) < len(cell) else None
+def _pick(cell: Any, index: int | None) -> Any:
+    """Select one value of a cell: by index from a list, or bytes or path from the mapping of ``datasets``."""
+    if isinstance(cell, (list, tuple)) and (index is not None or len(cell) == 1):
+        return _pick(cell[index or 0], None) if cell and (index or 0) < len(cell) else None
     if isinstance(cell, Mapping) and {"bytes", "path"} & set(cell):
         return cell.get("bytes") or cell.get("path")
     return cell
@@ -224,7 +242,7 @@ def _pick(cell: Any, place: int | None) -> Any:
 def _is_path(text: str) -> bool:
     if _URL.match(text) or text.startswith("data:") or "\0" in text or len(text) > 4096:
         return False
-    # Damaged base64 is no path either; that of a JPEG even begins with a slash.
+    # Truncated base64 is not a path either; that of a JPEG begins with a slash.
     damaged = len(text) > 255 and text.startswith(_IMAGE_STARTS) and "." not in text
     return not damaged and not _is_base64(text)
 
@@ -234,7 +252,7 @@ def _is_base64(text: str) -> bool:
 
 
 def _content(value: Any) -> bytes | None:
-    """The bytes of an image that a cell holds itself. ValueError, in few words: it holds none."""
+    """Return the encoded image in a cell. Raises ValueError, in few words, if it holds none."""
     if value is None or value == "":
         return None
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -268,11 +286,11 @@ def named_row(
     masks: str | None,
     within: tuple[Path, ...] | None = None,
 ) -> Row:
-    """A row; one with a "name" of its own, as folders and buffers have, is called by it."""
+    """Make a row; a cell "name", as in folders and rollout buffers, is added to its name."""
     own = values.get("name") if isinstance(values.get("name"), str) else None
     return Row(f"{name} ({shorten(own, 80)})" if own else name, key, values, root, masks, within)
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every column of some rows, in the order of their first appearance."""
+    """List the columns of rows in order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))

@@ -158,7 +158,7 @@ class PairStream:
 
 
 def open_stream_part(source: str | Path, settings: PreferenceDataConfig) -> StreamPart:
-    """A source of pairs. ValueError: a format that cannot be told, or a missing column."""
+    """Open a source of pairs as a stream. Raises ValueError for an ambiguous format or a missing column."""
     opened = open_stream(source, settings)
     format = detect(opened.columns, settings.format, FORMATS, opened.name)
     return StreamPart(opened, format, Labels.load(source, settings.labels) if settings.labels else None)

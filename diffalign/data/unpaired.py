@@ -13,7 +13,7 @@ from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
 from diffalign.data.pairs import Part, Samples, counts, examined, open_part
 from diffalign.data.row import Row
-from diffalign.data.validation import Fault, Quarantine
+from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 
@@ -38,9 +38,12 @@ def unpair(pairs: Iterable[Pair]) -> dict[tuple[str, str], tuple[int, int, bool]
 
 
 def labelled_row(row: Row, format: Format) -> LabelledImage:
-    """The image of a row of an unpaired format. Fault, as from its reader."""
+    """The image of a row of an unpaired format. SampleError, as from its reader."""
     ((image, liked),) = format.read(row)
     return LabelledImage(row.name, row.prompt(), image, liked, row.mask())
+
+
+FIELDS = 5  # integers per image: source, row, pair in the row, side, liked
 
 
 class LabelledData(Samples[LabelledImage]):
@@ -49,21 +52,21 @@ class LabelledData(Samples[LabelledImage]):
     def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
         self.parts = parts
-        # Five numbers an image: source, row, place in the row, side, liked.
-        self.places = array("q")
+        # Packed FIELDS per image.
+        self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for place in self._plain(part) if part.format in UNPAIRED.values() else self._unpaired(part):
-                self.places.extend((number, *place))
+                self._locations.extend((number, *place))
 
     def __len__(self) -> int:
-        return len(self.places) // 5
+        return len(self._locations) // FIELDS
 
     def __getitem__(self, index: int) -> LabelledImage:
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        start = 5 * (index % len(self))
-        number, row, place, side, liked = self.places[start : start + 5]
+        start = FIELDS * (index % len(self))
+        number, row, place, side, liked = self._locations[start : start + FIELDS]
         part = self.parts[number]
         if part.format in UNPAIRED.values():
             return labelled_row(part.table.row(row), part.format)
@@ -71,28 +74,30 @@ class LabelledData(Samples[LabelledImage]):
         return LabelledImage(f"{pair.key}, image {side}", pair.prompt, pair.images[side], bool(liked), pair.mask)
 
     @property
-    def liked_share(self) -> float:
-        """The share of images that are liked."""
-        return sum(self.places[4::5]) / max(1, len(self))
+    def liked_indices(self) -> list[int]:
+        """Return the indices of the liked images, ascending."""
+        return [index for index, liked in enumerate(self._locations[4::FIELDS]) if liked]
 
     def liked(self) -> LabelledData:
-        """The liked ones alone. ValueError: there are none."""
-        starts = (start for start in range(0, len(self.places), 5) if self.places[start + 4])
-        alone = copy(self)
-        alone.places = array("q", (number for start in starts for number in self.places[start : start + 5]))
-        if not len(alone):
+        """Select the liked images. Raises ValueError if there are none."""
+        subset = copy(self)
+        subset._locations = array("q")
+        for index in self.liked_indices:
+            subset._locations.extend(self._locations[FIELDS * index : FIELDS * (index + 1)])
+
+        if not len(subset):
             raise ValueError(f"none of {len(self)} images is liked: look at their labels with diffalign check")
-        return alone
+        return subset
 
     def _plain(self, part: Part) -> Iterator[tuple[int, int, int, int]]:
         for number, row in enumerate(part.table.rows()):
             self.quarantine.rows += 1
             try:
                 sample = labelled_row(row, part.format)
-            except Fault as fault:
-                self.quarantine.keeps(fault)
+            except SampleError as error:
+                self.quarantine.keeps(error)
                 continue
-            if sample.prompt.text or self.quarantine.keeps(row.fault("empty_caption", "prompt", "empty")):
+            if sample.prompt.text or self.quarantine.keeps(row.error("empty_caption", "prompt", "empty")):
                 yield number, 0, 0, int(sample.liked)
 
     def _unpaired(self, part: Part) -> list[tuple[int, int, int, int]]:
@@ -103,8 +108,8 @@ class LabelledData(Samples[LabelledImage]):
                 if counts(pair, label, self.settings, self.quarantine):
                     try:
                         images = tuple(replace(image, identity=identity(image)) for image in pair.images)
-                    except Fault as fault:
-                        self.quarantine.keeps(Fault(fault.kind, pair.key, fault.detail))
+                    except SampleError as error:
+                        self.quarantine.keeps(SampleError(error.kind, pair.key, error.detail))
                         continue
                     where.append((row, place))
                     yield replace(pair, images=images, label=label)

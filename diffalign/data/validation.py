@@ -1,4 +1,4 @@
-"""What is wrong with a data set, sample by sample, and what becomes of it."""
+"""Collect the errors of a data set by sample, and drop, keep or refuse the samples as configured."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = [
     "EXAMPLES",
     "KINDS",
     "DataWarning",
-    "Fault",
     "Kind",
     "Quarantine",
+    "SampleError",
     "check_actions",
     "fault_lines",
     "printable",
 ]
-EXAMPLES = 5  # of each kind of fault, in a message
+EXAMPLES = 5  # of each kind of error, in a message
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. actions: what can be done about it, the default first. image: found by reading images."""
+    """A kind of error. actions: the possible actions, default first. image: whether finding it decodes images."""
 
     meaning: str
     actions: tuple[str, ...]
@@ -45,11 +45,11 @@ KINDS: dict[str, Kind] = {
 
 
 class DataWarning(UserWarning):
-    """Something in a data set is wrong or odd; it was left out, or kept as configured."""
+    """Warning about samples of a data set that were dropped, or kept as configured."""
 
 
-class Fault(ValueError):
-    """A sample that cannot be used as it is. kind: one of ``KINDS``; where: file, or source and row, and column."""
+class SampleError(ValueError):
+    """An error of one sample. kind: one of ``KINDS``; where: file, or source and row, and column."""
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
         assert kind in KINDS, kind
@@ -59,12 +59,20 @@ class Fault(ValueError):
 
 
 class Quarantine:
-    """Collects the faults of a data set: each sample once, however often it comes by.
+    """The errors of a data set. A sample counts once, however often it is read.
 
-    actions: by kind, where the default will not do. max_bad_share: the largest share of samples that may be left out.
-    rows: of the data set; examined: samples whose images were decoded before the run; skipped: what is left out without
-    being a fault, "ties" and "unlabelled"; notes: files of a folder that are not read, a line per kind; dropped: where
-    a sample was left out; found: by kind, where and why, of kept samples only the first few; kept: by kind, how many.
+    Args:
+        actions: By kind of error; kinds that are not named take their default action.
+        max_bad_share: Largest share of dropped samples, in [0, 1].
+
+    Attributes:
+        rows: Rows of the data set.
+        examined: Samples whose images were decoded before the run.
+        skipped: Counts of pairs that are not used though nothing is wrong with them: "ties" and "unlabelled".
+        notes: A line per kind of file in a folder that is not read.
+        dropped: Names of the dropped samples.
+        found: By kind, name and detail of the errors; of kept samples only the first ``EXAMPLES``.
+        kept: By kind, how many samples with this error were kept.
     """
 
     def __init__(self, actions: Mapping[str, str] | None = None, max_bad_share: float = 0.01) -> None:
@@ -78,38 +86,38 @@ class Quarantine:
         self.found: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
         self.dropped: set[str] = set()
 
-    def keeps(self, fault: Fault) -> bool:
-        """Notes a fault; True where its sample is used all the same. ValueError: its kind is not tolerated."""
-        action = self.actions[fault.kind]
+    def keeps(self, error: SampleError) -> bool:
+        """Record an error; return whether its sample is kept. Raises ValueError if the action is "error"."""
+        action = self.actions[error.kind]
         if action == "error":
-            raise ValueError(f"{fault} ({fault.kind}): fix it, or set on_fault.{fault.kind} to drop") from fault
+            raise ValueError(f"{error} ({error.kind}): fix it, or set on_fault.{error.kind} to drop") from error
         if action == "keep":
-            self.kept[fault.kind] += 1
+            self.kept[error.kind] += 1
         else:
-            self.dropped.add(fault.where)
-        if action == "drop" or self.kept[fault.kind] <= EXAMPLES:
-            self.found[fault.kind][fault.where] = fault.detail
+            self.dropped.add(error.where)
+        if action == "drop" or self.kept[error.kind] <= EXAMPLES:
+            self.found[error.kind][error.where] = error.detail
         return action == "keep"
 
     def why(self, where: str) -> str:
-        """Why a sample was left out."""
+        """Return why a sample was dropped."""
         return next(faults[where] for faults in self.found.values() if where in faults)
 
     def count(self, kind: str) -> int:
-        """How many faults of a kind there are."""
+        """Count the errors of a kind."""
         return self.kept[kind] or len(self.found[kind])
 
     def bad(self, image: bool) -> int:
-        """How many samples are left out: for what their images are, or for what their rows are."""
+        """Count the dropped samples, by errors of images or by errors of rows."""
         kinds = (kind for kind in KINDS if KINDS[kind].image == image and self.actions[kind] == "drop")
         return sum(len(self.found[kind]) for kind in kinds)
 
     def bad_share(self, images: int | None = None) -> float:
-        """The share of rows left out, plus that of pairs among those ``images`` that were read; default: examined."""
+        """Add the share of dropped rows and that of dropped samples among ``images`` (default: ``examined``)."""
         return self.bad(False) / max(1, self.rows) + self.bad(True) / max(1, images or self.examined)
 
     def enforce(self, images: int | None = None) -> None:
-        """ValueError where more than ``max_bad_share`` is left out."""
+        """Raise ValueError if more than ``max_bad_share`` of the data was dropped."""
         if (share := self.bad_share(images)) > self.max_bad_share:
             text = (
                 f"{share:.1%} of the data cannot be used, more than max_bad_share {self.max_bad_share:.1%}:\n"
@@ -119,11 +127,11 @@ class Quarantine:
             raise ValueError(bounded(text))
 
     def lines(self) -> list[str]:
-        """A line per kind of fault that was found, with the first few by name, and the notes."""
+        """Format the errors, a line per kind with the first few samples, and the notes."""
         return [*fault_lines(self.summary()["faults"]), *self.notes]
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: rows, examined, skipped, bad_share, and of each kind action, count and samples."""
+        """Return JSON values: rows, examined, skipped, bad_share, and by kind action, count and samples."""
         return {
             "rows": self.rows,
             "examined": self.examined,
@@ -138,7 +146,7 @@ class Quarantine:
 
 
 def fault_lines(faults: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The "faults" of a summary, for people."""
+    """Format the "faults" of a summary, a line per kind with the first few samples."""
     lines = []
     for kind, found in faults.items():
         if count := found["count"]:
@@ -151,7 +159,7 @@ def fault_lines(faults: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def check_actions(actions: Mapping[str, str]) -> dict[str, str]:
-    """The action for every kind. ValueError: an unknown kind, or an action that cannot be taken."""
+    """Complete actions with the defaults. Raises ValueError for an unknown kind or an impossible action."""
     for kind, action in actions.items():
         if kind not in KINDS:
             raise ValueError(f"on_fault: unknown kind {kind!r}; known: {', '.join(KINDS)}")

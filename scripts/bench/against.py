@@ -2,7 +2,7 @@
 
     python scripts/bench/gpu.py --against ~/other --adapter adapter.py:prepare
 
-No repository is known here. What joins one is a function of the user's own, which is told a ``Job`` and returns what
+No repository is known here. An adapter function of the user takes a ``Job`` and returns what
 does one iteration of it:
 
     # adapter.py
@@ -113,17 +113,17 @@ def _measured(
     parts = job.pipeline.components
     counter = Counter(parts["transformer"] if "transformer" in parts else parts["unet"])
     iterate = adapter(job)
-    begun = now()
+    started = now()
     iterate()
-    warm_up, seconds = now() - begun, []
+    warm_up, seconds = now() - started, []
     counter.images = [0, 0]
     for _ in range(repeats):
-        begun = now()
+        started = now()
         iterate()
-        seconds.append(now() - begun)
+        seconds.append(now() - started)
     free, taught = (count / repeats / job.images for count in counter.images)
     rate, expected = job.images / statistics.median(seconds), ours["evaluations_per_image"]
-    # Old log-probs may be computed anew or kept from the sampling: code differs in that, and may.
+    # Old log-probs may be recomputed or kept from sampling; both are accepted.
     most = expected["sampling"] + expected["comparing"]
     return {
         "images_per_second": rate,

@@ -50,13 +50,13 @@ class Bench:
     def whole(self) -> dict[str, float]:
         """Seconds of an optimizer step's phases, its pairs seen before."""
         trainer = self.trainer
-        begun = self._now()
+        started = self._now()
         trainer.collect(self.iteration)
         trainer.encoded(trainer.examples.texts)
         fresh = self._now()
         trainer.collect(self.iteration)
         collected = self._now()
-        self.new.append((fresh - begun - (collected - fresh)) / len(trainer.examples.texts))
+        self.new.append((fresh - started - (collected - fresh)) / len(trainer.examples.texts))
         for minibatch in trainer.minibatches(self.iteration):
             trainer.after_update(trainer.loop.step, trainer.loop._update(minibatch))
         self.iteration += 1
@@ -70,9 +70,9 @@ class Bench:
             parts["reference forward"] = (self._reference, passes)
         result = {}
         for name, (call, times) in parts.items():
-            begun = self._now()
+            started = self._now()
             call()
-            result[name] = (self._now() - begun) * times
+            result[name] = (self._now() - started) * times
         return result
 
     def _now(self) -> float:

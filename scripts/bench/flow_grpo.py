@@ -54,16 +54,16 @@ class Bench:
     def whole(self) -> dict[str, float]:
         """Seconds of an iteration's phases, its prompts encoded before: a run does that once for each of them."""
         texts = [prompt.text for prompt in self.trainer.collector.prompts_of(self.iteration)]
-        begun = self._now()
+        started = self._now()
         self.trainer.encoded(texts)
-        self.encoding.append((self._now() - begun) / len(texts))
-        begun = self._now()
+        self.encoding.append((self._now() - started) / len(texts))
+        started = self._now()
         self.trainer.collect(self.iteration)
         collected = self._now()
         for minibatch in self.trainer.minibatches(self.iteration):
             self.trainer.loop._update(minibatch)
         self.iteration += 1
-        return {"collect": collected - begun, "update": self._now() - collected}
+        return {"collect": collected - started, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
         """Seconds of each part, alone, times how often an iteration needs it."""
@@ -86,9 +86,9 @@ class Bench:
         result = {}
         for name, (call, times) in parts.items():
             sizes = [1] if name == "optimizer" else batches.get(name, rollout)
-            begun = self._now()
+            started = self._now()
             call()
-            result[name] = (self._now() - begun) * times * sum(sizes) / sizes[0]
+            result[name] = (self._now() - started) * times * sum(sizes) / sizes[0]
         return result
 
     def _sampling_steps(self) -> float:

@@ -72,9 +72,9 @@ def matrix_peak(side: int | None = None) -> float:
     a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
     seconds = []
     for _ in range(11):
-        begun = now()
+        started = now()
         a @ b
-        seconds.append(now() - begun)
+        seconds.append(now() - started)
     return 2 * side**3 / min(seconds[1:])
 
 
@@ -141,12 +141,12 @@ class Bench:
 
     def iterate(self, iteration: int) -> tuple[float, float]:
         """Seconds of sampling and of training."""
-        begun = now()
+        started = now()
         self.trainer.collect(iteration)
         collected = now()
         for minibatch in self.trainer.minibatches(iteration):
             self.trainer.loop._update(minibatch)
-        return collected - begun, now() - collected
+        return collected - started, now() - collected
 
     def figures(self, flops_per_image: Flops | None, peak: float, repeats: int) -> dict[str, Any]:
         """Everything about this setting; a first iteration compiles and warms up."""
@@ -257,31 +257,31 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_gpu.json")
     parser.add_argument("--against", type=Path, help="a checkout of another trainer's repository")
     parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench/against.py")
-    told = parser.parse_args()
-    if (told.against is None) != (told.adapter is None):
+    args = parser.parse_args()
+    if (args.against is None) != (args.adapter is None):
         parser.error("--against and --adapter go together: the checkout, and what drives it")
-    adapter = None if told.adapter is None else load_adapter(told.adapter)
-    if told.size == "published" and not CUDA:
+    adapter = None if args.adapter is None else load_adapter(args.adapter)
+    if args.size == "published" and not CUDA:
         parser.error("published sizes need a CUDA device, and there is none: use --size tiny")
     use_all_cores()
     peak = matrix_peak()
     command = f"python scripts/bench/gpu.py {' '.join(sys.argv[1:])}"
     result: dict[str, Any] = {
         "command": command,
-        "size": told.size,
+        "size": args.size,
         "device": device(),
         "torch": torch.__version__,
     }
     result |= {"matrix_peak_flops_per_second": peak, "models": {}}
-    for name in told.models:
+    for name in args.models:
         counts: dict[bool, Flops | None] = {}
         rows = result["models"][name] = {}
-        for setting in told.settings:
-            rows[setting] = measure(CASES[name], told.size, setting, counts, peak, told.repeats)
-            report(told.write, result, name, setting)
+        for setting in args.settings:
+            rows[setting] = measure(CASES[name], args.size, setting, counts, peak, args.repeats)
+            report(args.write, result, name, setting)
         if adapter is not None:
-            rows["against"] = against(CASES[name], told.size, told.against, adapter, rows, told.repeats)
-            report(told.write, result, name, "against")
+            rows["against"] = against(CASES[name], args.size, args.against, adapter, rows, args.repeats)
+            report(args.write, result, name, "against")
 
 
 if __name__ == "__main__":

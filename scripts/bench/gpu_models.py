@@ -65,22 +65,22 @@ def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
     options = {"resolution": TINY if size == "tiny" else case.resolution}
     config = getattr(pipeline, family.denoiser_name).config
     if quantise != "no":
-        told = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
-        pipeline = reloaded(pipeline, told)
+        config = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
+        pipeline = reloaded(pipeline, config)
     model = family(pipeline, **options)
     if size != "tiny":
         silence(pipeline, config)
     return model
 
 
-def reloaded(pipeline: Any, told: PipelineQuantizationConfig) -> Any:
+def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
     """The pipeline as diffusers loads it, which quantises what it reads."""
     kind, absent = type(pipeline), {name: None for name, part in pipeline.components.items() if part is None}
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
         for name in pipeline.components:
             object.__setattr__(pipeline, name, None)  # its memory is free before it is read again
-        found = kind.from_pretrained(folder, torch_dtype=DTYPE, quantization_config=told, **absent)
+        found = kind.from_pretrained(folder, torch_dtype=DTYPE, quantization_config=config, **absent)
     found.vae.to(torch.float32)
     return found
 

@@ -71,12 +71,12 @@ class Bench:
             share = range(self.args.num_groups)
             start = trainer.starts(iteration, [(group, 0) for group in share], 0)
             trainer.encoded([prompt.text for prompt in start.prompts])
-        begun = self._now()
+        started = self._now()
         trainer.collect(iteration)
         for minibatch in trainer.minibatches(iteration):
             trainer.loop._update(minibatch)
         self.step += 1
-        return self._now() - begun
+        return self._now() - started
 
     def bare(self) -> dict[str, float]:
         """Seconds of the passes of the step just taken, each kind alone, times how often it was needed."""
@@ -104,9 +104,9 @@ class Bench:
         return found
 
     def _timed(self, call: Callable[[], object]) -> float:
-        begun = self._now()
+        started = self._now()
         call()
-        return self._now() - begun
+        return self._now() - started
 
     def _now(self) -> float:
         if self.trainer.accelerator.device.type == "cuda":
@@ -200,7 +200,7 @@ def one_step(config: Path, overrides: Sequence[str]) -> None:
 
 
 def forget_peak() -> float:
-    """GiB in use. The peak begins anew; otherwise what loading and sampling needed once would hide the step's."""
+    """GiB in use. Reset the peak, which would otherwise include loading and sampling."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

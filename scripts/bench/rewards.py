@@ -146,9 +146,9 @@ def measure(case: Case, images: Tensor, prompts: list[str], repeats: int) -> dic
     """Medians of alternating calls. The first of each warms up, and loads what the reward needs."""
 
     def seconds(call: Callable[[], object]) -> float:
-        begun = now(images.device)
+        started = now(images.device)
         call()
-        return now(images.device) - begun
+        return now(images.device) - started
 
     def reward() -> object:
         return case.reward(images, prompts, [{}] * len(prompts))

@@ -11,7 +11,7 @@
 PickScore and HPS learn from preferences: which of two images shows a caption, and which of two captions an image shows.
 VQAScore learns to answer, and starts with PickScore's eyes, as the paper's model does with CLIP's. ``check`` asks about
 images that no judge has seen, and captions of the held-out side, which PickScore and HPS have not read: VQAScore, which
-does not put words together anew as they do, learns from captions of both sides. Writes ``assets/results/judges.json``.
+does not recombine words as they do, learns from captions of both sides. Writes ``assets/results/judges.json``.
 """
 
 from __future__ import annotations
@@ -247,10 +247,11 @@ def train_vqascore(args: argparse.Namespace) -> None:
             patches = model.patches(normalised(data.pixels[rows]))
             several = patches.unflatten(0, (-1, 2)).repeat(1, 2, 1, 1).flatten(0, 1)  # each for two questions
             log_probs = model.answer(several, before, questions, answers[1]).float()
-            told = model.answer(patches[::2], before, [ids(AFTER.format(TELL))] * len(captions), captions.clamp(min=0))
+            tell = [ids(AFTER.format(TELL))] * len(captions)
+            predicted = model.answer(patches[::2], before, tell, captions.clamp(min=0))
         labels = torch.stack([answers[t] for t in truth])
         # What an image shows, said in words, teaches more than whether it shows something.
-        telling = F.nll_loss(told.float().flatten(0, 1), captions.flatten(), ignore_index=-100)
+        telling = F.nll_loss(predicted.float().flatten(0, 1), captions.flatten(), ignore_index=-100)
         loss = -log_probs.gather(-1, labels[..., None]).mean() + telling
         optimizer.zero_grad()
         loss.backward()

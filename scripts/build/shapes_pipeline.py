@@ -246,7 +246,7 @@ def train(
     optimizers = make_optimizers(modules, args)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     order = torch.randperm(len(data))
-    cursor, begun = 0, time.time()
+    cursor, started = 0, time.time()
     for step in range(steps):
         long = step % args.long_every == args.long_every - 1
         batch, length = (BATCH // 4, rng.choice(LONG)) if long else (BATCH, SHORT)
@@ -272,7 +272,7 @@ def train(
             schedule.step()
         follow(average, parameters, step)
         if step % 50 == 0:
-            print(f"step {step} loss {loss.item():.4f} {time.time() - begun:.0f} s", flush=True)
+            print(f"step {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
         if (step + 1) % args.export_every == 0 or step + 1 == steps:
             export(pipe, parameters, average, args)
 

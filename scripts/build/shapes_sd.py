@@ -175,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     average = [p.detach().clone() for p in parameters]
     optimizers = make_optimizers(modules, args.lr)
-    begun, step = time.time(), restore(args, modules, average, optimizers)
+    started, step = time.time(), restore(args, modules, average, optimizers)
     while step < args.steps + args.web_steps:
         rows, texts, generator = draw_batch(specs, step, args)
         loss = loss_of_batch(pipe, data[rows], texts, generator)
@@ -187,10 +187,10 @@ def train(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
         follow(average, parameters, step)
         if step % 50 == 0:
-            clocks = f"{time.time() - begun:.0f} s, {time.process_time():.0f} s of a core"
+            clocks = f"{time.time() - started:.0f} s, {time.process_time():.0f} s of a core"
             print(f"step {step} loss {loss.item():.4f} {clocks}", flush=True)
         step += 1
-        late = args.minutes is not None and time.time() - begun > 60 * args.minutes
+        late = args.minutes is not None and time.time() - started > 60 * args.minutes
         if late or step % args.save_every == 0 or step == args.steps + args.web_steps:
             save(args, step, modules, average, optimizers)
         if step % args.export_every == 0 or step == args.steps + args.web_steps:

@@ -6,7 +6,7 @@
 
 Runs tests/reliability and, for some rows, the tests beside the code; a row is green if all of its tests pass and one
 ran at least. What is done is kept in ``--output_dir``, in a folder for these sources, as it is done: the run can be
-stopped at any time, and the same command goes on. Sources that have changed begin anew.
+stopped at any time, and the same command goes on. Changed sources start a new run.
 
 A kill: see tests/reliability/kills.py. A resume point: a trainer is stopped before one of its micro-steps, or its
 process is gone there; started again, it leaves the checkpoints, log, pictures and weights of a run without
@@ -324,9 +324,9 @@ def main() -> int:
     found = summary([*tests.values(), *kills(folder)])
     if (args.quickstart / "metrics.jsonl").is_file():
         found["checkpoint_share_of_quickstart"] = checkpoint_share(args.quickstart)
-    told = {"command": shlex.join(["python", *sys.argv]), "short": args.short, **where()}
+    context = {"command": shlex.join(["python", *sys.argv]), "short": args.short, **where()}
     args.write.parent.mkdir(parents=True, exist_ok=True)
-    args.write.write_text(json.dumps({**found, **told}, indent=1) + "\n")
+    args.write.write_text(json.dumps({**found, **context}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     wrong = [name for name, count in found["tried"].items() if count["right"] < count["tried"]]
     return int(bool(found["not_green"] or wrong))

@@ -7,7 +7,7 @@ import pytest
 
 from diffalign.cli import main
 from diffalign.commands.check import CheckConfig, examine
-from tests.data.made import encoded, jsonl, pick_a_pic, pick_row
+from tests.data.preference_files import encoded, jsonl, pick_a_pic, pick_row
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from PIL import Image
 from diffalign.cli import main
 from diffalign.commands.image_sources import read
 from diffalign.data.validation import DataWarning
-from tests.data.made import encoded, jsonl, picture
+from tests.data.preference_files import encoded, jsonl, picture
 
 
 def put(path, number=0):

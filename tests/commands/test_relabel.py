@@ -16,7 +16,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.stream import stream_pairs
 from diffalign.rewards import get_reward
-from tests.data.made import encoded, pick_a_pic, pick_row
+from tests.data.preference_files import encoded, pick_a_pic, pick_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffalign.data.validation.DataWarning")
 

@@ -13,7 +13,7 @@ from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
 from diffalign.data.validation import DataWarning
 from diffalign.structures import Prompt
-from tests.data.made import encoded, jsonl
+from tests.data.preference_files import encoded, jsonl
 
 
 def put(path, number):

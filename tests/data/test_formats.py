@@ -13,7 +13,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, detect
 from diffalign.data.pairs import load_pairs
 from diffalign.structures import ImageSource, Pair, Prompt
-from tests.data.made import captions, encoded, image_table, jsonl, pick_a_pic, pick_row, picture
+from tests.data.preference_files import captions, encoded, image_table, jsonl, pick_a_pic, pick_row, picture
 
 
 def labels(data):
@@ -133,8 +133,8 @@ def test_the_same_pairs_come_from_every_kind_of_file_and_folder(files):
     shutil.copy(files / "a.jsonl", files / "loaded/train.jsonl")
     sources = [files / name for name in ("a.parquet", "a.csv", "a.jsonl", "a.arrow", "saved", "loaded")]
     for source in sources:
-        told = PreferenceDataConfig(image_root=files) if source.name == "saved" else PreferenceDataConfig()
-        data = load_pairs(source, settings=told)
+        settings = PreferenceDataConfig(image_root=files) if source.name == "saved" else PreferenceDataConfig()
+        data = load_pairs(source, settings=settings)
         assert labels(data) == [0, 0.25, 0.75, 1], source
         assert captions(data) == ["p0", "p1", "p3", "p4"], source
         assert reads(data[2], 6, 7), source
@@ -156,7 +156,7 @@ def test_metadata_reach_the_prompt(files):
     assert load_pairs(jsonl(files / "b.jsonl", written))[0].prompt == Prompt("a red circle", scene)
 
 
-def test_splits_of_a_folder_are_told_apart(tmp_path):
+def test_splits_of_a_folder_are_read_separately(tmp_path):
     (tmp_path / "data").mkdir()
     pick_a_pic(tmp_path / "data/train-00000-of-00001.parquet", [pick_row(0)])
     pick_a_pic(tmp_path / "data/validation-00000-of-00001.parquet", [pick_row(1)])
@@ -174,8 +174,8 @@ def test_a_hub_id_is_loaded_with_its_split_subset_and_revision(tmp_path, monkeyp
         return Dataset.from_list([pick_row(0)])
 
     monkeypatch.setattr(datasets, "load_dataset", loads)
-    told = PreferenceDataConfig(split="validation_unique", subset="small", revision="abc")
-    assert captions(load_pairs("yuvalkirstain/pickapic_v2", settings=told)) == ["caption 0"]
+    settings = PreferenceDataConfig(split="validation_unique", subset="small", revision="abc")
+    assert captions(load_pairs("yuvalkirstain/pickapic_v2", settings=settings)) == ["caption 0"]
     wanted = {"split": "validation_unique", "name": "small", "revision": "abc", "streaming": False}
     assert asked == [(("yuvalkirstain/pickapic_v2",), wanted)]
 
@@ -208,7 +208,7 @@ def test_columns_tell_the_format(columns, name):
         ("chosen rejected", "hpdv4", "unknown format 'hpdv4'; known: auto, pick_a_pic"),
     ],
 )
-def test_a_format_that_cannot_be_told_is_an_error_that_helps(columns, asked, message):
+def test_an_ambiguous_format_is_an_error_that_helps(columns, asked, message):
     with pytest.raises(ValueError, match=message):
         detect(columns.split(), asked, FORMATS, "here")
     if asked == "auto" and "fit hpdv3" in message:

@@ -15,9 +15,9 @@ from PIL import Image
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import content_key, decode, decode_sample, to_uint8
 from diffalign.data.pairs import load_pairs
-from diffalign.data.validation import DataWarning, Fault
+from diffalign.data.validation import DataWarning, SampleError
 from diffalign.structures import ImageSource, Pair, Prompt
-from tests.data.made import encoded, picture
+from tests.data.preference_files import encoded, picture
 
 SIZE = (24, 20)
 PLAIN = picture(1, SIZE)
@@ -60,7 +60,7 @@ BAD = {
 def test_a_bad_file_is_named_with_its_reason(name, tmp_path):
     make, reason = BAD[name]
     make(tmp_path / name)
-    with pytest.raises(Fault, match=f"{name}: .*({reason})") as caught:
+    with pytest.raises(SampleError, match=f"{name}: .*({reason})") as caught:
         decode(ImageSource(str(tmp_path / name), tmp_path / name))
     assert caught.value.kind == "unreadable"
 
@@ -71,7 +71,7 @@ def test_a_file_without_permission_is_named():
     def locked():
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    with pytest.raises(Fault, match=r"locked\.png: permission denied"):
+    with pytest.raises(SampleError, match=r"locked\.png: permission denied"):
         decode(ImageSource("locked.png", locked))
 
 
@@ -79,7 +79,7 @@ def test_a_bomb_below_the_error_of_pil_is_refused_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 20 - 1)
     with (
         pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(Fault, match="24 x 20 pixels are too many: a decompression bomb"),
+        pytest.raises(SampleError, match="24 x 20 pixels are too many: a decompression bomb"),
     ):
         decode(ImageSource("a", encoded(1)))
 
@@ -142,15 +142,15 @@ def pair(first, second, text="p"):
 def test_what_is_odd_about_a_pair_is_said():
     images, odd = decode_sample(pair(encoded(1), encoded(2, (30, 20))), min_side=21)
     assert [image.size for image in images] == [(24, 20), (30, 20)]
-    assert [(fault.kind, str(fault)) for fault in odd] == [
+    assert [(error.kind, str(error)) for error in odd] == [
         ("too_small", "row 3: 24 x 20 and 30 x 20, min_side is 21"),
         ("different_size", "row 3: 24 x 20 and 30 x 20"),
     ]
-    assert [fault.kind for fault in decode_sample(pair(encoded(1), encoded(1)))[1]] == ["same_image"]
+    assert [error.kind for error in decode_sample(pair(encoded(1), encoded(1)))[1]] == ["same_image"]
     assert decode_sample(pair(encoded(1), encoded(2)))[1] == []
-    with pytest.raises(Fault, match="row 3: b: not an image"):
+    with pytest.raises(SampleError, match="row 3: b: not an image"):
         decode_sample(pair(encoded(1), b"text"))
-    with pytest.raises(Fault, match="row 3: b: no image"):
+    with pytest.raises(SampleError, match="row 3: b: no image"):
         decode_sample(pair(encoded(1), None))
 
 

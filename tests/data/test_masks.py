@@ -9,7 +9,7 @@ from diffalign.data.pairs import load_pairs
 from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
 from diffalign.data.validation import DataWarning
-from tests.data.made import encoded, image_table, jsonl, picture
+from tests.data.preference_files import encoded, image_table, jsonl, picture
 
 MASKED = PreferenceDataConfig(mask="region", max_bad_share=1.0)
 

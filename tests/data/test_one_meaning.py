@@ -21,9 +21,9 @@ from diffalign.data.tables import open_table
 from diffalign.data.unpaired import load_labelled
 from diffalign.shapes import prompt_set, render, scene_for
 from diffalign.structures import Prompt
-from tests.data import containers
-from tests.data.containers import CONTAINERS, TEXTS
-from tests.data.made import encoded, jsonl
+from tests.data import table_writers
+from tests.data.preference_files import encoded, jsonl
+from tests.data.table_writers import CONTAINERS, TEXTS
 
 # Mappings of different keys, so that a table has members that a row does not.
 WANTED = [
@@ -84,7 +84,7 @@ def test_score_gives_rewards_the_metadata_of_the_plain_json(container, nested, i
     seen = []
 
     def spy(pictures, prompts, metadata):
-        seen.extend(Prompt(text, dict(told)) for text, told in zip(prompts, metadata, strict=True))
+        seen.extend(Prompt(text, dict(own)) for text, own in zip(prompts, metadata, strict=True))
         return torch.zeros(len(prompts))
 
     monkeypatch.setitem(sys.modules, "spied_on", type(sys)("spied_on"))
@@ -98,7 +98,7 @@ def test_score_gives_rewards_the_metadata_of_the_plain_json(container, nested, i
     options = {"rewards": (f"{tmp_path}/reward.py:spy",), "allow_reward_code": True, "batch_size": 1}
     options |= {"image_root": settings_of(path).image_root, "output_dir": tmp_path / "out"}
     score_files(ScoreConfig(images=(str(path),), **options))
-    if not nested and container is containers.comma:
+    if not nested and container is table_writers.comma:
         # A cell has no type: lists and mappings are read, numbers stay text, an empty one is absent.
         assert [p.text for p in seen] == [p.text for p in WANTED]
         as_texts = [{k: v if isinstance(v, (list, dict)) else str(v) for k, v in p.metadata.items()} for p in WANTED]
@@ -203,7 +203,7 @@ def test_a_column_of_numbers_is_text_where_text_is_wanted(container, values, ima
 def test_a_folder_of_text_files_is_read_as_its_files_are(kind, images):
     """``datasets`` finds the files and their splits; it would take None for nothing, and mixed lists for an error."""
     position = Prompt("None", {"include": [{"class": "a", "count": 1}, {"class": "b", "position": ["left of", 0]}]})
-    container = {"csv": containers.comma, "jsonl": containers.json_lines, "json": containers.json_list}[kind]
+    container = {"csv": table_writers.comma, "jsonl": table_writers.json_lines, "json": table_writers.json_list}[kind]
     folder = images / "set"
     folder.mkdir()
     container(images, pairs([position, WANTED[0]])).rename(folder / f"train.{kind}")
@@ -222,7 +222,7 @@ def test_pick_a_pic_as_text_keeps_flags_and_empty_cells(images):
         {"jpg_0": "2.jpg", "jpg_1": "3.jpg", "label_0": "", "has_label": False, "caption": "b"},
         {"jpg_0": "4.jpg", "jpg_1": "5.jpg", "label_0": 0.5, "has_label": True, "caption": "c"},
     ]
-    data = load_pairs(containers.comma(images, rows), settings=PreferenceDataConfig(ties="soft"))
+    data = load_pairs(table_writers.comma(images, rows), settings=PreferenceDataConfig(ties="soft"))
     assert [(data[i].prompt.text, data[i].label) for i in range(len(data))] == [("a", 1), ("c", 0.5)]
     assert data.quarantine.skipped == {"unlabelled": 1}
 
@@ -287,6 +287,6 @@ def test_blank_lines_of_csv_are_skipped_as_those_of_json_lines(lines, images):
 
 
 def test_a_library_draws_no_bar_where_nobody_looks(images, capfd):
-    path = containers.table(images, pairs(WANTED))
+    path = table_writers.table(images, pairs(WANTED))
     load_pairs(path, settings=settings_of(path))
     assert "Generating" not in capfd.readouterr().err

@@ -17,14 +17,14 @@ from diffalign.data.images import decode, to_uint8
 from diffalign.data.pairs import load_pairs
 from diffalign.data.stream import stream_pairs
 from diffalign.data.tables import open_table
-from diffalign.data.validation import Fault
+from diffalign.data.validation import SampleError
 from diffalign.files import MAX_MESSAGE
-from tests.data import containers
-from tests.data.containers import CONTAINERS
-from tests.data.made import encoded, jsonl
+from tests.data import table_writers
+from tests.data.preference_files import encoded, jsonl
+from tests.data.table_writers import CONTAINERS
 
 # What does not fit into an Arrow column beside a text is written as text files only.
-FLAT = [container for container in CONTAINERS if container is not containers.saved]
+FLAT = [container for container in CONTAINERS if container is not table_writers.saved]
 
 
 def row(first, second="1.jpg"):
@@ -89,7 +89,7 @@ def test_a_relative_path_starts_at_the_folder_of_the_table(reader, container, fo
 
 @pytest.mark.parametrize("reader", READERS[:3])
 def test_a_table_in_a_folder_of_a_folder_is_where_paths_start(reader, folder):
-    containers.table(folder, [row("0.jpg"), row("2.jpg")]).rename(folder / "train-00000.parquet")
+    table_writers.table(folder, [row("0.jpg"), row("2.jpg")]).rename(folder / "train-00000.parquet")
     assert reader(folder.parent / "data") == encoded(0)
     (folder.parent / "outer/data").mkdir(parents=True)
     for file in folder.iterdir():
@@ -108,14 +108,14 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("way", OUTSIDE)
-@pytest.mark.parametrize("container", [containers.json_lines, containers.comma, containers.table])
+@pytest.mark.parametrize("container", [table_writers.json_lines, table_writers.comma, table_writers.table])
 def test_a_path_does_not_leave_the_folder_unless_it_is_allowed(reader, way, container, folder):
     (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
     (folder / "up").symlink_to(folder.parent)
     (folder / "x").mkdir()
     path = container(folder, [row(OUTSIDE[way](folder)), row("2.jpg")])
     with pytest.raises(
-        (ValueError, Fault), match=r"lies outside the folder of the data, .*set image_root .*allow_outside"
+        (ValueError, SampleError), match=r"lies outside the folder of the data, .*set image_root .*allow_outside"
     ):
         reader(path)
     assert reader(path, allow_outside=True) == encoded(9)
@@ -125,7 +125,7 @@ def test_a_path_does_not_leave_the_folder_unless_it_is_allowed(reader, way, cont
 
 @pytest.mark.parametrize("command", ["check", "relabel", "score"])
 def test_the_commands_say_how_to_allow_it(command, folder, tmp_path, capsys):
-    path = str(containers.json_lines(folder, [row("../secret.jpg"), row("2.jpg")]))
+    path = str(table_writers.json_lines(folder, [row("../secret.jpg"), row("2.jpg")]))
     options = [] if command == "check" else ["--rewards", "brightness"]
     options += ["--output_dir", str(tmp_path / "out")] if command == "score" else []
     main([command, path, *options])
@@ -206,7 +206,9 @@ INSIDE = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", INSIDE)
-@pytest.mark.parametrize("container", [containers.json_lines, containers.json_list, containers.comma, containers.table])
+@pytest.mark.parametrize(
+    "container", [table_writers.json_lines, table_writers.json_list, table_writers.comma, table_writers.table]
+)
 def test_an_image_in_a_cell_is_read(reader, kind, container, folder):
     # An Arrow column is of one type, so that all rows have it.
     rows = [row(INSIDE[kind]), row(INSIDE[kind])]
@@ -232,12 +234,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("container", [containers.json_lines, containers.table])
+@pytest.mark.parametrize("container", [table_writers.json_lines, table_writers.table])
 def test_what_is_no_image_is_refused_in_few_words(reader, kind, container, folder):
     value, message = REFUSED[kind]
     if reader is by_score and value is None:
         message = "no picture|no image"
-    with pytest.raises((ValueError, Fault), match=message) as caught:
+    with pytest.raises((ValueError, SampleError), match=message) as caught:
         reader(container(folder, [row(value), row(value)]))
     assert len(str(caught.value)) < 1000
 

@@ -70,7 +70,7 @@ def test_soft_labels_are_the_sigmoid_of_the_scaled_gap():
         ({"c": 1.0}, "here has no reward c; it has a, b"),
     ],
 )
-def test_rewards_that_cannot_be_told_are_an_error(rewards, message):
+def test_ambiguous_rewards_are_an_error(rewards, message):
     with pytest.raises(ValueError, match=message):
         rollout_pairs([line(0, a=1.0, b=2.0)], Pairing(rewards=rewards), "here")
 

@@ -11,7 +11,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.stream import Cursor, stream_pairs
 from diffalign.data.validation import DataWarning
-from tests.data.made import encoded, jsonl, pick_a_pic, pick_row
+from tests.data.preference_files import encoded, jsonl, pick_a_pic, pick_row
 
 
 def shuffled(count, *address):

@@ -10,7 +10,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.unpaired import load_labelled, unpair
 from diffalign.data.validation import DataWarning
 from diffalign.structures import ImageSource, Pair, Prompt
-from tests.data.made import encoded, image_table, jsonl, pick_a_pic, pick_row
+from tests.data.preference_files import encoded, image_table, jsonl, pick_a_pic, pick_row
 
 
 def image(name):
@@ -49,7 +49,7 @@ def test_the_same_image_of_another_text_is_another_sample():
     }
 
 
-def test_images_without_a_name_are_told_by_their_bytes():
+def test_images_without_a_name_are_identified_by_their_bytes():
     pairs = [pair("p", "a", "b", 1), pair("p", "b", "c", 1)]
     nameless = [replace(p, images=tuple(replace(i, identity=None) for i in p.images)) for p in pairs]
     assert list(unpair(nameless).values()) == [(0, 0, True), (0, 1, True), (1, 1, False)]
@@ -70,7 +70,7 @@ def test_pick_a_pic_is_taken_apart_by_its_image_ids(tmp_path):
         ("caption 3", encoded(6), False),
         ("caption 3", encoded(7), True),
     ]
-    assert data.liked_share == 3 / 5
+    assert len(data.liked_indices) == 3
     assert data[1].key.endswith("a.parquet, row 0, image 1")
     assert data.load(4)[1][0].size == (24, 20)
     assert data.quarantine.skipped == {"ties": 1}

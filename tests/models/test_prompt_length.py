@@ -6,7 +6,7 @@ import torch
 from diffalign.cli import main
 from diffalign.models.prompt_length import cut, text_encoders
 from tests.conftest import PIPELINE
-from tests.data.made import pick_a_pic, pick_row
+from tests.data.preference_files import pick_a_pic, pick_row
 
 
 def test_tokens_are_those_that_the_pipeline_reads(pipeline):

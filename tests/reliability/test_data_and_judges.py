@@ -12,13 +12,13 @@ from diffalign import FlowGRPOTrainer
 from diffalign.cli import main
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
-from diffalign.data.prompts import FAULTS, load_prompts
+from diffalign.data.prompts import LINE_ERRORS, load_prompts
 from diffalign.data.validation import DataWarning, printable
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import names, needs_groups, registered
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
-from tests.data.made import encoded, jsonl, picture
+from tests.data.preference_files import encoded, jsonl, picture
 from tests.data.test_images import BAD, GOOD
 from tests.reliability.compare import rows
 from tests.reliability.trainers import short
@@ -245,7 +245,7 @@ def test_r31_check_names_file_and_line_of_whatever_is_odd(tmp_path, name, lines,
         assert kind is None or detail in named[0]
     for kind in {kind for _, kind, _ in lines if kind}:
         assert f"{kind}: {sum(kind == other for _, other, _ in lines)} (" in said
-    first = next(number for number, (_, kind, _) in enumerate(lines, 1) if kind in FAULTS)
+    first = next(number for number, (_, kind, _) in enumerate(lines, 1) if kind in LINE_ERRORS)
     with pytest.raises(ValueError, match=rf"{name}, line {first}: ") as stopped:
         load_prompts(path)
     assert f"a run would stop: {stopped.value}\n" in said

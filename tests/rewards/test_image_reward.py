@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
 from diffalign.rewards.image_reward import FILE, TEXT_CONFIG, TOKENS, image_reward
+from diffalign.rewards.support import weights
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from tests.rewards.tiny_checkpoints import DEPTH, MED, PATCH, SIDE, VISION
 
@@ -88,6 +89,6 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(image_reward_folder, tmp_pa
     del state["blip.visual_encoder.norm.weight"]
     torch.save(state, tmp_path / FILE)
     (tmp_path / TEXT_CONFIG).write_text(json.dumps(MED))
-    loading._LOADED.clear()
+    weights._LOADED.clear()
     with pytest.raises(ValueError, match=r"Missing key.*vision.post_layernorm.weight"):
         image_reward("image_reward", str(tmp_path), str(image_reward_folder))(IMAGES.float(), PROMPTS, [{}] * 3)

@@ -119,7 +119,7 @@ class Pictures:
     ) -> None:
         self.data: LabelledData = load_labelled(*paths, settings=settings)
         self.model, self.noise, self.count = model, noise, count
-        self.liked = [i for i, liked in enumerate(self.data.places[4::5]) if liked]
+        self.liked = self.data.liked_indices
         if not self.liked:
             raise ValueError(f"train_images: {', '.join(paths)} hold no image that is liked")
         self._iteration, self._read = -1, dict[int, tuple[Tensor, SizeConditioning, Prompt]]()

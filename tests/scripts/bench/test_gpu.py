@@ -112,7 +112,7 @@ def test_the_bench_runs_small_and_says_what_does_not_run(bench, tmp_path):
     assert models[names[1]]["against"]["refused"] == "NotImplementedError: no such model"
 
 
-def test_other_work_is_told_from_the_same(bench, tmp_path):
+def test_other_work_is_distinguished_from_the_same(bench, tmp_path):
     against = importlib.import_module("scripts.bench.against")
     net = torch.nn.Linear(2, 2)
     job = SimpleNamespace(checkout=tmp_path, pipeline=SimpleNamespace(components={"unet": net}), images=4)
@@ -127,7 +127,7 @@ def test_other_work_is_told_from_the_same(bench, tmp_path):
                 net(torch.zeros(4 * sampled, 2))
             net(torch.zeros(4 * taught, 2))
 
-        return against.measure_against(lambda told: iterate, job, ours, 2, time.perf_counter)["same_work"]
+        return against.measure_against(lambda job: iterate, job, ours, 2, time.perf_counter)["same_work"]
 
     assert other(2, 1)
     assert other(3, 1)
@@ -137,7 +137,7 @@ def test_other_work_is_told_from_the_same(bench, tmp_path):
 
 
 @pytest.mark.parametrize(("adapter", "message"), [("none.py:f", "no file 'none.py'"), ("{}:g", "has no function 'g'")])
-def test_an_adapter_that_is_missing_is_told(bench, tmp_path, adapter, message):
+def test_a_missing_adapter_is_reported(bench, tmp_path, adapter, message):
     (tmp_path / "a.py").write_text("f = print\n")
     with pytest.raises(ValueError, match=message):
         bench.load_adapter(adapter.format(tmp_path / "a.py"))

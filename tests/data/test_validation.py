@@ -8,7 +8,7 @@ from PIL import Image
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
 from diffalign.data.validation import KINDS, DataWarning
-from tests.data.made import captions, encoded, jsonl, pick_a_pic, pick_row
+from tests.data.preference_files import captions, encoded, jsonl, pick_a_pic, pick_row
 
 FAULTS = {
     "unreadable": pick_row(7, jpg_1=b"no image"),
@@ -53,9 +53,9 @@ def test_each_fault_is_handled_as_configured(kind, tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({7: FAULTS[kind]}, 10))
     with pytest.raises(ValueError, match=rf"row 7.*\({kind}\): fix it, or set on_fault.{kind} to drop"):
         load_pairs(path, settings=PreferenceDataConfig(on_fault={kind: "error"}))
-    told = PreferenceDataConfig(on_fault={kind: "drop"}, max_bad_share=0.2)
+    settings = PreferenceDataConfig(on_fault={kind: "drop"}, max_bad_share=0.2)
     with pytest.warns(DataWarning, match=kind):
-        data = load_pairs(path, settings=told)
+        data = load_pairs(path, settings=settings)
     assert "caption 7" not in {data.load(i)[0].prompt.text for i in range(len(data))}
     if "keep" in KINDS[kind].actions:
         with pytest.warns(DataWarning, match=kind):
@@ -93,12 +93,12 @@ def test_a_bad_pair_gives_its_place_to_the_next_and_the_others_keep_theirs(tmp_p
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: pick_row(3, jpg_0=None), 4: FAULTS["unreadable"]}, 10))
     wanted = [f"caption {number}" for number in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9)]
     for scan in (None, 0):
-        told = PreferenceDataConfig(max_bad_share=0.2, scan=scan)
+        settings = PreferenceDataConfig(max_bad_share=0.2, scan=scan)
         if scan is None:
             with pytest.warns(DataWarning, match="unreadable: 2"):
-                data = load_pairs(path, settings=told)
+                data = load_pairs(path, settings=settings)
         else:
-            data = load_pairs(path, settings=told)
+            data = load_pairs(path, settings=settings)
             with pytest.warns(DataWarning, match="left out: .*row [34]: jpg_[01]: (no|not an) image"):
                 data.load(3)
         assert [data.load(i)[0].prompt.text for i in range(10)] == wanted
@@ -130,7 +130,7 @@ def test_what_is_known_is_neither_read_nor_counted_again(tmp_path, monkeypatch):
     }
 
 
-def test_only_so_many_images_are_looked_at_as_told(tmp_path, monkeypatch):
+def test_scan_limits_how_many_images_are_decoded(tmp_path, monkeypatch):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: FAULTS["unreadable"]}, 10))
     opened = []
     real = Image.open

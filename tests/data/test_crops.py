@@ -1,4 +1,4 @@
-"""Both images of a pair are resized, mirrored and cropped alike, and SDXL is told each one's sizes."""
+"""Both images of a pair are resized, mirrored and cropped alike, and SDXL is conditioned on the sizes of each."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from diffalign.data.crops import DRAWS, CropParams, SizeConditioning, frame, frame_pair
-from tests.data.made import picture
+from diffalign.data.crops import DRAWS, CropParams, SizeConditioning, frame
+from tests.data.preference_files import picture
 
 
 def drawn(seed):
@@ -25,22 +25,22 @@ def numbered(width, height):
 def test_both_images_lose_the_same_pixels(size):
     """At their own resolution no pixel is resampled, so that each says where it was."""
     for seed in range(20):
-        framing = CropParams.drawn(drawn(seed))
-        pixels, (first, second) = frame_pair([numbered(*size), numbered(*size)], 24, framing)
-        assert torch.equal(pixels[0], pixels[1])
+        params = CropParams.drawn(drawn(seed))
+        (pixels, first), (other, second) = (frame(numbered(*size), 24, params) for _ in range(2))
+        assert torch.equal(pixels, other)
         assert first == second
         top, left = first.crop_top_left
-        columns = torch.arange(size[0]).flip(0) if framing.flip else torch.arange(size[0])
-        assert torch.equal(pixels[0, 0], columns[left : left + 24].expand(24, 24).to(torch.uint8))
-        assert torch.equal(pixels[0, 1], torch.arange(top, top + 24)[:, None].expand(24, 24).to(torch.uint8))
+        columns = torch.arange(size[0]).flip(0) if params.flip else torch.arange(size[0])
+        assert torch.equal(pixels[0], columns[left : left + 24].expand(24, 24).to(torch.uint8))
+        assert torch.equal(pixels[1], torch.arange(top, top + 24)[:, None].expand(24, 24).to(torch.uint8))
 
 
 def test_every_place_is_drawn_equally_often_and_half_are_mirrored():
     places, flips = [], 0
     for seed in range(4000):
-        framing = CropParams.drawn(drawn(seed))
-        places.append(frame(numbered(28, 24), 24, framing)[1].crop_top_left)
-        flips += framing.flip
+        params = CropParams.drawn(drawn(seed))
+        places.append(frame(numbered(28, 24), 24, params)[1].crop_top_left)
+        flips += params.flip
     tops, lefts = zip(*places, strict=True)
     assert set(tops) == {0}
     counts = torch.tensor(lefts).bincount()
@@ -68,24 +68,25 @@ def test_the_shorter_side_is_resized_as_torchvision_does(size):
     assert sizes.original_size == (size[1], size[0])
 
 
-def test_sdxl_is_told_the_sizes_of_each_image():
+def test_sdxl_is_conditioned_on_the_sizes_of_each_image():
     """The larger one is cut at the same relative place."""
     images = [picture(0, (96, 64)), picture(1, (48, 32))]
-    pixels, sizes = frame_pair(images, 32, CropParams(down=0.0, right=0.5))
-    assert pixels.shape == (2, 3, 32, 32)
-    assert pixels.dtype == torch.uint8
+    pixels, sizes = zip(*(frame(image, 32, CropParams(down=0.0, right=0.5)) for image in images), strict=True)
+    assert all(one.shape == (3, 32, 32) for one in pixels)
+    assert all(one.dtype == torch.uint8 for one in pixels)
     assert sizes == (
         SizeConditioning(original_size=(64, 96), crop_top_left=(0, 8), target_size=(32, 32)),
         SizeConditioning(original_size=(32, 48), crop_top_left=(0, 8), target_size=(32, 32)),
     )
-    _, (wide, tall) = frame_pair([picture(0, (64, 32)), picture(1, (32, 64))], 32, CropParams(down=0.25, right=0.75))
+    params = CropParams(down=0.25, right=0.75)
+    wide, tall = (frame(picture(0, size), 32, params)[1] for size in ((64, 32), (32, 64)))
     assert (wide.crop_top_left, tall.crop_top_left) == ((0, int(0.75 * 33)), (int(0.25 * 33), 0))
 
 
 def test_the_last_place_can_be_drawn_and_none_beyond():
-    framing = CropParams.drawn([DRAWS - 1, DRAWS - 1, 0])
-    assert frame(numbered(30, 24), 24, framing)[1].crop_top_left == (0, 6)
-    assert not framing.flip
+    params = CropParams.drawn([DRAWS - 1, DRAWS - 1, 0])
+    assert frame(numbered(30, 24), 24, params)[1].crop_top_left == (0, 6)
+    assert not params.flip
     assert CropParams.drawn([0, 0, DRAWS - 1]) == CropParams(0, 0, True)
 
 
@@ -95,9 +96,8 @@ def test_the_last_place_can_be_drawn_and_none_beyond():
         (lambda: CropParams.drawn([0, 0]), "draw three integers"),
         (lambda: CropParams.drawn([0, 0, DRAWS]), r"in \[0, 2\^32\)"),
         (lambda: CropParams.drawn([0, 0, 0], crop="centre"), "unknown crop 'centre': choose random or center"),
-        (lambda: frame_pair([picture(0)] * 2, 0, CropParams()), "resolution must be at least 1"),
     ],
 )
-def test_impossible_framings_are_refused(call, message):
+def test_impossible_crops_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,0 +1,17 @@
+"""The reward benchmark runs every reward."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_rewards_are_timed_against_their_networks(tmp_path):
+    tiny = ["--images", "2", "--side", "32", "--layers", "1", "--width", "64", "--repeats", "1"]
+    command = [sys.executable, "scripts/bench/rewards.py", *tiny, "--write", str(tmp_path / "bench.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "bench.json").read_text())["rewards"]
+    assert list(found) == ["pickscore", "aesthetic", "hpsv2.1", "vqascore"]
+    assert all(figures["ratio"] > 0 for figures in found.values())
