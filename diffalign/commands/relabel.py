@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.commands.relabel_config import RelabelConfig
-from diffalign.commands.resume import mend, whole_rows
+from diffalign.commands.resume import drop_partial_line, read_rows
 from diffalign.data.ai_labels import RULES, labels_path, read_table, write_table
 from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.pairs import open_part, usable_images
@@ -165,8 +165,8 @@ class Book:
         before = path.with_suffix(".json")
         if before.is_file() and json.loads(before.read_text(encoding="utf-8"))["rewards"] == about["rewards"]:
             self._learn(read_table(path), names)
-        mend(self.path)
-        rows = whole_rows(self.path)
+        drop_partial_line(self.path)
+        rows = read_rows(self.path)
         if len(rows) > 1 and rows[0] != about:
             raise ValueError(f"{self.path} holds scores of other rewards: delete it, or choose another name of labels")
         self._learn(rows[1:], names)

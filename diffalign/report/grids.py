@@ -21,7 +21,7 @@ PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322
 
 
 @dataclass(frozen=True)
-class Totals:
+class OverallMeans:
     """Means over all that was evaluated, of which a picture shows a part: reward -> model -> mean, NaN for none."""
 
     images: int
@@ -55,7 +55,7 @@ def compare_grid(
     prompts: Sequence[str],
     scores: Mapping[str, Mapping[str, Tensor]] | None,
     path: str | Path,
-    totals: Totals | None = None,
+    totals: OverallMeans | None = None,
 ) -> None:
     """Writes a table to ``path``: a row per prompt, a column per model, the scores under each image.
 
@@ -125,7 +125,7 @@ def _write_prompts(
         y += height + GAP
 
 
-def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: Totals | None) -> dict[str, dict[str, str]]:
+def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: OverallMeans | None) -> dict[str, dict[str, str]]:
     """Label of a line of the header -> model -> figure. The set comes first: a long name of a reward is cut."""
     found = {}
     for reward, table in tables.items():

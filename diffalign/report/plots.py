@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from diffalign.atomic import replacing
 from diffalign.evaluation.win_rate import Interval
-from diffalign.report.results import Figures
+from diffalign.report.results import ModelResults
 
 COLORS = ("#8f9bab", "#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#5bb5c9", "#c8322b", "#77702c")
 BAR = 0.8  # of the distance between groups
 
 
-def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
+def plot_figures(models: Mapping[str, ModelResults], path: str | Path) -> None:
     """Writes up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, and win rates against the base."""
     first = next(iter(models.values()))
     wins = {name: {reward: won.rate for reward, won in f.wins.items()} for name, f in models.items() if f.wins}

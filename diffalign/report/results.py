@@ -14,7 +14,7 @@ from diffalign.report.markdown import inert
 
 
 @dataclass(frozen=True)
-class Figures:
+class ModelResults:
     """One model.
 
     rewards: name -> mean over images, with its 95 % interval over prompts; None where no image has a score. tasks:
@@ -39,7 +39,7 @@ def figures(
     tags: Sequence[str],
     base: Mapping[str, Tensor] | None,
     diversity: Mapping[str, float],
-) -> Figures:
+) -> ModelResults:
     """The figures of one model.
 
     prompt: (N,) integers, the prompt of each image. scores: reward -> (N,), the one that tasks are about first. tags:
@@ -56,7 +56,7 @@ def figures(
     paired = [name for name, v in scores.items() if base and (v.isfinite() & base[name].isfinite()).any()]
     wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
     scored = {name: int(v.isfinite().sum()) for name, v in scores.items()}
-    return Figures(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
+    return ModelResults(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
 
 
 def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -70,12 +70,12 @@ def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tenso
     return found if embed is None else found | {"embedding": embedding_distance(embed(images), prompt)}
 
 
-def to_json(models: Mapping[str, Figures], settings: Mapping[str, object]) -> dict:
-    """``results.json``: settings, and per model the fields of ``Figures``."""
+def to_json(models: Mapping[str, ModelResults], settings: Mapping[str, object]) -> dict:
+    """``results.json``: settings, and per model the fields of ``ModelResults``."""
     return {"settings": dict(settings), "models": {name: asdict(found) for name, found in models.items()}}
 
 
-def to_markdown(models: Mapping[str, Figures]) -> str:
+def to_markdown(models: Mapping[str, ModelResults]) -> str:
     """A table with a column per model: rewards and tasks with half the width of their interval, wins, diversity.
 
     ValueError: tasks of different rewards, which no row can compare.
@@ -97,7 +97,7 @@ def to_markdown(models: Mapping[str, Figures]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def set_line(found: Figures, prompts: int, source: object = "") -> str:
+def set_line(found: ModelResults, prompts: int, source: object = "") -> str:
     """What the means of a table are over."""
     of = f" of `{source}`" if source else ""
     each = found.images / prompts
@@ -108,7 +108,7 @@ def set_line(found: Figures, prompts: int, source: object = "") -> str:
     )
 
 
-def _share(found: Figures, name: str) -> str:
+def _share(found: ModelResults, name: str) -> str:
     """How many images have a score, where not all have."""
     scored = found.scored.get(name, found.images)
     return f" ({scored} of {found.images} scored)" if 0 < scored < found.images else ""
