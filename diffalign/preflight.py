@@ -101,6 +101,9 @@ def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Rewards that have a name: registered, or code in a file that is there."""
     listed = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
+    if (problem := _blank_names(name, listed)) is not None:
+        yield problem
+        return
     table = value if isinstance(value, Mapping) else (getattr(config, "reward_options", None) or {})
     own = getattr(config, "rewards", None)
     elsewhere = own if isinstance(own, Mapping) and name != "rewards" else {}
@@ -119,6 +122,16 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
             close = difflib.get_close_matches(spec, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
             yield f"{name}: unknown reward {shown(spec)}; {hint}"
+
+
+def _blank_names(name: str, listed: Sequence[str]) -> str | None:
+    """Describe an empty name in a list of rewards, as ``--rewards ,`` gives; None if all have text."""
+    if all(one.strip() for one in listed):
+        return None
+    text = shown(",".join(listed))
+    if any(one.strip() for one in listed):
+        return f"{name}: no name after a comma in {text}; write --{name} pickscore,hpsv2.1"
+    return f"{name}: no reward is named in {text}; write --{name} pickscore, or --{name} pickscore,hpsv2.1"
 
 
 def weights_problems(config: Any) -> Iterator[str]:

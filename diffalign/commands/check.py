@@ -1,4 +1,4 @@
-"""``diffalign check``: what is wrong with a data set, or with files of prompts, before a run finds out."""
+"""``diffalign check``: validate preference data or prompt files before training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffalign.structures import LabelledImage, Pair
 
 @dataclass
 class Tally:
-    """Counts over the samples of a data set."""
+    """Label counts of a data set."""
 
     good: int = 0
     decided: int = 0
@@ -36,7 +36,7 @@ class Tally:
     soft: int = 0
 
     def add(self, sample: Pair | LabelledImage) -> None:
-        """Counts a label: that of an image that is liked like that of a pair whose first image is preferred."""
+        """Count the label of a sample; a liked image counts as a pair whose first image is preferred."""
         label = sample.label if isinstance(sample, Pair) else float(sample.liked)
         self.good += 1
         self.decided += label != 0.5
@@ -46,7 +46,7 @@ class Tally:
 
 
 class Repeats:
-    """Samples that come twice: the same text and images, in whichever order."""
+    """Find samples with the same prompt and the same images in any order."""
 
     def __init__(self) -> None:
         self.seen: dict[bytes, tuple[str, bool | None]] = {}
@@ -54,44 +54,51 @@ class Repeats:
         self.contradicting = 0
 
     def add(self, sample: Pair | LabelledImage) -> None:
-        """Counts a sample whose images are in memory."""
-        marks = [digest(source) for source in sample.images]
-        text = "\0".join([sample.prompt.text, *sorted(marks)])
+        """Add a sample whose images are in memory."""
+        digests = [digest(source) for source in sample.images]
+        text = "\0".join([sample.prompt.text, *sorted(digests)])
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        liked = sample.liked if isinstance(sample, LabelledImage) else _preferred(sample, marks)
+        liked = sample.liked if isinstance(sample, LabelledImage) else _preferred(sample, digests)
         first = self.seen.setdefault(key, (sample.key, liked))
         if first[0] != sample.key:
             self.names.append(f"{sample.key} is {first[0]} again")
             self.contradicting += liked != first[1]
 
 
-def _preferred(pair: Pair, marks: list[str]) -> bool | None:
-    """Whether the image whose digest comes first in the alphabet is preferred; None for ties."""
-    return None if pair.tie else (pair.label > 0.5) == (marks[0] <= marks[1])
+def _preferred(pair: Pair, digests: list[str]) -> bool | None:
+    """Return whether the image with the smaller digest is preferred; None for a tie."""
+    return None if pair.tie else (pair.label > 0.5) == (digests[0] <= digests[1])
 
 
 def samples(data: PairData | LabelledData | PairStream) -> Iterable[Pair | LabelledImage]:
-    """All of them, once."""
+    """Iterate over all samples once."""
     return data.once() if isinstance(data, PairStream) else (data[i] for i in range(len(data)))
 
 
 def examine(config: CheckConfig) -> dict[str, Any]:
-    """Everything that is known after reading the data once: what ``run`` prints."""
+    """Read the data once and return the report that ``run`` prints.
+
+    Raises ValueError for data in an unknown format, or a ``scan`` below 1.
+    """
+    if config.scan is not None and config.scan < 1:
+        raise ValueError(f"scan must be at least 1, got {config.scan}: leave it out to check all samples")
     encoders = config.encoders()
     data, settings = config.open(), config.settings()
     tally, repeats, sizes = Tally(), Repeats(), Counter()
     prompts: dict[str, None] = {}
-    for sample, images in _looked_at(data, settings, config.scan):
+
+    for sample, images in _usable(data, settings, config.scan):
         tally.add(sample)
         repeats.add(sample)
         sizes.update(f"{image.width} x {image.height}" for image in images)
         prompts[sample.prompt.text] = None
-    found = data.quarantine.summary()
-    skipped = found.pop("skipped")
+
+    summary = data.quarantine.summary()
+    skipped = summary.pop("skipped")
     report = {
         "data": list(config.data),
         "good": tally.good,
-        **found,
+        **summary,
         "first_preferred": tally.first / tally.decided if tally.decided else None,
         "ties": tally.ties + skipped.get("ties", 0),
         "unlabelled": skipped.get("unlabelled", 0),
@@ -104,35 +111,35 @@ def examine(config: CheckConfig) -> dict[str, Any]:
     return {**report, "verdict": verdict(config, report)}
 
 
-def _looked_at(
+def _usable(
     data: PairData | LabelledData | PairStream, settings: PreferenceDataConfig, limit: int | None
 ) -> Iterator[tuple[Pair | LabelledImage, tuple[Image.Image, ...]]]:
-    """The good samples with their images; the others go to the quarantine."""
-    for place, sample in enumerate(tqdm(islice(samples(data), limit), unit="sample", disable=None)):
+    """Yield the usable samples with their images; the quarantine counts the others."""
+    for index, sample in enumerate(tqdm(islice(samples(data), limit), unit="sample", disable=None)):
         data.quarantine.examined += 1
-        inside = fetched(sample)
-        if (images := usable_images(inside, settings, data.quarantine, count_kept=True)) is not None:
+        in_memory = fetched(sample)
+        if (images := usable_images(in_memory, settings, data.quarantine, count_kept=True)) is not None:
             if isinstance(data, PairData):
-                data.confirm(place, inside)
-            yield inside, images
+                data.confirm(index, in_memory)
+            yield in_memory, images
 
 
 def verdict(config: CheckConfig, report: dict[str, Any]) -> list[str]:
-    """Why a run with these settings would stop; empty where it would not."""
+    """List the reasons why training with these settings would stop; empty if it would run."""
     reasons = [
-        f"{kind}: {report['faults'][kind]['count']}, which on_fault does not tolerate"
+        f"{kind}: {report['faults'][kind]['count']}, and on_fault is error"
         for kind, action in config.on_fault.items()
         if action == "error" and report["faults"][kind]["count"]
     ]
     if config.ties == "error" and report["ties"]:
-        reasons.append(f"{report['ties']} ties, which are not tolerated")
+        reasons.append(f"{report['ties']} ties, and ties is error")
     if report["bad_share"] > config.max_bad_share:
         reasons.append(f"{report['bad_share']:.1%} cannot be used, max_bad_share is {config.max_bad_share:.1%}")
-    return reasons if report["good"] else [*reasons, "not one sample can be used"]
+    return reasons if report["good"] else [*reasons, "no sample can be used"]
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as text."""
     balance = report["first_preferred"]
     share = "no label decides" if balance is None else f"the first image is preferred (or liked) in {balance:.1%}"
     sizes = [f"{size} ({count})" for size, count in list(report["sizes"].items())[:EXAMPLES]]
@@ -155,8 +162,8 @@ def text(report: dict[str, Any]) -> str:
 
 
 def run(config: CheckConfig) -> int:
-    """The command: prints the report; 1 where a run with these settings would stop, else 0."""
+    """Print the report; return 1 if training with these settings would stop, else 0."""
     report = examine_prompts(config.data, config.encoders()) if config.of_prompts else examine(config)
-    said = prompts_text if config.of_prompts else text
-    print(json.dumps(report, indent=1) if config.json else said(report))
+    to_text = prompts_text if config.of_prompts else text
+    print(json.dumps(report, indent=1) if config.json else to_text(report))
     return 1 if report["verdict"] else 0

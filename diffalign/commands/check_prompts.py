@@ -1,4 +1,4 @@
-"""``diffalign check`` on files of prompts: what is wrong with them, or odd, by file and line."""
+"""``diffalign check`` for prompt files: faults and oddities by file and line."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ from diffalign.files import open_regular, raw_lines, shorten, some
 from diffalign.models.prompt_length import Encoder, cut
 from diffalign.structures import Prompt
 
-WORDS = 1024  # tokens that the longest text encoder in use reads; a word is one or more
+MAX_WORDS = 1024  # token limit of the longest text encoder; a word has at least one token
 ODD = {
-    "repeated": "the same text again; it is drawn as often as it stands there",
-    "long": "more tokens than a text encoder reads, which cuts the end; --model MODEL counts the tokens of a model",
-    "control": "characters that no one sees: control characters, or ones that change the direction of text",
+    "repeated": "the same text again; each copy is sampled",
+    "long": "more tokens than a text encoder reads, the rest is truncated; --model MODEL counts with its tokenizers",
+    "control": "invisible characters: control characters or text direction marks",
 }
-UNSEEN = ("Cc", "Cf")  # categories of Unicode
-JOINERS = "\u200c\u200d"  # within words of some scripts, and within emoji
-TAGS = range(0xE0020, 0xE0080)  # within flags
+INVISIBLE = ("Cc", "Cf")  # Unicode categories
+JOINERS = "\u200c\u200d"  # used within words of some scripts and within emoji
+TAGS = range(0xE0020, 0xE0080)  # used within flag emoji
 
 
 def too_long(text: str, encoders: Sequence[Encoder] | None) -> str | None:
-    """Say how much longer a text is than what the encoders read; None where it is not.
+    """Describe by how much a prompt exceeds the limit of a text encoder; None if it fits.
 
-    Without encoders, only what no encoder reads: words are a lower bound of tokens.
+    Without encoders, the number of words (a lower bound of tokens) is compared with the largest limit.
     """
     if encoders is not None:
         return cut(text, encoders)
     words = len(text.split())
-    return f"{words:,} words, and no text encoder reads more than {WORDS:,} tokens" if words > WORDS else None
+    return f"{words:,} words, and no text encoder reads more than {MAX_WORDS:,} tokens" if words > MAX_WORDS else None
 
 
 def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] | None = None) -> dict[str, Any]:
-    """Everything that is known after reading the files: what ``prompts_text`` prints.
+    """Read prompt files and return the report that ``prompts_text`` formats.
 
-    encoders: of the model that is to read the prompts; None: not known.
-    FileNotFoundError, ValueError: a file that is missing, or of another kind.
+    Args:
+        sources: Files, .txt or .jsonl.
+        encoders: Text encoders of the model; None if unknown.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is of another kind.
     """
     found: dict[str, list[str]] = {kind: [] for kind in (*LINE_ERRORS, *ODD)}
     seen: dict[str, str] = {}
     files = [_examine_file(prompt_file(source), found, seen, encoders) for source in sources]
     faults = {kind: {"count": len(lines), "samples": lines} for kind, lines in found.items()}
-    stops = [f"{shorten(file['path'])} holds no prompt: write one per line" for file in files if not file["prompts"]]
+    stops = [f"{shorten(file['path'])} has no prompts: write one per line" for file in files if not file["prompts"]]
     stops = [lines[0] for kind, lines in found.items() if kind in LINE_ERRORS and lines] + stops
     return {"files": files, "different": len(seen), "faults": faults, "verdict": stops}
 
@@ -55,7 +60,7 @@ def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] |
 def _examine_file(
     path: Path, found: dict[str, list[str]], seen: dict[str, str], encoders: Sequence[Encoder] | None
 ) -> dict[str, Any]:
-    """What the file is as a whole; its lines' faults go into ``found``, its texts into ``seen``."""
+    """Summarize a file; add faults of its lines to ``found`` and its prompts to ``seen``."""
     counts: dict[str, int] = defaultdict(int)
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{shorten(path)}, line {number}"
@@ -70,7 +75,7 @@ def _examine_file(
 
 
 def _layout(path: Path) -> dict[str, Any]:
-    """Its byte order mark, and the ends of its lines."""
+    """Detect byte order mark and line ends."""
     ends = {line[-2:] if line.endswith(b"\r\n") else line[-1:] for line in raw_lines(path)}
     with open_regular(path) as file:
         mark = file.read(3) == codecs.BOM_UTF8
@@ -78,23 +83,23 @@ def _layout(path: Path) -> dict[str, Any]:
 
 
 def _odd(prompt: Prompt, where: str, seen: dict[str, str], encoders: Sequence[Encoder] | None) -> list[tuple[str, str]]:
-    """(kind, detail) of what a run takes as it is, but a person should know. Of a repeated text, that it is one."""
-    text, said = prompt.text, []
+    """List (kind, detail) of oddities that training accepts; a repeated prompt is reported only as repeated."""
+    text, oddities = prompt.text, []
     if (first := seen.setdefault(text, where)) != where:
         return [("repeated", f"{first} again")]
     if length := too_long(text, encoders):
-        said.append(("long", f"{length}: {shorten(text, 60)}"))
-    if hidden := sorted({f"U+{ord(letter):04X}" for letter in text if _unseen(letter)}):
-        said.append(("control", some(hidden, 10)))
-    return said
+        oddities.append(("long", f"{length}: {shorten(text, 60)}"))
+    if hidden := sorted({f"U+{ord(letter):04X}" for letter in text if _is_invisible(letter)}):
+        oddities.append(("control", some(hidden, 10)))
+    return oddities
 
 
-def _unseen(letter: str) -> bool:
-    return unicodedata.category(letter) in UNSEEN and letter not in JOINERS and ord(letter) not in TAGS
+def _is_invisible(letter: str) -> bool:
+    return unicodedata.category(letter) in INVISIBLE and letter not in JOINERS and ord(letter) not in TAGS
 
 
 def prompts_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as text."""
     total = sum(file["prompts"] for file in report["files"])
     lines = [f"{total} prompts, {report['different']} different"]
     for file in report["files"]:

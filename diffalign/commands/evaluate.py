@@ -1,4 +1,4 @@
-"""``diffalign eval`` and ``diffalign compare``: the same images, as figures and as pictures to look at."""
+"""``diffalign eval`` and ``diffalign compare``: sample and score models, and report numbers or image grids."""
 
 from __future__ import annotations
 
@@ -20,31 +20,36 @@ from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
 from diffalign.preflight import inspect
-from diffalign.report.grids import Totals, compare_grid
+from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.report.html import write_page
 from diffalign.report.plots import plot_figures
-from diffalign.report.results import Figures, diversity_of, figures, set_line, to_json, to_markdown
+from diffalign.report.results import ModelResults, diversity_of, figures, set_line, to_json, to_markdown
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
-ROWS = 12  # of compare.png; the page shows every prompt
+GRID_ROWS = 12  # prompts in compare.png; compare.html has all
 
 
 def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredImages]] | None:
-    """Draws and scores the images of every model; on processes other than the first, None.
+    """Sample and score the images of every model; prompts are split over processes.
 
-    config: resolved. Prompts are dealt over processes.
+    Args:
+        config: An evaluation that ``resolve`` has completed.
+
+    Returns:
+        The prompts, and model name -> scored images with the base first; None on all but the main process.
     """
     connect()
     state = PartialState()
     check_world(state.num_processes)
-    subjects = config.subjects()
-    everything = load_prompts(config.prompts)
-    places = spread_evenly(len(everything), config.limit)
-    prompts = [everything[i] for i in places]
+    specs = config.checkpoint_specs()
+    all_prompts = load_prompts(config.prompts)
+    prompt_indices = spread_evenly(len(all_prompts), config.limit)
+    prompts = [all_prompts[i] for i in prompt_indices]
     rewards = config.build_rewards()
     try_rewards(rewards, prompts, config.resolution)
+
     gallery = Gallery(
         config.output_dir / "images",
         config.sampling(),
@@ -54,7 +59,7 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredIm
         processes=state.num_processes,
         cache=config.cache_dir,
         allow_partial=config.allow_partial,
-        places=places,
+        prompt_indices=prompt_indices,
     )
     model = load_model(
         config.model,
@@ -63,72 +68,76 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredIm
         resolution=config.resolution,
         embedded_guidance=config.embedded_guidance,
     )
-    for subject in subjects:
-        check_weights(model, subject.path, allow_partial=config.allow_partial)
+    for spec in specs:
+        check_weights(model, spec.path, allow_partial=config.allow_partial)
     model.to_device(state.device, config.offload)
+
     total = sum(i % state.num_processes == state.process_index for i in range(len(prompts))) * config.images_per_prompt
-    for subject in subjects:
-        with tqdm(total=total, desc=subject.name, unit="img", disable=not state.is_main_process) as bar:
-            gallery.draw(model, subject, config.batch_size, bar.update)
+    for spec in specs:
+        with tqdm(total=total, desc=spec.name, unit="img", disable=not state.is_main_process) as bar:
+            gallery.draw(model, spec, config.batch_size, bar.update)
     state.wait_for_everyone()
-    return (prompts, {s.name: gallery.load(s) for s in subjects}) if state.is_main_process else None
+    return (prompts, {s.name: gallery.load(s) for s in specs}) if state.is_main_process else None
 
 
-def evaluate(config: EvaluationConfig) -> dict[str, Figures] | None:
-    """Figures of every model, into ``results.json``, ``results.md`` and ``results.png`` of ``output_dir``."""
+def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
+    """Write ``results.json``, ``results.md`` and ``results.png`` to ``output_dir``; return model name -> results."""
     config = resolve(config, Path("runs/eval"), images_per_prompt=2)
     inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
-    prompts, judged = drawn
-    base = next(iter(judged))
-    tags = [str(prompts[i].metadata.get("tag", "all")) for i in judged[base].prompt.tolist()]
+    prompts, scored = drawn
+    base = next(iter(scored))
+    tags = [str(prompts[i].metadata.get("tag", "all")) for i in scored[base].prompt.tolist()]
     embedder = ImageEmbedder(config.embedder, PartialState().device) if config.embedder else None
-    found = {
+
+    results = {
         name: figures(
             own.prompt,
             own.scores,
             tags,
-            None if name == base else judged[base].scores,
+            None if name == base else scored[base].scores,
             diversity_of(own.images(), own.prompt, embedder),
         )
-        for name, own in judged.items()
+        for name, own in scored.items()
     }
+
     settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
     folder = config.output_dir
-    write_text(folder / "results.json", json.dumps(to_json(found, settings), indent=1) + "\n")
-    table = f"{set_line(found[base], len(prompts), config.prompts)}\n\n{to_markdown(found)}"
+    write_text(folder / "results.json", json.dumps(to_json(results, settings), indent=1) + "\n")
+    table = f"{set_line(results[base], len(prompts), config.prompts)}\n\n{to_markdown(results)}"
     write_text(folder / "results.md", table + "\n")
-    plot_figures(found, folder / "results.png")
+    plot_figures(results, folder / "results.png")
     print(table)
-    return found
+    return results
 
 
 def compare(config: EvaluationConfig) -> Path | None:
-    """``compare.png`` and ``compare.html``: rows are prompts, columns models, rewards under each image."""
+    """Write ``compare.png`` and ``compare.html``: a row per prompt, a column per model, rewards below each image."""
     config = resolve(config, Path("runs/compare"), images_per_prompt=1)
     inspect(config, weights=True)
     drawn = draw_all(config)
     if drawn is None:
         return None
-    prompts, judged = drawn
+    prompts, scored = drawn
     page = config.output_dir / "compare.html"
-    write_page(page, f"{config.model}: {', '.join(judged)}", prompts, judged)
-    rows = spread_evenly(len(prompts), ROWS)
-    _grid(config.output_dir / "compare.png", [prompts[i].text for i in rows], rows, judged)
+    write_page(page, f"{config.model}: {', '.join(scored)}", prompts, scored)
+    rows = spread_evenly(len(prompts), GRID_ROWS)
+    _grid(config.output_dir / "compare.png", [prompts[i].text for i in rows], rows, scored)
     print(f"{page} and {config.output_dir / 'compare.png'}")
     return page
 
 
-def _grid(path: Path, texts: list[str], rows: list[int], judged: Mapping[str, ScoredImages]) -> None:
+def _grid(path: Path, texts: list[str], rows: list[int], scored: Mapping[str, ScoredImages]) -> None:
     columns, scores = {}, {}
-    for name, found in judged.items():
-        chosen = [(found.prompt == row).nonzero()[0].item() for row in rows]
-        columns[name] = found.images(chosen)
-        scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in found.scores.items()}
-    first = next(iter(judged.values()))
-    means = {r: {name: own.scores[r].nanmean().item() for name, own in judged.items()} for r in first.scores}
-    # All rows, an image each, have one mean: that of these.
-    totals = Totals(len(first.prompt), means) if len(first.prompt) > len(rows) else None
+    for name, own in scored.items():
+        chosen = [(own.prompt == row).nonzero()[0].item() for row in rows]
+        columns[name] = own.images(chosen)
+        scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in own.scores.items()}
+
+    first = next(iter(scored.values()))
+    means = {r: {name: own.scores[r].nanmean().item() for name, own in scored.items()} for r in first.scores}
+    # If the grid shows every image, its own means are the overall ones.
+    totals = OverallMeans(len(first.prompt), means) if len(first.prompt) > len(rows) else None
     compare_grid(columns, texts, scores, path, totals)

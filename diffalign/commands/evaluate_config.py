@@ -1,4 +1,4 @@
-"""What an evaluation can be told; what is left out comes from the run that is evaluated."""
+"""Configuration of ``diffalign eval`` and ``diffalign compare``; unset fields default to those of the evaluated run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from diffalign.config import from_dict, option, split_texts
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
-from diffalign.evaluation.checkpoints import Subject, parse_subject, parse_subjects
-from diffalign.evaluation.sampling import Sampling
+from diffalign.evaluation.checkpoints import CheckpointSpec, parse_checkpoint, parse_checkpoints
+from diffalign.evaluation.sampling import SamplingSettings
 from diffalign.tokens import printable
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EvaluationConfig:
     guidance_scale: float | None = option(
         None, "the same for every model, as its pipeline means it; 1 or less guides nothing (Z-Image: 0)"
     )
-    embedded_guidance: float | None = option(None, "guidance that a distilled model (FLUX.1-dev) is told")
+    embedded_guidance: float | None = option(None, "guidance scale that a distilled model (FLUX.1-dev) takes as input")
     base_share: float | None = option(None, "of the steps, the first ones, made by the base: ImageReFL")
     images_per_prompt: int | None = option(
         None, "default: 2 for figures, which then hold diversity, 1 for a comparison", le=100_000
@@ -72,15 +72,15 @@ class EvaluationConfig:
         """Accept a text where several go."""
         split_texts(self)
 
-    def subjects(self) -> list[Subject]:
+    def checkpoint_specs(self) -> list[CheckpointSpec]:
         """The base and the models."""
-        return parse_subjects(self.models, scales=self.scales, checkpoints=self.checkpoints)
+        return parse_checkpoints(self.models, scales=self.scales, checkpoints=self.checkpoints)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with each of ``models``: a path that is not there, or a scale that is none."""
         for text in self.models:
             try:
-                parse_subject(text)
+                parse_checkpoint(text)
             except (ValueError, FileNotFoundError) as error:
                 yield str(error)
 
@@ -95,9 +95,9 @@ class EvaluationConfig:
             raise ValueError(f"{', '.join(ranks)} rank images within a group, which compares no models: leave them out")
         return rewards
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingSettings:
         """How images are drawn; call it on what ``resolve`` returned."""
-        return Sampling(
+        return SamplingSettings(
             str(self.model),
             self.max_sequence_length,
             self.resolution,
@@ -123,7 +123,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     from diffalign.evaluation.runs import RunConfig, find_run
     from diffalign.structures import check_guidance
 
-    found = (find_run(subject.path, config.allow_reward_code) for subject in config.subjects())
+    found = (find_run(spec.path, config.allow_reward_code) for spec in config.checkpoint_specs())
     record = next(filter(None, found), None) or RunConfig(Path(), {})
     config = replace(config, **_missing(config, _of_run(config, record)))
     default = {"output_dir": output_dir, "images_per_prompt": images_per_prompt, "reward_options": {}}

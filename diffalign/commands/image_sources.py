@@ -1,4 +1,4 @@
-"""Where pictures to be judged come from: files, folders, tables; read one by one, when needed."""
+"""Read images to score from files, folders and tables, one at a time."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ PICTURES = ("image", "jpg_0", "file_name", "file_path")
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to be judged.
+    """An image to score.
 
-    name: unique among the images. load: reads the image. prompt: None where none was found. content: identifies the
-    content, so that another image of the same name is scored again: size and time of a file, a digest of bytes in a
-    table.
+    Attributes:
+        name: Unique name.
+        load: Decode the image to a tensor.
+        prompt: None if no prompt was found.
+        content: Size and modification time of a file, or a digest of bytes in a table; changes with the image.
     """
 
     name: str
@@ -41,20 +43,26 @@ class Item:
     content: str = ""
 
     def under(self, prompt: Prompt) -> Item:
-        """The same picture, of another prompt."""
+        """Return the item with another prompt."""
         return replace(self, prompt=prompt)
 
 
 def read(source: str, image_root: Path | None = None, allow_outside: bool = False) -> Iterator[Item]:
-    """The pictures of a file or folder, in order.
+    """Yield the images of a file, folder or table, in order.
 
-    A folder: every picture below it, in natural order, with the prompts of a ``metadata.jsonl`` or ``metadata.csv`` in
-    it ("file_name", and "prompt", "caption" or "text"; the other members become metadata), or of a ``.txt`` file beside
-    each. A table (.parquet, .arrow, .jsonl, .json, .csv, a folder that ``datasets`` saved): a picture ("image",
-    "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row; paths start at the table's folder, or at ``image_root``.
-    Anything else is a picture.
+    A folder yields every image below it, in natural order, with prompts from a ``metadata.jsonl`` or ``metadata.csv``
+    ("file_name", and "prompt", "caption" or "text"; other columns become metadata), or from a ``.txt`` file beside each
+    image. A table (.parquet, .arrow, .jsonl, .json, .csv, a saved ``datasets`` folder) has an image ("image",
+    "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row. Any other file is one image.
 
-    FileNotFoundError: nothing there. ValueError: no picture in it, or columns that cannot be identified.
+    Args:
+        source: File or folder.
+        image_root: Folder that paths in a table are relative to; default: the folder of the table.
+        allow_outside: Read images outside the folder of their table, also through links.
+
+    Raises:
+        FileNotFoundError: ``source`` does not exist.
+        ValueError: It has no image, or no known image column.
     """
     path = Path(source)
     settings = PreferenceDataConfig(image_root=image_root, allow_outside=allow_outside)
@@ -76,8 +84,8 @@ def _folder(path: Path, settings: PreferenceDataConfig) -> Iterator[Item]:
         named = {path / str(entry[key]) for entry in entries for key in PICTURES if entry.get(key)}
         listing.unlisted = [str(file.relative_to(path)) for file in pictures if file not in named]
     elif not pictures:
-        raise ValueError(f"{shorten(path)} holds no picture: name the folder that does")
-    _say(listing, path)
+        raise ValueError(f"{shorten(path)} holds no picture: name a folder with images")
+    _warn_unread(listing, path)
     if entries is not None:
         yield from _listed(path, entries, settings)
         return
@@ -86,11 +94,11 @@ def _folder(path: Path, settings: PreferenceDataConfig) -> Iterator[Item]:
         other = stems.setdefault(file.with_suffix(""), file)
         if other != file and file.with_suffix(".txt").is_file():
             both = f"{shorten(other)} and {shorten(file.name)}"
-            raise ValueError(f"{both} have one text, {file.with_suffix('.txt').name}: rename one of the pictures")
+            raise ValueError(f"{both} share one text, {file.with_suffix('.txt').name}: rename one of the pictures")
     yield from (_file(file, None if settings.allow_outside else path) for file in pictures)
 
 
-def _say(listing: Listing, folder: Path) -> None:
+def _warn_unread(listing: Listing, folder: Path) -> None:
     if notes := listing.notes(folder):
         warnings.warn(bounded("\n".join(notes)), DataWarning, stacklevel=3)
 
@@ -133,7 +141,7 @@ def _content(source: ImageSource) -> str:
         if not isinstance(source.content, Path):
             return hashlib.blake2b(source.read(), digest_size=16).hexdigest()
         found = source.content.stat()
-    except media.BROKEN:  # loading it says what is wrong
+    except media.BROKEN:  # `load` reports the error
         return ""
     return f"{found.st_size}-{found.st_mtime_ns}"
 
@@ -146,7 +154,7 @@ def _load(source: ImageSource) -> Tensor:
 
 
 def _prompt(row: Row, table: Table) -> Prompt | None:
-    """The text of a row, None without one; its other cells but pictures are metadata, as in prompt files."""
+    """Return the prompt of a row, with the columns that are not images as metadata; None without a text."""
     column = row.first(PROMPTS)
     if row.values.get(column) is None:
         return None
@@ -156,7 +164,7 @@ def _prompt(row: Row, table: Table) -> Prompt | None:
 
 
 def with_prompts(items: Iterator[Item], prompts: Sequence[Prompt]) -> Iterator[Item]:
-    """Items with ``prompts``: one for all, or one each in their order. ValueError: as many of both there are not."""
+    """Assign one prompt to all items, or one each in order. Raises ValueError if the numbers differ."""
     if len(prompts) == 1:
         yield from (item.under(prompts[0]) for item in items)
         return
@@ -164,7 +172,9 @@ def with_prompts(items: Iterator[Item], prompts: Sequence[Prompt]) -> Iterator[I
     for number, item in enumerate(items):
         prompt = next(rest, None)
         if prompt is None:
-            raise ValueError(f"{len(prompts)} prompts for more than {number} pictures: give one for each, or one")
+            raise ValueError(
+                f"{len(prompts)} prompts for more than {number} images: give one per image, or one for all"
+            )
         yield item.under(prompt)
     if next(rest, None) is not None:
-        raise ValueError(f"{len(prompts)} prompts are more than pictures: give one for each, or one")
+        raise ValueError(f"{len(prompts)} prompts are more than images: give one per image, or one for all")

@@ -1,4 +1,4 @@
-"""``diffalign relabel``: rewards judge the pairs of a data set, and their labels are stored beside it."""
+"""``diffalign relabel``: label preference pairs with rewards; labels are stored beside the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.commands.relabel_config import RelabelConfig
-from diffalign.commands.resume import drop_partial_line, whole_rows
+from diffalign.commands.resume import drop_partial_line, read_rows
 from diffalign.data.ai_labels import RULES, labels_path, read_table, write_table
 from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.pairs import open_part, usable_images
@@ -26,37 +26,45 @@ from diffalign.rewards.config import RewardConfig, build_rewards
 from diffalign.rollout.scoring import score
 from diffalign.structures import Pair
 
-Scores = dict[str, float | None]  # "NAME/0" and "NAME/1", of the first and the second image
+Scores = dict[str, float | None]  # "NAME/0" and "NAME/1": reward NAME of the first and the second image
 
 
 def relabel(source: str | Path, config: RelabelConfig) -> Path:
-    """Judges every pair of ``source`` and writes the labels: see ``data.ai_labels``. The file that was written.
+    """Score every pair of ``source`` and write its labels, see ``data.ai_labels``.
 
-    Pairs that these rewards judged before, in an interrupted run or of an older form of the data, are not judged again;
-    they are known by their content. Pairs that cannot be read get no label. ValueError: as ``load_pairs``.
+    Pairs are identified by content: those already scored by these rewards, in an interrupted run or another version of
+    the data, are not scored again. Unreadable pairs get no label.
+
+    Returns:
+        The file of labels.
+
+    Raises:
+        ValueError: As ``load_pairs``, or no pair can be scored.
     """
     rewards, weights = build_rewards(config.judges(), config.allow_reward_code)
     path, about = labels_path(source, config.labels), {"rewards": _recipes(config)}
-    book = Book(path, about)
+    store = ScoreStore(path, about)
     quarantine = Quarantine(config.on_fault, config.max_bad_share)
     order: list[tuple[str, str]] = []
-    with book.file:
-        for batch in _batches(_pending(source, config, quarantine, book, order), config.batch_size):
+
+    with store.file:
+        for batch in _batches(_pending(source, config, quarantine, store, order), config.batch_size):
             for entry, scores in zip(batch, judge(rewards, batch), strict=True):
-                book.add(entry.content, scores)
-    rows = [_row(key, content, book.known.get(content, {}), weights, config) for key, content in order]
+                store.add(entry.content, scores)
+
+    rows = [_row(key, content, store.known.get(content, {}), weights, config) for key, content in order]
     if not rows:
-        text = "\n".join([f"{shorten(source)}: not one pair can be judged", *quarantine.lines()])
+        text = "\n".join([f"{shorten(source)}: no pair can be scored", *quarantine.lines()])
         raise ValueError(bounded(text))
     write_table(path, rows, {**about, "weights": weights, "rule": config.rule, "scale": config.scale})
-    book.close()
+    store.close()
     print("\n".join([f"{path}: {_summary(rows)}", *quarantine.lines()]))
     return path
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A pair that has no scores yet: what identifies its content, and its images, uint8, of maybe different sizes."""
+    """A pair to score: digest of its content, and its two uint8 images, which may differ in size."""
 
     pair: Pair
     content: str
@@ -64,25 +72,25 @@ class Pending:
 
 
 def _pending(
-    source: str | Path, config: RelabelConfig, quarantine: Quarantine, book: Book, order: list[tuple[str, str]]
+    source: str | Path, config: RelabelConfig, quarantine: Quarantine, store: ScoreStore, order: list[tuple[str, str]]
 ) -> Iterator[Pending]:
-    """The pairs that have no scores yet; of every pair, key and content go to ``order``."""
-    asked: set[str] = set()
-    for key, pair in tqdm(_every(source, config, quarantine), unit="pair", disable=None):
-        inside = fetched(pair)
+    """Yield the pairs without scores; append (key, content) of every pair to ``order``."""
+    yielded: set[str] = set()
+    for key, pair in tqdm(_all_pairs(source, config, quarantine), unit="pair", disable=None):
+        in_memory = fetched(pair)
         try:
-            content = content_key(inside)
+            content = content_key(in_memory)
         except SampleError:
             content = ""
         order.append((key, content))
-        if content in book.known or content in asked:
+        if content in store.known or content in yielded:
             continue
-        if (images := usable_images(inside, config.settings(), quarantine)) is not None:
-            asked.add(content)
-            yield Pending(inside, content, tuple(to_uint8(image) for image in images))
+        if (images := usable_images(in_memory, config.settings(), quarantine)) is not None:
+            yielded.add(content)
+            yield Pending(in_memory, content, tuple(to_uint8(image) for image in images))
 
 
-def _every(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
+def _all_pairs(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
     if config.streaming:
         streamed = open_stream_part(source, config.settings())
         quarantine.notes += streamed.stream.notes
@@ -90,12 +98,12 @@ def _every(source: str | Path, config: RelabelConfig, quarantine: Quarantine) ->
         return
     part = open_part(source, config.settings())
     quarantine.notes += part.table.notes
-    for row, place, pair, _ in part.pairs(quarantine):
-        yield f"{row}.{place}", pair
+    for row, index, pair, _ in part.pairs(quarantine):
+        yield f"{row}.{index}", pair
 
 
 def _batches(pending: Iterator[Pending], size: int) -> Iterator[list[Pending]]:
-    """Pairs whose images have the same two sizes, up to ``size`` at once, as soon as there are so many."""
+    """Group pairs of equal image sizes into batches of up to ``size``."""
     waiting: dict[tuple[torch.Size, torch.Size], list[Pending]] = {}
     for entry in pending:
         shapes = (entry.images[0].shape, entry.images[1].shape)
@@ -106,9 +114,9 @@ def _batches(pending: Iterator[Pending], size: int) -> Iterator[list[Pending]]:
 
 
 def judge(rewards: Mapping[str, Reward], batch: Sequence[Pending]) -> list[Scores]:
-    """The scores of each pair, None where a reward has none.
+    """Score a batch of pairs; None where a reward failed.
 
-    Rewards that rank within a group see a pair as one, if both of its images have the same size.
+    Rewards that need groups get each pair as a group, if its images have equal size; otherwise they score None.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [entry.pair.prompt for entry in batch]
@@ -116,13 +124,13 @@ def judge(rewards: Mapping[str, Reward], batch: Sequence[Pending]) -> list[Score
     if sides[0].shape == sides[1].shape:
         groups = torch.arange(len(batch)).repeat(2)
         both = score(rewards, torch.cat(sides), [*prompts, *prompts], groups)
-        found = [{name: both[name].chunk(2)[side] for name in rewards} for side in (0, 1)]
+        scores = [{name: both[name].chunk(2)[side] for name in rewards} for side in (0, 1)]
     else:
         alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
-        found = [score(alone, images, prompts).values for images in sides]
-    nothing = torch.full((len(batch),), math.nan)
+        scores = [score(alone, images, prompts).values for images in sides]
+    missing = torch.full((len(batch),), math.nan)
     return [
-        {f"{name}/{side}": _number(found[side].get(name, nothing)[i]) for name in rewards for side in (0, 1)}
+        {f"{name}/{side}": _number(scores[side].get(name, missing)[i]) for name in rewards for side in (0, 1)}
         for i in range(len(batch))
     ]
 
@@ -150,13 +158,13 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _recipes(config: RelabelConfig) -> dict[str, dict[str, Any]]:
-    """What scores depend on, by reward."""
+    """Map each reward to the settings that its scores depend on."""
     entries = {name: e if isinstance(e, RewardConfig) else RewardConfig() for name, e in config.judges().items()}
     return {name: {"reward": entry.reward, "options": entry.options} for name, entry in entries.items()}
 
 
-class Book:
-    """The scores that are known by content: of the finished table, and of a run that was interrupted."""
+class ScoreStore:
+    """Scores by content, from the finished table and from the progress file of an interrupted run."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path.with_suffix(".jsonl")
@@ -164,25 +172,27 @@ class Book:
         names = list(about["rewards"])
         before = path.with_suffix(".json")
         if before.is_file() and json.loads(before.read_text(encoding="utf-8"))["rewards"] == about["rewards"]:
-            self._learn(read_table(path), names)
+            self._load(read_table(path), names)
         drop_partial_line(self.path)
-        rows = whole_rows(self.path)
+        rows = read_rows(self.path)
         if len(rows) > 1 and rows[0] != about:
-            raise ValueError(f"{self.path} holds scores of other rewards: delete it, or choose another name of labels")
-        self._learn(rows[1:], names)
+            raise ValueError(
+                f"{self.path} holds scores of other rewards: delete it, or choose another name with --labels"
+            )
+        self._load(rows[1:], names)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a" if len(rows) > 1 else "w", encoding="utf-8")
         if len(rows) <= 1:
             self._write(about)
 
-    def _learn(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    def _load(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
         columns = [f"{name}/{side}" for name in names for side in (0, 1)]
         for row in rows:
             if all(row[column] is not None for column in columns):
                 self.known[row["content"]] = {column: row[column] for column in columns}
 
     def add(self, content: str, scores: Scores) -> None:
-        """Notes the scores of a pair."""
+        """Store the scores of a pair and append them to the progress file."""
         self.known[content] = scores
         self._write({"content": content, **scores})
 
@@ -191,16 +201,18 @@ class Book:
         self.file.flush()
 
     def close(self) -> None:
-        """The table is written: the notes are not needed any more."""
+        """Close and delete the progress file, after the table was written."""
         self.file.close()
         self.path.unlink()
 
 
 def run(config: RelabelConfig) -> None:
-    """The command: one file of labels for each source. ValueError: nothing to judge."""
+    """Write a file of labels for each source. Raises ValueError without data."""
     if not config.data:
         raise ValueError("name preference data: diffalign relabel pairs.parquet --rewards pickscore")
     if len(config.data) > 1 and config.labels.endswith(".parquet"):
-        raise ValueError(f"labels {config.labels} is one file for {len(config.data)} sources: give a name instead")
+        raise ValueError(
+            f"labels {config.labels} is one file for {len(config.data)} sources: give a name without .parquet"
+        )
     for source in config.data:
         relabel(source, config)

@@ -1,4 +1,4 @@
-"""Resume a long command: finished work as JSON lines, and the settings that it was done with."""
+"""Progress files of resumable commands: JSON Lines of finished work, and the settings it was computed with."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from diffalign.atomic import replacing, write_text
 
 
-def whole_rows(path: Path) -> list[dict]:
-    """Read JSON objects, one per line, without a last line that a crash cut short; empty if there is no file.
+def read_rows(path: Path) -> list[dict]:
+    """Read a JSON Lines file of objects; skip an incomplete last line, return [] if the file does not exist.
 
-    ValueError: a line is not a JSON object; the message names its number.
+    Raises ValueError with the line number for a line that is not a JSON object.
     """
     if not path.is_file():
         return []
-    *whole, _ = path.read_bytes().split(b"\n")
-    return [_row(path, number, line) for number, line in enumerate(whole, 1) if line]
+    *complete, _ = path.read_bytes().split(b"\n")
+    return [_row(path, number, line) for number, line in enumerate(complete, 1) if line]
 
 
 def _row(path: Path, number: int, line: bytes) -> dict:
@@ -27,18 +27,20 @@ def _row(path: Path, number: int, line: bytes) -> dict:
         problem = f"a {type(row).__name__}"
     except (ValueError, RecursionError) as error:
         problem = f"{type(error).__name__}: {str(error)[:200]}"
-    raise ValueError(f"{path}, line {number} is damaged ({problem}): delete this line, or the file; its work is redone")
+    raise ValueError(
+        f"{path}, line {number} is damaged ({problem}): delete this line or the file, and run the command again"
+    )
 
 
 def drop_partial_line(path: Path) -> None:
-    """Remove a last line that a crash cut short, so that the next row starts on a line of its own."""
+    """Truncate ``path`` after its last complete line, so that the next row starts on a new line."""
     if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
         with replacing(path) as staged:
             staged.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
-def same_or_new(path: Path, content: dict) -> None:
-    """Write settings, or compare them with those in the file. ValueError: they differ."""
+def write_or_check_settings(path: Path, content: dict) -> None:
+    """Write ``content`` to a new file, or compare it with an existing one. Raises ValueError if they differ."""
     if not path.is_file():
         write_text(path, json.dumps(content, indent=1) + "\n")
         return
@@ -48,6 +50,6 @@ def same_or_new(path: Path, content: dict) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{path.parent} holds the work of other settings; changed: {', '.join(changed)}. "
+            f"{path.parent} holds results of other settings; changed: {', '.join(changed)}. "
             "Choose another output_dir, or delete this one"
         )

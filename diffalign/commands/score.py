@@ -1,4 +1,4 @@
-"""``diffalign score``: rewards of pictures that are there already."""
+"""``diffalign score``: score existing images with rewards, or serve rewards over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.commands.image_sources import Item
-from diffalign.commands.resume import drop_partial_line, same_or_new, whole_rows
+from diffalign.commands.resume import drop_partial_line, read_rows, write_or_check_settings
 from diffalign.commands.score_config import ScoreConfig, check_pointwise
 from diffalign.config import to_dict
 from diffalign.report.score_report import scores_of, write
@@ -34,13 +34,20 @@ def score_images(
     metadata: Sequence[Mapping[str, Any]] | None = None,
     batch_size: int = 16,
 ) -> dict[str, Tensor]:
-    """Scores of pictures of any kind and size: reward name -> (B,), float32, NaN where one has no score.
+    """Score images of any type and size, on the GPU if there is one.
 
-    images: PIL images, paths, arrays, tensors; see ``as_image``. prompts: one each, or one for all. rewards: names or
-    rewards; a mapping gives names of your own. The numbers that a reward adds come as "reward/extra". Computed on the
-    GPU where there is one.
+    Args:
+        images: PIL images, paths, arrays or tensors; see ``as_image``.
+        prompts: One per image, or one for all.
+        rewards: Names or reward objects; a mapping assigns names.
+        metadata: One mapping per image.
+        batch_size: Images of one size that are scored together.
 
-    ValueError: prompts or metadata of another number than images, rewards that share a name or rank within a group.
+    Returns:
+        Reward name -> (B,) float32, NaN where the reward failed; extra values of a reward as "reward/extra".
+
+    Raises:
+        ValueError: Numbers of prompts or metadata differ from images, or rewards share a name or need groups.
     """
     several = list(images) if isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4 else [images]
     texts = [prompts] * len(several) if isinstance(prompts, str) else list(prompts)
@@ -56,6 +63,7 @@ def score_images(
         for i, (image, text, more) in enumerate(zip(several, texts, data, strict=True))
     ]
     result = {name: torch.full((len(several),), math.nan) for name in named}
+
     for batch, loaded in batches(iter(items), batch_size, skip_broken=False):
         for name, values in _score(named, batch, loaded).items():
             column = result.setdefault(name, torch.full((len(several),), math.nan))
@@ -77,9 +85,9 @@ def _named(rewards: Mapping[str, str | Reward] | Sequence[str | Reward] | str | 
 def batches(
     items: Iterator[Item], size: int, skip_broken: bool = True
 ) -> Iterator[tuple[list[Item], list[Tensor] | Exception]]:
-    """Items with their images, up to ``size`` of one resolution at once, as soon as there are so many.
+    """Group items with their loaded images into batches of up to ``size`` images of one resolution.
 
-    A picture that cannot be read comes alone, with the reason.
+    With ``skip_broken``, an unreadable image is yielded alone with its error; otherwise the error is raised.
     """
     waiting: dict[tuple[int, ...], tuple[list[Item], list[Tensor]]] = {}
     for item in items:
@@ -100,35 +108,41 @@ def batches(
 
 def _score(rewards: Mapping[str, Reward], batch: Sequence[Item], images: Sequence[Tensor]) -> dict[str, list[float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = score(rewards, torch.stack(list(images)).to(device), [item.prompt for item in batch])
-    return {name: found[name].tolist() for name in found}
+    scores = score(rewards, torch.stack(list(images)).to(device), [item.prompt for item in batch])
+    return {name: scores[name].tolist() for name in scores}
 
 
 def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
-    """Scores what ``config`` names, into ``scores.jsonl``, ``scores.csv`` and ``summary.json`` of its ``output_dir``.
+    """Score the images of ``config``; write ``scores.jsonl``, ``scores.csv`` and ``summary.json`` to ``output_dir``.
 
-    Rows: "image", "prompt", a digest of "metadata" where there are any, "rewards", or "error" for a picture that cannot
-    be read. Pictures that have every score already, for the same prompt and metadata, are not scored again.
+    Images that already have all scores for the same content, prompt and metadata are skipped.
 
-    ValueError: a picture without a prompt, an ``output_dir`` that cannot be written to, or, when all is written, a
-    reward that scored none of the pictures.
+    Returns:
+        A row per image with "image", "prompt", a digest of "metadata" if any, and "rewards"; "error" if unreadable.
+
+    Raises:
+        ValueError: An image has no prompt, ``output_dir`` cannot be created, or (after writing) a reward failed on
+            all images.
     """
     rewards = config.build_rewards()
     items = list(config.items())
     if lacking := [item.name for item in items if item.prompt is None]:
         raise ValueError(
-            f"{len(lacking)} of {len(items)} pictures have no prompt ({lacking[0]} ...): write --prompt TEXT (or "
-            "--prompt '' for rewards that read none), --prompts FILE, or NAME.txt beside each picture"
+            f"{len(lacking)} of {len(items)} images have no prompt ({lacking[0]} ...): write --prompt TEXT (or "
+            "--prompt '' for rewards that ignore it), --prompts FILE, or NAME.txt beside each image"
         )
     folder = config.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be made ({error.strerror}); choose another") from error
-    same_or_new(folder / "settings.json", {"rewards": list(rewards), "options": to_dict(config)["reward_options"]})
+        raise ValueError(f"output_dir {folder} cannot be created ({error.strerror}); choose another") from error
+    write_or_check_settings(
+        folder / "settings.json", {"rewards": list(rewards), "options": to_dict(config)["reward_options"]}
+    )
     drop_partial_line(folder / "scores.jsonl")
-    done = {_key(row): row for row in whole_rows(folder / "scores.jsonl") if _is_scored(row, rewards)}
+    done = {_key(row): row for row in read_rows(folder / "scores.jsonl") if _is_scored(row, rewards)}
     left = [item for item in items if _key(_about(item)) not in done]
+
     with (folder / "scores.jsonl").open("a", encoding="utf-8") as file, tqdm(total=len(items), unit="img") as bar:
         bar.update(len(items) - len(left))
         for batch, loaded in batches(iter(left), config.batch_size):
@@ -139,17 +153,18 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
                     tqdm.write(f"{row['image']}: {row['error']}")
             file.flush()
             bar.update(len(batch))
+
     rows = [done[_key(_about(item))] for item in items]
     write(folder, rows, rewards)
-    if nothing := [name for name in rewards if not len(scores_of(rows, name))]:
-        raise ValueError(f"{', '.join(nothing)} scored none of {len(rows)} pictures; the warnings above say why")
+    if failed := [name for name in rewards if not len(scores_of(rows, name))]:
+        raise ValueError(f"{', '.join(failed)} failed on all {len(rows)} images: see the warnings above")
     if config.calibrations:
         save_calibrations(config.calibrations, {name: calibrate(scores_of(rows, name)) for name in rewards})
     return rows
 
 
 def _about(item: Item) -> dict[str, str]:
-    """Describe a picture in its row: its name, prompt and content, and a digest of its metadata, if there are any."""
+    """Return the identifying fields of a row: image name, prompt, content, and a digest of metadata if any."""
     about = {"image": item.name, "prompt": item.prompt.text}
     about |= {"content": item.content} if item.content else {}
     if not item.prompt.metadata:
@@ -172,17 +187,17 @@ def _rows(
     if isinstance(loaded, Exception):
         yield {**_about(batch[0]), "error": str(loaded)}
         return
-    found = _score(rewards, batch, loaded)
+    scores = _score(rewards, batch, loaded)
     for i, item in enumerate(batch):
-        values = {name: None if math.isnan(found[name][i]) else found[name][i] for name in found}
+        values = {name: None if math.isnan(scores[name][i]) else scores[name][i] for name in scores}
         yield {**_about(item), "rewards": values}
 
 
 def serve(config: ScoreConfig) -> None:
-    """Offer the rewards of ``config`` until SIGINT or SIGTERM; requests under way are answered first."""
+    """Serve the rewards of ``config`` until SIGINT or SIGTERM; open requests are answered first."""
     token = token_from(config.token_env, "the server")
     rewards = config.build_rewards()
-    try_rewards(rewards, ())  # weights load before a client waits for them
+    try_rewards(rewards, ())  # load weights before the first request
     try:
         server = RewardServer(rewards, config.host, config.serve, config.batch_size, token, config.time_limit)
     except OSError as error:
@@ -193,7 +208,7 @@ def serve(config: ScoreConfig) -> None:
 
 
 def run(config: ScoreConfig) -> None:
-    """The command: scores, serves or lists."""
+    """Score images, serve rewards, or list them."""
     if config.list:
         print(reward_table())
     elif config.serve is None:
@@ -203,19 +218,19 @@ def run(config: ScoreConfig) -> None:
 
 
 def reward_table() -> str:
-    """The rewards that can be named, as Markdown: what the README shows, and plug-ins."""
+    """Format all registered rewards, plug-ins included, as a Markdown table."""
     lines = ["| name | measures | range | gradient | weights | M parameters | licence | source |"]
     lines.append("| --- | --- | --- | --- | --- | ---: | --- | --- |")
     for name in names():
-        facts = registered(name).facts
+        card = registered(name).facts
         try:
             reward = registered(name).make()
             low, high = reward.range
             bounds = ("(−∞, " if math.isinf(low) else f"[{low:g}, ") + ("∞)" if math.isinf(high) else f"{high:g}]")
             gradient = "yes" if reward.differentiable else "no"
-        except ValueError:  # what it needs is not said here, e.g. a server
+        except ValueError:  # needs options, e.g. a server
             bounds, gradient = "its own", "–"
-        size = f"{facts.millions:,.0f}" if facts.millions else "–"
-        cells = (f"`{name}`", facts.measures, bounds, gradient, facts.weights or "–", size, facts.licence or "–")
-        lines.append(f"| {' | '.join((*cells, facts.source or '–'))} |")
+        size = f"{card.millions:,.0f}" if card.millions else "–"
+        cells = (f"`{name}`", card.measures, bounds, gradient, card.weights or "–", size, card.licence or "–")
+        lines.append(f"| {' | '.join((*cells, card.source or '–'))} |")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What a run achieved: comparison grids, curves, accuracy, diversity, and the model card."""
+"""Held-out evaluation and its metrics: accuracy, win rates, diversity, sharpness."""

@@ -9,19 +9,24 @@ from torch import Tensor
 
 
 def summarise(strict: Sequence[bool] | Tensor, tags: Sequence[str]) -> dict[str, float]:
-    """Return ``{"accuracy": share of right images, "accuracy/<tag>": the same among those of one task}``, in [0, 1].
+    """Return the mean score over all images as "accuracy", and per task as "accuracy/<tag>".
 
-    strict, tags: one entry per image; tags appear in the order in which they are first met. The overall number is the
-    mean over images, not over tasks. Images without a verdict (NaN) are left out; NaN where none has one.
+    Args:
+        strict: One score per image, 0 or 1 for a verifier; NaN for a failed image, which is left out.
+        tags: Task of each image. Keys of the result follow their first occurrence.
 
-    ValueError: nothing to count, or lengths that differ.
+    Returns:
+        Means over images, not over tasks; NaN where no image has a score.
+
+    Raises:
+        ValueError: No image, or lengths differ.
     """
-    right = [float(value) for value in strict]
-    if not right or len(right) != len(tags):
-        raise ValueError(f"{len(right)} verdicts for {len(tags)} tags: pass one tag per image, and at least one image")
-    result = {"accuracy": _mean(right)}
+    scores = [float(value) for value in strict]
+    if not scores or len(scores) != len(tags):
+        raise ValueError(f"{len(scores)} scores for {len(tags)} tags: pass one tag per image, and at least one image")
+    result = {"accuracy": _mean(scores)}
     for tag in dict.fromkeys(tags):
-        own = [value for value, other in zip(right, tags, strict=True) if other == tag]
+        own = [value for value, other in zip(scores, tags, strict=True) if other == tag]
         result[f"accuracy/{tag}"] = _mean(own)
     return result
 

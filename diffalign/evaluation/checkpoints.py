@@ -1,4 +1,4 @@
-"""What is compared: the base model, LoRAs at some scale, checkpoints, full weights."""
+"""Parse the models of a comparison: base model, run folders, checkpoints, LoRA files with a scale, full weights."""
 
 from __future__ import annotations
 
@@ -13,21 +13,34 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A column of a comparison. path: tuned weights, as for ``models.checkpoint_context``; None is the base model."""
+class CheckpointSpec:
+    """One model of a comparison.
+
+    Attributes:
+        name: Column title, also the name of the folder with its images.
+        path: Tuned weights, as for ``models.checkpoint_context``; None for the base model.
+        scale: LoRA scale.
+    """
 
     name: str
     path: Path | None = None
     scale: float = 1.0
 
+    @property
+    def folder_name(self) -> str:
+        """The name with characters replaced that a folder name should not have."""
+        return re.sub(r"[^\w.@-]+", "-", self.name)
 
-BASE = Subject("base")
+
+BASE = CheckpointSpec("base")
 
 
-def parse_subject(text: str) -> Subject:
-    """``PATH``, ``NAME=PATH`` or ``PATH@SCALE``; the name defaults to the last part of the path.
+def parse_checkpoint(text: str) -> CheckpointSpec:
+    """Parse ``PATH``, ``NAME=PATH`` or ``PATH@SCALE``; the name defaults to the last part of the path.
 
-    ValueError: a scale that is no number, or no path. FileNotFoundError: nothing there.
+    Raises:
+        ValueError: The scale is not a finite number, the path is missing, or the name cannot be a folder name.
+        FileNotFoundError: The path does not exist.
     """
     name, equals, rest = text.rpartition("=")
     path, at, scale = rest.rpartition("@")
@@ -36,35 +49,52 @@ def parse_subject(text: str) -> Subject:
     try:
         number = float(scale)
     except ValueError:
-        raise ValueError(f"{text!r}: {scale!r} is no scale; write PATH@0.5, or NAME=PATH@0.5") from None
+        raise ValueError(f"{text!r}: {scale!r} is not a scale; write PATH@0.5, or NAME=PATH@0.5") from None
     if not math.isfinite(number):
-        raise ValueError(f"{text!r}: a scale is a finite number, got {scale}; write PATH@0.5, or NAME=PATH@0.5")
+        raise ValueError(f"{text!r}: the scale must be finite, got {scale}; write PATH@0.5, or NAME=PATH@0.5")
     if not path:
-        raise ValueError(f"{text!r} names no path; write PATH, NAME=PATH or PATH@SCALE")
+        raise ValueError(f"{text!r} has no path; write PATH, NAME=PATH or PATH@SCALE")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file or folder; give a run folder, a checkpoint or a LoRA file")
     default = Path(path).resolve().name.removesuffix(".safetensors") + (f"@{number:g}" if at else "")
-    return Subject(name if equals else default, Path(path), number)
+    spec = CheckpointSpec(name if equals else default, Path(path), number)
+    if not re.search(r"\w", spec.name):
+        raise ValueError(f"{text!r}: {spec.name!r} is not a model name; write NAME=PATH with a letter or digit in NAME")
+    return spec
 
 
-def parse_subjects(texts: Sequence[str], *, scales: Sequence[float] = (), checkpoints: bool = False) -> list[Subject]:
-    """The base model, then what is named, in its order.
+def parse_checkpoints(
+    texts: Sequence[str], *, scales: Sequence[float] = (), checkpoints: bool = False
+) -> list[CheckpointSpec]:
+    """Parse model arguments and put the base model first.
 
-    scales: each named LoRA once per scale. checkpoints: each named run folder as a strip, ``checkpoint-N`` by N and the
-    final weights last. ValueError or FileNotFoundError as for ``parse_subject``, or where a run has no checkpoint.
+    Args:
+        texts: Model arguments, see ``parse_checkpoint``.
+        scales: Evaluate every LoRA at each of these scales.
+        checkpoints: Expand every run folder into its ``checkpoint-N`` folders, sorted by N, and its final weights.
+
+    Raises:
+        ValueError: As ``parse_checkpoint``, two models share a name, or a run has no checkpoint.
+        FileNotFoundError: A path does not exist.
     """
-    found = [parse_subject(text) for text in texts]
+    specs = [parse_checkpoint(text) for text in texts]
     if checkpoints:
-        found = [step for subject in found for step in _strip(subject)]
+        specs = [step for spec in specs for step in _checkpoints_of_run(spec)]
     if scales:
-        found = [replace(s, name=f"{s.name} x {scale:g}", scale=scale) for s in found for scale in scales]
-    found = [BASE, *found]
-    if twice := [name for name, count in Counter(s.name for s in found).items() if count > 1]:
-        raise ValueError(f"{len(twice)} name(s) appear twice ({', '.join(twice)}): write NAME=PATH to tell them apart")
-    return found
+        specs = [replace(s, name=f"{s.name} x {scale:g}", scale=scale) for s in specs for scale in scales]
+    specs = [BASE, *specs]
+
+    for shared in _duplicates([spec.name for spec in specs]), _duplicates([spec.folder_name for spec in specs]):
+        if shared:
+            raise ValueError(f"models share a name or image folder ({', '.join(shared)}): write NAME=PATH for each")
+    return specs
 
 
-def _strip(run: Subject) -> list[Subject]:
+def _duplicates(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _checkpoints_of_run(run: CheckpointSpec) -> list[CheckpointSpec]:
     assert run.path is not None
     steps = sorted((int(match[1]), path) for path in run.path.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
     if not steps:

@@ -1,4 +1,4 @@
-"""Embeddings of images by any vision model of transformers, for diversity."""
+"""Image embeddings from a transformers vision model, for diversity."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from transformers import AutoImageProcessor, AutoModel
 
 from diffalign.rewards.support.preprocess import to_bytes
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
 class ImageEmbedder:
-    """path: a folder or hub id that ``AutoModel`` and ``AutoImageProcessor`` load: CLIP, SigLIP, DINOv2, ViT ..."""
+    """A frozen vision model. path: folder or hub id for ``AutoModel`` (CLIP, SigLIP, DINOv2, ViT, ...)."""
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         self.model = AutoModel.from_pretrained(path, trust_remote_code=False).to(device).eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, D) float32 on the CPU, for images (N, 3, H, W), [0, 1]."""
-        return torch.cat(list(self._parts(images)))
+        """Embed images (N, 3, H, W) in [0, 1]; returns (N, D) float32 on the CPU."""
+        return torch.cat(list(self._batches(images)))
 
     @torch.no_grad()
-    def _parts(self, images: Tensor) -> Iterator[Tensor]:
-        for part in images.split(BATCH):
-            pixels = self.processor([to_pil_image(image) for image in to_bytes(part).cpu()], return_tensors="pt")
+    def _batches(self, images: Tensor) -> Iterator[Tensor]:
+        for batch in images.split(BATCH_SIZE):
+            pixels = self.processor([to_pil_image(image) for image in to_bytes(batch).cpu()], return_tensors="pt")
             pixels = pixels["pixel_values"].to(self.model.device)
-            # Two-tower models embed images in the space that they share with text; the others pool their last layer.
+            # CLIP-like models: the joint space with text; others: the pooled last layer
             if hasattr(self.model, "get_image_features"):
-                found = self.model.get_image_features(pixel_values=pixels)
+                output = self.model.get_image_features(pixel_values=pixels)
             else:
-                found = self.model(pixel_values=pixels)
-            yield _vector(found).float().cpu()
+                output = self.model(pixel_values=pixels)
+            yield _vector(output).float().cpu()
 
 
 def _vector(output: Tensor | object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Draws what tells learning from reward hacking: the trained reward beside everything that it should not cost."""
+"""Plot indicators of reward hacking: trained reward, held-out rewards, diversity, distance to reference, sharpness."""
 
 from __future__ import annotations
 
@@ -21,31 +21,41 @@ ALARM = "alarm"
 def plot_hacking(
     rows: Sequence[Mapping[str, Any]], path: str | Path, trained: Sequence[str], held_out: Sequence[str]
 ) -> list[str]:
-    """Four panels over the step, written to ``path``; returns the figures that were drawn.
+    """Plot evaluation metrics over steps in four panels: trained rewards, held-out rewards, diversity, sharpness.
 
-    Trained rewards; held-out ones and accuracy; diversity and the distance to the reference; sharpness. Rewards are
-    drawn as their change since the first evaluation, in units of its largest over the run, so that different scales
-    compare; the legend has their first and last value. Evaluations at which an alarm rang are shaded.
+    Rewards are plotted as the change since the first evaluation, divided by its maximum over the run, so that scales
+    are comparable; the legend gives first and last value. Evaluations with a hacking alarm are shaded.
 
-    rows: the objects of ``metrics.jsonl``. ValueError: no evaluation among them.
+    Args:
+        rows: Objects of ``metrics.jsonl``.
+        path: Output file.
+        trained: Names of trained rewards.
+        held_out: Names of held-out rewards.
+
+    Returns:
+        Names of the plotted metrics.
+
+    Raises:
+        ValueError: ``rows`` has no evaluation.
     """
-    found = [row for row in rows if any(key.startswith(PREFIX) for key in row)]
-    if not found:
-        raise ValueError("no evaluation to draw: give eval_prompts")
-    sharp = [key.removeprefix(PREFIX) for key in found[0] if key.startswith(f"{PREFIX}sharpness/")]
+    evaluations = [row for row in rows if any(key.startswith(PREFIX) for key in row)]
+    if not evaluations:
+        raise ValueError("no evaluation to plot: set eval_prompts")
+    sharp = [key.removeprefix(PREFIX) for key in evaluations[0] if key.startswith(f"{PREFIX}sharpness/")]
     panels = {
         "trained reward, change": trained,
         "held-out rewards, change": ["accuracy", *(name for name in held_out if name not in trained)],
         "diversity, distance to reference": ["diversity", "reference_distance"],
         "sharpness": sharp,
     }
+
     figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     drawn: list[str] = []
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        known = [name for name in names if any(isinstance(row.get(PREFIX + name), int | float) for row in found)]
+        known = [name for name in names if any(isinstance(row.get(PREFIX + name), int | float) for row in evaluations)]
         for name, color in zip(known, COLORS, strict=False):
-            steps, values = _series(found, PREFIX + name)
+            steps, values = _series(evaluations, PREFIX + name)
             label = name
             if title.endswith("change"):
                 label += f"  {values[0]:.3g} → {values[-1]:.3g}"
@@ -53,7 +63,8 @@ def plot_hacking(
                 values = values / (np.abs(values).max() or 1.0)
             axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=3, label=label)
         drawn += known
-        _dress(axes, title, found, bool(known))
+        _style(axes, title, evaluations, bool(known))
+
     with replacing(path) as staged:
         figure.savefig(staged, dpi=120)
     return drawn
@@ -64,7 +75,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], np.
     return [row["step"] for row in own], np.array([float(row[key]) for row in own])
 
 
-def _dress(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], legend: bool) -> None:
+def _style(axes: Axes, title: str, rows: Sequence[Mapping[str, Any]], legend: bool) -> None:
     for row in rows:
         if row.get(PREFIX + ALARM):
             axes.axvline(row["step"], color="#c8322b", linewidth=4, alpha=0.15)

@@ -1,4 +1,4 @@
-"""Evaluates a model on held-out prompts: ODE sampling at fixed seeds, scored, with diversity beside it."""
+"""Evaluate a model on held-out prompts: ODE sampling with fixed seeds, rewards, and diversity."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.rollout.scoring import score
 from diffalign.structures import Guidance, Level, Prompt
 
-# Fixed, so that runs with different seeds are judged on the same noise.
-EVALUATION_SEED = 0
-SHOWN = 12
+EVALUATION_SEED = 0  # the same noise for runs with different seeds
+MAX_SHOWN = 12  # prompts in grids and logged images
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What pictures and tables need.
+    """Results of an evaluation, for grids and tables.
 
-    texts, images, marks: P prompts of this process, one image each (P, 3, H, W), and its scores, reward -> (P,), the
-    primary reward first. prompt, tags, scores: of every image of all processes, in the order of prompts and samples.
-    diversity: pairwise distance within a prompt, in pixel values; None with one image per prompt. about: what the
-    evaluation was of; two are comparable where it is the same.
+    Attributes:
+        texts: P prompts of this process.
+        images: (P, 3, H, W), the first image of each of ``texts``.
+        marks: Reward -> (P,) scores of ``images``, the primary reward first.
+        prompt: (N,) prompt index of every image of all processes, sorted by prompt and sample.
+        tags: N task tags.
+        scores: Reward -> (N,).
+        diversity: Pairwise pixel distance within a prompt; None with one image per prompt.
+        about: Digest of prompts and settings; evaluations with equal ``about`` are comparable.
     """
 
     texts: list[str]
@@ -52,7 +56,7 @@ class Shown:
 
 
 class Evaluation:
-    """Held-out prompts, how to sample them and how to judge the images. Prompts are dealt over all processes."""
+    """Sample and score held-out prompts, which are split over all processes."""
 
     def __init__(
         self,
@@ -67,7 +71,19 @@ class Evaluation:
         pulse: Callable[[], None],
         even: bool = False,
     ) -> None:
-        """even: whether every process must sample as many images as the others; what is too many is not looked at."""
+        """Select the prompts of this process.
+
+        Args:
+            model: The model to evaluate, with the weights in use.
+            prompts: All held-out prompts.
+            rewards: Name -> reward, the primary reward first.
+            encoded: Cache with the embeddings of ``prompts``.
+            accelerator: Gives rank and world size.
+            images_per_prompt: Samples per prompt.
+            batch_size: Images per sampling batch.
+            pulse: Called after each batch.
+            even: Pad with discarded images, so that all ranks sample equally many (needed for sharded weights).
+        """
         self.model, self.rewards, self.encoded = model, rewards, encoded
         self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
         self.index = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
@@ -78,58 +94,68 @@ class Evaluation:
         self.filler = list(prompts[:1]) if self.extra else []
 
     def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
-        """Figures of the weights in use, over all processes, and images to show. base_steps: see ``SamplingPlan``.
+        """Evaluate the weights in use.
 
-        ``accuracy`` is the mean of the first reward, also by task where prompts carry a "tag"; then the mean of each
-        reward, and ``diversity``, the pairwise distance within a prompt.
+        Args:
+            levels: The S + 1 levels of the ODE schedule.
+            guidance: Guidance of every step.
+            base_steps: See ``SamplingPlan``.
+
+        Returns:
+            Metrics over all processes, and the scored images. "accuracy" is the mean of the first reward, also per
+            task where prompts have a "tag"; each reward has its mean under its name; "diversity" is the pairwise
+            distance within a prompt.
         """
         prompts = [p for p in self.prompts for _ in range(self.per_prompt)]
-        place = torch.arange(len(prompts))
-        own, sample = place // self.per_prompt, place % self.per_prompt
+        row = torch.arange(len(prompts))
+        own, sample = row // self.per_prompt, row % self.per_prompt
         images = self._images(SamplingPlan(ode_plan(len(levels) - 1), levels, guidance, base_steps), own, sample)
-        found = score(self.rewards, images, prompts) if prompts else dict.fromkeys(self.rewards, torch.empty(0))
-        scores = {name: found[name] for name in self.rewards}
+        scored = score(self.rewards, images, prompts) if prompts else dict.fromkeys(self.rewards, torch.empty(0))
+        scores = {name: scored[name] for name in self.rewards}
+
         rows = [
             (self.index[i // self.per_prompt], i % self.per_prompt, str(p.metadata.get("tag", "all")), *values)
             for i, (p, *values) in enumerate(zip(prompts, *(scores[name].tolist() for name in scores), strict=True))
         ]
         spread = [(len(self.prompts), pairwise_distance(images, own))] if prompts and self.per_prompt > 1 else []
-        everything, spread = sorted(gather_object(rows)), gather_object(spread)
+        all_rows, spread = sorted(gather_object(rows)), gather_object(spread)
         diversity = sum(n * value for n, value in spread) / sum(n for n, _ in spread) if spread else None
-        chosen = torch.tensor(spread_evenly(len(self.prompts), SHOWN), dtype=torch.long) * self.per_prompt
+
+        chosen = torch.tensor(spread_evenly(len(self.prompts), MAX_SHOWN), dtype=torch.long) * self.per_prompt
         shown = Shown(
             [prompts[i].text for i in chosen.tolist()],
             images[chosen],
             {name: scores[name][chosen] for name in scores},
-            torch.tensor([row[0] for row in everything]),
-            [row[2] for row in everything],
-            {name: torch.tensor([row[3 + k] for row in everything]) for k, name in enumerate(scores)},
+            torch.tensor([row[0] for row in all_rows]),
+            [row[2] for row in all_rows],
+            {name: torch.tensor([row[3 + k] for row in all_rows]) for k, name in enumerate(scores)},
             diversity,
             f"{self.digest} {self.per_prompt} images, {len(levels) - 1} steps, guidance {guidance.scale}",
         )
         return summary(shown), shown
 
-    def _images(self, route: SamplingPlan, own: Tensor, sample: Tensor) -> Tensor:
-        """Those of this process, which may have none: (B, 3, H, W)."""
+    def _images(self, plan: SamplingPlan, own: Tensor, sample: Tensor) -> Tensor:
+        """Sample the images of this process, (B, 3, H, W); B may be 0."""
         count = len(own)
         if not count + self.extra:
             return torch.empty(0, 3, 1, 1)
-        drawn = [*self.prompts, *self.filler]
-        own, sample = pad(own, (0, self.extra), value=len(drawn) - 1), pad(sample, (0, self.extra))
-        # Noise is addressed by the prompt's place in the file: the same images on any number of processes.
-        place = torch.tensor([*self.index, *(0 for _ in self.filler)])
-        addresses = NoiseKeys(KeyedRNG(EVALUATION_SEED), "evaluation", 0, place[own], sample)
-        conditioning = self.encoded.rows([p.text for p in drawn])
-        found = []
+        prompts = [*self.prompts, *self.filler]
+        own, sample = pad(own, (0, self.extra), value=len(prompts) - 1), pad(sample, (0, self.extra))
+        # keyed by index in the file: the same images for any world size
+        index = torch.tensor([*self.index, *(0 for _ in self.filler)])
+        noise_keys = NoiseKeys(KeyedRNG(EVALUATION_SEED), "evaluation", 0, index[own], sample)
+        conditioning = self.encoded.rows([p.text for p in prompts])
+
+        batches = []
         with self.model.keeping(VAE):
-            for _, images in generate(self.model, route, conditioning, own, addresses, self.batch_size):
-                found.append(images.cpu())
+            for _, images in generate(self.model, plan, conditioning, own, noise_keys, self.batch_size):
+                batches.append(images.cpu())
                 self.pulse()
-        return torch.cat(found)[:count]
+        return torch.cat(batches)[:count]
 
 
 def summary(shown: Shown) -> dict[str, float]:
-    """The figures to log."""
+    """Return the metrics to log."""
     first = next(iter(shown.scores.values()))
     result = summarise(first, shown.tags)
     if len(set(shown.tags)) == 1:

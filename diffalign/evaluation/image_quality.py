@@ -1,4 +1,4 @@
-"""Whether a training has ruined its images: all grey, all alike, or noise. ScoredImages on the seeds of the base."""
+"""Detect collapsed images (no contrast, all alike, noise) by comparison with the base model at equal seeds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ NOISY = 3.0  # times the base's differences between neighbouring pixels
 
 
 def contrast(images: Tensor) -> float:
-    """The standard deviation of an image's pixels, mean over images (B, 3, H, W)."""
+    """Compute the standard deviation of the values of an image, averaged over images (B, 3, H, W)."""
     return images.flatten(1).std(1).mean().item()
 
 
 def spread(images: Tensor) -> float:
-    """The standard deviation of a pixel over images, mean over pixels; 0 for a single one."""
+    """Compute the standard deviation over images, averaged over pixels; 0 for a single image."""
     return images.std(0).mean().item() if len(images) > 1 else 0.0
 
 
 def roughness(images: Tensor) -> float:
-    """The mean difference between neighbouring pixels."""
+    """Compute the mean absolute difference between neighbouring pixels."""
     across, down = images.diff(dim=-1).abs().mean(), images.diff(dim=-2).abs().mean()
     return ((across + down) / 2).item()
 
 
 def ruined(base: Tensor, tuned: Tensor) -> list[str]:
-    """What is wrong with the images of a tuned model, a line each; (B, 3, H, W), of the same prompts and noise."""
+    """Describe each collapse of the tuned images; both (B, 3, H, W), from equal prompts and noise."""
     base, tuned = base.float(), torch.nan_to_num(tuned.float())
     found = []
     if contrast(tuned) < FLAT * contrast(base):

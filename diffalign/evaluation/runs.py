@@ -1,8 +1,8 @@
-"""Read the configuration of a run folder as data: it may come from somebody else.
+"""Read the config of a run folder as untrusted data.
 
-What a run's ``config.yaml`` names and this module hands on: the base model, numbers, registered rewards, and files
-inside the run folder. Anything else (rewards that are code, servers, other weights, files elsewhere) needs to be typed,
-or ``--allow_reward_code``, which is for runs of one's own.
+Accepted from ``config.yaml``: the base model, numbers, registered rewards, and files inside the run folder. Everything
+else (rewards that are code, servers, other weights, files elsewhere) must be typed by the user, or allowed by
+``--allow_reward_code`` for trusted runs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,28 @@ from diffalign.rewards.base import names
 from diffalign.rewards.config import RewardConfig
 
 CONFIG = "config.yaml"
-HELD_OUT = "eval_prompts.jsonl"  # the copy of its held-out prompts that a run keeps
-# Options of registered rewards whose text chooses a way of computing, and no file, repository or server.
+HELD_OUT = "eval_prompts.jsonl"  # copy of the held-out prompts in the run folder
+# reward options whose string value selects a mode, not a file, repository or server
 CHOICES = frozenset({"answer", "precision", "quantize", "reward", "rule", "scale", "verdict"})
 TRUST = "if the run is yours, or you trust it, type --allow_reward_code"
 
 
 @dataclass
 class _Rewards:
-    """The part of a run's configuration that says how its rewards are made."""
+    """The rewards section of a run config."""
 
     rewards: dict[str, float | RewardConfig]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run folder and the values of its ``config.yaml``; trusted: whether all that they name may be used."""
+    """A run folder and its config.
+
+    Attributes:
+        folder: The run folder.
+        values: Content of ``config.yaml``.
+        trusted: Whether code, servers and files outside the folder may be used.
+    """
 
     folder: Path
     values: Mapping[str, Any]
@@ -42,13 +48,13 @@ class RunConfig:
 
     @property
     def file(self) -> Path:
-        """Where the values stand."""
+        """Path of ``config.yaml``."""
         return self.folder / CONFIG
 
     def held_out(self) -> Path | None:
-        """The file of held-out prompts: the run's own copy, else what ``eval_prompts`` names.
+        """Return the file of held-out prompts: the copy in the run folder, else ``eval_prompts``; None if unset.
 
-        ValueError: a file outside of a run that is not trusted.
+        Raises ValueError for a file outside an untrusted run.
         """
         if self.contains(self.folder / HELD_OUT):
             return self.folder / HELD_OUT
@@ -57,26 +63,31 @@ class RunConfig:
         if self.trusted or self.contains(named):
             return Path(str(named))
         raise ValueError(
-            f"{self.file}: eval_prompts: {str(named)[:200]!r} is no file inside the run, and is not read: write "
+            f"{self.file}: eval_prompts: {str(named)[:200]!r} is not a file inside the run, and is not read: write "
             f"--prompts FILE; {TRUST}"
         )
 
     def cache_dir(self) -> Path | None:
-        """Where the run kept prompt embeddings, if it may be written to."""
+        """Return the folder of prompt embeddings; None if unset, or outside an untrusted run."""
         named = self.values.get("cache_dir")
         return Path(str(named)) if named and (self.trusted or self.contains(named)) else None
 
     def reward_names(self) -> tuple[str, ...]:
-        """The rewards that the run was evaluated by."""
+        """Return the names of ``eval_rewards``, else of ``rewards``."""
         found = self.values.get("eval_rewards") or self.values.get("rewards") or ()
         if not isinstance(found, (list, tuple, Mapping)) or not all(isinstance(name, str) for name in found):
             raise ValueError(f"{self.file}: eval_rewards must be names of rewards; write --rewards NAME")
         return tuple(found)
 
     def reward_options(self, wanted: tuple[str, ...], typed: bool) -> dict[str, float | RewardConfig]:
-        """How the run made those of its rewards that are ``wanted``; typed: whether the user named these.
+        """Return the run's options of the ``wanted`` rewards.
 
-        ValueError: one that a run which is not trusted cannot ask for.
+        Args:
+            wanted: Reward names.
+            typed: Whether the user typed these names.
+
+        Raises:
+            ValueError: An untrusted run asks for code, a server, or a file outside its folder.
         """
         rewards = self.values.get("rewards") or {}
         table = {name: rewards[name] for name in wanted if isinstance(rewards, Mapping) and name in rewards}
@@ -87,7 +98,7 @@ class RunConfig:
         return from_dict(_Rewards, {"rewards": table}, str(self.file)).rewards
 
     def contains(self, path: object) -> bool:
-        """Whether ``path`` is a file or folder inside the run, links followed."""
+        """Return whether ``path`` is a file or folder inside the run, after resolving links."""
         try:
             found = Path(str(path)).resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
@@ -106,13 +117,13 @@ class RunConfig:
             if path[-1] not in CHOICES and not self.contains(value):
                 where = ".".join(("rewards", name, "options", *path[1:]))
                 raise ValueError(
-                    f"{self.file}: {where}: {value[:200]!r} is no file inside the run, and is not used: write "
+                    f"{self.file}: {where}: {value[:200]!r} is not a file inside the run, and is not used: write "
                     f"--rewards and --reward_options; {TRUST}"
                 )
 
 
 def _texts(value: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text among the options of a reward, with the keys that lead to it."""
+    """Yield (key path, value) of every string in the options of a reward."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, Mapping):
@@ -124,9 +135,9 @@ def _texts(value: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[st
 
 
 def find_run(path: Path | None, trusted: bool) -> RunConfig | None:
-    """The configuration of the run that ``path`` lies in: its folder, or one or two above it."""
+    """Load the config of the run that contains ``path``: the folder, its parent or grandparent; None without one."""
     if path is None:
         return None
-    places = [path, *path.resolve().parents[:2]]
-    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    folders = [path, *path.resolve().parents[:2]]
+    folder = next((one for one in folders if (one / CONFIG).is_file()), None)
     return None if folder is None else RunConfig(folder, load_yaml(folder / CONFIG), trusted)

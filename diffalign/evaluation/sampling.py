@@ -1,4 +1,4 @@
-"""How the images of an evaluation are drawn."""
+"""Settings for sampling evaluation images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How every model draws. Noise is addressed by seed, the prompt's place in the file and the sample's number.
+class SamplingSettings:
+    """Sampling settings shared by all models of an evaluation.
 
-    base_share: of the steps, the first ones, that the base makes for every model (arXiv 2505.22569), in [0, 1).
+    The noise of an image is keyed by seed, index of the prompt in its file, and sample index. ``base_share``, in
+    [0, 1), is the fraction of steps, the first ones, that run with the base weights (ImageReFL, arXiv 2505.22569).
     """
 
     model: str
@@ -26,12 +27,12 @@ class Sampling:
 
     @property
     def base_steps(self) -> int:
-        """Those of ``base_share``."""
+        """Number of steps with the base weights."""
         return round(self.base_share * self.num_steps)
 
 
 def spread_evenly(count: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of ``count`` places, evenly spread, the first and the last among them."""
+    """Return at most ``limit`` of ``count`` indices, evenly spaced, including the first and the last."""
     if limit is None or limit >= count:
         return list(range(count))
     if limit < 1:

@@ -1,4 +1,4 @@
-"""Images of one model with their rewards, on disk."""
+"""Image files of one model with their rewards."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from diffalign.media import decode
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """The images of one model: N rows, ordered by prompt and sample.
+    """N images of one model, sorted by prompt and sample.
 
-    prompt: (N,) int64, the place in the prompt list. scores: reward -> (N,) float32, NaN where it failed. files: (N,).
+    Attributes:
+        prompt: (N,) int64, index in the prompt list.
+        scores: Reward -> (N,) float32, NaN where the reward failed.
+        files: N image files.
     """
 
     prompt: Tensor
@@ -26,7 +29,7 @@ class ScoredImages:
     files: list[Path]
 
     def images(self, rows: Sequence[int] | None = None) -> Tensor:
-        """All images, or those of ``rows``: (N, 3, H, W), float32, [0, 1]."""
+        """Load all images, or those of ``rows``, as (N, 3, H, W) float32 in [0, 1]."""
         files = self.files if rows is None else [self.files[row] for row in rows]
         pixels = [np.array(decode(read_bytes(file))) for file in files]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255

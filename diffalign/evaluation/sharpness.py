@@ -1,4 +1,4 @@
-"""How sharp a reward is at an image: a hacked one falls at once when the image moves a little."""
+"""Sharpness of a reward at an image: the drop after a small step down its gradient, large for hacked images."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STEP = 0.01  # root mean square over an image's values: 2.5 of 255 levels
+STEP = 0.01  # RMS over the values of an image: 2.5 of 255 levels
 
 
 def sharpness(score: Callable[[Tensor], Tensor], images: Tensor, step: float = STEP) -> Tensor:
-    """r(x) - r(x - step g), with g = grad r(x) at a root mean square of 1: (B,), a constant.
+    """Compute r(x) - r(x - step g), where g is grad r(x) scaled to an RMS of 1.
 
-    Reward that a model found in the images, and not in what they show, is lost in so small a step. The mean over images
-    falls as held-out quality rises (RSA-FT); compare it with that of the base model's images.
+    A reward gained by adversarial pixel patterns is lost in such a small step. The mean over images falls as held-out
+    quality rises (RSA-FT); compare it with the value for images of the base model.
 
-    score: images (B, 3, H, W), [0, 1], to (B,), differentiable, each by itself. images: of that kind, moved too.
+    Args:
+        score: Differentiable per-image reward, (B, 3, H, W) in [0, 1] to (B,).
+        images: (B, 3, H, W), in [0, 1].
+        step: RMS of the step, in pixel values.
 
-    Departures from the paper: 1. the step is as long per pixel at any resolution, where the paper fixes the norm of an
-    image's step.
+    Returns:
+        (B,), detached.
+
+    Departures from the paper: 1. the step has the same RMS per pixel at any resolution; the paper fixes its norm.
     """
     with torch.enable_grad():
         x = images.detach().requires_grad_()
-        found = score(x)
-        (gradient,) = torch.autograd.grad(found.sum(), x)
+        reward = score(x)
+        (gradient,) = torch.autograd.grad(reward.sum(), x)
     size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
     moved = images - step * gradient / torch.where(size > 0, size, 1)
     with torch.no_grad():
-        return found.detach() - score(moved.clamp(0, 1))
+        return reward.detach() - score(moved.clamp(0, 1))

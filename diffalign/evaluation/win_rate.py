@@ -1,4 +1,4 @@
-"""How often one model beats another on the same prompts and noise, and how sure that is."""
+"""Win rates and means with bootstrap confidence intervals over prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its confidence interval."""
+    """A mean with the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -22,7 +22,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class WinRate:
-    """rate: wins plus half of the ties, as a share of all pairs, averaged over prompts; counts are of image pairs."""
+    """Win rate, wins plus half of the ties per pair averaged over prompts, and counts of image pairs."""
 
     rate: Interval
     wins: int
@@ -33,13 +33,20 @@ class WinRate:
 def win_rate(
     candidate: Tensor, baseline: Tensor, groups: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> WinRate:
-    """Compares image i of two models, drawn for the same prompt from the same noise.
+    """Compare image i of two models, sampled for the same prompt from the same noise.
 
-    candidate, baseline: (N,) rewards, higher is better. groups: (N,) integers, the prompt of each image. Equal rewards
-    tie and count half; a pair in which a reward is not finite counts nowhere. The interval is a bootstrap over prompts,
-    because the images of one prompt are not independent.
+    Equal rewards tie and count half; pairs with a non-finite reward are left out. The interval is a bootstrap over
+    prompts, because images of one prompt are not independent.
 
-    ValueError: lengths that differ, or no pair to count.
+    Args:
+        candidate: (N,) rewards, higher is better.
+        baseline: (N,) rewards of the other model.
+        groups: (N,) integers, the prompt of each image.
+        confidence: Level of the interval, in (0, 1).
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: Lengths differ, or no pair is finite.
     """
     ours, theirs, labels = (t.detach().double().cpu().numpy() for t in (candidate, baseline, groups))
     if not len(ours) == len(theirs) == len(labels):
@@ -51,11 +58,12 @@ def win_rate(
 
 
 def mean_interval(values: Tensor, groups: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
-    """The mean of (N,) values, with a bootstrap interval over prompts; values that are not finite are left out.
+    """Average the finite ones of (N,) values over images, with a bootstrap interval over prompts.
 
-    Each image that has a value counts alike, so that the mean is the one that logs and pictures show.
+    Images, not prompts, have equal weight: the mean equals the one in logs and grids.
 
-    ValueError: lengths that differ, or no finite value.
+    Raises:
+        ValueError: Lengths differ, or no value is finite.
     """
     numbers, labels = (t.detach().double().cpu().numpy() for t in (values, groups))
     if len(numbers) != len(labels):
@@ -67,16 +75,16 @@ def mean_interval(values: Tensor, groups: Tensor, *, confidence: float = CONFIDE
 def _bootstrap(
     values: np.ndarray, labels: np.ndarray, confidence: float, seed: int, by_image: bool = False
 ) -> Interval:
-    """Percentiles of the mean, over prompts or images, when prompts are drawn with replacement."""
+    """Compute percentiles of the mean when prompts are resampled with replacement."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence lies between 0 and 1, got {confidence}; 0.95 is usual")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}; 0.95 is usual")
     if not len(values):
-        raise ValueError("no finite reward to compare: look for warnings of the reward that failed")
-    _, place, count = np.unique(labels, return_inverse=True, return_counts=True)
-    # Prompts with fewer images weigh less where each image counts alike.
+        raise ValueError("no finite reward to compare: see the warnings of the failed reward")
+    _, prompt_index, count = np.unique(labels, return_inverse=True, return_counts=True)
+    # equal weight per image: prompts with fewer images weigh less
     weight = count / count.mean() if by_image else np.ones(len(count))
-    per_prompt = np.bincount(place, values) / count
-    # How often each prompt is drawn, all resamples at once.
+    per_prompt = np.bincount(prompt_index, values) / count
+    # (RESAMPLES, prompts): how often each prompt is drawn
     draws = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1 / len(count)), RESAMPLES)
     means = draws @ (weight * per_prompt) / (draws @ weight)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])

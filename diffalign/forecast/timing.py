@@ -77,9 +77,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
     found = []
     for _ in range(REPEATS):
-        begun = _now(device)
+        start = _now(device)
         call()
-        found.append(_now(device) - begun)
+        found.append(_now(device) - start)
     return min(found)
 
 

@@ -1,4 +1,4 @@
-"""Draws the metrics of a run as small multiples."""
+"""Plot the metrics of a run, one panel each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from diffalign.atomic import replacing
 
-# What a reader looks at first; every other metric follows in the order in which it was logged.
+# plotted first; other metrics follow in the order of logging
 FIRST = ("eval/accuracy", "reward/mean", "reward/std", "eval/diversity", "kl", "clip_share", "grad_norm", "lr", "loss")
 MAX_PANELS = 24
 COLUMNS = 3
-SMOOTH_FROM = 40  # points; a shorter curve is drawn as it is
+SMOOTH_FROM = 40  # points; shorter curves are not smoothed
 INK, FAINT = "#1f5fa8", "#b9cfe6"
 
 
@@ -28,36 +28,44 @@ def plot_curves(
     keys: Sequence[str] | None = None,
     meanings: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """A panel per metric over the step, written to ``path`` (PNG, SVG or PDF by its suffix); returns what was drawn.
+    """Plot metrics over steps, a panel each; write the figure to ``path``.
 
-    rows: the objects of ``metrics.jsonl``, each with "step"; a metric need not be in every row; where a resumed run
-    repeats a step the later row counts. keys: the metrics to draw; None for all numbers, the telling ones first. At
-    most 24 are drawn, and a line below names the others. meanings: by metric, what is added to its title. A value that
-    is not finite leaves a gap. Long curves get a running mean over faint raw values, of which the title says the width.
+    Non-finite values leave a gap. Long curves get a running mean over faint raw values; its window is in the title.
 
-    ValueError: nothing to draw.
+    Args:
+        rows: Objects of ``metrics.jsonl``, each with "step". If a resumed run repeats a step, the later row counts.
+        path: Output file, PNG, SVG or PDF by its suffix.
+        keys: Metrics to plot; None for all numbers, sorted by ``FIRST``. At most 24 are plotted, the rest is named.
+        meanings: Metric -> addition to its title.
+
+    Returns:
+        Names of the plotted metrics.
+
+    Raises:
+        ValueError: No metric to plot.
     """
     series = _series(rows)
     wanted = list(series if keys is None else [key for key in keys if key in series])
     chosen, left = wanted[:MAX_PANELS], wanted[MAX_PANELS:]
     if not chosen:
         logged = ", ".join(series) or "none"
-        raise ValueError(f"no metric to draw (numbers logged: {logged}): let the run log some steps, or change keys")
+        raise ValueError(f"no metric to plot (numbers logged: {logged}): train some steps, or change keys")
+
     columns = min(COLUMNS, len(chosen))
     lines = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.3 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, key in enumerate(chosen, start=1):
-        _draw(figure.add_subplot(lines, columns, place), key, series[key], (meanings or {}).get(key, ""))
+    for panel, key in enumerate(chosen, start=1):
+        _draw(figure.add_subplot(lines, columns, panel), key, series[key], (meanings or {}).get(key, ""))
     if left:
-        figure.supxlabel(f"not drawn: {', '.join(left)}", fontsize=7, wrap=True)
+        figure.supxlabel(f"not plotted: {', '.join(left)}", fontsize=7, wrap=True)
     with replacing(path) as staged:
         figure.savefig(staged, dpi=110)
     return chosen
 
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Metric -> step -> value, the metrics of ``FIRST`` first."""
+    """Return metric -> step -> value, the metrics of ``FIRST`` first."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         for key, value in row.items():
@@ -68,7 +76,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
 
 
 def _number(value: Any) -> float | None:
-    """A value of a log; ``metrics.jsonl`` writes NaN as null and infinity as text."""
+    """Parse a logged value (NaN is null, infinity a string); None if it is not a number."""
     if value is None:
         return math.nan
     if isinstance(value, str):
@@ -80,7 +88,7 @@ def _draw(axes: Axes, key: str, points: Mapping[int, float], meaning: str) -> No
     steps = np.array(sorted(points))
     values = np.array([points[step] for step in steps])
     values[~np.isfinite(values)] = np.nan
-    kept = np.isfinite(values) | np.isfinite(np.append(0.0, values[:-1]))  # one point for a gap of several
+    kept = np.isfinite(values) | np.isfinite(np.append(0.0, values[:-1]))  # one NaN per gap
     steps, values = steps[kept], values[kept]
     if len(values) >= SMOOTH_FROM:
         axes.plot(steps, values, color=FAINT, linewidth=0.8)
@@ -95,14 +103,14 @@ def _draw(axes: Axes, key: str, points: Mapping[int, float], meaning: str) -> No
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-    axes.yaxis.get_offset_text().set(fontsize=7, x=1, horizontalalignment="right")  # clear of the title
+    axes.yaxis.get_offset_text().set(fontsize=7, x=1, horizontalalignment="right")  # not over the title
     axes.grid(color="#e3e3e3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of the finite values within ``reach`` places on both sides; a gap stays one."""
+    """Average the finite values within ``reach`` points on both sides; NaN stays NaN."""
     finite = np.isfinite(values)
     window = np.ones(2 * reach + 1)
     count = np.convolve(finite, window, mode="same")

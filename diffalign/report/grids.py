@@ -1,4 +1,4 @@
-"""Pictures of many images: a plain grid, and models side by side on the same prompts."""
+"""Draw image grids: a plain grid, and models side by side for the same prompts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,29 @@ PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Means over all that was evaluated, of which a picture shows a part: reward -> model -> mean, NaN for none."""
+class OverallMeans:
+    """Means over all evaluated images, of which a grid shows some.
+
+    Attributes:
+        images: Number of images per model.
+        means: Reward -> model -> mean, NaN if no image has a score.
+    """
 
     images: int
     means: Mapping[str, Mapping[str, float]]
 
 
 def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
-    """Images (N, 3, H, W), [0, 1], row by row in ``columns``, each enlarged ``scale`` times with its label below.
+    """Arrange images row by row.
 
-    Labels longer than the cell are cut with an ellipsis. ValueError: no images, a size below 1, not a label per image.
+    Args:
+        images: (N, 3, H, W), in [0, 1].
+        columns: Images per row.
+        labels: One per image, drawn below it and truncated to its width.
+        scale: Factor by which images are enlarged.
+
+    Raises:
+        ValueError: No images, a number below 1, or not one label per image.
     """
     if len(images) == 0 or columns < 1 or scale < 1:
         raise ValueError(f"{len(images)} images, {columns} columns, scale {scale}: each must be at least 1")
@@ -55,16 +67,22 @@ def compare_grid(
     prompts: Sequence[str],
     scores: Mapping[str, Mapping[str, Tensor]] | None,
     path: str | Path,
-    totals: Totals | None = None,
+    totals: OverallMeans | None = None,
 ) -> None:
-    """Writes a table to ``path``: a row per prompt, a column per model, the scores under each image.
+    """Write a comparison image: a row per prompt, a column per model, scores below each image.
 
-    columns: model name -> images (P, 3, H, W), [0, 1], one per prompt. scores: model name -> reward name -> (P,),
-    higher is better, or None. Scores of a reward that are all 0 or 1 are drawn as a green tick or a red cross, others
-    as numbers (the best of the row in green), NaN as a dash. The header gives each model's name and the mean of its
-    scores over the rows below, and over all that was evaluated, where ``totals`` has it; it says which is which.
+    A reward whose scores are all 0 or 1 is drawn as green ticks and red crosses, others as numbers (the best of a row
+    in green), NaN as a dash. The header gives the mean of each model over the rows shown, and over all images.
 
-    ValueError: no column or prompt, or lengths that differ.
+    Args:
+        columns: Model -> images (P, 3, H, W) in [0, 1], one per prompt.
+        prompts: P prompts.
+        scores: Model -> reward -> (P,), higher is better; None draws no scores.
+        path: Output file.
+        totals: Means over all evaluated images; None if the rows are all of them.
+
+    Raises:
+        ValueError: No column or prompt, or lengths differ.
     """
     _check(columns, prompts, scores)
     width = min(max(next(iter(columns.values())).shape[3], CELL[0]), CELL[1])
@@ -96,8 +114,8 @@ def compare_grid(
                     draw.text((x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=_font(), anchor="lm")
             y += heights[i] + GAP
     for k, label in enumerate(lines, start=1):
-        place = (GAP, GAP / 2 + k * (FONT + 6) + FONT / 2 + 3)
-        draw.text(place, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=_font(), anchor="lm")
+        position = (GAP, GAP / 2 + k * (FONT + 6) + FONT / 2 + 3)
+        draw.text(position, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=_font(), anchor="lm")
     _write_prompts(draw, texts, heights, header, size[0])
     with replacing(path) as staged:
         sheet.save(staged)
@@ -125,8 +143,8 @@ def _write_prompts(
         y += height + GAP
 
 
-def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: Totals | None) -> dict[str, dict[str, str]]:
-    """Label of a line of the header -> model -> figure. The set comes first: a long name of a reward is cut."""
+def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: OverallMeans | None) -> dict[str, dict[str, str]]:
+    """Return header label -> model -> formatted mean. Labels start with the set, as long labels are truncated."""
     found = {}
     for reward, table in tables.items():
         count = len(next(iter(table.values())))
@@ -146,7 +164,7 @@ def _mean(values: Tensor) -> str:
 
 
 def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, row: int, x: float, y: float) -> None:
-    """The score of one image, centred at (x, y). Signs are drawn as lines: not every font has them."""
+    """Draw the score of one image centred at (x, y); tick and cross are lines, as fonts may lack them."""
     value = float(scores[name][row])
     if math.isnan(value):
         draw.line((x - 5, y, x + 5, y), fill=GREY, width=2)
@@ -162,7 +180,7 @@ def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, ro
 
 
 def _picture(image: Tensor, width: int) -> Image.Image:
-    """An image (3, H, W), [0, 1], resized to ``width``; a whole factor repeats pixels, so that nothing is smoothed."""
+    """Resize an image (3, H, W) in [0, 1] to ``width``; integer factors repeat pixels without smoothing."""
     values = image.detach().float().nan_to_num().clamp(0, 1)
     picture = Image.fromarray((values * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
     size = (width, round(picture.height * width / picture.width))
@@ -174,12 +192,12 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _centred(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, width: int, fill: str = INK) -> None:
-    """One line in the middle of a cell, cut where it does not fit."""
+    """Draw one centred line, truncated to ``width``."""
     draw.text((x + width / 2, y + FONT / 2 + 3), _cut(draw, text, width), fill=fill, font=_font(), anchor="mm")
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
-    """The text, or its beginning and an ellipsis."""
+    """Truncate a text to ``width`` pixels, with an ellipsis."""
     shown = text
     while shown and draw.textlength(shown, font=_font()) > width:
         text = text[:-1]
@@ -188,7 +206,7 @@ def _cut(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines no wider than ``width`` pixels; a word that is wider by itself is broken."""
+    """Wrap a text to lines of at most ``width`` pixels; longer words are broken."""
     font = _font()
     lines = [""]
     for word in text.split():

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file: no network, no other file; zoom, sort by gain, filter by task and words."""
+"""Write a comparison as one self-contained HTML file with zoom, sorting by gain, and filters by task and words."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from diffalign.media import decode
 from diffalign.structures import Prompt
 
 BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
-SMALL = 160  # pixels; images up to this width are shown pixel by pixel
+SMALL = 160  # pixels; images up to this width are embedded losslessly
 ATTEMPTS = ((1024, 90), (768, 85), (512, 85), (512, 75), (384, 75), (256, 70), (192, 60))  # width, WebP quality
-PROBES = 16  # pictures that an attempt is tried on first
+PROBES = 16  # images that estimate the size of an attempt
 
 
 def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, ScoredImages]) -> None:
-    """Writes the page to ``path``: a row per prompt, a column per model with the first image of each, rewards below.
+    """Write a page with a row per prompt and a column per model: its first image of the prompt, rewards below.
 
-    The header has means over the prompts shown and, where prompts have more images than the first, over all images.
-    The first model is the one that gains are measured against. Small images are embedded exactly; larger ones as WebP,
-    as large as fits into about nine megabytes.
+    The header has means over the images shown and, with several images per prompt, over all images. Gains are relative
+    to the first model. Small images are embedded losslessly, larger ones as WebP at the best quality within ``BUDGET``.
     """
     first = {
         name: [(judged.prompt == i).nonzero()[0].item() for i in range(len(prompts))] for name, judged in models.items()
     }
     pictures = [[decode(read_bytes(judged.files[row])) for row in first[name]] for name, judged in models.items()]
+
     small = max(picture.width for column in pictures for picture in column) <= SMALL
     columns = _embedded(pictures, small)
     rewards = list(next(iter(models.values())).scores)
@@ -55,20 +55,21 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     if every > len(prompts):
         means = [[_plain(judged.scores[reward].nanmean().item()) for reward in rewards] for judged in models.values()]
         content["all"] = {"images": every, "means": means}
-    # A tag inside a prompt could end the block that holds the data.
+
+    # "</script>" in a prompt would end the data block
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     template = files("diffalign.report").joinpath("page.html").read_text(encoding="utf-8")
     write_text(path, template.replace("/*DATA*/", text))
 
 
 def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:
-    """Data URIs, at the first size and quality that keep the page within its budget."""
+    """Encode images as data URIs, at the first size and quality within ``BUDGET``."""
     if small:
         return [[_uri(picture, "PNG", optimize=True) for picture in column] for column in pictures]
     every = [picture for column in pictures for picture in column]
     few = every[:: -(-len(every) // PROBES)]
     for width, quality in ATTEMPTS[:-1]:
-        # A few tell whether the others are worth the time.
+        # estimate from a few images first
         if sum(len(_webp(picture, width, quality)) for picture in few) * len(every) > 1.5 * BUDGET * len(few):
             continue
         found = [[_webp(picture, width, quality) for picture in column] for column in pictures]

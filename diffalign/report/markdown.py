@@ -1,4 +1,4 @@
-"""Text of others in Markdown: shown as it is, never as markup."""
+"""Escape untrusted text for Markdown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _ACTIVE = {character: f"&#{ord(character)};" for character in "|<>[]`"}
 
 
 def inert(text: object) -> str:
-    """Escape what could become HTML, a link, an image, code or another cell of a table; on one line."""
+    """Escape characters of HTML, links, images, code and table cells; returns one line."""
     return printable(str(text)).translate(str.maketrans(_ACTIVE))
 
 
 def inline_code(text: object) -> str:
-    """Quote a text as code within a line, whatever backticks it has."""
+    """Format a text as inline code, with a fence longer than its runs of backticks."""
     shown = printable(str(text))
     fence = "`" * (max((len(run) for run in _runs(shown)), default=0) + 1)
     pad = " " if len(fence) > 1 else ""

@@ -1,4 +1,4 @@
-"""Draws the figures of several models side by side, with their intervals."""
+"""Plot the results of several models side by side, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 
 from diffalign.atomic import replacing
 from diffalign.evaluation.win_rate import Interval
-from diffalign.report.results import Figures
+from diffalign.report.results import ModelResults
 
 COLORS = ("#8f9bab", "#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#5bb5c9", "#c8322b", "#77702c")
 BAR = 0.8  # of the distance between groups
 
 
-def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
-    """Writes up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, and win rates against the base."""
+def plot_figures(models: Mapping[str, ModelResults], path: str | Path) -> None:
+    """Write up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, win rates against the base."""
     first = next(iter(models.values()))
     wins = {name: {reward: won.rate for reward, won in f.wins.items()} for name, f in models.items() if f.wins}
     panels = {
@@ -32,8 +32,8 @@ def plot_figures(models: Mapping[str, Figures], path: str | Path) -> None:
     figure = Figure(figsize=(max(6.0, sum(widths)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(shown), squeeze=False, width_ratios=widths)[0]
-    for place, (title, bars) in zip(axes, shown.items(), strict=True):
-        _bars(place, title, bars, list(models))
+    for panel, (title, bars) in zip(axes, shown.items(), strict=True):
+        _bars(panel, title, bars, list(models))
     figure.legend(*_handles(axes), loc="outside lower center", ncols=min(4, len(models)), fontsize=8, frameon=False)
     with replacing(path) as staged:
         figure.savefig(staged, dpi=120)
@@ -46,9 +46,9 @@ def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval | Non
         found = [values.get(group) or Interval(np.nan, np.nan, np.nan) for group in groups]
         means = np.array([interval.mean for interval in found])
         error = np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]]).clip(min=0)
-        place = np.arange(len(groups)) + (number - (len(bars) - 1) / 2) * width
+        center = np.arange(len(groups)) + (number - (len(bars) - 1) / 2) * width
         color = COLORS[order.index(name) % len(COLORS)]
-        axes.bar(place, means, width * 0.92, yerr=error, label=name, color=color, error_kw={"lw": 0.8, "capsize": 2})
+        axes.bar(center, means, width * 0.92, yerr=error, label=name, color=color, error_kw={"lw": 0.8, "capsize": 2})
     if title.startswith("win"):
         axes.axhline(0.5, color="#404040", linewidth=0.8, linestyle="--")
         axes.set_ylim(0, 1)
@@ -62,6 +62,6 @@ def _bars(axes: Axes, title: str, bars: Mapping[str, Mapping[str, Interval | Non
 
 
 def _handles(axes: Sequence[Axes]) -> tuple[list, list]:
-    """The legend's entries, each model once."""
+    """Return legend handles and labels, each model once."""
     found = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
     return list(found.values()), list(found)

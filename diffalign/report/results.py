@@ -1,4 +1,4 @@
-"""From scored images to figures: means, accuracy by task, win rates against the base, diversity."""
+"""Summarize scored images: means, per-task means, win rates against the base, diversity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from diffalign.report.markdown import inert
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One model.
+class ModelResults:
+    """Results of one model.
 
-    rewards: name -> mean over images, with its 95 % interval over prompts; None where no image has a score. tasks:
-    tag -> mean of ``primary``, the first reward; empty where prompts carry no tags, or one. wins: reward -> against the
-    base, where an image has a score of both; empty for the base itself.
-    diversity: "pixels", and "embedding" where an embedding model was given; empty with one image per prompt.
-    images: how many there are; scored: how many of them a reward could score.
+    Attributes:
+        rewards: Reward -> mean over images with a 95 % interval over prompts; None if no image has a score.
+        tasks: Tag -> mean of ``primary``; empty if prompts have fewer than two tags.
+        wins: Reward -> win rate against the base; without rewards that share no scored image. Empty for the base.
+        diversity: "pixels", and "embedding" with an embedding model; empty with one image per prompt.
+        primary: Name of the first reward.
+        images: Number of images.
+        scored: Reward -> number of images with a score.
     """
 
     rewards: dict[str, Interval | None]
@@ -39,12 +42,15 @@ def figures(
     tags: Sequence[str],
     base: Mapping[str, Tensor] | None,
     diversity: Mapping[str, float],
-) -> Figures:
-    """The figures of one model.
+) -> ModelResults:
+    """Summarize the scores of one model.
 
-    prompt: (N,) integers, the prompt of each image. scores: reward -> (N,), the one that tasks are about first. tags:
-    the task of each image. base: the scores of the model that it is compared with, on the same prompts and noise, in
-    any order; None for that model itself.
+    Args:
+        prompt: (N,) integers, the prompt of each image.
+        scores: Reward -> (N,); the first one is reported per task.
+        tags: Task of each image.
+        base: Scores of the base model for the same prompts and noise, rewards in any order; None for the base.
+        diversity: Result of ``diversity_of``.
     """
     primary, first = next(iter(scores.items()))
     tasks = {}
@@ -56,13 +62,16 @@ def figures(
     paired = [name for name, v in scores.items() if base and (v.isfinite() & base[name].isfinite()).any()]
     wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
     scored = {name: int(v.isfinite().sum()) for name, v in scores.items()}
-    return Figures(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
+    return ModelResults(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
 
 
 def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-    """Distances within a prompt, "pixels" and with ``embed`` "embedding"; empty where no prompt has two images.
+    """Compute distances within a prompt: "pixels", and "embedding" with ``embed``; empty if no prompt has two images.
 
-    images: (N, 3, H, W), [0, 1]. prompt: (N,). embed: images -> (N, D).
+    Args:
+        images: (N, 3, H, W), in [0, 1].
+        prompt: (N,) integers.
+        embed: Maps images to (N, D) embeddings.
     """
     if len(prompt) == len(prompt.unique()):
         return {}
@@ -70,19 +79,21 @@ def diversity_of(images: Tensor, prompt: Tensor, embed: Callable[[Tensor], Tenso
     return found if embed is None else found | {"embedding": embedding_distance(embed(images), prompt)}
 
 
-def to_json(models: Mapping[str, Figures], settings: Mapping[str, object]) -> dict:
-    """``results.json``: settings, and per model the fields of ``Figures``."""
+def to_json(models: Mapping[str, ModelResults], settings: Mapping[str, object]) -> dict:
+    """Return the content of ``results.json``: settings, and the fields of ``ModelResults`` per model."""
     return {"settings": dict(settings), "models": {name: asdict(found) for name, found in models.items()}}
 
 
-def to_markdown(models: Mapping[str, Figures]) -> str:
-    """A table with a column per model: rewards and tasks with half the width of their interval, wins, diversity.
+def to_markdown(models: Mapping[str, ModelResults]) -> str:
+    """Format a table with a column per model; means are given with half the width of their interval.
 
-    ValueError: tasks of different rewards, which no row can compare.
+    Raises ValueError if models have different primary rewards.
     """
     found = list(models.values())
     if len({f.primary for f in found}) > 1:
-        raise ValueError(f"tasks are about {', '.join(f.primary for f in found)}: give all models one order of rewards")
+        raise ValueError(
+            f"models have different primary rewards ({', '.join(f.primary for f in found)}): give rewards in one order"
+        )
     rows = [["", *map(inert, models)], ["---", *("---:" for _ in models)]]
     rows += [
         [inert(name), *(_plus_minus(f.rewards[name]) + _share(f, name) for f in found)] for name in found[0].rewards
@@ -97,19 +108,19 @@ def to_markdown(models: Mapping[str, Figures]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def set_line(found: Figures, prompts: int, source: object = "") -> str:
-    """What the means of a table are over."""
+def set_line(found: ModelResults, prompts: int, source: object = "") -> str:
+    """Describe what the means of a table are over."""
     of = f" of `{source}`" if source else ""
     each = found.images / prompts
     per = f", {each:g} images each" if each != 1 else ""
     return (
         f"Means over all {found.images} images ({prompts} prompts{of}{per}), ± half of a 95 % interval over prompts; "
-        "wins are averaged over prompts, a tie counts half."
+        "win rates are averaged over prompts, a tie counts half."
     )
 
 
-def _share(found: Figures, name: str) -> str:
-    """How many images have a score, where not all have."""
+def _share(found: ModelResults, name: str) -> str:
+    """Format the number of scored images; empty if all or none have a score."""
     scored = found.scored.get(name, found.images)
     return f" ({scored} of {found.images} scored)" if 0 < scored < found.images else ""
 
@@ -119,7 +130,7 @@ def _plus_minus(interval: Interval | None) -> str:
 
 
 def _wins(found: WinRate | None) -> str:
-    """The rate, its interval, and wins / ties / losses."""
+    """Format rate, interval, and wins / ties / losses."""
     if found is None:
         return "–"
     rate = found.rate

@@ -1,4 +1,4 @@
-"""What ``diffalign score`` tells of the scores it found: a table of all, and their summary."""
+"""Write the scores of ``diffalign score`` as CSV, with a summary."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from diffalign.atomic import replacing, write_text
 
 
 def scores_of(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
-    """The scores of a reward, float64, without those that are missing."""
+    """Return the scores of a reward as float64, without missing ones."""
     found = [row.get("rewards", {}).get(name) for row in rows]
     return torch.tensor([value for value in found if value is not None], dtype=torch.float64)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per reward: how many pictures have a score, and mean, population deviation, lowest and highest of those."""
+    """Compute count, mean, population standard deviation, min and max of each reward."""
     result = {}
     for name in names:
         values = scores_of(rows, name)
@@ -33,7 +33,7 @@ def summary(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """``scores.csv`` and ``summary.json`` in ``folder``, and the summary on the screen."""
+    """Write ``scores.csv`` and ``summary.json`` to ``folder``; print the summary."""
     with replacing(folder / "scores.csv") as staged, staged.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "prompt", *names])

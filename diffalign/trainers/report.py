@@ -26,9 +26,9 @@ from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
 from diffalign.report.curves import plot_curves
-from diffalign.report.grids import Totals, compare_grid, image_grid
+from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.model_card import ModelCard, write_model_card
-from diffalign.report.results import Figures, figures, set_line, to_markdown
+from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
@@ -125,10 +125,10 @@ class Report:
         scores = {name: {first: own[first]} for name, own in marks.items()}
         found = self.figures(before)
         means = {name: own.rewards[first].mean if own.rewards[first] else math.nan for name, own in found.items()}
-        totals = Totals(len(self.shown.prompt), {first: means})
+        totals = OverallMeans(len(self.shown.prompt), {first: means})
         compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png", totals)
 
-    def figures(self, before: dict[str, Tensor] | None) -> dict[str, Figures]:
+    def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
         """Figures over every held-out image, of base and tuned model, or of the tuned one alone."""
         shown = self.shown
         assert shown is not None

@@ -1,4 +1,4 @@
-"""``diffalign check``: every kind of fault by name, and an exit code that says whether a run would start."""
+"""``diffalign check``: every kind of fault, and an exit code of 1 if training would stop."""
 
 import json
 
@@ -86,17 +86,17 @@ def test_the_command_prints_it_and_says_1(faulty, capsys):
         assert line in printed
 
 
-def test_what_a_run_is_told_decides_the_exit_code(faulty, tmp_path, capsys):
+def test_the_settings_of_a_run_decide_the_exit_code(faulty, tmp_path, capsys):
     assert main(["check", str(faulty), "--max_bad_share", "0.5"]) == 0
     assert main(["check", str(faulty), "--max_bad_share", "0.5", "--ties", "error"]) == 1
-    assert "a run would stop: 1 ties, which are not tolerated" in capsys.readouterr().out
+    assert "a run would stop: 1 ties, and ties is error" in capsys.readouterr().out
     assert main(["check", str(faulty), "--max_bad_share", "0.5", "--on_fault.different_size", "error"]) == 1
-    assert "different_size: 1, which on_fault does not tolerate" in capsys.readouterr().out
+    assert "different_size: 1, and on_fault is error" in capsys.readouterr().out
     good = pick_a_pic(tmp_path / "good.parquet", [pick_row(i) for i in range(3)])
     assert main(["check", str(good), "--ties", "error"]) == 0
     ties = pick_a_pic(tmp_path / "ties.parquet", [pick_row(i, 0.5) for i in range(3)])
     assert main(["check", str(ties)]) == 1
-    assert "a run would stop: not one sample can be used" in capsys.readouterr().out
+    assert "a run would stop: no sample can be used" in capsys.readouterr().out
     assert main(["check", str(ties), "--ties", "soft"]) == 0
 
 
@@ -132,9 +132,10 @@ def test_single_images_can_be_checked(faulty, tmp_path, capsys):
         (["LACKING"], "fit no format (pick_a_pic lacks label_0"),
         (["LACKING", "--format", "pick_a_pic"], "format pick_a_pic needs the column label_0"),
         (["LACKING", "--labels", "ai"], "fit no format"),
+        (["LACKING", "--scan", "0"], "scan must be at least 1, got 0: leave it out"),
     ],
 )
-def test_what_cannot_be_read_at_all_is_said_in_one_line(arguments, message, tmp_path, capsys):
+def test_unreadable_data_is_an_error_of_one_line(arguments, message, tmp_path, capsys):
     path = jsonl(tmp_path / "lacking.jsonl", [{"jpg_0": "a", "jpg_1": "b", "caption": "c"}])
     assert main(["check", *(argument.replace("LACKING", str(path)) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The doctor: what it tries, how it says what it found, and that it notices what is broken."""
+"""``diffalign doctor``: its checks, its output, and that it detects broken parts."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ import torch
 from diffalign.cli import TRAINERS, main
 from diffalign.commands.doctor import command, machine, probes
 from diffalign.commands.doctor.command import DoctorConfig
-from diffalign.commands.doctor.findings import Finding, examined, verdict
+from diffalign.commands.doctor.findings import Finding, run_check, verdict
 from diffalign.commands.doctor.trials import TRIALS, settings, trials
 from diffalign.config import from_dict
 from tests.conftest import PIPELINE, ROOT
@@ -26,28 +26,28 @@ def statuses(findings):
 def test_a_verdict_names_each_problem_with_its_fix():
     fine = [Finding("disk", "ok", "much"), Finding("xformers", "note", "not installed")]
     assert verdict(fine) == "verdict: this machine can train."
-    text = verdict([*fine, Finding("torch", "problem", "1.0, and >=2.10 is needed", "pip install 'torch>=2.10'")])
+    text = verdict([*fine, Finding("torch", "problem", "1.0, needs >=2.10", "pip install 'torch>=2.10'")])
     assert text.splitlines() == [
         "verdict: 1 problem.",
-        "1. torch: 1.0, and >=2.10 is needed",
+        "1. torch: 1.0, needs >=2.10",
         "   fix: pip install 'torch>=2.10'",
     ]
 
 
-def test_a_check_that_breaks_down_is_a_finding_after_those_before_it():
+def test_an_exception_in_a_check_is_reported_after_its_findings():
     def check():
         logging.getLogger("noise").warning("never seen")
         yield Finding("first", "ok", "fine")
         raise KeyError("second")
 
-    found = list(examined("parts", check))
+    found = list(run_check("parts", check))
     assert statuses(found) == {"first": "ok", "parts": "problem"}
     assert "KeyError: 'second'" in found[1].text
     assert logging.root.manager.disable == 0
 
 
 @pytest.mark.parametrize(("have", "status"), [("2.9.1", "problem"), (None, "problem"), ("2.10.0+cu128", None)])
-def test_an_old_or_missing_package_is_a_problem_with_the_command_that_mends_it(have, status, monkeypatch):
+def test_an_old_or_missing_package_is_a_problem_with_the_command_that_fixes_it(have, status, monkeypatch):
     def version(name):
         if name == "torch" and have:
             return have
@@ -66,7 +66,7 @@ def test_a_full_or_locked_disk_is_a_problem(tmp_path, monkeypatch):
     (fine,) = machine.disk(tmp_path / "not/yet/there")
     assert fine.status == "ok"
     assert not (tmp_path / "not").exists()
-    monkeypatch.setattr(machine, "DISK", 2**70)
+    monkeypatch.setattr(machine, "MIN_DISK", 2**70)
     (full,) = machine.disk(tmp_path)
     assert full.status == "problem"
 
@@ -78,7 +78,7 @@ def test_a_full_or_locked_disk_is_a_problem(tmp_path, monkeypatch):
     assert (refused.status, refused.text) == ("problem", "cannot be written: Permission denied")
 
 
-def test_a_card_that_torch_does_not_see_is_a_problem(monkeypatch):
+def test_a_gpu_that_torch_does_not_see_is_a_problem(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     assert statuses(machine.devices()) == {"GPU": "note"}
@@ -95,7 +95,7 @@ def test_only_torchs_own_attention_must_run(monkeypatch):
     assert statuses(probes.attention())["attention native"] == "ok"
 
 
-def test_a_lora_that_loads_as_something_else_is_a_problem(monkeypatch):
+def test_a_lora_that_loads_with_other_output_is_a_problem(monkeypatch):
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "ok"}
     monkeypatch.setattr(probes, "tuned", lambda model, folder: contextlib.nullcontext())
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "problem"}
@@ -110,7 +110,7 @@ def test_every_trainer_has_a_trial_that_is_valid(name, tmp_path):
     assert args.output_dir == tmp_path
 
 
-def test_a_trainer_that_fails_is_a_problem_and_the_next_is_tried():
+def test_a_failing_trainer_is_a_problem_and_the_next_one_runs():
     class Broken:
         def __init__(self, args):
             raise RuntimeError("out of ink")
@@ -122,20 +122,20 @@ def test_a_trainer_that_fails_is_a_problem_and_the_next_is_tried():
 
 
 @pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
-def test_the_exit_code_tells_whether_there_is_a_problem(broken, code, monkeypatch, capsys):
+def test_the_exit_code_is_1_if_there_is_a_problem(broken, code, monkeypatch, capsys):
     found = [Finding("disk", "problem" if broken else "ok", "so much", "free some")]
     monkeypatch.setattr(command, "checks", lambda config, trainers: {"disk": lambda: found})
     assert main(["doctor"]) == code
     assert capsys.readouterr().out.splitlines()[1:3] == ["disk", f"  {found[0]}"]
 
 
-def test_without_the_embedded_world_the_doctor_says_what_was_not_tried(tmp_path):
+def test_a_missing_embedded_world_is_a_problem(tmp_path):
     checks = command.checks(DoctorConfig(assets=tmp_path), TRAINERS)
     assert [finding.status for finding in checks["embedded world"]()] == ["problem"]
 
 
 @pytest.mark.slow
-def test_this_machine_is_well(capsys):
+def test_this_machine_passes(capsys):
     assert main(["doctor", "--output_dir", "nowhere/yet"]) == 0
     text = capsys.readouterr().out
     assert text.endswith("verdict: this machine can train.\n")

@@ -16,8 +16,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from diffalign.cli import main
 from diffalign.commands import gallery
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
-from diffalign.commands.gallery import Gallery, Sampling
-from diffalign.evaluation.checkpoints import BASE, Subject
+from diffalign.commands.gallery import Gallery, SamplingSettings
+from diffalign.evaluation.checkpoints import BASE, CheckpointSpec
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.report.html import write_page
@@ -61,7 +61,7 @@ def mean_reward(folder):
     return json.loads((folder / "results.json").read_text())["models"]["tiny"]["rewards"]
 
 
-def test_an_interrupted_evaluation_goes_on(evaluated, run_folder, monkeypatch, capsys):
+def test_an_interrupted_evaluation_resumes(evaluated, run_folder, monkeypatch, capsys):
     rows = evaluated / "images/tiny/scores-0.jsonl"
     before, text = mean_reward(evaluated), rows.read_text()
     lines = text.splitlines(keepends=True)
@@ -74,14 +74,14 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_folder, monkeypatch, c
     assert sorted(rows.read_text().splitlines()) == sorted(text.splitlines())
 
 
-def test_images_of_other_settings_or_weights_are_not_mixed(evaluated, run_folder, capsys):
+def test_a_folder_refuses_images_of_other_settings_or_weights(evaluated, run_folder, capsys):
     argv = ["eval", str(run_folder), "--output_dir", str(evaluated)]
     assert main([*argv, "--guidance_scale", "3"]) == 2
     assert "guidance_scale (1.0, now 3.0)" in capsys.readouterr().err
     assert main([*argv, "--max_sequence_length", "32"]) == 2
     assert "max_sequence_length (16, now 32)" in capsys.readouterr().err
     assert main(["eval", f"tiny={run_folder / 'checkpoint-1'}", "--output_dir", str(evaluated)]) == 2
-    assert "work of other settings" in capsys.readouterr().err
+    assert "results of other settings" in capsys.readouterr().err
 
 
 def test_a_comparison_over_checkpoints(run_folder, tmp_path):
@@ -126,7 +126,7 @@ def test_a_page_of_100_prompts_and_4_models_stays_below_10_megabytes(tmp_path):
 
 def test_processes_share_the_prompts(frozen, tmp_path, train_prompts):
     """Two processes, one after the other, draw what one process draws."""
-    sampling = Sampling(str(PIPELINE), 16, None, 2, "pipeline", 2.0, 2, 0)
+    sampling = SamplingSettings(str(PIPELINE), 16, None, 2, "pipeline", 2.0, 2, 0)
     rewards = {"shapes": get_reward("shapes")}
     alone = Gallery(tmp_path / "one", sampling, train_prompts, rewards)
     alone.draw(frozen, BASE, 5, lambda n: None)
@@ -142,17 +142,20 @@ def test_processes_share_the_prompts(frozen, tmp_path, train_prompts):
 
 
 def test_a_prompt_is_encoded_once_for_all_models_and_commands(frozen, run_folder, tmp_path, train_prompts, monkeypatch):
-    asked, encode = [], type(frozen).encode
-    monkeypatch.setattr(type(frozen), "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
-    sampling, rewards = Sampling(str(PIPELINE), 16, None, 1, "pipeline", 1.0, 1, 0), {"shapes": get_reward("shapes")}
-    for folder, subjects in (("one", [BASE, Subject("tuned", run_folder)]), ("two", [BASE])):
+    encoded, encode = [], type(frozen).encode
+    monkeypatch.setattr(type(frozen), "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    sampling, rewards = (
+        SamplingSettings(str(PIPELINE), 16, None, 1, "pipeline", 1.0, 1, 0),
+        {"shapes": get_reward("shapes")},
+    )
+    for folder, specs in (("one", [BASE, CheckpointSpec("tuned", run_folder)]), ("two", [BASE])):
         drawn = Gallery(tmp_path / folder, sampling, train_prompts[:2], rewards, cache=tmp_path / "cache")
-        for subject in subjects:
-            drawn.draw(frozen, subject, 1, lambda n: None)
-    assert asked == [p.text for p in train_prompts[:2]]
+        for spec in specs:
+            drawn.draw(frozen, spec, 1, lambda n: None)
+    assert encoded == [p.text for p in train_prompts[:2]]
 
 
-def test_what_leaves_and_where_prompts_are_kept_come_from_the_run(eval_prompts, tmp_path):
+def test_offload_and_cache_dir_default_to_those_of_the_run(eval_prompts, tmp_path):
     lines = [f"model: {PIPELINE}", f"eval_prompts: {eval_prompts}", "rewards: {shapes: 1.0}"]
     (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae]", "cache_dir: kept"]))
     found = resolve(EvaluationConfig(models=(str(tmp_path),), allow_reward_code=True), tmp_path, 1)
@@ -169,15 +172,15 @@ def test_the_base_makes_the_first_steps_of_what_is_tuned(frozen, run_folder, tmp
             for parameter in other.parameters():
                 parameter *= 1.1
         other.save_pretrained(tmp_path / "weights" / frozen.denoiser_name)
-    subject = Subject("tuned", run_folder if kind == "lora" else tmp_path / "weights")
+    spec = CheckpointSpec("tuned", run_folder if kind == "lora" else tmp_path / "weights")
 
-    def drawn(subject, share):
-        sampling = Sampling(str(PIPELINE), 16, None, 2, "pipeline", 1.0, 1, 0, base_share=share)
+    def drawn(spec, share):
+        sampling = SamplingSettings(str(PIPELINE), 16, None, 2, "pipeline", 1.0, 1, 0, base_share=share)
         found = Gallery(tmp_path / f"{share}", sampling, train_prompts[:2], {"shapes": get_reward("shapes")})
-        found.draw(frozen, subject, 2, lambda n: None)
-        return found.load(subject).images()
+        found.draw(frozen, spec, 2, lambda n: None)
+        return found.load(spec).images()
 
-    base, none, half, every = drawn(BASE, 0.9), *(drawn(subject, share) for share in (0.0, 0.5, 0.9))
+    base, none, half, every = drawn(BASE, 0.9), *(drawn(spec, share) for share in (0.0, 0.5, 0.9))
     assert torch.equal(every, base)  # 0.9 of two steps are both
     assert not torch.equal(half, base)
     assert not torch.equal(half, none)
@@ -203,12 +206,12 @@ def negative_run(model, tmp_path):
 def test_a_trained_negative_prompt_is_what_its_run_guides_away_from(negative_run, tmp_path):
     folder, model = negative_run
     assert main(["eval", str(folder), "--images_per_prompt", "1", "--output_dir", str(tmp_path / "eval")]) == 0
-    place = torch.arange(2)
-    addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, place, torch.zeros_like(place))
+    prompt = torch.arange(2)
+    noise_keys = NoiseKeys(KeyedRNG(0), "evaluation", 0, prompt, torch.zeros_like(prompt))
     conditioning = PromptEmbeddingCache(model)(["a red circle", "two squares"])
     for name, against in (("base", model.unconditional()), ("reneg", model.negative.conditioning(model.negative()))):
-        route = SamplingPlan(ode_plan(2), model.levels(2), Guidance(3.0, against))
-        ((_, expected),) = generate(model, route, conditioning, place, addresses, 2)
+        plan = SamplingPlan(ode_plan(2), model.levels(2), Guidance(3.0, against))
+        ((_, expected),) = generate(model, plan, conditioning, prompt, noise_keys, 2)
         for i, image in enumerate(expected):
             with Image.open(tmp_path / f"eval/images/{name}/images/{i:05d}-0.png") as picture:
                 assert (pil_to_tensor(picture) / 255 - image).abs().max() < 1 / 255 + 1e-4
@@ -222,14 +225,14 @@ def test_a_trained_negative_prompt_is_what_its_run_guides_away_from(negative_run
         (3.0, 1.0, 8, "give the model and the max_sequence_length that it was trained with"),
     ],
 )
-def test_a_negative_prompt_that_cannot_act_is_refused(frozen, tmp_path, guidance, scale, tokens, message):
+def test_a_negative_prompt_without_effect_is_refused(frozen, tmp_path, guidance, scale, tokens, message):
     named = frozen.negative_arguments(frozen.unconditional())
     named["negative_prompt_embeds"] = pad(named["negative_prompt_embeds"], (0, 0, 0, tokens))
     save_file(named, tmp_path / "negative_prompt.safetensors")
-    sampling = Sampling(str(PIPELINE), 16, None, 2, "pipeline", guidance, 1, 0)
+    sampling = SamplingSettings(str(PIPELINE), 16, None, 2, "pipeline", guidance, 1, 0)
     found = Gallery(tmp_path / "images", sampling, [Prompt("a circle")], {})
     with pytest.raises(ValueError, match=message):
-        found.draw(frozen, Subject("tuned", tmp_path, scale), 2, lambda n: None)
+        found.draw(frozen, CheckpointSpec("tuned", tmp_path, scale), 2, lambda n: None)
     assert frozen.negative is None
 
 
@@ -254,7 +257,7 @@ def test_the_share_of_the_base_and_the_steps_come_from_the_run(tmp_path):
         (["compare", "--no_such", "1"], "unknown key 'no_such'"),
     ],
 )
-def test_what_is_missing_is_said(argv, message, capsys):
+def test_missing_settings_are_named(argv, message, capsys):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
 

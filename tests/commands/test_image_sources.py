@@ -1,4 +1,4 @@
-"""Pictures to be scored: folders as their owner sees them, nothing passed over without a word."""
+"""Images to score: order of folders, and a warning for every file that is not read."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_two_pictures_with_one_text_are_refused(tmp_path):
     put(tmp_path / "1.png")
     assert names(tmp_path) == ["1.jpg", "1.png"]
     (tmp_path / "1.txt").write_text("of which?")
-    with pytest.raises(ValueError, match=r"1\.jpg and 1\.png have one text, 1\.txt: rename one"):
+    with pytest.raises(ValueError, match=r"1\.jpg and 1\.png share one text, 1\.txt: rename one"):
         names(tmp_path)
 
 
@@ -59,7 +59,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("listing", ["metadata.jsonl", "metadata.csv"])
-def test_what_metadata_do_not_list_is_said(listing, tmp_path):
+def test_images_missing_in_the_metadata_are_reported(listing, tmp_path):
     for number in range(3):
         put(tmp_path / f"{number}.jpg", number)
     if listing.endswith("csv"):

@@ -1,4 +1,4 @@
-"""``diffalign relabel``: rewards judge, a run that stopped goes on, and data that changed are noticed."""
+"""``diffalign relabel``: labels from rewards, resuming, and detection of changed data."""
 
 import json
 import math
@@ -113,7 +113,7 @@ def test_pairs_of_one_size_are_scored_together(path, spied):
     assert spied == [6, 1, 1, 2], "three pairs, a pair of two sizes image by image, and what is left"
 
 
-def test_an_interrupted_run_goes_on_and_nothing_is_judged_twice(path, spied, monkeypatch):
+def test_an_interrupted_run_resumes_and_scores_nothing_twice(path, spied, monkeypatch):
     real = module.judge
     notes = path.parent / ".labels/pick.parquet/ai.jsonl"
     for images in (4, 8):
@@ -178,8 +178,8 @@ def test_a_stream_is_labelled_and_read_by_content(path, tmp_path):
     known = {row["content"]: row["label"] for row in read_table(whole)}
     assert {row["content"]: row["label"] for row in read_table(streamed)} == known
     table = load_pairs(path, settings=AI)
-    told = PreferenceDataConfig(labels=str(streamed), ties="soft")
-    found = [(pair.prompt.text, pair.label) for pair in stream_pairs(path, settings=told).once()]
+    settings = PreferenceDataConfig(labels=str(streamed), ties="soft")
+    found = [(pair.prompt.text, pair.label) for pair in stream_pairs(path, settings=settings).once()]
     assert found == [(table[i].prompt.text, table[i].label) for i in range(5)]
 
 
@@ -240,7 +240,7 @@ def test_the_command(path, tmp_path, capsys):
         (["DATA", "DATA", "--rewards", "brightness", "--labels", "a.parquet"], "is one file for 2 sources"),
     ],
 )
-def test_what_the_user_can_mend_is_said(arguments, message, path, capsys):
+def test_user_errors_have_a_hint(arguments, message, path, capsys):
     assert main(["relabel", *(argument.replace("DATA", str(path)) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
 

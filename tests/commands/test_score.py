@@ -1,4 +1,4 @@
-"""``diffalign score``: every kind of source, a table that is right, and a run that goes on where it stopped."""
+"""``diffalign score``: every kind of source, a table that is right, and a run that resumes."""
 
 import csv
 import json
@@ -126,10 +126,10 @@ def test_broken_pictures_are_named_and_skipped(folder, tmp_path, capsys):
     assert "1 of 5 pictures cannot be read" in printed
     picture("a").save(folder / "bad.png")
     rows = score_files(config(folder, output_dir=tmp_path / "out"))
-    assert values(rows)["bad"] == pytest.approx(kilobytes("a")), "a picture that was mended is scored"
+    assert values(rows)["bad"] == pytest.approx(kilobytes("a")), "a picture that was repaired is scored"
 
 
-def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(folder, tmp_path, monkeypatch):
     scored = []
     real = module._score
 
@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     rows = score_files(settings)
     assert len(scored) == 5, "each picture was scored once"
     assert values(rows) == pytest.approx({name: kilobytes(name) for name in SIZES})
-    with pytest.raises(ValueError, match=r"holds the work of other settings; changed: rewards .*another output_dir"):
+    with pytest.raises(ValueError, match=r"holds results of other settings; changed: rewards .*another output_dir"):
         score_files(config(folder, output_dir=tmp_path / "out", rewards=("jpeg_compressibility",)))
 
 
@@ -167,7 +167,7 @@ def test_score_images_takes_anything_of_any_size(folder):
         score_images(["missing.png"], "", "jpeg_incompressibility")
 
 
-def test_score_images_says_all_that_a_reward_says_and_loses_none(folder):
+def test_score_images_returns_extra_values_of_a_reward(folder):
     pair = FunctionReward("pair", lambda i, p, m: (i.mean((1, 2, 3)), {"doubt": i[:, 0].mean((1, 2)), "map": i}))
     mixed = [folder / f"{name}.png" for name in SIZES]
     found = score_images(mixed, "x", {"one": pair, "two": pair, "size": "jpeg_incompressibility"})
@@ -191,7 +191,7 @@ def test_a_reward_that_ranks_is_no_score_of_a_picture(folder):
         score_images(folder / "a.png", "x", Ranks())
 
 
-def test_what_cannot_be_loaded_is_an_error_and_is_scored_when_it_can(folder, tmp_path, capsys):
+def test_a_reward_that_cannot_load_is_an_error_and_scores_later(folder, tmp_path, capsys):
     options = f"{{pickscore: {{options: {{path: {tmp_path}/later, tokenizer: {tmp_path}/later}}}}}}"
     command = ["score", str(folder), "--rewards", "pickscore", "--prompt", "a", "--reward_options", options]
     command += ["--output_dir", str(tmp_path / "out")]
@@ -217,7 +217,7 @@ def test_a_picture_without_a_score_is_scored_again(folder, tmp_path, capsys):
     command += ["--output_dir", str(tmp_path / "out")]
     with pytest.warns(RewardWarning, match="not today"):
         assert main(command) == 2
-    assert "scored none of 4 pictures" in capsys.readouterr().err
+    assert "failed on all 4 images" in capsys.readouterr().err
     assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 5, "what was found out is written"
     (tmp_path / "well").touch()
     assert main(command) == 0
@@ -228,7 +228,7 @@ def test_rows_without_a_text_or_a_picture_are_named(folder, tmp_path):
     (folder / "list.jsonl").write_text(
         '{"image": "a.png", "prompt": null, "text": "t"}\n{"image": "b.png", "prompt": null}\n'
     )
-    with pytest.raises(ValueError, match=r"1 of 2 pictures have no prompt \(.*b\.png"):
+    with pytest.raises(ValueError, match=r"1 of 2 images have no prompt \(.*b\.png"):
         score_files(config(folder / "list.jsonl", prompt=None, output_dir=tmp_path / "out"))
     (folder / "list.jsonl").write_text('{"image": null, "prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"list\.jsonl, line 1: no picture"):
@@ -264,18 +264,20 @@ def test_a_module_beside_the_run_is_found(folder, tmp_path, monkeypatch):
         ([], "name pictures: diffalign score FOLDER"),
         (["nowhere"], "nothing at nowhere: check the path"),
         (["FOLDER", "--prompt", "x", "--rewards", "pickscor"], "did you mean 'pickscore'"),
-        (["FOLDER"], "4 of 4 pictures have no prompt"),
-        (["FOLDER", "--prompts", "TWO"], "2 prompts for more than 2 pictures"),
-        (["FOLDER/a.png", "--prompts", "TWO"], "2 prompts are more than pictures"),
+        (["FOLDER"], "4 of 4 images have no prompt"),
+        (["FOLDER", "--prompts", "TWO"], "2 prompts for more than 2 images"),
+        (["FOLDER/a.png", "--prompts", "TWO"], "2 prompts are more than images"),
         (["EMPTY", "--prompt", ""], "holds no picture"),
         (["FOLDER", "--prompt", "x", "--batch_size", "0"], "batch_size is 0; write 1 or more"),
         (["FOLDER", "--prompt", "x", "--calibrations", "nowhere/base.json"], "there is no folder nowhere"),
+        (["FOLDER", "--prompt", "x", "--rewards", ","], "rewards: no reward is named in"),
+        (["FOLDER", "--prompt", "x", "--rewards", "shapes,"], "rewards: no name after a comma in"),
         (["--serve", "70000"], "there is no port 70000"),
         (["--serve", "0", "--token_env", "NOT_SET"], "set the environment variable NOT_SET"),
-        (["FOLDER", "--prompt", "x", "--output_dir", "TWO"], "two.txt cannot be made (File exists)"),
+        (["FOLDER", "--prompt", "x", "--output_dir", "TWO"], "two.txt cannot be created (File exists)"),
     ],
 )
-def test_what_the_user_can_mend_is_said(arguments, message, folder, tmp_path, capsys):
+def test_user_errors_have_a_hint(arguments, message, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     places = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty"), "TWO": str(tmp_path / "two.txt")}
@@ -322,10 +324,10 @@ def test_what_the_base_scores_calibrates_a_combination(folder, tmp_path):
 def test_a_picture_is_scored_for_each_metadata_that_it_comes_with(tmp_path):
     """Also where a table changes between two runs into one folder."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    code = "def told(images, prompts, metadata):\n    return [float(m['n']) for m in metadata]\n"
+    code = "def number(images, prompts, metadata):\n    return [float(m['n']) for m in metadata]\n"
     (tmp_path / "reward.py").write_text(code)
     table = tmp_path / "table.jsonl"
-    options = {"rewards": (f"{tmp_path}/reward.py:told",), "allow_reward_code": True, "output_dir": tmp_path / "out"}
+    options = {"rewards": (f"{tmp_path}/reward.py:number",), "allow_reward_code": True, "output_dir": tmp_path / "out"}
     for numbers in ([1, 2], [3, 2]):
         table.write_text("".join(json.dumps({"image": "a.png", "prompt": "p", "n": n}) + "\n" for n in numbers))
         rows = score_files(ScoreConfig(images=(str(table),), **options))

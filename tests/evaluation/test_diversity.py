@@ -28,7 +28,7 @@ def test_black_against_white_is_one_and_copies_are_zero():
 
 
 def test_at_least_two_images_of_a_prompt_are_needed():
-    with pytest.raises(ValueError, match="draw at least two per prompt"):
+    with pytest.raises(ValueError, match="sample at least two per prompt"):
         pairwise_distance(flat(0.0, 1.0), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="one id per image"):
         pairwise_distance(flat(0.0, 1.0), torch.tensor([0]))

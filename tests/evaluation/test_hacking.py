@@ -1,4 +1,4 @@
-"""What tells learning from reward hacking: sharpness in closed form, and the picture."""
+"""Indicators of reward hacking: sharpness in closed form, and the plot."""
 
 import pytest
 import torch
@@ -54,5 +54,5 @@ def test_evaluations_are_drawn_together(tmp_path):
         "pickscore", "accuracy", "hpsv2.1", "diversity", "reference_distance", "sharpness/pickscore"
     ]  # fmt: skip
     assert (tmp_path / "hacking.png").stat().st_size > 10000
-    with pytest.raises(ValueError, match="no evaluation to draw"):
+    with pytest.raises(ValueError, match="no evaluation to plot"):
         plot_hacking(rows[:1], tmp_path / "none.png", [], [])

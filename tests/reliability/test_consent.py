@@ -346,7 +346,7 @@ def test_a_run_does_not_name_weights_elsewhere(options, place, prompts_inside):
     text = json.dumps(options).replace("{0}", str(place))
     config = foreign(place, rewards={"pickscore": {"options": json.loads(text)}})
     (place / "run/link").symlink_to(place / "weights")
-    with pytest.raises(ValueError, match=r"rewards\.pickscore\.options\..* is no file inside the run"):
+    with pytest.raises(ValueError, match=r"rewards\.pickscore\.options\..* is not a file inside the run"):
         resolve(config, place, 1)
 
 

@@ -63,7 +63,7 @@ def test_panels_are_bounded(tmp_path):
 
 @pytest.mark.parametrize(("rows", "keys"), [([], None), ([{"step": 1, "note": "x"}], None), (ROWS, ["absent"])])
 def test_nothing_to_draw_is_refused(tmp_path, rows, keys):
-    with pytest.raises(ValueError, match="no metric to draw"):
+    with pytest.raises(ValueError, match="no metric to plot"):
         plot_curves(rows, tmp_path / "a.png", keys)
     assert not (tmp_path / "a.png").exists()
 
@@ -87,4 +87,4 @@ def test_titles_say_what_a_name_does_not(tmp_path, figures):
 
 def test_what_has_no_panel_is_named(tmp_path, figures):
     plot_curves([{"step": 1, **{f"m{i}": i for i in range(26)}}], tmp_path / "a.png")
-    assert figures[0].get_supxlabel() == "not drawn: m24, m25"
+    assert figures[0].get_supxlabel() == "not plotted: m24, m25"

@@ -17,7 +17,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.cli import main
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.report.grids import Totals, compare_grid
+from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE, PROMPTS
@@ -267,7 +267,7 @@ def test_a_header_names_its_set_and_leaves_out_what_has_no_score(tmp_path, monke
     collect_texts(monkeypatch, drawn)
     scores = {"base": {"r": torch.tensor([0.25, torch.nan])}, "tuned": {"r": torch.full((2,), torch.nan)}}
     images = {name: torch.rand(2, 3, 64, 64) for name in scores}
-    totals = Totals(40, {"r": {"base": 0.125, "tuned": math.nan}})
+    totals = OverallMeans(40, {"r": {"base": 0.125, "tuned": math.nan}})
     compare_grid(images, ["a", "b"], scores, tmp_path / "a.png", totals)
     for label in ("mean of these 2: r", "mean of all 40: r", "0.25 (1 scored)", "0.125"):
         assert label in drawn

@@ -1,1 +1,1 @@
-"""``diffalign doctor``: what of this package works on this machine, found by trying, and what to do about the rest."""
+"""``diffalign doctor``: test what training needs on this machine, and suggest a fix for each problem."""

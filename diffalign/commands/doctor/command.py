@@ -1,4 +1,4 @@
-"""The command: everything in order, a line as soon as it is known, then the verdict."""
+"""Run all checks of ``diffalign doctor``, print each finding at once, then the verdict."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from diffalign.commands.doctor.config import PIPELINE, DoctorConfig
-from diffalign.commands.doctor.findings import Check, Finding, examined, verdict
+from diffalign.commands.doctor.findings import Check, Finding, run_check, verdict
 from diffalign.commands.doctor.machine import devices, disk, environment, packages
 from diffalign.commands.doctor.probes import attention, compiling, lora_round_trip
 from diffalign.commands.doctor.trials import trials
 
 
 def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:
-    """Prints what is found; 1 where there is a problem, else 0. trainers: name -> (configuration, trainer)."""
+    """Print the findings; return 1 if one is a problem, else 0. trainers: name -> (config class, trainer class)."""
     findings = []
     for title, check in checks(config, trainers).items():
         print(f"\n{title}", flush=True)
-        for finding in examined(title, check):
+        for finding in run_check(title, check):
             print(f"  {finding}", flush=True)
             findings.append(finding)
     print(f"\n{verdict(findings)}")
@@ -25,7 +25,7 @@ def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:
 
 
 def checks(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> dict[str, Check]:
-    """What is looked at, in order, by title."""
+    """Map the title of each section to its check, in order."""
     found: dict[str, Check] = {
         "environment": environment,
         "packages": packages,
@@ -41,5 +41,5 @@ def checks(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> d
 
 
 def _no_world() -> Iterator[Finding]:
-    text = "assets/shapes-sd3 is not here: LoRA and trainers were not tried"
+    text = "assets/shapes-sd3 not found: LoRA and trainers were not tested"
     yield Finding("embedded world", "problem", text, "run in a checkout of the repository, or give --assets FOLDER")

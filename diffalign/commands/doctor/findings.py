@@ -1,4 +1,4 @@
-"""What the doctor found, and how it reads."""
+"""Findings of ``diffalign doctor`` and their text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ MARKS: dict[Status, str] = {"ok": "ok", "note": "--", "problem": "!!"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. status: "problem" where training would fail or harm. fix: what to do about it."""
+    """Result of one check.
+
+    Attributes:
+        name: What was checked.
+        status: "ok", "note" (optional parts), or "problem" (training would fail or lose data).
+        text: What was found.
+        fix: What to do about a problem.
+    """
 
     name: str
     status: Status
@@ -30,20 +37,20 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def examined(title: str, check: Check) -> Iterator[Finding]:
-    """The findings of a check as they come; one that breaks down is a finding too."""
-    begun = time.perf_counter()
+def run_check(title: str, check: Check) -> Iterator[Finding]:
+    """Yield the findings of a check; an exception becomes a finding too."""
+    start = time.perf_counter()
     try:
         found = iter(check())
-        while (finding := _quietly(found)) is not None:
+        while (finding := _next_quietly(found)) is not None:
             yield finding
-    except Exception as error:  # a doctor tells of what breaks, and goes on
-        text = f"{type(error).__name__}: {error} (after {time.perf_counter() - begun:.0f} s)"
-        yield Finding(title, "problem", text, "this check itself broke down: report it with the lines above")
+    except Exception as error:  # report it, continue with the next check
+        text = f"{type(error).__name__}: {error} (after {time.perf_counter() - start:.0f} s)"
+        yield Finding(title, "problem", text, "the check itself failed: report it with the lines above")
 
 
-def _quietly(found: Iterator[Finding]) -> Finding | None:
-    """The next finding, without the progress bars and warnings of what was tried for it."""
+def _next_quietly(found: Iterator[Finding]) -> Finding | None:
+    """Return the next finding; hide progress bars and warnings of the code under test."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -54,7 +61,7 @@ def _quietly(found: Iterator[Finding]) -> Finding | None:
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """A sentence, then each problem with its fix."""
+    """Summarize in one sentence, then list each problem with its fix."""
     problems = [finding for finding in findings if finding.status == "problem"]
     if not problems:
         return "verdict: this machine can train."

@@ -1,4 +1,4 @@
-"""Every trainer, for two steps on the embedded world."""
+"""Train two steps with every trainer on the embedded world."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffalign.models.lora import WEIGHTS_NAME, learned_nothing
 from diffalign.runtime.tracking import MetricsLog
 
 STEPS = 2
-# What every trial is told.
+# config of every trial
 COMMON: Mapping[str, Any] = {
     "max_sequence_length": 16,
     "lora": {"rank": 4},
@@ -25,7 +25,7 @@ COMMON: Mapping[str, Any] = {
     "learning_rate": 1e-3,
 }
 ROLLOUTS: Mapping[str, Any] = {"num_groups": 2, "group_size": 4, "rollout_batch_size": 8, "train_batch_size": 8}
-# Trainer -> what its trial is told besides; "{assets}" stands for the folder of the embedded world.
+# trainer -> additional config of its trial; "{assets}" is replaced by the folder of the embedded world
 TRIALS: dict[str, Mapping[str, Any]] = {
     "diffusion_dpo": {
         "train_data": ["{assets}/preferences/shapes.parquet"],
@@ -34,7 +34,7 @@ TRIALS: dict[str, Mapping[str, Any]] = {
         "train_batch_size": 4,
         "cache": False,
     },
-    # A reward that tells any two images apart, so that there is something to learn.
+    # this reward differs between any two images, so advantages are non-zero
     "flow_grpo": {
         **ROLLOUTS,
         "train_prompts": "{assets}/prompts/shapes_train.jsonl",
@@ -55,21 +55,23 @@ TRIALS: dict[str, Mapping[str, Any]] = {
 
 
 def trials(trainers: Mapping[str, tuple[type, type]], assets: Path) -> Iterator[Finding]:
-    """A trial of each; trainers: name -> (configuration, trainer)."""
+    """Train two steps with each trainer. trainers: name -> (config class, trainer class)."""
     for name, (config, trainer) in trainers.items():
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             text = _trial(config, trainer, name, assets)
-        except Exception as error:  # whatever a trainer raises is what the user would see
+        except Exception as error:  # any error of a trainer is the finding
             text = f"{type(error).__name__}: {error}"
-            fix = f"the same as a run: diffalign train {name} --config configs/{name}/shapes.yaml --max_train_steps 2"
+            fix = (
+                f"see the traceback of: diffalign train {name} --config configs/{name}/shapes.yaml --max_train_steps 2"
+            )
             yield Finding(f"trainer {name}", "problem", text, fix)
             continue
-        yield Finding(f"trainer {name}", "ok", f"{text} in {time.perf_counter() - begun:.0f} s")
+        yield Finding(f"trainer {name}", "ok", f"{text} in {time.perf_counter() - start:.0f} s")
 
 
 def _trial(config: type, trainer: type, name: str, assets: Path) -> str:
-    """What came of two steps. RuntimeError where they taught nothing."""
+    """Train and describe the result. Raises RuntimeError if a step is not finite or the LoRA did not change."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = from_dict(config, settings(name, assets, Path(folder) / "run"), f"trial of {name}")
@@ -84,14 +86,14 @@ def _trial(config: type, trainer: type, name: str, assets: Path) -> str:
 
 
 def settings(name: str, assets: Path, output_dir: Path) -> dict[str, Any]:
-    """The configuration of a trial, as plain values."""
-    told = {**COMMON, "model": str(assets / PIPELINE), **TRIALS.get(name, {})}
-    return {**_placed(told, assets), "output_dir": str(output_dir)}
+    """Return the config of a trial as plain values."""
+    config = {**COMMON, "model": str(assets / PIPELINE), **TRIALS.get(name, {})}
+    return {**_with_assets(config, assets), "output_dir": str(output_dir)}
 
 
-def _placed(value: Any, assets: Path) -> Any:
+def _with_assets(value: Any, assets: Path) -> Any:
     if isinstance(value, str):
         return value.replace("{assets}", str(assets))
     if isinstance(value, Mapping):
-        return {key: _placed(one, assets) for key, one in value.items()}
-    return [_placed(one, assets) for one in value] if isinstance(value, list) else value
+        return {key: _with_assets(one, assets) for key, one in value.items()}
+    return [_with_assets(one, assets) for one in value] if isinstance(value, list) else value
