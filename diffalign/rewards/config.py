@@ -1,4 +1,4 @@
-"""Rewards as a configuration names them: a weight each, and options where the defaults will not do."""
+"""Build the rewards that a configuration names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["RewardConfig", "RewardTable", "build_rewards"]
 
 
 def build_rewards(table: RewardTable, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:
-    """Rewards and their weights, by the names of the table. ValueError as from ``get_reward``."""
+    """Build rewards and return them with their weights, by name. ValueError as from ``get_reward``."""
     rewards, weights = {}, {}
     for name, entry in table.items():
         entry = entry if isinstance(entry, RewardConfig) else RewardConfig(weight=float(entry))
