@@ -28,6 +28,7 @@ from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
 from diffalign.config.consent import CONSENT, check_file, without
 from diffalign.config.fields import Checked, Given, free_fields, given_names, option
+from diffalign.config.help import describe
 from diffalign.config.schema import (
     ConfigError,
     Place,
@@ -37,14 +38,12 @@ from diffalign.config.schema import (
     config_arm,
     default_of,
     init_fields,
-    leaves,
     problems_of,
     shown,
     truth,
-    type_name,
 )
 from diffalign.config.text import read
-from diffalign.config.unread import unread_names
+from diffalign.config.unread import plain, unread_names
 from diffalign.files import bounded, read_text, shorten
 
 __all__ = [
@@ -278,28 +277,13 @@ def _put(mapping: dict[str, Any], sections: Sequence[Section], value: Any) -> No
     mapping[sections[-1].name] = value
 
 
-def _plain(value: Any, unread: Mapping[str, str], path: str = "") -> Any:
-    if dataclasses.is_dataclass(value):
-        plain = {}
-        for field in dataclasses.fields(value):
-            own = f"{path}.{field.name}" if path else field.name
-            if field.init and not field.metadata.get("typed_only") and own not in unread:
-                plain[field.name] = _plain(getattr(value, field.name), unread, own)
-        return plain
-    if isinstance(value, Mapping):
-        return {name: _plain(entry, {}) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry, {}) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert to plain dicts, lists and scalars; ``from_dict`` gives the configuration back.
 
     Fields that are typed only, and those that a run of the configuration does not read, are left out.
     """
-    plain: dict[str, Any] = _plain(config, unread_names(config))
-    return plain
+    found: dict[str, Any] = plain(config, unread_names(config))
+    return found
 
 
 def to_yaml(config: Any) -> str:
@@ -310,12 +294,3 @@ def to_yaml(config: Any) -> str:
 def save_yaml(config: Any, path: str | Path) -> None:
     """Writes ``to_yaml``, so that ``parse(cls, ["--config", path])`` gives the same configuration back."""
     write_text(path, to_yaml(config))
-
-
-def describe(cls: type) -> str:
-    """Help text: each option with its type, its default and its description."""
-    lines = ["--config FILE.yaml"]
-    for leaf in leaves(cls):
-        default = "(required)" if leaf.default is MISSING else f"= {yaml_dialect.dump_inline(_plain(leaf.default, {}))}"
-        lines.append(f"--{leaf.path} {type_name(leaf.hint)} {default}" + (f"\n    {leaf.help}" if leaf.help else ""))
-    return "\n".join(lines) + "\n"

@@ -135,17 +135,19 @@ class Leaf:
     default: Any
     help: str
     bare: Any = None
+    section: str = ""
 
 
-def leaves(cls: Any, base: Any = MISSING, prefix: str = "") -> Iterator[Leaf]:
+def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -> Iterator[Leaf]:
     """Every option of a configuration, nested ones with their dotted path and the default they really have."""
     for field, hint in init_fields(cls):
         default = default_of(field, base)
         arm, path = config_arm(hint), prefix + field.name
+        own = section or field.metadata.get("section", "")  # a nested configuration stays with its field
         if arm is None or default is None:
-            yield Leaf(path, hint, default, field.metadata.get("help", ""))
+            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own)
         if arm is not None:
-            yield from leaves(arm, default, path + ".")
+            yield from leaves(arm, default, path + ".", own)
 
 
 def type_name(hint: Any) -> str:

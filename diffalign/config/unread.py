@@ -7,7 +7,9 @@ default, and is not written to files.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffalign.config.fields import given_names
@@ -42,3 +44,19 @@ def refuse_unread(config: Any) -> None:
             f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
             for reason, paths in found.items()
         )
+
+
+def plain(value: Any, unread: Collection[str] = (), path: str = "") -> Any:
+    """Convert a value to dicts, lists and scalars, without typed-only fields and those named by ``unread``."""
+    if dataclasses.is_dataclass(value):
+        found = {}
+        for field in dataclasses.fields(value):
+            own = f"{path}.{field.name}" if path else field.name
+            if field.init and not field.metadata.get("typed_only") and own not in unread:
+                found[field.name] = plain(getattr(value, field.name), unread, own)
+        return found
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
