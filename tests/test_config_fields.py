@@ -117,8 +117,10 @@ def test_a_schema_says_what_the_fields_say(trainer):
     json.dumps(properties, allow_nan=False)
 
 
-@pytest.mark.parametrize("path", sorted(p for name in TRAINER_CLASSES for p in (ROOT / "configs" / name).glob("*.yaml")),
-                         ids=lambda path: f"{path.parent.name}/{path.name}")  # fmt: skip
+SHIPPED = sorted(path for name in TRAINER_CLASSES for path in (ROOT / "configs" / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_shipped_file_names_its_schema_and_sets_nothing_that_is_unread(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# yaml-language-server: $schema=")
@@ -147,7 +149,7 @@ REFUSED = [
 @pytest.mark.parametrize("route", ["python", "replace", "file"])
 def test_diffusion_dpo_refuses_what_its_mode_does_not_read_even_at_the_default(mode, changes, route):
     cls = load(TRAINER_CLASSES["diffusion_dpo"])
-    ((name, value),) = changes.items()
+    (name,) = changes
     if route == "python":
         config = cls(**mode, **changes)
     elif route == "replace":

@@ -125,7 +125,7 @@ def test_replace_is_checked_like_a_construction():
     config = load(TRAINER_CLASSES["flow_grpo"])()
     with pytest.raises(ValueError, match="num_groups: expected int, got 'x'"):
         replace(config, num_groups="x")
-    with pytest.raises(ValueError, match="lora.rank must be at least 0"):
+    with pytest.raises(ValueError, match=r"lora\.rank must be at least 0"):
         replace(config, lora={"rank": -1})
     config.num_groups = 0
     with pytest.raises(ValueError, match="num_groups must be at least 1"):

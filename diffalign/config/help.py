@@ -14,6 +14,7 @@ from diffalign.config.unread import plain
 
 ESSENTIAL = "most used options"
 OTHER = "other options"
+FROM_FILE = "--config FILE.yaml reads options from a file; options on the command line win over it."
 SECTIONS = (
     "model", "data", "sampling", "rewards", "advantages", "loss", "adapter", "optimizer", "evaluation", "output",
     "server", "performance", "checkpoints", "run",
@@ -48,7 +49,7 @@ def _lines(cls: Any, width: int) -> Iterator[str]:
     known = {leaf.section or OTHER for leaf in others}
     for name in [*(section for section in SECTIONS if section in known), *sorted(known - set(SECTIONS))]:
         yield from _section(name, [leaf for leaf in others if (leaf.section or OTHER) == name], width)
-    yield "--config FILE.yaml reads options from a file; options on the command line win over it."
+    yield from _wrapped(FROM_FILE, "", "", width)
 
 
 def _section(name: str, options: Sequence[Leaf], width: int) -> Iterator[str]:

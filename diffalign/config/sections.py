@@ -45,7 +45,7 @@ class RewardConfig(Checked):
     )
     options: dict[str, Any] = option(
         {},
-        "arguments of the reward: path, revision, precision, offload, quantize ...",
+        "arguments of the reward, such as path, revision, precision, offload or quantize",
         section="rewards",
         infinite=True,
     )

@@ -19,6 +19,8 @@ class DoctorConfig(Checked):
     usage: ClassVar[str] = "diffalign doctor [--field VALUE ...]"
     examples: ClassVar[tuple[str, ...]] = ("diffalign doctor", "diffalign doctor --output_dir /data/runs")
 
+    essential: ClassVar[tuple[str, ...]] = ("output_dir", "assets")
+
     output_dir: Path = option(Path("runs"), "folder of run folders, whose disk is tested", section="run")
     assets: Path | None = option(
         None, "folder of the embedded world; default: assets/ here, else in the package's checkout", section="run"
