@@ -132,6 +132,11 @@ def doctor(config: Any) -> int:
     return load("diffalign.commands.doctor.command:run")(config, TRAINERS)
 
 
+def schema(argv: Sequence[str]) -> object:
+    """``diffalign schema TRAINER``: print the JSON Schema of its configuration."""
+    return load("diffalign.config.json_schema:print_schema")(argv)
+
+
 EVALUATION = "diffalign.commands.evaluate_config:EvaluationConfig"
 COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "train": train,
@@ -141,6 +146,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
     "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.cli:doctor"),
+    "schema": schema,
 }
 
 

@@ -1,4 +1,4 @@
-"""Every configuration that a command line fills, and what each kind of field looks like there."""
+"""Every configuration class of a command, and how each kind of field is written on the command line."""
 
 import typing
 from dataclasses import fields, is_dataclass
@@ -9,12 +9,13 @@ from diffalign.cli import COMMANDS, TRAINERS, Command
 from diffalign.config.schema import arms_of, leaves
 from diffalign.lazy import load
 
-CLASSES = {f"train {name}": TRAINERS[name][0] for name in TRAINERS}
+TRAINER_CLASSES = {name: config for name, (config, _) in TRAINERS.entries.items()}  # as module:class
+CLASSES = {f"train {name}": load(config) for name, config in TRAINER_CLASSES.items()}
 CLASSES |= {name: load(command.config) for name, command in COMMANDS.items() if isinstance(command, Command)}
 
 
 def samples(hint: Any, bare: Any = None) -> list[tuple[str, Any]]:
-    """(text, value) pairs of an annotation: what may be typed, and what it must become."""
+    """(text, value) pairs of an annotation: the spelling, and the value that it must be read as."""
     arms = arms_of(hint)
     found: list[tuple[str, Any]] = []
     for arm in arms:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from diffalign.config import describe, from_dict, load_yaml, option, parse, save_yaml, to_dict, to_yaml, yaml_dialect
-from diffalign.diffusion.plan import PlanConfig
+from diffalign.diffusion.plan_config import PlanConfig
 
 
 @dataclass(frozen=True)
@@ -276,14 +276,14 @@ def test_empty_file_and_loader(tmp_path):
 def test_help_lists_every_option_with_default_and_text():
     text = describe(Config)
     for line in (
-        "--output_dir Path (required)\n    the run folder",
-        "--learning_rate float = 0.0001\n    step size",
+        "  --output_dir Path (required)\n      the run folder",
+        "  --learning_rate float = 0.0001\n      step size",
         "--mixed_precision no|fp16|bf16 = 'no'",
         "--rewards dict[str, float] = {pickscore: 1.0}",
         "--plan.num_steps int = 7",
         "--plan.window_range tuple[int, int]|null = null",
         "--ema Ema|null = null",
-        "--ema.decay float = 0.999\n    how slowly",
+        "  --ema.decay float = 0.999\n      how slowly",
         "--sizes tuple[int, ...] = []",
     ):
         assert line in text, line

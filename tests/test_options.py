@@ -22,7 +22,7 @@ def given(cls, argv, path, monkeypatch):
     from diffalign.config import parse
 
     for owner in owners(cls):
-        monkeypatch.setattr(owner, "__post_init__", lambda self: None, raising=False)
+        monkeypatch.setattr(owner, "__post_init__", lambda self, *given: None, raising=False)
         monkeypatch.setattr(owner, "numbers_checked", False, raising=False)
     value = parse(cls, argv)
     for name in path.split("."):

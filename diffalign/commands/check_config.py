@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
@@ -17,39 +17,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(PreferenceDataConfig):
-    """Fields of ``diffalign check``: those of a run's data, and what is printed."""
+    """Configuration of ``diffalign check``: that of a run's data, and of the output."""
 
-    data: tuple[str, ...] = option((), "files, folders or hub ids of preference data, or files of prompts")
-    prompts: bool = option(False, "as prompts, a line each; .txt files always are")
-    scan: int | None = option(None, "at most so many samples from the first on; null: all")
-    model: str | None = option(None, "folder or hub id of a model whose tokens count, where a prompt is too long")
-    max_sequence_length: int | None = option(
-        None, "tokens per prompt, as in the training; default: the model's own", ge=1
+    usage: ClassVar[str] = "diffalign check DATA ... [--field VALUE ...]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign check pairs.parquet --model stabilityai/stable-diffusion-3.5-medium",
+        "diffalign check prompts.txt --json",
     )
-    unpaired: bool = option(False, "as single images that are liked or not, which pairs can be too")
-    streaming: bool = option(False, "one row after the other, without a copy on disk")
-    json: bool = option(False, "print JSON, with every sample that would be left out")
+    essential: ClassVar[tuple[str, ...]] = ("data", "prompts", "model", "scan", "unpaired", "streaming", "json")
+
+    data: tuple[str, ...] = option((), "preference data or prompts: files, folders or hub ids", section="data")
+    prompts: bool = option(False, "read the data as prompts, one per line; .txt files always are", section="data")
+    scan: int | None = option(None, "number of samples to check, from the first; null: all", section="data", ge=0)
+    model: str | None = option(
+        None, "folder or hub id of a model whose tokenizers measure prompts that are too long", section="model"
+    )
+    max_sequence_length: int | None = option(
+        None, "tokens per prompt, as in training; default: the model's own", section="model", ge=1
+    )
+    unpaired: bool = option(False, "read single images that are liked or not, also from pairs", section="data")
+    streaming: bool = option(False, "stream the rows, without a copy on disk", section="data")
+    json: bool = option(False, "print JSON that lists every sample to leave out", section="output")
 
     @property
     def of_prompts(self) -> bool:
-        """Whether the data are prompts, and no preferences."""
+        """Whether the data are prompts instead of preferences."""
         return self.prompts or (bool(self.data) and all(source.lower().endswith(".txt") for source in self.data))
 
     def encoders(self) -> list[Encoder] | None:
-        """The text encoders of ``model``; None where it is not given. FileNotFoundError, ValueError: no such model."""
+        """Load the text encoders of ``model``; None without a model. FileNotFoundError, ValueError: no such model."""
         from diffalign.models.prompt_length import text_encoders
 
         return None if self.model is None else text_encoders(self.model, self.max_sequence_length)
 
     def settings(self) -> PreferenceDataConfig:
-        """Return a run's settings, but let nothing that is found stop the reading."""
+        """Return the data settings of a run, with no fault that stops the reading."""
         given = {field.name: getattr(self, field.name) for field in fields(PreferenceDataConfig)}
         tolerant = {kind: "drop" if action == "error" else action for kind, action in self.on_fault.items()}
         ties = "soft" if self.ties == "error" else self.ties
         return PreferenceDataConfig(**{**given, "on_fault": tolerant, "ties": ties})
 
     def open(self) -> PairData | LabelledData | PairStream:
-        """The data. ValueError: single images cannot be streamed."""
+        """Open the data. ValueError: single images cannot be streamed."""
         from diffalign.data.pairs import open_pairs
         from diffalign.data.stream import PairStream, open_stream_part
         from diffalign.data.unpaired import open_labelled

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from diffalign.config import from_dict, option, split_texts
+from diffalign.config import Checked, from_dict, option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.evaluation.checkpoints import CheckpointSpec, parse_checkpoint, parse_checkpoints
@@ -21,63 +21,107 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
-    """Fields of ``diffalign eval`` and ``diffalign compare``; null: as in the ``config.yaml`` of the first run."""
+class EvaluationConfig(Checked):
+    """Configuration of ``diffalign eval`` and ``diffalign compare``.
 
-    numbers_checked: ClassVar[bool] = True
+    None stands for the value in the ``config.yaml`` of the first run.
+    """
+
+    usage: ClassVar[str] = "diffalign eval|compare MODEL ... [--field VALUE ...]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign eval runs/shapes --rewards shapes_strict",
+        "diffalign compare runs/shapes runs/other@0.5 --limit 16",
+    )
+    essential: ClassVar[tuple[str, ...]] = (
+        "models", "model", "prompts", "rewards", "output_dir", "limit", "images_per_prompt", "guidance_scale",
+        "num_steps", "batch_size",
+    )  # fmt: skip
 
     models: tuple[str, ...] = option(
-        (), "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts"
+        (),
+        "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts",
+        section="model",
     )
-    model: str | None = option(None, "the base: a folder in diffusers' layout, or a hub id")
-    revision: str | None = option(None, "branch, tag or commit of a hub id")
-    max_sequence_length: int | None = option(None, "text tokens per prompt", ge=1, le=100_000)
-    resolution: int | None = option(None, "side of the square images, in pixels", ge=1, le=100_000)
-    prompts: Path | None = option(None, ".txt or .jsonl of prompts; in a run: its eval_prompts")
-    limit: int | None = option(None, "at most so many prompts, spread evenly over the file")
+    model: str | None = option(None, "base model: a folder in diffusers' layout, or a hub id", section="model")
+    revision: str | None = option(None, "branch, tag or commit of a hub model", section="model")
+    max_sequence_length: int | None = option(None, "text tokens per prompt", section="model", ge=1, le=100_000)
+    resolution: int | None = option(
+        None, "side length of the square images, in pixels", section="model", ge=1, le=100_000
+    )
+    prompts: Path | None = option(None, ".txt or .jsonl of prompts; default: the run's eval_prompts", section="data")
+    limit: int | None = option(
+        None, "largest number of prompts, spread evenly over the file", section="data", infinite=False
+    )
     rewards: tuple[str, ...] | None = option(
-        None, "reward names; the first one is reported by task", guard=guard_rewards
+        None, "reward names; the first one is reported by task", section="rewards", guard=guard_rewards
     )
     reward_options: dict[str, float | RewardConfig] | None = option(
-        None, "how to make those of them that need options, by name; default: as the run's rewards", guard=guard_rewards
+        None,
+        "options of rewards, by name; default: as in the run",
+        section="rewards",
+        guard=guard_rewards,
+        infinite=False,
     )
     allow_reward_code: bool = option(
-        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+        False,
+        "trust files that name reward code or servers; only valid on the command line",
+        section="rewards",
+        typed_only=True,
     )
     output_dir: Path | None = option(
-        None, "where everything goes, default runs/eval or runs/compare; an interrupted one goes on"
+        None,
+        "output folder, where an interrupted command resumes; default: runs/eval or runs/compare",
+        section="output",
     )
-    num_steps: int | None = option(None, "ODE steps", le=10_000)
-    schedule: str | None = option(None, "pipeline or uniform")
+    num_steps: int | None = option(None, "ODE steps", section="sampling", ge=1, le=10_000)
+    schedule: str | None = option(None, "noise schedule: pipeline or uniform", section="sampling")
     guidance_scale: float | None = option(
-        None, "the same for every model, as its pipeline means it; 1 or less guides nothing (Z-Image: 0)"
+        None,
+        "classifier-free guidance of every model, as its pipeline defines it; 1 or less disables it (Z-Image: 0)",
+        section="sampling",
+        ge=0,
+        hint="1 turns guidance off (Z-Image: 0)",
     )
-    embedded_guidance: float | None = option(None, "guidance scale that a distilled model (FLUX.1-dev) takes as input")
-    base_share: float | None = option(None, "of the steps, the first ones, made by the base: ImageReFL")
+    embedded_guidance: float | None = option(
+        None, "guidance embedding of a distilled model (FLUX.1-dev)", section="sampling", ge=0
+    )
+    base_share: float | None = option(
+        None,
+        "share of the steps, the first ones, made by the base model (ImageReFL); 0.25: a quarter",
+        section="sampling",
+        ge=0,
+        lt=1,
+    )
     images_per_prompt: int | None = option(
-        None, "default: 2 for figures, which then hold diversity, 1 for a comparison", le=100_000
+        None, "default: 2 for eval, which measures diversity, 1 for compare", section="sampling", ge=1, le=100_000
     )
-    seed: int = option(0, "of the noise, the same for every model; a trainer's own evaluation uses 0")
-    batch_size: int | None = option(None, "images per forward pass")
+    seed: int = option(
+        0, "noise seed of every model; a trainer's own evaluation uses 0", section="sampling", infinite=False
+    )
+    batch_size: int | None = option(None, "images per forward pass", section="performance", ge=1)
     offload: tuple[Literal["text_encoders", "vae"], ...] | None = option(
-        None, "parts that are on the device only while they are used"
+        None, "keep these parts on the CPU while they are not used", section="performance"
     )
-    cache_dir: Path | None = option(None, "keeps prompt embeddings; default: the run's cache_dir, else nothing is kept")
-    scales: tuple[float, ...] = option((), "each LoRA at each of these scales")
-    checkpoints: bool = option(False, "each run as a strip over its checkpoints")
-    allow_partial: bool = option(False, "go on, with a warning, where the model lacks layers of a LoRA")
-    embedder: str | None = option(None, "an image model of transformers, for diversity in its space")
-
-    def __post_init__(self) -> None:
-        """Accept a text where several go."""
-        split_texts(self)
+    cache_dir: Path | None = option(
+        None, "folder for prompt embeddings; default: the run's cache_dir, else no cache", section="performance"
+    )
+    scales: tuple[float, ...] = option(
+        (), "evaluate each LoRA at each of these scales", section="model", infinite=False
+    )
+    checkpoints: bool = option(False, "evaluate every checkpoint of each run", section="model")
+    allow_partial: bool = option(
+        False, "warn instead of stopping where the model lacks layers of a LoRA", section="model"
+    )
+    embedder: str | None = option(
+        None, "image model of transformers, to measure diversity in its embedding space", section="rewards"
+    )
 
     def checkpoint_specs(self) -> list[CheckpointSpec]:
         """The base and the models."""
         return parse_checkpoints(self.models, scales=self.scales, checkpoints=self.checkpoints)
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with each of ``models``: a path that is not there, or a scale that is none."""
+        """Yield what is wrong with each of ``models``: a missing path, or a malformed scale."""
         for text in self.models:
             try:
                 parse_checkpoint(text)
@@ -85,7 +129,7 @@ class EvaluationConfig:
                 yield str(error)
 
     def build_rewards(self) -> dict[str, Reward]:
-        """Those of ``rewards``; call it on what ``resolve`` returned. ValueError: one that ranks within a group."""
+        """Build ``rewards`` of a resolved configuration. ValueError: one ranks images within a group."""
         from diffalign.rewards.base import needs_groups
         from diffalign.rewards.config import build_rewards
 
@@ -113,15 +157,18 @@ class EvaluationConfig:
 
 
 def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> EvaluationConfig:
-    """Fills in what was left out, from the first run that has a ``config.yaml``, then from defaults.
+    """Fill in what was left out, from the first run that has a ``config.yaml``, then from defaults.
 
-    output_dir, images_per_prompt: the defaults of the command.
+    Args:
+        config: The configuration as given.
+        output_dir: The default of the command.
+        images_per_prompt: The default of the command.
 
-    ValueError: no base model or prompts, an empty list of rewards, a number below 1, a share outside [0, 1), or what a
-    run that may be a stranger's cannot decide (see ``evaluation.runs``).
+    Raises:
+        ValueError: No base model or prompts, an empty list of rewards, or a value that the config.yaml of an untrusted
+            run cannot decide (see ``evaluation.runs``).
     """
     from diffalign.evaluation.runs import RunConfig, find_run
-    from diffalign.structures import check_guidance
 
     found = (find_run(spec.path, config.allow_reward_code) for spec in config.checkpoint_specs())
     record = next(filter(None, found), None) or RunConfig(Path(), {})
@@ -132,21 +179,14 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
         from diffalign.models.load import unguided_scale
 
         config = replace(config, guidance_scale=unguided_scale(config.model, config.revision))
-    for name in ("guidance_scale", "embedded_guidance"):
-        check_guidance(name, getattr(config, name))
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
         if not getattr(config, name):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
-    for name in ("num_steps", "images_per_prompt", "batch_size", "resolution", "max_sequence_length"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if not 0 <= config.base_share < 1:
-        raise ValueError(f"base_share lies in [0, 1), got {config.base_share}: 0.25 leaves a quarter to the base")
     return config
 
 
 def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:
-    """What the run says of the fields that ``config`` leaves open, checked as if it stood in a file of the command."""
+    """Return the run's values of the fields that ``config`` leaves open, checked like a file of the command."""
     run = record.values
     same_base = config.model in (None, run.get("model"))
     known = {

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffalign.config import option, split_texts
+from diffalign.config import Checked, Given, option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 
@@ -18,52 +18,79 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ScoreConfig:
-    """Fields of ``diffalign score``."""
+class ScoreConfig(Checked):
+    """Configuration of ``diffalign score``."""
 
-    numbers_checked: ClassVar[bool] = True
+    usage: ClassVar[str] = "diffalign score IMAGES ... --rewards NAME [--field VALUE ...]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign score images/ --rewards pickscore --prompt 'a red circle'",
+        "diffalign score table.parquet --rewards pickscore,hpsv2.1 --output_dir runs/score",
+    )
+    essential: ClassVar[tuple[str, ...]] = (
+        "images", "rewards", "prompt", "prompts", "output_dir", "batch_size", "reward_options", "list", "serve",
+    )  # fmt: skip
 
-    images: tuple[str, ...] = option((), "picture files, folders, .parquet, .arrow, .jsonl, .json or .csv files")
-    image_root: Path | None = option(None, "where relative paths of tables start; default: the folder of the table")
-    allow_outside: bool = option(False, "read pictures that lie outside the folder of their table, also through links")
-    prompt: str | None = option(None, "one prompt for all pictures; '' for rewards that read none")
-    prompts: Path | None = option(None, ".txt or .jsonl, a prompt per picture in their order")
-    rewards: tuple[str, ...] = option((), "a reward, or several in a list or with commas between", guard=guard_rewards)
+    images: tuple[str, ...] = option(
+        (), "image files, folders, or .parquet, .arrow, .jsonl, .json or .csv tables", section="data"
+    )
+    image_root: Path | None = option(
+        None, "base folder of relative paths in tables; default: the folder of the table", section="data"
+    )
+    allow_outside: bool = option(
+        False, "read images outside the folder of their table, also through links", section="data"
+    )
+    prompt: str | None = option(None, "one prompt for all images; '' for rewards that read none", section="data")
+    prompts: Path | None = option(None, ".txt or .jsonl, one prompt per image in their order", section="data")
+    rewards: tuple[str, ...] = option((), "reward names", section="rewards", guard=guard_rewards)
     reward_options: dict[str, float | RewardConfig] = option(
         {},
-        "how to make those that need options: '{pickscore: {options: {path: my/weights, precision: bf16}}}'",
+        "options of rewards, by name: '{pickscore: {options: {path: my/weights, precision: bf16}}}'",
+        section="rewards",
         guard=guard_rewards,
+        infinite=False,
     )
     allow_reward_code: bool = option(
-        False, "trust files with rewards that are code or servers; counts only where it is typed", typed_only=True
+        False,
+        "trust files that name reward code or servers; only valid on the command line",
+        section="rewards",
+        typed_only=True,
     )
-    output_dir: Path = option(Path("runs/score"), "where scores go; an interrupted one goes on")
-    batch_size: int = option(16, "pictures of one size that are scored at once")
+    output_dir: Path = option(
+        Path("runs/score"), "folder of the scores; an interrupted command resumes there", section="output"
+    )
+    batch_size: int = option(16, "images of one size per forward pass", section="rewards", ge=1)
     calibrations: Path | None = option(
-        None, "where to write what these pictures score, e.g. the base model's, for a reward that combines others"
+        None,
+        "file for the statistics of these scores, e.g. of the base model's images, for rewards that combine others",
+        section="output",
     )
-    list: bool = option(False, "print the rewards that can be named, and do nothing else")
-    serve: int | None = option(None, "offer the rewards over HTTP at this port, instead of scoring")
-    host: str = option("127.0.0.1", "where to offer them; 0.0.0.0: to other machines too, with token_env")
-    time_limit: float = option(300.0, "seconds that a request to the server may take, and wait before that")
+    list: bool = option(False, "print the names of all rewards and exit", section="output")
+    serve: int | None = option(
+        None,
+        "port to serve the rewards at over HTTP, instead of scoring; 0: a free one",
+        section="server",
+        ge=0,
+        le=65535,
+    )
+    host: str = option(
+        "127.0.0.1", "address to serve at; 0.0.0.0 is open to other machines and needs token_env", section="server"
+    )
+    time_limit: float = option(300.0, "seconds that a request may wait, and then take", section="server", gt=0)
     token_env: str | None = option(
-        None, "environment variable with the token that clients must send; needed beyond this machine", typed_only=True
+        None,
+        "environment variable with the token that clients must send; required beyond this machine",
+        section="server",
+        typed_only=True,
     )
 
-    def __post_init__(self) -> None:
-        """Check numbers and places. ValueError: out of range, or a place that cannot be written to."""
-        split_texts(self)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; write 1 or more")
-        if not self.time_limit > 0:
-            raise ValueError(f"time_limit is {self.time_limit}; write more than 0")
-        if self.serve is not None and not 0 <= self.serve < 1 << 16:
-            raise ValueError(f"serve: there is no port {self.serve}; write 1 to 65535, or 0 for a free one")
+    def __post_init__(self, given: Given = None) -> None:  # noqa: RUF033 (of an InitVar)
+        """Check every field. ValueError: out of range, or a folder that does not exist."""
+        super().__post_init__(given)
         if self.calibrations and not self.calibrations.parent.is_dir():
             raise ValueError(f"calibrations: there is no folder {self.calibrations.parent}; make it first")
 
     def build_rewards(self) -> dict[str, Reward]:
-        """Those of ``rewards``. ValueError: none, or one that judges within a group."""
+        """Build ``rewards``. ValueError: no reward is named, or one ranks images within a group."""
         from diffalign.rewards.config import build_rewards
 
         table = {name: self.reward_options.get(name, 1.0) for name in self.rewards}
@@ -74,7 +101,7 @@ class ScoreConfig:
         return rewards
 
     def items(self) -> Iterator[Item]:
-        """The pictures and their prompts. ValueError: nothing to score, or a prompt is missing."""
+        """Yield the images with their prompts. ValueError: no image, or a prompt is missing."""
         if not self.images:
             raise ValueError("name pictures: diffalign score FOLDER --rewards pickscore --prompt 'a red circle'")
         from diffalign.commands.image_sources import read, with_prompts

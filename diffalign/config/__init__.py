@@ -15,7 +15,6 @@ configuration itself; a ValueError raised there comes back with the source and t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +26,9 @@ import yaml
 
 from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
-from diffalign.config.consent import CONSENT, FieldGuard, check_file, without
-from diffalign.config.ranges import check_numbers, range_metadata
-from diffalign.config.ranges import problems as range_problems
+from diffalign.config.consent import CONSENT, check_file, without
+from diffalign.config.fields import Checked, Given, free_fields, given_names, option
+from diffalign.config.help import describe
 from diffalign.config.schema import (
     ConfigError,
     Place,
@@ -39,49 +38,31 @@ from diffalign.config.schema import (
     config_arm,
     default_of,
     init_fields,
-    leaves,
     problems_of,
     shown,
-    takes_list,
     truth,
-    type_name,
 )
 from diffalign.config.text import read
+from diffalign.config.unread import plain, unread_names
 from diffalign.files import bounded, read_text, shorten
 
-__all__ = ["check_numbers", "describe", "from_dict", "load_yaml", "option", "parse", "save_yaml", "to_dict", "to_yaml"]
+__all__ = [
+    "Checked",
+    "Given",
+    "describe",
+    "free_fields",
+    "from_dict",
+    "given_names",
+    "load_yaml",
+    "option",
+    "parse",
+    "save_yaml",
+    "to_dict",
+    "to_yaml",
+]
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
-
-
-def option(
-    default: Any = MISSING,
-    help: str = "",
-    bare: Any = None,
-    *,
-    typed_only: bool = False,
-    guard: FieldGuard | None = None,
-    **limits: Any,
-) -> Any:
-    """Declare a dataclass field with a one-line description for ``--help``.
-
-    Args:
-        default: the default value; a mutable one is copied for each instance.
-        help: the description.
-        bare: of a dict, the value of an entry that is given by its name alone: ``--rewards a,b``.
-        typed_only: whether a file may not set the field (see ``consent``); its value is never written to a file either.
-        guard: checks what a file sets (see ``consent``).
-        limits: of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite.
-    """
-    kw: dict[str, Any] = {}
-    if type(default).__hash__ is None:
-        kw["default_factory"] = lambda: copy.deepcopy(default)
-    elif default is not MISSING:
-        kw["default"] = default
-    metadata = {"help": help, "typed_only": typed_only, "guard": guard, **range_metadata(**limits)}
-    metadata |= {} if bare is None else {"bare": bare}
-    return dataclasses.field(metadata=metadata, **kw)
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configuration", *, consent: bool = False) -> T:
@@ -94,27 +75,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configura
     place = Place(source, cls)
     if isinstance(mapping, Mapping):
         check_file(cls, mapping, place, consent)
-    return _build(cls, mapping, place)
-
-
-def _build(cls: type[T], mapping: Any, place: Place) -> T:
-    built = build(cls, mapping, place)
-    if getattr(cls, "numbers_checked", False) and (found := list(range_problems(built))):
-        raise ConfigError([f"{place.source}: {problem}" for problem in found])
-    return built
-
-
-def split_texts(config: Any) -> None:
-    """Make lists of fields that hold several and were given one text, as Python code may do: ``eval_rewards="shapes"``.
-
-    To be called in ``__post_init__``.
-    """
-    for field, hint in init_fields(type(config)):
-        value = getattr(config, field.name)
-        if isinstance(value, str) and takes_list(hint):
-            object.__setattr__(
-                config, field.name, read(hint, value, Place(type(config).__name__, type(config), field.name))
-            )
+    return build(cls, mapping, place)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -301,7 +262,7 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
     if free:
         mapping[positional] = (*free, *mapping.get(positional, ()))
     try:
-        config = _build(cls, mapping, source)
+        config = build(cls, mapping, source)
     except ValueError as error:
         problems.extend(problems_of(error))
     if problems:
@@ -316,37 +277,20 @@ def _put(mapping: dict[str, Any], sections: Sequence[Section], value: Any) -> No
     mapping[sections[-1].name] = value
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        kept = (f for f in dataclasses.fields(value) if f.init and not f.metadata.get("typed_only"))
-        return {field.name: _plain(getattr(value, field.name)) for field in kept}
-    if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists and scalars; ``from_dict`` gives the configuration back, without its typed-only fields."""
-    plain: dict[str, Any] = _plain(config)
-    return plain
+    """Convert to plain dicts, lists and scalars; ``from_dict`` gives the configuration back.
+
+    Fields that are typed only, and those that a run of the configuration does not read, are left out.
+    """
+    found: dict[str, Any] = plain(config, unread_names(config))
+    return found
 
 
 def to_yaml(config: Any) -> str:
     """YAML in the order of the fields; floats are exact."""
-    return yaml_dialect.dump(_plain(config))
+    return yaml_dialect.dump(to_dict(config))
 
 
 def save_yaml(config: Any, path: str | Path) -> None:
     """Writes ``to_yaml``, so that ``parse(cls, ["--config", path])`` gives the same configuration back."""
     write_text(path, to_yaml(config))
-
-
-def describe(cls: type) -> str:
-    """Help text: each option with its type, its default and its description."""
-    lines = ["--config FILE.yaml"]
-    for leaf in leaves(cls):
-        default = "(required)" if leaf.default is MISSING else f"= {yaml_dialect.dump_inline(_plain(leaf.default))}"
-        lines.append(f"--{leaf.path} {type_name(leaf.hint)} {default}" + (f"\n    {leaf.help}" if leaf.help else ""))
-    return "\n".join(lines) + "\n"

@@ -15,13 +15,19 @@ RANGE = "range"  # the key of a field's metadata
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number. infinite: whether ``.inf`` is legal, where it means "no limit"; NaN never is."""
+    """Bounds of a number.
+
+    Args:
+        infinite: Whether ``.inf`` is legal, where it means "no limit"; NaN never is.
+        hint: The reason for the bounds, or what to write instead; ends the message.
+    """
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
     infinite: bool = False
+    hint: str = ""
 
     def problem(self, value: float) -> str | None:
         """Say what is wrong with a number, or return None."""
@@ -35,7 +41,7 @@ class Range:
             return f"must fit 64 bits (-2**63 to 2**63 - 1), got a number of {len(bin(abs(value))) - 2} bits"
         low = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
         high = (self.le is None or value <= self.le) and (self.lt is None or value < self.lt)
-        return None if low and high else f"must be {self}, got {value}"
+        return None if low and high else f"must be {self}, got {value}{self.hint and f': {self.hint}'}"
 
     def __str__(self) -> str:
         limits = {"at least": self.ge, "more than": self.gt, "at most": self.le, "less than": self.lt}
@@ -47,8 +53,13 @@ ANY = Range()
 
 
 def range_metadata(**limits: Any) -> dict[str, Any]:
-    """Return field metadata with a ``Range``; empty without limits."""
-    return {RANGE: Range(**limits)} if limits else {}
+    """Return field metadata with the limits of a ``Range``; empty without limits."""
+    return {RANGE: limits} if limits else {}
+
+
+def range_of(field: dataclasses.Field[Any]) -> Range:
+    """The range of a field; any finite number where none is declared."""
+    return Range(**field.metadata[RANGE]) if RANGE in field.metadata else ANY
 
 
 def problems(value: Any, allowed: Range = ANY, path: str = "") -> Iterator[str]:
@@ -58,8 +69,9 @@ def problems(value: Any, allowed: Range = ANY, path: str = "") -> Iterator[str]:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            own = field.metadata.get(RANGE, ANY)
-            yield from problems(getattr(value, field.name), own, f"{path}.{field.name}" if path else field.name)
+            yield from problems(
+                getattr(value, field.name), range_of(field), f"{path}.{field.name}" if path else field.name
+            )
     elif isinstance(value, Mapping):
         for name, entry in value.items():
             yield from problems(entry, allowed, f"{path}.{name}")
@@ -68,9 +80,3 @@ def problems(value: Any, allowed: Range = ANY, path: str = "") -> Iterator[str]:
             yield from problems(entry, allowed, f"{path}.{place}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and (problem := allowed.problem(value)):
         yield f"{path} {problem}"
-
-
-def check_numbers(config: Any) -> None:
-    """Raise ValueError for a number out of the range of its field, in a configuration or one of its sections."""
-    if found := list(problems(config)):
-        raise ValueError("; ".join(found[:5]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import numbers
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
+from diffalign.config.ranges import problems as range_problems
+from diffalign.config.ranges import range_of
+from diffalign.config.renamed import about_removed
 
 T = TypeVar("T")
 LONGEST = 200  # characters of a value in a message
@@ -80,6 +85,8 @@ class Place:
 
     def unknown(self) -> ValueError:
         """The error to raise where no field has this path; names the closest that exist."""
+        if (note := about_removed(self.root.__name__, self.path)) is not None:
+            return self.error(note)
         known = [leaf.path for leaf in leaves(self.root)]
         name = self.path.rpartition(".")[2]
         close = [path for path in known if path.rpartition(".")[2] == name]
@@ -105,10 +112,11 @@ def config_arm(hint: Any) -> Any:
     return next((arm for arm in arms_of(hint) if _is_config(arm)), None)
 
 
-def init_fields(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+@functools.cache
+def init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     """(field, resolved annotation) of each field that can be given."""
     hints = typing.get_type_hints(cls)
-    return ((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
+    return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 
 
 def default_of(field: dataclasses.Field[Any], base: Any) -> Any:
@@ -127,17 +135,19 @@ class Leaf:
     default: Any
     help: str
     bare: Any = None
+    section: str = ""
 
 
-def leaves(cls: Any, base: Any = MISSING, prefix: str = "") -> Iterator[Leaf]:
+def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -> Iterator[Leaf]:
     """Every option of a configuration, nested ones with their dotted path and the default they really have."""
     for field, hint in init_fields(cls):
         default = default_of(field, base)
         arm, path = config_arm(hint), prefix + field.name
+        own = section or field.metadata.get("section", "")  # a nested configuration stays with its field
         if arm is None or default is None:
-            yield Leaf(path, hint, default, field.metadata.get("help", ""))
+            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own)
         if arm is not None:
-            yield from leaves(arm, default, path + ".")
+            yield from leaves(arm, default, path + ".", own)
 
 
 def type_name(hint: Any) -> str:
@@ -192,8 +202,10 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         return found
     if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
         return yaml_dialect.as_float(yaml_dialect.load(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return yaml_dialect.as_float(value)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
     if hint is Path and isinstance(value, (str, Path)) and str(value):
         return Path(value)
     fits = type(value) is hint if hint in (bool, int, float, str, dict, list) else isinstance(value, hint)
@@ -239,6 +251,9 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
             if name in mapping:
                 value = named(field, mapping[name], place / name)
                 values[name] = convert(hint, value, place / name, default)
+                if getattr(cls, "numbers_checked", False):
+                    found_here = range_problems(values[name], range_of(field), (place / name).path)
+                    problems += [f"{place.source}: {problem}" for problem in found_here]
             elif default is not MISSING:
                 values[name] = default
             elif _is_config(hint):
@@ -254,9 +269,12 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
     if problems:
         raise ConfigError(problems)
     try:
-        return cls(**values)
+        built = cls(**values)
     except ValueError as error:
         raise place.error(str(error)) from error
+    if hasattr(built, "mark_given"):
+        built.mark_given(mapping, None if base is MISSING else base)
+    return built
 
 
 def named(field: dataclasses.Field[Any], value: Any, place: Place) -> Any:

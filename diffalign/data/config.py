@@ -2,65 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
+from diffalign.config import Checked, Given, option
 from diffalign.data.rollouts import Pairing
 from diffalign.data.validation import check_actions
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(frozen=True, kw_only=True)
-class PreferenceDataConfig:
+class PreferenceDataConfig(Checked):
     """Options for reading preference data and for handling unusable samples."""
 
-    numbers_checked: ClassVar[bool] = True
+    given: InitVar[Given] = None
+    format: str = option(
+        "auto",
+        "pick_a_pic, hpdv2, hpdv3, chosen_rejected, pairs or liked; auto: inferred from the columns",
+        section="data",
+    )
+    split: str = option("train", "split of a folder or hub data set", section="data")
+    subset: str | None = option(None, "configuration name of a hub data set", section="data")
+    revision: str | None = option(None, "branch, tag or commit of a hub data set", section="data")
+    image_root: Path | None = option(
+        None, "base folder of relative image paths; default: the folder of the table", section="data"
+    )
+    allow_outside: bool = option(
+        False,
+        "read image files outside the folder of the data (or image_root), also through links",
+        section="data",
+    )
+    ties: Literal["drop", "soft", "error"] = option(
+        "drop", "what to do with a label of 0.5; soft keeps it", section="data"
+    )
+    labels: str | None = option(
+        None, "AI labels to use instead of the data's own, by name or .parquet file", section="data"
+    )
+    on_fault: dict[str, str] = option(
+        {}, "drop, keep or error, by kind of fault, e.g. --on_fault.different_size drop", section="data"
+    )
+    mask: str | None = option(
+        None,
+        "column of masks, one for all images of a row and of their size: white counts, black does not",
+        section="data",
+    )
+    max_bad_share: float = option(
+        0.01, "share of unusable samples above which the run stops before its first step", section="data", ge=0, le=1
+    )
+    scan: int | None = option(
+        1000, "samples whose images are decoded before the first step; null: all", section="data", ge=0
+    )
+    min_side: int = option(16, "shorter side below which an image is too_small, in pixels", section="data", ge=1)
+    rollouts: Pairing = option(Pairing(), "how scored images of a rollout buffer become pairs", section="data")
 
-    format: str = field(
-        default="auto",
-        metadata=_help("pick_a_pic, hpdv2, hpdv3, chosen_rejected, pairs or liked; auto: detected from the columns"),
-    )
-    split: str = field(default="train", metadata=_help("split of a folder or hub data set"))
-    subset: str | None = field(default=None, metadata=_help("configuration of a hub data set"))
-    revision: str | None = field(default=None, metadata=_help("branch, tag or commit of a hub data set"))
-    image_root: Path | None = field(
-        default=None, metadata=_help("where relative image paths start; default: the folder of the table")
-    )
-    allow_outside: bool = field(
-        default=False,
-        metadata=_help("read image files that lie outside the folder of the data (or image_root), also through links"),
-    )
-    ties: Literal["drop", "soft", "error"] = field(
-        default="drop", metadata=_help("what becomes of a label of 0.5: soft keeps it")
-    )
-    labels: str | None = field(
-        default=None, metadata=_help("AI labels beside the data, by name or .parquet file, instead of its own")
-    )
-    on_fault: dict[str, str] = field(
-        default_factory=dict,
-        metadata=_help("drop, keep or error, by kind of error, e.g. --on_fault.different_size drop"),
-    )
-    mask: str | None = field(
-        default=None,
-        metadata=_help("column of masks, one for all images of a row and of their size: white counts, black does not"),
-    )
-    max_bad_share: float = field(
-        default=0.01, metadata=_help("a run with a larger share of unusable samples stops before its first step")
-    )
-    scan: int | None = field(
-        default=1000, metadata=_help("samples whose images are decoded before the first step; null: all")
-    )
-    min_side: int = field(default=16, metadata=_help("an image with a shorter side is too_small"))
-    rollouts: Pairing = field(default_factory=Pairing, metadata=_help("how images of a rollout buffer become pairs"))
-
-    def __post_init__(self) -> None:
-        """Check actions and ranges. Raises ValueError."""
+    def __post_init__(self, given: Given = None) -> None:  # noqa: RUF033 (of an InitVar)
+        """Check every field. ValueError: an action that cannot be taken, or a value out of range."""
+        super().__post_init__(given)
         check_actions(self.on_fault)
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share in [0, 1], got {self.max_bad_share}")
-        if self.min_side < 1 or (self.scan is not None and self.scan < 0):
-            raise ValueError(f"min_side {self.min_side} must be at least 1, and scan {self.scan} at least 0")

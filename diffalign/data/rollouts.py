@@ -39,10 +39,18 @@ class Pairing:
     rule: str = field(default="best_worst", metadata={"help": "best_worst, or all: each two images of a group"})
     rewards: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "names and weights of what counts; default: the only reward", "bare": 1.0},
+        metadata={
+            "help": "names and weights of what counts; default: the only reward",
+            "bare": 1.0,
+            "range": {"infinite": False},
+        },
     )
-    min_gap: float = field(default=0.0, metadata={"help": "scores must differ by more than this; 0 drops ties"})
-    scale: float | None = field(default=None, metadata={"help": "labels are sigmoid(scale * gap); null: they are 1"})
+    min_gap: float = field(
+        default=0.0, metadata={"help": "scores must differ by more than this; 0 drops ties", "range": {"ge": 0}}
+    )
+    scale: float | None = field(
+        default=None, metadata={"help": "labels are sigmoid(scale * gap); null: they are 1", "range": {"gt": 0}}
+    )
 
     def __post_init__(self) -> None:
         """ValueError: an unknown rule, or a negative gap or scale."""

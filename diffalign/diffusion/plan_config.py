@@ -1,31 +1,36 @@
-"""Configuration of a rollout's plan: a preset and what differs from it."""
+"""Configuration of a rollout's plan: a preset and overrides."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import ClassVar
+
+from diffalign.config import Checked, Given, option
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """A preset and its options; None stands for the preset's own value.
+class PlanConfig(Checked):
+    """A preset of ``PRESETS`` and overrides; None keeps the preset's own value.
 
-    preset: a key of ``PRESETS``. num_steps: N, at least 2.
-    solver: the stochastic solver. noise_level: its dial; None for the level that the solver's paper trains with.
-    window_size: number of consecutive stochastic steps. window_range: [low, high), where a random window may lie; None
-        for (0, N // 2). shift_every: iterations before a sliding window moves on, by window_stride steps.
-    ode_solver: "ode" or "dpmpp_2m", for the steps outside the window.
-    An option that the preset does not read is refused by ``make_plan``, not ignored.
+    ``make_plan`` refuses an option that the preset does not read.
     """
 
     bare_field: ClassVar[str] = "preset"
 
-    preset: str = "flow_grpo"
-    num_steps: int = 10
-    solver: str | None = None
-    noise_level: float | None = None
-    window_size: int | None = None
-    window_range: tuple[int, int] | None = None
-    shift_every: int | None = None
-    window_stride: int | None = None
-    ode_solver: str | None = None
+    preset: str = option(
+        "flow_grpo", "flow_grpo, flow_grpo_fast, mix_grpo, dance_grpo, cps, cps_fast, first_steps or ode"
+    )
+    num_steps: int = option(10, "sampling steps of a rollout", ge=2, le=10_000, hint="the last step is not trained")
+    solver: str | None = option(None, "stochastic solver: flow_sde, dance_sde, cps or ddim; default: the preset's")
+    noise_level: float | None = option(
+        None, "noise level of the stochastic steps; default: that of the solver's paper", ge=0
+    )
+    window_size: int | None = option(None, "number of consecutive stochastic steps", ge=1)
+    window_range: tuple[int, int] | None = option(
+        None, "steps LOW,HIGH (exclusive) that a random window may cover; default: the first half", ge=0
+    )
+    shift_every: int | None = option(None, "iterations between two shifts of a sliding window", ge=1)
+    window_stride: int | None = option(None, "steps that a sliding window shifts by", ge=1)
+    ode_solver: str | None = option(None, "solver of the deterministic steps: ode or dpmpp_2m")
+    _: KW_ONLY
+    given: InitVar[Given] = None

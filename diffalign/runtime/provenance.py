@@ -14,8 +14,9 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from diffalign.config import to_dict
-from diffalign.runtime.config import CHANGEABLE, TrainingConfig
+from diffalign.config import free_fields, to_dict
+from diffalign.config.unread import accepts
+from diffalign.runtime.config import TrainingConfig
 
 REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
 
@@ -117,9 +118,9 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     younger = new.keys() - old.keys() - {"revision"}
     old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
     old.setdefault("revision", new.get("revision"))  # early checkpoints did not store the commit
-    old = _with_recorded_rewards(old, new)
+    old = {name: value for name, value in _with_recorded_rewards(old, new).items() if accepts(args, name)}
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    loose = CHANGEABLE | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
+    loose = free_fields(type(args)) | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
     if fixed := [name for name in changed if name not in loose]:
         table = "\n".join(f"  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in fixed)
         raise ValueError(

@@ -27,7 +27,7 @@ from diffalign.runtime.endings import diverged
 from diffalign.runtime.loop import Metrics
 from diffalign.structures import Conditioning, Prompt
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.rollout_config import RolloutConfig
+from diffalign.trainers.rollout_config import AdvantageConfig, RolloutConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,19 +167,20 @@ class Collector:
         everything = accelerator.gather(table).cpu()
         rewards = {name: everything[:, i] for i, name in enumerate(names)}
         groups = everything[:, -1].long()
-        advantages = group_advantages(
-            rewards,
-            groups,
-            weights=self.weights,
-            std=args.advantage_std,
-            aggregate=args.aggregate,
-            epsilon=args.advantage_epsilon,
-            clip=args.advantage_clip,
-        )
-        share = len(group)
-        first = share * accelerator.process_index
         buffer.set_rewards(own)
-        buffer.set_advantages(advantages[first : first + share])
+        if isinstance(args, AdvantageConfig):
+            advantages = group_advantages(
+                rewards,
+                groups,
+                weights=self.weights,
+                std=args.advantage_std,
+                aggregate=args.aggregate,
+                epsilon=args.advantage_epsilon,
+                clip=args.advantage_clip,
+            )
+            share = len(group)
+            first = share * accelerator.process_index
+            buffer.set_advantages(advantages[first : first + share])
         total = sum(self.weights[name] * rewards[name].double() for name in names)
         finite = total[~total.isnan()]
         return {

@@ -244,7 +244,7 @@ def test_the_share_of_the_base_and_the_steps_come_from_the_run(tmp_path):
     assert (sampling.num_steps, sampling.base_share, sampling.base_steps) == (8, 0.25, 2)
     own = EvaluationConfig(models=(str(tmp_path),), base_share=0.0)
     assert resolve(own, tmp_path, 1).sampling().base_steps == 0
-    with pytest.raises(ValueError, match="base_share lies in"):
+    with pytest.raises(ValueError, match="base_share must be at least 0 and less than 1"):
         resolve(EvaluationConfig(models=(str(tmp_path),), base_share=1.0), tmp_path, 1)
 
 

@@ -151,9 +151,9 @@ def test_nothing_usable_is_said_with_its_reasons(tmp_path):
     ("settings", "message"),
     [
         ({"on_fault": {"unreadabel": "drop"}}, "on_fault: unknown kind 'unreadabel'; known: bad_label"),
-        ({"max_bad_share": 1.5}, r"max_bad_share is a share in \[0, 1\], got 1.5"),
-        ({"min_side": 0}, "min_side 0 must be at least 1"),
-        ({"scan": -1}, "scan -1 at least 0"),
+        ({"max_bad_share": 1.5}, "max_bad_share must be at least 0 and at most 1, got 1.5"),
+        ({"min_side": 0}, "min_side must be at least 1, got 0"),
+        ({"scan": -1}, "scan must be at least 0, got -1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -80,16 +80,26 @@ def test_sliding_window_is_always_full_and_rolls_back(stride, expected):
         (PlanConfig("flow_grpo", solver="ode"), "must be stochastic"),
         (PlanConfig("mix_grpo", ode_solver="cps"), "ode_solver must be"),
         (PlanConfig("mix_grpo", 4, window_size=4), "shrink it"),
-        (PlanConfig("mix_grpo", shift_every=0), "at least 1"),
         (PlanConfig("first_steps", 4, window_size=4), "last of 4 steps"),
         (PlanConfig("flow_grpo_fast", 10, window_size=3, window_range=(4, 6)), "no window of 3 steps"),
         (PlanConfig("flow_grpo_fast", 4, window_size=4, window_range=(0, 4)), "last of 4 steps"),
-        (PlanConfig("flow_grpo", 1), "at least 2"),
     ],
 )
 def test_degenerate_settings_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         make_plan(config, 0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "mix_grpo", "shift_every": 0}, "shift_every must be at least 1"),
+        ({"num_steps": 1}, "num_steps must be at least 2"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**options)
 
 
 def with_row(step, row):

@@ -91,7 +91,9 @@ def test_unknown_target_is_named(model):
         model.train(LoraConfig(targets=("to_qq",)))
 
 
-@pytest.mark.parametrize(("setting", "message"), [({"rank": -1}, "must be 0"), ({"alpha": 0.0}, "must be positive")])
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"rank": -1}, "must be at least 0"), ({"alpha": 0.0}, "must be more than 0")]
+)
 def test_settings_that_mean_nothing_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**setting)

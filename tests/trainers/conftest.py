@@ -65,6 +65,8 @@ def dpo(tmp_path, pairs):
             "beta": 500.0,
             "eval_num_steps": 2,
         }
+        if not changes.get("train_data", True):
+            del settings["num_pairs"]  # an online run has none
         return DiffusionDPOConfig(**(settings | changes))
 
     return make

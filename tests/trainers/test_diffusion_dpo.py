@@ -201,7 +201,7 @@ def test_a_warm_cache_changes_nothing_and_a_damaged_one_is_made_anew(dpo, tmp_pa
         ({"loss": "cpo", "max_margin": 1.0}, "has no margin to bound"),
         ({"reference_decay": 0.9, "reference_steps": 2}, "the reference moves one way"),
         ({"num_pairs": 0}, "num_pairs must be at least 1"),
-        ({"prompt_dropout": 1.0}, "prompt_dropout lies in"),
+        ({"prompt_dropout": 1.0}, "prompt_dropout must be at least 0 and less than 1"),
         ({"rewards": {"shapes": 1.0}}, "two sources of pairs"),
         ({"loss": "kto", "streaming": True}, "single images, which are not streamed"),
     ],

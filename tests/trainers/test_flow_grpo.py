@@ -266,11 +266,11 @@ REFUSED = [
     ({"rewards": {"shape": 1.0}}, "unknown reward 'shape'.*did you mean 'shapes'"),
     ({"clip_range": 0.0}, "clip_range must be more than 0"),
     ({"checkpoints_total_limit": 1}, "must be at least 2"),
-    ({"schedule": "karras"}, "schedule must be one of pipeline, uniform"),
+    ({"schedule": "karras"}, r"schedule: expected pipeline\|uniform"),
     ({"plan": PlanConfig(preset="first_steps", num_steps=4, window_size=4)}, "the last of 4 steps is not trained"),
     ({"ema_decay": 1.0}, "0.9 to 0.999 are usual"),
     ({"report_to": "notebook"}, "report_to 'notebook' is unknown"),
-    ({"kl_beta": -1.0}, "kl_beta must be 0 or more"),
+    ({"kl_beta": -1.0}, "kl_beta must be at least 0"),
 ]
 
 

@@ -218,7 +218,7 @@ def test_a_reward_without_gradient_is_refused_with_those_that_have_one(refl, tra
         ({"train_images": (IMAGES,)}, "uses none; leave them out"),
         ({"preset": "reneg", "guidance_scale": 1.0}, "a negative prompt acts by guidance"),
         ({"preset": "draft_1", "recipe": {"compensate": True}}, "divides by a guidance that is off"),
-        ({"preset": "draft_1", "recipe": {"reward_loss": "group"}}, "a lone image has no group"),
+        ({"preset": "draft_1", "recipe": {"reward_loss": "group"}}, "group_size must be at least 2"),
         (
             {"preset": "draft_1", "recipe": {"reward_loss": "group"}, "group_size": 4, "train_batch_size": 2},
             "make rollout_batch_size a multiple of 4",

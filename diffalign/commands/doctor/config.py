@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from diffalign.config import option
+from diffalign.config import Checked, option
 
 PIPELINE = "shapes-sd3"
 SOURCE = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Fields of ``diffalign doctor``."""
+class DoctorConfig(Checked):
+    """Configuration of ``diffalign doctor``."""
 
-    output_dir: Path = option(Path("runs"), "where run folders will go: its disk is tried")
-    assets: Path | None = option(None, "the embedded world; default: assets/ here, else in the package's checkout")
+    usage: ClassVar[str] = "diffalign doctor [--field VALUE ...]"
+    examples: ClassVar[tuple[str, ...]] = ("diffalign doctor", "diffalign doctor --output_dir /data/runs")
+
+    essential: ClassVar[tuple[str, ...]] = ("output_dir", "assets")
+
+    output_dir: Path = option(Path("runs"), "folder of run folders, whose disk is tested", section="run")
+    assets: Path | None = option(
+        None, "folder of the embedded world; default: assets/ here, else in the package's checkout", section="run"
+    )
 
     def world(self) -> Path | None:
-        """The folder of the embedded world, where there is one."""
+        """Return the folder of the embedded world; None without one."""
         places = (self.assets,) if self.assets else (Path("assets"), SOURCE / "assets")
         return next((place for place in places if (place / PIPELINE / "model_index.json").is_file()), None)

@@ -1,74 +1,163 @@
-"""What a Diffusion-DPO run can be told."""
+"""Configuration of Diffusion-DPO."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
+from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.trainers.rollout_config import RolloutConfig
 
 if TYPE_CHECKING:
     from diffalign.losses.objective import PairObjective
 
 
+ONLINE_ONLY = ("num_groups", "group_size", "shared_start", "decode_precision", "updates_per_rollout", "max_unscored",
+               "overlap_rewards", "save_rollouts")  # fmt: skip
+OFFLINE = "read only online, where train_prompts and rewards make the pairs"
+ONLINE = "read only offline, where pairs come from train_data"
+
+
 @dataclasses.dataclass(kw_only=True)
 class DiffusionDPOConfig(RolloutConfig):
-    """What a Diffusion-DPO run can be told. ``validate`` refuses settings that cannot train.
+    """Configuration of Diffusion-DPO. ``validate`` refuses combinations that cannot train.
 
-    Pairs come from ``train_data``, or, where ``train_prompts`` and ``rewards`` are given, from the model's own images:
-    settings of rollouts matter only then.
+    Offline, pairs come from ``train_data``; online, from the model's own images of ``train_prompts``, which ``rewards``
+    rank. Each mode refuses the fields that only the other one reads.
     """
 
-    train_data: tuple[str, ...] = option((), "preference pairs: files, folders, rollout buffers or hub ids")
+    usage: ClassVar[str] = "diffalign train diffusion_dpo --config FILE.yaml [--field VALUE ...] [--dry_run]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign train diffusion_dpo --config configs/diffusion_dpo/shapes.yaml --max_train_steps 50",
+        "diffalign train diffusion_dpo --model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data pairs.parquet "
+        "--dry_run",
+    )
+    essential: ClassVar[tuple[str, ...]] = (
+        "model", "train_data", "output_dir", "loss", "beta", "max_train_steps", "learning_rate", "lora.rank",
+        "num_pairs", "train_batch_size",
+    )  # fmt: skip
+
+    plan: PlanConfig = option(
+        PlanConfig("ode"), "solver and noise of each sampling step; offline only num_steps is read", section="sampling"
+    )
+    shared_start: bool = option(False, "start the images of a group from the same noise", section="sampling")
+    train_data: tuple[str, ...] = option(
+        (), "preference pairs: files, folders, rollout buffers or hub ids", section="data"
+    )
     data: PreferenceDataConfig = option(
-        PreferenceDataConfig(), "how these are read; data.rollouts: how images become pairs"
+        PreferenceDataConfig(), "how train_data is read; data.rollouts: how scored images become pairs", section="data"
     )
     losers: Literal["data", "reference"] = option(
-        "data", "reference: liked images against what the reference draws of their prompts (SPIN-Diffusion)"
+        "data",
+        "reference: pair liked images with the reference's own images of their prompts (SPIN-Diffusion)",
+        section="data",
     )
-    streaming: bool = option(False, "read the data as a stream, for sets that do not fit on disk")
-    random_crop: bool = option(False, "crop a pair at a random place, not in the middle")
-    random_flip: bool = option(False, "mirror half of the pairs; not where captions tell left from right")
-    cache: bool = option(True, "keep latents and prompt embeddings on disk")
+    streaming: bool = option(False, "stream the data, for sets that do not fit on disk", section="data")
+    random_crop: bool = option(False, "crop pairs at a random place instead of the centre", section="data")
+    random_flip: bool = option(
+        False, "mirror half of the pairs; not where captions mention left and right", section="data"
+    )
+    cache: bool = option(True, "keep latents and prompt embeddings on disk", section="performance", resume="free")
     num_pairs: int = option(
-        64, "pairs (or single images) of train_data per optimizer step, over all processes", le=1_000_000
+        64,
+        "pairs (or single images) of train_data per optimizer step, over all processes",
+        section="optimizer",
+        ge=1,
+        le=1_000_000,
     )
-    train_batch_size: int = option(16, "pairs (or single images) per forward pass while training")
-    prompt_dropout: float = option(0.1, "share of prompts that are trained as the empty one, for guidance")
-    time_sampling: Literal["uniform", "logit_normal"] = option("uniform", "how levels are drawn")
-    time_mean: float = option(0.0, "of the logit of sigma, for logit_normal")
-    time_std: float = option(1.0, "of the logit of sigma, for logit_normal")
+    train_batch_size: int = option(
+        16, "pairs (or single images) per forward pass while training", section="optimizer", resume="free", ge=1
+    )
+    prompt_dropout: float = option(
+        0.1, "share of prompts to replace by the empty one, for guidance", section="loss", ge=0, lt=1
+    )
+    time_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform", "distribution of training noise levels", section="loss"
+    )
+    time_mean: float = option(0.0, "mean of the logit of sigma, for logit_normal", section="loss", infinite=False)
+    time_std: float = option(1.0, "standard deviation of the logit of sigma, for logit_normal", section="loss", gt=0)
     times: tuple[float, ...] = option(
-        (), "times to train at, 0 to 1000, each as often; instead of time_sampling", ge=0, le=1000
+        (), "times to train at, 0 to 1000, with equal shares; replaces time_sampling", section="loss", ge=0, le=1000
     )
     loss: str = option(
         "dpo",
         "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
+        section="loss",
     )
-    beta: float | None = option(None, "strength of the preference, in units of errors; default: the loss's own")
-    reduction: Literal["mean", "sum"] = option("mean", "of squared errors over an image's dimensions")
-    loss_options: dict[str, float | str] = option({}, "of the loss, e.g. {smoothing: 0.1}")
-    max_margin: float | None = option(None, "margins beyond this have no gradient", gt=0, infinite=True)
+    beta: float | None = option(
+        None,
+        "strength of the preference, in units of denoising errors; default: the loss's own",
+        section="loss",
+        infinite=False,
+    )
+    reduction: Literal["mean", "sum"] = option(
+        "mean", "reduction of squared errors over an image's dimensions", section="loss"
+    )
+    loss_options: dict[str, float | str] = option(
+        {}, "options of the loss, e.g. {smoothing: 0.1}", section="loss", infinite=False
+    )
+    max_margin: float | None = option(
+        None, "margin beyond which the gradient is zero", section="loss", gt=0, infinite=True
+    )
     winner_mu: float | None = option(
-        None, "Diffusion-SDPO: share of the winner's descent that the loser must leave", ge=0, le=1
+        None, "Diffusion-SDPO: share of the winner's descent that the loser must leave", section="loss", ge=0, le=1
     )
-    winner_weight: float = option(0.0, "of ordinary fine-tuning on winners, added to the loss")
-    anchor_weight: float = option(0.0, "of the squared distance to the reference's output, added to the loss")
+    winner_weight: float = option(
+        0.0, "weight of ordinary fine-tuning on winners, added to the loss", section="loss", infinite=False
+    )
+    anchor_weight: float = option(
+        0.0, "weight of the squared distance to the reference's output", section="loss", infinite=False
+    )
     auto_beta: float | None = option(
-        None, "0.2: beta follows the margins, so that this is the gradient factor of a usual pair", gt=0, lt=0.5
+        None,
+        "adapt beta to the margins, so that a typical pair has this gradient factor; 0.2 is usual",
+        section="loss",
+        gt=0,
+        lt=0.5,
     )
-    auto_beta_range: tuple[float, float] = option((1.0, 10000.0), "within these", gt=0)
-    reference_decay: float = option(0.0, "the reference is this average of the policy; 0: the model as it began")
-    reference_steps: int = option(0, "the reference becomes the policy every so many optimizer steps; 0: never")
-    bins: int = option(5, "margins are logged by noise level in so many parts", le=1000)
+    auto_beta_range: tuple[float, float] = option((1.0, 10000.0), "bounds of the adapted beta", section="loss", gt=0)
+    reference_decay: float = option(
+        0.0,
+        "decay of a reference that averages the policy; 0: the initial model",
+        section="loss",
+        ge=0,
+        lt=1,
+        hint="0.99 is usual",
+    )
+    reference_steps: int = option(
+        0, "optimizer steps between updates of the reference to the policy; 0: never", section="loss", ge=0
+    )
+    bins: int = option(5, "number of noise-level bins that margins are logged by", section="run", ge=1, le=1000)
 
     @property
     def online(self) -> bool:
         """Whether pairs are the model's own images."""
         return bool(self.train_prompts or self.rewards)
+
+    @property
+    def reads_rollouts(self) -> bool:
+        """Whether the run collects rollouts."""
+        return self.online
+
+    def unread(self) -> Mapping[str, str]:
+        """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        if self.online:
+            data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
+            names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
+            names |= dict.fromkeys((f"data.{name}" for name in data), ONLINE)
+        else:
+            names = dict.fromkeys(ONLINE_ONLY, OFFLINE)
+            if self.losers == "data":
+                plan = (field.name for field in dataclasses.fields(self.plan) if field.name != "num_steps")
+                names |= dict.fromkeys((f"plan.{name}" for name in plan), OFFLINE)
+        if self.time_sampling != "logit_normal" or self.times:
+            names |= dict.fromkeys(("time_mean", "time_std"), "read only with time_sampling: logit_normal")
+        if self.times:
+            names["time_sampling"] = "replaced by times"
+        return names if self.auto_beta else names | {"auto_beta_range": "read only with auto_beta"}
 
     def objective(self) -> PairObjective:
         """The loss with its options. ValueError: one that does not go with another."""
@@ -85,15 +174,8 @@ class DiffusionDPOConfig(RolloutConfig):
         )
 
     def validate(self) -> None:
-        """ValueError, with what to write instead, for what cannot train; reads no file."""
+        """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
         super().validate()
-        for name in ("num_pairs", "train_batch_size", "bins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"prompt_dropout lies in [0, 1), got {self.prompt_dropout}")
-        if not self.time_std > 0:
-            raise ValueError(f"time_std must be positive, got {self.time_std}")
         if self.online and self.train_data:
             raise ValueError("train_data and train_prompts with rewards are two sources of pairs: give one")
         if self.data.mask is not None and (self.online or self.losers == "reference"):
@@ -107,10 +189,8 @@ class DiffusionDPOConfig(RolloutConfig):
         self._validate_source()
 
     def _validate_reference(self) -> None:
-        if not 0 <= self.reference_decay < 1:
-            raise ValueError(f"reference_decay lies in [0, 1), got {self.reference_decay}; 0.99 is usual")
-        if self.reference_steps < 0 or (self.reference_steps and self.reference_decay):
-            raise ValueError("give reference_steps (0 or more), or reference_decay: the reference moves one way")
+        if self.reference_steps and self.reference_decay:
+            raise ValueError("give reference_steps or reference_decay, not both: the reference moves one way")
 
     def _validate_source(self) -> None:
         from diffalign.losses.registry import get_loss

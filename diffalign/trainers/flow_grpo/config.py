@@ -1,47 +1,73 @@
-"""What a Flow-GRPO run can be told."""
+"""Configuration of Flow-GRPO."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from diffalign.config import option
-from diffalign.trainers.rollout_config import RolloutConfig
+from diffalign.trainers.rollout_config import AdvantageConfig, RolloutConfig
 
 
 @dataclasses.dataclass(kw_only=True)
-class FlowGRPOConfig(RolloutConfig):
-    """What a Flow-GRPO run can be told. ``validate`` refuses settings that cannot train."""
+class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
+    """Configuration of Flow-GRPO. ``validate`` refuses combinations that cannot train."""
 
-    train_batch_size: int = option(64, "images per forward pass while training")
-    loss: Literal["flow_grpo", "grpo_guard"] = option("flow_grpo", "clipped surrogate, or with a guarded ratio")
-    clip_range: float = option(1.0, "clip range of the ratio, in clip_unit; .inf: no clip", gt=0, infinite=True)
-    clip_unit: Literal["joint", "per_dim"] = option("joint", "nats of an image's log-ratio, or per latent dimension")
-    filter_zero_advantage: bool = option(
-        True, "leave images without an advantage out of the update, unless kl_beta needs them"
+    usage: ClassVar[str] = "diffalign train flow_grpo --config FILE.yaml [--field VALUE ...] [--dry_run]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign train flow_grpo --config configs/flow_grpo/shapes.yaml --max_train_steps 50",
+        "diffalign train flow_grpo --model stabilityai/stable-diffusion-3.5-medium --train_prompts prompts.txt "
+        "--rewards pickscore --dry_run",
     )
-    kl_beta: float = option(0.0, "weight of the KL to the reference, in nats per dimension; 0 costs nothing")
-    kl_kind: Literal["gaussian", "published"] = option("gaussian", "the true KL, or the one of the paper's code")
-    step_weights: Literal["uniform", "tempflow"] = option("uniform", "tempflow: steps that explore more weigh more")
+    essential: ClassVar[tuple[str, ...]] = (
+        "model", "train_prompts", "rewards", "output_dir", "max_train_steps", "learning_rate", "lora.rank",
+        "num_groups", "group_size", "plan.preset",
+    )  # fmt: skip
+
+    train_batch_size: int = option(
+        64, "images per forward pass while training", section="optimizer", resume="free", ge=1
+    )
+    loss: Literal["flow_grpo", "grpo_guard"] = option(
+        "flow_grpo", "flow_grpo: clipped surrogate; grpo_guard: with normalised ratios", section="loss"
+    )
+    clip_range: float = option(
+        1.0, "clip range of the ratio, in clip_unit; .inf disables clipping", section="loss", gt=0, infinite=True
+    )
+    clip_unit: Literal["joint", "per_dim"] = option(
+        "joint", "log-ratio to clip: of an image (sum), or per latent dimension (mean)", section="loss"
+    )
+    filter_zero_advantage: bool = option(
+        True, "skip images with zero advantage, unless kl_beta needs them", section="loss"
+    )
+    kl_beta: float = option(
+        0.0, "weight of the KL to the reference, in nats per dimension; 0: no KL", section="loss", ge=0
+    )
+    kl_kind: Literal["gaussian", "published"] = option(
+        "gaussian", "gaussian: the exact KL; published: that of the paper's code", section="loss"
+    )
+    step_weights: Literal["uniform", "tempflow"] = option(
+        "uniform", "weights of the steps; tempflow: by their noise", section="loss"
+    )
     old_log_prob: Literal["rollout", "recompute"] = option(
-        "rollout", "recompute: another pass at training shapes, for bf16 or when batch sizes differ"
+        "rollout", "recompute: another pass at training shapes, for bf16 or unequal batch sizes", section="loss"
     )
 
     @property
     def filters(self) -> bool:
-        """Whether updates leave out images without an advantage: not where a KL pulls on each image."""
+        """Whether updates skip images with zero advantage: not where a KL acts on every image."""
         return self.filter_zero_advantage and self.kl_beta == 0
 
+    def unread(self) -> Mapping[str, str]:
+        """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        return {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
+
     def validate(self) -> None:
-        """ValueError, with what to write instead, for what cannot train; reads no file."""
+        """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
         super().validate()
         from diffalign.diffusion.plan import make_plan
         from diffalign.losses.flow_grpo import clip_range_per_dimension
 
-        if self.train_batch_size < 1:
-            raise ValueError(f"train_batch_size must be at least 1, got {self.train_batch_size}")
-        if self.kl_beta < 0:
-            raise ValueError(f"kl_beta must be 0 or more, got {self.kl_beta}")
         clip_range_per_dimension(self.clip_range, self.clip_unit, 1)
         if not make_plan(self.plan, 0, self.seed).trained_steps:
             raise ValueError(f"plan.preset {self.plan.preset!r} draws no noise, so that it has no density to train")

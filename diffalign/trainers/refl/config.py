@@ -1,97 +1,117 @@
-"""What a ReFL run can be told."""
+"""Configuration of ReFL and other direct reward gradients."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar
 
 from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
-from diffalign.trainers.config import TrainerConfig
-
-if TYPE_CHECKING:
-    import torch
+from diffalign.trainers.rollout_config import ScoredSamplesConfig
 
 
 @dataclasses.dataclass(kw_only=True)
-class ReFLConfig(TrainerConfig):
-    """What a ReFL run can be told. ``validate`` refuses settings that cannot train."""
+class ReFLConfig(ScoredSamplesConfig):
+    """Configuration of ReFL and other direct reward gradients. ``validate`` refuses combinations that cannot train."""
 
-    train_prompts: Path | None = option(None, ".txt or .jsonl of training prompts")
+    usage: ClassVar[str] = "diffalign train refl --config FILE.yaml [--field VALUE ...] [--dry_run]"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diffalign train refl --config configs/refl/shapes.yaml --max_train_steps 50",
+        "diffalign train refl --model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_prompts prompts.txt "
+        "--rewards image_reward --recipe draft_1 --dry_run",
+    )
+    essential: ClassVar[tuple[str, ...]] = (
+        "model", "train_prompts", "rewards", "recipe.preset", "output_dir", "max_train_steps", "learning_rate",
+        "lora.rank", "num_groups", "train_batch_size",
+    )  # fmt: skip
+
     train_rollouts: Path | None = option(
-        None, "rollout buffer on disk (save_rollouts): samplings go on from its states, with its prompts"
+        None,
+        "rollout buffer on disk (save_rollouts): continue sampling from its states, with its prompts",
+        section="data",
     )
-    train_images: tuple[str, ...] = option((), "real images with captions, where the recipe uses some; as train_data")
+    train_images: tuple[str, ...] = option(
+        (), "real images with captions, for recipes that use them: files, folders or hub ids", section="data"
+    )
     data: PreferenceDataConfig = option(
-        PreferenceDataConfig(), "how these are read; of pairs the preferred image counts"
+        PreferenceDataConfig(), "how train_images are read; of pairs the preferred image is used", section="data"
     )
-    rewards: dict[str, float | RewardConfig] = option(
-        {},
-        "differentiable rewards and their weights, or {weight, reward, options}; a name alone weighs 1",
-        bare=1.0,
-        guard=guard_rewards,
+    thresholds: dict[str, float] = option(
+        {}, "thresholds of the losses hinge and distance, by reward, in its units", section="loss", infinite=False
     )
-    thresholds: dict[str, float] = option({}, "c of the losses hinge and distance, by reward, in its units")
-    recipe: RecipeConfig = option(RecipeConfig(), "which steps carry the gradient, what the reward sees, the losses")
-    max_unscored: float = option(0.2, "largest share of a step's images that rewards may fail on")
-    num_groups: int = option(16, "prompts per optimizer step, over all processes", le=1_000_000)
-    group_size: int = option(1, "images per prompt", le=1_000_000)
-    rollout_batch_size: int = option(16, "images that are sampled together, on the same random steps")
-    train_batch_size: int = option(16, "images per pass with gradients; gradients of passes add up")
-    step_checkpointing: bool = option(False, "keep the inputs of the denoiser's recorded calls only, one process")
-    vae_checkpointing: bool = option(False, "gradient checkpointing of the VAE's decoder")
-    decode_slice: int = option(0, "images decoded and judged at once, with exact gradients; 0: those of a pass")
-    decode_precision: Literal["no", "bf16"] = option("no", "the VAE's while training; evaluations decode in float32")
-    eval_batch_size: int = option(64, "images per forward pass of an evaluation")
-    eval_num_steps: int | None = option(None, "ODE steps of the evaluation; default: recipe.num_steps", ge=1, le=10_000)
-    base_share: float = option(0.0, "of an evaluation's steps, the first ones, made by the base: ImageReFL")
+    recipe: RecipeConfig = option(
+        RecipeConfig(), "steps that carry the gradient, what the reward scores, losses", section="loss"
+    )
+    num_groups: int = option(
+        16, "prompts per optimizer step, over all processes", section="sampling", ge=1, le=1_000_000
+    )
+    group_size: int = option(1, "images per prompt", section="sampling", ge=1, le=1_000_000)
+    rollout_batch_size: int = option(
+        16, "images to sample together, on the same random steps", section="sampling", resume="free", ge=1
+    )
+    train_batch_size: int = option(
+        16, "images per pass with gradients; gradients accumulate", section="optimizer", resume="free", ge=1
+    )
+    step_checkpointing: bool = option(
+        False,
+        "store only the denoiser's inputs of each step with gradient and recompute the rest; single process only",
+        section="performance",
+    )
+    vae_checkpointing: bool = option(False, "gradient checkpointing of the VAE decoder", section="performance")
+    decode_slice: int = option(
+        0, "images to decode and score at once, with exact gradients; 0: all of a pass", section="performance", ge=0
+    )
+    eval_batch_size: int = option(64, "images per forward pass of an evaluation", section="evaluation", ge=1)
+    base_share: float = option(
+        0.0,
+        "share of an evaluation's steps, the first ones, made by the base model (ImageReFL)",
+        section="evaluation",
+        ge=0,
+        lt=1,
+    )
     held_out: dict[str, float | RewardConfig] = option(
-        {}, "rewards that evaluations report and nothing trains on", bare=1.0, guard=guard_rewards
+        {},
+        "rewards that evaluations report and nothing trains on",
+        bare=1.0,
+        section="evaluation",
+        guard=guard_rewards,
+        infinite=False,
     )
-    sharpness_step: float = option(0.01, "of the sharpness alarm, in pixel values; 0 turns it off")
+    sharpness_step: float = option(
+        0.01, "step size of the sharpness alarm, in pixel values; 0 disables it", section="evaluation", ge=0
+    )
     alarm_factor: float = option(
-        2.0, "the alarm rings where sharpness is so many times that of the base's images", infinite=True
+        2.0,
+        "raise the alarm where sharpness is this many times that of the base's images",
+        section="evaluation",
+        gt=1,
+        infinite=True,
     )
-    watch: str | None = option(None, "what early stopping follows; default: the first of held_out, else accuracy")
-    early_stopping: int = option(0, "evaluations without a better watched figure before a run ends; 0: never")
-
-    def __post_init__(self) -> None:
-        """Paths may be given as text."""
-        super().__post_init__()
-        self.train_prompts = self.train_prompts and Path(self.train_prompts)
-        self.train_rollouts = self.train_rollouts and Path(self.train_rollouts)
-
-    @property
-    def decode_dtype(self) -> torch.dtype:
-        """What the VAE computes in while training."""
-        import torch
-
-        return torch.bfloat16 if self.decode_precision == "bf16" else torch.float32
+    watch: str | None = option(
+        None, "metric for early stopping; default: the first of held_out, else accuracy", section="evaluation"
+    )
+    early_stopping: int = option(
+        0, "evaluations without improvement after which the run ends; 0: never", section="evaluation", ge=0
+    )
 
     @property
     def watched(self) -> str:
-        """The figure that early stopping follows."""
+        """The metric that early stopping follows."""
         return self.watch or next(iter(self.held_out), "accuracy")
 
+    def unread(self) -> Mapping[str, str]:
+        """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        names = {} if self.train_images else {"data": "read only with train_images"}
+        return names if self.sharpness_step else names | {"alarm_factor": "read only with a sharpness_step above 0"}
+
     def validate(self) -> None:
-        """ValueError, with what to write instead, for what cannot train; reads no file."""
+        """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
         super().validate()
-        for name in ("num_groups", "group_size", "rollout_batch_size", "train_batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("decode_slice", "sharpness_step", "early_stopping"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.max_unscored <= 1:
-            raise ValueError(f"max_unscored is a share, in [0, 1], got {self.max_unscored}")
-        if not 0 <= self.base_share < 1:
-            raise ValueError(f"base_share lies in [0, 1), got {self.base_share}")
-        if not self.alarm_factor > 1:
-            raise ValueError(f"alarm_factor must be more than 1, got {self.alarm_factor}")
         if self.early_stopping and not self.eval_steps:
             raise ValueError("early_stopping needs evaluations on the way: give eval_steps")
         self._validate_recipe()
@@ -137,7 +157,7 @@ class ReFLConfig(TrainerConfig):
             return
         if self.group_size < 2:
             raise ValueError(
-                f"group_size {self.group_size}: a lone image has no group to be compared with; use 2 or more"
+                f"group_size must be at least 2, got {self.group_size}: the loss 'group' compares images of a prompt"
             )
         sizes = {"rollout_batch_size": self.rollout_batch_size, "train_batch_size": self.train_batch_size}
         sizes |= {"decode_slice": self.decode_slice, "the images of a process": images // processes}

@@ -1,0 +1,111 @@
+"""JSON Schema (draft 2020-12) of a configuration, by which editors complete and check its YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal
+
+from diffalign.config.ranges import Range, range_of
+from diffalign.config.schema import arms_of, bare_field, config_arm, default_of, init_fields
+from diffalign.config.unread import plain
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SCALARS: dict[Any, dict[str, Any]] = {
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    str: {"type": "string"},
+    Path: {"type": "string"},
+    type(None): {"type": "null"},
+    Any: {},
+}
+LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def json_schema(cls: Any) -> dict[str, Any]:
+    """Return the schema of the files of a configuration class; what only the command line may set is left out."""
+    return {"$schema": DIALECT, "title": cls.__name__, **_object(cls, MISSING)}
+
+
+def schema_text(cls: Any) -> str:
+    """The schema as JSON text, as ``configs/schema`` holds it."""
+    return json.dumps(json_schema(cls), indent=2, ensure_ascii=False) + "\n"
+
+
+def print_schema(argv: Sequence[str]) -> None:
+    """Print the schema of a trainer: ``diffalign schema TRAINER``. ValueError: names the trainers that there are."""
+    # By name: this room may not import the trainers' rooms.
+    classes: Mapping[str, Sequence[str]] = importlib.import_module("diffalign.cli").TRAINERS.entries
+    if len(argv) != 1 or argv[0] not in classes:
+        given = f", not {' '.join(argv)[:200]!r}" if argv else ""
+        raise ValueError(f"name one trainer: {', '.join(classes)}{given}: diffalign schema {next(iter(classes))}")
+    module, _, name = classes[argv[0]][0].partition(":")
+    print(schema_text(getattr(importlib.import_module(module), name)), end="")
+
+
+def _object(cls: Any, base: Any) -> dict[str, Any]:
+    """The schema of a configuration class. base: the default of the section, where there is one."""
+    properties, required = {}, []
+    for field, hint in init_fields(cls):
+        if field.metadata.get("typed_only"):
+            continue
+        default = default_of(field, base)
+        properties[field.name] = _property(field, hint, default)
+        if default is MISSING and config_arm(hint) is None:
+            required.append(field.name)
+    found: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    return found | ({"required": required} if required else {})
+
+
+def _property(field: dataclasses.Field[Any], hint: Any, default: Any) -> dict[str, Any]:
+    options = _of(hint, range_of(field), default)
+    if field.metadata.get("bare") is not None:
+        options += [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]
+    found = options[0] if len(options) == 1 else {"anyOf": options}
+    if text := field.metadata.get("help"):
+        found = {"description": text, **found}
+    if default is MISSING or dataclasses.is_dataclass(default):
+        return found
+    return found | {"default": plain(default)}
+
+
+def _of(hint: Any, limits: Range, default: Any = MISSING) -> list[dict[str, Any]]:
+    """The alternatives that an annotation allows."""
+    return [found for arm in arms_of(hint) for found in _arm(arm, limits, default)]
+
+
+def _arm(arm: Any, limits: Range, default: Any) -> list[dict[str, Any]]:
+    origin, inner = typing.get_origin(arm), typing.get_args(arm)
+    if origin is Literal:
+        return [{"enum": list(inner)}]
+    if config_arm(arm) is not None:
+        own = [_object(arm, default if isinstance(default, arm) else MISSING)]
+        if (name := bare_field(arm)) is None:
+            return own
+        field, hint = next((field, hint) for field, hint in init_fields(arm) if field.name == name)
+        return [*own, *_of(hint, range_of(field))]
+    if origin is dict:
+        return [{"type": "object", "additionalProperties": _one(inner[1], limits)}]
+    if origin in (list, tuple):
+        # A list may be written as text with commas too.
+        return [_array(origin, inner, limits), {"type": "string"}]
+    bounds = {word: getattr(limits, name) for name, word in LIMITS.items() if getattr(limits, name) is not None}
+    return [SCALARS[arm] | (bounds if arm in (int, float) else {})]
+
+
+def _array(origin: type, inner: Sequence[Any], limits: Range) -> dict[str, Any]:
+    if origin is list or inner[1:] == (...,):
+        return {"type": "array", "items": _one(inner[0], limits)}
+    items = [_one(hint, limits) for hint in inner]
+    return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+
+
+def _one(hint: Any, limits: Range) -> dict[str, Any]:
+    found = _of(hint, limits)
+    return found[0] if len(found) == 1 else {"anyOf": found}

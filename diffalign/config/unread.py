@@ -1,0 +1,62 @@
+"""Refuse options that a run would not read.
+
+A configuration class may have a method ``unread() -> Mapping[str, str]``: the dotted name of each field that a run of
+this configuration does not read, or of a whole section, and why. Such a field is refused where it was set, even to its
+default, and is not written to files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.config.fields import given_names
+from diffalign.config.renamed import REMOVED
+from diffalign.config.schema import ConfigError
+
+
+def covering(names: Collection[str], path: str) -> str | None:
+    """The entry of ``names`` that is ``path`` or a section around it."""
+    parts = path.split(".")
+    return next((name for i in range(len(parts)) if (name := ".".join(parts[: i + 1])) in names), None)
+
+
+def unread_names(config: Any) -> Mapping[str, str]:
+    """What ``unread`` of a configuration says; empty for a class without the method."""
+    return config.unread() if hasattr(config, "unread") else {}
+
+
+def accepts(config: Any, path: str) -> bool:
+    """Whether a run of a configuration reads the field at a dotted path; one that is gone it does not."""
+    return covering(unread_names(config), path) is None and path not in REMOVED.get(type(config).__name__, {})
+
+
+def refuse_unread(config: Any) -> None:
+    """Raise ConfigError for fields that were set and would not be read, a sentence per reason."""
+    unread, found = unread_names(config), dict[str, list[str]]()
+    for path in given_names(config):
+        if (name := covering(unread, path)) is not None:
+            found.setdefault(unread[name], []).append(path)
+    if found:
+        raise ConfigError(
+            f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
+            for reason, paths in found.items()
+        )
+
+
+def plain(value: Any, unread: Collection[str] = (), path: str = "") -> Any:
+    """Convert a value to dicts, lists and scalars, without typed-only fields and those named by ``unread``."""
+    if dataclasses.is_dataclass(value):
+        found = {}
+        for field in dataclasses.fields(value):
+            own = f"{path}.{field.name}" if path else field.name
+            if field.init and not field.metadata.get("typed_only") and own not in unread:
+                found[field.name] = plain(getattr(value, field.name), unread, own)
+        return found
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
