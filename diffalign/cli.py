@@ -12,24 +12,13 @@ from typing import Any
 
 from diffalign.config import describe, parse
 from diffalign.console import closing_pipes, one_line_logs, one_line_warnings
-from diffalign.lazy import LazyTable, load
+from diffalign.lazy import load
 from diffalign.messages import bounded, explain
 from diffalign.preflight import inspect
 from diffalign.runtime.output import steady_output
+from diffalign.trainers import registry
+from diffalign.trainers.registry import unknown
 
-TRAINERS = LazyTable(
-    {
-        "diffusion_dpo": (
-            "diffalign.trainers.diffusion_dpo.config:DiffusionDPOConfig",
-            "diffalign.trainers.diffusion_dpo.algorithm:DiffusionDPOTrainer",
-        ),
-        "flow_grpo": (
-            "diffalign.trainers.flow_grpo.config:FlowGRPOConfig",
-            "diffalign.trainers.flow_grpo.algorithm:FlowGRPOTrainer",
-        ),
-        "refl": ("diffalign.trainers.refl.config:ReFLConfig", "diffalign.trainers.refl.algorithm:ReFLTrainer"),
-    }
-)
 HELP = ("--help", "-h")
 DRY_RUN = "dry_run"
 USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]
@@ -59,10 +48,9 @@ def use_all_cores() -> None:
 
 def train(argv: Sequence[str]) -> int | None:
     """``diffalign train TRAINER ...``: resolve the configuration, then train, or print what training would do."""
-    if not argv or argv[0] not in TRAINERS:
-        asked = f", not {argv[0]!r}{_closest(argv[0], TRAINERS)}" if argv and argv[0] not in HELP else ""
-        raise ValueError(f"name a trainer: {', '.join(TRAINERS)}{asked}")
-    config_class = load(TRAINERS.entries[argv[0]][0])
+    if not argv or argv[0] in HELP:
+        raise ValueError(unknown())
+    config_class = registry.config_class(argv[0], allow_code=True)  # code is typed here, which is consent
     if _asks_for_help(argv):
         switch = "print configuration, batches, model evaluations, memory and time; write nothing"
         print(f"--{DRY_RUN}\n    {switch}\n{describe(config_class)}")
@@ -72,14 +60,14 @@ def train(argv: Sequence[str]) -> int | None:
     inspect(args, weights=not dry)
     use_all_cores()
     one_line_logs()
-    trainer_class = TRAINERS[argv[0]][1]
+    entry = registry.find_algorithm(argv[0], allow_code=True)
     if dry:
         with closing_pipes():
-            return load("diffalign.forecast.dry_run:dry_run")(argv[0], args, trainer_class)
+            return load("diffalign.forecast.dry_run:dry_run")(entry, args)
     # While a model loads there is nothing to save; the run has handlers of its own.
     load("diffalign.runtime.signals:exit_on_signals")()
     with load("diffalign.runtime.watchdog:Watchdog")(args.hang_timeout, args.output_dir, loading=True):
-        trainer = trainer_class(args=args)
+        trainer = entry.trainer(args=args)
     trainer.train()
     return None
 
@@ -127,14 +115,11 @@ class Command:
         return load(self.run)(config)
 
 
-def doctor(config: Any) -> int:
-    """Try what a training needs on this machine."""
-    return load("diffalign.commands.doctor.command:run")(config, TRAINERS)
-
-
-def schema(argv: Sequence[str]) -> object:
+def schema(argv: Sequence[str]) -> None:
     """``diffalign schema TRAINER``: print the JSON Schema of its configuration."""
-    return load("diffalign.config.json_schema:print_schema")(argv)
+    if len(argv) != 1:
+        raise ValueError(f"{unknown()}: diffalign schema flow_grpo")
+    print(load("diffalign.config.json_schema:schema_text")(registry.config_class(argv[0], allow_code=True)), end="")
 
 
 EVALUATION = "diffalign.commands.evaluate_config:EvaluationConfig"
@@ -145,7 +130,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "score": Command("diffalign.commands.score_config:ScoreConfig", "diffalign.commands.score:run", "images"),
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
-    "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.cli:doctor"),
+    "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.commands.doctor.command:run"),
     "schema": schema,
 }
 
@@ -171,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if argv and argv[0] == "--version":
                 print(load("diffalign:__version__"))
                 return 0
-            print(USAGE.format(trainers=", ".join(TRAINERS)))
+            print(USAGE.format(trainers=", ".join(registry.algorithm_names())))
         if argv and argv[0] not in HELP:
             print(f"diffalign: there is no command {argv[0]!r}{_closest(argv[0], COMMANDS)}", file=sys.stderr)
         return 0 if argv and argv[0] in HELP else 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -30,25 +30,3 @@ def load(where: Any) -> Any:
         return where
     module, _, name = where.partition(":")
     return getattr(import_module(module), name)
-
-
-class LazyTable(Mapping[str, tuple[Any, ...]]):
-    """Name -> objects, each given as ``"module:name"`` and imported when it is looked up."""
-
-    def __init__(self, entries: Mapping[str, tuple[Any, ...]]) -> None:
-        self.entries = dict(entries)
-
-    def __getitem__(self, name: str) -> tuple[Any, ...]:
-        return tuple(load(where) for where in self.entries[name])
-
-    def __setitem__(self, name: str, entry: tuple[Any, ...]) -> None:
-        self.entries[name] = entry
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries

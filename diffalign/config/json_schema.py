@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal
@@ -36,17 +35,6 @@ def json_schema(cls: Any) -> dict[str, Any]:
 def schema_text(cls: Any) -> str:
     """The schema as JSON text, as ``configs/schema`` holds it."""
     return json.dumps(json_schema(cls), indent=2, ensure_ascii=False) + "\n"
-
-
-def print_schema(argv: Sequence[str]) -> None:
-    """Print the schema of a trainer: ``diffalign schema TRAINER``. ValueError: names the trainers that there are."""
-    # By name: this room may not import the trainers' rooms.
-    classes: Mapping[str, Sequence[str]] = importlib.import_module("diffalign.cli").TRAINERS.entries
-    if len(argv) != 1 or argv[0] not in classes:
-        given = f", not {' '.join(argv)[:200]!r}" if argv else ""
-        raise ValueError(f"name one trainer: {', '.join(classes)}{given}: diffalign schema {next(iter(classes))}")
-    module, _, name = classes[argv[0]][0].partition(":")
-    print(schema_text(getattr(importlib.import_module(module), name)), end="")
 
 
 def _object(cls: Any, base: Any) -> dict[str, Any]:

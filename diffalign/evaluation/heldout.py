@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,15 +16,14 @@ from torch.nn.functional import pad
 from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.sampling import spread_evenly
-from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
-from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import Reward
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
-from diffalign.rollout.sampler import SamplingPlan, ode_plan
+from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import score
-from diffalign.structures import Guidance, Level, Prompt
+from diffalign.runtime.run import Run
+from diffalign.structures import Prompt
 
 EVALUATION_SEED = 0  # the same noise for runs with different seeds
 MAX_SHOWN = 12  # prompts in grids and logged images
@@ -59,47 +58,30 @@ class Evaluation:
     """Sample and score held-out prompts, which are split over all processes."""
 
     def __init__(
-        self,
-        model: DiffusionModel,
-        prompts: Sequence[Prompt],
-        rewards: Mapping[str, Reward],
-        encoded: PromptEmbeddingCache,
-        accelerator: Accelerator,
-        *,
-        images_per_prompt: int,
-        batch_size: int,
-        pulse: Callable[[], None],
-        even: bool = False,
+        self, run: Run[Any], prompts: Sequence[Prompt], rewards: Mapping[str, Reward], *, even: bool = False
     ) -> None:
         """Select the prompts of this process.
 
         Args:
-            model: The model to evaluate, with the weights in use.
+            run: The training, whose model and weights in use are evaluated.
             prompts: All held-out prompts.
             rewards: Name -> reward, the primary reward first.
-            encoded: Cache with the embeddings of ``prompts``.
-            accelerator: Gives rank and world size.
-            images_per_prompt: Samples per prompt.
-            batch_size: Images per sampling batch.
-            pulse: Called after each batch.
             even: Pad with discarded images, so that all ranks sample equally many (needed for sharded weights).
         """
-        self.model, self.rewards, self.encoded = model, rewards, encoded
+        self.model, self.rewards, self.encoded, self.heartbeat = run.model, rewards, run.prompts, run.heartbeat
         self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
-        self.index = list(range(len(prompts)))[accelerator.process_index :: accelerator.num_processes]
+        self.index = list(range(len(prompts)))[run.rank :: run.world]
         self.prompts = [prompts[i] for i in self.index]
-        self.per_prompt, self.batch_size, self.pulse = images_per_prompt, batch_size, pulse
-        most = -(-len(prompts) // accelerator.num_processes)
-        self.extra = (most - len(self.index)) * images_per_prompt if even else 0
+        self.per_prompt, self.batch_size = run.config.eval_images_per_prompt, 1
+        most = -(-len(prompts) // run.world)
+        self.extra = (most - len(self.index)) * self.per_prompt if even else 0
         self.filler = list(prompts[:1]) if self.extra else []
 
-    def run(self, levels: Level, guidance: Guidance, base_steps: int = 0) -> tuple[dict[str, float], Shown]:
+    def run(self, plan: SamplingPlan) -> tuple[dict[str, float], Shown]:
         """Evaluate the weights in use.
 
         Args:
-            levels: The S + 1 levels of the ODE schedule.
-            guidance: Guidance of every step.
-            base_steps: See ``SamplingPlan``.
+            plan: How to sample.
 
         Returns:
             Metrics over all processes, and the scored images. "accuracy" is the mean of the first reward, also per
@@ -109,7 +91,7 @@ class Evaluation:
         prompts = [p for p in self.prompts for _ in range(self.per_prompt)]
         row = torch.arange(len(prompts))
         own, sample = row // self.per_prompt, row % self.per_prompt
-        images = self._images(SamplingPlan(ode_plan(len(levels) - 1), levels, guidance, base_steps), own, sample)
+        images = self._images(plan, own, sample)
         scored = score(self.rewards, images, prompts) if prompts else dict.fromkeys(self.rewards, torch.empty(0))
         scores = {name: scored[name] for name in self.rewards}
 
@@ -121,6 +103,7 @@ class Evaluation:
         all_rows, spread = sorted(gather_object(rows)), gather_object(spread)
         diversity = sum(n * value for n, value in spread) / sum(n for n, _ in spread) if spread else None
 
+        scale = 1.0 if plan.guidance is None else plan.guidance.scale
         chosen = torch.tensor(spread_evenly(len(self.prompts), MAX_SHOWN), dtype=torch.long) * self.per_prompt
         shown = Shown(
             [prompts[i].text for i in chosen.tolist()],
@@ -130,7 +113,7 @@ class Evaluation:
             [row[2] for row in all_rows],
             {name: torch.tensor([row[3 + k] for row in all_rows]) for k, name in enumerate(scores)},
             diversity,
-            f"{self.digest} {self.per_prompt} images, {len(levels) - 1} steps, guidance {guidance.scale}",
+            f"{self.digest} {self.per_prompt} images, {len(plan.plan)} steps, guidance {scale}",
         )
         return summary(shown), shown
 
@@ -150,7 +133,7 @@ class Evaluation:
         with self.model.keeping(VAE):
             for _, images in generate(self.model, plan, conditioning, own, noise_keys, self.batch_size):
                 batches.append(images.cpu())
-                self.pulse()
+                self.heartbeat()
         return torch.cat(batches)[:count]
 
 

@@ -1,25 +1,28 @@
-"""The dry run of a training: its configuration, its arithmetic, its memory and its time. It writes nothing."""
+"""Dry run of a training: print its configuration, model evaluations, memory and time; write nothing."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from diffalign.config import to_yaml
-from diffalign.forecast.cost import Method, Share, Work, run_work
+from diffalign.forecast.cost import run_work
 from diffalign.forecast.memory import free_memory, memory_lines, memory_of
-from diffalign.forecast.per_trainer import METHODS
 from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.weight_memory import Spread
 from diffalign.rewards.support.probe import untried
 from diffalign.runtime.processes import wants_shards
-from diffalign.trainers.arguments import load_optional
+from diffalign.trainers.base import Trainer
+from diffalign.trainers.cost import Share, Work
+from diffalign.trainers.inputs import load_optional
+from diffalign.trainers.registry import Entry
 
+UNKNOWN = "not estimated: algorithm {name} registers no cost"
 MEANING = {
     "sampling": "to make images",
     "training": "forward and backward, at most",
@@ -28,35 +31,49 @@ MEANING = {
 }
 
 
-def dry_run(name: str, args: Any, trainer: type) -> int:
-    """Prints what the run of trainer ``name`` will do; 1 where it does not fit. ValueError: it cannot run at all."""
-    args.validate()
+def dry_run(entry: Entry, config: Any) -> int:
+    """Print what a run of an algorithm will do.
+
+    Returns:
+        0, or 1 if it does not fit into memory.
+
+    Raises:
+        ValueError: It cannot run at all.
+    """
+    config.validate()
     share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     spread = None
     if (shards := wants_shards(torch.device("cpu"))) is not None:
-        args.validate_shards()
+        config.validate_shards()
         spread = Spread(share.world, shards.keep)
-    show = print if share.rank == 0 else lambda *lines: None
-    show(f"configuration\n{_indented(to_yaml(args).splitlines())}")
-    method = METHODS[name]
-    show(f"\nbatches\n{_indented(method.batches(args, share))}")
-    held_out = len(load_optional(args.eval_prompts))
+    show: Callable[[str], None] = print if share.rank == 0 else lambda text: None
+    show(f"configuration\n{_indented(to_yaml(config).splitlines())}")
+    if entry.cost is None:
+        show(f"\nbatches, evaluations, memory and time\n{_indented([UNKNOWN.format(name=entry.name)])}")
+        with untried():
+            entry.trainer(args=config)
+        return 0
+    cost = entry.cost
+    show(f"\nbatches\n{_indented(cost.batches(config, share))}")
+
+    held_out = len(load_optional(config.eval_prompts))
     model = model_on_meta(
-        args.model,
-        revision=args.revision,
-        dtype=args.base_dtype,
-        max_sequence_length=args.max_sequence_length,
-        resolution=args.resolution,
-        embedded_guidance=args.embedded_guidance,
+        config.model,
+        revision=config.revision,
+        dtype=config.base_dtype,
+        max_sequence_length=config.max_sequence_length,
+        resolution=config.resolution,
+        embedded_guidance=config.embedded_guidance,
     )
-    # Whether a scale guides is the family's to say; the weight of the positive output means one thing in all of them.
-    counted = replace(args, guidance_scale=model.guidance_factor(args.guidance_scale))
-    total = sum((run_work(method, counted, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
-    show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, args))}")
-    method.train(args, model)
-    # In main memory there is no place to leave to.
-    there = args if torch.cuda.is_available() else replace(args, offload=())
-    forecast = memory_of(model, method, there, share, spread)
+    # Families define guidance scales differently; the weight of the positive output means one thing in all of them.
+    counted = replace(config, guidance_scale=model.guidance_factor(config.guidance_scale))
+    total = sum((run_work(cost, counted, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
+    show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, config))}")
+
+    cost.train(config, model)
+    # In main memory, offloading frees nothing.
+    there = config if torch.cuda.is_available() else replace(config, offload=())
+    forecast = memory_of(model, cost, there, share, spread)
     free, place = free_memory()
     show(f"\nmemory of a process\n{_indented(memory_lines(forecast, free, place))}")
     show("\ntime")
@@ -64,15 +81,15 @@ def dry_run(name: str, args: Any, trainer: type) -> int:
         advice = "set offload: [text_encoders, vae], shard it (configs/accelerate), or take a smaller model"
         show(_indented([f"not measured: it does not fit. Where it is not done yet, {advice}"]))
         return 1
-    timed = replace(method, passes=lambda _: method.passes(counted))
     with untried():
-        made = trainer(args=args)
-    return _timed(made, timed, run_work(method, counted, share, held_out), show)
+        trainer = entry.trainer(args=config)
+    return _timed(trainer, cost.passes(counted), run_work(cost, counted, share, held_out), show)
 
 
-def _timed(trainer: Any, method: Method, work: Work, show: Any) -> int:
+def _timed(trainer: Trainer[Any], passes: tuple[int, int], work: Work, show: Callable[[str], None]) -> int:
+    """Time passes of a trainer. passes: images per pass (while sampling, while training)."""
     try:
-        pace = measure(trainer, *method.passes(trainer.args), work.judged > 0)
+        pace = measure(trainer.run, trainer.loop.state.optimizer, *passes, judging=work.judged > 0)
     except torch.OutOfMemoryError as error:
         batches = "train_batch_size or rollout_batch_size, or set gradient_checkpointing: true"
         show(_indented([f"a pass does not fit ({str(error).splitlines()[0]}): lower {batches}"]))

@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import torch
 
-from diffalign.forecast.cost import Method, Share
 from diffalign.models import DiffusionModel
 from diffalign.models.quantise import saved_bytes
 from diffalign.models.weight_memory import MemoryNeeds, Spread, memory_needs
+from diffalign.trainers.cost import Cost, Share
 
 GIB = 2**30
 
@@ -35,13 +35,13 @@ class Forecast:
         return max(self.phases.values())
 
 
-def memory_of(model: DiffusionModel, method: Method, args: Any, share: Share, spread: Spread | None = None) -> Forecast:
+def memory_of(model: DiffusionModel, cost: Cost, args: Any, share: Share, spread: Spread | None = None) -> Forecast:
     """What a process will hold. model: made trainable, on meta or not. spread: None where nothing is in shards."""
-    needs = memory_needs(model, pairs=0, copies=method.copies(args), offload=args.offload, spread=spread)
+    needs = memory_needs(model, pairs=0, copies=cost.copies(args), offload=args.offload, spread=spread)
     if args.optimizer == "adamw_8bit":
         needs = replace(needs, moments=needs.moments // torch.float32.itemsize)
-    saved, stored = saved_bytes(model.raw_denoiser, args.quantise), method.stored(args, model.latent_shape(), share)
-    phases = {name: size + stored - saved for name, size in needs.phases(method.grad_through).items()}
+    saved, stored = saved_bytes(model.raw_denoiser, args.quantise), cost.stored(args, model.latent_shape(), share)
+    phases = {name: size + stored - saved for name, size in needs.phases(cost.grad_through).items()}
     return Forecast(needs, stored, saved, phases)
 
 

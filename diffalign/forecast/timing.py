@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
-from diffalign.forecast.cost import Work
 from diffalign.models.offload import VAE
 from diffalign.rollout.generate import decode
+from diffalign.runtime.run import Run
 from diffalign.structures import Guidance
-from diffalign.trainers.base import Trainer
+from diffalign.trainers.cost import Work
 
 REPEATS = 3
 
@@ -37,12 +39,22 @@ class Pace:
         return passes + (work.judged * self.judging if work.judged else work.generated * self.decoding)
 
 
-def measure(trainer: Trainer, sampling: int, training: int, judging: bool = False) -> Pace:
-    """Times passes of so many images. judging: decoding with a gradient too. torch.OutOfMemoryError: one does not fit.
+def measure(
+    run: Run[Any], optimizer: AcceleratedOptimizer, sampling: int, training: int, *, judging: bool = False
+) -> Pace:
+    """Time passes of ``sampling`` and ``training`` images.
 
-    Where a negative prompt is trained, half of a training pass is its.
+    Args:
+        run: The training. Half of a training pass is for the negative output where a negative prompt is trained.
+        optimizer: Its optimizer, whose gradients are cleared.
+        sampling: Images per pass without gradients.
+        training: Images per pass with a backward pass.
+        judging: Whether to time decoding with a gradient too.
+
+    Raises:
+        torch.OutOfMemoryError: A pass does not fit.
     """
-    model, device = trainer.model, trainer.accelerator.device
+    model, device = run.model, run.accelerator.device
     row, level = model.encode(["a photo"]), model.levels(2)[0]
 
     def predict(images: int, guidance: Guidance | None = None) -> torch.Tensor:
@@ -50,9 +62,13 @@ def measure(trainer: Trainer, sampling: int, training: int, judging: bool = Fals
         return model.predict(x, level, row[torch.zeros(images, dtype=torch.long)], guidance)
 
     def backward() -> None:
-        output = predict(training) if model.negative is None else predict(training // 2, trainer.guidance)
-        trainer.accelerator.backward(output.square().mean())
-        trainer.loop.optimizer.zero_grad(set_to_none=True)
+        if model.negative is None:
+            output = predict(training)
+        else:
+            negative = model.negative.conditioning(run.module())
+            output = predict(training // 2, Guidance(run.guidance_scale, negative))
+        run.accelerator.backward(output.square().mean())
+        optimizer.zero_grad(set_to_none=True)
 
     def judge() -> None:
         latents = torch.zeros(1, *model.latent_shape(), device=device, requires_grad=True)

@@ -108,6 +108,10 @@ class ScoreBook:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the thread, and end it."""
         self._thread.shutdown()
 
     def add(self, images: Tensor, prompts: Sequence[Prompt], aside: bool = False) -> None:

@@ -1,400 +1,388 @@
-"""The training loop of every trainer: backward, guard, optimizer, EMA, logging, checkpoints and evaluations.
+"""The training loop of every trainer: iterations, backward passes, guard, logging, checkpoints and evaluations.
 
-The loop knows disks and processes and no algorithm. A task collects the data of an iteration, splits it into optimizer
-steps, and computes the loss of each micro-batch. A run may be stopped between any two micro-batches and resumes bit for
-bit: a checkpoint holds a whole optimizer step, and the step that was interrupted is repeated.
+The loop knows disks and processes and no algorithm. A run may be stopped between any two micro-batches and resumed bit
+for bit: a checkpoint holds a whole optimizer step, and the step that was interrupted is repeated.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import signal
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Generic, NoReturn, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from tqdm import tqdm
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from diffalign.config import to_dict
-from diffalign.fsdp import full_tensor, is_sharded
-from diffalign.runtime import checkpoint, state
-from diffalign.runtime.config import TrainingConfig
+from diffalign.fsdp import full_tensor
+from diffalign.runtime import checkpoint
+from diffalign.runtime.checkpointer import Checkpointer
 from diffalign.runtime.diagnosis import extremes
-from diffalign.runtime.ema import EMA
-from diffalign.runtime.endings import (
-    blame_weights,
-    export,
-    leave,
-    make_room,
-    save_before_end,
-    save_failed,
-    stop_on_streak,
-)
-from diffalign.runtime.errors import CannotTrain, NotFinite, SaveFailed, StopRequested
-from diffalign.runtime.gradient_guard import GradientGuard
+from diffalign.runtime.errors import CannotTrain, Interrupted, NotFinite, SaveFailed, StopRequested
+from diffalign.runtime.gradient_guard import STREAK, first_bad
+from diffalign.runtime.interfaces import IterationBatch, LoopAlgorithm, Metrics, MiniBatch, RunOutputs
 from diffalign.runtime.lock import claimed
-from diffalign.runtime.oom import memory_errors
-from diffalign.runtime.optimizers import lr_factor, make_optimizer
+from diffalign.runtime.oom import make_room, memory_errors
 from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
-from diffalign.runtime.products import all_exported, check_products, prepare_folder
+from diffalign.runtime.products import all_exported, check_products, prepare_folder, write_exports
 from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
-from diffalign.runtime.provenance import origin
-from diffalign.runtime.signals import Signals
-from diffalign.runtime.task import Metrics, MicroBatch, MiniBatch, Task
+from diffalign.runtime.run import Run, last_good
+from diffalign.runtime.state import LoopState, indexed
 from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
-from diffalign.runtime.watchdog import Watchdog
-from diffalign.runtime.working_folder import return_to
 
-__all__ = ["Loop", "Metrics", "MicroBatch", "MiniBatch", "Task"]
+SCALER_STREAK = 20  # fp16 overflows in a row before the run ends; a few are normal while GradScaler calibrates
+B = TypeVar("B", bound=IterationBatch)
 
 
-class Loop:
-    """Train the trainable parameters of a module on a task.
+class Loop(Generic[B]):
+    """Train an algorithm's module to ``max_train_steps``.
 
     Attributes:
-        step: Optimizer steps taken or skipped.
-        iteration: Iterations finished.
-        update: Optimizer steps finished within the current iteration.
-        collected: Metrics of the iteration's data; None until they are collected.
-        whole: The task's state after the last optimizer step: what a checkpoint holds.
-        evaluated: The step of the last evaluation, -1 before the first; pictured: whether this process ran one.
+        batch: Data of the iteration in progress; None between two iterations.
+        phase: "evaluate", "sample" or "update": whose batch size to halve when memory runs out.
     """
 
-    def __init__(self, task: Task, module: nn.Module, args: TrainingConfig, accelerator: Accelerator) -> None:
-        self.task, self.args, self.accelerator = task, args, accelerator
-        args.output_dir = args.output_dir.absolute()  # user code, such as a reward, may change the working folder
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.parameters = parameters
-        optimizer = make_optimizer(parameters, args)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda k: lr_factor(args.lr_scheduler, k, args.lr_warmup_steps, args.max_train_steps)
-        )
-        self.sharded = is_sharded(module)
-        # FSDP2 modules synchronise gradients by themselves: prepare them for mixed precision only.
-        prepare = partial(accelerator.prepare_model, evaluation_mode=True) if self.sharded else accelerator.prepare
-        self.module, self.optimizer = prepare(module), accelerator.prepare(optimizer)
-        self.ema = EMA(parameters, args.ema_decay) if args.ema_decay else None
-        self.guard = GradientGuard(args.max_grad_spike)
-        self.signals, self.watchdog = Signals(), Watchdog(args.hang_timeout, args.output_dir)
-        self.working_folder = os.getcwd()
-        self.step = self.iteration = self.update = 0
-        self.evaluated = -1
-        self.collected: Metrics | None = None
-        self.stop_agreed = self.applying = self.pictured = False
-        self.saved = (0, 0, -1)  # (step, update, evaluated) of the last checkpoint
-        self.failed_saves = 0
+    def __init__(self, run: Run, state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
+        self.run, self.state, self.algorithm, self.outputs = run, state, algorithm, outputs
+        self.config, self.accelerator, self.progress = run.config, run.accelerator, state.progress
+        self.checkpointer = Checkpointer(run, state, algorithm, outputs)
+        self.batch: B | None = None
+        self.phase = "evaluate"
         self.time_left = TimeLeft()
-
-    def origin(self) -> dict[str, Any]:
-        """Describe the configuration, data and machine of this run, for its checkpoints."""
-        task, processes, device = self.task, self.accelerator.num_processes, self.accelerator.device.type
-        return origin(self.args, task.data_digest, processes, device, task.commits, task.contents)
+        self.stop_agreed = False  # all processes know of a signal
+        self.applying = False  # a step is taken, but not logged and counted: no checkpoint may be written
+        self.evaluated_here = False  # whether this process has run an evaluation, whose images the report needs
 
     # The run --------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to ``max_train_steps``, from the start or from a checkpoint.
+    def train(self) -> None:
+        """Train from the start or from a checkpoint.
 
         Raises:
             Interrupted: A signal stopped the run, which is saved.
             SaveFailed, NotFinite, OutOfMemory: See ``runtime.errors``.
             ValueError: The folder is in use or cannot be written, or the checkpoint belongs to another run.
         """
-        lock = claimed(self.args.output_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
-        with steady_output(), lock, self.signals, self.watchdog:
+        lock = claimed(self.config.output_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
+        with steady_output(), lock, self.run.heartbeat:
             try:
-                if self._begin():
-                    self._train()
+                if not self._begin():
+                    return
+                with self._bar() as bar:
+                    while not self._finished(bar):
+                        with self._retry_in_smaller_batches():
+                            self._iterate(bar)
+                self._export()
             except StopRequested:
-                leave(self)
+                self._leave()
             except (NotFinite, SaveFailed, CannotTrain):
                 raise  # their checkpoints are written already, or cannot be written
             except Exception as error:
-                blame_weights(self, error)
-                save_before_end(self)
+                self._blame_weights(error)
+                self._save_before_end()
                 raise
+
+    def _iterate(self, bar: tqdm) -> None:
+        """Run one iteration of any algorithm; what a checkpoint restored or an earlier attempt finished is kept."""
+        algorithm, iteration = self.algorithm, self.progress.iteration
+        before, started = self.progress.step, time.perf_counter()
+
+        if self.batch is None:
+            self.phase = "sample"
+            self.run.heartbeat(collective=True)
+            batch = algorithm.sample(iteration)
+            algorithm.score(batch)
+            algorithm.advantage(batch)
+            batch.metrics["time/collect"] = time.perf_counter() - started
+            self.batch = batch
+        self.phase = "update"
+        for minibatch in self._remaining_minibatches(self.batch):
+            self._update(self.batch, minibatch, bar)
+
+        self._next_iteration()
+        if text := self.time_left.line(self.config, before, self.progress.step, time.perf_counter() - started):
+            self.run.say(text)
+
+    def _remaining_minibatches(self, batch: B) -> Iterator[MiniBatch]:
+        """Yield the iteration's minibatches that have no optimizer step yet, up to ``max_train_steps``."""
+        remaining = islice(self.algorithm.minibatches(batch, self.progress.iteration), self.progress.update, None)
+        while self.progress.step < self.config.max_train_steps and (minibatch := next(remaining, None)) is not None:
+            yield minibatch
+
+    def _next_iteration(self) -> None:
+        self.progress.iteration, self.progress.update, self.batch = self.progress.iteration + 1, 0, None
 
     @property
     def over(self) -> bool:
-        """Whether all steps are done, or the task stops early."""
-        return self.step >= self.args.max_train_steps or self.task.done
-
-    @property
-    def taken(self) -> int:
-        """Optimizer steps taken and not skipped."""
-        return self.step - self.guard.skipped
+        """Whether all steps are done, or the algorithm stops early."""
+        return self.progress.step >= self.config.max_train_steps or self.algorithm.done
 
     def _begin(self) -> bool:
         """Load the checkpoint to resume from and open the logs; return False if the run is already finished."""
+        config, step = self.config, self.progress
         if self.accelerator.is_main_process:
-            check_products(self.args.output_dir)
-        path = state.find(self)
-        rows = None if path is None else state.put_back(self, path)
-        self.whole, self.saved = self.task.state(), self.place()
-        checkpoint.check_state({"tasks": self.whole[1], "origin": self.origin(), "guard": self.guard.state()})
-        if (
-            path is not None
-            and self.over
-            and self.evaluated == self.step
-            and all_exported(self.accelerator, self.args, self.step)
-        ):
-            self.say(f"nothing to do: this run has had its {self.step} steps")
+            check_products(config.output_dir)
+        path = self.checkpointer.find()
+        self.batch, rows = (None, None) if path is None else self.checkpointer.restore(path)
+        self.checkpointer.take_snapshot()
+        self.checkpointer.saved = step.position
+        plain = {"tasks": self.checkpointer.snapshot[1], "origin": self.outputs.origin()}
+        checkpoint.check_state({**plain, "guard": self.state.guard.state()})
+
+        evaluated = self.over and step.evaluated == step.step
+        if path is not None and evaluated and all_exported(self.accelerator, config, step.step):
+            self.run.say(f"nothing to do: this run has had its {step.step} steps")
             return False
         self.trackers = Trackers(self.accelerator)
         if self.accelerator.is_main_process:
-            prepare_folder(self.args, self.say, resumed=path is not None)
-            folder, noted = self.args.output_dir, None if path is None else self.guard.noted
-            self.log = MetricsLog(folder / "metrics.jsonl", rows, self.step, self.evaluated == self.step)
-            self.skips = MetricsLog(folder / "skipped.jsonl", noted, self.step)
-            self.trackers.start("diffalign", to_dict(self.args))
+            prepare_folder(config, self.run.say, resumed=path is not None)
+            noted = None if path is None else self.state.guard.noted
+            self.log = MetricsLog(config.output_dir / "metrics.jsonl", rows, step.step, step.evaluated == step.step)
+            self.skips = MetricsLog(config.output_dir / "skipped.jsonl", noted, step.step)
+            self.trackers.start("diffalign", to_dict(config))
         if path is not None:
-            self.say(f"resumed from {path} at step {self.step}")
-        elif self.args.resume_from_checkpoint:
-            self.say(f"no checkpoint in {self.args.output_dir}: a fresh start")
+            self.run.say(f"resumed from {path} at step {step.step}")
+        elif config.resume_from_checkpoint:
+            self.run.say(f"no checkpoint in {config.output_dir}: a fresh start")
         return True
 
-    def _train(self) -> None:
-        with tqdm(total=self.args.max_train_steps, initial=self.step, desc="train",
-                  disable=not self.accelerator.is_main_process, dynamic_ncols=True) as bar:  # fmt: skip
-            while True:
-                if self.over and self.update:
-                    self._next_iteration()  # the rest of the iteration's data is not needed
-                with paused(bar):
-                    self._evaluate_and_save()
-                if self.over:
-                    break
-                self._iterate(bar)
-        self.watchdog.beat()
-        export(self)
-        self.trackers.finish()
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.max_train_steps,
+            initial=self.progress.step,
+            desc="train",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def _finished(self, bar: tqdm) -> bool:
+        """Evaluate and checkpoint if due at this iteration boundary; return whether the run is over."""
+        if self.over and self.progress.update:
+            self._next_iteration()  # the rest of the iteration's data is not needed
+        with paused(bar):
+            self._evaluate_and_save()
+        return self.over
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and checkpoint if due at this iteration boundary, including work left by an interrupted run."""
-        if self.update:
+        """Evaluate and save, including what an interrupted run left to do."""
+        step = self.progress
+        if step.update:
             return
-        if self.evaluated < 0 or (self.over and self.evaluated != self.step) or self._crossed(self.evaluated, "eval"):
+        due = step.evaluated < 0 or (self.over and step.evaluated != step.step)
+        if due or self._crossed(step.evaluated, self.config.eval_steps):
             self._evaluate()
         last = self.over  # an evaluation may end the run
-        if self.step and self.saved != self.place() and (last or self._crossed(self.saved[0], "checkpointing")):
+        due = last or self._crossed(self.checkpointer.saved[0], self.config.checkpointing_steps)
+        if step.step and due and not self.checkpointer.is_current:
             self.save(last)
-        if last and not self.pictured:
-            self.task.evaluate(self.step)  # all that is missing are the images, which an earlier process held
+        if last and not self.evaluated_here:
+            self.outputs.evaluate(step.step)  # for its images, which an earlier process held
 
-    def _crossed(self, before: int, what: str) -> bool:
-        return crossed(max(0, before), self.step, getattr(self.args, f"{what}_steps"))
+    def _crossed(self, before: int, every: int) -> bool:
+        return crossed(max(0, before), self.progress.step, every)
 
-    def place(self) -> tuple[int, int, int]:
-        """Return (optimizer step, update within the iteration, step of the last evaluation)."""
-        return self.step, self.update, self.evaluated
+    @contextlib.contextmanager
+    def _retry_in_smaller_batches(self) -> Iterator[None]:
+        """Halve the batch size of the phase that ran out of memory; the next iteration continues where it stopped."""
+        try:
+            with memory_errors():
+                yield
+        except torch.OutOfMemoryError as error:
+            self.run.say(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
+            self.state.optimizer.zero_grad(set_to_none=True)
+            if self.phase == "sample":
+                self.algorithm.load_state_dict(self.checkpointer.snapshot)
 
-    def _iterate(self, bar: tqdm) -> None:
-        before, since = self.step, time.perf_counter()
-        collected = self._collect()
-        minibatches = islice(self.task.minibatches(self.iteration), self.update, None)
-        while self.step < self.args.max_train_steps and (minibatch := next(minibatches, None)) is not None:
-            started = time.perf_counter()
-            try:
-                with memory_errors():
-                    if not self.taken:
-                        self.task.before_first_update()
-                    metrics = self._update(minibatch)
-            except torch.OutOfMemoryError as error:
-                make_room(self, "update", error)
-                minibatches = islice(self.task.minibatches(self.iteration), self.update, None)
-                continue
-            self._close_update({**metrics, "time/update": time.perf_counter() - started}, collected, bar)
-        self._next_iteration()
-        if text := self.time_left.line(self.args, before, self.step, time.perf_counter() - since):
-            self.say(text)
+    # One optimizer step ---------------------------------------------------------------------------------------------
 
-    def _next_iteration(self) -> None:
-        self.iteration, self.update, self.collected = self.iteration + 1, 0, None
+    def _update(self, batch: B, minibatch: MiniBatch, bar: tqdm) -> None:
+        """Take one optimizer step, unless the guard refuses it, and log it; its metrics are means over all processes.
 
-    def _close_update(self, metrics: Metrics, collected: Metrics, bar: tqdm) -> None:
-        """Log, checkpoint state and stop checks after an optimizer step."""
+        There is one host synchronisation: guard, signals and log read the same transfer.
+        """
+        started, first = time.perf_counter(), not self.progress.taken
+        outputs = self._before_first_update(batch) if first else []
+
+        self.state.optimizer.zero_grad(set_to_none=True)  # an interrupted attempt may have left gradients
+        passes: list[dict[str, Tensor]] = []
+        missing = shortfall(len(minibatch.micros)) if self.state.sharded else 0
+        with self.algorithm.updating():
+            for micro in minibatch.micros:
+                self.run.heartbeat()
+                last = micro is minibatch.micros[-1]  # which reduces gradients over processes
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.module):
+                    loss, metrics = self.algorithm.loss(micro)
+                    loss = loss * micro.weight
+                    self.accelerator.backward(loss)
+                passes.append({"loss": loss.detach() * len(minibatch.micros), **metrics})
+            for _ in range(missing):
+                self.accelerator.backward(self.algorithm.loss(minibatch.micros[-1])[0] * 0)
+
+        row, reason = self._reduced(passes)
+        self.applying = True
+        if reason is not None:
+            self._note_skipped(reason, row["grad_norm"], minibatch)
+        self.state.step(reason, row["grad_norm"])
+        row["lr"] = self.state.schedule.get_last_lr()[0]
+        if reason is not None:
+            row["skipped"] = float(self.progress.skipped)
+        row |= {**minibatch.metrics, "time/update": time.perf_counter() - started}
+        self._close_update(batch, row, outputs if first and reason is None else [], bar)
+
+    def _reduced(self, passes: Sequence[dict[str, Tensor]]) -> tuple[Metrics, str | None]:
+        """Clip the gradient; return the metrics of the step over all processes, and why to skip it."""
+        guard = self.state.guard
+        clipped = self.accelerator.clip_grad_norm_(self.state.parameters, self.config.max_grad_norm)
+        norm = full_tensor(torch.as_tensor(clipped))
+        found = {name: torch.stack([one[name].float() for one in passes]) for name in passes[0]}
+        # `mean` for the loss, so NaN reaches the guard; `nanmean` for metrics that some micro-batches do not report.
+        means = torch.stack([x.mean() if name == "loss" else x.nanmean() for name, x in found.items()])
+        stopping = torch.tensor([float(self.run.heartbeat.signals.received is not None)])
+        seen = torch.cat([means, guard.flags(means[0], norm.to(means)), stopping.to(means)])
+        *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
+        *shares, stop = values[len(found) :]
+        self.stop_agreed = stop > 0
+        return {**dict(zip(found, values, strict=False)), "grad_norm": norm}, guard.reason(shares)
+
+    @torch.no_grad()
+    def _before_first_update(self, batch: B) -> list[Tensor]:
+        """Check that the run is on policy; return the denoiser's outputs from before the first update."""
+        self.algorithm.on_first_batch(batch)
+        return self.algorithm.probe(batch)
+
+    @torch.no_grad()
+    def _check_canary(self, batch: B, before: Sequence[Tensor]) -> None:
+        """Raise CannotTrain where an update left the denoiser's outputs as they were."""
+        if all(torch.equal(new, old) for new, old in zip(self.algorithm.probe(batch), before, strict=True)):
+            raise CannotTrain(
+                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
+                f"(check lora.targets), or learning_rate is too small for this precision{extremes(self.config)}"
+            )
+
+    def _close_update(self, batch: B, metrics: Metrics, before: Sequence[Tensor], bar: tqdm) -> None:
+        """Log, checkpoint state and stop checks after an optimizer step. before: outputs, after the first update."""
         failed = None
         try:
-            self.task.after_update(self.step, metrics)
-            if self.taken == 1 and "skipped" not in metrics:
-                self.task.after_first_update()
+            self.algorithm.on_step(batch, metrics)
+            if before:
+                self._check_canary(batch, before)
         except Exception as error:  # the step is taken: log its metrics first
             failed = error
-        self._record({**collected, **metrics})
-        collected.pop("time/collect", None)  # counted once, however many updates follow
-        self.update += 1
-        self.whole = self.task.state()
+        row = {**batch.metrics, **metrics}
+        self._record(row)
+        batch.metrics.pop("time/collect", None)  # counted once, however many updates follow
+
+        self.progress.update += 1
+        self.checkpointer.take_snapshot()
         self.applying = False
         if failed is not None:
             raise failed
         bar.update()
-        bar.set_postfix_str(progress({**collected, **metrics}))
-        stop_on_streak(self)
+        bar.set_postfix_str(progress(row))
+        self._stop_on_streak()
         if self.stop_agreed:
             raise StopRequested
 
-    def _collect(self) -> Metrics:
-        """Collect the iteration's data, unless a checkpoint restored them; return their metrics."""
-        if self.collected is not None:
-            return self.collected
-        started = time.perf_counter()
-        while self.collected is None:
-            try:
-                self.pulse(together=True)
-                with memory_errors():
-                    self.collected = self.task.collect(self.iteration)
-            except torch.OutOfMemoryError as error:
-                make_room(self, "collect", error)
-                self.task.restore(*self.whole)
-        if not self.update:
-            self.collected["time/collect"] = time.perf_counter() - started
-        return self.collected
-
-    def pulse(self, together: bool = False) -> None:
-        """Re-arm the watchdog between two micro-batches, and raise StopRequested if a signal came.
-
-        Args:
-            together: Whether all processes make this call equally often. Several processes can stop only there.
-        """
-        self.watchdog.beat()
-        return_to(self.working_folder, self.say)
-        stop = self.signals.received is not None
-        if self.accelerator.num_processes > 1:
-            mine = torch.tensor(float(stop), device=self.accelerator.device)
-            stop = together and self.accelerator.reduce(mine).item() > 0
-        if stop:
-            raise StopRequested
-
-    # One optimizer step ---------------------------------------------------------------------------------------------
-
-    def _update(self, minibatch: MiniBatch) -> Metrics:
-        """Take one optimizer step, unless the guard refuses it; return its metrics, means over all processes."""
-        self.optimizer.zero_grad(set_to_none=True)  # an interrupted attempt may have left gradients
-        with self.task.updating():
-            collected = self._passes(minibatch.micros)
-        norm = full_tensor(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)))
-        names = collected[0]
-        found = {name: torch.stack([c[name].float() for c in collected]) for name in names}
-        # `mean` for the loss, so NaN reaches the guard; `nanmean` for metrics that some micro-batches do not report.
-        means = torch.stack([x.mean() if name == "loss" else x.nanmean() for name, x in found.items()])
-        stopping = torch.tensor([float(self.signals.received is not None)])
-        seen = torch.cat([means, self.guard.flags(means[0], norm.to(means)), stopping.to(means)])
-        # The only host synchronisation of an optimizer step: guard, signals and log read the same transfer.
-        *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
-        *shares, stop = values[len(names) :]
-        self.stop_agreed = stop > 0
-        self.applying = True  # until the step is logged and counted, no checkpoint may be written
-        reason = self.guard.reason(shares)
-        self._apply(reason, norm, minibatch)
-        row = {**dict(zip(names, values, strict=False)), "grad_norm": norm, "lr": self.schedule.get_last_lr()[0]}
-        skipped = {} if reason is None else {"skipped": float(self.guard.skipped)}
-        return {**row, **skipped, **minibatch.metrics}
-
-    def _passes(self, micros: Sequence[MicroBatch]) -> list[dict[str, Tensor]]:
-        """Run the passes of an optimizer step and return their metrics; the last pass synchronises gradients."""
-        collected = []
-        missing = shortfall(len(micros)) if self.sharded else 0
-        for index, micro in enumerate(micros):
-            self.pulse()
-            last = index == len(micros) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, metrics = self.task.loss(micro)
-                loss = loss * micro.weight
-                self.accelerator.backward(loss)
-            collected.append({"loss": loss.detach() * len(micros), **metrics})
-        for _ in range(missing):
-            self.accelerator.backward(self.task.loss(micros[-1])[0] * 0)
-        return collected
-
-    def _apply(self, reason: str | None, norm: float, minibatch: MiniBatch) -> None:
-        """Step the optimizer, or leave every weight, moment and the learning rate unchanged.
-
-        Under fp16 the loss scaler skips overflows by itself, and must see them.
-        """
-        if reason is not None:
-            self._note_skipped(reason, norm, minibatch)
-            if self.accelerator.scaler is not None and reason != "gradient not finite":
-                self.optimizer.zero_grad(set_to_none=True)  # the scaler's step then moves nothing
-        if reason is None or self.accelerator.scaler is not None:
-            self.optimizer.step()
-        if reason is None:
-            self.schedule.step()
-            if self.ema is not None:
-                self.ema.update()
-        self.guard.note(reason, norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-
     def _note_skipped(self, reason: str, norm: float, minibatch: MiniBatch) -> None:
         """Write what it takes to reproduce a skipped step to ``skipped.jsonl``."""
-        own = self.task.ids(minibatch)
+        assert self.batch is not None
+        own = self.batch.ids(minibatch.rows)
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
-            where = {"iteration": self.iteration, "update": self.update, "seed": self.args.seed}
+            step = self.progress
+            where = {"iteration": step.iteration, "update": step.update, "seed": self.config.seed}
             row = {"reason": reason, "grad_norm": norm, **where, "samples": samples}
-            self.skips.write(self.step + 1, row)
-            self.say(f"step {self.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
+            self.skips.write(step.step + 1, row)
+            self.run.say(f"step {step.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
 
     # What it writes -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        since = time.perf_counter()
-        while True:
-            try:
-                with memory_errors():
-                    found = self.task.evaluate(self.step)
-                break
-            except torch.OutOfMemoryError as error:
-                make_room(self, "evaluate", error)
+        started, found = time.perf_counter(), None
+        self.phase = "evaluate"
+        while found is None:
+            with self._retry_in_smaller_batches():
+                found = self.outputs.evaluate(self.progress.step)
         self._record({f"eval/{name}": value for name, value in found.items()})
-        self.time_left.evaluation = time.perf_counter() - since if found else 0.0
-        self.evaluated, self.pictured = self.step, True
-        self.whole = self.task.state()  # an evaluation may change it
+        self.time_left.evaluation = time.perf_counter() - started if found else 0.0
+        self.progress.evaluated, self.evaluated_here = self.progress.step, True
+        self.checkpointer.take_snapshot()  # an evaluation may change it
 
     def _record(self, metrics: Metrics) -> None:
         if self.accelerator.is_main_process:
-            self.log.write(self.step, metrics)
-            self.trackers.log(metrics, self.step)
+            self.log.write(self.progress.step, metrics)
+            self.trackers.log(metrics, self.progress.step)
 
     def save(self, last: bool = False) -> Path | None:
-        """Writes ``checkpoint-<step>/`` with all that ``state.contents`` lists.
-
-        NotFinite: something in it is not. SaveFailed: the disk refused ``FAILED_SAVES`` times in a row, or once when
-        it is the ``last`` save; before, the run goes on with the checkpoints it has.
-        """
-        self.watchdog.beat()
+        """Write a checkpoint; see ``Checkpointer.save``."""
+        self.run.heartbeat.watchdog.beat()
         started = time.perf_counter()
-        tensors, plain = state.contents(self)
-        export = self.task.exporter()
-        self.saved = self.place()
-        if not self.accelerator.is_main_process:
-            return None
-        try:
-            state.check_finite(tensors)
-            path = checkpoint.save(self.args.output_dir, self.step, tensors, plain,
-                                   keep=self.args.checkpoints_total_limit, export=export)  # fmt: skip
-        except NotFinite as error:
-            raise NotFinite(f"{error}; last good checkpoint: {self.last_good()}{extremes(self.args)}") from error
-        except OSError as error:
-            save_failed(self, error, sum(t.nbytes for named in tensors.values() for t in named.values()), last)
-            return None
-        self.failed_saves = 0
-        self._record({SAVE: time.perf_counter() - started})
-        self.log.sync()
+        rows = self.log.rows if self.accelerator.is_main_process else 0
+        if (path := self.checkpointer.save(self.batch, rows, last)) is not None:
+            self._record({SAVE: time.perf_counter() - started})
+            self.log.sync()
         return path
 
-    def last_good(self) -> str:
-        """Return the path of the newest valid checkpoint, for messages."""
-        return str(checkpoint.latest(self.args.output_dir) or "none")
+    # How it ends ----------------------------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
-        """Print a line on the main process."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+    def _export(self) -> None:
+        """Write the exports of the run, and last the manifest with their checksums."""
+        self.run.heartbeat.watchdog.beat()
+        folder = self.config.output_dir
+        try:
+            written = self.outputs.finish()
+            if self.accelerator.is_main_process and written is not None:
+                write_exports(folder, self.progress.step, written)
+        except (OSError, SafetensorError) as error:
+            raise SaveFailed(
+                f"the exports in {folder} could not be written ({str(error)[:300]}): free space on the disk and start "
+                f"the same run again; it exports from {last_good(self.config)}"
+            ) from error
+        self.trackers.finish()
+
+    def _leave(self) -> NoReturn:
+        """Save the last whole optimizer step, print the command that resumes, and raise Interrupted."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if not self.checkpointer.is_current or not self.progress.step:
+            self.save(last=True)
+        self.run.say(f"stopped at step {self.progress.step}; go on with:\n  {self.outputs.resume_command}")
+        self.trackers.finish()
+        raise Interrupted(self.run.heartbeat.signals.received or signal.SIGTERM)
+
+    def _blame_weights(self, error: Exception) -> None:
+        """Raise NotFinite if the weights are not finite: they caused whatever failed afterwards."""
+        step, config = self.progress.step, self.config
+        if step and first_bad(indexed(self.state.parameters)) is not None:
+            raise NotFinite(
+                f"the trained weights are not finite after step {step}: lower learning_rate "
+                f"({config.learning_rate:g}), or train in float32; last good checkpoint: {last_good(config)}"
+                f"{extremes(config)}. What failed on them: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
+
+    def _save_before_end(self) -> None:
+        """Save finished steps before an error ends a run of one process; several may be at different points."""
+        step = self.progress.step
+        if self.run.world > 1 or self.applying or not step or self.checkpointer.is_current:
+            return
+        with contextlib.suppress(Exception):  # must not hide the error that ends the run
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.run.say(f"step {step} is saved before the run ends: {self.save()}")
+
+    def _stop_on_streak(self) -> None:
+        """Save and raise NotFinite after too many non-finite steps in a row."""
+        bad = self.state.guard.bad
+        if bad < (STREAK if self.state.scaler is None else SCALER_STREAK):
+            return
+        self.save()
+        raise NotFinite(
+            f"{bad} steps in a row were not finite: lower learning_rate, or train in float32; skipped.jsonl names "
+            f"their samples; last good checkpoint: {last_good(self.config)}{extremes(self.config)}"
+        )

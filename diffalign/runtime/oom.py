@@ -9,23 +9,24 @@ from typing import Any
 import torch
 
 from diffalign.config import to_dict
+from diffalign.runtime.errors import OutOfMemory
 
 # The first that a configuration has.
 BATCHES = {
-    "collect": ("rollout_batch_size",),
+    "sample": ("rollout_batch_size",),
     "evaluate": ("eval_batch_size", "rollout_batch_size"),
     "update": ("train_batch_size",),
 }
 # What saves nothing there.
 USELESS = {
-    "collect": {"gradient_checkpointing", "lora.rank"},
+    "sample": {"gradient_checkpointing", "lora.rank"},
     "evaluate": {"gradient_checkpointing", "lora.rank", "overlap_rewards"},
     "update": {"decode_precision", "group_size", "overlap_rewards"},
 }
 
 
 def batch_name(config: Any, phase: str) -> str:
-    """The setting that says how many images a phase ("collect", "evaluate", "update") takes at once."""
+    """The setting that says how many images a phase ("sample", "evaluate", "update") takes at once."""
     return next((name for name in BATCHES[phase] if hasattr(config, name)), BATCHES[phase][-1])
 
 
@@ -90,6 +91,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     text = str(error).lower()
     return known or (isinstance(error, RuntimeError) and any(words in text for words in EXHAUSTED))
+
+
+def make_room(config: Any, phase: str, step: int, world: int, error: torch.OutOfMemoryError) -> str:
+    """Halve the batch size of a phase with ``auto_batch``, and return what to print.
+
+    Args:
+        config: The configuration, which is changed.
+        phase: "sample", "evaluate" or "update".
+        step: Optimizer steps finished.
+        world: Number of processes; several cannot change their batches by themselves.
+        error: The error to answer.
+
+    Raises:
+        OutOfMemory: Nothing is left to halve, or ``auto_batch`` is off; the message names settings to change.
+    """
+    name = batch_name(config, phase)
+    size = getattr(config, name, 1)
+    if not config.auto_batch or size == 1 or world > 1:
+        hint = "" if config.auto_batch else "; or auto_batch: true, which halves batches by itself"
+        raise OutOfMemory(f"out of memory in step {step + 1} ({phase}): try {advice(config, phase)}{hint}") from error
+    setattr(config, name, size // 2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return f"out of memory ({phase}): {name} is {size // 2} from now on"
 
 
 @contextmanager

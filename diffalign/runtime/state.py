@@ -1,162 +1,109 @@
-"""Collect the state of a training loop for a checkpoint, and restore it."""
+"""The state that the training loop updates: weights, optimizer, schedule, EMA, gradient statistics and counters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffalign.fsdp import full_tensor, shard_like
-from diffalign.runtime import checkpoint
-from diffalign.runtime.errors import NotFinite
-from diffalign.runtime.gradient_guard import first_bad
-from diffalign.runtime.oom import is_out_of_memory
-from diffalign.runtime.provenance import check_origin
+from diffalign.fsdp import is_sharded, shard_like
+from diffalign.runtime.config import TrainingConfig
+from diffalign.runtime.ema import EMA
+from diffalign.runtime.gradient_guard import GradientGuard
+from diffalign.runtime.optimizer_state import flatten_optimizer, restore_optimizer
+from diffalign.runtime.optimizers import lr_factor, make_optimizer
+from diffalign.runtime.run import Progress
 
-if TYPE_CHECKING:
-    from diffalign.runtime.loop import Loop
-
-# Groups that may contain NaN (untrained nodes have no log-prob).
-MAY_HOLD_NAN = ("iteration", "collected")
 Tensors = dict[str, dict[str, Tensor]]
-PART = 1 << 26  # bytes per gather
 
 
-def contents(loop: Loop) -> tuple[Tensors, dict[str, Any]]:
-    """Return (tensors, JSON state) of the run at its last whole optimizer step. Collective.
+class LoopState:
+    """Everything that an optimizer step changes.
 
-    Sharded tensors are gathered to full ones on the CPU of the main process.
-
-    A mid-iteration checkpoint stores the iteration's data: collecting them again would need the weights from the start
-    of the iteration.
+    Attributes:
+        parameters: The trained parameters.
+        module: The trained module, wrapped for several processes.
+        optimizer: The accelerator's wrapper of the optimizer.
+        schedule: Learning rate schedule.
+        ema: Moving average of the parameters; None without ``ema_decay``.
+        guard: Gradient statistics.
+        progress: Counters.
+        sharded: Whether FSDP2 shards the parameters.
     """
-    accelerator = loop.accelerator
-    moments, optimizer = checkpoint.flatten_optimizer(loop.optimizer.optimizer)
-    own_tensors, own_state = loop.whole
-    tensors: Tensors = {"weights": indexed(loop.parameters), "optimizer": moments}
-    tensors |= {"task": own_tensors} if own_tensors else {}
-    state = {
-        "step": loop.step,
-        "iteration": loop.iteration,
-        "update": loop.update,
-        "evaluated": loop.evaluated,
-        "rows": loop.log.rows if accelerator.is_main_process else 0,
-        "optimizer": optimizer,
-        "schedule": loop.schedule.state_dict(),
-        "guard": loop.guard.state(),
-        # Data streams have a cursor per process; all else is the same on all processes.
-        "tasks": gather_object([own_state]) if accelerator.num_processes > 1 else [own_state],
-        "origin": loop.origin(),
-    }
-    if loop.collected is not None and (data := loop.task.collected()):
-        tensors["iteration"] = {name: everyones(accelerator, tensor) for name, tensor in data.items()}
-        tensors["collected"] = {n: torch.tensor(v, dtype=torch.float64) for n, v in loop.collected.items()}
-    if loop.ema is not None:
-        tensors["ema"] = indexed(loop.ema.shadow)
-        state["ema_updates"] = loop.ema.updates
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
-    keep = accelerator.is_main_process
-    return {group: {name: full_tensor(t, keep) for name, t in named.items()} for group, named in tensors.items()}, state
 
-
-def everyones(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """Gather rows of all processes, in the order of processes; each has the same number of rows.
-
-    Rows are gathered in parts, because they may not fit on the device at once.
-    """
-    if accelerator.num_processes == 1:
-        return tensor
-    parts = tensor.split(max(1, PART // tensor[:1].nbytes))
-    found = [accelerator.gather(part.to(accelerator.device)).cpu() for part in parts]
-    shares = zip(*(part.chunk(accelerator.num_processes) for part in found), strict=True)
-    return torch.cat([torch.cat(share) for share in shares])
-
-
-def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise NotFinite, naming the tensor, where one that must be finite is not."""
-    for group, named in tensors.items():
-        if group not in MAY_HOLD_NAN and (name := first_bad(dict(named))) is not None:
-            raise NotFinite(f"{group}/{name} is not finite, so that no checkpoint is written: lower learning_rate")
-
-
-def find(loop: Loop) -> Path | None:
-    """Return the checkpoint to resume from, or None; the main process chooses for all."""
-    args, accelerator = loop.args, loop.accelerator
-    if accelerator.num_processes == 1:
-        return checkpoint.resolve(args.output_dir, args.resume_from_checkpoint)
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            chosen = [checkpoint.resolve(args.output_dir, args.resume_from_checkpoint)]
-        except checkpoint.CheckpointError as error:
-            chosen = [error]
-    broadcast_object_list(chosen)
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    return chosen[0]
-
-
-def put_back(loop: Loop, path: Path) -> int:
-    """Restore the loop from a checkpoint; return how many rows its log had. ValueError: it belongs to another run."""
-    tensors, state = checkpoint.load(path)
-    try:
-        return _put_back(loop, path, tensors, state)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        problem = f"{type(error).__name__}: {str(error)[:300]}"
-        raise checkpoint.CheckpointError(
-            f"{path} does not hold the state of this run ({problem}): resume from another checkpoint, or start a new "
-            "run in another output_dir"
-        ) from error
-
-
-def _put_back(loop: Loop, path: Path, tensors: Tensors, state: dict[str, Any]) -> int:
-    _check_place(loop, path, state)
-    for line in check_origin(state["origin"], loop.origin(), loop.args):
-        loop.say(f"warning: last bits may differ from an uninterrupted run: {line}")
-    with torch.no_grad():
-        restore(loop.parameters, tensors["weights"])
-        if loop.ema is not None:
-            restore(loop.ema.shadow, tensors["ema"])
-            loop.ema.updates = state["ema_updates"]
-    checkpoint.restore_optimizer(loop.optimizer.optimizer, tensors["optimizer"], state["optimizer"])
-    loop.schedule.load_state_dict(state["schedule"])
-    loop.guard.restore(state["guard"])
-    if loop.accelerator.scaler is not None:
-        loop.accelerator.scaler.load_state_dict(state["scaler"])
-    loop.step, loop.iteration, loop.update = state["step"], state["iteration"], state["update"]
-    loop.evaluated = state["evaluated"]
-    loop.task.restore(tensors.get("task", {}), _own(state["tasks"], loop))
-    if "iteration" in tensors:
-        loop.task.recollect(loop.iteration, tensors["iteration"])
-        loop.collected = {name: value.item() for name, value in tensors["collected"].items()}
-    return state["rows"]
-
-
-def _check_place(loop: Loop, path: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError in mid-iteration if this number of processes would split the remaining updates differently."""
-    then, now, task = len(state["tasks"]), loop.accelerator.num_processes, loop.task
-    if then != now and 0 < state["update"] < task.updates_per_iteration and not task.world_size_invariant:
-        place = f"update {state['update']} of {task.updates_per_iteration}"
-        raise ValueError(
-            f"{path} lies within an iteration ({place}), of which each of {then} process(es) had a part: go on with "
-            f"{then}, or from a checkpoint between two iterations"
+    def __init__(self, module: nn.Module, config: TrainingConfig, accelerator: Accelerator) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: lr_factor(config.lr_scheduler, k, config.lr_warmup_steps, config.max_train_steps)
         )
+        self.sharded = is_sharded(module)
+        # FSDP2 modules synchronise gradients by themselves: prepare them for mixed precision only.
+        prepare = partial(accelerator.prepare_model, evaluation_mode=True) if self.sharded else accelerator.prepare
+        self.module, self.optimizer = prepare(module), accelerator.prepare(optimizer)
+        self.scaler = accelerator.scaler
+        self.ema = EMA(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.guard = GradientGuard(config.max_grad_spike)
+        self.progress = Progress()
 
+    def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
+        """Return (named tensors by group, JSON values). The tensors are the live ones, and may be sharded."""
+        moments, optimizer = flatten_optimizer(self.optimizer.optimizer)
+        tensors: Tensors = {"weights": indexed(self.parameters), "optimizer": moments}
+        progress = self.progress
+        plain = {
+            "step": progress.step,
+            "iteration": progress.iteration,
+            "update": progress.update,
+            "evaluated": progress.evaluated,
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "guard": self.guard.state(),
+        }
+        if self.ema is not None:
+            tensors["ema"] = indexed(self.ema.shadow)
+            plain["ema_updates"] = self.ema.updates
+        if self.scaler is not None:
+            plain["scaler"] = self.scaler.state_dict()
+        return tensors, plain
 
-def _own(tasks: Sequence[dict[str, Any]], loop: Loop) -> dict[str, Any]:
-    if len(tasks) == loop.accelerator.num_processes:
-        return tasks[loop.accelerator.process_index]
-    if any(task != tasks[0] for task in tasks):
-        raise ValueError(f"each process had a place of its own in the data: go on with {len(tasks)} processes")
-    return tasks[0]
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, with full tensors. ValueError: tensors of another number or shape."""
+        restore(self.parameters, tensors["weights"])
+        if self.ema is not None:
+            restore(self.ema.shadow, tensors["ema"])
+            self.ema.updates = plain["ema_updates"]
+        restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], plain["optimizer"])
+        self.schedule.load_state_dict(plain["schedule"])
+        self.guard.restore(plain["guard"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(plain["scaler"])
+        progress = self.progress
+        progress.step, progress.iteration, progress.update = plain["step"], plain["iteration"], plain["update"]
+        progress.evaluated, progress.skipped = plain["evaluated"], self.guard.skipped
+
+    def step(self, reason: str | None, norm: float) -> None:
+        """Step the optimizer, or with a ``reason`` to skip leave every weight, moment and the learning rate unchanged.
+
+        Under fp16 the loss scaler skips overflows by itself, and must see them.
+        """
+        if reason is not None and self.scaler is not None and reason != "gradient not finite":
+            self.optimizer.zero_grad(set_to_none=True)  # the scaler's step then moves nothing
+        if reason is None or self.scaler is not None:
+            self.optimizer.step()
+        if reason is None:
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.update()
+
+        self.guard.note(reason, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step, self.progress.skipped = self.progress.step + 1, self.guard.skipped
 
 
 def indexed(tensors: Sequence[Tensor]) -> dict[str, Tensor]:

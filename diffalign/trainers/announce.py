@@ -1,37 +1,39 @@
-"""What a run says of itself: at its start what it will do, at its end what it achieved and where that is."""
+"""Messages of a run: at its start what it will do, at its end what it achieved and where that is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+from torch import Tensor
+
+from diffalign.report.run_report import Report
 from diffalign.runtime.progress import evaluations_left
-
-if TYPE_CHECKING:
-    from diffalign.trainers.base import Trainer
-    from diffalign.trainers.report import Report
+from diffalign.runtime.run import Run
+from diffalign.trainers.inputs import Inputs
 
 
-def opening(trainer: Trainer) -> str:
-    """The run's model, data, rewards, steps, evaluations and folder, a line each."""
-    args: Any = trainer.args
-    trained = sum(p.numel() for p in trainer.loop.parameters)
-    if trainer.model.negative is not None:
+def opening(run: Run[Any], inputs: Inputs[Any], parameters: Sequence[Tensor]) -> str:
+    """Describe the run's model, data, rewards, steps, evaluations and folder, a line each."""
+    config, model = run.config, run.model
+    trained = sum(p.numel() for p in parameters)
+    if model.negative is not None:
         what = "a negative prompt"
     else:
-        what = f"LoRA of rank {args.lora.rank}" if trainer.model.has_adapter else f"full {trainer.model.denoiser_name}"
+        what = f"LoRA of rank {config.lora.rank}" if model.has_adapter else f"full {model.denoiser_name}"
     lines = {
-        "model": f"{args.model}, {what}: {trained:,} parameters train, on {trainer.accelerator.device}",
-        "data": _data(args),
-        "rewards": _rewards(args),
-        "steps": f"{args.max_train_steps} optimizer steps{_processes(trainer)}",
-        "evaluations": _evaluations(trainer),
-        "output": str(args.output_dir),
+        "model": f"{config.model}, {what}: {trained:,} parameters train, on {run.accelerator.device}",
+        "data": _data(config),
+        "rewards": _rewards(config),
+        "steps": f"{config.max_train_steps} optimizer steps" + (f", {run.world} processes" if run.world > 1 else ""),
+        "evaluations": _evaluations(config, inputs),
+        "output": str(config.output_dir),
     }
     return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)
 
 
 def _data(args: Any) -> str:
-    """Where prompts, pairs or images come from; none where they were passed from Python."""
+    """Return the sources of prompts, pairs or images; empty if they were passed from Python."""
     names = ("train_data", "train_prompts", "train_rollouts", "train_images")
     found = [getattr(args, name, None) for name in names]
     sources = [str(one) for value in found if value for one in (value if isinstance(value, tuple) else (value,))]
@@ -44,23 +46,17 @@ def _rewards(args: Any) -> str:
     return ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
 
 
-def _processes(trainer: Trainer) -> str:
-    count = trainer.accelerator.num_processes
-    return f", {count} processes" if count > 1 else ""
-
-
-def _evaluations(trainer: Trainer) -> str:
-    args = trainer.args
-    if not trainer.eval_prompts:
+def _evaluations(config: Any, inputs: Inputs[Any]) -> str:
+    if not inputs.eval_prompts:
         return "none: give eval_prompts to see what the run achieves"
-    count = 1 + evaluations_left(0, args.max_train_steps, args.eval_steps)
-    prompts = len(trainer.eval_prompts)
-    of = f"{prompts * args.eval_images_per_prompt} images each ({prompts} prompts)"
-    return f"{count}, of {of}, by {', '.join(trainer.evaluation.rewards)}"
+    count = 1 + evaluations_left(0, config.max_train_steps, config.eval_steps)
+    prompts = len(inputs.eval_prompts)
+    of = f"{prompts * config.eval_images_per_prompt} images each ({prompts} prompts)"
+    return f"{count}, of {of}, by {', '.join(inputs.eval_rewards)}"
 
 
 def closing(report: Report) -> str:
-    """The base's and the tuned model's means, and where the weights, the card and the pictures are."""
+    """Describe the means of base and tuned model, and the paths of weights, card and plots."""
     lines = {}
     if report.shown is not None:
         found = report.figures(report.before)

@@ -1,324 +1,198 @@
-"""Base trainer: load the model, make it trainable, run the loop, evaluate, export and report."""
+"""Base trainer: load the model, make it trainable, and run the loop on an algorithm."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
-from torch import Tensor
 
-from diffalign.evaluation.heldout import Evaluation
-from diffalign.evaluation.runs import HELD_OUT
+from diffalign.fsdp import FSDPConfig
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
 from diffalign.models.performance import set_performance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
-from diffalign.models.weights import POLICY
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, RewardFunction
 from diffalign.rewards.support.probe import try_rewards
-from diffalign.rewards.support.weights import repositories
 from diffalign.rng import KeyedRNG
-from diffalign.runtime.diagnosis import extremes
-from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.lock import refuse_busy
-from diffalign.runtime.loop import Loop, Metrics, MiniBatch
-from diffalign.runtime.oom import batch_name
+from diffalign.runtime.loop import Loop
 from diffalign.runtime.processes import check_world, connect, wants_shards
-from diffalign.runtime.products import check_products, portable
-from diffalign.runtime.provenance import commit
+from diffalign.runtime.products import check_products
+from diffalign.runtime.run import Heartbeat, Run
+from diffalign.runtime.state import LoopState
 from diffalign.runtime.tracking import tracker_names
-from diffalign.structures import Guidance, Level, Prompt
+from diffalign.runtime.trainer_config import TrainerConfig
+from diffalign.runtime.watchdog import Watchdog
+from diffalign.structures import Prompt
+from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
-from diffalign.trainers.arguments import load_optional
-from diffalign.trainers.config import TrainerConfig
-from diffalign.trainers.contents import contents
-from diffalign.trainers.report import Report, consent_option, keep_prompts
+from diffalign.trainers.inputs import Inputs, load_optional
+from diffalign.trainers.outputs import Outputs
 
-EMA_SET = "ema"
-Config = TypeVar("Config", bound=TrainerConfig)
+C = TypeVar("C", bound=TrainerConfig)
 
 
-def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Config:
-    """Return ``args`` with the name of a model passed as an argument, and an absolute ``output_dir``."""
-    args = dataclasses.replace(args, output_dir=args.output_dir.absolute())  # rewards may change the working folder
-    if isinstance(model, DiffusionModel):
-        return args if args.model else dataclasses.replace(args, model=_origin(model))
-    return args if model is None else dataclasses.replace(args, model=str(model))
-
-
-def _origin(model: DiffusionModel) -> str:
-    return model.pipeline.config.get("_name_or_path") or "model"
-
-
-class Trainer(ABC):
-    """Base class of all trainers: a ``Task`` without ``collect``, ``minibatches`` and ``loss``.
+class Trainer(Generic[C]):
+    """Train a model with an algorithm.
 
     Args:
-        model: A path, a hub id or a ``DiffusionModel``; None: ``args.model``.
-        args: Validated configuration.
-        rewards: Rewards that evaluations report, the first as accuracy.
-        eval_dataset: Held-out prompts; None: those of ``args.eval_prompts``.
-        keep_reference: Whether predictions of the base model will be needed.
-        eval_batch_size: Images per forward pass of an evaluation.
+        model: A path, a hub id or a ``DiffusionModel``; default: ``args.model``.
+        args: The configuration; default: that of the algorithm.
+        reward_funcs: Rewards (names, functions or instances), alone, in a list, or as a mapping from reward name to
+            weight where names are registered; default: ``args.rewards``.
+        train_dataset: Training data in memory; default: the files that ``args`` names.
+        eval_dataset: Held-out prompts; default: ``args.eval_prompts``.
+
+    Attributes:
+        run: What the training shares.
+        algorithm: The algorithm.
+        loop: The loop that trains it.
+        outputs: Evaluations and exports.
+
+    Raises:
+        ValueError, FileNotFoundError: Before any work, if something is missing or does not fit.
     """
 
-    name: ClassVar[str]
-    world_size_invariant = True
-    done = False  # early stopping: the loop ends as after its last step
-    data_digest = ""
-    data_contents: Mapping[str, dict[str, str]] = {}  # fingerprints of data in memory, by name
-    grad_through: ClassVar[tuple[str, ...]] = ()  # model parts that gradients pass through
+    algorithm_class: ClassVar[type[Algorithm[Any, Any]]]
 
     def __init__(
         self,
-        model: str | Path | DiffusionModel | None,
-        args: TrainerConfig,
-        rewards: Mapping[str, Reward],
-        eval_dataset: Sequence[Prompt] | None,
-        *,
-        keep_reference: bool,
-        eval_batch_size: int,
+        model: str | Path | DiffusionModel | None = None,
+        args: C | None = None,
+        reward_funcs: str | RewardFunction | Reward | Sequence[Any] | Mapping[str, float] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Sequence[Prompt] | None = None,
     ) -> None:
-        self.args: TrainerConfig = args
-        self.eval_prompts = eval_dataset if eval_dataset is not None else load_optional(args.eval_prompts)
-        if self.eval_prompts:
-            known = {id(reward) for reward in vars(self).get("rewards", {}).values()}  # tried already
-            try_rewards(
-                {name: r for name, r in rewards.items() if id(r) not in known}, self.eval_prompts, args.resolution
-            )
+        kind = self.algorithm_class
+        config = with_model_name(args or kind.config_class(), model)
+        self.inputs: Inputs[C] = with_evaluation(kind.read_inputs(config, reward_funcs, train_dataset), eval_dataset)
+        accelerator, shards = self._connect(self.inputs)
+        loaded = model if isinstance(model, DiffusionModel) else load(self.inputs.config)
+        self.inputs = inputs = record_model(self.inputs, loaded)
+
+        config = inputs.config
+        place(loaded, config, accelerator, shards)
+        trained = kind.make_trainable(loaded, config, shards)
+        set_performance(loaded, config.attention, config.mixed_precision, config.compile)
+        state = LoopState(trained, config, accelerator)
+        if trained is loaded.raw_denoiser:
+            loaded.denoiser = state.module
+        else:  # only its precision matters: what does not train needs no wrapper that shares gradients
+            loaded.denoiser = accelerator.prepare_model(loaded.raw_denoiser, evaluation_mode=True)
+
+        self.run: Run[C] = Run(
+            config,
+            loaded,
+            state.module,
+            accelerator,
+            KeyedRNG(config.seed),
+            PromptEmbeddingCache(loaded, folder=config.cache_folder),
+            state.progress,
+            Heartbeat(accelerator, Watchdog(config.hang_timeout, config.output_dir)),
+        )
+        self.algorithm = kind(self.run, inputs)
+        self.outputs = Outputs(self.run, inputs, self.algorithm, state.ema, even=shards is not None)
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs)
+
+    def _connect(self, inputs: Inputs[C]) -> tuple[Accelerator, FSDPConfig | None]:
+        """Start the processes, and check that batches divide over them."""
+        config = inputs.config
         connect()
         # Accelerate would shard the denoiser too late, and on CPUs not at all: let it handle processes only.
         with patch_environment(ACCELERATE_USE_FSDP="false"):
-            self.accelerator = Accelerator(
-                mixed_precision=args.mixed_precision,
-                log_with=tracker_names(args.report_to) or None,
-                project_dir=args.output_dir,
+            accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                log_with=tracker_names(config.report_to) or None,
+                project_dir=config.output_dir,
                 # Buffers are constants, and processes may call the denoiser a different number of times per pass.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
-        check_world(self.accelerator.num_processes)
-        self.shards = wants_shards(self.accelerator.device)
-        if self.shards is not None:
-            args.validate_shards()
-        self.check_batches(self.accelerator.num_processes)
-        if self.accelerator.is_main_process:
-            refuse_busy(args.output_dir)
-            check_products(args.output_dir)
-        self.model = model if isinstance(model, DiffusionModel) else self._load()
-        if (known := loaded_commit(self.model)) is not None:
-            # A branch may move: config.yaml records the commit.
-            self.args = args = dataclasses.replace(args, revision=known)
-        if args.guidance_scale is None:
-            # Record the family's scale for no guidance, so that config.yaml holds a number.
-            self.args = args = dataclasses.replace(args, guidance_scale=self.model.unguided_scale)
-        # A denoiser that will be sharded need not fit on one device.
-        self.model.to_device(self.accelerator.device, args.offload, denoiser=self.shards is None)
-        # Gradient checkpointing recomputes blocks outside the attention context, so do not set one.
-        slow = self.accelerator.device.type == "cpu" and args.mixed_precision == "bf16"
-        self.model.plain_attention = slow and not args.gradient_checkpointing
-        if args.gradient_checkpointing:
-            self.model.raw_denoiser.enable_gradient_checkpointing()
-        self.noise = KeyedRNG(args.seed)
-        self.encoded = PromptEmbeddingCache(self.model, folder=args.cache_folder)
-        self.loop = self.prepare(keep_reference)
-        if self.loop.ema is not None:
-            self.model.weights.add(EMA_SET, self.loop.ema.shadow)
-        self.report = Report(self.model, args, self.name, EMA_SET if self.loop.ema else POLICY)
-        self.evaluation = Evaluation(
-            self.model,
-            self.eval_prompts,
-            rewards,
-            self.encoded,
-            self.accelerator,
-            images_per_prompt=args.eval_images_per_prompt,
-            batch_size=eval_batch_size,
-            pulse=self.loop.pulse,
-            even=self.shards is not None,
-        )
-
-    def prepare(self, keep_reference: bool) -> Loop:
-        """Make the denoiser trainable and build the loop that trains it."""
-        self.model.train(
-            self.args.lora,
-            seed=self.args.seed,
-            keep_reference=keep_reference,
-            shards=self.shards,
-        )
-        set_performance(self.model, self.args.attention, self.args.mixed_precision, self.args.compile)
-        loop = Loop(self, self.model.raw_denoiser, self.args, self.accelerator)
-        self.model.denoiser = loop.module
-        return loop
-
-    def _load(self) -> DiffusionModel:
-        args = self.args
-        return load_model(
-            args.model,
-            revision=args.revision,
-            dtype=args.base_dtype,
-            quantise=args.quantise,
-            max_sequence_length=args.max_sequence_length,
-            resolution=args.resolution,
-            embedded_guidance=args.embedded_guidance,
-        )
-
-    def check_batches(self, processes: int) -> None:
-        """Raise ValueError where batches do not divide over the processes. Called before the model is loaded."""
+        check_world(accelerator.num_processes)
+        shards = wants_shards(accelerator.device)
+        if shards is not None:
+            config.validate_shards()
+        self.algorithm_class.check_processes(inputs, accelerator.num_processes)
+        if accelerator.is_main_process:
+            refuse_busy(config.output_dir)
+            check_products(config.output_dir)
+        return accelerator, shards
 
     @property
-    def guidance(self) -> Guidance:
-        """Guidance of every sampling."""
-        return self.encoded.guidance(self.guidance_scale)
+    def args(self) -> C:
+        """The configuration of the run."""
+        return self.run.config
 
     @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of every sampling, as the model's pipeline defines it."""
-        scale = self.args.guidance_scale
-        return self.model.unguided_scale if scale is None else scale
-
-    @property
-    def eval_base_steps(self) -> int:
-        """First steps of an evaluation's sampling that the reference model takes."""
-        return 0
-
-    @property
-    @abstractmethod
-    def eval_levels(self) -> Level:
-        """Levels of an evaluation's sampling."""
+    def model(self) -> DiffusionModel:
+        """The model."""
+        return self.run.model
 
     def train(self) -> None:
         """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid."""
-        self.model.about = self.about()
-        self.loop.say(opening(self))
-        self.loop.run()
-        if self.report.paths:
-            self.loop.say(closing(self.report))
+        self.model.about = self.outputs.about()
+        self.run.say(opening(self.run, self.inputs, self.loop.state.parameters))
+        self.loop.train()
+        if self.outputs.report.paths:
+            self.run.say(closing(self.outputs.report))
 
-    @property
-    def resume_command(self) -> str:
-        """Shell command that resumes this run."""
-        several = self.accelerator.num_processes > 1
-        program = f"accelerate launch scripts/train_{self.name}.py" if several else f"diffalign train {self.name}"
-        config = shlex.quote(str(portable(self.args).output_dir / "config.yaml"))
-        return f"{program} --config {config}{consent_option(self.args)} --resume_from_checkpoint latest"
 
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commit of each hub repository that model, data and rewards were loaded from."""
-        args: Any = self.args
-        sources = (name for field in ("train_data", "train_images") for name in getattr(args, field, ()))
-        named = [(name, args.data.revision, "dataset") for name in sources]
-        named += [(args.model, args.revision, "model"), *((*found, "model") for found in repositories())]
-        known = {name: commit(name, revision, kind) for name, revision, kind in named}
-        return {name: found for name, found in known.items() if found is not None}
+def with_model_name(config: C, model: str | Path | DiffusionModel | None) -> C:
+    """Return the configuration with the name of a model passed as an argument, and an absolute ``output_dir``."""
+    # Rewards may change the working folder.
+    config = dataclasses.replace(config, output_dir=config.output_dir.absolute())
+    if isinstance(model, DiffusionModel):
+        name = model.pipeline.config.get("_name_or_path") or "model"
+        return config if config.model else dataclasses.replace(config, model=name)
+    return config if model is None else dataclasses.replace(config, model=str(model))
 
-    @cached_property
-    def contents(self) -> dict[str, dict[str, str]]:
-        """Fingerprints of the local files and data that this run depends on, taken at its start."""
-        rewards = {**self.evaluation.rewards, **getattr(self, "rewards", {})}
-        return {**contents(self.args, rewards), **self.data_contents}
 
-    def about(self) -> dict[str, str]:
-        """Metadata for the header of the LoRA file: how it was trained."""
-        args, made = self.args, self.loop.origin()
-        said = {
-            "version": version("diffalign"),
-            "trainer": self.name,
-            "base_model": args.model,
-            "base_revision": args.revision or "",
-            "rank": str(args.lora.rank),
-            "alpha": str(args.lora.rank),  # of the file, whose B has alpha / rank in it
-            "trained_alpha": str(args.lora.alpha or args.lora.rank),
-            "seed": str(args.seed),
-            "config_sha256": made["config_sha256"],
-            "data_sha256": made["data_sha256"],
-        }
-        # A header is UTF-8; a path on disk may not be.
-        return {f"diffalign.{name}": value.encode("utf-8", "replace").decode() for name, value in said.items()}
+def with_evaluation(inputs: Inputs[C], eval_dataset: Sequence[Prompt] | None) -> Inputs[C]:
+    """Add the held-out prompts, and try the rewards that only evaluations use. Raises ValueError without a reward."""
+    config = inputs.config
+    prompts = eval_dataset if eval_dataset is not None else load_optional(config.eval_prompts)
+    if not prompts:
+        return inputs
+    if not inputs.eval_rewards:
+        raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
+    tried = {id(reward) for reward in inputs.rewards.values()}
+    new = {name: reward for name, reward in inputs.eval_rewards.items() if id(reward) not in tried}
+    try_rewards(new, prompts, config.resolution)
+    return dataclasses.replace(inputs, eval_prompts=prompts)
 
-    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
-        """Identify the samples of an optimizer step, for skipped.jsonl."""
-        return []
 
-    def collected(self) -> dict[str, Tensor]:
-        """Rollout data to checkpoint; empty if ``collect`` is reproducible from the current weights."""
-        return {}
+def load(config: TrainerConfig) -> DiffusionModel:
+    """Load the model that a configuration names."""
+    return load_model(
+        config.model,
+        revision=config.revision,
+        dtype=config.base_dtype,
+        quantise=config.quantise,
+        max_sequence_length=config.max_sequence_length,
+        resolution=config.resolution,
+        embedded_guidance=config.embedded_guidance,
+    )
 
-    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the iteration's data from what ``collected`` returned."""
 
-    def updating(self) -> AbstractContextManager[None]:
-        """Return a context for the passes of an optimizer step."""
-        return self.model.keeping(*self.grad_through)
+def record_model(inputs: Inputs[C], model: DiffusionModel) -> Inputs[C]:
+    """Record in the configuration what the model decides, so that config.yaml holds it: commit and guidance scale."""
+    config = inputs.config
+    if (known := loaded_commit(model)) is not None:
+        config = dataclasses.replace(config, revision=known)  # a branch may move
+    if config.guidance_scale is None:
+        config = dataclasses.replace(config, guidance_scale=model.unguided_scale)
+    return dataclasses.replace(inputs, config=config)
 
-    @abstractmethod
-    def probe(self) -> list[Tensor]:
-        """Return outputs of the denoiser on the iteration's data that the first update must change."""
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the last optimizer step had a gradient, so that it must have changed the outputs."""
-        return True
-
-    def check_on_policy(self) -> None:
-        """Raise CannotTrain where the unchanged weights do not reproduce what the iteration stored."""
-
-    @torch.no_grad()
-    def before_first_update(self) -> None:
-        """Check that the run is on policy, and keep the denoiser's outputs from before the first update."""
-        self.first_outputs = self.probe()
-        self.check_on_policy()
-
-    @torch.no_grad()
-    def after_first_update(self) -> None:
-        """Raise CannotTrain where an update with a gradient left the denoiser's outputs as they were: the canary."""
-        same = all(torch.equal(now, before) for now, before in zip(self.probe(), self.first_outputs, strict=True))
-        if same and self.has_gradient:
-            raise CannotTrain(
-                "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
-                "(check lora.targets), or learning_rate is too small for this precision" + extremes(self.args)
-            )
-
-    def after_update(self, step: int, metrics: Metrics) -> None:
-        """Act on optimizer step ``step`` (from 1); may add to ``metrics``, means over all processes."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the trainer's own state for a checkpoint: tensors and JSON values."""
-        return {}, {}
-
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Restore what ``state`` returned."""
-
-    def evaluate(self, step: int) -> Metrics:
-        """Sample the held-out prompts with the ODE at fixed seeds, and score them; EMA weights if there are any."""
-        if not self.eval_prompts:
-            return {}
-        # auto_batch may have halved it.
-        self.evaluation.batch_size = getattr(self.args, batch_name(self.args, "evaluate"))
-        with self.model.using(self.report.weight_set):
-            figures, shown = self.evaluation.run(self.eval_levels, self.guidance, self.eval_base_steps)
-        if self.accelerator.is_main_process:
-            keep_prompts(self.args.output_dir / HELD_OUT, self.eval_prompts)
-            self.report.picture(step, shown)
-        return figures
-
-    def exporter(self) -> Callable[[Path], object] | None:
-        """Return a function that writes the LoRA (of the EMA if there is one); None for full weights."""
-        if not (self.model.has_adapter or self.model.negative is not None):
-            return None
-        return self.model.saver(self.report.weight_set, self.accelerator.is_main_process)
-
-    def finish(self) -> list[Path]:
-        """Export the weights and write the card, the curves and the comparison; return what was written."""
-        main = self.accelerator.is_main_process
-        savers = {folder: self.model.saver(name, main) for folder, name in self.report.exports.items()}
-        return self.report.finish(savers) if main else []
+def place(model: DiffusionModel, config: TrainerConfig, accelerator: Accelerator, shards: FSDPConfig | None) -> None:
+    """Move the model to its device, and turn on gradient checkpointing."""
+    # A denoiser that will be sharded need not fit on one device.
+    model.to_device(accelerator.device, config.offload, denoiser=shards is None)
+    # Gradient checkpointing recomputes blocks outside the attention context, so do not set one.
+    slow = accelerator.device.type == "cpu" and config.mixed_precision == "bf16"
+    model.plain_attention = slow and not config.gradient_checkpointing
+    if config.gradient_checkpointing:
+        model.raw_denoiser.enable_gradient_checkpointing()

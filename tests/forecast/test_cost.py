@@ -22,7 +22,7 @@ PAIRS = str(ROOT / "assets/preferences/shapes.parquet")
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
     """Drawing them takes longer than such a run."""
-    monkeypatch.setattr("diffalign.trainers.report.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
 
 
 def red(images, prompts, metadata):

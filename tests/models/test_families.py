@@ -263,7 +263,7 @@ def runs(wanted, family_pipelines, pairs, tmp_path_factory):
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
     with pytest.MonkeyPatch.context() as patch:
         # Plotting takes four fifths of such a run.
-        patch.setattr("diffalign.trainers.report.plot_curves", lambda *_, **__: None)
+        patch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
         for name, kind in wanted:
             folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
             trainer = TRAINERS[kind](name, folder, pipeline, pairs)

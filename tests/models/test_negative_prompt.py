@@ -16,7 +16,7 @@ from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.weights import POLICY
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Conditioning, Guidance
-from diffalign.trainers.report import Report
+from diffalign.report.run_report import Report
 from tests.models.families import FAMILIES, noise_of, packed
 
 

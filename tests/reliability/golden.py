@@ -44,7 +44,7 @@ def digests(folder: str) -> dict[str, str]:
         torch.set_num_threads(1)
         trainer = TRAINERS[name].make(short(name, Path(folder) / name, max_train_steps=2))
         trainer.train()
-        content = b"".join(p.detach().numpy().tobytes() for p in trainer.loop.parameters)
+        content = b"".join(p.detach().numpy().tobytes() for p in trainer.loop.state.parameters)
         found[name] = hashlib.sha256(content).hexdigest()
     return found
 

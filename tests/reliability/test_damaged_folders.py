@@ -187,7 +187,7 @@ def half(path, *rest):
     ("writer", "product"),
     [
         ("diffalign.models.lora.save_file", "pytorch_lora_weights.safetensors"),
-        ("diffalign.trainers.report.write_model_card", "README.md"),
+        ("diffalign.report.run_report.write_model_card", "README.md"),
     ],
 )
 def test_a_disk_that_fills_at_the_last_export_leaves_nothing_torn(writer, product, tmp_path, monkeypatch):

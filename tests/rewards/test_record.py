@@ -13,7 +13,7 @@ from diffalign.rewards import FunctionReward, RewardConfig, base, get_reward
 from diffalign.rewards.base import PASSED
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.record import passed_from_python, reward_record
-from diffalign.trainers.arguments import reward_table
+from diffalign.trainers.inputs import reward_table
 from tests.conftest import PROMPTS, ROOT
 from tests.reliability.trainers import TRAINERS, short
 
@@ -125,7 +125,7 @@ def test_what_a_script_defines_is_found_in_its_file(tmp_path, monkeypatch):
 
 
 def test_a_script_that_trains_while_it_is_loaded_says_so(tmp_path):
-    text = "from diffalign.trainers.arguments import reward_table\nreward_table('shapes')\n" + SCRIPT
+    text = "from diffalign.trainers.inputs import reward_table\nreward_table('shapes')\n" + SCRIPT
     (tmp_path / "train.py").write_text(text)
     with pytest.raises(ValueError, match="put that under if __name__ == '__main__'"):
         get_reward(f"{tmp_path}/train.py:redness", allow_code=True)

@@ -13,7 +13,7 @@ from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import ode_plan
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
-from diffalign.trainers.collector import Rollout
+from diffalign.rollout.collector import Rollout
 from diffalign.trainers.diffusion_dpo.batches import RolloutSource
 from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 from tests.reliability.forks import finished

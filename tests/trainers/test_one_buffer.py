@@ -11,7 +11,7 @@ from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import SamplingPlan
-from diffalign.trainers.collector import Rollout
+from diffalign.rollout.collector import Rollout
 from diffalign.trainers.diffusion_dpo.batches import RolloutSource
 
 

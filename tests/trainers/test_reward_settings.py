@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign.rewards.config import RewardConfig
-from diffalign.trainers.arguments import check_groups, evaluation_rewards
+from diffalign.trainers.inputs import check_groups, evaluation_rewards
 from diffalign.trainers.flow_grpo.algorithm import FlowGRPOTrainer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 from diffalign.commands.doctor.config import PIPELINE, DoctorConfig
@@ -10,12 +10,13 @@ from diffalign.commands.doctor.findings import Check, Finding, run_check, verdic
 from diffalign.commands.doctor.machine import devices, disk, environment, packages
 from diffalign.commands.doctor.probes import attention, compiling, lora_round_trip
 from diffalign.commands.doctor.trials import trials
+from diffalign.trainers.registry import algorithm_names
 
 
-def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:
-    """Print the findings; return 1 if one is a problem, else 0. trainers: name -> (config class, trainer class)."""
+def run(config: DoctorConfig) -> int:
+    """Print the findings; return 1 if one is a problem, else 0."""
     findings = []
-    for title, check in checks(config, trainers).items():
+    for title, check in checks(config).items():
         print(f"\n{title}", flush=True)
         for finding in run_check(title, check):
             print(f"  {finding}", flush=True)
@@ -24,7 +25,7 @@ def run(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> int:
     return int(any(finding.status == "problem" for finding in findings))
 
 
-def checks(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> dict[str, Check]:
+def checks(config: DoctorConfig) -> dict[str, Check]:
     """Map the title of each section to its check, in order."""
     found: dict[str, Check] = {
         "environment": environment,
@@ -37,7 +38,11 @@ def checks(config: DoctorConfig, trainers: Mapping[str, tuple[type, type]]) -> d
     world = config.world()
     if world is None:
         return {**found, "embedded world": _no_world}
-    return {**found, "LoRA": partial(lora_round_trip, world / PIPELINE), "trainers": partial(trials, trainers, world)}
+    return {
+        **found,
+        "LoRA": partial(lora_round_trip, world / PIPELINE),
+        "trainers": partial(trials, algorithm_names(), world),
+    }
 
 
 def _no_world() -> Iterator[Finding]:

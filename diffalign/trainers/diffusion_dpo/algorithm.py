@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,26 +24,23 @@ from diffalign.losses.options import AutoBeta, margin_size
 from diffalign.losses.preference_metrics import preference_metrics, single_metrics
 from diffalign.losses.registry import get_loss
 from diffalign.losses.unpaired import SingleObjective
-from diffalign.models import DiffusionModel
-from diffalign.models.weights import REFERENCE
-from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rewards.support.probe import try_rewards
-from diffalign.rewards.support.record import reward_record
+from diffalign.rollout.collector import Collector
+from diffalign.rollout.forward_process import ForwardProcess, Noised, TimeSampling
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.loop import Metrics, MicroBatch, MiniBatch
+from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch, State
 from diffalign.runtime.provenance import digest
+from diffalign.runtime.run import Run
 from diffalign.runtime.state import indexed, restore
-from diffalign.structures import Level, Prompt
-from diffalign.trainers.arguments import check_groups, evaluation_rewards, reward_table
-from diffalign.trainers.base import Trainer, named_model
-from diffalign.trainers.collector import Collector
+from diffalign.trainers.algorithm import Algorithm
+from diffalign.trainers.base import Trainer
 from diffalign.trainers.contents import sample_contents
-from diffalign.trainers.denoising import Denoising
 from diffalign.trainers.diffusion_dpo.batches import (
-    Data,
     DataSource,
+    PreferenceBatch,
     RolloutSource,
     Source,
     StreamSource,
@@ -53,161 +49,148 @@ from diffalign.trainers.diffusion_dpo.batches import (
     sampled_digest,
 )
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
-from diffalign.trainers.diffusion_dpo.latents import LatentEncoder
+from diffalign.trainers.diffusion_dpo.cost import COST
+from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder
 from diffalign.trainers.diffusion_dpo.spin import SelfPlaySource
+from diffalign.trainers.inputs import Inputs, check_groups, evaluation_rewards, read_rewards
+from diffalign.trainers.registry import register_algorithm
+
+TRIAL = {
+    "train_data": ["{assets}/preferences/shapes.parquet"],
+    "data": {"scan": 8},
+    "num_pairs": 4,
+    "train_batch_size": 4,
+    "cache": False,
+}
 
 
-class DiffusionDPOTrainer(Trainer):
-    """Train a model on preferences with Diffusion-DPO and related losses.
+@register_algorithm("diffusion_dpo", config=DiffusionDPOConfig, cost=COST, trial=TRIAL)
+class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
+    """Preference losses on denoising errors of pairs or single images."""
 
-    model: a path, a hub id or a ``DiffusionModel``; default ``args.model``. args: the configuration.
-    reward_funcs: rewards that rank the model's own images into pairs; as for ``FlowGRPOTrainer``.
-    train_dataset: result of ``load_pairs``, ``stream_pairs`` or ``load_labelled``; with rewards a list of ``Prompt``;
-        default: what ``args`` names. eval_dataset: a list of ``Prompt``.
+    @classmethod
+    def read_inputs(
+        cls, config: DiffusionDPOConfig, reward_funcs: Any, train_dataset: Any
+    ) -> Inputs[DiffusionDPOConfig]:
+        """Validate the configuration, and read rewards and preference data."""
+        inputs = Inputs(config)
+        if reward_funcs is not None or config.rewards:
+            config, rewards, weights = read_rewards(config, reward_funcs)
+            inputs = Inputs(config, rewards=rewards, weights=weights)
+        config.validate()
+        data = read_data(config, train_dataset)
+        prompts = data if config.online and isinstance(data, Sequence) else ()
+        try_rewards(inputs.rewards, prompts, config.resolution)
+        judges = evaluation_rewards(config.eval_rewards, inputs.rewards, config.allow_reward_code)
+        return dataclasses.replace(inputs, data=data, eval_rewards=judges)
 
-    ValueError or FileNotFoundError before any work where something is missing or does not fit.
-    """
+    @classmethod
+    def check_processes(cls, inputs: Inputs[DiffusionDPOConfig], processes: int) -> None:
+        """Raise ValueError where pairs or groups do not divide over the processes."""
+        config = inputs.config
+        if config.online:
+            config.validate_batches(processes)
+            check_groups(inputs.rewards, config.num_groups, processes)
+            if config.num_groups % processes:
+                raise ValueError(f"pairs need whole groups: make num_groups a multiple of the {processes} processes")
+        elif config.num_pairs % processes:
+            raise ValueError(f"num_pairs {config.num_pairs} does not divide by {processes} processes")
 
-    name = "diffusion_dpo"
-    args: DiffusionDPOConfig
+    @classmethod
+    def keeps_reference(cls, config: DiffusionDPOConfig) -> bool:
+        """Return whether the loss compares with the base model; a moving reference has weights of its own."""
+        return config.compares and not config.reference_moves
 
-    def __init__(
-        self,
-        model: str | Path | DiffusionModel | None = None,
-        args: DiffusionDPOConfig | None = None,
-        reward_funcs: str | RewardFunction | Reward | Sequence | Mapping[str, float] | None = None,
-        train_dataset: Data | None = None,
-        eval_dataset: Sequence[Prompt] | None = None,
-    ) -> None:
-        args = named_model(args or DiffusionDPOConfig(), model)
-        self.rewards: dict[str, Reward] = {}
-        weights: dict[str, float] = {}
-        if reward_funcs is not None or args.rewards:
-            given = args.rewards if reward_funcs is None else reward_funcs
-            self.rewards, weights = reward_table(given, args.allow_reward_code)
-            if reward_funcs is not None:
-                args = dataclasses.replace(args, rewards=reward_record(given, self.rewards))
-        args.validate()
-        self.kind = get_loss(args.loss)
-        data = read_data(args, train_dataset)
-        try_rewards(self.rewards, data if args.online and isinstance(data, Sequence) else (), args.resolution)
-        judges = evaluation_rewards(args.eval_rewards, self.rewards, args.allow_reward_code)
-        if not judges and (eval_dataset or args.eval_prompts):
-            raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
-        moves = bool(args.reference_decay or args.reference_steps)
-        self.compares = self.kind.reference or (self.kind.paired and args.objective().needs_reference)
-        super().__init__(
-            model,
-            args,
-            judges,
-            eval_dataset,
-            keep_reference=self.compares and not moves,
-            eval_batch_size=args.rollout_batch_size,
-        )
-        self.objective = args.objective() if self.kind.paired else None
-        self.single = None if self.kind.paired else SingleObjective(args.loss, args.loss_options, self.accelerator)
-        self.source = self._source(data, weights)
-        self.denoising = Denoising(self.encoded, args, self.noise, self.compares)
-        self.updates_per_iteration = args.updates_per_rollout if args.online else 1
+    def __init__(self, run: Run[DiffusionDPOConfig], inputs: Inputs[DiffusionDPOConfig]) -> None:
+        super().__init__(run, inputs)
+        config = run.config
+        self.kind = get_loss(config.loss)
+        self.objective = config.objective() if self.kind.paired else None
+        self.single = None if self.kind.paired else SingleObjective(config.loss, config.loss_options, run.accelerator)
+        self.source = self._source(inputs)
+        times = TimeSampling(config.time_sampling, config.time_mean, config.time_std, tuple(config.times))
+        self.forward = ForwardProcess(run, times, config.prompt_dropout)
+        self.updates_per_iteration = config.updates_per_rollout if config.online else 1
         self.world_size_invariant = self.updates_per_iteration == 1  # else each process splits its own pairs
-        self._moving_reference()
-        low, high = args.auto_beta_range
-        self.auto_beta = AutoBeta(low=low, high=high, target=args.auto_beta) if args.auto_beta else None
+
+        self.reference = None
+        if config.compares and config.reference_moves:
+            self.reference = EMA(run.model.weights.trainable, config.reference_decay, warmup=False)
+            run.model.weights.add(REFERENCE, self.reference.shadow)
+        low, high = config.auto_beta_range
+        self.auto_beta = AutoBeta(low=low, high=high, target=config.auto_beta) if config.auto_beta else None
         self.warned = False
 
-    # Data -----------------------------------------------------------------------------------------------------------
-
-    def _source(self, data: Data | None, weights: Mapping[str, float]) -> Source:
-        args, accelerator = self.args, self.accelerator
-        if args.online:
-            collector = Collector(self, data, self.rewards, weights)
+    def _source(self, inputs: Inputs[DiffusionDPOConfig]) -> Source:
+        run, config, data = self.run, self.config, inputs.data
+        if config.online:
+            collector = Collector(run, data, inputs.rewards, inputs.weights)
             self.data_digest = digest(collector.texts())
-            return RolloutSource(collector, args.data.rollouts, self.kind, accelerator)
-        share = args.num_pairs // accelerator.num_processes
-        first = share * accelerator.process_index
-        framer = LatentEncoder(self.encoded, args, self.noise, range(first, first + share))
-        data = open_stream(args, self.noise, accelerator) if data is None else data
+            return RolloutSource(run, collector, self.kind)
+        encoder = LatentEncoder(run)
+        data = open_stream(run) if data is None else data
         if isinstance(data, PairStream):
-            return StreamSource(data, framer, accelerator)
+            return StreamSource(run, data, encoder)
         self.data_digest = sampled_digest(data)
         self.data_contents = {"samples of train_data": sample_contents(data)}
-        source = DataSource(data, framer)
-        return source if args.losers == "data" else SelfPlaySource(source, self)
+        source = DataSource(run, data, encoder)
+        return source if config.losers == "data" else SelfPlaySource(run, source)
 
-    def check_batches(self, processes: int) -> None:
-        """Raise ValueError where pairs or groups do not divide over the processes."""
-        args = self.args
-        if args.online:
-            args.validate_batches(processes)
-            check_groups(self.rewards, args.num_groups, processes)
-            if args.num_groups % processes:
-                raise ValueError(f"pairs need whole groups: make num_groups a multiple of the {processes} processes")
-        elif args.num_pairs % processes:
-            raise ValueError(f"num_pairs {args.num_pairs} does not divide by {processes} processes")
+    # An iteration ---------------------------------------------------------------------------------------------------
 
-    @property
-    def eval_levels(self) -> Level:
-        """Levels of ``eval_num_steps``, else of the plan."""
-        return self.model.levels(self.args.eval_num_steps or self.args.plan.num_steps, self.args.schedule)
+    def sample(self, iteration: int) -> PreferenceBatch:
+        """Read and encode examples, or sample the images that become examples."""
+        return self.source.sample(iteration)
 
-    def collect(self, iteration: int) -> Metrics:
-        """Collect the examples of an iteration and encode their prompts."""
-        self.examples, metrics = self.source(iteration)
-        self.encoded.prepare(self.examples.texts, empty=True)  # so that no text encoder is loaded during the update
-        return metrics
+    def score(self, batch: PreferenceBatch) -> None:
+        """Score sampled images."""
+        self.source.score(batch)
 
-    def collected(self) -> dict[str, Tensor]:
-        """The rollout of an online run; empty for data sets, which are read again."""
-        return self.source.rollout.buffer.drawn() if isinstance(self.source, RolloutSource) else {}
+    def advantage(self, batch: PreferenceBatch) -> None:
+        """Pair sampled images by their scores; encode all prompts, so that updates load no text encoder."""
+        self.source.rank(batch)
+        self.run.prompts.prepare(batch.ranked.texts, empty=True)
 
-    def recollect(self, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the rollout and its examples."""
-        assert isinstance(self.source, RolloutSource)
-        self.examples = self.source.examples(self.source.collector.restored(iteration, tensors))[0]
-
-    def ids(self, minibatch: MiniBatch) -> list[dict[str, Any]]:
-        """Number and prompt of each example of an optimizer step."""
-        rows = minibatch.rows.tolist()
-        return [{"number": self.examples.number[i], "prompt": self.examples.texts[i]} for i in rows]
-
-    # Update ---------------------------------------------------------------------------------------------------------
-
-    def minibatches(self, iteration: int) -> Iterator[MiniBatch]:
+    def minibatches(self, batch: PreferenceBatch, iteration: int) -> Iterator[MiniBatch]:
         """Split the iteration's examples at random into optimizer steps, and each step into passes."""
-        count = len(self.examples.texts)
-        order = self.noise.permutation(count, "minibatches", iteration, self.accelerator.process_index)
+        examples = batch.ranked
+        count = len(examples.texts)
+        order = self.run.rng.permutation(count, "minibatches", iteration, self.run.rank)
         size = -(-count // self.updates_per_iteration)
 
         for update in range(self.updates_per_iteration):
             # A process with too few examples for all updates starts over.
             own = order[torch.arange(update * size, (update + 1) * size) % count]
-            passes = [own[rows] for rows in micro_batches(len(own), self.args.train_batch_size)]
-            yield MiniBatch([MicroBatch(rows, len(rows) / len(own)) for rows in passes], own)
+            passes = [own[rows] for rows in micro_batches(len(own), self.config.train_batch_size)]
+            yield MiniBatch([MicroBatch(rows, len(rows) / len(own), examples) for rows in passes], own)
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some examples, and metrics."""
-        rows = micro.rows
-        sides, level = self.denoise(rows, self.loop.step)
-        weight = self.examples.weight[rows].to(self.model.device)
-        label = self.examples.label[rows].to(self.model.device)
+        examples, rows = micro.data, micro.rows
+        sides, noised = self.denoise(examples, rows, self.run.progress.step)
+        weight = examples.weight[rows].to(self.model.device)
+        label = examples.label[rows].to(self.model.device)
         if self.kind.paired:
-            loss, metrics = self._paired(sides, label, level)
+            position = noised.level[torch.arange(len(rows))].time / self.model.num_train_timesteps
+            loss, metrics = self._paired(sides, label, position)
         else:
             loss, metrics = self._single(sides, label, weight)
         return (weight * loss).mean(), metrics
 
-    def _paired(self, sides: Sequence[Denoised], label: Tensor, level: Level) -> tuple[Tensor, dict[str, Tensor]]:
-        pair = DenoisedPair(*sides)
+    def _paired(self, sides: Sequence[Denoised], label: Tensor, position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.objective is not None
+        winner, loser = sides
+        pair = DenoisedPair(winner, loser)
         soft = {"label": label} if "label" in self.kind.options else {}
         loss = self.objective(pair, beta=self.beta, **soft)
-        position = level.time / self.model.num_train_timesteps
         strength = 1.0 if self.beta is None else self.beta
-        metrics = preference_metrics(pair, beta=strength, position=position, bins=self.args.bins)
+        metrics = preference_metrics(pair, beta=strength, position=position, bins=self.config.bins)
         if self.auto_beta is not None:
             metrics |= {"margin_size": margin_size(pair), "beta": self.auto_beta.beta}
         return loss, metrics
 
     def _single(self, sides: Sequence[Denoised], label: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.single is not None
         (image,), liked = sides, label > 0.5
         return self.single(image, liked, self.beta, weight), single_metrics(image, liked)
 
@@ -216,25 +199,44 @@ class DiffusionDPOTrainer(Trainer):
         """Strength of the preference, in units of the errors; None for a loss without beta."""
         if self.auto_beta is not None:
             return self.auto_beta.beta.to(self.model.device)
-        return self.kind.beta if self.args.beta is None else self.args.beta
+        return self.kind.beta if self.config.beta is None else self.config.beta
 
-    def denoise(self, rows: Tensor, step: int) -> tuple[list[Denoised], Level]:
-        """Noise and denoise examples of the iteration: see ``Denoising``."""
-        return self.denoising(self.examples, rows, step)
+    def denoise(
+        self, examples: Examples, rows: Tensor, step: int, *, compare: bool | None = None
+    ) -> tuple[list[Denoised], Noised]:
+        """Noise examples as in optimizer step ``step`` (from 0), and denoise them with policy and reference.
+
+        All K images of an example share time, noise and prompt dropout, and all images are one batch, winners first.
+
+        Returns:
+            K sides of P examples; the batch of K P noised latents.
+        """
+        latents = examples.latents[rows].transpose(0, 1)
+        sides = len(latents)
+        ids = [examples.number[i] for i in rows.tolist()] * sides
+        noised = self.forward.noise(latents.flatten(0, 1), ids, step)
+        texts = [examples.texts[i] for i in rows.tolist()] * sides
+        sizes = examples.sizes
+        columns = None if sizes is None else [sizes[i][side] for side in range(sides) for i in rows.tolist()]
+        conditioning = self.forward.conditioning(texts, ids, step, columns)
+
+        compare = self.config.compares if compare is None else compare
+        outputs = self.forward.predict(noised, conditioning, (REFERENCE, POLICY) if compare else (POLICY,))
+        mask = None if examples.mask is None else examples.mask[rows].to(self.model.device, non_blocking=True)
+        references = outputs[REFERENCE].chunk(sides) if compare else [None] * sides
+        return [
+            Denoised(output, goal, reference, mask, reduction=self.config.reduction)
+            for output, goal, reference in zip(
+                outputs[POLICY].chunk(sides), noised.target.chunk(sides), references, strict=True
+            )
+        ], noised
 
     # The reference --------------------------------------------------------------------------------------------------
 
-    def _moving_reference(self) -> None:
-        """Add the weight set of a reference that follows the policy."""
-        args, self.reference = self.args, None
-        if self.compares and (args.reference_decay or args.reference_steps):
-            self.reference = EMA(self.loop.parameters, args.reference_decay, warmup=False)
-            self.model.weights.add(REFERENCE, self.reference.shadow)
-
-    def after_update(self, step: int, metrics: Metrics) -> None:
+    def on_step(self, batch: PreferenceBatch, metrics: Metrics) -> None:
         """Update the moving reference and beta; warn when winners get worse than the reference."""
-        every = self.args.reference_steps
-        if self.reference is not None and (not every or step % every == 0):
+        every = self.config.reference_steps
+        if self.reference is not None and (not every or self.run.progress.step % every == 0):
             self.reference.update()
         if self.auto_beta is not None:
             self.auto_beta.update(torch.tensor(metrics["margin_size"]))
@@ -250,20 +252,27 @@ class DiffusionDPOTrainer(Trainer):
                 stacklevel=2,
             )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> PreferenceBatch:
+        """Rebuild the rollout and its examples."""
+        batch = self.source.restored(iteration, tensors)
+        batch.metrics = metrics
+        return batch
+
+    def state_dict(self) -> State:
         """Return the moving reference, beta, running means and stream cursors."""
         tensors = {} if self.reference is None else indexed(self.reference.shadow)
-        plain: dict[str, Any] = {"warned": self.warned}
+        plain: dict[str, Any] = {"warned": self.warned, **self.source.state_dict()}
         if self.single is not None:
             plain["reward_shift"] = self.single.state_dict()
         if self.auto_beta is not None:
             plain["auto_beta"] = self.auto_beta.state_dict()
-        if isinstance(self.source, StreamSource):
-            plain["cursors"] = self.source.cursors
         return tensors, plain
 
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Restore what ``state`` returned. ValueError: a stream was read by another number of processes."""
+    def load_state_dict(self, state: State) -> None:
+        """Restore what ``state_dict`` returned. Raises ValueError if a stream was read by other processes."""
+        tensors, plain = state
         if self.reference is not None:
             restore(self.reference.shadow, tensors)
         if self.single is not None:
@@ -271,30 +280,49 @@ class DiffusionDPOTrainer(Trainer):
         if self.auto_beta is not None:
             self.auto_beta.load_state_dict(plain["auto_beta"])
         self.warned = plain["warned"]
-        if isinstance(self.source, StreamSource):
-            self.source.resume(plain["cursors"])
+        self.source.load_state_dict(plain)
 
-    # Checks ---------------------------------------------------------------------------------------------------------
+    # Checks and evaluations -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def check_on_policy(self) -> None:
-        """Check that an unchanged policy predicts exactly what the reference predicts, on what ``probe`` denoised."""
-        if not self.compares:
+    def on_first_batch(self, batch: PreferenceBatch) -> None:
+        """Check that an unchanged policy predicts exactly what the reference predicts."""
+        if not self.config.compares:
             return
-        worst = max(side.shift.abs().max().item() for side in self.first_sides)
+        sides, _ = self.denoise(batch.ranked, self._first_rows(batch), 0)
+        worst = max(side.shift.abs().max().item() for side in sides)
         if worst > 0:
             raise CannotTrain(
                 f"policy and reference differ by {worst:.2e} before the first update: dropout or another source of "
                 "randomness in the denoiser is on; turn it off"
             )
 
-    def probe(self) -> list[Tensor]:
-        """Outputs of the policy on the first examples, noised as in the first optimizer step."""
-        rows = torch.arange(min(self.args.train_batch_size, len(self.examples.texts)))
-        self.first_sides, _ = self.denoise(rows, 0)
-        return [side.output for side in self.first_sides]
+    def probe(self, batch: PreferenceBatch) -> list[Tensor]:
+        """Return the policy's outputs on the first examples, noised as in the first optimizer step."""
+        sides, _ = self.denoise(batch.ranked, self._first_rows(batch), 0, compare=False)
+        return [side.output for side in sides]
+
+    def _first_rows(self, batch: PreferenceBatch) -> Tensor:
+        return torch.arange(min(self.config.train_batch_size, len(batch.ranked.texts)))
 
     @property
-    def has_gradient(self) -> bool:
-        """Whether any example of the iteration counts."""
-        return bool(self.examples.weight.any())
+    def num_steps(self) -> int:
+        """Sampling steps of the plan."""
+        return self.config.plan.num_steps
+
+
+class DiffusionDPOTrainer(Trainer[DiffusionDPOConfig]):
+    """Train a model on preferences with Diffusion-DPO and related losses.
+
+    Args:
+        model: A path, a hub id or a ``DiffusionModel``; default: ``args.model``.
+        args: The configuration.
+        reward_funcs: Rewards that rank the model's own images into pairs; as for ``FlowGRPOTrainer``.
+        train_dataset: Result of ``load_pairs``, ``stream_pairs`` or ``load_labelled``; with rewards a list of
+            ``Prompt``; default: the files that ``args`` names.
+        eval_dataset: A list of ``Prompt``; default: ``args.eval_prompts``.
+
+    Raises:
+        ValueError, FileNotFoundError: Before any work, if something is missing or does not fit.
+    """
+
+    algorithm_class = DiffusionDPO

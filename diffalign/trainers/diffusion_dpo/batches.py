@@ -1,27 +1,28 @@
-"""Where examples come from: data, streams of data, or the model's own images."""
+"""Sources of preference examples: data sets, streams, or the model's own images."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.data.epoch_order import take
 from diffalign.data.pairs import Samples, load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.data.rollouts import Pairing, pick_pairs
+from diffalign.data.rollouts import pick_pairs
 from diffalign.data.stream import Cursor, PairStream, stream_pairs
 from diffalign.data.unpaired import LabelledData, load_labelled
 from diffalign.losses.registry import PreferenceLoss, get_loss
-from diffalign.rng import KeyedRNG
-from diffalign.runtime.loop import Metrics
+from diffalign.rollout.collector import Collector, Rollout
+from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
+from diffalign.runtime.run import Run
 from diffalign.structures import Prompt
-from diffalign.trainers.collector import Collector, Rollout
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 
@@ -29,141 +30,210 @@ Data = Samples | PairStream | Sequence[Prompt]
 DIGESTED = 16
 
 
-class Source(Protocol):
-    """Where examples come from."""
+@dataclass
+class PreferenceBatch(IterationBatch):
+    """The examples of an iteration.
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """This process's share of an iteration, and what to log of it."""
-
-
-def read_data(args: DiffusionDPOConfig, given: Data | None) -> Data | None:
-    """What was passed, or what ``args`` names; None for a stream, which opens once processes know of each other.
-
-    ValueError: nothing to train on, pairs where single images are wanted or the other way round, or no image that is
-    liked where a loss learns from no other.
+    Attributes:
+        examples: This process's examples; None until the images of a rollout are ranked.
+        rollout: The rollout that an online run ranks.
     """
-    data = _named_data(args) if given is None and not (args.streaming and args.train_data) else given
-    liked_only = get_loss(args.loss).liked_only or args.losers == "reference"
-    singles = liked_only or not get_loss(args.loss).paired
+
+    examples: Examples | None = None
+    rollout: Rollout | None = None
+
+    @property
+    def ranked(self) -> Examples:
+        """The examples, once they exist."""
+        assert self.examples is not None
+        return self.examples
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the rollout of an online run; nothing for data sets, which are read again."""
+        return {} if self.rollout is None else self.rollout.state_dict()
+
+    def ids(self, rows: Tensor) -> list[dict[str, Any]]:
+        """Return number and prompt of examples."""
+        return [{"number": self.ranked.number[i], "prompt": self.ranked.texts[i]} for i in rows.tolist()]
+
+
+class Source(ABC):
+    """Where examples come from. An iteration is ``sample``, ``score`` and ``rank``."""
+
+    @abstractmethod
+    def sample(self, iteration: int) -> PreferenceBatch:
+        """Read the examples of an iteration, or sample the images that will become examples."""
+
+    def score(self, batch: PreferenceBatch) -> None:
+        """Score sampled images."""
+
+    def rank(self, batch: PreferenceBatch) -> None:
+        """Turn scores into examples."""
+
+    def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> PreferenceBatch:
+        """Rebuild a batch from its ``state_dict``."""
+        raise NotImplementedError("data sets are read again")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+
+
+def read_data(config: DiffusionDPOConfig, given: Data | None) -> Data | None:
+    """Return the data that were passed, or those of the configuration.
+
+    Returns:
+        Pairs, labelled images or prompts; None for a stream, which each process opens for itself.
+
+    Raises:
+        ValueError: Nothing to train on, pairs where single images are needed or the other way round, or no liked image
+            where a loss learns from no other.
+    """
+    data = _named_data(config) if given is None and not (config.streaming and config.train_data) else given
+    liked_only = get_loss(config.loss).liked_only or config.losers == "reference"
+    singles = liked_only or not get_loss(config.loss).paired
     if isinstance(data, Samples | PairStream) and isinstance(data, LabelledData) != singles:
-        what = f"loss {args.loss!r}" if args.losers == "data" else "losers: reference"
-        wanted = "single images: pass what load_labelled gave" if singles else "pairs: pass what load_pairs gave"
-        raise ValueError(f"{what} wants {wanted}")
+        what = f"loss {config.loss!r}" if config.losers == "data" else "losers: reference"
+        needed = "single images: pass what load_labelled gave" if singles else "pairs: pass what load_pairs gave"
+        raise ValueError(f"{what} wants {needed}")
     return data.liked() if liked_only and isinstance(data, LabelledData) else data
 
 
-def _named_data(args: DiffusionDPOConfig) -> Data:
-    if args.online:
-        if not (args.train_prompts and args.rewards):
+def _named_data(config: DiffusionDPOConfig) -> Data:
+    if config.online:
+        if not (config.train_prompts and config.rewards):
             raise ValueError("pairs of the model's own images need train_prompts and rewards: one is missing")
-        return load_prompts(args.train_prompts)
-    if not args.train_data:
+        return load_prompts(config.train_prompts)
+    if not config.train_data:
         raise ValueError("train_data is missing: write train_data: [pairs.parquet], or train_prompts and rewards")
-    paired = get_loss(args.loss).paired and args.losers == "data"
-    return (load_pairs if paired else load_labelled)(*args.train_data, settings=args.data)
+    paired = get_loss(config.loss).paired and config.losers == "data"
+    return (load_pairs if paired else load_labelled)(*config.train_data, settings=config.data)
 
 
-def open_stream(args: DiffusionDPOConfig, noise: KeyedRNG, accelerator: Accelerator) -> PairStream:
-    """This process's share of the files that ``args`` names."""
+def open_stream(run: Run[DiffusionDPOConfig]) -> PairStream:
+    """Open this process's share of the files that the configuration names."""
+    config = run.config
 
     def permutation(n: int, *address: int) -> Tensor:
-        return noise.permutation(n, "stream", *address)
+        return run.rng.permutation(n, "stream", *address)
 
-    rank, world = accelerator.process_index, accelerator.num_processes
-    return stream_pairs(*args.train_data, settings=args.data, permutation=permutation, rank=rank, world=world)
+    return stream_pairs(
+        *config.train_data, settings=config.data, permutation=permutation, rank=run.rank, world=run.world
+    )
 
 
 def sampled_digest(data: Samples) -> str:
-    """Of the number of samples, and of a few of them: enough to notice other data, and quick for millions."""
+    """Digest the number of samples and a few of them: enough to notice other data, and quick for millions."""
     count = len(data)
     chosen = min(count, DIGESTED)
     few = [data[number * count // chosen] for number in range(chosen)]
     return digest([str(count), *(text for sample in few for text in (sample.key, sample.prompt.text))])
 
 
-class DataSource:
+class DataSource(Source):
     """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
 
-    def __init__(self, data: Samples, framer: LatentEncoder) -> None:
-        self.data, self.framer = data, framer
+    def __init__(self, run: Run[DiffusionDPOConfig], data: Samples, encoder: LatentEncoder) -> None:
+        self.run, self.data, self.encoder = run, data, encoder
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The samples of one optimizer step."""
-        count, noise = len(self.data), self.framer.noise
-        places = take(
-            count,
-            self.framer.args.num_pairs,
-            iteration,
-            lambda epoch: noise.permutation(count, "data", epoch),
-        )
-        own = [places[number] for number in self.framer.share]
-        return self.framer([partial(self.data.load, place) for place in own], iteration, own), {}
+    def sample(self, iteration: int) -> PreferenceBatch:
+        """Read the samples of one optimizer step."""
+        count, rng = len(self.data), self.run.rng
+        indices = take(count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch))
+        own = [indices[number] for number in self.encoder.share]
+        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own))
 
 
-class StreamSource:
-    """Examples of a stream. ``cursors``: where the next iteration begins on each process, for the trainer to keep."""
+class StreamSource(Source):
+    """Examples of a stream.
 
-    def __init__(self, data: PairStream, framer: LatentEncoder, accelerator: Accelerator) -> None:
-        self.data, self.framer, self.accelerator = data, framer, accelerator
-        self.resume([Cursor().state()] * accelerator.num_processes)
+    Attributes:
+        cursors: Position of each process at the start of the next iteration.
+    """
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """The next pairs."""
-        # Each is read when the one before has become latents: thousands of pictures would not fit in memory.
-        examples = self.framer([self._next] * len(self.framer.share), iteration)
+    def __init__(self, run: Run[DiffusionDPOConfig], data: PairStream, encoder: LatentEncoder) -> None:
+        self.run, self.data, self.encoder = run, data, encoder
+        self.load_state_dict({"cursors": [Cursor().state()] * run.world})
+
+    def sample(self, iteration: int) -> PreferenceBatch:
+        """Read the next pairs."""
+        # One by one, each after the previous one was encoded: thousands of images would not fit in memory.
+        examples = self.encoder([self._next] * len(self.encoder.share), iteration)
         # The main process writes the checkpoint, and cannot know how many pairs the others had to leave out.
-        here = torch.tensor([list(self._here.state().values())], device=self.accelerator.device)
-        everyone = self.accelerator.gather(here).tolist()
-        self.cursors = [dict(zip(Cursor().state(), numbers, strict=True)) for numbers in everyone]
-        return examples, {}
+        here = self.run.gather(torch.tensor([list(self._here.state().values())]))
+        self.cursors = [dict(zip(Cursor().state(), numbers, strict=True)) for numbers in here.tolist()]
+        return PreferenceBatch(examples)
 
     def _next(self) -> Loaded:
         pair, images, self._here = next(self._pairs)
         return pair, images
 
-    def resume(self, cursors: Sequence[Mapping[str, int]]) -> None:
-        """Goes on at another place. ValueError: the places of another number of processes."""
-        if len(cursors) != self.accelerator.num_processes:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of each process."""
+        return {"cursors": self.cursors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at stored positions. Raises ValueError for those of another number of processes."""
+        cursors = state["cursors"]
+        if len(cursors) != self.run.world:
             raise ValueError(
-                f"a stream that {len(cursors)} process(es) read cannot go on in {self.accelerator.num_processes}: "
-                "its files were dealt otherwise; resume with as many processes, or set streaming: false"
+                f"a stream that {len(cursors)} process(es) read cannot go on in {self.run.world}: its files were dealt "
+                "otherwise; resume with as many processes, or set streaming: false"
             )
         self.cursors = list(cursors)
-        self._pairs = self.data.load(Cursor(**cursors[self.accelerator.process_index]))
+        self._pairs = self.data.load(Cursor(**cursors[self.run.rank]))
 
 
-class RolloutSource:
-    """Examples of the model's own images, scored: pairs within each prompt's group, or their images one by one."""
+class RolloutSource(Source):
+    """Examples of the model's own images: pairs within each prompt's group, or single images with labels."""
 
-    def __init__(self, collector: Collector, pairing: Pairing, loss: PreferenceLoss, accelerator: Accelerator) -> None:
-        self.collector, self.pairing, self.loss, self.accelerator = collector, pairing, loss, accelerator
+    def __init__(self, run: Run[DiffusionDPOConfig], collector: Collector, loss: PreferenceLoss) -> None:
+        self.run, self.collector, self.loss, self.pairing = run, collector, loss, run.config.data.rollouts
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
-        """Those of this process's groups."""
-        rollout = self.collector(iteration)
-        examples, pairs = self.examples(rollout)
-        return examples, {**rollout.metrics, "pairs": float(pairs)}
+    def sample(self, iteration: int) -> PreferenceBatch:
+        """Sample the images of this process's groups."""
+        return PreferenceBatch(rollout=self.collector.sample(iteration))
+
+    def score(self, batch: PreferenceBatch) -> None:
+        """Score the images."""
+        self.collector.score(_rollout(batch))
+
+    def rank(self, batch: PreferenceBatch) -> None:
+        """Pair the images by their scores."""
+        rollout = _rollout(batch)
+        self.collector.advantage(rollout)
+        batch.examples, pairs = self.examples(rollout)
+        batch.metrics = {**rollout.metrics, "pairs": float(pairs)}
+
+    def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> PreferenceBatch:
+        """Rebuild the rollout and its examples."""
+        rollout = self.collector.restored(iteration, tensors, {})
+        return PreferenceBatch(self.examples(rollout)[0], rollout)
 
     def examples(self, rollout: Rollout) -> tuple[Examples, int]:
-        """Those of a rollout, and how many pairs all processes found.
+        """Return the examples of a rollout, and how many pairs all processes found.
 
         Processes find more pairs or fewer. Each gets as many examples as the others, some again with weight 0, so that
-        all make the same passes; and weights such that the mean over processes is that over the pairs of all of them.
+        all make the same passes; the weights make the mean over processes that over the pairs of all of them.
         """
-        self.rollout = rollout
         buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
         leaves = buffer.leaves
         groups = buffer.group[leaves].tolist()
-        scores = sum(weight * buffer.rewards[name][leaves] for name, weight in weights.items()).tolist()
+        zero = torch.zeros(len(leaves))
+        scores = sum((weight * buffer.rewards[name][leaves] for name, weight in weights.items()), zero).tolist()
         pairs = pick_pairs(groups, scores, self.pairing)
         rows, labels = self._examples(pairs or [(0, 0)], scores)
         weight, everyone = self._weight(len(rows) if pairs else 0, len(pairs))
-        chosen = [place % len(rows) for place in range(len(weight))]
-        rows, labels = [rows[place] for place in chosen], [labels[place] for place in chosen]
-        # A sample's place among all of the iteration's tells it from the others; so does a pair of places.
-        first = groups[0] * self.collector.args.group_size
-        total = self.collector.args.num_groups * self.collector.args.group_size
-        numbers = [sum((first + place) * total**k for k, place in enumerate(row)) for row in rows]
+
+        chosen = [index % len(rows) for index in range(len(weight))]
+        rows, labels = [rows[index] for index in chosen], [labels[index] for index in chosen]
+        # A number identifies an example among all of the iteration: the indices of its images, as digits.
+        first = groups[0] * self.run.config.group_size
+        total = self.run.config.num_groups * self.run.config.group_size
+        numbers = [sum((first + index) * total**k for k, index in enumerate(row)) for row in rows]
         examples = Examples(
             torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
             torch.tensor(labels),
@@ -174,24 +244,30 @@ class RolloutSource:
         return examples, everyone
 
     def _weight(self, own: int, pairs: int) -> tuple[Tensor, int]:
-        """That of each example, as many as the process with the most has, at least one; and the pairs of all.
+        """Return the weight of each example, (n,), and the number of pairs of all processes.
 
-        own, pairs: how many examples and pairs this process has.
+        Args:
+            own: Number of examples of this process; n is the largest of any process, at least one.
+            pairs: Number of pairs of this process.
         """
-        here = torch.tensor([[own, pairs]], device=self.accelerator.device)
-        counts, everyone = self.accelerator.gather(here).T
+        counts, everyone = self.run.gather(torch.tensor([[own, pairs]])).T
         most, total = max(int(counts.max()), 1), max(int(counts.sum()), 1)
         return (torch.arange(most) < own) * (most * len(counts) / total), int(everyone.sum())
 
     def _examples(
         self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]
     ) -> tuple[list[tuple[int, ...]], list[float]]:
-        """The places of each example's images, and its label."""
+        """Return the image indices of each example, and its label."""
         if self.loss.paired:
             return list(pairs), [self.pairing.label(scores[better] - scores[worse]) for better, worse in pairs]
         liked: dict[int, bool] = {}
         for better, worse in pairs:
             liked[better] = True  # as in data on disk, an image that won once is liked, however often it lost
             liked.setdefault(worse, False)
-        chosen = {place: well for place, well in liked.items() if well or not self.loss.liked_only}
-        return [(place,) for place in chosen], [float(well) for well in chosen.values()]
+        chosen = {index: won for index, won in liked.items() if won or not self.loss.liked_only}
+        return [(index,) for index in chosen], [float(won) for won in chosen.values()]
+
+
+def _rollout(batch: PreferenceBatch) -> Rollout:
+    assert batch.rollout is not None
+    return batch.rollout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan_config import PlanConfig
-from diffalign.trainers.rollout_config import RolloutConfig
+from diffalign.rollout.config import RolloutConfig
 
 if TYPE_CHECKING:
     from diffalign.losses.objective import PairObjective
@@ -136,6 +136,19 @@ class DiffusionDPOConfig(RolloutConfig):
     def online(self) -> bool:
         """Whether pairs are the model's own images."""
         return bool(self.train_prompts or self.rewards)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss needs predictions of the reference."""
+        from diffalign.losses.registry import get_loss
+
+        kind = get_loss(self.loss)
+        return kind.reference or (kind.paired and self.objective().needs_reference)
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the reference follows the policy."""
+        return bool(self.reference_decay or self.reference_steps)
 
     @property
     def reads_rollouts(self) -> bool:

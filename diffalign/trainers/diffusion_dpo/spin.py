@@ -19,43 +19,43 @@ from diffalign.diffusion.plan import make_plan
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, sample
-from diffalign.runtime.loop import Metrics
-from diffalign.trainers.base import Trainer
-from diffalign.trainers.diffusion_dpo.batches import Source
+from diffalign.runtime.run import Run
+from diffalign.trainers.diffusion_dpo.batches import PreferenceBatch, Source
+from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples
-from diffalign.trainers.rollout_config import RolloutConfig
 
 
-class SelfPlaySource:
+class SelfPlaySource(Source):
     """Pair liked images with samples of the reference for the same prompts. winners: source of the liked images."""
 
-    def __init__(self, winners: Source, trainer: Trainer) -> None:
-        self.winners, self.trainer = winners, trainer
+    def __init__(self, run: Run[DiffusionDPOConfig], winners: Source) -> None:
+        self.run, self.winners = run, winners
 
-    def __call__(self, iteration: int) -> tuple[Examples, Metrics]:
+    def sample(self, iteration: int) -> PreferenceBatch:
         """Return the pairs of one optimizer step."""
-        examples, metrics = self.winners(iteration)
+        batch = self.winners.sample(iteration)
+        examples = batch.ranked
         assert examples.latents.shape[1] == 1
-        height, width = self.trainer.model.default_resolution
+        height, width = self.run.model.default_resolution
         own = SizeConditioning((height, width), (0, 0), (height, width))
-        sizes = None if examples.sizes is None else [(winner, own) for (winner,) in examples.sizes]
-        latents = torch.cat([examples.latents, self._draw(examples, iteration)[:, None].cpu()], 1)
-        return replace(examples, latents=latents, sizes=sizes), metrics
+        known = examples.sizes
+        sizes: list[tuple[SizeConditioning, ...]] | None = None if known is None else [(*size, own) for size in known]
+        latents = torch.cat([examples.latents, self._losers(examples, iteration)[:, None].cpu()], 1)
+        return PreferenceBatch(replace(examples, latents=latents, sizes=sizes), metrics=batch.metrics)
 
-    def _draw(self, examples: Examples, iteration: int) -> Tensor:
-        """Sample the losers; return their latents, (P, C, h, w)."""
-        trainer, args, model = self.trainer, self.trainer.args, self.trainer.model
-        assert isinstance(args, RolloutConfig)
-        levels = model.levels(args.plan.num_steps, args.schedule)
-        route = SamplingPlan(make_plan(args.plan, iteration, args.seed), levels, trainer.guidance)
+    def _losers(self, examples: Examples, iteration: int) -> Tensor:
+        """Sample the losers; return their latents, (P, C, *spatial)."""
+        run, config, model = self.run, self.run.config, self.run.model
+        levels = model.levels(config.plan.num_steps, config.schedule)
+        plan = SamplingPlan(make_plan(config.plan, iteration, config.seed), levels, run.guidance)
         number = torch.tensor(examples.number)
-        addresses = NoiseKeys(trainer.noise, "self play", iteration, number, torch.zeros_like(number))
-        shape, drawn = model.latent_shape(), []
-        trainer.encoded.prepare(examples.texts, empty=True)
+        keys = NoiseKeys(run.rng, "self play", iteration, number, torch.zeros_like(number))
+        shape, latents = model.latent_shape(), []
+        run.prompts.prepare(examples.texts, empty=True)
         with model.using(REFERENCE):
-            for rows in micro_batches(len(number), args.rollout_batch_size):
-                part, conditioning = addresses[rows], trainer.encoded(examples.texts[rows])
+            for rows in micro_batches(len(number), config.rollout_batch_size):
+                part, conditioning = keys[rows], run.prompts(examples.texts[rows])
                 start = part.start(shape).to(model.device, non_blocking=True)
                 draw = lambda index, part=part: part.step(shape, index)  # noqa: E731
-                drawn.append(sample(model, route, conditioning, start, draw=draw))
-        return torch.cat(drawn)
+                latents.append(sample(model, plan, conditioning, start, draw=draw))
+        return torch.cat(latents)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from diffalign.config import option
-from diffalign.trainers.rollout_config import AdvantageConfig, RolloutConfig
+from diffalign.rollout.config import AdvantageConfig, RolloutConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,8 +28,10 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
     train_batch_size: int = option(
         64, "images per forward pass while training", section="optimizer", resume="free", ge=1
     )
-    loss: Literal["flow_grpo", "grpo_guard"] = option(
-        "flow_grpo", "flow_grpo: clipped surrogate; grpo_guard: with normalised ratios", section="loss"
+    loss: str = option(
+        "flow_grpo",
+        "flow_grpo: clipped surrogate; grpo_guard: with normalised ratios; or module:function",
+        section="loss",
     )
     clip_range: float = option(
         1.0, "clip range of the ratio, in clip_unit; .inf disables clipping", section="loss", gt=0, infinite=True
@@ -67,7 +69,9 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         super().validate()
         from diffalign.diffusion.plan import make_plan
         from diffalign.losses.flow_grpo import clip_range_per_dimension
+        from diffalign.losses.registry import get_objective
 
+        get_objective(self.loss, self.allow_reward_code)
         clip_range_per_dimension(self.clip_range, self.clip_unit, 1)
         if not make_plan(self.plan, 0, self.seed).trained_steps:
             raise ValueError(f"plan.preset {self.plan.preset!r} draws no noise, so that it has no density to train")

@@ -12,7 +12,7 @@ from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
-from diffalign.trainers.rollout_config import ScoredSamplesConfig
+from diffalign.rollout.config import ScoredSamplesConfig
 
 
 @dataclasses.dataclass(kw_only=True)

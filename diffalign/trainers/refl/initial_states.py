@@ -174,9 +174,15 @@ def _order(count: int, wanted: int, iteration: int, noise: KeyedRNG, stream: str
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples that were sampled together, up to what ``courses`` need.
+    """B samples that were sampled together, up to the steps that their gradient paths need.
 
-    buffer: a node per sample and place. conditioning: a row per sample.
+    Attributes:
+        courses: Gradient paths.
+        samples: (group, sample index) of each sample.
+        prompts: B prompts.
+        conditioning: A row per sample.
+        buffer: A node per sample and stored step.
+        iteration: Index of the iteration.
     """
 
     courses: tuple[GradientPath, ...]
@@ -184,6 +190,7 @@ class Batch:
     prompts: list[Prompt]
     conditioning: Conditioning
     buffer: RolloutBuffer
+    iteration: int = 0
 
     def state(self, rows: Tensor, place: int) -> Tensor:
         """The samples ``rows`` at a place that is kept: (b, C, h, w)."""

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from diffalign.diffusion.parameterization import add_noise, target
+from diffalign.diffusion.reward_gradient_presets import Recipe
 from diffalign.diffusion.trajectory import Denoiser, GradientPath, Unrolled, unroll
 from diffalign.losses.leapalign import gap_weights
 from diffalign.losses.refl import squared_distance
 from diffalign.models.weights import REFERENCE
-from diffalign.structures import Conditioning
-from diffalign.trainers.refl.initial_states import Batch
+from diffalign.rollout.forward_process import noised
+from diffalign.runtime.run import Run
+from diffalign.structures import Conditioning, Guidance, Level
+from diffalign.trainers.refl.config import ReFLConfig
+from diffalign.trainers.refl.initial_states import Batch, Pictures
 from diffalign.trainers.refl.reward_loss import Judge, RewardInputs
 
-if TYPE_CHECKING:
-    from diffalign.trainers.refl.algorithm import ReFLTrainer
+
+class RecipeGuidance:
+    """Guidance of a recipe's calls, with the current negative prompt if one is trained."""
+
+    def __init__(self, run: Run[ReFLConfig], recipe: Recipe) -> None:
+        self.run, self.kind = run, recipe.guidance
+
+    @property
+    def plain(self) -> Guidance:
+        """Guidance of every sampling."""
+        negative = self.run.model.negative
+        if negative is None:
+            return self.run.guidance
+        return Guidance(self.run.guidance_scale, negative.conditioning(self.run.module()))
+
+    @property
+    def recorded(self) -> Guidance | None:
+        """Guidance of the calls that gradients pass through."""
+        return None if self.kind == "off" else replace(self.plain, detached=self.kind == "detached")
 
 
 class RewardGradient:
-    """From samples to the loss of what ``judge`` says of them, with what the recipe adds to it."""
+    """The mean loss of samples on a gradient path, scored by ``judge``, with the recipe's regulariser.
 
-    def __init__(self, trainer: ReFLTrainer, judge: Judge) -> None:
-        self.trainer, self.judge = trainer, judge
-        self.model, self.recipe = trainer.model, trainer.recipe
+    Args:
+        run: The training.
+        judge: Decodes and scores.
+        recipe: Which calls carry the gradient, and what is added.
+        guidance: Of plain and recorded calls.
+        levels: The recipe's noise levels.
+        pictures: Real images, for the regulariser "pretraining".
+    """
+
+    def __init__(
+        self,
+        run: Run[ReFLConfig],
+        judge: Judge,
+        recipe: Recipe,
+        guidance: RecipeGuidance,
+        levels: Level,
+        pictures: Pictures | None,
+    ) -> None:
+        self.run, self.model, self.judge, self.recipe = run, run.model, judge, recipe
+        self.guidance, self.levels, self.pictures = guidance, levels, pictures
 
     def __call__(self, batch: Batch, rows: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of some samples on course ``number`` of their batch, and metrics."""
+        """Return the mean loss of some samples on gradient path ``number`` of their batch, and metrics."""
         course = batch.courses[number]
         found = self.unrolled(batch, rows, number)
         loss, metrics = self._judged(found, batch, rows, course)
@@ -39,29 +76,29 @@ class RewardGradient:
         return (loss if self.recipe.grad_scale == 1 else loss * self.recipe.grad_scale), metrics
 
     def unrolled(self, batch: Batch, rows: Tensor, number: int) -> Unrolled:
-        """Some samples on course ``number`` of their batch."""
+        """Unroll some samples on gradient path ``number`` of their batch."""
         course, steps = batch.courses[number], self.recipe.num_steps
         start = batch.state(rows, steps if course.renoise else course.start)
         noise = self._known_noise(batch, rows, number).to(start) if course.renoise else None
         return unroll(
             self.denoiser(batch.conditioning[rows]),
             course,
-            self.trainer.levels,
+            self.levels,
             start,
             parameterization=self.model.parameterization,
             noise=noise,
             truth={place: batch.state(rows, place) for place in course.states} if course.straight_through else None,
-            checkpointed=self.trainer.args.step_checkpointing,
+            checkpointed=self.run.config.step_checkpointing,
         )
 
     def _known_noise(self, batch: Batch, rows: Tensor, number: int) -> Tensor:
-        addresses = [(self.trainer.iteration, *batch.samples[row], number) for row in rows.tolist()]
-        return self.trainer.noise.normal_batch(self.model.latent_shape(), "refl/known", addresses)
+        keys = [(batch.iteration, *batch.samples[row], number) for row in rows.tolist()]
+        return self.run.rng.normal_batch(self.model.latent_shape(), "refl/known", keys)
 
     def _judged(
         self, found: Unrolled, batch: Batch, rows: Tensor, course: GradientPath
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of the rewards, and their means."""
+        """Return the mean loss of the rewards, and their means."""
         chosen = rows.tolist()
         seen = RewardInputs(
             found.x,
@@ -78,7 +115,7 @@ class RewardGradient:
 
     def _weight(self, found: Unrolled, course: GradientPath) -> Tensor:
         """Return the weight of each sample, (b,), without gradient."""
-        scale = self.model.guidance_factor(self.trainer.guidance_scale) if self.recipe.compensate else 1.0
+        scale = self.model.guidance_factor(self.run.guidance_scale) if self.recipe.compensate else 1.0
         weight = found.x.new_full((len(found.x),), course.weight / scale)
         floor = self.recipe.gap_floor
         return weight if floor is None else weight * gap_weights(found.gaps, floor)
@@ -96,28 +133,26 @@ class RewardGradient:
 
     def _pretraining(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return the denoising error of real images, one image per group and one noise per sample: (b,)."""
-        assert self.trainer.pictures is not None
-        model = self.model
+        assert self.pictures is not None
+        model, rng = self.model, self.run.rng
         samples = [batch.samples[row] for row in rows.tolist()]
-        latents, prompts, sizes = self.trainer.pictures(self.trainer.iteration, [group for group, _ in samples])
-        addresses = [(self.trainer.iteration, *sample) for sample in samples]
+        latents, prompts, sizes = self.pictures(batch.iteration, [group for group, _ in samples])
+        keys = [(batch.iteration, *sample) for sample in samples]
         if self.recipe.from_images:
-            stream, level = "refl/start", self.trainer.levels[self.recipe.first]
+            stream, level = "refl/start", self.levels[self.recipe.first]
         else:
-            drawn = [self.trainer.noise.generator("refl/time", *address).random() for address in addresses]
+            times = [rng.generator("refl/time", *key).random() for key in keys]
             stream = "refl/image"
-            level = model.level_at(torch.tensor(drawn, dtype=torch.float64) * model.num_train_timesteps)
-        noise = self.trainer.noise.normal_batch(latents.shape[1:], stream, addresses).to(model.device)
-        latents = latents.to(model.device)
-        columns = [
-            torch.tensor([getattr(size, name) for size in sizes])
-            for name in ("original_size", "crop_top_left", "target_size")
-        ]
-        conditioning = model.with_sizes(self.trainer.encoded([prompt.text for prompt in prompts]), *columns)
-        output = model.predict(add_noise(latents, noise, level), level, conditioning)
-        return squared_distance(output, target(model.parameterization, latents, noise, level))
+            level = model.level_at(torch.tensor(times, dtype=torch.float64) * model.num_train_timesteps)
+
+        noise = rng.normal_batch(latents.shape[1:], stream, keys).to(model.device)
+        images = noised(model, latents.to(model.device), noise, level)
+        names = ("original_size", "crop_top_left", "target_size")
+        columns = (torch.tensor([getattr(size, name) for size in sizes]) for name in names)
+        conditioning = model.with_sizes(self.run.prompts([prompt.text for prompt in prompts]), *columns)
+        return squared_distance(model.predict(images.x, level, conditioning), images.target)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        """The model as ``unroll`` calls it."""
-        plain, recorded = self.trainer.guidance, self.trainer.grad_guidance
+        """Return the model as ``unroll`` calls it."""
+        plain, recorded = self.guidance.plain, self.guidance.recorded
         return lambda x, level, gradient: self.model.predict(x, level, conditioning, recorded if gradient else plain)

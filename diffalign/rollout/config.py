@@ -10,7 +10,7 @@ from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.diffusion.plan_config import PlanConfig
-from diffalign.trainers.config import TrainerConfig
+from diffalign.runtime.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +44,6 @@ class ScoredSamplesConfig(TrainerConfig):
     )
     decode_precision: Literal["no", "bf16"] = option(
         "no", "precision of the VAE while sampling; evaluations decode in float32", section="performance"
-    )
-    eval_num_steps: int | None = option(
-        None,
-        "ODE steps of evaluations; default: as in training",
-        section="evaluation",
-        resume="free",
-        ge=1,
-        le=10_000,
     )
 
     @property

@@ -120,6 +120,14 @@ class TrainerConfig(TrainingConfig):
         ge=1,
         le=100_000,
     )
+    eval_num_steps: int | None = option(
+        None,
+        "ODE steps of evaluations; default: as in training",
+        section="evaluation",
+        resume="free",
+        ge=1,
+        le=10_000,
+    )
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -27,21 +27,24 @@ from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
 from diffalign.report.curves import plot_curves
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
+from diffalign.report.load_snippet import load_snippet
 from diffalign.report.model_card import ModelCard, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
+from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.structures import Prompt
-from diffalign.trainers.config import TrainerConfig
-from diffalign.trainers.load_snippet import load_snippet
 
 
 class Report:
     """Writes into ``args.output_dir``; used by the main process only."""
 
-    def __init__(self, model: DiffusionModel, args: TrainerConfig, trainer: str, weight_set: str) -> None:
+    def __init__(
+        self, model: DiffusionModel, args: TrainerConfig, trainer: str, launch_command: str, weight_set: str = POLICY
+    ) -> None:
         self.model, self.args, self.trainer, self.weight_set = model, args, trainer, weight_set
+        self.launch_command = launch_command
         self.folder = Path(args.output_dir)
         self.shown: Shown | None = None
         self.step = 0  # of the evaluation that is shown
@@ -187,8 +190,7 @@ class Report:
             title=self.folder.name,
             base_model=str(self.args.model),
             trainer=self.trainer,
-            command=_said(self.args) + f"accelerate launch scripts/train_{self.trainer}.py --config {config}"
-            f"{consent_option(self.args)}",
+            command=_said(self.args) + f"{self.launch_command} --config {config}{consent_option(self.args)}",
             config_yaml=to_yaml(shown_args),
             load_snippet=snippet,
             results=results,

@@ -10,7 +10,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.negative_prompt import NEGATIVE_NAME
 from diffalign.models.pipeline_call import PipelineCall, Sampled, pipeline_call
 from diffalign.report.model_card import literal
-from diffalign.trainers.config import TrainerConfig
+from diffalign.runtime.trainer_config import TrainerConfig
 
 
 def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str:

@@ -1,25 +1,67 @@
-"""What a user may pass to a trainer, in the form that the trainer works with."""
+"""Inputs of a training: rewards, prompts and data, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from diffalign.data.prompts import load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.config import build_rewards
+from diffalign.rewards.support.record import reward_record
+from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.structures import Prompt
 from diffalign.user_code import running
 
+C = TypeVar("C", bound=TrainerConfig, covariant=True)
 RESERVED = frozenset({"mean", "std", "accuracy", "diversity"})  # of ``reward/...`` and ``eval/...`` in metrics.jsonl
 
 
-def reward_table(spec: object, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:
-    """Rewards and weights by name. ValueError where there is none, or while a script is loaded for its reward."""
+@dataclass(frozen=True)
+class Inputs(Generic[C]):
+    """What an algorithm trains on and is evaluated by.
+
+    Attributes:
+        config: The validated configuration, which records the rewards.
+        data: Prompts, pairs or images; None where the algorithm opens them itself.
+        rewards: Rewards that train, by name.
+        weights: Their weights.
+        eval_rewards: Rewards that evaluations report, the first as accuracy.
+        held_out: Names of those among ``eval_rewards`` that only watch the training.
+        eval_prompts: Held-out prompts.
+    """
+
+    config: C
+    data: Any = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    eval_rewards: Mapping[str, Reward] = field(default_factory=dict)
+    held_out: Sequence[str] = ()
+    eval_prompts: Sequence[Prompt] = ()
+
+
+def read_rewards(config: Any, reward_funcs: Any) -> tuple[Any, dict[str, Reward], dict[str, float]]:
+    """Build the rewards that were passed, or those of the configuration.
+
+    Returns:
+        The configuration, which records rewards that were passed; rewards and weights by name.
+    """
+    given = config.rewards if reward_funcs is None else reward_funcs
+    rewards, weights = reward_table(given, config.allow_reward_code)
+    if reward_funcs is not None:
+        config = dataclasses.replace(config, rewards=reward_record(given, rewards))
+    return config, rewards, weights
+
+
+def reward_table(spec: Any, allow_code: bool = False) -> tuple[dict[str, Reward], dict[str, float]]:
+    """Build rewards and weights by name. ValueError: there is none, or a script is being imported for its reward."""
     if script := running():
         raise ValueError(
-            f"{script} starts a training while it is loaded for its reward: put that under if __name__ == '__main__'"
+            f"{script} starts a training while it is imported for its reward: put that under if __name__ == '__main__'"
         )
     if isinstance(spec, Mapping):
         rewards, weights = build_rewards(spec, allow_code)
@@ -34,7 +76,7 @@ def reward_table(spec: object, allow_code: bool = False) -> tuple[dict[str, Rewa
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse names of rewards that logs use for something else. ValueError: names them."""
+    """Raise ValueError for names of rewards that logs use for something else."""
     if taken := [name for name in names if name in RESERVED]:
         raise ValueError(
             f"{', '.join(taken)}: logs use this name for something else; give the reward another one, e.g. "
@@ -45,9 +87,9 @@ def check_names(names: Iterable[str]) -> None:
 def evaluation_rewards(
     names: Sequence[str], rewards: Mapping[str, Reward], allow_code: bool = False
 ) -> dict[str, Reward]:
-    """Those of ``names``, from the training's ``rewards`` where they are among them.
+    """Return the rewards of evaluations: ``names``, taken from the training's ``rewards`` if they are among them.
 
-    Without names, all of these that judge an image by itself: a rank within a group compares no models.
+    Default: all training rewards that score an image by itself, because a rank within a group compares no models.
     """
     alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
     found = {name: rewards.get(name) or get_reward(name, allow_code) for name in names} or alone
@@ -56,7 +98,7 @@ def evaluation_rewards(
 
 
 def check_differentiable(rewards: Mapping[str, Reward]) -> None:
-    """ValueError where no gradient reaches the images through a reward; it names those through which one does."""
+    """Raise ValueError, with the differentiable rewards, if no gradient reaches the images through a reward."""
     if blind := [name for name, reward in rewards.items() if not reward.differentiable]:
         raise ValueError(
             f"{', '.join(blind)}: no gradient reaches an image through it. Differentiable: "
@@ -66,7 +108,7 @@ def check_differentiable(rewards: Mapping[str, Reward]) -> None:
 
 
 def differentiable_names() -> list[str]:
-    """The registered rewards that carry a gradient; those that cannot be made without options are left out."""
+    """List the registered rewards that carry a gradient, without those that have required options."""
     found = []
     for name in names():
         with suppress(ValueError, ImportError):
@@ -76,7 +118,7 @@ def differentiable_names() -> list[str]:
 
 
 def check_groups(rewards: Mapping[str, Reward], num_groups: int, processes: int) -> None:
-    """ValueError where a reward needs whole groups and a process would get parts of one."""
+    """Raise ValueError if a reward needs whole groups and a process would get parts of one."""
     names = [name for name, reward in rewards.items() if needs_groups(reward)]
     if names and num_groups % processes:
         raise ValueError(
@@ -86,7 +128,7 @@ def check_groups(rewards: Mapping[str, Reward], num_groups: int, processes: int)
 
 
 def dataset(given: Sequence[Prompt] | None, path: Path | None, field: str) -> list[Prompt]:
-    """Prompts that were passed, or those of a file. ValueError where there is neither."""
+    """Return the prompts that were passed, or load a file. Raises ValueError without either."""
     if given is not None:
         if not given:
             raise ValueError(f"{field}: the list of prompts is empty; pass at least one Prompt")
@@ -97,5 +139,5 @@ def dataset(given: Sequence[Prompt] | None, path: Path | None, field: str) -> li
 
 
 def load_optional(path: Path | None) -> list[Prompt]:
-    """The prompts of a file, or none."""
+    """Load the prompts of a file; return none without a file."""
     return [] if path is None else load_prompts(path)

@@ -1,0 +1,238 @@
+"""Collect rollouts: sample images along a plan, score them, and turn rewards into advantages, in one buffer."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffalign.data.epoch_order import take
+from diffalign.diffusion.plan import make_plan, possible_plans
+from diffalign.models.offload import VAE
+from diffalign.rewards.base import Reward
+from diffalign.rollout.advantages import flat_share, group_advantages
+from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer
+from diffalign.rollout.config import AdvantageConfig, RolloutConfig
+from diffalign.rollout.generate import NoiseKeys, rollouts
+from diffalign.rollout.pinned_memory import pinned
+from diffalign.rollout.sampler import SamplingPlan
+from diffalign.rollout.scoring import ScoreBook, check_unscored
+from diffalign.runtime.diagnosis import extremes
+from diffalign.runtime.interfaces import IterationBatch, Metrics
+from diffalign.runtime.run import Run
+from diffalign.structures import Conditioning, Prompt
+
+
+@dataclass
+class Rollout(IterationBatch):
+    """This process's share of a rollout.
+
+    Attributes:
+        buffer: Samples, log-probs, rewards and advantages.
+        plan: How the samples were made.
+        conditioning: A row per group.
+        scores: Rewards that are still being computed.
+        started: Time at which sampling began.
+    """
+
+    buffer: RolloutBuffer
+    plan: SamplingPlan
+    conditioning: Conditioning
+    scores: ScoreBook | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the rollout as it was sampled by the policy from the start of the iteration."""
+        return self.buffer.drawn()
+
+    def ids(self, rows: Tensor) -> list[dict[str, object]]:
+        """Return prompt, group and sample index of samples."""
+        return self.buffer.named(rows)
+
+
+class Collector:
+    """Sample and score the images of an iteration; groups and statistics span all processes.
+
+    Args:
+        run: The training.
+        prompts: Training prompts.
+        rewards: Rewards by name.
+        weights: Weight of each reward.
+    """
+
+    def __init__(
+        self,
+        run: Run[RolloutConfig],
+        prompts: Sequence[Prompt],
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+    ) -> None:
+        self.run, self.config, self.model = run, run.config, run.model
+        self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
+        # All plans now: a moving window may reach a step that cannot be trained only after an hour.
+        for plan in possible_plans(self.config.plan):
+            if plan.trained_steps:
+                plan.validate(self.levels)
+        self._scored = False
+
+    def sample(self, iteration: int, *, means: bool = False) -> Rollout:
+        """Sample this process's images; rewards may score them in the background meanwhile.
+
+        Args:
+            iteration: Index of the iteration.
+            means: Whether trained nodes store the means of their steps.
+        """
+        rollout, config = self._allocate(iteration, means), self.config
+        buffer, (group, sample) = rollout.buffer, self._own_samples()
+        keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
+        parts = rollouts(
+            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size, config.decode_dtype
+        )
+        overlap = self._may_overlap()
+
+        book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
+        try:
+            with self.model.keeping(VAE):
+                for rows, images in parts:
+                    self.run.heartbeat(collective=True)
+                    # No sampling is left to overlap with the last batch.
+                    in_background = overlap and rows.stop < len(group)
+                    book.add(images, [buffer.prompts[g] for g in group[rows].tolist()], in_background)
+                    self.run.heartbeat(collective=True)
+        except BaseException:
+            book.close()
+            raise
+        return rollout
+
+    def score(self, rollout: Rollout) -> None:
+        """Wait for the rewards of this process's images, and store them in the buffer."""
+        assert rollout.scores is not None
+        buffer = rollout.buffer
+        with rollout.scores as book:
+            own = book.scores(buffer.group[buffer.leaves])
+        self._scored = True
+        buffer.settle()
+        buffer.set_rewards({name: own[name] for name in self.rewards})
+        extras = {f"reward/{name}": own[name].nanmean().item() for name in own if name not in self.rewards}
+        rollout.metrics.update(extras)
+
+    def advantage(self, rollout: Rollout) -> None:
+        """Compute advantages from the rewards of all processes, store them, and log statistics of the rewards.
+
+        Raises:
+            NotFinite: The model's images are not finite.
+            ValueError: Rewards failed on a larger share of the images than ``max_unscored``.
+        """
+        config, buffer, extras = self.config, rollout.buffer, rollout.metrics
+        metrics = self._advantages(buffer)
+        if config.save_rollouts:
+            assert rollout.scores is not None
+            self._save(buffer, torch.cat(rollout.scores.images))
+        rollout.scores = None
+
+        if metrics["unscored"] and not buffer.x[buffer.leaves].isfinite().all():
+            raise self.run.diverged("the model's images are not finite")  # no fault of the rewards
+        check_unscored(metrics["unscored"], config.max_unscored, extremes(config))
+        rate = config.num_groups * config.group_size / (time.perf_counter() - rollout.started)
+        rollout.metrics = {**metrics, **extras, "images_per_second": rate}
+
+    def _may_overlap(self) -> bool:
+        """Return whether rewards may run in a background thread while this thread samples.
+
+        They may not if one of the two changes process-wide state: sampling may choose torch's attention kernels, and
+        rewards may set torch's default dtype while their networks load at first use.
+        """
+        chooses_kernels = self.model.plain_attention or self.config.attention.startswith("_native_")
+        return self.config.overlap_rewards and self._scored and not chooses_kernels
+
+    def _save(self, buffer: RolloutBuffer, images: Tensor) -> None:
+        """Write the shares of all processes as one buffer, in place of the previous iteration's."""
+        config, run = self.config, self.run
+        folder = config.output_dir / "rollouts"
+        if run.rank == 0:
+            clear_buffer(folder)  # parts of another number of processes would stay
+        run.accelerator.wait_for_everyone()
+        buffer.save(folder, images, model=config.model, seed=config.seed, share=run.rank, gather=run.gather_objects)
+
+    def _allocate(self, iteration: int, means: bool) -> Rollout:
+        """Allocate the rollout of an iteration."""
+        config, model = self.config, self.model
+        prompts = self.prompts_of(iteration)
+        plan = make_plan(config.plan, iteration, config.seed)
+        shape, device = model.latent_shape(), self.run.accelerator.device
+        group, sample = self._own_samples()
+        outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means), device)
+        buffer = RolloutBuffer.allocate(plan, group, sample, prompts, shape, device=device, means=means, pinned=outside)
+        conditioning = self.run.prompts([p.text for p in prompts])
+        return Rollout(buffer, SamplingPlan(plan, self.levels, self.run.guidance), conditioning)
+
+    def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> Rollout:
+        """Rebuild a rollout from the ``Rollout.state_dict`` of all processes; each takes its own share."""
+        rollout = self._allocate(iteration, "mean" in tensors)
+        rollout.buffer.fill({name: tensor.chunk(self.run.world)[self.run.rank] for name, tensor in tensors.items()})
+        rollout.metrics = metrics
+        return rollout
+
+    def texts(self) -> list[str]:
+        """Return each prompt with its metadata as JSON, for the digest of the training data."""
+        return [json.dumps([p.text, p.metadata], sort_keys=True, default=str) for p in self.prompts]
+
+    def prompts_of(self, iteration: int) -> list[Prompt]:
+        """Return a prompt per group, the same on all processes; each epoch shuffles all prompts."""
+        count, rng = len(self.prompts), self.run.rng
+        order = take(count, self.config.num_groups, iteration, lambda epoch: rng.permutation(count, "prompts", epoch))
+        return [self.prompts[i] for i in order]
+
+    def update_index(self, iteration: int) -> Tensor:
+        """Return the optimizer step of the iteration, from 0, that trains on each sample of this process: (B,) int64.
+
+        Every ``updates_per_rollout`` consecutive samples of the whole iteration go to different steps, at random. The
+        assignment does not depend on the number of processes, and gives each of them the same amount of work.
+        """
+        updates, total = self.config.updates_per_rollout, self.config.num_groups * self.config.group_size
+        lots = self.run.rng.normal((total // updates, updates), "updates", iteration)
+        group, sample = self._own_samples()
+        return lots.argsort(1).flatten()[group * self.config.group_size + sample]
+
+    def _own_samples(self) -> tuple[Tensor, Tensor]:
+        """Return (group, sample index) of this process's samples: a consecutive share of them all."""
+        own = torch.tensor(self.run.share(self.config.num_groups * self.config.group_size))
+        return own // self.config.group_size, own % self.config.group_size
+
+    def _advantages(self, buffer: RolloutBuffer) -> Metrics:
+        """Store advantages from the rewards of all processes; return statistics of the rewards."""
+        config, group = self.config, buffer.group[buffer.leaves]
+        own = {name: buffer.rewards[name][buffer.leaves] for name in self.rewards}
+        table = self.run.gather(torch.stack([*own.values(), group.to(torch.float32)]).T.contiguous())
+        rewards = {name: table[:, i] for i, name in enumerate(own)}
+        groups = table[:, -1].long()
+
+        if isinstance(config, AdvantageConfig):
+            advantages = group_advantages(
+                rewards,
+                groups,
+                weights=self.weights,
+                std=config.advantage_std,
+                aggregate=config.aggregate,
+                epsilon=config.advantage_epsilon,
+                clip=config.advantage_clip,
+            )
+            share = self.run.share(len(advantages))
+            buffer.set_advantages(advantages[share.start : share.stop])
+
+        zero = torch.zeros(len(groups), dtype=torch.float64)
+        total = sum((self.weights[name] * rewards[name].double() for name in rewards), zero)
+        finite = total[~total.isnan()]
+        return {
+            "reward/mean": finite.mean().item(),
+            "reward/std": finite.std(correction=0).item() if len(finite) else math.nan,
+            **{f"reward/{name}": values.nanmean().item() for name, values in rewards.items()},
+            "zero_std_groups": flat_share(rewards, groups, self.weights),
+            "unscored": 1 - len(finite) / len(total),
+        }

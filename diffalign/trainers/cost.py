@@ -1,0 +1,144 @@
+"""What algorithms cost: images through the denoiser and bytes that are stored, counted from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from diffalign.diffusion.plan import make_plan
+from diffalign.models import DiffusionModel
+from diffalign.rollout.config import RolloutConfig
+from diffalign.rollout.generate import shared_steps
+from diffalign.rollout.pinned_memory import pinned
+from diffalign.rollout.sampler import micro_batches
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images through the denoiser; guidance that takes two evaluations counts both.
+
+    Attributes:
+        generated: Images that are sampled to train on.
+        sampling: Evaluations without gradients that sample them.
+        training: Evaluations with a backward pass.
+        comparing: Forward passes of the reference, of recomputed calls and of the checks at the first step.
+        evaluating: Evaluations that sample held-out images and monitor the training.
+        judged: Images decoded with a gradient, which is no evaluation of the denoiser.
+    """
+
+    generated: int = 0
+    sampling: int = 0
+    training: int = 0
+    comparing: int = 0
+    evaluating: int = 0
+    judged: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __rmul__(self, count: int) -> Work:
+        return Work(*(count * number for number in astuple(self)))
+
+    @property
+    def evaluations(self) -> int:
+        """All evaluations of the denoiser."""
+        return self.sampling + self.training + self.comparing + self.evaluating
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of ``world`` processes: its rank."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of an algorithm costs. ``config`` is its validated configuration.
+
+    Attributes:
+        updates: ``updates(config)``: optimizer steps per iteration.
+        iteration: ``iteration(config, share, iteration, updates)``: work of so many updates of an iteration, at most:
+            images without an advantage and groups without a pair cost less.
+        checks: ``checks(config, share)``: work of the checks around the first step.
+        eval_steps: ``eval_steps(config)``: sampling steps of an evaluation.
+        batches: ``batches(config, share)``: lines that describe how an iteration is split.
+        passes: ``passes(config)``: images per pass (while sampling, while training).
+        stored: ``stored(config, latent shape, share)``: bytes that an iteration keeps on the device.
+        copies: ``copies(config)``: number of copies of the trained weights.
+        watched: ``watched(config, held_out)``: evaluations besides the images of so many held-out prompts.
+        grad_through: Parts of the model besides the denoiser that gradients pass through.
+        train: ``train(config, model)``: make a model trainable.
+    """
+
+    updates: Callable[[Any], int]
+    iteration: Callable[[Any, Share, int, int], Work]
+    checks: Callable[[Any, Share], Work]
+    eval_steps: Callable[[Any], int]
+    batches: Callable[[Any, Share], list[str]]
+    passes: Callable[[Any], tuple[int, int]]
+    stored: Callable[[Any, tuple[int, ...], Share], int]
+    copies: Callable[[Any], int]
+    watched: Callable[[Any, int], int] = lambda config, held_out: 0
+    grad_through: tuple[str, ...] = ()
+    train: Callable[[Any, DiffusionModel], None] = lambda config, model: model.train(config.lora)
+
+
+def guided(config: Any) -> int:
+    """Return the evaluations per image and sampling step; the guidance scale is the weight of the positive output."""
+    return 2 if (config.guidance_scale or 0) > 1 else 1
+
+
+def own_images(config: RolloutConfig, share: Share) -> int:
+    """Return this process's images per iteration."""
+    return config.num_groups * config.group_size // share.world
+
+
+@lru_cache
+def _steps_of_a_rollout(count: int, first: int, group_size: int, batch: int, steps: int, shared: int) -> int:
+    """Return images times steps; a group takes the steps that it shares once per micro-batch."""
+    total = 0
+    for rows in micro_batches(count, batch):
+        own = range(first, first + count)[rows]
+        total += shared * len({row // group_size for row in own}) + (steps - shared) * len(own)
+    return total
+
+
+def rollout_work(config: RolloutConfig, share: Share, iteration: int) -> Work:
+    """Return the work of sampling a rollout."""
+    count, plan = own_images(config, share), make_plan(config.plan, iteration, config.seed)
+    shared = shared_steps(plan) if config.shared_start else 0
+    first = share.rank * count
+    steps = _steps_of_a_rollout(count, first, config.group_size, config.rollout_batch_size, len(plan), shared)
+    return Work(generated=count, sampling=steps * guided(config))
+
+
+def on_device(buffer: int, more: int) -> int:
+    """Return the bytes on the device of a buffer and of what is computed from it; 0 if both are in pinned memory."""
+    outside = torch.cuda.is_available() and pinned(buffer, torch.device("cuda"))
+    return 0 if outside else buffer + more
+
+
+def rollout_batches(config: RolloutConfig, share: Share) -> list[str]:
+    """Describe the batches of a rollout."""
+    count, batch = own_images(config, share), min(config.rollout_batch_size, own_images(config, share))
+    return [
+        f"{config.num_groups} prompts x {config.group_size} images = {config.num_groups * config.group_size} images "
+        f"per iteration over {share.world} process(es): {count} each",
+        f"sampling: {-(-count // batch)} micro-batch(es) of {batch} images, {config.plan.num_steps} steps",
+    ]
+
+
+def rollout_updates(config: RolloutConfig) -> int:
+    """Return the optimizer steps per rollout."""
+    return config.updates_per_rollout
+
+
+def rollout_eval_steps(config: RolloutConfig) -> int:
+    """Return the sampling steps of an evaluation."""
+    return config.eval_num_steps or config.plan.num_steps

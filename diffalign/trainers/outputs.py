@@ -1,0 +1,138 @@
+"""Outputs of a run: evaluations, the LoRA, the model card, and what a checkpoint says of its origin."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffalign.evaluation.heldout import Evaluation
+from diffalign.evaluation.runs import HELD_OUT
+from diffalign.report.run_report import Report, consent_option, keep_prompts
+from diffalign.rewards.support.weights import repositories
+from diffalign.runtime.ema import EMA
+from diffalign.runtime.interfaces import Metrics
+from diffalign.runtime.oom import batch_name
+from diffalign.runtime.products import portable
+from diffalign.runtime.provenance import commit, origin
+from diffalign.runtime.run import Run
+from diffalign.trainers.algorithm import Algorithm, Evaluated
+from diffalign.trainers.contents import contents
+from diffalign.trainers.inputs import Inputs
+
+EMA_SET = "ema"
+
+
+class Outputs:
+    """Evaluate a run, and write its results.
+
+    Args:
+        run: The training.
+        inputs: Rewards and held-out prompts of evaluations.
+        algorithm: Gives the plan of evaluations, and may add metrics and plots.
+        ema: Averaged weights, which are evaluated and exported; None: the policy's.
+        even: Whether all processes must sample equally many images, as sharded weights need.
+    """
+
+    def __init__(
+        self, run: Run[Any], inputs: Inputs[Any], algorithm: Algorithm[Any, Any], ema: EMA | None, even: bool
+    ) -> None:
+        self.run, self.inputs, self.algorithm = run, inputs, algorithm
+        if ema is not None:
+            run.model.weights.add(EMA_SET, ema.shadow)
+        weight_set = {} if ema is None else {"weight_set": EMA_SET}
+        self.report = Report(run.model, run.config, algorithm.name, algorithm.launch_command, **weight_set)
+        self.evaluation = Evaluation(run, inputs.eval_prompts, inputs.eval_rewards, even=even)
+
+    # Where it comes from --------------------------------------------------------------------------------------------
+
+    @property
+    def resume_command(self) -> str:
+        """Shell command that resumes this run."""
+        several = self.run.world > 1
+        program = self.algorithm.launch_command if several else f"diffalign train {self.algorithm.command}"
+        config = shlex.quote(str(portable(self.run.config).output_dir / "config.yaml"))
+        return f"{program} --config {config}{consent_option(self.run.config)} --resume_from_checkpoint latest"
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commit of each hub repository that model, data and rewards were loaded from."""
+        config = self.run.config
+        sources = (name for field in ("train_data", "train_images") for name in getattr(config, field, ()))
+        named = [(name, config.data.revision, "dataset") for name in sources]
+        named += [(config.model, config.revision, "model"), *((*found, "model") for found in repositories())]
+        known = {name: commit(name, revision, kind) for name, revision, kind in named}
+        return {name: found for name, found in known.items() if found is not None}
+
+    @cached_property
+    def contents(self) -> Mapping[str, Mapping[str, str]]:
+        """Fingerprints of the local files and data that this run depends on, taken at its start."""
+        rewards = {**self.inputs.eval_rewards, **self.inputs.rewards}
+        return {**contents(self.run.config, rewards), **self.algorithm.data_contents}
+
+    def origin(self) -> dict[str, Any]:
+        """Describe the configuration, data and machine of the run, for its checkpoints."""
+        run, digest = self.run, self.algorithm.data_digest
+        return origin(run.config, digest, run.world, run.accelerator.device.type, self.commits, self.contents)
+
+    def about(self) -> dict[str, str]:
+        """Return metadata for the header of the LoRA file: how it was trained."""
+        config, made = self.run.config, self.origin()
+        values = {
+            "version": version("diffalign"),
+            "trainer": self.algorithm.name,
+            "base_model": config.model,
+            "base_revision": config.revision or "",
+            "rank": str(config.lora.rank),
+            "alpha": str(config.lora.rank),  # of the file, whose B has alpha / rank in it
+            "trained_alpha": str(config.lora.alpha or config.lora.rank),
+            "seed": str(config.seed),
+            "config_sha256": made["config_sha256"],
+            "data_sha256": made["data_sha256"],
+        }
+        # A header is UTF-8; a path on disk may not be.
+        return {f"diffalign.{name}": value.encode("utf-8", "replace").decode() for name, value in values.items()}
+
+    # What it writes -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> Metrics:
+        """Sample the held-out prompts with the ODE at fixed seeds, and score them; EMA weights if there are any."""
+        prompts, weight_set = self.inputs.eval_prompts, self.report.weight_set
+        if not prompts:
+            return {}
+        config = self.run.config
+        self.evaluation.batch_size = getattr(config, batch_name(config, "evaluate"))  # auto_batch may have halved it
+        with self.run.model.using(weight_set):
+            figures, shown = self.evaluation.run(self.algorithm.eval_plan())
+        if self.run.is_main:
+            keep_prompts(config.output_dir / HELD_OUT, prompts)
+            self.report.picture(step, shown)
+        return {**figures, **self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))}
+
+    def exporter(self) -> Callable[[Path], object] | None:
+        """Return a function that writes the LoRA (of the EMA if there is one); None for full weights."""
+        model = self.run.model
+        if not (model.has_adapter or model.negative is not None):
+            return None
+        return model.saver(self.report.weight_set, self.run.is_main)
+
+    def finish(self) -> list[Path]:
+        """Export the weights and write the card, the curves and the comparison; return what was written."""
+        if (best := self.algorithm.best_weights()) is not None:
+            step, self.report.weight_set = best
+            self._picture_again(step)
+        savers = {folder: self.run.model.saver(name, self.run.is_main) for folder, name in self.report.exports.items()}
+        if not self.run.is_main:
+            return []
+        written = self.report.finish(savers)
+        return [*written, *(self.algorithm.plot(self.run.config.output_dir) if self.inputs.eval_prompts else [])]
+
+    def _picture_again(self, step: int) -> None:
+        """Evaluate the exported weights, so that the card describes them."""
+        with self.run.model.using(self.report.weight_set):
+            _, shown = self.evaluation.run(self.algorithm.eval_plan())
+        if self.run.is_main:
+            self.report.picture(step, shown)
