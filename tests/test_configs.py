@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffalign.forecast.per_trainer import METHODS
 
 from diffalign.cli import TRAINERS
 from diffalign.config import parse
@@ -15,7 +16,6 @@ from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
 from diffalign.forecast.cost import Share
 from diffalign.forecast.memory import GIB, memory_of
-from diffalign.forecast.per_trainer import METHODS
 from diffalign.models import FAMILIES, LoraConfig
 from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
 from diffalign.rewards import get_reward

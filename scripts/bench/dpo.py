@@ -33,6 +33,7 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.structures import Conditioning
 from scripts import ROOT
 from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
+from tests.phases import collect
 
 
 class Bench:
@@ -43,7 +44,7 @@ class Bench:
         self.iteration = 0
         self.new: list[float] = []  # seconds more that a pair costs when it is seen for the first time
         self.whole()  # a first step makes the optimizer's moments and warms everything up
-        self.pairs, self.sides = trainer.examples.latents.shape[:2]
+        self.pairs, self.sides = batch.ranked.latents.shape[:2]
         self.sizes = [len(range(self.pairs)[rows]) for rows in micro_batches(self.pairs, self.args.train_batch_size)]
         self.inputs = self._inputs(self.sizes[0])
 
@@ -51,14 +52,14 @@ class Bench:
         """Seconds of an optimizer step's phases, its pairs seen before."""
         trainer = self.trainer
         started = self._now()
-        trainer.collect(self.iteration)
-        trainer.encoded(trainer.examples.texts)
+        batch = collect(trainer, self.iteration)
+        trainer.run.prompts(batch.ranked.texts)
         fresh = self._now()
-        trainer.collect(self.iteration)
+        batch = collect(trainer, self.iteration)
         collected = self._now()
-        self.new.append((fresh - started - (collected - fresh)) / len(trainer.examples.texts))
-        for minibatch in trainer.minibatches(self.iteration):
-            trainer.after_update(trainer.loop.step, trainer.loop._update(minibatch))
+        self.new.append((fresh - started - (collected - fresh)) / len(batch.ranked.texts))
+        for minibatch in trainer.algorithm.minibatches(batch, self.iteration):
+            trainer.after_update(trainer.loop.progress.step, trainer.loop._update(minibatch))
         self.iteration += 1
         return {"collect": collected - fresh, "update": self._now() - collected}
 
@@ -66,7 +67,7 @@ class Bench:
         """Seconds of each part, alone, times how often an optimizer step needs it."""
         passes = sum(self.sizes) / self.sizes[0]
         parts = {"forward and backward": (self._backward, passes), "optimizer": (self._optimizer, 1)}
-        if self.trainer.compares:
+        if self.trainer.algorithm.compares:
             parts["reference forward"] = (self._reference, passes)
         result = {}
         for name, (call, times) in parts.items():
@@ -76,16 +77,16 @@ class Bench:
         return result
 
     def _now(self) -> float:
-        if self.trainer.accelerator.device.type == "cuda":
+        if self.trainer.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _inputs(self, count: int) -> tuple:
         """What the denoiser sees of a micro-batch: both sides of ``count`` pairs."""
-        examples, model = self.trainer.examples, self.model
+        examples, model = self.batch.ranked, self.model
         x = examples.latents[:count].transpose(0, 1).flatten(0, 1).to(model.device)
         levels = model.level_at(torch.linspace(0.1, 0.9, len(x)) * model.num_train_timesteps)
-        conditioning = Conditioning.cat([self.trainer.encoded(examples.texts[:count])] * self.sides)
+        conditioning = Conditioning.cat([self.trainer.run.prompts(examples.texts[:count])] * self.sides)
         if examples.sizes is not None:
             height, width = model.default_resolution
             size = torch.tensor([[height, width]] * len(x))
@@ -93,7 +94,7 @@ class Bench:
         return x, levels, conditioning
 
     def _backward(self) -> None:
-        self.trainer.accelerator.backward(self.model.predict(*self.inputs).square().mean())
+        self.trainer.run.accelerator.backward(self.model.predict(*self.inputs).square().mean())
 
     @torch.no_grad()
     def _reference(self) -> None:

@@ -41,26 +41,26 @@ class Bench:
 
     def __init__(self, trainer: FlowGRPOTrainer) -> None:
         self.trainer, self.args = trainer, trainer.args
-        self.images = self.args.num_groups * self.args.group_size // trainer.accelerator.num_processes
+        self.images = self.args.num_groups * self.args.group_size // trainer.run.accelerator.num_processes
         self.iteration = 0
         self.encoding: list[float] = []
         self.sampled: list[float] = []
         self.taught: list[float] = []
         self.whole()  # a first iteration fills the buffer and warms everything up
-        self.steps = trainer.rollout.route.plan.trained_steps
+        self.steps = batch.plan.plan.trained_steps
         torch.manual_seed(0)
-        self.pixels = decode(trainer.model, trainer.buffer.latents(trainer.buffer.leaves))
+        self.pixels = decode(trainer.model, batch.buffer.latents(batch.buffer.leaves))
 
     def whole(self) -> dict[str, float]:
         """Seconds of an iteration's phases, its prompts encoded before: a run does that once for each of them."""
-        texts = [prompt.text for prompt in self.trainer.collector.prompts_of(self.iteration)]
+        texts = [prompt.text for prompt in self.trainer.algorithm.collector.prompts_of(self.iteration)]
         started = self._now()
-        self.trainer.encoded(texts)
+        self.trainer.run.prompts(texts)
         self.encoding.append((self._now() - started) / len(texts))
         started = self._now()
-        self.trainer.collect(self.iteration)
+        self.collect(trainer, self.iteration)
         collected = self._now()
-        for minibatch in self.trainer.minibatches(self.iteration):
+        for minibatch in self.trainer.algorithm.minibatches(batch, self.iteration):
             self.trainer.loop._update(minibatch)
         self.iteration += 1
         return {"collect": collected - started, "update": self._now() - collected}
@@ -69,7 +69,7 @@ class Bench:
         """Seconds of each part, alone, times how often an iteration needs it."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
-        taught = len(trainer.rebalanced(torch.arange(self.images))[1])
+        taught = len(trainer.algorithm.rebalanced(torch.arange(self.images))[1])
         self.sampled.append(self._sampling_steps())
         self.taught.append(taught / self.images)
         training = [len(range(taught)[rows]) for rows in micro_batches(taught, args.train_batch_size)]
@@ -93,28 +93,28 @@ class Bench:
 
     def _sampling_steps(self) -> float:
         """Steps per image; those that a group shares count once per group."""
-        shared = shared_steps(self.trainer.rollout.route.plan) if self.args.shared_start else 0
-        return len(self.trainer.rollout.route.plan) - shared + shared / self.args.group_size
+        shared = shared_steps(self.batch.plan.plan) if self.args.shared_start else 0
+        return len(self.batch.plan.plan) - shared + shared / self.args.group_size
 
     def _now(self) -> float:
-        if self.trainer.accelerator.device.type == "cuda":
+        if self.trainer.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def _latents(self, count: int) -> torch.Tensor:
-        return self.trainer.buffer.latents(self.trainer.buffer.leaves[:count])
+        return self.batch.buffer.latents(self.batch.buffer.leaves[:count])
 
     def _predict(self, count: int) -> torch.Tensor:
-        trainer, level = self.trainer, self.trainer.levels[self.steps[0]]
-        conditioning = trainer.rollout.conditioning[trainer.buffer.group[trainer.buffer.leaves[:count]]]
-        return trainer.model.predict(self._latents(count), level, conditioning, trainer.rollout.route.guidance)
+        trainer, level = self.trainer, self.trainer.algorithm.levels[self.steps[0]]
+        conditioning = batch.conditioning[batch.buffer.group[batch.buffer.leaves[:count]]]
+        return trainer.model.predict(self._latents(count), level, conditioning, batch.plan.guidance)
 
     @torch.no_grad()
     def _forward(self, count: int) -> None:
         self._predict(count)
 
     def _backward(self, count: int) -> None:
-        self.trainer.accelerator.backward(self._predict(count).square().mean())
+        self.trainer.run.accelerator.backward(self._predict(count).square().mean())
 
     @torch.no_grad()
     def _reference(self, count: int) -> None:
@@ -126,8 +126,8 @@ class Bench:
 
     def _score(self, count: int) -> None:
         trainer = self.trainer
-        group = trainer.buffer.group[trainer.buffer.leaves[:count]].tolist()
-        score(trainer.rewards, self.pixels[:count], [trainer.buffer.prompts[g] for g in group])
+        group = batch.buffer.group[batch.buffer.leaves[:count]].tolist()
+        score(trainer.inputs.rewards, self.pixels[:count], [batch.buffer.prompts[g] for g in group])
 
     def evaluations_per_image(self) -> dict[str, float]:
         """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference.
@@ -143,11 +143,11 @@ class Bench:
 def optimizer_step(trainer: Trainer) -> None:
     """What follows the backward passes, less the loop's checks."""
     loop = trainer.loop
-    loop.accelerator.clip_grad_norm_(loop.parameters, trainer.args.max_grad_norm)
-    loop.optimizer.step()
-    if loop.ema is not None:
-        loop.ema.update()
-    loop.optimizer.zero_grad(set_to_none=True)
+    loop.run.accelerator.clip_grad_norm_(loop.state.parameters, trainer.args.max_grad_norm)
+    loop.state.optimizer.step()
+    if loop.state.ema is not None:
+        loop.state.ema.update()
+    loop.state.optimizer.zero_grad(set_to_none=True)
 
 
 def device() -> str:

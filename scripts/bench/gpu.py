@@ -30,11 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
+from diffalign.forecast.per_trainer import METHODS
+
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
 from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.forecast.cost import Share
-from diffalign.forecast.per_trainer import METHODS
 from diffalign.models.weight_memory import memory_needs
 from scripts import ROOT
 from scripts.bench.against import Adapter, Job, load_adapter, measure_against
@@ -136,15 +137,15 @@ class Bench:
         with torch.no_grad():
             forward = executed(lambda: model.predict(x, level, conditioning))
         both = executed(lambda: model.predict(x, level, conditioning).square().mean().backward())
-        self.trainer.loop.optimizer.zero_grad(set_to_none=True)
+        self.trainer.loop.state.optimizer.zero_grad(set_to_none=True)
         return forward / batch, both / batch
 
     def iterate(self, iteration: int) -> tuple[float, float]:
         """Seconds of sampling and of training."""
         started = now()
-        self.trainer.collect(iteration)
+        self.collect(trainer, iteration)
         collected = now()
-        for minibatch in self.trainer.minibatches(iteration):
+        for minibatch in self.trainer.algorithm.minibatches(batch, iteration):
             self.trainer.loop._update(minibatch)
         return collected - started, now() - collected
 

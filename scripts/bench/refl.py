@@ -37,6 +37,7 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.trainers.refl.initial_states import Batch
 from scripts import ROOT
 from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
+from tests.phases import collect
 
 OFF = {
     "gradient_checkpointing": "false",
@@ -61,19 +62,19 @@ class Bench:
     def __init__(self, trainer: ReFLTrainer) -> None:
         self.trainer, self.args, self.step = trainer, trainer.args, 0
         self.whole()  # a first step warms everything up
-        self.image = trainer.model.decode(self._latents(self.trainer.batches[0], 1)).detach()
+        self.image = trainer.model.decode(self._latents(self.batch.parts[0], 1)).detach()
 
     def whole(self) -> float:
         """Seconds of a step, its prompts encoded before: a run does that once for each of them."""
         trainer = self.trainer
         iteration = self.step
-        if hasattr(trainer.starts, "prompts"):
+        if hasattr(trainer.algorithm.starts, "prompts"):
             share = range(self.args.num_groups)
-            start = trainer.starts(iteration, [(group, 0) for group in share], 0)
-            trainer.encoded([prompt.text for prompt in start.prompts])
+            start = trainer.algorithm.starts(iteration, [(group, 0) for group in share], 0)
+            trainer.run.prompts([prompt.text for prompt in start.prompts])
         started = self._now()
-        trainer.collect(iteration)
-        for minibatch in trainer.minibatches(iteration):
+        batch = collect(trainer, iteration)
+        for minibatch in trainer.algorithm.minibatches(batch, iteration):
             trainer.loop._update(minibatch)
         self.step += 1
         return self._now() - started
@@ -83,10 +84,10 @@ class Bench:
         trainer = self.trainer
         kinds = ("sampling", "denoiser, recorded", "decoding and judging", "regulariser", "optimizer")
         found = dict.fromkeys(kinds, 0.0)
-        for batch in trainer.batches:
+        for batch in batch.parts:
             count = len(batch.samples)
             passes = [len(range(count)[rows]) for rows in micro_batches(count, self.args.train_batch_size)]
-            steps = int(batch.buffer.step.max()) - trainer.recipe.first
+            steps = int(batch.buffer.step.max()) - trainer.algorithm.recipe.first
             found["sampling"] += steps * self._timed(lambda b=batch, c=count: self._forward(b, c)) if steps else 0.0
             for course in batch.courses:
                 calls = len(course.moves)
@@ -96,9 +97,9 @@ class Bench:
                     found["sampling"] += free * self._timed(lambda b=batch, s=size: self._forward(b, s)) if free else 0
                     found["denoiser, recorded"] += recorded * self._timed(lambda b=batch, s=size: self._backward(b, s))
                     found["decoding and judging"] += self._timed(lambda b=batch, s=size: self._judge(b, s))
-                    if trainer.recipe.regulariser == "reference":
+                    if trainer.algorithm.recipe.regulariser == "reference":
                         found["regulariser"] += recorded * self._timed(lambda b=batch, s=size: self._forward(b, s))
-                    elif trainer.recipe.regulariser == "pretraining":
+                    elif trainer.algorithm.recipe.regulariser == "pretraining":
                         found["regulariser"] += self._timed(lambda b=batch, s=size: self._backward(b, s))
         found["optimizer"] = self._timed(self._optimizer)
         return found
@@ -109,7 +110,7 @@ class Bench:
         return self._now() - started
 
     def _now(self) -> float:
-        if self.trainer.accelerator.device.type == "cuda":
+        if self.trainer.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -118,22 +119,22 @@ class Bench:
 
     @torch.no_grad()
     def _forward(self, batch: Batch, count: int) -> None:
-        level = self.trainer.levels[self.trainer.recipe.num_steps // 2]
-        guidance = self.trainer.guidance
+        level = self.trainer.algorithm.levels[self.trainer.algorithm.recipe.num_steps // 2]
+        guidance = self.trainer.run.guidance
         self.trainer.model.predict(
             self._latents(batch, count), level, batch.conditioning[torch.arange(count)], guidance
         )
 
     def _backward(self, batch: Batch, count: int) -> None:
         trainer = self.trainer
-        level = trainer.levels[trainer.recipe.num_steps // 2]
+        level = trainer.algorithm.levels[trainer.algorithm.recipe.num_steps // 2]
         # An input with a gradient, where the course passes it on: the backward pass is longer then.
         x = self._latents(batch, count).requires_grad_(
-            trainer.recipe.through > 0 and trainer.recipe.gradient_steps != 1
+            trainer.algorithm.recipe.through > 0 and trainer.algorithm.recipe.gradient_steps != 1
         )
         conditioning = batch.conditioning[torch.arange(count)]
         output = trainer.model.predict(x, level, conditioning, trainer.grad_guidance)
-        trainer.accelerator.backward(output.square().mean())
+        trainer.run.accelerator.backward(output.square().mean())
 
     def _judge(self, batch: Batch, count: int) -> None:
         trainer = self.trainer
@@ -142,7 +143,7 @@ class Bench:
         prompts = batch.prompts[:count]
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         total = latents.new_zeros(())
-        for reward in trainer.rewards.values():
+        for reward in trainer.inputs.rewards.values():
             for text in batch.courses[0].words or ("",):
                 total = total + ask(reward, images, [f"{text} {t}" for t in texts], metadata)[0].sum()
         torch.autograd.grad(total, latents)
@@ -191,9 +192,9 @@ def one_step(config: Path, overrides: Sequence[str]) -> None:
     """Takes one step and prints the peak of the whole process, and what the step added at most."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(config, overrides, folder)
-        trainer.collect(0)
+        batch = collect(trainer, 0)
         sampled, before = peak_memory(), forget_peak()
-        (minibatch,) = trainer.minibatches(0)
+        (minibatch,) = trainer.algorithm.minibatches(batch, 0)
         trainer.loop._update(minibatch)
         peak = peak_since()
         print(json.dumps({"peak_gib": max(sampled, peak), "step_gib": peak - before}))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, LoraConfig
 from diffalign.data.config import PreferenceDataConfig
@@ -11,7 +12,6 @@ from diffalign.data.rollouts import Pairing
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_presets import PRESETS
 from diffalign.forecast.cost import Share, Work, evaluations, iterations, run_work
-from diffalign.forecast.per_trainer import METHODS
 from tests.conftest import PIPELINE, ROOT
 from tests.trainers.made_refl import config, trainer_of
 

@@ -33,6 +33,7 @@ from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, images_of, noise_of, packed
 from tests.models.plain_diffusers import TEXTS, draw_fresh
+from tests.phases import collect
 
 MANY = ["a red circle", "a blue square left of a yellow circle", "three triangles"]
 
@@ -244,9 +245,9 @@ class Run:
 @torch.no_grad()
 def old_ratios(trainer):
     """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
-    trainer.collect(0)
-    buffer, steps = trainer.buffer, trainer.rollout.route.plan.trained_steps
-    replays = [trainer._replay(buffer, torch.arange(4), step) for step in steps]
+    batch = collect(trainer, 0)
+    buffer, steps = batch.buffer, batch.plan.plan.trained_steps
+    replays = [trainer.algorithm._replay(buffer, torch.arange(4), step) for step in steps]
     return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
 
 

@@ -14,9 +14,9 @@ from diffalign.models import load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.weights import POLICY
+from diffalign.report.run_report import Report
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Conditioning, Guidance
-from diffalign.report.run_report import Report
 from tests.models.families import FAMILIES, noise_of, packed
 
 

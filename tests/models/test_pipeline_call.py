@@ -5,9 +5,9 @@ import torch
 
 from diffalign import FlowGRPOConfig, LoraConfig, ReFLConfig
 from diffalign.models import load_model, with_tuned_weights
+from diffalign.report.load_snippet import load_snippet
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from diffalign.report.load_snippet import load_snippet
 from tests.models.families import FAMILIES, noise_of, packed
 
 PROMPT = 'a "red" circle'

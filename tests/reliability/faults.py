@@ -86,7 +86,7 @@ def keeps_on(target: str, steps: int, every: int = 2) -> None:
 
     checkpoint.save = save
     task = run(Path(target), max_train_steps=steps, checkpointing_steps=every, eval_steps=0, lr_scheduler="constant")
-    assert task.loop.step == steps
+    assert task.loop.progress.step == steps
 
 
 def small_disk(target: str, limit: int, steps: int) -> None:
@@ -94,7 +94,7 @@ def small_disk(target: str, limit: int, steps: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def hook(phase: str, task: NullTask) -> None:
-        if phase == "save" and task.loop.step >= 4:
+        if phase == "save" and task.loop.progress.step >= 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     guarded(target, hook, width=64, max_train_steps=steps, checkpointing_steps=2)
@@ -131,7 +131,7 @@ def signals_one(target: str, number: int = signal.SIGTERM) -> None:
     def hook(name: str, task: NullTask) -> None:
         nonlocal seen
         seen += name == "backward"
-        if name == "backward" and seen == 6 and task.loop.accelerator.process_index == 1:
+        if name == "backward" and seen == 6 and task.loop.run.accelerator.process_index == 1:
             os.kill(os.getpid(), number)
 
     run(Path(target), hook)
@@ -141,7 +141,7 @@ def hangs(target: str, limit: float) -> None:
     """A reward that never answers."""
 
     def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.step == 4:
+        if phase == "reward" and task.loop.progress.step == 4:
             a_reward_that_hangs()
 
     run(Path(target), hook, hang_timeout=limit)
@@ -155,11 +155,11 @@ def bad_on_one(target: str, bad_steps: list[int]) -> None:
     """The gradient of process 1 (of the only one, if it is alone) is infinite at some steps."""
 
     def hook(phase: str, task: NullTask) -> None:
-        task.loop.parameters[0].register_hook(poison) if not hasattr(task, "poisoned") else None
+        task.loop.state.parameters[0].register_hook(poison) if not hasattr(task, "poisoned") else None
         task.poisoned = True
         if phase == "backward":
-            state["bad"] = task.loop.step in bad_steps and (
-                task.loop.accelerator.process_index == task.loop.accelerator.num_processes - 1
+            state["bad"] = task.loop.progress.step in bad_steps and (
+                task.loop.run.accelerator.process_index == task.loop.run.accelerator.num_processes - 1
             )
 
     state = {"bad": False}
@@ -179,7 +179,7 @@ def stops_slowly(target: str) -> None:
     """A run whose save takes long enough to be hit."""
 
     def hook(phase: str, task: NullTask) -> None:
-        if phase == "backward" and task.loop.step == 4:
+        if phase == "backward" and task.loop.progress.step == 4:
             print("going", flush=True)
             time.sleep(0.3)
         if phase == "save":
@@ -223,14 +223,14 @@ def to_nobody(target: str, reader: str) -> None:
             setattr(sys, name, None), setattr(sys, f"__{name}__", None)
         else:
             os.dup2(make(), number)
-    run(Path(target), lambda phase, task: task.loop.say(phase * 500))
+    run(Path(target), lambda phase, task: task.loop.run.say(phase * 500))
 
 
 def holds_the_lock_of_python(target: str, limit: float) -> None:
     """A reward that hangs in C code and lets no other thread run."""
 
     def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.step == 4:
+        if phase == "reward" and task.loop.progress.step == 4:
             ctypes.PyDLL(None).sleep(1000)
 
     run(Path(target), hook, hang_timeout=limit)
@@ -240,7 +240,7 @@ def waits(target: str, limit: float) -> None:
     """A run that says when it waits, for less than its limit."""
 
     def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.step == 4:
+        if phase == "reward" and task.loop.progress.step == 4:
             Path(target, "waiting").touch()
             time.sleep(0.3)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.config import TrainingConfig
-from diffalign.runtime.loop import Loop, MicroBatch, MiniBatch
+from diffalign.runtime.interfaces import MicroBatch, MiniBatch
 
 Hook = Callable[[str, "NullTask"], None]
 
@@ -40,7 +40,7 @@ class NullTask:
     @property
     def share(self) -> slice:
         """The rows of this process."""
-        rank, world = self.loop.accelerator.process_index, self.loop.accelerator.num_processes
+        rank, world = self.loop.run.accelerator.process_index, self.loop.run.accelerator.num_processes
         return slice(8 * rank // world, 8 * (rank + 1) // world)
 
     def collect(self, iteration: int) -> dict[str, float]:
@@ -48,11 +48,11 @@ class NullTask:
         made = []
         for part in x.split(2):
             self.hook("collect", self)
-            self.loop.pulse(together=True)
+            self.loop.run.heartbeat(together=True)
             with torch.no_grad():
-                made.append(self.loop.module(part).tanh())
+                made.append(self.loop.state.module(part).tanh())
             self.hook("reward", self)
-            self.loop.pulse(together=True)
+            self.loop.run.heartbeat(together=True)
         self.x, self.y = x, torch.cat(made)
         return {"reward/mean": self.y.mean().item()}
 
@@ -63,14 +63,14 @@ class NullTask:
 
     def loss(self, micro):
         self.hook("backward", self)
-        error = self.loop.module(self.x[micro.rows]) - self.y[micro.rows] - 0.1
+        error = self.loop.state.module(self.x[micro.rows]) - self.y[micro.rows] - 0.1
         return error.square().mean(), {"error": error.detach().abs().mean()}
 
     def updating(self):
         return contextlib.nullcontext()
 
     def ids(self, minibatch):
-        return [{"rank": self.loop.accelerator.process_index}]
+        return [{"rank": self.loop.run.accelerator.process_index}]
 
     def collected(self):
         return {"x": self.x, "y": self.y}
@@ -80,14 +80,14 @@ class NullTask:
 
     def evaluate(self, step):
         self.hook("evaluate", self)
-        self.loop.pulse()
-        return {"accuracy": self.loop.parameters[0].sum().item()}
+        self.loop.run.heartbeat()
+        return {"accuracy": self.loop.state.parameters[0].sum().item()}
 
     def before_first_update(self):
-        assert self.loop.taken == 0
+        assert self.loop.progress.taken == 0
 
     def after_first_update(self):
-        assert self.loop.taken == 1
+        assert self.loop.progress.taken == 1
 
     def after_update(self, step, metrics):
         self.total += metrics["loss"]
@@ -103,11 +103,11 @@ class NullTask:
 
     def _export(self, folder: Path) -> None:
         self.hook("save", self)
-        save_file({"w": self.loop.parameters[0].detach().clone()}, folder / "product.safetensors")
+        save_file({"w": self.loop.state.parameters[0].detach().clone()}, folder / "product.safetensors")
 
     def finish(self):
         self.hook("finish", self)
-        (self.args.output_dir / "done.txt").write_text(f"{self.loop.step}")
+        (self.args.output_dir / "done.txt").write_text(f"{self.loop.progress.step}")
         return [self.args.output_dir / "done.txt"]
 
 
@@ -121,5 +121,5 @@ def settings(folder: Path, **changes) -> TrainingConfig:
 def run(folder: Path, hook: Hook | None = None, width: int = 8, **changes) -> NullTask:
     """Runs it to its end, or to its fault."""
     task = NullTask(settings(folder, **changes), hook, width)
-    task.loop.run()
+    task.loop.train()
     return task

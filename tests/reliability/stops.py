@@ -44,19 +44,19 @@ def watched(trainer: Any, act: Callable[[int], None]) -> list[Place]:
         if name == "__call__":  # a collector's: before it scores a batch, and before it draws the next one
             return ROLLOUT if places[-1].phase == BEFORE_REWARD else BEFORE_REWARD
         if name == "_passes":
-            first = BETWEEN_UPDATES if trainer.loop.update else BEFORE_UPDATES
+            first = BETWEEN_UPDATES if trainer.loop.progress.update else BEFORE_UPDATES
             return ACCUMULATION if caller.f_locals["index"] else first
         return PHASES[name]
 
-    pulse = trainer.loop.pulse
+    pulse = trainer.run.heartbeat
 
     def wrapped(together: bool = False) -> None:
-        places.append(Place(len(places), trainer.loop.step, phase(sys._getframe(1))))
+        places.append(Place(len(places), trainer.loop.progress.step, phase(sys._getframe(1))))
         act(len(places) - 1)
         pulse(together)
 
-    trainer.loop.pulse = wrapped
-    trainer.evaluation.pulse = wrapped
+    trainer.run.heartbeat = wrapped
+    trainer.outputs.evaluation.pulse = wrapped
     return places
 
 
@@ -65,7 +65,7 @@ def stop_at(trainer: Any, number: int) -> None:
 
     def act(now: int) -> None:
         if now == number:
-            trainer.loop.signals.received = signal.SIGTERM
+            trainer.run.heartbeat.signals.received = signal.SIGTERM
 
     watched(trainer, act)
     with pytest.raises(Interrupted) as left:

@@ -36,7 +36,7 @@ def stopped(tmp_path_factory):
     root = tmp_path_factory.mktemp("stopped")
 
     def crash(phase, task):
-        if phase == "collect" and task.loop.step == 6:
+        if phase == "collect" and task.loop.progress.step == 6:
             raise KeyboardInterrupt
 
     changes = {"checkpointing_steps": 2, "checkpoints_total_limit": 3, "hang_timeout": 0.0}
@@ -194,14 +194,14 @@ def test_a_disk_that_fills_at_the_last_export_leaves_nothing_torn(writer, produc
     args = short("flow_grpo", tmp_path / "run", max_train_steps=2, checkpointing_steps=0, ema_decay=0.0)
     args.resume_from_checkpoint = "latest"
     trainer = TRAINERS["flow_grpo"].make(args)
-    finish = trainer.finish
+    finish = trainer.outputs.finish
 
     def on_a_full_disk():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, lambda *given, **named: half(tmp_path / "run" / ".diffalign-1-x"))
             return finish()
 
-    trainer.finish = on_a_full_disk
+    trainer.outputs.finish = on_a_full_disk
     with pytest.raises(SaveFailed, match="No space left"):
         trainer.train()
     assert not (tmp_path / "run" / product).exists(), "whole, or not at all"

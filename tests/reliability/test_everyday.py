@@ -81,9 +81,9 @@ def test_r39_auto_batch_halves_until_it_fits_and_gradients_are_the_same(tmp_path
         tried = runs_out(trainer, limit, gradient)
         kept = []
 
-        trainer.loop.optimizer.optimizer.register_step_pre_hook(
+        trainer.loop.state.optimizer.optimizer.register_step_pre_hook(
             lambda *_, trainer=trainer, kept=kept: kept.append(
-                torch.cat([p.grad.flatten() for p in trainer.loop.parameters]).double()
+                torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters]).double()
             )
         )
         trainer.train()
@@ -131,9 +131,9 @@ class Down(GeneralTracker):
 def test_r40_a_tracker_that_is_down_changes_nothing(tmp_path, when):
     run(tmp_path / "without")
     task = NullTask(settings(tmp_path / "with"))
-    task.loop.accelerator.log_with = [Down(when)]
+    task.loop.run.accelerator.log_with = [Down(when)]
     with pytest.warns(UserWarning, match="tracker down failed and is switched off"):
-        task.loop.run()
+        task.loop.train()
     assert rows(tmp_path / "with") == rows(tmp_path / "without")
 
 
@@ -149,8 +149,8 @@ def test_r41_ten_thousand_steps_leave_memory_files_and_logs_as_they_should_be(tm
     process, seen = psutil.Process(), {}
 
     def hook(phase, task):
-        if phase == "collect" and task.loop.step in (2000, 9998):
-            seen[task.loop.step] = (process.memory_info().rss, process.num_fds())
+        if phase == "collect" and task.loop.progress.step in (2000, 9998):
+            seen[task.loop.progress.step] = (process.memory_info().rss, process.num_fds())
 
     run(tmp_path, hook, max_train_steps=10_000, checkpointing_steps=1000, eval_steps=1000)
     (early, opened), (late, still) = seen[2000], seen[9998]

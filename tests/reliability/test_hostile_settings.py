@@ -115,7 +115,7 @@ def test_an_infinite_norm_stops_and_goes_on_bit_for_bit(tmp_path):
     run(tmp_path / "straight", max_grad_norm=math.inf)
 
     def crash(phase, task):
-        if phase == "backward" and task.loop.step == 5:
+        if phase == "backward" and task.loop.progress.step == 5:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -147,9 +147,9 @@ def test_a_wild_run_ends_by_its_cause(name, changes, kind, message, tmp_path):
 
 def test_weights_that_are_not_finite_are_named_whatever_fails_on_them(tmp_path):
     def hook(phase, task):
-        if phase == "collect" and task.loop.step == 4:
+        if phase == "collect" and task.loop.progress.step == 4:
             with torch.no_grad():
-                task.loop.parameters[0].fill_(math.nan)
+                task.loop.state.parameters[0].fill_(math.nan)
             raise ValueError("rewards failed on 100% of the images")
 
     with pytest.raises(NotFinite, match=r"weights are not finite after step 4: lower learning_rate.*rewards failed"):

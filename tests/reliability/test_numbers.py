@@ -23,6 +23,7 @@ from diffalign.runtime.errors import NotFinite
 from diffalign.runtime.gradient_guard import DRIFT, ENOUGH, FLAT_ALARM, WINDOW, GradientGuard
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import ROOT
+from tests.phases import collect
 from tests.reliability import faults
 from tests.reliability.compare import rows
 from tests.reliability.forks import Child, several
@@ -33,27 +34,27 @@ from tests.reliability.trainers import TRAINERS, short
 
 def everything(loop):
     """Weights, moments, EMA and learning rate, as bytes."""
-    moments = [t for state in loop.optimizer.optimizer.state.values() for t in state.values()]
-    tensors = [*loop.parameters, *(loop.ema.shadow if loop.ema else []), *moments]
+    moments = [t for state in loop.state.optimizer.optimizer.state.values() for t in state.values()]
+    tensors = [*loop.state.parameters, *(loop.state.ema.shadow if loop.state.ema else []), *moments]
     found = [t.detach().clone().numpy().tobytes() for t in tensors]
-    return [*found, loop.ema.updates if loop.ema else 0, loop.schedule.state_dict()["last_epoch"]]
+    return [*found, loop.state.ema.updates if loop.state.ema else 0, loop.state.schedule.state_dict()["last_epoch"]]
 
 
 def poisoned(trainer, steps, where):
     """The loss, or only one gradient, is not finite at some steps; returns what every step left as it was."""
-    loss_of, loop, unmoved = trainer.loss, trainer.loop, []
+    loss_of, loop, unmoved = trainer.algorithm.loss, trainer.loop, []
     bad = torch.nan if where == "loss" else torch.inf
 
     def spoilt(micro):
         loss, metrics = loss_of(micro)
-        return (loss * bad, metrics) if where == "loss" and loop.step in steps else (loss, metrics)
+        return (loss * bad, metrics) if where == "loss" and loop.progress.step in steps else (loss, metrics)
 
     if where == "gradient":
-        loop.parameters[0].register_hook(lambda g: g * bad if loop.step in steps else g)
-    trainer.loss, apply = spoilt, loop._apply
+        loop.state.parameters[0].register_hook(lambda g: g * bad if loop.progress.step in steps else g)
+    trainer.algorithm.loss, apply = spoilt, loop._apply
 
     def watched(reason, norm, minibatch):
-        before, step = everything(loop), loop.step
+        before, step = everything(loop), loop.progress.step
         apply(reason, norm, minibatch)
         if everything(loop) == before:
             unmoved.append(step)
@@ -144,7 +145,7 @@ def test_r22_a_run_skips_a_loss_a_thousand_times_too_large_also_after_a_resume(t
     def hook(phase, task):
         if phase == "backward" and not hasattr(task, "spoilt"):
             task.spoilt = True
-            task.loop.parameters[0].register_hook(lambda g: g * (1000 if task.loop.step == 26 else 1))
+            task.loop.state.parameters[0].register_hook(lambda g: g * (1000 if task.loop.progress.step == 26 else 1))
 
     settings = {"lr_scheduler": "constant", "checkpointing_steps": 24, "eval_steps": 0}
     run(tmp_path, hook, max_train_steps=24, **settings)
@@ -157,18 +158,18 @@ def test_r22_a_run_skips_a_loss_a_thousand_times_too_large_also_after_a_resume(t
 @pytest.mark.parametrize("steps", [4, 7])
 def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp_path, frozen_trainer):
     trainer = frozen_trainer(preset, steps)
-    trainer.collect(0)
-    trainer.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
+    batch = collect(trainer, 0)
+    batch.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
     with torch.no_grad():
-        for minibatch in trainer.minibatches(0):
+        for minibatch in trainer.algorithm.minibatches(batch, 0):
             for micro in minibatch.micros:
-                _, metrics = trainer.loss(micro)
+                _, metrics = trainer.algorithm.loss(micro)
                 assert metrics["log_ratio_max"].item() == 0.0
                 assert metrics["ratio_mean"].item() == 1.0
         whole = torch.arange(4)
-        for step in trainer.rollout.route.plan.trained_steps:
-            result, nodes = trainer._replay(trainer.buffer, whole, step)
-            stored = trainer.buffer.log_prob[nodes]
+        for step in batch.plan.plan.trained_steps:
+            result, nodes = trainer.algorithm._replay(batch.buffer, whole, step)
+            stored = batch.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
             assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5
 
@@ -212,7 +213,7 @@ def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(name, tmp_pat
     before = everything(trainer.loop)
     with pytest.warns(UserWarning, match=f"{FLAT_ALARM} updates in a row had no gradient"):
         trainer.train()
-    assert everything(trainer.loop)[: len(trainer.loop.parameters)] == before[: len(trainer.loop.parameters)]
+    assert everything(trainer.loop)[: len(trainer.loop.state.parameters)] == before[: len(trainer.loop.state.parameters)]
     assert [row["skipped"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
@@ -228,7 +229,7 @@ def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
         return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in [*frozen, *others])).hexdigest()
 
     shape, levels = (1, *model.latent_shape()), model.levels(4)
-    x, words = trainer.noise.normal(shape, "probe"), trainer.encoded(["a red circle"])
+    x, words = trainer.run.rng.normal(shape, "probe"), trainer.run.prompts(["a red circle"])
 
     @torch.no_grad()
     def says():
@@ -241,7 +242,7 @@ def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
         assert torch.equal(says(), before), "with the adapter off it is the base, bit for bit"
     after = says()
     assert not torch.equal(after, before)
-    weights = [p.detach().clone() for p in trainer.loop.parameters]
+    weights = [p.detach().clone() for p in trainer.loop.state.parameters]
 
     def evaluation_that_fails():
         with model.using("ema"):
@@ -250,8 +251,8 @@ def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         evaluation_that_fails()
-    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.loop.parameters, strict=True))
-    assert all(p.requires_grad for p in trainer.loop.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.loop.state.parameters, strict=True))
+    assert all(p.requires_grad for p in trainer.loop.state.parameters)
     with model.using(POLICY):
         assert torch.equal(says(), after)
 
@@ -263,10 +264,10 @@ def test_r26_one_pass_of_many_or_many_of_one_give_one_gradient(name, tmp_path):
         trainer = TRAINERS[name].make(short(name, tmp_path / str(size), num_pairs=4) if "num_pairs" in
                                       TRAINERS[name].settings else short(name, tmp_path / str(size)),
                                       train_batch_size=size)  # fmt: skip
-        trainer.collect(0)
-        for micro in next(iter(trainer.minibatches(0))).micros:
-            (trainer.loss(micro)[0] * micro.weight).backward()
-        found.append(torch.cat([p.grad.flatten() for p in trainer.loop.parameters]).double())
+        batch = collect(trainer, 0)
+        for micro in next(iter(trainer.algorithm.minibatches(batch, 0))).micros:
+            (trainer.algorithm.loss(micro)[0] * micro.weight).backward()
+        found.append(torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters]).double())
     assert found[0].norm() > 0
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 

@@ -39,12 +39,12 @@ def drawn(pipe, noise, **kwargs):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_r36_every_saved_lora_draws_what_the_trainer_draws(name, tmp_path, plain, caplog):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", learning_rate=0.03, checkpointing_steps=1))
-    model, noise = trainer.model, trainer.noise.normal((1, *trainer.model.latent_shape()), "probe")
+    model, noise = trainer.model, trainer.run.rng.normal((1, *trainer.model.latent_shape()), "probe")
     images, save = {}, trainer.loop.save
 
     def draw():
         with torch.no_grad(), model.using("ema"):
-            words = trainer.encoded([TEXT])
+            words = trainer.run.prompts([TEXT])
             return model.decode(sample(model, SamplingPlan(ode_plan(STEPS), model.levels(STEPS)), words, noise))
 
     def watched(last=False):
@@ -116,7 +116,7 @@ def test_r37_the_file_says_what_it_is(name, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run/checkpoint-2", tmp_path / "run/raw"):
         with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
             said = file.metadata()
-        origin = trainer.loop.origin()
+        origin = trainer.loop.outputs.origin()
         expected = {"base_model": str(PIPELINE), "rank": "2", "alpha": "2", "trainer": trainer.name, "seed": "5"}
         expected |= {"config_sha256": config_hash(origin["config"]), "data_sha256": origin["data_sha256"]}
         assert {key: said[f"diffalign.{key}"] for key in expected} == expected

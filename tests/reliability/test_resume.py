@@ -114,7 +114,7 @@ def test_r8_every_micro_step_of_a_null_run_can_be_its_last(tmp_path, record_prop
             nonlocal count
             count += 1
             if count == number + 1:
-                task.loop.signals.received = signal.SIGTERM
+                task.loop.run.heartbeat.signals.received = signal.SIGTERM
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Loop, "pulse", pulse_that(act))
@@ -228,7 +228,7 @@ def test_r12_a_checkpoint_of_every_released_version_loads(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "run/checkpoint-4")
     task = run(tmp_path / "run")
     fresh = run(tmp_path / "fresh")
-    for one, two in zip(task.loop.parameters, fresh.loop.parameters, strict=True):
+    for one, two in zip(task.loop.state.parameters, fresh.loop.state.parameters, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
@@ -276,8 +276,8 @@ def test_r14_one_process_two_and_one_again_train_what_one_trains(name, tmp_path)
 
 def test_r14_an_iteration_that_others_would_split_otherwise_is_refused(tmp_path):
     def stop(phase, task):
-        if phase == "backward" and task.loop.step == step:
-            task.loop.signals.received = signal.SIGTERM
+        if phase == "backward" and task.loop.progress.step == step:
+            task.loop.run.heartbeat.signals.received = signal.SIGTERM
 
     for step in (2, 3):
         folder = tmp_path / str(step)
@@ -298,13 +298,13 @@ def test_r14_an_iteration_that_others_would_split_otherwise_is_refused(tmp_path)
 def test_r14_updates_get_the_same_samples_whatever_the_processes(tmp_path, updates, processes):
     changes = {"updates_per_rollout": updates, "num_groups": 6}
     trainer = TRAINERS["flow_grpo"].make(short("flow_grpo", tmp_path, **changes))
-    alone = trainer.collector.update_index(1)
+    alone = trainer.algorithm.collector.update_index(1)
     assert alone.bincount().tolist() == [24 // updates] * updates
-    assert updates == 1 or not torch.equal(alone, trainer.collector.update_index(2))
+    assert updates == 1 or not torch.equal(alone, trainer.algorithm.collector.update_index(2))
     parts = []
     for rank in range(processes):
-        trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
-        parts.append(trainer.collector.update_index(1))
+        trainer.run.accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
+        parts.append(trainer.algorithm.collector.update_index(1))
         assert parts[-1].bincount().tolist() == [24 // updates // processes] * updates
     assert torch.equal(torch.cat(parts), alone)
 

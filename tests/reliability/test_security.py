@@ -219,16 +219,16 @@ def test_r34_a_judge_or_data_that_moved_on_the_hub_are_refused_by_name(hub, tmp_
         fetched(hub, kind, name, tmp_path, "main")
     trainer = FlowGRPOTrainer(args=short("flow_grpo", tmp_path / "run"))
     weights.load_once(lambda weights, head: weights, Weights("owner/judge"), "head.pth")
-    assert trainer.commits == {"owner/judge": COMMITS["main"]}
-    then = trainer.loop.origin()
+    assert trainer.outputs.commits == {"owner/judge": COMMITS["main"]}
+    then = trainer.loop.outputs.origin()
     fetched(hub, "model", "owner/judge", tmp_path, "new")
     with pytest.raises(ValueError, match=f"owner/judge has changed on the hub .*{COMMITS['main']}.*{COMMITS['new']}"):
-        check_origin(then, trainer.loop.origin(), trainer.args)
+        check_origin(then, trainer.loop.outputs.origin(), trainer.args)
     assert commit("owner/pairs", None, "dataset") == commit("owner/pairs", COMMITS["main"], "dataset")
     assert commit("owner/pairs") is commit("owner/pairs", "branch", "dataset") is commit(str(tmp_path)) is None
     older = {name: value for name, value in then.items() if name != "commits"}
     older["config"] = {name: value for name, value in then["config"].items() if name != "revision"}
-    check_origin(older, trainer.loop.origin(), trainer.args)
+    check_origin(older, trainer.loop.outputs.origin(), trainer.args)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

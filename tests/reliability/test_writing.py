@@ -166,10 +166,10 @@ def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_pro
 @pytest.mark.parametrize("group", ["weights", "optimizer", "ema"])
 def test_r7_a_state_that_is_not_finite_is_never_published(tmp_path, group):
     def hook(phase, task):
-        if phase == "evaluate" and task.loop.step == 8:
-            optimizer = task.loop.optimizer.optimizer
+        if phase == "evaluate" and task.loop.progress.step == 8:
+            optimizer = task.loop.state.optimizer.optimizer
             moments = [state["exp_avg"] for state in optimizer.state.values()]
-            tensors = {"weights": task.loop.parameters, "optimizer": moments, "ema": task.loop.ema.shadow}
+            tensors = {"weights": task.loop.state.parameters, "optimizer": moments, "ema": task.loop.state.ema.shadow}
             with torch.no_grad():
                 tensors[group][0][0, 0] = torch.nan
 

@@ -30,7 +30,7 @@ def main(name: str, folder: Path, stop: int) -> None:
     def watched(step, metrics):
         after_update(step, metrics)
         if step == stop < 6:
-            trainer.loop.signals.received = signal.SIGTERM
+            trainer.run.heartbeat.signals.received = signal.SIGTERM
 
     trainer.after_update = watched
     try:

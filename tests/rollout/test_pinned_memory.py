@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.forecast.cost import Share
-from diffalign.forecast.per_trainer import METHODS
 from diffalign.rollout import pinned_memory
 from diffalign.runtime import state
 

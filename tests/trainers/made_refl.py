@@ -68,18 +68,18 @@ def moved(trainer):
     """Away from the start, where one half of a LoRA is zero and the other has no gradient."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in trainer.loop.parameters:
+        for p in trainer.loop.state.parameters:
             p += 0.05 * torch.randn(p.shape, generator=generator)
     return trainer
 
 
 def gradients(trainer, iteration=0):
     moved(trainer).collect(iteration)
-    (minibatch,) = trainer.minibatches(iteration)
+    (minibatch,) = trainer.algorithm.minibatches(batch, iteration)
     for micro in minibatch.micros:
-        trainer.accelerator.backward(trainer.loss(micro)[0] * micro.weight)
-    found = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
-    trainer.loop.optimizer.zero_grad()
+        trainer.run.accelerator.backward(trainer.algorithm.loss(micro)[0] * micro.weight)
+    found = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
+    trainer.loop.state.optimizer.zero_grad()
     return found
 
 

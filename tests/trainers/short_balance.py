@@ -10,6 +10,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.rewards.support.probe import untried
 from tests.conftest import PIPELINE, PROMPTS
+from tests.phases import collect
 
 # One of two groups teaches, whose samples are all on one of two processes.
 SCORES = torch.tensor([[1.0, 2.0, 4.0, 7.0], [1.0] * 4])
@@ -40,38 +41,38 @@ def trainer_of(folder: Path, scores: list[Tensor]) -> FlowGRPOTrainer:
         trainer = FlowGRPOTrainer(
             args=args, reward_funcs=lambda images, *_: torch.tensor([found.pop(0) for _ in images])
         )
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    rank, world = trainer.run.accelerator.process_index, trainer.run.accelerator.num_processes
     found += torch.cat([each.flatten().chunk(world)[rank] for each in scores]).tolist()
-    trainer.finish = lambda: None
+    trainer.outputs.finish = lambda: None
     return trainer
 
 
 def gradients(trainer: FlowGRPOTrainer, filtering: bool) -> dict[str, Tensor]:
     """Those of the update of a first iteration, the mean over processes, and the images of each of its passes."""
     trainer.args.filter_zero_advantage = filtering
-    (minibatch,) = trainer.minibatches(0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     images: list[int] = []
     hook = trainer.model.raw_denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    with trainer.accelerator.no_sync(trainer.loop.module):
+    with trainer.run.accelerator.no_sync(trainer.loop.state.module):
         for micro in minibatch.micros:
-            (trainer.loss(micro)[0] * micro.weight).backward()
+            (trainer.algorithm.loss(micro)[0] * micro.weight).backward()
     hook.remove()
-    own = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
-    trainer.loop.optimizer.zero_grad()
-    return {"gradient": trainer.accelerator.reduce(own, "mean"), "passes": torch.tensor(images)}
+    own = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
+    trainer.loop.state.optimizer.zero_grad()
+    return {"gradient": trainer.run.accelerator.reduce(own, "mean"), "passes": torch.tensor(images)}
 
 
 def seen(folder: Path) -> dict[str, Tensor]:
     """Gradients of all and of few samples; then the weights after two iterations, the first of which is flat."""
     trainer = trainer_of(folder, [SCORES, FLAT, SCORES])
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     found = {f"{name}/{key}": t for name in ("all", "few") for key, t in gradients(trainer, name == "few").items()}
-    found["before"] = torch.cat([p.detach().flatten() for p in trainer.loop.parameters])
+    found["before"] = torch.cat([p.detach().flatten() for p in trainer.loop.state.parameters])
     trainer.train()
-    found["after"] = torch.cat([p.detach().flatten() for p in trainer.loop.parameters])
-    return found | {"rank": torch.tensor(trainer.accelerator.process_index)}
+    found["after"] = torch.cat([p.detach().flatten() for p in trainer.loop.state.parameters])
+    return found | {"rank": torch.tensor(trainer.run.accelerator.process_index)}
 
 
 def write(folder: Path) -> None:

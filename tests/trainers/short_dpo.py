@@ -9,6 +9,7 @@ from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.runtime.state import indexed
 from tests.conftest import PIPELINE, ROOT
+from tests.phases import collect
 
 
 def write(folder: Path, loss: str) -> None:
@@ -28,12 +29,12 @@ def write(folder: Path, loss: str) -> None:
         cache=False,
     )
     trainer = DiffusionDPOTrainer(args=args)
-    accelerator = trainer.accelerator
-    trainer.collect(0)
-    first, _ = trainer.denoise(torch.arange(len(trainer.examples.texts)), 0)
-    target, texts = first[0].target.clone(), list(trainer.examples.texts)
+    accelerator = trainer.run.accelerator
+    batch = collect(trainer, 0)
+    first, _ = trainer.algorithm.denoise(torch.arange(len(batch.ranked.texts)), 0)
+    target, texts = first[0].target.clone(), list(batch.ranked.texts)
     trainer.train()
-    found = {f"weight/{name}": t for name, t in indexed(trainer.loop.parameters).items()}
+    found = {f"weight/{name}": t for name, t in indexed(trainer.loop.state.parameters).items()}
     found |= {"world": torch.tensor(accelerator.num_processes), "target": target}
     rank = accelerator.process_index
     save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / f"{rank}.safetensors")

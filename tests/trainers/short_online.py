@@ -39,7 +39,7 @@ def train(folder: Path, loss: str) -> DiffusionDPOTrainer:
         cache=False,
     )
     trainer = DiffusionDPOTrainer(args=args, reward_funcs=brightness)
-    prompts = trainer.source.collector.prompts_of
+    prompts = trainer.algorithm.source.collector.prompts_of
     flat += [prompts(0)[1].text, prompts(1)[0].text]
     trainer.train()
     return trainer
@@ -49,8 +49,8 @@ def write(folder: Path) -> None:
     found = {}
     for loss in ("kto", "bco"):
         trainer = train(folder, loss)
-        found |= {f"{loss}/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.parameters).items()}
+        found |= {f"{loss}/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.state.parameters).items()}
         if loss == "bco":
-            found |= {"shift/bco": trainer.single.context.value.reshape(())}
-    found |= {"world": torch.tensor(trainer.accelerator.num_processes)}
-    save_file(found, folder / f"{trainer.accelerator.process_index}.safetensors")
+            found |= {"shift/bco": trainer.algorithm.single.context.value.reshape(())}
+    found |= {"world": torch.tensor(trainer.run.accelerator.num_processes)}
+    save_file(found, folder / f"{trainer.run.accelerator.process_index}.safetensors")

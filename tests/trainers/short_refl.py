@@ -16,9 +16,9 @@ def write(folder: Path, preset: str) -> None:
     args = config(folder, preset, num_groups=8, rollout_batch_size=4, max_train_steps=3, max_grad_norm=1e9)
     trainer = trainer_of(args, load_prompts(PROMPTS / "shapes_train.jsonl")[::70])
     trainer.train()
-    accelerator = trainer.accelerator
-    found = {f"weight/{name}": t for name, t in indexed(trainer.loop.parameters).items()}
+    accelerator = trainer.run.accelerator
+    found = {f"weight/{name}": t for name, t in indexed(trainer.loop.state.parameters).items()}
     found |= {"world": torch.tensor(accelerator.num_processes)}
-    found |= {"courses": torch.tensor([len(batch.courses[0].moves) for batch in trainer.batches])}
+    found |= {"courses": torch.tensor([len(batch.courses[0].moves) for batch in batch.parts])}
     rank = accelerator.process_index
     save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / f"{rank}.safetensors")

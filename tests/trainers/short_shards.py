@@ -69,11 +69,11 @@ def run(folder: Path, kind: str, resume: str | None = None) -> DiffusionDPOTrain
 
 def seen(trainer: DiffusionDPOTrainer) -> dict[str, torch.Tensor]:
     """The weights, put together, and what the denoiser says with each set of them."""
-    found = {f"weight/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.parameters).items()}
-    found |= {f"ema/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.ema.shadow).items()}
+    found = {f"weight/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.state.parameters).items()}
+    found |= {f"ema/{name}": full_tensor(t).clone() for name, t in indexed(trainer.loop.state.ema.shadow).items()}
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *trainer.model.latent_shape(), generator=generator)
-    conditioning = trainer.encoded(["a red circle"])
+    conditioning = trainer.run.prompts(["a red circle"])
     for name in ("policy", "ema", REFERENCE, "policy"):
         with trainer.model.using(name), torch.no_grad():
             found[f"output/{name}"] = trainer.model.predict(x, trainer.model.levels(4)[1], conditioning)
@@ -83,11 +83,11 @@ def seen(trainer: DiffusionDPOTrainer) -> dict[str, torch.Tensor]:
 def write(trainer: Trainer, found: dict[str, torch.Tensor], folder: Path, name: str) -> None:
     """What this process saw, where all of the denoiser is in shards."""
     parameters = list(trainer.model.raw_denoiser.parameters())
-    assert trainer.accelerator.num_processes == 2
+    assert trainer.run.accelerator.num_processes == 2
     assert all(isinstance(p, DTensor) for p in parameters)
     found["local"] = torch.tensor(sum(local_tensor(p).numel() for p in parameters))
     found["all"] = torch.tensor(sum(p.numel() for p in parameters))
-    rank = trainer.accelerator.process_index
+    rank = trainer.run.accelerator.process_index
     save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{rank}.safetensors")
 
 
@@ -144,12 +144,12 @@ def others(folder: Path, _: Path) -> None:
     """The other trainers, whose processes would go ways of their own."""
     for make in (flat_group, courses):
         trainer = make(folder / make.__name__)
-        found = {f"weight/{name}": full_tensor(t) for name, t in indexed(trainer.loop.parameters).items()}
+        found = {f"weight/{name}": full_tensor(t) for name, t in indexed(trainer.loop.state.parameters).items()}
         if make is courses:
             assert {p.dtype for p in trainer.model.raw_denoiser.parameters()} == {torch.bfloat16, torch.float32}
-            found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in trainer.batches])
+            found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in batch.parts])
         else:
-            found["passes"] = torch.tensor([len(minibatch.micros) for minibatch in trainer.minibatches(1)])
+            found["passes"] = torch.tensor([len(minibatch.micros) for minibatch in trainer.algorithm.minibatches(batch, 1)])
         write(trainer, found, folder, make.__name__)
 
 

@@ -42,15 +42,15 @@ def main(folder: Path) -> None:
     )
     with untried():  # what it sees is the run's
         trainer = FlowGRPOTrainer(args=args, reward_funcs=brightness)
-    parameters = trainer.loop.parameters
+    parameters = trainer.loop.state.parameters
 
     def keep(*_):
         if not gradients:
             gradients.extend(p.grad.clone() for p in parameters)
 
-    trainer.loop.optimizer.optimizer.register_step_pre_hook(keep)
+    trainer.loop.state.optimizer.optimizer.register_step_pre_hook(keep)
     trainer.train()
-    accelerator = trainer.accelerator
+    accelerator = trainer.run.accelerator
     found = {f"grad/{name}": t for name, t in indexed(gradients).items()}
     found |= {f"weight/{name}": t for name, t in indexed(parameters).items()}
     share = 12 // accelerator.num_processes

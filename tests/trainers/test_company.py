@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 from safetensors.torch import load_file
 
 from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import RolloutBuffer
+from diffalign.rollout.collector import Rollout
 from diffalign.rollout.sampler import ode_plan
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
-from diffalign.rollout.collector import Rollout
 from diffalign.trainers.diffusion_dpo.batches import RolloutSource
-from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 from tests.reliability.forks import finished
 from tests.trainers.short_online import write
 

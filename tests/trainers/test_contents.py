@@ -82,12 +82,12 @@ CHANGES = [
 @pytest.mark.parametrize(("name", "named", "change"), CHANGES)
 def test_what_changed_since_a_checkpoint_is_named(name, named, change, world):
     args = args_of(name, world)
-    then = json.loads(json.dumps(TRAINERS[name].make(args).loop.origin()))
+    then = json.loads(json.dumps(TRAINERS[name].make(args).loop.outputs.origin()))
     again = TRAINERS[name].make(args)
-    assert not check_origin(then, again.loop.origin(), again.args)
+    assert not check_origin(then, again.loop.outputs.origin(), again.args)
     change(world)
     later = TRAINERS[name].make(dataclasses.replace(args))
-    now = later.loop.origin()
+    now = later.loop.outputs.origin()
     then["data_sha256"] = now["data_sha256"]  # which knows of some changes by itself
     with pytest.raises(ValueError, match=rf"changed since this checkpoint was written: .*{named}.*restore these files"):
         check_origin(then, now, later.args)
@@ -131,6 +131,6 @@ def test_the_file_of_a_judge_beside_the_run_is_looked_at(suffix, tmp_path, monke
 def test_checkpoints_from_before_know_no_contents_and_are_accepted(world):
     args = args_of("refl", world)
     trainer = TRAINERS["refl"].make(args)
-    now = trainer.loop.origin()
+    now = trainer.loop.outputs.origin()
     then = {name: value for name, value in now.items() if name != "contents"}
     assert not check_origin(then, now, trainer.args)

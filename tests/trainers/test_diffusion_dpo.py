@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from diffalign import DiffusionDPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.runtime.tracking import MetricsLog
+from tests.phases import collect
 from tests.reliability.compare import same_checkpoint
 from tests.reliability.stops import crash_before
 
@@ -29,9 +30,9 @@ def online(dpo, **changes):
 
 
 def first_losses(trainer):
-    trainer.collect(0)
-    (minibatch, *_) = trainer.minibatches(0)
-    found = [(trainer.loss(micro), micro.weight) for micro in minibatch.micros]
+    batch = collect(trainer, 0)
+    (minibatch, *_) = trainer.algorithm.minibatches(batch, 0)
+    found = [(trainer.algorithm.loss(micro), micro.weight) for micro in minibatch.micros]
     return [(loss * weight, metrics) for (loss, metrics), weight in found]
 
 
@@ -53,32 +54,32 @@ def test_micro_batch_size_does_not_change_gradients(dpo, size):
         trainer = DiffusionDPOTrainer(args=dpo(train_batch_size=batch, output_dir=dpo().output_dir / str(batch)))
         for loss, _ in first_losses(trainer):
             loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in trainer.loop.parameters]))
+        found.append(torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters]))
     assert found[0].norm() > 0
     assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 
 def test_both_images_of_a_pair_have_one_noise_and_level_and_steps_have_others(dpo):
     trainer = DiffusionDPOTrainer(args=dpo(prompt_dropout=0.0))
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     rows = torch.arange(4)
-    (winner, loser), level = trainer.denoise(rows, 0)
+    (winner, loser), level = trainer.algorithm.denoise(rows, 0)
     # The flow's target is noise - x0, so targets differ by the latents alone.
-    latents = trainer.examples.latents
+    latents = batch.ranked.latents
     torch.testing.assert_close(winner.target - loser.target, latents[:, 1] - latents[:, 0])
     assert len(level.sigma.unique()) == 4
-    _, other = trainer.denoise(rows, 1)
+    _, other = trainer.algorithm.denoise(rows, 1)
     assert not (other.sigma == level.sigma).any()
 
 
 def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo):
     trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, prompt_dropout=0.25))
-    trainer.collect(0)
-    examples, rows = trainer.examples, torch.arange(12)
-    full, empty = trainer.encoded(examples.texts).tensors, trainer.encoded.empty.tensors
+    batch = collect(trainer, 0)
+    examples, rows = batch.ranked, torch.arange(12)
+    full, empty = trainer.run.prompts(examples.texts).tensors, trainer.run.prompts.empty.tensors
     counts = []
     for step in range(4):
-        found = trainer.denoising._conditioning(examples, rows, examples.number, step).tensors
+        found = trainer.algorithm.denoising._conditioning(examples, rows, examples.number, step).tensors
         kept = [torch.equal(found["embeds"][i], full["embeds"][i]) for i in range(12)]
         for name, values in found.items():
             side = torch.stack([full[name][i] if kept[i] else empty[name][0] for i in range(12)])
@@ -89,9 +90,9 @@ def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo):
 
 def test_the_preferred_image_comes_first(dpo, pairs):
     trainer = DiffusionDPOTrainer(args=dpo())
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     number = 0
-    text = trainer.examples.texts[number]
+    text = batch.ranked.texts[number]
     (row,) = [r for r in Dataset.from_parquet(str(pairs)) if r["caption"] == text][:1]
     images = [row["jpg_0"], row["jpg_1"]] if row["label_0"] == 1 else [row["jpg_1"], row["jpg_0"]]
     from PIL import Image
@@ -101,7 +102,7 @@ def test_the_preferred_image_comes_first(dpo, pairs):
         image = pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))[None].float() / 255
         with torch.no_grad():
             expected = trainer.model.encode_images(image)[0]
-        torch.testing.assert_close(trainer.examples.latents[number, side], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.ranked.latents[number, side], expected, rtol=0, atol=1e-6)
 
 
 def test_training_prefers_the_winners(dpo):
@@ -134,9 +135,9 @@ OFFLINE = [
 @pytest.mark.parametrize("setting", OFFLINE, ids=str)
 def test_options_run_and_learn(dpo, setting):
     trainer = DiffusionDPOTrainer(args=dpo(**setting))
-    before = [p.detach().clone() for p in trainer.loop.parameters]
+    before = [p.detach().clone() for p in trainer.loop.state.parameters]
     trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.state.parameters, strict=True))
     card = (trainer.args.output_dir / "README.md").read_text()
     assert ("A LoRA for" in card) == trainer.model.has_adapter
 
@@ -179,7 +180,7 @@ def test_a_warm_cache_changes_nothing_and_a_damaged_one_is_made_anew(dpo, tmp_pa
     for run in range(3):
         trainer = DiffusionDPOTrainer(args=dpo(output_dir=tmp_path / str(run), cache_dir=tmp_path / "cache"))
         trainer.train()
-        weights.append([p.detach().clone() for p in trainer.loop.parameters])
+        weights.append([p.detach().clone() for p in trainer.loop.state.parameters])
         files = sorted((tmp_path / "cache").rglob("*.safetensors"))
         assert files
         for file in files[:: run + 1]:

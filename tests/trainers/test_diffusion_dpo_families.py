@@ -7,15 +7,16 @@ import torch
 
 from diffalign import DiffusionDPOTrainer
 from tests.models import tiny_unet_pipelines as tiny
+from tests.phases import collect
 
 
 def gradients(trainer):
-    trainer.collect(0)
-    (minibatch,) = trainer.minibatches(0)
+    batch = collect(trainer, 0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     (micro,) = minibatch.micros
-    loss, metrics = trainer.loss(micro)
+    loss, metrics = trainer.algorithm.loss(micro)
     loss.backward()
-    return loss.item(), metrics, torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+    return loss.item(), metrics, torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
 
 
 @pytest.mark.parametrize("name", list(tiny.FAMILIES))

@@ -15,22 +15,23 @@ from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.flow_grpo.algorithm import step_weights
 from tests.conftest import PIPELINE, PROMPTS
+from tests.phases import collect
 from tests.reliability.compare import same_run
 from tests.reliability.stops import crash_before
 
 
 def collected(args, prompts, **kwargs):
     trainer = FlowGRPOTrainer(args=args, train_dataset=prompts, **kwargs)
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     return trainer
 
 
 def gradients(trainer):
     """The gradient of the first update, without taking it."""
-    (minibatch,) = trainer.minibatches(0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
-        (trainer.loss(micro)[0] * micro.weight).backward()
-    return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+        (trainer.algorithm.loss(micro)[0] * micro.weight).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
 
 
 # Exactness ----------------------------------------------------------------------------------------------------------
@@ -40,10 +41,10 @@ def gradients(trainer):
 def test_the_first_ratio_is_exactly_one(small, train_prompts, preset):
     window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
     trainer = collected(small(plan=PlanConfig(preset=preset, num_steps=5, **window)), train_prompts)
-    trainer.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
-    (minibatch,) = trainer.minibatches(0)
+    batch.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
-        _, metrics = trainer.loss(micro)
+        _, metrics = trainer.algorithm.loss(micro)
         assert metrics["ratio_mean"].item() == 1.0
         assert metrics["log_ratio_max"].item() == 0.0
 
@@ -53,12 +54,12 @@ def test_gradient_is_minus_advantage_times_score(small, train_prompts):
     trainer = collected(small(), train_prompts)
     found = gradients(trainer)
     samples = torch.arange(8)
-    for parameter in trainer.loop.parameters:
+    for parameter in trainer.loop.state.parameters:
         parameter.grad = None
-    for step in trainer.rollout.route.plan.trained_steps:
-        result, nodes = trainer._replay(trainer.buffer, samples, step)
-        (-(trainer.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
-    expected = torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+    for step in batch.plan.plan.trained_steps:
+        result, nodes = trainer.algorithm._replay(batch.buffer, samples, step)
+        (-(batch.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
     assert expected.norm() > 0
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
@@ -96,12 +97,12 @@ def test_samples_without_advantage_are_not_trained_on(small, train_prompts, monk
         return torch.where(flat, 1.0, images.mean((1, 2, 3)))
 
     trainer = FlowGRPOTrainer(args=small(), train_dataset=train_prompts, reward_funcs=judge)
-    second = trainer.collector.prompts_of(0)[1].text
-    trainer.collect(0)
+    second = trainer.algorithm.collector.prompts_of(0)[1].text
+    batch = collect(trainer, 0)
     rows = evaluations(monkeypatch, trainer.model)
     sparse = gradients(trainer)
     assert sum(rows) == 4 * 2
-    for parameter in trainer.loop.parameters:
+    for parameter in trainer.loop.state.parameters:
         parameter.grad = None
     trainer.args.filter_zero_advantage = False
     whole = gradients(trainer)
@@ -119,7 +120,7 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
         return torch.where(here == 0, 0.5, (here.cumsum(0) - 1).float())
 
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=judge)
-    update_of, first = trainer.collector.update_index(0), trainer.collector.prompts_of(0)[0].text
+    update_of, first = trainer.algorithm.collector.update_index(0), trainer.algorithm.collector.prompts_of(0)[0].text
     trainer.train()
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
@@ -142,7 +143,7 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = collected(small(max_unscored=0.3), train_prompts, reward_funcs=nearly)
-    advantage = trainer.buffer.advantage[trainer.buffer.leaves].view(2, 4)
+    advantage = batch.buffer.advantage[batch.buffer.leaves].view(2, 4)
     assert (advantage[:, 0] == 0).all()
     assert advantage[:, 1:].sum(1).abs().max() < 1e-4
     assert advantage[:, 1:].abs().min() > 0
@@ -150,23 +151,23 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
 
 def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_prompts):
     trainer = collected(small(kl_beta=0.1), train_prompts)
-    samples, step = torch.arange(4), trainer.rollout.route.plan.trained_steps[0]
-    result, _ = trainer._replay(trainer.buffer, samples, step)
-    assert trainer._kl(result, trainer._reference_mean(trainer.buffer, samples, step), step).abs().max() == 0
+    samples, step = torch.arange(4), batch.plan.plan.trained_steps[0]
+    result, _ = trainer.algorithm._replay(batch.buffer, samples, step)
+    assert trainer.algorithm._kl(result, trainer.algorithm._reference_mean(batch.buffer, samples, step), step).abs().max() == 0
     with torch.no_grad():
-        for parameter in trainer.loop.parameters:
+        for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
-    moved, _ = trainer._replay(trainer.buffer, samples, step)
-    reference = trainer._reference_mean(trainer.buffer, samples, step)
+    moved, _ = trainer.algorithm._replay(batch.buffer, samples, step)
+    reference = trainer.algorithm._reference_mean(batch.buffer, samples, step)
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
-    assert torch.allclose(trainer._kl(moved, reference, step), expected.float(), rtol=1e-4)
-    trainer._kl(moved, reference, step).mean().backward()
-    assert any(p.grad is not None and p.grad.any() for p in trainer.loop.parameters)
+    assert torch.allclose(trainer.algorithm._kl(moved, reference, step), expected.float(), rtol=1e-4)
+    trainer.algorithm._kl(moved, reference, step).mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in trainer.loop.state.parameters)
 
 
 def test_tempflow_weights_follow_the_schedule(small, train_prompts):
     trainer = collected(small(plan=PlanConfig(preset="flow_grpo", num_steps=6), step_weights="tempflow"), train_prompts)
-    weights = step_weights(trainer.rollout.route.plan, trainer.levels, "tempflow")
+    weights = step_weights(batch.plan.plan, trainer.algorithm.levels, "tempflow")
     assert list(weights) == [0, 1, 2, 3, 4]
     assert abs(sum(weights.values()) / 5 - 1) < 1e-9
     assert len(set(weights.values())) > 1
@@ -189,12 +190,12 @@ def test_tempflow_weights_follow_the_schedule(small, train_prompts):
 def test_options_run_and_learn(small, train_prompts, setting):
     args = small(**setting)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts)
-    before = [p.detach().clone() for p in trainer.loop.parameters]
+    before = [p.detach().clone() for p in trainer.loop.state.parameters]
     trainer.train()
     rows = MetricsLog.read(args.output_dir / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, args.max_train_steps + 1))
     assert all(row["grad_norm"] > 0 for row in rows if "loss" in row)
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.state.parameters, strict=True))
 
 
 # Resume -------------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_training_consumes_no_global_generator(small, train_prompts):
 def test_drift_before_the_first_update_stops_the_run(small, train_prompts):
     trainer = collected(small(), train_prompts)
     trainer.before_first_update()
-    trainer.buffer.log_prob += trainer.clip
+    batch.buffer.log_prob += trainer.algorithm.clip
     with pytest.raises(RuntimeError, match=r"drift by more than a tenth of the clip range .*step 0: .*recompute"):
         trainer.before_first_update()
 
@@ -253,7 +254,7 @@ def test_an_update_that_changes_nothing_stops_the_run(small, train_prompts):
     with pytest.raises(RuntimeError, match="changed nothing in the denoiser's output"):
         trainer.after_first_update()
     with torch.no_grad():
-        for parameter in trainer.loop.parameters:
+        for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
     trainer.after_first_update()
 
@@ -338,7 +339,7 @@ def test_held_out_rewards_that_fail_leave_a_run_with_what_was_measured(small, tr
         raise ZeroDivisionError
 
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts[:2])
-    trainer.evaluation.rewards = {"lost": FunctionReward("lost", lost)}
+    trainer.outputs.evaluation.rewards = {"lost": FunctionReward("lost", lost)}
     trainer.train()
     assert all((args.output_dir / name).is_file() for name in ("curves.png", "compare.png", "README.md"))
     assert "| lost | – | – |" in (args.output_dir / "README.md").read_text()
@@ -355,7 +356,7 @@ def test_averaged_weights_are_evaluated_and_exported(small, train_prompts):
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
     first = next(i for i, (n, p) in enumerate(trainer.model.raw_denoiser.named_parameters()) if p.requires_grad)
     name = [n for n, _ in trainer.model.raw_denoiser.named_parameters()][first].replace(".default", "")
-    assert torch.equal(averaged[f"transformer.{name}"], trainer.loop.ema.shadow[0])
+    assert torch.equal(averaged[f"transformer.{name}"], trainer.loop.state.ema.shadow[0])
 
 
 def test_arguments_as_users_of_other_trainers_write_them(small, model):
@@ -365,8 +366,8 @@ def test_arguments_as_users_of_other_trainers_write_them(small, model):
         reward_funcs=["shapes", "jpeg_compressibility"],
         train_dataset=[Prompt("a circle", {"include": [{"class": "circle", "count": 1}]})],
     )
-    assert trainer.collector.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
-    metrics = trainer.collect(0)
+    assert trainer.algorithm.collector.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
+    metrics = collect(trainer, 0)
     assert {"reward/shapes", "reward/jpeg_compressibility", "zero_std_groups"} <= metrics.keys()
     other = FlowGRPOTrainer(PIPELINE, small(model="", train_prompts=PROMPTS / "shapes_train.jsonl"), "shapes")
     assert other.args.model == str(PIPELINE)

@@ -12,6 +12,7 @@ from diffalign.rollout.scoring import ScoreBook
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
 from tests.conftest import ROOT
+from tests.phases import collect
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,10 +31,10 @@ def test_a_run_on_cuda_learns(small, train_prompts, precision):
 
 def test_noise_does_not_depend_on_the_device(small, train_prompts):
     trainer = FlowGRPOTrainer(args=small(), train_dataset=train_prompts)
-    trainer.collect(0)
-    start = trainer.buffer.x[trainer.buffer.step == 0].cpu()
+    batch = collect(trainer, 0)
+    start = batch.buffer.x[batch.buffer.step == 0].cpu()
     addresses = [(0, group) for group in (0, 0, 0, 0, 1, 1, 1, 1)]
-    assert torch.equal(start, trainer.noise.normal_batch(trainer.model.latent_shape(), "rollout/start", addresses))
+    assert torch.equal(start, trainer.run.rng.normal_batch(trainer.model.latent_shape(), "rollout/start", addresses))
 
 
 # Latents in pinned memory --------------------------------------------------------------------------------------------
@@ -69,16 +70,16 @@ def test_latents_in_pinned_memory_train_the_same(small, train_prompts, monkeypat
     for limit in (1 << 40, 0):
         monkeypatch.setattr(pinned_memory, "ON_GPU", limit)
         trainer = FlowGRPOTrainer(args=small(**setting), train_dataset=train_prompts)
-        trainer.collect(0)
-        buffer = trainer.buffer
+        batch = collect(trainer, 0)
+        buffer = batch.buffer
         assert buffer.x.is_pinned() == (limit == 0)
         assert buffer.mean is None or buffer.mean.is_pinned() == buffer.x.is_pinned()
         assert buffer.device.type == "cuda"
         losses = [
-            trainer.loss(micro)[0] * micro.weight for minibatch in trainer.minibatches(0) for micro in minibatch.micros
+            trainer.algorithm.loss(micro)[0] * micro.weight for minibatch in trainer.algorithm.minibatches(batch, 0) for micro in minibatch.micros
         ]
         found.append([torch.stack(losses).cpu(), *(tensor.cpu().nan_to_num(9) for tensor in buffer.drawn().values())])
-        again = trainer.collector.restored(0, buffer.drawn())
+        again = trainer.algorithm.collector.restored(0, buffer.drawn())
         assert torch.equal(again.buffer.x, buffer.x)
     assert all(torch.equal(card, pinned) for card, pinned in zip(*found, strict=True))
 
@@ -113,6 +114,6 @@ def test_overlapped_rollouts_are_the_same(small, train_prompts):
     for overlap in (False, True):
         trainer = FlowGRPOTrainer(args=small(overlap_rewards=overlap), train_dataset=train_prompts)
         for iteration in range(2):  # the first one takes turns
-            trainer.collect(iteration)
-        found.append([tensor.cpu().nan_to_num(9) for tensor in trainer.buffer.drawn().values()])
+            batch = collect(trainer, iteration)
+        found.append([tensor.cpu().nan_to_num(9) for tensor in batch.buffer.drawn().values()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffalign import DiffusionDPOTrainer
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.pairs import load_pairs
+from tests.phases import collect
 
 MASKED = PreferenceDataConfig(mask="mask")
 WEIGHTS = "run/pytorch_lora_weights.safetensors"
@@ -48,8 +49,8 @@ def masked(pairs, tmp_path):
 def test_masks_are_mirrored_as_their_images_are(dpo, masked):
     args = dpo(train_data=masked(blot), data=MASKED, num_pairs=12, random_flip=True, cache=False)
     trainer = DiffusionDPOTrainer(args=args)
-    trainer.collect(0)
-    examples, mirrored = trainer.examples, []
+    batch = collect(trainer, 0)
+    examples, mirrored = batch.ranked, []
     h, w = examples.latents.shape[-2:]
     data = load_pairs(*args.train_data, settings=MASKED)
     rows = {data[i].prompt.text: data[i] for i in range(12)}
@@ -77,8 +78,8 @@ def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
     Dataset.from_list([{"prompt": str(i), **row} for i, row in enumerate(rows)]).to_parquet(file)
     args = dpo(train_data=(str(file),), data=MASKED, random_crop=True)
     trainer = DiffusionDPOTrainer(args=args)
-    trainer.collect(0)
-    examples, lefts = trainer.examples, set()
+    batch = collect(trainer, 0)
+    examples, lefts = batch.ranked, set()
     h, w = examples.latents.shape[-2:]
     for mask, text, sizes in zip(examples.mask, examples.texts, examples.sizes, strict=True):
         top, left = sizes[0].crop_top_left
@@ -91,10 +92,10 @@ def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
 
 def test_only_what_they_show_counts(dpo, masked):
     trainer = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED))
-    trainer.collect(0)
-    for side in trainer.denoise(torch.arange(4), 0)[0]:
+    batch = collect(trainer, 0)
+    for side in trainer.algorithm.denoise(torch.arange(4), 0)[0]:
         residual = (side.output - side.target).double().square().mean(1, keepdim=True)
-        counts = trainer.examples.mask.double()
+        counts = batch.ranked.mask.double()
         expected = (counts * residual).sum((1, 2, 3)) / counts.sum((1, 2, 3))
         torch.testing.assert_close(side.error.double(), expected, rtol=1e-5, atol=0)
         assert (expected - residual.mean((1, 2, 3))).abs().min() > 1e-3 * expected.min()

@@ -11,6 +11,7 @@ from diffalign.models import base
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, tensors_of, to_device
 from diffalign.models.weight_memory import size_of
 from tests.models.logged_offload import LoggedOffload
+from tests.phases import collect
 from tests.trainers.made_refl import trainer_of
 
 OFFLOAD = {"offload": (TEXT_ENCODERS, VAE), "cache": True}
@@ -63,14 +64,14 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
     weights = []
     for changes in (OFFLOAD, {}):
         trainer = make(small, dpo, refl, train_prompts, **changes)
-        assert (trainer.encoded.cache.folder is None) == (not changes and make not in (diffusion_dpo, spin))
+        assert (trainer.run.prompts.cache.folder is None) == (not changes and make not in (diffusion_dpo, spin))
         seen = []
-        trainer.collect(0)
+        batch = collect(trainer, 0)
         seen.append(visits[:])
-        for minibatch in trainer.minibatches(0):
+        for minibatch in trainer.algorithm.minibatches(batch, 0):
             trainer.loop._update(minibatch)
         seen.append(visits[len(seen[0]) :])
-        weights.append([p.detach().clone() for p in trainer.loop.parameters])
+        weights.append([p.detach().clone() for p in trainer.loop.state.parameters])
         if changes:
             assert tuple(seen) == PHASES[make]
             assert not any(module.resident for module in trainer.model.offloaded.values())
@@ -83,11 +84,11 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
 def test_an_evaluation_decodes_in_one_visit_and_a_fault_sends_everything_home(small, train_prompts, visits):
     args = small(offload=(VAE,), eval_num_steps=1)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts)
-    assert trainer.evaluate(0)
+    assert trainer.outputs.evaluate(0)
     assert visits == [VAE]  # 12 images, 4 at a time
-    trainer.evaluation.pulse = lambda: 1 / 0
+    trainer.outputs.evaluation.pulse = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        trainer.evaluate(0)
+        trainer.outputs.evaluate(0)
     assert visits == [VAE] * 2
     assert not trainer.model.offloaded[VAE].resident
 
@@ -98,12 +99,12 @@ def test_on_cuda_an_update_has_the_memory_of_what_left(small, train_prompts):
     peaks, weights = [], []
     for changes in ({}, OFFLOAD):
         trainer = FlowGRPOTrainer(args=small(**changes), train_dataset=train_prompts)
-        trainer.collect(0)
+        batch = collect(trainer, 0)
         torch.cuda.reset_peak_memory_stats()
-        for minibatch in trainer.minibatches(0):
+        for minibatch in trainer.algorithm.minibatches(batch, 0):
             trainer.loop._update(minibatch)
         peaks.append(torch.cuda.max_memory_allocated())
-        weights.append([p.detach().clone().cpu() for p in trainer.loop.parameters])
+        weights.append([p.detach().clone().cpu() for p in trainer.loop.state.parameters])
         pipeline = trainer.model.pipeline
         networks = [network for part in (TEXT_ENCODERS, VAE) for network in part_of(pipeline, part).values()]
         del trainer

@@ -10,9 +10,10 @@ from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.collector import Rollout
+from diffalign.rollout.sampler import SamplingPlan
 from diffalign.trainers.diffusion_dpo.batches import RolloutSource
+from tests.phases import collect
 
 
 def brightness(images, prompts, metadata):
@@ -24,7 +25,7 @@ def run(small, tmp_path, train_prompts):
     """A Flow-GRPO trainer that has collected its first iteration, 2 groups of 4, and written it to disk."""
     args = small(output_dir=tmp_path / "grpo", save_rollouts=True)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=brightness)
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     return trainer
 
 
@@ -34,12 +35,12 @@ def folder(run):
 
 
 def gradient(trainer):
-    for parameter in trainer.loop.parameters:
+    for parameter in trainer.loop.state.parameters:
         parameter.grad = None
-    for minibatch in trainer.minibatches(0):
+    for minibatch in trainer.algorithm.minibatches(batch, 0):
         for micro in minibatch.micros:
-            (trainer.loss(micro)[0] * micro.weight).backward()
-    return torch.cat([p.grad.flatten() for p in trainer.loop.parameters])
+            (trainer.algorithm.loss(micro)[0] * micro.weight).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
 
 
 def ranked(buffer):
@@ -53,15 +54,15 @@ def ranked(buffer):
 
 
 def examples_of(trainer):
-    trainer.collect(0)
-    order = sorted(range(len(trainer.examples.texts)), key=lambda i: trainer.examples.texts[i])
-    return [(trainer.examples.texts[i], trainer.examples.latents[i]) for i in order]
+    batch = collect(trainer, 0)
+    order = sorted(range(len(batch.ranked.texts)), key=lambda i: batch.ranked.texts[i])
+    return [(batch.ranked.texts[i], batch.ranked.latents[i]) for i in order]
 
 
 def learns(trainer):
-    before = [p.detach().clone() for p in trainer.loop.parameters]
+    before = [p.detach().clone() for p in trainer.loop.state.parameters]
     trainer.train()
-    return any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    return any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.state.parameters, strict=True))
 
 
 def test_it_trains_flow_grpo(run, folder):
@@ -104,9 +105,9 @@ def test_it_trains_online_dpo_from_its_latents(folder, dpo):
         def __call__(self, iteration):
             return Rollout(buffer, None, None, {})
 
-    trainer.source = RolloutSource(Recalled(), Pairing(), trainer.kind, trainer.accelerator)
-    trainer.collect(0)
-    for pair, order in zip(trainer.examples.latents, ranked(buffer), strict=True):
+    trainer.algorithm.source = RolloutSource(Recalled(), Pairing(), trainer.algorithm.kind, trainer.run.accelerator)
+    batch = collect(trainer, 0)
+    for pair, order in zip(batch.ranked.latents, ranked(buffer), strict=True):
         assert torch.equal(pair, buffer.x[buffer.leaves[[order[0], order[-1]]]])
     assert learns(trainer)
 
@@ -117,7 +118,7 @@ def test_it_trains_on_the_best_of_each_group(run, folder, dpo):
     found = examples_of(trainer)
     places = sorted(zip((p.text for p in run.buffer.prompts), ranked(run.buffer), strict=True))
     latents = run.buffer.x[run.buffer.leaves]
-    assert trainer.examples.label.tolist() == [1, 1]
+    assert batch.ranked.label.tolist() == [1, 1]
     for (text, single), (prompt, order) in zip(found, places, strict=True):
         assert (text, len(single)) == (prompt, 1)
         assert (latents - single[0]).flatten(1).norm(dim=1).argmin() == order[0]

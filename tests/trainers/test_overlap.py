@@ -51,13 +51,13 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
     reward.watch(trainer.model)
 
     def collect(**changes):
-        trainer.collector.args = dataclasses.replace(trainer.args, **changes)
+        trainer.algorithm.collector.args = dataclasses.replace(trainer.args, **changes)
         reward.asked.clear()
         reward.sampled.clear()
         torch.manual_seed(0)
-        trainer.collect(1)
+        batch = collect(trainer, 1)
         assert not left()
-        return reward.asked.copy(), trainer.buffer.drawn()
+        return reward.asked.copy(), batch.buffer.drawn()
 
     in_turn = ["in turn"] * 3
     assert collect()[0] == in_turn, "rewards load when they are first asked"
@@ -72,7 +72,7 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
     trainer.model.plain_attention = False
 
     def stop():
-        trainer.loop.signals.received = signal.SIGTERM
+        trainer.run.heartbeat.signals.received = signal.SIGTERM
         reward.sampled.set()
 
     reward.on_ask = stop

@@ -10,6 +10,7 @@ from diffalign.diffusion.reward_gradient_presets import PRESETS
 from diffalign.rewards.base import get_reward
 from diffalign.runtime.tracking import MetricsLog
 from tests.models import tiny_unet_pipelines as tiny
+from tests.phases import collect
 from tests.trainers.made_refl import IMAGES, close, gradients, moved, redness, trainer_of
 
 # Exactness ----------------------------------------------------------------------------------------------------------
@@ -20,9 +21,9 @@ def test_the_gradient_of_draft_k_is_that_of_plain_autograd_through_the_pipeline(
     args = refl("draft_k", guidance_scale=guidance, rollout_batch_size=4, train_batch_size=4)
     trainer = trainer_of(args, train_prompts)
     own = gradients(trainer)
-    model, levels, batch = trainer.model, trainer.levels, trainer.batches[0]
-    x = trainer.noise.normal_batch(model.latent_shape(), "refl/start", [(0, *sample) for sample in batch.samples])
-    empty = trainer.encoded.empty[torch.zeros(4, dtype=torch.long)]
+    model, levels, batch = trainer.model, trainer.algorithm.levels, batch.parts[0]
+    x = trainer.run.rng.normal_batch(model.latent_shape(), "refl/start", [(0, *sample) for sample in batch.samples])
+    empty = trainer.run.prompts.empty[torch.zeros(4, dtype=torch.long)]
     for i in range(4):
         with torch.set_grad_enabled(i >= 2):
             time = levels.time[i].float().expand(4)
@@ -32,22 +33,22 @@ def test_the_gradient_of_draft_k_is_that_of_plain_autograd_through_the_pipeline(
                 v = against + guidance * (v - against)
             x = x + (levels.sigma[i + 1] - levels.sigma[i]).float() * v
     loss = -redness(model.decode(x), None, None).mean()
-    found = torch.autograd.grad(loss, trainer.loop.parameters)
+    found = torch.autograd.grad(loss, trainer.loop.state.parameters)
     close(own, torch.cat([g.flatten() for g in found]), 1e-4)
 
 
 def test_a_step_against_the_gradient_lowers_the_loss_as_much_as_it_says(refl, train_prompts):
     trainer = trainer_of(refl("draft_k", thresholds={}), train_prompts)
     direction = gradients(trainer)
-    (minibatch,) = trainer.minibatches(0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     values, size = [], 0.02 / direction.norm()
     with torch.no_grad():
         for sign in (1, -2):
             for part, p in zip(
-                direction.split([p.numel() for p in trainer.loop.parameters]), trainer.loop.parameters, strict=True
+                direction.split([p.numel() for p in trainer.loop.state.parameters]), trainer.loop.state.parameters, strict=True
             ):
                 p += sign * size * part.reshape(p.shape)
-            values.append(sum((trainer.loss(micro)[0] * micro.weight).item() for micro in minibatch.micros))
+            values.append(sum((trainer.algorithm.loss(micro)[0] * micro.weight).item() for micro in minibatch.micros))
     assert (values[0] - values[1]) / (2 * size * direction.norm() ** 2) == pytest.approx(1.0, rel=0.02)
 
 
@@ -76,17 +77,17 @@ def test_a_detached_negative_is_full_guidance_less_the_negatives_gradient(refl, 
     close(3 * gradients(trainer_of(halves, train_prompts)), found["detached"], 1e-5)
     # At the last step v = n + g (c - n), so that the slopes by c and by n are g and 1 - g of the same thing.
     trainer = moved(trainer_of(refl("draft_1", guidance_scale=3.0), train_prompts))
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     total = 0.0
-    for batch in trainer.batches:
-        rows, level = torch.arange(2), trainer.levels[3]
-        x, time = batch.state(rows, 3), trainer.levels.time[3].float().expand(2)
-        empty = trainer.encoded.empty[torch.zeros(2, dtype=torch.long)]
+    for batch in batch.parts:
+        rows, level = torch.arange(2), trainer.algorithm.levels[3]
+        x, time = batch.state(rows, 3), trainer.algorithm.levels.time[3].float().expand(2)
+        empty = trainer.run.prompts.empty[torch.zeros(2, dtype=torch.long)]
         with torch.no_grad():
             against = trainer.model.evaluate(x, time, empty)
         v = against + 3.0 * (trainer.model.evaluate(x, time, batch.conditioning) - against)
         total = total - redness(trainer.model.decode(x - level.sigma.float() * v), None, None).sum() / 4
-    literal = torch.cat([g.flatten() for g in torch.autograd.grad(total, trainer.loop.parameters)])
+    literal = torch.cat([g.flatten() for g in torch.autograd.grad(total, trainer.loop.state.parameters)])
     close(found["detached"], literal, 1e-4)
     assert (found["full"] - found["detached"]).norm() > 0.01 * found["full"].norm()
     assert (found["off"] - found["detached"]).norm() > 0.01 * found["full"].norm()
@@ -94,26 +95,26 @@ def test_a_detached_negative_is_full_guidance_less_the_negatives_gradient(refl, 
 
 def test_a_pass_of_its_own_for_each_image_draws_the_same_course_for_a_batch(refl, train_prompts):
     trainer = trainer_of(refl("alignprop", rollout_batch_size=2), train_prompts)
-    trainer.collect(3)
-    found = [batch.courses for batch in trainer.batches]
-    trainer.collect(3)
-    assert found == [batch.courses for batch in trainer.batches]
+    batch = collect(trainer, 3)
+    found = [batch.courses for batch in batch.parts]
+    batch = collect(trainer, 3)
+    assert found == [batch.courses for batch in batch.parts]
     drawn = set()
     for iteration in range(20):
-        trainer.collect(iteration)
-        drawn |= {len(batch.courses[0].moves) for batch in trainer.batches}
+        batch = collect(trainer, iteration)
+        drawn |= {len(batch.courses[0].moves) for batch in batch.parts}
     assert drawn == {1, 2, 3, 4}
 
 
 def test_the_regulariser_is_zero_at_the_reference_and_pulls_back(refl, train_prompts):
     trainer = trainer_of(refl("draft_1", {"regulariser": "reference", "regulariser_weight": 5.0}), train_prompts)
-    trainer.collect(0)
-    (minibatch,) = trainer.minibatches(0)
-    assert trainer.loss(minibatch.micros[0])[1]["regulariser"] == 0
+    batch = collect(trainer, 0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
+    assert trainer.algorithm.loss(minibatch.micros[0])[1]["regulariser"] == 0
     with torch.no_grad():
-        for p in trainer.loop.parameters:
+        for p in trainer.loop.state.parameters:
             p += 0.02
-    own, metrics = trainer.loss(minibatch.micros[0])
+    own, metrics = trainer.algorithm.loss(minibatch.micros[0])
     assert metrics["regulariser"] > 0
     weighted = own.item() * minibatch.micros[0].weight
     assert weighted == pytest.approx((5 * metrics["regulariser"] - metrics["reward/mean"]).item() / 2, rel=1e-4)
@@ -121,12 +122,12 @@ def test_the_regulariser_is_zero_at_the_reference_and_pulls_back(refl, train_pro
 
 def test_imagerefl_denoises_its_images_where_its_samplings_begin(refl, train_prompts):
     trainer = trainer_of(refl("imagerefl", guidance_scale=3.0), train_prompts)
-    trainer.collect(0)
-    (minibatch,) = trainer.minibatches(0)
-    found = trainer.loss(minibatch.micros[0])[1]["regulariser"]
-    batch, first = trainer.batches[0], trainer.recipe.first
-    level, x = trainer.levels[first], trainer.starts(0, batch.samples, first).x
-    images, _, _ = trainer.pictures(0, [group for group, _ in batch.samples])
+    batch = collect(trainer, 0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
+    found = trainer.algorithm.loss(minibatch.micros[0])[1]["regulariser"]
+    batch, first = batch.parts[0], trainer.algorithm.recipe.first
+    level, x = trainer.algorithm.levels[first], trainer.algorithm.starts(0, batch.samples, first).x
+    images, _, _ = trainer.algorithm.pictures(0, [group for group, _ in batch.samples])
     with torch.no_grad():
         output = trainer.model.predict(x, level, batch.conditioning)
     assert found.item() == pytest.approx((output - (x - images) / level.sigma).square().mean().item(), rel=1e-4)
@@ -139,9 +140,9 @@ def test_imagerefl_denoises_its_images_where_its_samplings_begin(refl, train_pro
 def test_every_preset_trains(refl, train_prompts, preset):
     args = refl(preset)
     trainer = trainer_of(args, train_prompts)
-    before = [p.detach().clone() for p in trainer.loop.parameters]
+    before = [p.detach().clone() for p in trainer.loop.state.parameters]
     trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.loop.state.parameters, strict=True))
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert all("reward/redness" in row and row["grad_norm"] > 0 for row in rows)
 
@@ -160,7 +161,7 @@ OPTIONS = [
 def test_options_train(refl, train_prompts, setting):
     trainer = trainer_of(refl(**setting), train_prompts)
     trainer.train()
-    assert trainer.loop.step == 2
+    assert trainer.loop.progress.step == 2
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -170,11 +171,11 @@ def test_unets_train_through_the_same_interface(refl, train_prompts, tmp_path, f
     args = refl(preset, model=str(tmp_path / "model"), max_sequence_length=None, guidance_scale=2.0)
     trainer = trainer_of(args, train_prompts)
     # A LoRA begins where one of its factors has no gradient: the other must have one.
-    trainer.collect(0)
-    (minibatch,) = trainer.minibatches(0)
+    batch = collect(trainer, 0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
-        (trainer.loss(micro)[0] * micro.weight).backward()
-    assert any(p.grad is not None and p.grad.norm() > 0 for p in trainer.loop.parameters)
+        (trainer.algorithm.loss(micro)[0] * micro.weight).backward()
+    assert any(p.grad is not None and p.grad.norm() > 0 for p in trainer.loop.state.parameters)
 
 
 def test_training_raises_the_reward(refl, train_prompts):
@@ -187,9 +188,9 @@ def test_training_raises_the_reward(refl, train_prompts):
 def test_two_rewards_add_up_by_weight(refl, train_prompts):
     args = refl("draft_1", rewards={"brightness": 0.5, "sharpness": 2.0})
     trainer = ReFLTrainer(args=args, train_dataset=train_prompts)
-    trainer.collect(0)
-    (minibatch,) = trainer.minibatches(0)
-    loss, metrics = trainer.loss(minibatch.micros[0])
+    batch = collect(trainer, 0)
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
+    loss, metrics = trainer.algorithm.loss(minibatch.micros[0])
     expected = 0.5 * metrics["reward/brightness"] + 2 * metrics["reward/sharpness"]
     assert metrics["reward/mean"].item() == pytest.approx(expected.item())
     assert loss.item() * minibatch.micros[0].weight == pytest.approx(-expected.item() / 2)

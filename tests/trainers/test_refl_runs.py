@@ -15,6 +15,7 @@ from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.refl.hacking_monitor import Watch
 from tests.conftest import PIPELINE
+from tests.phases import collect
 from tests.reliability.compare import same_checkpoint
 from tests.reliability.stops import crash_before
 from tests.trainers.made_refl import redness, trainer_of
@@ -40,20 +41,20 @@ def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_pr
     DiffusionDPOTrainer(args=dpo).train()
     args = refl("draft_1", train_rollouts=folder, num_groups=2, group_size=2, output_dir=folder.parent / "refl")
     trainer = trainer_of(args, None)
-    trainer.collect(0)
-    stored, levels = trainer.starts.buffer, trainer.levels
-    for batch in trainer.batches:
+    batch = collect(trainer, 0)
+    stored, levels = trainer.algorithm.starts.buffer, trainer.algorithm.levels
+    for batch in batch.parts:
         (course,) = batch.courses
         assert course.start == 3
         texts = [prompt.text for prompt in stored.prompts]
         found = batch.state(torch.arange(len(batch.samples)), 3)
         for row, prompt in enumerate(batch.prompts):
             group = texts.index(prompt.text)
-            leaf = trainer.starts.members[group][batch.samples[row][1]]
+            leaf = trainer.algorithm.starts.members[group][batch.samples[row][1]]
             # The buffer keeps steps 0, 1, 2 and 4: the sampling goes on from 2.
             x = stored.x[stored.nodes(torch.tensor([leaf]), 2)]
             with torch.no_grad():
-                v = trainer.model.predict(x, levels[2], trainer.encoded([prompt.text]))
+                v = trainer.model.predict(x, levels[2], trainer.run.prompts([prompt.text]))
             torch.testing.assert_close(found[row : row + 1], x + (levels.sigma[3] - levels.sigma[2]).float() * v)
     trainer.train()
     with pytest.raises(ValueError, match=r"set recipe\.num_steps: 4"):
@@ -95,7 +96,7 @@ def test_early_stopping_ends_the_run_and_exports_the_best_weights(refl, train_pr
     trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:2])
     with pytest.warns(UserWarning, match="blueness fell"):
         trainer.train()
-    assert trainer.loop.step == 2
+    assert trainer.loop.progress.step == 2
     assert (args.output_dir / "checkpoint-2").is_dir()
     best = load_file(args.output_dir / "pytorch_lora_weights.safetensors")
     assert not any(t.any() for name, t in best.items() if "lora_B" in name)
@@ -106,13 +107,13 @@ def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
     args = refl("draft_1", eval_rewards=("brightness",), base_share=0.5)
     trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:2])
     with torch.no_grad():
-        for p in trainer.loop.parameters:
+        for p in trainer.loop.state.parameters:
             p += 0.05
     assert trainer.eval_base_steps == 2
-    levels, guidance = trainer.eval_levels, trainer.guidance
-    images = {n: trainer.evaluation.run(levels, guidance, n)[1].images for n in (0, 2, 4)}
+    levels, guidance = trainer.eval_levels, trainer.run.guidance
+    images = {n: trainer.outputs.evaluation.run(levels, guidance, n)[1].images for n in (0, 2, 4)}
     with trainer.model.using("reference"):
-        base = trainer.evaluation.run(levels, guidance)[1].images
+        base = trainer.outputs.evaluation.run(levels, guidance)[1].images
     assert torch.equal(images[4], base)
     assert not torch.equal(images[2], base)
     assert not torch.equal(images[2], images[0])
@@ -162,13 +163,13 @@ def test_the_lora_loads_in_plain_diffusers(refl, train_prompts):
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(args.output_dir)
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 16, "output_type": "latent"}
-    noise = trainer.noise.normal((1, *trainer.model.latent_shape()), "test")
+    noise = trainer.run.rng.normal((1, *trainer.model.latent_shape()), "test")
     theirs = pipe(train_prompts[0].text, latents=noise, **options).images
-    x, conditioning = noise, trainer.encoded([train_prompts[0].text])
+    x, conditioning = noise, trainer.run.prompts([train_prompts[0].text])
     with torch.no_grad():
         for i in range(4):
-            v = trainer.model.predict(x, trainer.levels[i], conditioning)
-            x = x + (trainer.levels.sigma[i + 1] - trainer.levels.sigma[i]).float() * v
+            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning)
+            x = x + (trainer.algorithm.levels.sigma[i + 1] - trainer.algorithm.levels.sigma[i]).float() * v
     torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)
 
 
@@ -180,15 +181,15 @@ def test_a_trained_negative_prompt_is_an_argument_of_the_pipeline(refl, train_pr
     trainer.train()
     negative = load_file(args.output_dir / "negative_prompt.safetensors")
     assert set(negative) == {"negative_prompt_embeds", "negative_pooled_prompt_embeds"}
-    assert not torch.equal(negative["negative_prompt_embeds"], trainer.encoded.empty.tensors["embeds"])
+    assert not torch.equal(negative["negative_prompt_embeds"], trainer.run.prompts.empty.tensors["embeds"])
     pipe = DiffusionPipeline.from_pretrained(PIPELINE)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": 16, "output_type": "latent"}
-    noise = trainer.noise.normal((1, *trainer.model.latent_shape()), "test")
+    noise = trainer.run.rng.normal((1, *trainer.model.latent_shape()), "test")
     theirs = pipe(train_prompts[0].text, latents=noise, **negative, **options).images
-    x, conditioning = noise, trainer.encoded([train_prompts[0].text])
+    x, conditioning = noise, trainer.run.prompts([train_prompts[0].text])
     with torch.no_grad():
         for i in range(4):
-            v = trainer.model.predict(x, trainer.levels[i], conditioning, trainer.guidance)
-            x = x + (trainer.levels.sigma[i + 1] - trainer.levels.sigma[i]).float() * v
+            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning, trainer.run.guidance)
+            x = x + (trainer.algorithm.levels.sigma[i + 1] - trainer.algorithm.levels.sigma[i]).float() * v
     torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ from diffalign import FlowGRPOConfig
 from diffalign.config.sections import RewardConfig
 from diffalign.evaluation.heldout import Shown
 from diffalign.models.weights import POLICY
-from diffalign.trainers.inputs import reward_table
 from diffalign.report.run_report import Report
+from diffalign.trainers.inputs import reward_table
 
 
 @pytest.mark.parametrize("has_adapter", [True, False])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from diffalign.rewards.config import RewardConfig
-from diffalign.trainers.inputs import check_groups, evaluation_rewards
 from diffalign.trainers.flow_grpo.algorithm import FlowGRPOTrainer
+from diffalign.trainers.inputs import check_groups, evaluation_rewards
+from tests.phases import collect
 
 
 class Ranks:
@@ -32,13 +33,13 @@ def test_a_group_reward_sees_whole_groups_whatever_the_micro_batch(small, train_
         ranks = Ranks()
         args = small(rollout_batch_size=size, num_groups=2, group_size=4)
         trainer = FlowGRPOTrainer(args=args, reward_funcs=[ranks, "brightness"], train_dataset=train_prompts[:2])
-        metrics = trainer.collect(0)
+        metrics = collect(trainer, 0)
         assert ranks.seen == [[0, 0, 0, 0, 1, 1, 1, 1]]
         assert metrics["reward/ranks"] == 1.5
         assert metrics["reward/ranks/light"] == pytest.approx(metrics["reward/brightness"], abs=0.1)
-        found.append(trainer.buffer.advantage[trainer.buffer.leaves])
+        found.append(batch.buffer.advantage[batch.buffer.leaves])
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
-    assert list(evaluation_rewards((), trainer.rewards)) == ["brightness"], "a rank compares no models"
+    assert list(evaluation_rewards((), trainer.inputs.rewards)) == ["brightness"], "a rank compares no models"
 
 
 def test_groups_may_not_be_split_over_processes():
@@ -54,7 +55,7 @@ def test_rewards_with_options_and_code_from_a_configuration(small, train_prompts
         FlowGRPOTrainer(args=small(rewards=rewards), train_dataset=train_prompts)
     args = small(rewards=rewards, allow_reward_code=True, eval_rewards=("dark",), max_train_steps=1)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts)
-    assert trainer.collector.weights == {"dark": 2.0, "sharpness": 0.5}
+    assert trainer.algorithm.collector.weights == {"dark": 2.0, "sharpness": 0.5}
     trainer.train()
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
     row = next(row for row in map(json.loads, lines) if "reward/mean" in row)

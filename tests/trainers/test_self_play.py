@@ -10,6 +10,7 @@ from diffalign.diffusion.plan import PlanConfig
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan
+from tests.phases import collect
 
 
 @pytest.fixture
@@ -23,16 +24,16 @@ def spin(dpo):
 
 def test_losers_are_images_of_the_reference_and_winners_the_liked_ones(spin, pairs):
     trainer = DiffusionDPOTrainer(args=spin())
-    trainer.collect(0)
-    examples, model = trainer.examples, trainer.model
+    batch = collect(trainer, 0)
+    examples, model = batch.ranked, trainer.model
     assert examples.latents.shape == (4, 2, *model.latent_shape())
     data = load_pairs(pairs)
     winners = [data[i].images[0 if data[i].label == 1 else 1].read() for i in range(len(data))]
-    assert [image.read() for image in (trainer.source.winners.data[i].image for i in range(12))] == winners
+    assert [image.read() for image in (trainer.algorithm.source.winners.data[i].image for i in range(12))] == winners
     # The base draws them, with the noise of each example's number.
     number = torch.arange(4)
-    addresses = NoiseKeys(trainer.noise, "self play", 0, number, torch.zeros_like(number))
-    route = SamplingPlan(ode_plan(2), model.levels(2), trainer.guidance)
+    addresses = NoiseKeys(trainer.run.rng, "self play", 0, number, torch.zeros_like(number))
+    route = SamplingPlan(ode_plan(2), model.levels(2), trainer.run.guidance)
     conditioning = model.encode(examples.texts)
     with model.using(REFERENCE):
         ((_, expected),) = generate(model, route, conditioning, number, addresses, 4)
@@ -42,19 +43,19 @@ def test_losers_are_images_of_the_reference_and_winners_the_liked_ones(spin, pai
 
 def test_losers_follow_the_refreshed_reference(spin):
     trainer = DiffusionDPOTrainer(args=spin(max_train_steps=2, learning_rate=1e-2))
-    trainer.collect(0)
-    before = trainer.examples.latents
-    for parameter in trainer.loop.parameters:
+    batch = collect(trainer, 0)
+    before = batch.ranked.latents
+    for parameter in trainer.loop.state.parameters:
         parameter.data += 0.01
-    trainer.collect(0)
-    assert torch.equal(trainer.examples.latents, before), "the policy draws none of them"
+    batch = collect(trainer, 0)
+    assert torch.equal(batch.ranked.latents, before), "the policy draws none of them"
     trainer.after_update(1, {"accuracy": 0.5})
-    trainer.collect(0)
-    assert torch.equal(trainer.examples.latents, before), "a refresh every two steps"
+    batch = collect(trainer, 0)
+    assert torch.equal(batch.ranked.latents, before), "a refresh every two steps"
     trainer.after_update(2, {"accuracy": 0.5})
-    trainer.collect(0)
-    assert torch.equal(trainer.examples.latents[:, 0], before[:, 0])
-    assert not torch.isclose(trainer.examples.latents[:, 1], before[:, 1]).all(-1).any()
+    batch = collect(trainer, 0)
+    assert torch.equal(batch.ranked.latents[:, 0], before[:, 0])
+    assert not torch.isclose(batch.ranked.latents[:, 1], before[:, 1]).all(-1).any()
 
 
 def test_it_trains(spin):

@@ -77,7 +77,7 @@ def test_one_process_goes_on_with_a_checkpoint_of_two(one, two, kind, tmp_path):
         whole = load_file(one[0] / kind / f"checkpoint-{SAVED}" / f"{group}.safetensors")
         assert_near(load_file(path / f"{group}.safetensors"), whole, "")
     trainer = run(tmp_path, kind, str(path))
-    assert trainer.loop.step == STEPS
+    assert trainer.loop.progress.step == STEPS
     assert_near(seen(trainer), one[1][kind], "weight/", "ema/", "output/")
 
 
@@ -111,7 +111,7 @@ def test_processes_whose_data_differ_make_the_same_passes(tmp_path):
     first, second = of(folder, "flat_group")
     assert [first["passes"], second["passes"]] == [1, 1]
     trainer = flat_group(tmp_path / "one")
-    expected = {f"weight/{name}": t.detach() for name, t in indexed(trainer.loop.parameters).items()}
+    expected = {f"weight/{name}": t.detach() for name, t in indexed(trainer.loop.state.parameters).items()}
     for found in (first, second):
         assert_near(found, expected, "weight/")
     first, second = of(folder, "courses")

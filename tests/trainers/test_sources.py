@@ -13,6 +13,7 @@ from diffalign import DiffusionDPOTrainer
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.stream import stream_pairs
 from diffalign.trainers.diffusion_dpo.batches import StreamSource
+from tests.phases import collect
 
 
 @dataclass
@@ -91,18 +92,18 @@ def test_a_place_of_other_processes_is_refused(files):
 @pytest.mark.parametrize(("setting", "again"), [({}, False), ({"random_crop": True}, True)], ids=str)
 def test_a_sample_that_is_still_in_memory_is_not_read_again(dpo, setting, again):
     trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, **setting))
-    data, read = trainer.source.data, []
+    data, read = trainer.algorithm.source.data, []
     load = data.load
     data.load = lambda place: read.append(place) or load(place)
-    trainer.collect(0)
-    first, order = trainer.examples, list(read)
-    trainer.collect(1)
+    batch = collect(trainer, 0)
+    first, order = batch.ranked, list(read)
+    batch = collect(trainer, 1)
     assert sorted(order) == list(range(12))
     assert len(read) == (24 if again else 12)
     # The second epoch has the same pairs in another order.
-    assert first.texts != trainer.examples.texts
+    assert first.texts != batch.ranked.texts
     known = {latents.flatten()[0].item(): i for i, latents in enumerate(first.latents)}
-    for latents, text in zip(trainer.examples.latents, trainer.examples.texts, strict=True):
+    for latents, text in zip(batch.ranked.latents, batch.ranked.texts, strict=True):
         place = known[latents.flatten()[0].item()]
         assert torch.equal(latents, first.latents[place])
         assert text == first.texts[place]
@@ -110,12 +111,12 @@ def test_a_sample_that_is_still_in_memory_is_not_read_again(dpo, setting, again)
 
 def test_memory_keeps_no_more_than_its_share(dpo, monkeypatch):
     trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12))
-    trainer.collect(0)
-    size = trainer.examples.latents[0].nbytes
+    batch = collect(trainer, 0)
+    size = batch.ranked.latents[0].nbytes
     monkeypatch.setattr("diffalign.trainers.diffusion_dpo.latents.KEPT", 5 * size)
     small = DiffusionDPOTrainer(args=dpo(num_pairs=12, output_dir=trainer.args.output_dir / "small"))
     small.collect(0)
     assert len(small.source.framer._rows) == 5
     small.collect(1)
-    trainer.collect(1)
-    assert torch.equal(small.examples.latents, trainer.examples.latents)
+    batch = collect(trainer, 1)
+    assert torch.equal(small.examples.latents, batch.ranked.latents)

@@ -14,16 +14,17 @@ from diffalign.models.attention import Dispatched
 from diffalign.models.quantise import quantisation, saved_bytes
 from diffalign.runtime.optimizers import make_optimizer
 from tests.conftest import PIPELINE
+from tests.phases import collect
 
 
 def test_a_run_with_another_attention_is_on_policy(small, train_prompts, monkeypatch):
     trainer = FlowGRPOTrainer(args=small(attention="_native_math", max_train_steps=1), train_dataset=train_prompts)
     layers = [layer for layer in trainer.model.raw_denoiser.modules() if hasattr(layer, "processor")]
     assert all(isinstance(layer.processor, Dispatched) for layer in layers)
-    trainer.collect(0)
+    batch = collect(trainer, 0)
     trainer.before_first_update()
     samples = torch.arange(len(trainer.first_outputs[0]))
-    assert torch.equal(trainer.first_outputs[0], trainer.buffer.log_prob[trainer.buffer.nodes(samples, 1)])
+    assert torch.equal(trainer.first_outputs[0], batch.buffer.log_prob[batch.buffer.nodes(samples, 1)])
 
 
 def test_attention_that_does_not_run_is_refused_before_training(small, train_prompts):
