@@ -36,7 +36,7 @@ def stopped(tmp_path_factory):
     root = tmp_path_factory.mktemp("stopped")
 
     def crash(phase, task):
-        if phase == "collect" and task.loop.progress.step == 6:
+        if phase == "sample" and task.loop.progress.step == 6:
             raise KeyboardInterrupt
 
     changes = {"checkpointing_steps": 2, "checkpoints_total_limit": 3, "hang_timeout": 0.0}
@@ -218,7 +218,7 @@ def test_the_run_stays_in_its_folder_where_a_reward_changes_directory(tmp_path, 
     (tmp_path / "other").mkdir()
 
     def wander(phase, task):
-        if phase in ("reward", "evaluate", "finish"):
+        if phase in ("score", "evaluate", "finish"):
             os.chdir(tmp_path / "other")
 
     run("run", wander)

@@ -147,7 +147,7 @@ def test_a_wild_run_ends_by_its_cause(name, changes, kind, message, tmp_path):
 
 def test_weights_that_are_not_finite_are_named_whatever_fails_on_them(tmp_path):
     def hook(phase, task):
-        if phase == "collect" and task.loop.progress.step == 4:
+        if phase == "sample" and task.loop.progress.step == 4:
             with torch.no_grad():
                 task.loop.state.parameters[0].fill_(math.nan)
             raise ValueError("rewards failed on 100% of the images")

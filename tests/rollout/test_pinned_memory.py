@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.forecast.cost import Share
 from diffalign.rollout import pinned_memory
+from diffalign.trainers.registry import find_algorithm
 from diffalign.runtime import state
 
 
@@ -64,7 +64,7 @@ def test_a_forecast_counts_what_a_card_holds(monkeypatch):
     }
 
     def stored():
-        return [METHODS[name].stored(args, (4, 8, 8), Share()) for name, args in cases.items()]
+        return [find_algorithm(name).cost.stored(args, (4, 8, 8), Share()) for name, args in cases.items()]
 
     whole = stored()
     size = 256 * 4 * 4 * 8 * 8 * 4
