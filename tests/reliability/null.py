@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class NullTrainer:
 
     def __init__(self, config: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
         self.hook = hook or (lambda phase, trainer: None)
+        config = replace(config, output_dir=config.output_dir.absolute())  # as every trainer does
         module = nn.Linear(width, width, bias=False)
         nn.init.eye_(module.weight)
         accelerator = Accelerator(cpu=True)

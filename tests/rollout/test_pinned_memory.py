@@ -5,10 +5,10 @@ import torch
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.forecast.cost import Share
 from diffalign.rollout import pinned_memory
-from diffalign.trainers.registry import find_algorithm
 from diffalign.runtime import state
+from diffalign.trainers.cost import Share
+from diffalign.trainers.registry import find_algorithm
 
 
 @pytest.mark.parametrize(
