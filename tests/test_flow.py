@@ -1,5 +1,6 @@
 """The flow of a training, as a reader of the code sees it."""
 
+import contextlib
 import inspect
 import sys
 from pathlib import Path
@@ -34,10 +35,8 @@ def test_from_the_script_to_the_loss_it_is_a_few_calls(tmp_path, monkeypatch):
     monkeypatch.setattr(flow_grpo, "clipped_surrogate", reached)
     small = {"num_groups": 1, "group_size": 4, "max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    try:
+    with contextlib.suppress(Reached):
         main(["train", "flow_grpo", "--config", "configs/flow_grpo/shapes.yaml", *options])
-    except Reached:
-        pass
     assert stack[0] == "cli.py:main"
     assert stack[-1].startswith("losses/flow_grpo.py:")
     assert not [name for name in stack if "<" in name], stack
