@@ -32,8 +32,7 @@ from diffalign.models.weights import REFERENCE
 from diffalign.rollout.sampler import micro_batches
 from diffalign.structures import Conditioning
 from scripts import ROOT
-from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
-from tests.phases import collect
+from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
 
 
 class Bench:
@@ -44,7 +43,7 @@ class Bench:
         self.iteration = 0
         self.new: list[float] = []  # seconds more that a pair costs when it is seen for the first time
         self.whole()  # a first step makes the optimizer's moments and warms everything up
-        self.pairs, self.sides = batch.ranked.latents.shape[:2]
+        self.pairs, self.sides = self.batch.ranked.latents.shape[:2]
         self.sizes = [len(range(self.pairs)[rows]) for rows in micro_batches(self.pairs, self.args.train_batch_size)]
         self.inputs = self._inputs(self.sizes[0])
 
@@ -52,14 +51,13 @@ class Bench:
         """Seconds of an optimizer step's phases, its pairs seen before."""
         trainer = self.trainer
         started = self._now()
-        batch = collect(trainer, self.iteration)
-        trainer.run.prompts(batch.ranked.texts)
+        trainer.run.prompts(collect(trainer, self.iteration).ranked.texts)
         fresh = self._now()
-        batch = collect(trainer, self.iteration)
+        batch = self.batch = collect(trainer, self.iteration)
         collected = self._now()
         self.new.append((fresh - started - (collected - fresh)) / len(batch.ranked.texts))
         for minibatch in trainer.algorithm.minibatches(batch, self.iteration):
-            trainer.after_update(trainer.loop.progress.step, trainer.loop._update(minibatch))
+            trainer.algorithm.on_step(batch, trainer.loop._update(batch, minibatch))
         self.iteration += 1
         return {"collect": collected - fresh, "update": self._now() - collected}
 
@@ -67,7 +65,7 @@ class Bench:
         """Seconds of each part, alone, times how often an optimizer step needs it."""
         passes = sum(self.sizes) / self.sizes[0]
         parts = {"forward and backward": (self._backward, passes), "optimizer": (self._optimizer, 1)}
-        if self.trainer.algorithm.compares:
+        if self.args.compares:
             parts["reference forward"] = (self._reference, passes)
         result = {}
         for name, (call, times) in parts.items():

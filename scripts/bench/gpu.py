@@ -30,16 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
-from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
 from diffalign.diffusion.plan import PlanConfig, make_plan
-from diffalign.forecast.cost import Share
 from diffalign.models.weight_memory import memory_needs
+from diffalign.trainers.cost import Share
+from diffalign.trainers.flow_grpo.cost import COST
 from scripts import ROOT
 from scripts.bench.against import Adapter, Job, load_adapter, measure_against
-from scripts.bench.flow_grpo import device, peak_memory
+from scripts.bench.flow_grpo import collect, device, peak_memory
 from scripts.bench.gpu_models import CASES, CUDA, DEVICE, DTYPE, Case, build
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
@@ -104,9 +104,9 @@ class Bench:
         model = build(case, size, self.args.quantise)
         self.trainer = FlowGRPOTrainer(model=model, args=self.args, reward_funcs=brightness, train_dataset=prompts)
         self.images = self.args.num_groups * self.args.group_size
-        self.work = METHODS["flow_grpo"].iteration(self.args, Share(), 0, 1)
+        self.work = COST.iteration(self.args, Share(), 0, 1)
         needs = memory_needs(model, pairs=0)
-        self.forecast = needs.total + METHODS["flow_grpo"].stored(self.args, model.latent_shape(), Share())
+        self.forecast = needs.total + COST.stored(self.args, model.latent_shape(), Share())
 
     @staticmethod
     def configuration(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> FlowGRPOConfig:
@@ -143,17 +143,17 @@ class Bench:
     def iterate(self, iteration: int) -> tuple[float, float]:
         """Seconds of sampling and of training."""
         started = now()
-        self.collect(trainer, iteration)
+        batch = collect(self.trainer, iteration)
         collected = now()
         for minibatch in self.trainer.algorithm.minibatches(batch, iteration):
-            self.trainer.loop._update(minibatch)
+            self.trainer.loop._update(batch, minibatch)
         return collected - started, now() - collected
 
     def figures(self, flops_per_image: Flops | None, peak: float, repeats: int) -> dict[str, Any]:
         """Everything about this setting; a first iteration compiles and warms up."""
         warm_up = sum(self.iterate(0))
         times = [self.iterate(1 + number) for number in range(repeats)]
-        collect, update = (statistics.median(column) for column in zip(*times, strict=True))
+        sampling, update = (statistics.median(column) for column in zip(*times, strict=True))
         flops = None
         if flops_per_image is not None:
             forward, both = flops_per_image

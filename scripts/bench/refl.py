@@ -36,8 +36,7 @@ from diffalign.rewards.base import ask
 from diffalign.rollout.sampler import micro_batches
 from diffalign.trainers.refl.initial_states import Batch
 from scripts import ROOT
-from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
-from tests.phases import collect
+from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
 
 OFF = {
     "gradient_checkpointing": "false",
@@ -73,9 +72,9 @@ class Bench:
             start = trainer.algorithm.starts(iteration, [(group, 0) for group in share], 0)
             trainer.run.prompts([prompt.text for prompt in start.prompts])
         started = self._now()
-        batch = collect(trainer, iteration)
+        batch = self.batch = collect(trainer, iteration)
         for minibatch in trainer.algorithm.minibatches(batch, iteration):
-            trainer.loop._update(minibatch)
+            trainer.loop._update(batch, minibatch)
         self.step += 1
         return self._now() - started
 
@@ -84,7 +83,7 @@ class Bench:
         trainer = self.trainer
         kinds = ("sampling", "denoiser, recorded", "decoding and judging", "regulariser", "optimizer")
         found = dict.fromkeys(kinds, 0.0)
-        for batch in batch.parts:
+        for batch in self.batch.parts:
             count = len(batch.samples)
             passes = [len(range(count)[rows]) for rows in micro_batches(count, self.args.train_batch_size)]
             steps = int(batch.buffer.step.max()) - trainer.algorithm.recipe.first
@@ -120,7 +119,7 @@ class Bench:
     @torch.no_grad()
     def _forward(self, batch: Batch, count: int) -> None:
         level = self.trainer.algorithm.levels[self.trainer.algorithm.recipe.num_steps // 2]
-        guidance = self.trainer.run.guidance
+        guidance = self.trainer.algorithm.guidance.plain
         self.trainer.model.predict(
             self._latents(batch, count), level, batch.conditioning[torch.arange(count)], guidance
         )
@@ -133,7 +132,7 @@ class Bench:
             trainer.algorithm.recipe.through > 0 and trainer.algorithm.recipe.gradient_steps != 1
         )
         conditioning = batch.conditioning[torch.arange(count)]
-        output = trainer.model.predict(x, level, conditioning, trainer.grad_guidance)
+        output = trainer.model.predict(x, level, conditioning, trainer.algorithm.guidance.recorded)
         trainer.run.accelerator.backward(output.square().mean())
 
     def _judge(self, batch: Batch, count: int) -> None:
@@ -195,7 +194,7 @@ def one_step(config: Path, overrides: Sequence[str]) -> None:
         batch = collect(trainer, 0)
         sampled, before = peak_memory(), forget_peak()
         (minibatch,) = trainer.algorithm.minibatches(batch, 0)
-        trainer.loop._update(minibatch)
+        trainer.loop._update(batch, minibatch)
         peak = peak_since()
         print(json.dumps({"peak_gib": max(sampled, peak), "step_gib": peak - before}))
 
