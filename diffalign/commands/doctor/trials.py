@@ -8,13 +8,16 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.commands.doctor.config import PIPELINE
 from diffalign.commands.doctor.findings import Finding
 from diffalign.config import from_dict
 from diffalign.models.lora import WEIGHTS_NAME, learned_nothing
 from diffalign.runtime.tracking import MetricsLog
+
+if TYPE_CHECKING:
+    from diffalign.trainers.config import TrainerConfig
 
 STEPS = 2
 # config of every trial
@@ -54,7 +57,7 @@ TRIALS: dict[str, Mapping[str, Any]] = {
 }
 
 
-def trials(trainers: Mapping[str, tuple[type, type]], assets: Path) -> Iterator[Finding]:
+def trials(trainers: Mapping[str, tuple[type[TrainerConfig], type]], assets: Path) -> Iterator[Finding]:
     """Train two steps with each trainer. trainers: name -> (config class, trainer class)."""
     for name, (config, trainer) in trainers.items():
         start = time.perf_counter()
@@ -70,7 +73,7 @@ def trials(trainers: Mapping[str, tuple[type, type]], assets: Path) -> Iterator[
         yield Finding(f"trainer {name}", "ok", f"{text} in {time.perf_counter() - start:.0f} s")
 
 
-def _trial(config: type, trainer: type, name: str, assets: Path) -> str:
+def _trial(config: type[TrainerConfig], trainer: type, name: str, assets: Path) -> str:
     """Train and describe the result. Raises RuntimeError if a step is not finite or the LoRA did not change."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
