@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_world_size, init_device_mesh
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -55,8 +56,9 @@ def units(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     return found
 
 
-def _keep_if_recorded(module: FSDPModule, _: Any) -> None:
-    module.set_reshard_after_forward(not torch.is_grad_enabled())
+def _keep_if_recorded(module: nn.Module, _: Any) -> None:
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(not torch.is_grad_enabled())
 
 
 def free(module: nn.Module) -> None:
@@ -83,7 +85,8 @@ def full_tensor(tensor: Tensor, keep: bool = True) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    found = tensor.detach().full_tensor()
+    with torch.no_grad():
+        found = tensor.full_tensor()
     return found.cpu() if keep else tensor
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffalign.files import shorten
 
@@ -167,6 +167,6 @@ def reason(error: BaseException) -> str:
     """Say in a few words why an image cannot be read: for one of ``BROKEN``."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
     return shorten(str(error) or type(error).__name__, 400)

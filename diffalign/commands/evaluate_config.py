@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -128,8 +128,26 @@ class EvaluationConfig(Checked):
             except (ValueError, FileNotFoundError) as error:
                 yield str(error)
 
+
+@dataclass(kw_only=True)
+class ResolvedEvaluation(EvaluationConfig):
+    """An evaluation with a value for everything that sampling and scoring need, as ``resolve`` returns it."""
+
+    model: str
+    prompts: Path
+    rewards: tuple[str, ...]
+    reward_options: dict[str, float | RewardConfig]
+    output_dir: Path
+    num_steps: int
+    schedule: str
+    guidance_scale: float
+    base_share: float
+    images_per_prompt: int
+    batch_size: int
+    offload: tuple[Literal["text_encoders", "vae"], ...]
+
     def build_rewards(self) -> dict[str, Reward]:
-        """Build ``rewards`` of a resolved configuration. ValueError: one ranks images within a group."""
+        """Build ``rewards``. ValueError: one ranks images within a group."""
         from diffalign.rewards.base import needs_groups
         from diffalign.rewards.config import build_rewards
 
@@ -140,9 +158,9 @@ class EvaluationConfig(Checked):
         return rewards
 
     def sampling(self) -> SamplingSettings:
-        """How images are drawn; call it on what ``resolve`` returned."""
+        """Collect the settings that images are sampled with."""
         return SamplingSettings(
-            str(self.model),
+            self.model,
             self.max_sequence_length,
             self.resolution,
             self.num_steps,
@@ -156,7 +174,7 @@ class EvaluationConfig(Checked):
         )
 
 
-def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> EvaluationConfig:
+def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> ResolvedEvaluation:
     """Fill in what was left out, from the first run that has a ``config.yaml``, then from defaults.
 
     Args:
@@ -182,7 +200,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
         if not getattr(config, name):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
-    return config
+    return ResolvedEvaluation(**{field.name: getattr(config, field.name) for field in fields(config)})
 
 
 def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:

@@ -230,11 +230,11 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
     """
     place, problems = Place(COMMAND_LINE, cls), list[str]()
     free: list[str] | None = None if positional is None else []
-    given: dict[str, tuple[list[str], Target | None]] = {}
+    given: dict[str, tuple[list[str], Target]] = {}
     for key, texts, target in _tokens(argv, cls, free, problems):
         before = given.pop(key, ([], target))[0] if target.takes_several or key == "config" else []
         given[key] = ([*before, *texts], target)
-    files = given.pop("config", ([], None))[0]
+    files = given.pop("config")[0] if "config" in given else []
     if len(files) > 1:
         problems.append(f"{COMMAND_LINE}: --config given {len(files)} times; one file is read, so merge them")
     mapping: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
 
     for sections, value in typed:
         _put(mapping, sections, value)
-    if free:
+    if positional is not None and free:
         mapping[positional] = (*free, *mapping.get(positional, ()))
     try:
         config = build(cls, mapping, source)

@@ -52,7 +52,7 @@ def listed(problems: Sequence[str]) -> str:
     """One problem as it is, several as a list, in less than 2,000 characters."""
     if len(problems) == 1:
         return problems[0] if len(problems[0]) < MESSAGE else f"{problems[0][: MESSAGE - 3]}..."
-    lines, room = [], MESSAGE - 100
+    lines, room = list[str](), MESSAGE - 100
     for problem in problems:
         line = f"  - {problem}" if len(problem) < MESSAGE // 4 else f"  - {problem[: MESSAGE // 4]}..."
         room -= len(line) + 1
@@ -112,9 +112,13 @@ def config_arm(hint: Any) -> Any:
     return next((arm for arm in arms_of(hint) if _is_config(arm)), None)
 
 
-@functools.cache
 def init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     """(field, resolved annotation) of each field that can be given."""
+    return _init_fields(cls)
+
+
+@functools.cache
+def _init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     hints = typing.get_type_hints(cls)
     return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 

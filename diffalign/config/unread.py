@@ -41,8 +41,10 @@ def refuse_unread(config: Any) -> None:
             found.setdefault(unread[name], []).append(path)
     if found:
         raise ConfigError(
-            f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
-            for reason, paths in found.items()
+            [
+                f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
+                for reason, paths in found.items()
+            ]
         )
 
 

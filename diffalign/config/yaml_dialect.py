@@ -6,6 +6,7 @@ PyYAML reads version 1.1, where ``no`` is False, ``12:30`` is 750, ``010`` is 8 
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from typing import Any, ClassVar
 
@@ -80,9 +81,9 @@ def dump_inline(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def as_float(value: int | float) -> float:
+def as_float(value: float | numbers.Real) -> float:
     """Convert a number to a float; a whole number that no float can hold becomes infinite, as 1e999 does."""
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf

@@ -39,9 +39,8 @@ def vote(gaps: Gaps, scale: float) -> float | None:
 
 def soft(gaps: Gaps, scale: float) -> float | None:
     """SmPO (arXiv 2506.02698): sigmoid(scale times the weighted sum of gaps); None where a reward has no score."""
-    if any(gap is None for _, gap in gaps):
-        return None
-    return 0.5 * (1 + math.tanh(scale * sum(weight * gap for weight, gap in gaps) / 2))
+    known = [weight * gap for weight, gap in gaps if gap is not None]
+    return 0.5 * (1 + math.tanh(scale * sum(known) / 2)) if len(known) == len(gaps) else None
 
 
 RULES: dict[str, Callable[[Gaps, float], float | None]] = {"vote": vote, "soft": soft}

@@ -134,7 +134,8 @@ def folder_rows(folder: Path, anywhere: bool = False) -> tuple[list[dict[str, An
     if sides:
         others = [path for path in there if path.name not in (*sides[0], *LISTS)]
         listing.strange += [path.name for path in others]
-        rows = _two_sides(folder, *(folder / name for name in sides[0]), listing, anywhere)
+        chosen, rejected = (folder / name for name in sides[0])
+        rows = _two_sides(folder, chosen, rejected, listing, anywhere)
         return rows, listing.notes(folder)
     found = [(path, _one_pair(path, listing, anywhere)) for path in there if path.is_dir()]
     if not any(row for _, row in found):

@@ -35,8 +35,8 @@ def pick_a_pic(row: Row) -> Iterator[Judgement]:
     """Pick-a-Pic v1 and v2 (arXiv 2305.01569): bytes in jpg_0 and jpg_1, label_0 in {0, 0.5, 1}."""
     unjudged = row.flag("has_label") is False
     label = None if unjudged else row.choice("label_0", (0, 0.5, 1))
-    images = (row.image(f"jpg_{side}", row.values.get(f"image_{side}_uid")) for side in (0, 1))
-    yield *images, label
+    first, second = (row.image(f"jpg_{side}", row.values.get(f"image_{side}_uid")) for side in (0, 1))
+    yield first, second, label
 
 
 def hpdv2(row: Row) -> Iterator[Judgement]:

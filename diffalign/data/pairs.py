@@ -114,8 +114,8 @@ def noted(row: Row, format: Format, quarantine: Quarantine) -> list[tuple[Pair, 
     return found
 
 
-def counts(pair: Pair, label: float | None, settings: PreferenceDataConfig, quarantine: Quarantine) -> bool:
-    """Whether a pair with this label is used. ValueError: a tie, where ties are errors."""
+def counted(pair: Pair, label: float | None, settings: PreferenceDataConfig, quarantine: Quarantine) -> Pair | None:
+    """Return the pair with this label, or None where it is not used. ValueError: a tie, where ties are errors."""
     if label is None:
         quarantine.skipped["unlabelled"] += 1
     elif label == 0.5 and settings.ties != "soft":
@@ -123,8 +123,8 @@ def counts(pair: Pair, label: float | None, settings: PreferenceDataConfig, quar
             raise ValueError(f"{pair.key}: a tie; set ties to drop or soft, or take it out")
         quarantine.skipped["ties"] += 1
     else:
-        return True
-    return False
+        return replace(pair, label=label)
+    return None
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Part:
     def pair(self, row: int, place: int) -> Pair:
         """A pair by its row, and its place among the pairs of that row."""
         pair = judgements(self.table.row(row), self.format)[place][0]
-        return pair if self.labels is None else replace(pair, label=self.labels.of(f"{row}.{place}"))
+        label = pair.label if self.labels is None else self.labels.of(f"{row}.{place}")
+        return replace(pair, label=0.5 if label is None else label)
 
     def pairs(self, quarantine: Quarantine) -> Iterator[tuple[int, int, Pair, float | None]]:
         """Every pair as (row, place, pair, label), also those that nobody judged; bad rows are noted."""
@@ -162,7 +163,7 @@ class PairData(Samples[Pair]):
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for row, place, pair, label in part.pairs(quarantine):
-                if counts(pair, label, settings, quarantine):
+                if counted(pair, label, settings, quarantine) is not None:
                     self._locations.extend((number, row, place))
 
     def __len__(self) -> int:

@@ -70,15 +70,22 @@ def pick_pairs(groups: Sequence[int], scores: Sequence[float | None], pairing: P
     Groups come in the order of their numbers, pairs of "all" by their places in the ranking; equal scores rank by
     place. Places without a score (None or NaN) are left out.
     """
+    return [(better, worse) for better, worse, _ in _pairs_with_gaps(groups, scores, pairing)]
+
+
+def _pairs_with_gaps(
+    groups: Sequence[int], scores: Sequence[float | None], pairing: Pairing
+) -> list[tuple[int, int, float]]:
+    known = {place: score for place, score in enumerate(scores) if score is not None and not math.isnan(score)}
     members: dict[int, list[int]] = {}
-    for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        if score is not None and not math.isnan(score):
+    for place, (group, _) in enumerate(zip(groups, scores, strict=True)):
+        if place in known:
             members.setdefault(group, []).append(place)
     return [
-        (better, worse)
+        (better, worse, gap)
         for group in sorted(members)
-        for better, worse in PAIRINGS[pairing.rule](sorted(members[group], key=lambda i: (-scores[i], i)))
-        if scores[better] - scores[worse] > pairing.min_gap
+        for better, worse in PAIRINGS[pairing.rule](sorted(members[group], key=lambda i: (-known[i], i)))
+        if (gap := known[better] - known[worse]) > pairing.min_gap
     ]
 
 
@@ -96,7 +103,7 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
     weights = _weights(lines, pairing.rewards, where)
     scores = [_score(line["rewards"], weights) for line in lines]
     found = []
-    for better, worse in pick_pairs([line["group"] for line in lines], scores, pairing):
+    for better, worse, gap in _pairs_with_gaps([line["group"] for line in lines], scores, pairing):
         first, second = lines[better], lines[worse]
         found.append(
             {
@@ -105,7 +112,7 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
                 "image_1": Path(second["file_name"]),
                 "prompt": first.get("prompt"),
                 "metadata": first.get("metadata"),
-                "label": pairing.label(scores[better] - scores[worse]),
+                "label": pairing.label(gap),
             }
         )
     return found
@@ -122,5 +129,5 @@ def _weights(lines: Sequence[Mapping[str, Any]], asked: Mapping[str, float], whe
 
 
 def _score(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    values = [(weight, rewards.get(name)) for name, weight in weights.items()]
-    return None if any(value is None for _, value in values) else sum(weight * value for weight, value in values)
+    known = {name: value for name in weights if (value := rewards.get(name)) is not None}
+    return sum(weights[name] * value for name, value in known.items()) if len(known) == len(weights) else None

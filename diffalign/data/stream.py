@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.data.ai_labels import Labels
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, detect
-from diffalign.data.pairs import counts, noted, usable_images
+from diffalign.data.pairs import counted, noted, usable_images
 from diffalign.data.row import Row
 from diffalign.data.tables import Stream, open_stream
 from diffalign.data.validation import DataWarning, Quarantine
@@ -153,8 +153,10 @@ class PairStream:
         for place, (pair, label) in enumerate(noted(row, part.format, book)):
             if part.labels is not None:
                 label = part.labels.of_content(pair)
-            if place >= here.pair and counts(pair, label, self.settings, book):
-                yield replace(pair, label=label), replace(here, pair=place + 1)
+            if place < here.pair:
+                continue
+            if (used := counted(pair, label, self.settings, book)) is not None:
+                yield used, replace(here, pair=place + 1)
 
 
 def open_stream_part(source: str | Path, settings: PreferenceDataConfig) -> StreamPart:

@@ -80,8 +80,10 @@ class Table:
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
-        self._cells = {column: data.select_columns([column]) for column in self.encoded}
-        self._plain = data.select_columns(plain) if self.encoded else data
+        self._cells, self._plain = {}, data
+        if isinstance(data, Dataset) and self.encoded:
+            self._cells = {column: data.select_columns([column]) for column in self.encoded}
+            self._plain = data.select_columns(plain)
 
     def __len__(self) -> int:
         return len(self.data)

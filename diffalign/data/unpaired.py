@@ -11,7 +11,7 @@ from pathlib import Path
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
-from diffalign.data.pairs import Part, Samples, counts, examined, open_part
+from diffalign.data.pairs import Part, Samples, counted, examined, open_part
 from diffalign.data.row import Row
 from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
@@ -105,14 +105,14 @@ class LabelledData(Samples[LabelledImage]):
 
         def judged() -> Iterator[Pair]:
             for row, place, pair, label in part.pairs(self.quarantine):
-                if counts(pair, label, self.settings, self.quarantine):
+                if (used := counted(pair, label, self.settings, self.quarantine)) is not None:
                     try:
-                        images = tuple(replace(image, identity=identity(image)) for image in pair.images)
+                        first, second = (replace(image, identity=identity(image)) for image in pair.images)
                     except SampleError as error:
                         self.quarantine.keeps(SampleError(error.kind, pair.key, error.detail))
                         continue
                     where.append((row, place))
-                    yield replace(pair, images=images, label=label)
+                    yield replace(used, images=(first, second))
 
         return [(*where[number], side, int(liked)) for number, side, liked in unpair(judged()).values()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def _encoder(kind: str, name: str, tokenizer: Any, length: int | None) -> Encode
     return Encoder(name, limit, count)
 
 
-def cut(text: str, encoders: list[Encoder]) -> str | None:
+def cut(text: str, encoders: Sequence[Encoder]) -> str | None:
     """Describe which encoders truncate a text; None if none does."""
     counts = [(encoder.count(text), encoder) for encoder in encoders]
     truncated = [f"{count:,} tokens, {e.name} reads {e.limit:,}" for count, e in counts if count > e.limit]

@@ -97,7 +97,7 @@ def find_objects(nearest: np.ndarray) -> tuple[Found, ...]:
     return tuple(f for _, f in sorted(found, key=lambda pair: -pair[0]))
 
 
-def _describe(mask: np.ndarray, window: tuple[slice, slice], color: str) -> Found:
+def _describe(mask: np.ndarray, window: tuple[slice, ...], color: str) -> Found:
     height, width = mask.shape
     fitted = _resample(mask)
     overlap = (_OUTLINES & fitted).sum((1, 2)) / (_OUTLINES | fitted).sum((1, 2))

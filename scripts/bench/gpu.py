@@ -163,9 +163,9 @@ class Bench:
             "images": self.images,
             "batch": self.args.train_batch_size,
             "images_per_second": {
-                "sampling": self.images / collect,
+                "sampling": self.images / sampling,
                 "training": self.images / update,
-                "iteration": self.images / (collect + update),
+                "iteration": self.images / (sampling + update),
             },
             "evaluations_per_image": per_image,
             "training_flops_per_second": flops,

@@ -1,10 +1,13 @@
 """Pictures of any kind become the tensors that PIL's RGB conversion gives."""
 
+from collections import UserList
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffalign.commands.score import score_images
 from diffalign.rewards import as_image, as_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -38,6 +41,13 @@ def test_arrays_and_tensors():
         assert torch.equal(as_image(picture), wanted)
     assert torch.equal(as_image(RGB[:, :, 0]), wanted[:1].expand(3, -1, -1))
     assert as_image(tensor.double() / 255).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [list, tuple, UserList])
+def test_any_sequence_is_several_images(kind):
+    several = kind([RGB, Image.fromarray(RGB)])
+    assert as_images(several).shape == (2, 3, 5, 7)
+    assert score_images(several, "", kind(["brightness"]))["brightness"].shape == (2,)
 
 
 def test_batches():
