@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.check_config import CheckConfig
 from diffalign.commands.check_prompts import examine_prompts, prompts_text, too_long

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.atomic import write_text
 from diffalign.commands.evaluate_config import EvaluationConfig, ResolvedEvaluation, resolve

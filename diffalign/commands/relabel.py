@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.relabel_config import RelabelConfig
 from diffalign.commands.resume import drop_partial_line, read_rows

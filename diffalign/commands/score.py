@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.image_sources import Item
 from diffalign.commands.resume import drop_partial_line, read_rows, write_or_check_settings

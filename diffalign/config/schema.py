@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
+from diffalign.config.ranges import ANY, Range, range_of
 from diffalign.config.ranges import problems as range_problems
-from diffalign.config.ranges import range_of
 from diffalign.config.renamed import about_removed
 
 T = TypeVar("T")
@@ -140,6 +140,7 @@ class Leaf:
     help: str
     bare: Any = None
     section: str = ""
+    range: Range = ANY
 
 
 def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -> Iterator[Leaf]:
@@ -149,7 +150,7 @@ def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -
         arm, path = config_arm(hint), prefix + field.name
         own = section or field.metadata.get("section", "")  # a nested configuration stays with its field
         if arm is None or default is None:
-            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own)
+            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own, range=range_of(field))
         if arm is not None:
             yield from leaves(arm, default, path + ".", own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from diffalign.models.weights import POLICY
 from diffalign.report.curves import plot_curves
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.load_snippet import load_snippet
-from diffalign.report.model_card import ModelCard, write_model_card
+from diffalign.report.model_card import ModelCard, eval_results, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.products import portable
@@ -95,7 +96,10 @@ class Report:
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
         pictures = [name for name in drawn if (self.folder / name).is_file()]
-        card = write_model_card(self.folder, self._card(self._results(before), pictures))
+        source = self.args.eval_prompts or "held-out prompts"
+        evaluation = [] if self.shown is None else eval_results(self.figures(before)["tuned"], source)
+        about = dataclasses.replace(self._card(self._results(before), pictures), evaluation=evaluation)
+        card = write_model_card(self.folder, about)
         self.before, self.paths = before, weights
         return [*written, *(self.folder / name for name in pictures), card]
 
@@ -196,6 +200,7 @@ class Report:
             results=results,
             pictures=pictures,
             lora=self.model.has_adapter,
+            sample_prompt=prompt if self.shown else "",
         )
 
 

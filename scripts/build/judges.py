@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, T5TokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.models import load_model
 from diffalign.rng import KeyedRNG

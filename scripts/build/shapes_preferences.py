@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 

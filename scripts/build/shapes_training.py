@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from diffalign.shapes import TAGS, caption, judge_batch, prompt_set, render, scene_for

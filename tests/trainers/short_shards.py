@@ -149,7 +149,9 @@ def others(folder: Path, _: Path) -> None:
             assert {p.dtype for p in trainer.model.raw_denoiser.parameters()} == {torch.bfloat16, torch.float32}
             found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in batch.parts])
         else:
-            found["passes"] = torch.tensor([len(minibatch.micros) for minibatch in trainer.algorithm.minibatches(batch, 1)])
+            found["passes"] = torch.tensor(
+                [len(minibatch.micros) for minibatch in trainer.algorithm.minibatches(batch, 1)]
+            )
         write(trainer, found, folder, make.__name__)
 
 

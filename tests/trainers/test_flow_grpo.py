@@ -153,7 +153,10 @@ def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_
     trainer = collected(small(kl_beta=0.1), train_prompts)
     samples, step = torch.arange(4), batch.plan.plan.trained_steps[0]
     result, _ = trainer.algorithm._replay(batch.buffer, samples, step)
-    assert trainer.algorithm._kl(result, trainer.algorithm._reference_mean(batch.buffer, samples, step), step).abs().max() == 0
+    assert (
+        trainer.algorithm._kl(result, trainer.algorithm._reference_mean(batch.buffer, samples, step), step).abs().max()
+        == 0
+    )
     with torch.no_grad():
         for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)

@@ -76,7 +76,9 @@ def test_latents_in_pinned_memory_train_the_same(small, train_prompts, monkeypat
         assert buffer.mean is None or buffer.mean.is_pinned() == buffer.x.is_pinned()
         assert buffer.device.type == "cuda"
         losses = [
-            trainer.algorithm.loss(micro)[0] * micro.weight for minibatch in trainer.algorithm.minibatches(batch, 0) for micro in minibatch.micros
+            trainer.algorithm.loss(micro)[0] * micro.weight
+            for minibatch in trainer.algorithm.minibatches(batch, 0)
+            for micro in minibatch.micros
         ]
         found.append([torch.stack(losses).cpu(), *(tensor.cpu().nan_to_num(9) for tensor in buffer.drawn().values())])
         again = trainer.algorithm.collector.restored(0, buffer.drawn())

@@ -45,7 +45,9 @@ def test_a_step_against_the_gradient_lowers_the_loss_as_much_as_it_says(refl, tr
     with torch.no_grad():
         for sign in (1, -2):
             for part, p in zip(
-                direction.split([p.numel() for p in trainer.loop.state.parameters]), trainer.loop.state.parameters, strict=True
+                direction.split([p.numel() for p in trainer.loop.state.parameters]),
+                trainer.loop.state.parameters,
+                strict=True,
             ):
                 p += sign * size * part.reshape(p.shape)
             values.append(sum((trainer.algorithm.loss(micro)[0] * micro.weight).item() for micro in minibatch.micros))

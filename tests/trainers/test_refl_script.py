@@ -37,7 +37,14 @@ def test_without_eta_samplings_follow_the_ode(tmp_path, train_prompts):
     x = trainer.algorithm.starts(0, batch.samples, 3).x
     for index in range(3):
         output = trainer.model.predict(x, trainer.algorithm.levels[index], batch.conditioning)
-        x = step("ode", x, output, trainer.algorithm.levels[index], trainer.algorithm.levels[index + 1], parameterization="flow").x_next
+        x = step(
+            "ode",
+            x,
+            output,
+            trainer.algorithm.levels[index],
+            trainer.algorithm.levels[index + 1],
+            parameterization="flow",
+        ).x_next
     torch.testing.assert_close(batch.state(torch.arange(len(batch.samples)), 3), x, rtol=0, atol=1e-5)
 
 

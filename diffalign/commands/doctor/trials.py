@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffalign.commands.doctor.config import PIPELINE
 from diffalign.commands.doctor.findings import Finding
@@ -16,9 +16,6 @@ from diffalign.config import from_dict
 from diffalign.models.lora import WEIGHTS_NAME, learned_nothing
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.registry import Entry, find_algorithm
-
-if TYPE_CHECKING:
-    from diffalign.trainers.config import TrainerConfig
 
 STEPS = 2
 # config of every trial
@@ -30,15 +27,9 @@ COMMON: Mapping[str, Any] = {
 }
 
 
-<<<<<<< HEAD
 def trials(names: Iterable[str], assets: Path) -> Iterator[Finding]:
     """Train two steps with each algorithm on the embedded world."""
     for name in names:
-=======
-def trials(trainers: Mapping[str, tuple[type[TrainerConfig], type]], assets: Path) -> Iterator[Finding]:
-    """Train two steps with each trainer. trainers: name -> (config class, trainer class)."""
-    for name, (config, trainer) in trainers.items():
->>>>>>> types
         start = time.perf_counter()
         try:
             text = _trial(find_algorithm(name), assets)
@@ -52,11 +43,7 @@ def trials(trainers: Mapping[str, tuple[type[TrainerConfig], type]], assets: Pat
         yield Finding(f"trainer {name}", "ok", f"{text} in {time.perf_counter() - start:.0f} s")
 
 
-<<<<<<< HEAD
 def _trial(entry: Entry, assets: Path) -> str:
-=======
-def _trial(config: type[TrainerConfig], trainer: type, name: str, assets: Path) -> str:
->>>>>>> types
     """Train and describe the result. Raises RuntimeError if a step is not finite or the LoRA did not change."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
