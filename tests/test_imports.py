@@ -29,7 +29,7 @@ ALLOWED = {
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
     "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
-    "models": FOUNDATION | {"diffusion"},
+    "models": FOUNDATION | {"diffusion", "plugins", "user_code"},
     "runtime": FOUNDATION | {"models"},
     "rollout": FOUNDATION | {"diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": FOUNDATION | {"models", "rewards", "data", "rollout", "runtime"},
