@@ -13,7 +13,6 @@ import pytest
 from diffalign.cli import main
 from diffalign.losses import registry as losses
 from diffalign.models import registry as families
-from diffalign.models.base import DiffusionModel
 from diffalign.rewards import base as rewards
 from diffalign.runtime.tracking import MetricsLog
 from tests.conftest import PIPELINE, PROMPTS, ROOT
@@ -92,7 +91,6 @@ def case(request):
 @pytest.fixture
 def command(case, tmp_path, monkeypatch):
     """The command that trains with the extension, without consent; what the file registers is removed afterwards."""
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
     monkeypatch.setattr(losses, "_LOADED", {})
     (tmp_path / "own.py").write_text(case.code)
@@ -102,7 +100,8 @@ def command(case, tmp_path, monkeypatch):
     if case.foreign:
         settings["model"] = str(foreign_pipeline(tmp_path / "model"))
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    return ["train", case.trainer, "--config", str(tmp_path / "run.yaml"), "--output_dir"]
+    yield ["train", case.trainer, "--config", str(tmp_path / "run.yaml"), "--output_dir"]
+    families.FAMILIES.pop("StableDiffusion3PAGPipeline", None)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +154,3 @@ def test_code_that_cannot_be_used_ends_with_what_to_try(case, command, tmp_path,
     assert "write module:" in said
     assert len(said) < 2000
     assert not (tmp_path / "run").exists()
-
-
-def test_the_family_of_a_user_is_the_one_that_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    (tmp_path / "own.py").write_text(FAMILY)
-    family = families.load_family(f"{tmp_path}/own.py:OwnModel", allow_code=True)
-    assert issubclass(family, DiffusionModel)
-    assert families.get_family("StableDiffusion3PAGPipeline") is family

@@ -15,8 +15,10 @@ BUILT_IN = declaring_modules("models", "register_family")
 
 
 @pytest.fixture(autouse=True)
-def own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+def own_registry():
+    yield
+    for name in registry.FAMILIES.keys() - BUILT_IN.keys():
+        del registry.FAMILIES[name]
 
 
 @pytest.fixture
