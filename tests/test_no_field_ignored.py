@@ -50,6 +50,10 @@ NO_USE = ("diffalign.config", "dataclasses", "copy", "diffalign.preflight", "dif
 CHECKS = ("validate", "_validate", "unread", "check", "__post_init__")
 # Start of a mode's name -> field -> why no run here reads it.
 BUFFER = "read where train_data is a rollout buffer"
+SINGLE = {
+    **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
+    "bins": "not read with single images, and not refused yet",
+}
 KNOWN = {
     "": {
         "auto_batch": "read when memory runs out",
@@ -67,10 +71,8 @@ KNOWN = {
         "data.ties": "read at a label of 0.5",
         **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
     },
-    "diffusion_dpo single": {
-        **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
-        "bins": "not read with single images, and not refused yet",
-    },
+    "diffusion_dpo single": SINGLE,
+    "diffusion_dpo online single": {**SINGLE, "losers": "refused unless it is data"},
 }
 
 
