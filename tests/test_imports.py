@@ -30,7 +30,7 @@ ALLOWED = {
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
     "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
-    "models": FOUNDATION | {"diffusion"},
+    "models": FOUNDATION | {"diffusion", "plugins", "user_code"},
     "runtime": FOUNDATION | {"models", "log"},
     "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": FOUNDATION | {"log", "models", "rewards", "data", "rollout", "runtime"},

@@ -44,6 +44,9 @@ class EvaluationConfig(Checked):
     )
     model: str | None = option(None, "base model: a folder in diffusers' layout, or a hub id", section="model")
     revision: str | None = option(None, "branch, tag or commit of a hub model", section="model")
+    family: str | None = option(
+        None, "your own model family, for a pipeline of another class: file.py:Class or module:Class", section="model"
+    )
     max_sequence_length: int | None = option(None, "text tokens per prompt", section="model", ge=1, le=100_000)
     resolution: int | None = option(
         None, "side length of the square images, in pixels", section="model", ge=1, le=100_000
@@ -64,7 +67,7 @@ class EvaluationConfig(Checked):
     )
     allow_reward_code: bool = option(
         False,
-        "trust files that name reward code or servers; only valid on the command line",
+        "trust code (of rewards, a model family) and servers that are named; only valid on the command line",
         section="rewards",
         typed_only=True,
     )
@@ -193,6 +196,10 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     config = replace(config, **_missing(config, _of_run(config, record)))
     default = {"output_dir": output_dir, "images_per_prompt": images_per_prompt, "reward_options": {}}
     config = replace(config, **_missing(config, default))
+    if config.family:
+        from diffalign.models.registry import load_family
+
+        load_family(config.family, config.allow_reward_code)
     if config.guidance_scale is None and config.model:
         from diffalign.models.load import unguided_scale
 
@@ -210,6 +217,7 @@ def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:
     known = {
         "model": run.get("model"),
         "revision": run.get("revision") if same_base else None,
+        "family": run.get("family") if same_base and record.trusted else None,
         "max_sequence_length": run.get("max_sequence_length"),
         "resolution": run.get("resolution"),
         "num_steps": run.get("eval_num_steps") or _steps(run),

@@ -205,9 +205,11 @@ class Report:
 
 
 def consent_option(args: TrainerConfig) -> str:
-    """What a command must type on top of the configuration: consent, where rewards are code or servers."""
+    """What a command must type on top of the configuration: consent, where it names code or servers."""
     tables = [getattr(args, name, {}) for name in ("rewards", "held_out", "eval_rewards")]
-    return " --allow_reward_code" if any(needs_consent(to_dict({"": table})[""]) for table in tables) else ""
+    code = [args.family or "", str(getattr(args, "loss", ""))]
+    needed = any(":" in spec for spec in code) or any(needs_consent(to_dict({"": table})[""]) for table in tables)
+    return " --allow_reward_code" if needed else ""
 
 
 def _said(args: TrainerConfig) -> str:

@@ -14,7 +14,7 @@ import torch
 from diffusers import PipelineQuantizationConfig
 
 from diffalign import DiffusionModel
-from diffalign.models import FAMILIES, load_model
+from diffalign.models import get_family, load_model
 from diffalign.models.quantise import quantisation
 
 CUDA = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
     if isinstance(source, Path):
         return load_model(source, max_sequence_length=16, quantise=quantise)
     pipeline = source() if size == "tiny" else published(source)
-    family = FAMILIES[type(pipeline).__name__]
+    family = get_family(type(pipeline).__name__)
     options = {"resolution": TINY if size == "tiny" else case.resolution}
     config = getattr(pipeline, family.denoiser_name).config
     if quantise != "no":
@@ -89,7 +89,7 @@ def published(source: Callable[[], Any]) -> Any:
     """A pipeline of random weights, without text encoders."""
     with torch.device("meta"):
         pipeline = source()
-    denoiser = getattr(pipeline, FAMILIES[type(pipeline).__name__].denoiser_name)
+    denoiser = getattr(pipeline, get_family(type(pipeline).__name__).denoiser_name)
     for part, dtype in ((denoiser, DTYPE), (pipeline.vae, torch.float32)):
         part.to(dtype).to_empty(device=DEVICE)
         fill(part)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
+from diffalign.losses.unpaired import SingleObjective
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.sampler import ode_plan

@@ -84,7 +84,8 @@ class DiffusionDPOConfig(RolloutConfig):
     )
     loss: str = option(
         "dpo",
-        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
+        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft; "
+        "your own: file.py:function or module:function",
         section="loss",
     )
     beta: float | None = option(
