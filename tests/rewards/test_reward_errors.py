@@ -100,13 +100,13 @@ def interrupting(swallow):
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_real_interrupt_ends_the_program(swallow):
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             score([interrupting(swallow)], images_of(), prompts_of())
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_real_interrupt_of_a_run_is_noted_and_costs_nothing(capfd):
