@@ -66,7 +66,7 @@ def test_soft_labels_are_the_sigmoid_of_the_scaled_gap():
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ({}, r"here has the rewards a, b: name those that count in rollouts.rewards"),
+        ({}, r"here has the rewards a, b: name those to use in rollouts.rewards"),
         ({"c": 1.0}, "here has no reward c; it has a, b"),
     ],
 )

@@ -143,7 +143,7 @@ def test_scan_limits_how_many_images_are_decoded(tmp_path, monkeypatch):
 
 def test_nothing_usable_is_said_with_its_reasons(tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", [pick_row(0, 0.5), pick_row(1, 0.5)])
-    with pytest.raises(ValueError, match=r"pick\.parquet: not one sample is left\nties: 2"):
+    with pytest.raises(ValueError, match=r"pick\.parquet: no sample is left\nties: 2"):
         load_pairs(path)
 
 
