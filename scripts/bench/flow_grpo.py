@@ -1,4 +1,4 @@
-"""What an iteration of Flow-GRPO costs, by phase, and how close it is to the bare cost of its model evaluations.
+"""Benchmark a Flow-GRPO iteration by phase, and its ratio to the bare cost of its model evaluations.
 
     python scripts/bench/flow_grpo.py                                  # the quickstart
     python scripts/bench/flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
@@ -37,7 +37,7 @@ from scripts import ROOT
 
 
 class Bench:
-    """Times a trainer's iterations, and the parts that no implementation could leave out."""
+    """Time a trainer's iterations, and the parts that every implementation needs."""
 
     def __init__(self, trainer: FlowGRPOTrainer) -> None:
         self.trainer, self.args = trainer, trainer.args
@@ -52,7 +52,7 @@ class Bench:
         self.pixels = decode(trainer.model, trainer.buffer.latents(trainer.buffer.leaves))
 
     def whole(self) -> dict[str, float]:
-        """Seconds of an iteration's phases, its prompts encoded before: a run does that once for each of them."""
+        """Time the phases of an iteration with encoded prompts: a run encodes each prompt once."""
         texts = [prompt.text for prompt in self.trainer.collector.prompts_of(self.iteration)]
         started = self._now()
         self.trainer.encoded(texts)
@@ -66,7 +66,7 @@ class Bench:
         return {"collect": collected - started, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
-        """Seconds of each part, alone, times how often an iteration needs it."""
+        """Time each part alone, multiplied by its count per iteration."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
         taught = len(trainer.rebalanced(torch.arange(self.images))[1])
@@ -92,7 +92,7 @@ class Bench:
         return result
 
     def _sampling_steps(self) -> float:
-        """Steps per image; those that a group shares count once per group."""
+        """Count the sampling steps per image; steps that a group shares count once per group."""
         shared = shared_steps(self.trainer.rollout.route.plan) if self.args.shared_start else 0
         return len(self.trainer.rollout.route.plan) - shared + shared / self.args.group_size
 
@@ -130,7 +130,7 @@ class Bench:
         score(trainer.rewards, self.pixels[:count], [trainer.buffer.prompts[g] for g in group])
 
     def evaluations_per_image(self) -> dict[str, float]:
-        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference.
+        """Count denoiser calls per image, with guidance: sampling, training (with a backward pass), reference.
 
         Plans move, and images without an advantage are not trained on: means over what was measured.
         """
@@ -141,7 +141,7 @@ class Bench:
 
 
 def optimizer_step(trainer: Trainer) -> None:
-    """What follows the backward passes, less the loop's checks."""
+    """Clip gradients and step the optimizer and the EMA, without the loop's checks."""
     loop = trainer.loop
     loop.accelerator.clip_grad_norm_(loop.parameters, trainer.args.max_grad_norm)
     loop.optimizer.step()
@@ -155,7 +155,7 @@ def device() -> str:
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB, of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -97,7 +97,7 @@ def buffer(tmp_path):
     return tmp_path / "rollout"
 
 
-def test_what_a_run_saved_is_read(buffer):
+def test_a_saved_rollout_buffer_is_read(buffer):
     data = load_pairs(buffer)
     assert [data[i].prompt for i in range(2)] == [Prompt("a red circle", {"tag": "colors"}), Prompt("two squares")]
     shades = [[image.getpixel((0, 0))[0] for image in data.load(i)[1]] for i in range(2)]

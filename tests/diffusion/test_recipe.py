@@ -156,7 +156,7 @@ def test_leapalign_leaps_twice_to_the_end():
     assert path.states == (path.start, path.moves[0].end, 8)
 
 
-def test_states_are_what_a_course_needs():
+def test_states_lists_the_states_that_a_path_needs():
     _, ((own, copy, _),) = drawn(1, preset="draft_lv", num_steps=8)
     assert own.states == (7,)
     assert copy.states == ()
@@ -164,7 +164,7 @@ def test_states_are_what_a_course_needs():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("num_steps", [5, 8, 40])
-def test_every_preset_draws_courses_within_any_sampling(preset, num_steps):
+def test_every_preset_draws_paths_within_any_number_of_steps(preset, num_steps):
     recipe, found = drawn(preset=preset, num_steps=num_steps)
     for paths in found:
         for path in paths:
@@ -198,7 +198,7 @@ def test_every_cell_of_a_preset_can_be_overridden():
         ({"preset": "direct_align", "from_images": True}, "images are noised to image_start"),
     ],
 )
-def test_what_is_no_recipe_is_refused(options, message):
+def test_invalid_recipes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RecipeConfig(**options).resolve()
 

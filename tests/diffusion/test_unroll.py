@@ -299,6 +299,6 @@ def test_a_share_of_the_gradient_changes_no_value():
         ),
     ],
 )
-def test_what_cannot_be_unrolled_is_refused(make, message):
+def test_invalid_gradient_paths_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -116,7 +116,7 @@ def test_a_real_interrupt_of_a_run_is_noted_and_costs_nothing(capfd):
     assert found["mine"].isfinite().all()
 
 
-def test_isolated_gives_back_what_it_calls_returns_and_raises():
+def test_isolated_returns_and_raises_as_the_function_does():
     assert isolated(lambda: 3) == 3
     with pytest.raises(KeyError):
         isolated(lambda: {}["a"])
@@ -143,7 +143,7 @@ class Backward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), ValueError("no slope")])
-def test_what_a_rewards_backward_pass_raises_is_the_rewards(error):
+def test_a_backward_pass_that_raises_is_an_error_of_the_reward(error):
     reward = FunctionReward("mine", lambda i, p, m: Backward.apply(i, error), differentiable=True)
     with pytest.raises((RewardExit, ValueError), match=r"no slope|it raised"):
         ask(reward, images_of().requires_grad_(), TEXTS, [{}, {}])
