@@ -165,7 +165,12 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name in COMMANDS:
         arguments, what = SUMMARIES[name]
-        about = {"usage": f"diffalign {name} {arguments}", "help": what, "description": what, "epilog": notes}
+        about: dict[str, Any] = {
+            "usage": f"diffalign {name} {arguments}",
+            "help": what,
+            "description": what,
+            "epilog": notes,
+        }
         commands.add_parser(name, formatter_class=style, add_help=name in DESCRIBED_HERE, **about)
     return parser
 

@@ -2,8 +2,8 @@
 
 A module is sharded before anything else holds its parameters, so that the optimizer, the EMA and the weight sets are
 made of shards and nothing is replaced later. Frozen weights in bfloat16 beside a LoRA in float32 are fine: only what
-trains must be of one dtype. Every call of a sharded module, forwards and backwards, asks all processes: each must make
-as many as the others.
+trains must be of one dtype. Every forward and backward pass of a sharded module is collective: each process must make
+equally many.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def full_tensor(tensor: Tensor, keep: bool = True) -> Tensor:
 
 
 def gathered(module: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, Tensor]:
-    """The weights of a sharded module by name, gathered by ``full_tensor``; every process must call it."""
+    """Gather the weights of a sharded module by name with ``full_tensor``; every process must call it."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     chosen = trained if trained_only else module.state_dict()
     return {name: full_tensor(tensor, keep) for name, tensor in chosen.items()}

@@ -22,7 +22,7 @@ PACKAGE = "diffalign"
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class Logger(MultiProcessAdapter):
+class Logger(MultiProcessAdapter):  # type: ignore[misc]  # accelerate has no types
     """Accelerate's logger, which also works before an ``Accelerator`` exists, and adds the rank only where it differs.
 
     Messages are those of the main process unless ``main_process_only=False``.

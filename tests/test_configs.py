@@ -182,7 +182,7 @@ def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
 @pytest.mark.parametrize(
     ("model", "change"), [("flux1_dev", {}), ("sd35_medium", {"offload": ()}), ("sd35_medium", {"quantise": "no"})]
 )
-def test_what_no_preset_says_does_not_fit(model, change, monkeypatch):
+def test_large_presets_do_not_fit_on_16_gb(model, change, monkeypatch):
     """On 16 GB: text encoders are not quantised, and beside them there is little room for a denoiser."""
     args = preset(ROOT / f"configs/diffusion_dpo/{model}_24gb.yaml", monkeypatch)
     assert not fits(shares("diffusion_dpo", replace(args, **{"quantise": "4bit", **change}), 16))

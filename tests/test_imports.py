@@ -1,4 +1,4 @@
-"""The direction of imports: who may know whom."""
+"""The direction of imports: which package may import which."""
 
 import ast
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What a rollout does at each step: which solver, how much noise, trained or not.
+"""Rollout plans: the solver and noise level of each step, and whether the step is trained.
 
-Flow-GRPO and its descendants differ in the steps that draw noise and are trained. That is a table, not a code path: a
-preset names the stochastic steps of an iteration, and every other step follows the ODE.
+Flow-GRPO and its descendants differ in which steps draw noise and are trained, so a preset is a table: it names the
+stochastic steps of an iteration, and every other step follows the ODE.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GROWTH = 1.2
 class Row:
     """One step of a rollout.
 
-    solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: that kind's dial, 0 for an ODE.
+    solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: its a or eta, 0 for an ODE.
     trained: whether the policy gradient uses the step. weight: factor of its loss. branch: children per sample.
     """
 
@@ -60,7 +60,7 @@ class Plan:
         return tuple(step for step, row in enumerate(self.rows) if row.trained)
 
     def validate(self, levels: Level) -> None:
-        """Refuses a plan that cannot be run or trained on these N + 1 levels.
+        """Refuse a plan that cannot be run or trained on these N + 1 levels.
 
         ValueError: another number of levels; no trained row; an unknown solver, or one that these levels or the noise
         level rule out; a trained or branching row without a density; a row whose numbers are not finite, or that keeps
@@ -98,11 +98,11 @@ def _check_kept(row: Row, move: Transition, level: Level, next_level: Level) -> 
     """Refuse a step whose coefficients are not finite, or that keeps less than none of the noise.
 
     A step keeps ``m_noise`` of the predicted noise. An Euler-Maruyama step that is too long for its diffusion subtracts
-    more than there is, m_noise < 0, and adds noise to what it should free of it.
+    more noise than the sample has (m_noise < 0), which adds noise again.
 
-    One such step is published and is let pass: SD3's schedules end with sigma' = .009 before 0, and Flow-GRPO's step to
-    there keeps -.08 of the noise and draws .22, where there was .28 (10 steps, a = .7). Its density is right, and it
-    leaves no more noise than it found, up to ``GROWTH``.
+    One such step is published and accepted: SD3's schedules end with sigma' = .009 before 0, and Flow-GRPO's step to
+    that level keeps -.08 of the noise and draws .22, of a total of .28 before it (10 steps, a = .7). Its density is
+    right, and the sample has no more noise after it than before, up to ``GROWTH``.
     """
     span = f"from sigma {level.sigma:.4g} to {next_level.sigma:.4g}"
     if not all(value.isfinite() for value in (move.m_x0, move.m_noise, move.std)):
@@ -125,7 +125,7 @@ Options = Mapping[str, Any]
 
 
 def _all_but_last(options: Options) -> tuple[range, ...]:
-    """The last step has little noise or none (cps, ddim): its density is degenerate, and it is not trained."""
+    """Train every step but the last, which has little noise or none (cps, ddim) and so a degenerate density."""
     return (range(options["num_steps"] - 1),)
 
 
@@ -170,7 +170,7 @@ def _only(options: Options, windows: int, iteration: int, seed: int) -> int:
 
 
 def _random(options: Options, windows: int, iteration: int, seed: int) -> int:
-    """Draw from the address (seed, iteration): the same for every sample, process and resumed run."""
+    """Draw a window by (seed, iteration): the same for every sample, process and resumed run."""
     address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
     return int(torch.randint(0, windows, (), generator=generator))
@@ -183,8 +183,12 @@ def _in_turn(options: Options, windows: int, iteration: int, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Preset:
-    """windows: options -> the runs of stochastic, trained steps that an iteration may have. options: what it reads,
-    with defaults. choose: (options, number of windows, iteration, seed) -> which of them an iteration has.
+    """A rule for the stochastic, trained steps of an iteration.
+
+    Attributes:
+        windows: From options to the possible runs of stochastic, trained steps.
+        options: The options that the preset reads, with defaults.
+        choose: From (options, number of windows, iteration, seed) to the index of the iteration's window.
     """
 
     windows: Callable[[Options], tuple[range, ...]]
@@ -221,7 +225,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def _resolve(config: PlanConfig) -> dict[str, Any]:
-    """The preset's options, overridden by those that are set."""
+    """Merge the preset's options with those that are set."""
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
     options = PRESETS[config.preset].options
@@ -274,7 +278,7 @@ def possible_plans(config: PlanConfig) -> tuple[Plan, ...]:
 def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
     """Return the plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
 
-    A function of its arguments alone. ValueError: unknown names, an option that the preset does not read, a window that
+    Depends on its arguments alone. ValueError: unknown names, an option that the preset does not read, or a window that
     does not fit before the last step.
     """
     plans = possible_plans(config)

@@ -51,7 +51,7 @@ TABLES = {"preference": preference_table, "reward": reward_table, "policy": poli
 
 
 def updated(text: str) -> str:
-    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a README by the tables of today."""
+    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a README by the current tables."""
     for name, table in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = text.partition(start)

@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
 from diffalign.atomic import write_text
 from diffalign.files import printable
@@ -89,15 +90,16 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
 def card_data(card: ModelCard) -> ModelCardData:
     """Return the metadata of a card. There is no ``instance_prompt``: preference tuning teaches no trigger word."""
     base = _hub_id(card.base_model)
+    license: dict[str, Any] = dict(_license_of(card.base_model))
     kind = ["lora"] if card.lora else []
-    relation = {"base_model_relation": "adapter" if card.lora else "finetune"} if base else {}
-    widget = {"widget": [{"text": printable(card.sample_prompt)}]} if card.sample_prompt.strip() else {}
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if card.lora else "finetune"} if base else {}
+    widget: dict[str, Any] = {"widget": [{"text": printable(card.sample_prompt)}]} if card.sample_prompt.strip() else {}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
         base_model=base,
         **relation,
-        **_license_of(card.base_model),
+        **license,
         tags=[printable(tag) for tag in (*kind, TASK, "diffalign", card.trainer, *card.tags)],
         **widget,
         model_name=printable(card.title) or "model",

@@ -89,10 +89,10 @@ class Report:
         written = [*weights] if self.shown is None else [*weights, self._keep("tuned", self.shown)]
         log = MetricsLog.read(self.folder / "metrics.jsonl")
         plot_curves(log, self.folder / "curves.png", meanings=self._meanings)
-        before = self._before()
-        if before is not None:
-            self._compare(before)
-            for fault in ruined(before["images"], self.shown.images):
+        before, shown = self._before(), self.shown
+        if before is not None and shown is not None:
+            self._compare(before, shown)
+            for fault in ruined(before["images"], shown.images):
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
         pictures = [name for name in drawn if (self.folder / name).is_file()]
@@ -124,16 +124,16 @@ class Report:
             return None
         return before
 
-    def _compare(self, before: dict[str, Tensor]) -> None:
-        columns = {"base": before["images"], "tuned": self.shown.images}
-        marks = {"base": _named(before, "mark/"), "tuned": self.shown.marks}
+    def _compare(self, before: dict[str, Tensor], shown: Shown) -> None:
+        columns = {"base": before["images"], "tuned": shown.images}
+        marks = {"base": _named(before, "mark/"), "tuned": shown.marks}
         # The first reward, whose mean is the accuracy: a tick under an image says more than a row of numbers.
-        first = next(iter(self.shown.marks))
+        first = next(iter(shown.marks))
         scores = {name: {first: own[first]} for name, own in marks.items()}
-        found = self.figures(before)
-        means = {name: own.rewards[first].mean if own.rewards[first] else math.nan for name, own in found.items()}
-        totals = OverallMeans(len(self.shown.prompt), {first: means})
-        compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png", totals)
+        found = {name: own.rewards[first] for name, own in self.figures(before).items()}
+        means = {name: math.nan if mean is None else mean.mean for name, mean in found.items()}
+        totals = OverallMeans(len(shown.prompt), {first: means})
+        compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals)
 
     def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
         """Figures over every held-out image, of base and tuned model, or of the tuned one alone."""

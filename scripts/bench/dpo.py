@@ -1,4 +1,4 @@
-"""Pairs per second of Diffusion-DPO, and how close that is to the bare cost of its passes.
+"""Benchmark Diffusion-DPO: pairs per second, and the ratio to the bare cost of its passes.
 
     python scripts/bench/dpo.py                                  # the embedded world
     python scripts/bench/dpo.py --config my.yaml --repeats 9     # any data set; fields as for training
@@ -36,7 +36,7 @@ from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
 
 
 class Bench:
-    """Times a trainer's optimizer steps, and the parts that no implementation could leave out."""
+    """Time a trainer's optimizer steps, and the parts that every implementation needs."""
 
     def __init__(self, trainer: DiffusionDPOTrainer) -> None:
         self.trainer, self.args, self.model = trainer, trainer.args, trainer.model
@@ -48,7 +48,7 @@ class Bench:
         self.inputs = self._inputs(self.sizes[0])
 
     def whole(self) -> dict[str, float]:
-        """Seconds of an optimizer step's phases, its pairs seen before."""
+        """Time the phases of an optimizer step on pairs that are in the latent cache."""
         trainer = self.trainer
         started = self._now()
         trainer.run.prompts(collect(trainer, self.iteration).ranked.texts)
@@ -62,7 +62,7 @@ class Bench:
         return {"collect": collected - fresh, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
-        """Seconds of each part, alone, times how often an optimizer step needs it."""
+        """Time each part alone, multiplied by its count per optimizer step."""
         passes = sum(self.sizes) / self.sizes[0]
         parts = {"forward and backward": (self._backward, passes), "optimizer": (self._optimizer, 1)}
         if self.args.compares:
@@ -104,7 +104,7 @@ class Bench:
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, object]:
-    """Medians over ``repeats``, and the ratio of the whole to the sum of the bare parts."""
+    """Return medians over ``repeats``, and the ratio of the whole to the sum of the bare parts."""
     wholes, bares = [], []
     for _ in range(repeats):
         wholes.append(bench.whole())

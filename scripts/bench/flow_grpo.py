@@ -1,4 +1,4 @@
-"""What an iteration of Flow-GRPO costs, by phase, and how close it is to the bare cost of its model evaluations.
+"""Benchmark a Flow-GRPO iteration by phase, and its ratio to the bare cost of its model evaluations.
 
     python scripts/bench/flow_grpo.py                                  # the quickstart
     python scripts/bench/flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
@@ -38,7 +38,7 @@ from scripts import ROOT
 
 
 class Bench:
-    """Times a trainer's iterations, and the parts that no implementation could leave out."""
+    """Time a trainer's iterations, and the parts that every implementation needs."""
 
     def __init__(self, trainer: FlowGRPOTrainer) -> None:
         self.trainer, self.args = trainer, trainer.args
@@ -67,7 +67,7 @@ class Bench:
         return {"collect": collected - started, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
-        """Seconds of each part, alone, times how often an iteration needs it."""
+        """Time each part alone, multiplied by its count per iteration."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
         taught = len(trainer.algorithm.rebalanced(self.batch, torch.arange(self.images))[1])
@@ -131,7 +131,7 @@ class Bench:
         score(trainer.inputs.rewards, self.pixels[:count], [batch.buffer.prompts[g] for g in group])
 
     def evaluations_per_image(self) -> dict[str, float]:
-        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference.
+        """Count denoiser calls per image, with guidance: sampling, training (with a backward pass), reference.
 
         Plans move, and images without an advantage are not trained on: means over what was measured.
         """
@@ -164,7 +164,7 @@ def device() -> str:
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB, of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The models that ``gpu.py`` measures: from their public configurations, with random weights, or small ones."""
+"""Models for ``gpu.py``: from public configurations with random weights, or small ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = 32  # pixels
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what one run of it does. size: name -> where its pipeline is built, as module:function."""
+    """A model and the options of its run. size: name -> builder of its pipeline, as module:function."""
 
     size: Mapping[str, str]
     resolution: int
@@ -55,7 +55,7 @@ SPOKEN = {
 
 
 def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
-    """The pipeline in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
+    """Build the pipeline in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
     module, name = case.size[size].split(":")
     source = getattr(importlib.import_module(module), name)
     if isinstance(source, Path):
@@ -74,7 +74,7 @@ def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
 
 
 def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
-    """The pipeline as diffusers loads it, which quantises what it reads."""
+    """Reload the pipeline with diffusers, which quantises weights while it loads."""
     kind, absent = type(pipeline), {name: None for name, part in pipeline.components.items() if part is None}
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
@@ -86,7 +86,7 @@ def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
 
 
 def published(source: Callable[[], Any]) -> Any:
-    """A pipeline of random weights, without text encoders."""
+    """Build a pipeline of random weights, without text encoders."""
     with torch.device("meta"):
         pipeline = source()
     denoiser = getattr(pipeline, get_family(type(pipeline).__name__).denoiser_name)
@@ -99,13 +99,13 @@ def published(source: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def fill(part: torch.nn.Module) -> None:
-    """Random numbers, small enough for a deep network to stay finite."""
+    """Fill weights with random numbers that are small enough for a deep network to stay finite."""
     for tensor in [*part.parameters(), *part.buffers()]:
         tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
 
 
 def silence(pipeline: Any, config: Any) -> None:
-    """In the place of text encoders: prompts become random embeddings of their shape."""
+    """Replace text encoders: prompts become random embeddings of the same shape."""
     kind = type(pipeline).__name__
     length, width = SPOKEN[kind]
     pooled_width = config.get("pooled_projection_dim")

@@ -36,7 +36,7 @@ def test_sides_are_the_pipelines_multiples(family_pipelines, name, load):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_pipeline_takes_what_is_taken_and_most_refuse_the_rest(family_pipelines, plain, name):
+def test_the_pipeline_accepts_supported_options_and_most_refuse_the_rest(family_pipelines, plain, name):
     pipe, unit = plain(name), load_model(family_pipelines[name], **FAMILIES[name].options).resolution_unit
     call = {key: value for key, value in FAMILIES[name].call.items() if key not in ("height", "width")}
     call |= {"num_inference_steps": 2, "output_type": "latent"}
@@ -67,7 +67,7 @@ def test_sequences_are_as_long_as_the_pipeline_takes(family_pipelines, name):
 @pytest.mark.parametrize("value", [0, -16])
 @pytest.mark.parametrize("field", ["resolution", "max_sequence_length"])
 @pytest.mark.parametrize("kind", [*CONFIGS, EvaluationConfig])
-def test_what_no_family_takes_is_refused_before_a_model_loads(kind, field, value, tmp_path):
+def test_options_that_no_family_supports_are_refused_before_a_model_loads(kind, field, value, tmp_path):
     given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
     config = kind(model=str(PIPELINE), **given, **{field: value})
     check = config.validate if kind in CONFIGS else lambda: resolve(config, tmp_path, 1)

@@ -72,7 +72,7 @@ def test_batches():
         (None, "is not an image"),
     ],
 )
-def test_what_is_no_picture_is_refused(picture, message):
+def test_objects_that_are_no_image_are_refused(picture, message):
     with pytest.raises(ValueError, match=message):
         as_image(picture)
 

@@ -70,7 +70,7 @@ def test_masks_are_mirrored_as_their_images_are(dpo, masked):
 
 
 def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
-    """Masks of 64 x 96 pixels beside images of that size: a crop is told of by the sizes of its image."""
+    """Masks of 64 x 96 pixels beside images of that size: size conditioning describes the crop of each image."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 96), dtype=np.uint8)
     pictures = [[encoded(np.repeat(grey[..., None], 3, -1)) for grey in row] for row in noise]
     rows = [dict(zip(("chosen", "rejected", "mask"), row, strict=True)) for row in pictures]

@@ -68,7 +68,7 @@ def learns(trainer):
 def test_it_trains_flow_grpo(run, folder):
     buffer = RolloutBuffer.load(folder)
     expected = gradient(run)
-    # All that the update sees comes from disk: the plan's levels are the model's, and prompts are encoded anew.
+    # The update reads everything from disk: the levels come from the plan, and prompts are encoded again.
     route = SamplingPlan(run.rollout.route.plan, run.levels, run.guidance)
     run.rollout = Rollout(buffer, route, run.encoded([p.text for p in buffer.prompts]), {})
     assert expected.norm() > 0
