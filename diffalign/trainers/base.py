@@ -52,7 +52,7 @@ def named_model(args: Config, model: str | Path | DiffusionModel | None) -> Conf
     """Return ``args`` with the name of a model passed as an argument, and an absolute ``output_dir``."""
     args = dataclasses.replace(args, output_dir=args.output_dir.absolute())  # rewards may change the working folder
     if isinstance(model, DiffusionModel):
-        return args if args.model else dataclasses.replace(args, model=_origin(model))
+        return args if args.model else dataclasses.replace(args, model=str(_origin(model)))
     return args if model is None else dataclasses.replace(args, model=str(model))
 
 

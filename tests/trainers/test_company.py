@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from diffalign.data.rollouts import Pairing
 from diffalign.losses.registry import get_loss
+from diffalign.losses.unpaired import SingleObjective
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import ode_plan
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.structures import Prompt
 from diffalign.trainers.collector import Rollout
 from diffalign.trainers.diffusion_dpo.batches import RolloutSource
-from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 from tests.reliability.forks import finished
 from tests.trainers.short_online import write
 
