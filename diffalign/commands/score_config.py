@@ -71,6 +71,7 @@ class ScoreConfig(Checked):
         section="server",
         ge=0,
         le=65535,
+        hint="0 takes a free port",
     )
     host: str = option(
         "127.0.0.1", "address to serve at; 0.0.0.0 is open to other machines and needs token_env", section="server"

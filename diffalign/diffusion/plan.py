@@ -233,7 +233,10 @@ def _resolve(config: PlanConfig) -> dict[str, Any]:
     given = {option.name: getattr(config, option.name) for option in fields(config)[2:]}
     given = {name: value for name, value in given.items() if value is not None}
     if dead := sorted(given.keys() - defaults.keys()):
-        raise ValueError(f"preset {config.preset!r} does not read {', '.join(dead)}; it reads {', '.join(defaults)}")
+        raise ValueError(
+            f"plan.preset {config.preset!r} does not read {', '.join(dead)}; it reads {', '.join(defaults)}: "
+            "leave out what it does not read, or choose another preset"
+        )
     return {**defaults, **given, "num_steps": config.num_steps}
 
 

@@ -69,8 +69,3 @@ def _paper(source: str) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
-
-
-def write() -> None:
-    """Bring README.md up to date: ``python -c "from diffalign.losses.tables import write; write()"``."""
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

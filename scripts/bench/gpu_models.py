@@ -65,8 +65,8 @@ def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
     options = {"resolution": TINY if size == "tiny" else case.resolution}
     config = getattr(pipeline, family.denoiser_name).config
     if quantise != "no":
-        config = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
-        pipeline = reloaded(pipeline, config)
+        quantised = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
+        pipeline = reloaded(pipeline, quantised)
     model = family(pipeline, **options)
     if size != "tiny":
         silence(pipeline, config)

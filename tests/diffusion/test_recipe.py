@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -51,6 +51,13 @@ def test_the_authors_script_samples_with_noise_and_scales_its_loss():
 def test_noise_and_scale_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         RecipeConfig(**options).resolve()
+
+
+def test_single_control_words_are_lists_of_one():
+    recipe = RecipeConfig(preset="srpo", words=("a", "b")).resolve()
+    assert recipe.words == (("a",), ("b",))
+    with pytest.raises(ValueError, match="words are a list of wanted ones"):
+        replace(recipe, words=("a", "b"))
 
 
 def test_draft_k_records_the_last_calls_of_the_whole_sampling():
@@ -189,7 +196,6 @@ def test_every_cell_of_a_preset_can_be_overridden():
         ({"copies": 1}, "copies are of finished samples"),
         ({"choice": "random"}, "random steps go with straight_through"),
         ({"preset": "direct_align", "invert": True}, "need control words"),
-        ({"words": ("a", "b")}, "words are a list of wanted ones"),
         ({"words": (("a",), ())}, "words are a list of wanted ones"),
         ({"gap_floor": 0.1}, "gap_floor goes with straight_through"),
         ({"preset": "imagerefl", "window": (0.2, 0.5)}, "window lies before image_start"),

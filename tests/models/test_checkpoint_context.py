@@ -345,7 +345,7 @@ def test_files_that_are_no_safetensors_are_refused(bases, content, tmp_path):
 def test_a_scale_is_finite(bases, loras, scale, capsys):
     refused(bases("sd15"), loras("sd15"), "is not finite", scale=scale)
     assert main(["compare", "--models", f"[{loras('sd15')}@{scale}]"]) == 2
-    assert "a scale is a finite number" in capsys.readouterr().err
+    assert f"the scale must be finite, got {scale}; write PATH@0.5" in capsys.readouterr().err
 
 
 # Full weights ---------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_r31_check_compares_files_and_says_which_holds_nothing(tmp_path, capsys)
     assert "4 prompts, 3 different" in said
     assert f"{held_out}, line 3: {train}, line 2 again" in said
     assert main(["check", str(train), str(empty), "--json"]) == 1
-    assert "empty.TXT holds no prompt" in capsys.readouterr().out
+    assert "empty.TXT has no prompts: write one per line" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nowhere.txt")]) == 2
     assert "no file at" in capsys.readouterr().err
 

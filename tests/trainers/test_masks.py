@@ -124,7 +124,13 @@ def test_a_sample_without_one_among_others_counts_everywhere(dpo, masked):
     assert [bool((mask == 1).all()) for mask in found.mask] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("changes", [{"train_data": (), "rewards": {"shapes": 1.0}}, {"losers": "reference"}])
-def test_images_that_the_model_draws_have_none(dpo, changes):
-    with pytest.raises(ValueError, match=r"data\.mask: the model's own images have no masks"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": (), "rewards": {"shapes": 1.0}}, r"data\.mask.*: read only offline, .* leave"),
+        ({"losers": "reference"}, r"data\.mask: the model's own images have no masks: leave it out"),
+    ],
+)
+def test_images_that_the_model_draws_have_none(dpo, changes, message):
+    with pytest.raises(ValueError, match=message):
         dpo(**changes, data=MASKED).validate()
