@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Row:
     """One step of a rollout.
 
     solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: its a or eta, 0 for an ODE.
-    trained: whether the policy gradient uses the step. weight: factor of its loss. branch: children per sample.
+    trained: whether the policy gradient uses the step. weight: factor of its loss.
+    branch: children of each node at the start of the step, each with noise of its own.
     """
 
     solver: str
@@ -70,11 +71,25 @@ class Plan:
             raise ValueError(f"{len(self.rows)} steps need {len(self.rows) + 1} levels, got {len(levels)}")
         if not self.trained_steps:
             raise ValueError("the plan trains no step: mark at least one stochastic row as trained")
+        for step in range(len(self.rows)):
+            self._check_step(step, levels)
+
+    def check_branches(self, levels: Level) -> None:
+        """Refuse a step that branches and draws no noise on these levels: its children would be identical.
+
+        Raises:
+            ValueError: Such a step, or a branch factor below 1.
+        """
         for step, row in enumerate(self.rows):
-            try:
-                _check_row(row, levels[step], levels[step + 1])
-            except ValueError as error:
-                raise ValueError(f"step {step} of the plan ({row.solver!r}): {error}") from error
+            if row.branch != 1:
+                self._check_step(step, levels)
+
+    def _check_step(self, step: int, levels: Level) -> None:
+        row = self.rows[step]
+        try:
+            _check_row(row, levels[step], levels[step + 1])
+        except ValueError as error:
+            raise ValueError(f"step {step} of the plan ({row.solver!r}): {error}") from error
 
 
 def _check_row(row: Row, level: Level, next_level: Level) -> None:
@@ -229,7 +244,7 @@ def _resolve(config: PlanConfig) -> dict[str, Any]:
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
     options = PRESETS[config.preset].options
-    defaults = {"noise_level": None, **options} if "solver" in options else dict(options)
+    defaults = {"noise_level": None, **options, "branch": None} if "solver" in options else dict(options)
     given = {option.name: getattr(config, option.name) for option in fields(config)[2:]}
     given = {name: value for name, value in given.items() if value is not None}
     if dead := sorted(given.keys() - defaults.keys()):
@@ -267,24 +282,44 @@ def _plan(config: PlanConfig, options: Options, window: range) -> Plan:
             f"the last of {config.num_steps} steps is not trained, and the plan trains steps up to {window.stop - 1}: "
             "raise plan.num_steps, or shrink plan.window_size"
         )
+    factors = options.get("branch") or ()
+    if len(factors) > len(window):
+        raise ValueError(
+            f"plan.branch has {len(factors)} factors, and the plan {len(window)} stochastic steps: only steps with "
+            "noise can branch; give at most a factor per stochastic step"
+        )
+    branches = dict(zip(window, factors, strict=False))
     ode = Row(options.get("ode_solver", "ode"), 0.0, False)
-    return Plan(tuple(_sde(options) if step in window else ode for step in range(config.num_steps)))
+    return Plan(
+        tuple(
+            replace(_sde(options), branch=branches.get(step, 1)) if step in window else ode
+            for step in range(config.num_steps)
+        )
+    )
 
 
-def possible_plans(config: PlanConfig) -> tuple[Plan, ...]:
-    """Return every plan that an iteration may have, whatever its number and the seed. ValueError: see ``make_plan``."""
+def possible_plans(config: PlanConfig, *, trees: bool = False) -> tuple[Plan, ...]:
+    """Return every plan that an iteration may have, whatever its number and the seed. Arguments: see ``make_plan``."""
     options = _resolve(config)
     _check_options(options)
+    if not trees and any(factor > 1 for factor in options.get("branch") or ()):
+        raise ValueError("plan.branch samples trees, and this trainer reads chains only: leave plan.branch out")
     return tuple(_plan(config, options, window) for window in PRESETS[config.preset].windows(options))
 
 
-def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
+def make_plan(config: PlanConfig, iteration: int, seed: int, *, trees: bool = False) -> Plan:
     """Return the plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
 
-    Depends on its arguments alone. ValueError: unknown names, an option that the preset does not read, or a window that
-    does not fit before the last step.
+    The result depends on the arguments alone.
+
+    Args:
+        trees: Whether the caller handles plans that branch.
+
+    Raises:
+        ValueError: Unknown names, an option that the preset does not read, a window that does not fit before the last
+            step, more branch factors than stochastic steps, or a branching plan without ``trees``.
     """
-    plans = possible_plans(config)
+    plans = possible_plans(config, trees=trees)
     return plans[PRESETS[config.preset].choose(_resolve(config), len(plans), iteration, seed)]
 
 
