@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 
-
 def collect(trainer: Any, iteration: int = 0) -> Any:
     """Sample, score and assign advantages; return the batch."""
     algorithm = trainer.algorithm

@@ -247,7 +247,7 @@ def old_ratios(trainer):
     """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
     batch = collect(trainer, 0)
     buffer, steps = batch.buffer, batch.plan.plan.trained_steps
-    replays = [trainer.algorithm._replay(buffer, torch.arange(4), step) for step in steps]
+    replays = [trainer.algorithm._replay(batch, torch.arange(4), step) for step in steps]
     return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
 
 

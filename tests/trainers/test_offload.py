@@ -11,7 +11,7 @@ from diffalign.models import base
 from diffalign.models.offload import TEXT_ENCODERS, VAE, part_of, tensors_of, to_device
 from diffalign.models.weight_memory import size_of
 from tests.models.logged_offload import LoggedOffload
-from tests.phases import collect
+from tests.phases import collect, update
 from tests.trainers.made_refl import trainer_of
 
 OFFLOAD = {"offload": (TEXT_ENCODERS, VAE), "cache": True}
@@ -68,8 +68,7 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
         seen = []
         batch = collect(trainer, 0)
         seen.append(visits[:])
-        for minibatch in trainer.algorithm.minibatches(batch, 0):
-            trainer.loop._update(minibatch)
+        update(trainer, batch)
         seen.append(visits[len(seen[0]) :])
         weights.append([p.detach().clone() for p in trainer.loop.state.parameters])
         if changes:
@@ -86,7 +85,7 @@ def test_an_evaluation_decodes_in_one_visit_and_a_fault_sends_everything_home(sm
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts)
     assert trainer.outputs.evaluate(0)
     assert visits == [VAE]  # 12 images, 4 at a time
-    trainer.outputs.evaluation.pulse = lambda: 1 / 0
+    trainer.outputs.evaluation.heartbeat = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.outputs.evaluate(0)
     assert visits == [VAE] * 2
@@ -101,8 +100,7 @@ def test_on_cuda_an_update_has_the_memory_of_what_left(small, train_prompts):
         trainer = FlowGRPOTrainer(args=small(**changes), train_dataset=train_prompts)
         batch = collect(trainer, 0)
         torch.cuda.reset_peak_memory_stats()
-        for minibatch in trainer.algorithm.minibatches(batch, 0):
-            trainer.loop._update(minibatch)
+        update(trainer, batch)
         peaks.append(torch.cuda.max_memory_allocated())
         weights.append([p.detach().clone().cpu() for p in trainer.loop.state.parameters])
         pipeline = trainer.model.pipeline
