@@ -96,8 +96,9 @@ def test_the_reward_example_is_found_by_its_file(tmp_path, monkeypatch):
 def test_every_command_on_the_embedded_world_trains(words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     trainer, given = launched(words)
-    small = {"num_groups": 2, "group_size": 4, "max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
-    small |= {"num_pairs": 2, "data.scan": 2} if trainer == "diffusion_dpo" else {}
+    small = {"max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
+    offline = trainer == "diffusion_dpo"  # it has pairs in the place of groups
+    small |= {"num_pairs": 2, "data.scan": 2} if offline else {"num_groups": 2, "group_size": 4}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     assert main(["train", trainer, *given, *options]) == 0
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()

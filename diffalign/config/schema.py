@@ -1,4 +1,4 @@
-"""A dataclass as the schema of plain values: conversion by annotation, errors that name the dotted key."""
+"""Convert plain values to dataclasses by annotation, with errors that name the dotted key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from diffalign.config import yaml_dialect
+from diffalign.config.ranges import ANY, Range, range_of
 from diffalign.config.ranges import problems as range_problems
-from diffalign.config.ranges import range_of
 from diffalign.config.renamed import about_removed
 
 T = TypeVar("T")
@@ -25,23 +25,23 @@ TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """Format a value for a message; long ones are cut."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 def truth(text: str) -> bool | None:
-    """A switch as people write it; None for another word."""
+    """Parse a boolean such as "yes" or "off"; None for another word."""
     return TRUTH.get(text.lower())
 
 
 def bare_field(cls: Any) -> str | None:
-    """The field of a configuration that a value without a name is for, as the preset of a plan."""
+    """Return the field that a bare value sets, such as the preset of a plan."""
     return getattr(cls, "bare_field", None)
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration, all of it: ``problems``, a sentence each."""
+    """All errors of a configuration: ``problems``, a sentence each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(dict.fromkeys(problems))
@@ -49,10 +49,10 @@ class ConfigError(ValueError):
 
 
 def listed(problems: Sequence[str]) -> str:
-    """One problem as it is, several as a list, in less than 2,000 characters."""
+    """Format one problem as it is, several as a list, in less than 2,000 characters."""
     if len(problems) == 1:
         return problems[0] if len(problems[0]) < MESSAGE else f"{problems[0][: MESSAGE - 3]}..."
-    lines, room = [], MESSAGE - 100
+    lines, room = list[str](), MESSAGE - 100
     for problem in problems:
         line = f"  - {problem}" if len(problem) < MESSAGE // 4 else f"  - {problem[: MESSAGE // 4]}..."
         room -= len(line) + 1
@@ -64,13 +64,13 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def problems_of(error: ValueError) -> tuple[str, ...]:
-    """The sentences of an error."""
+    """Return the sentences of an error."""
     return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was given, for messages: a file or the command line, and the dotted path below ``root``."""
+    """Source of a value, for messages: a file or the command line, and the dotted path below ``root``."""
 
     source: str
     root: type
@@ -80,11 +80,11 @@ class Place:
         return dataclasses.replace(self, path=f"{self.path}.{name}" if self.path else str(name))
 
     def error(self, message: str) -> ValueError:
-        """The error to raise about the value here."""
+        """Make an error about the value at this place."""
         return ValueError(f"{self.source}: {self.path}: {message}" if self.path else f"{self.source}: {message}")
 
     def unknown(self) -> ValueError:
-        """The error to raise where no field has this path; names the closest that exist."""
+        """Make an error about an unknown field; names the closest known ones."""
         if (note := about_removed(self.root.__name__, self.path)) is not None:
             return self.error(note)
         known = [leaf.path for leaf in leaves(self.root)]
@@ -103,24 +103,28 @@ def _is_config(hint: Any) -> bool:
 
 
 def arms_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; another annotation stands alone."""
+    """List the members of a union; any other annotation is its only member."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def config_arm(hint: Any) -> Any:
-    """The configuration class of ``C`` or ``C | None``; None for another annotation."""
+    """Return the configuration class of ``C`` or ``C | None``; None for any other annotation."""
     return next((arm for arm in arms_of(hint) if _is_config(arm)), None)
 
 
-@functools.cache
 def init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     """(field, resolved annotation) of each field that can be given."""
+    return _init_fields(cls)
+
+
+@functools.cache
+def _init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     hints = typing.get_type_hints(cls)
     return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 
 
 def default_of(field: dataclasses.Field[Any], base: Any) -> Any:
-    """The value of ``base`` (the default of a whole section) where there is one, else the default of the field."""
+    """Return the value in ``base`` (the default of the section) if there is one, else the default of the field."""
     if base is not None and base is not MISSING:
         return getattr(base, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
@@ -136,22 +140,23 @@ class Leaf:
     help: str
     bare: Any = None
     section: str = ""
+    range: Range = ANY
 
 
 def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -> Iterator[Leaf]:
-    """Every option of a configuration, nested ones with their dotted path and the default they really have."""
+    """List every option of a configuration, nested ones with their dotted path and effective default."""
     for field, hint in init_fields(cls):
         default = default_of(field, base)
         arm, path = config_arm(hint), prefix + field.name
         own = section or field.metadata.get("section", "")  # a nested configuration stays with its field
         if arm is None or default is None:
-            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own)
+            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own, range=range_of(field))
         if arm is not None:
             yield from leaves(arm, default, path + ".", own)
 
 
 def type_name(hint: Any) -> str:
-    """An annotation in the words of a message: ``int|null``, ``no|fp16|bf16``, ``list[str]``."""
+    """Format an annotation for a message: ``int|null``, ``no|fp16|bf16``, ``list[str]``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "|".join(map(str, arguments))
@@ -163,7 +168,7 @@ def type_name(hint: Any) -> str:
 
 
 def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
-    """``value`` as the annotation wants it; ValueError naming the key, the value and what is expected."""
+    """Convert a value to an annotation. ValueError names the key, the value and the expected type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -191,13 +196,13 @@ def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
 
 
 def takes_list(hint: Any) -> bool:
-    """Whether it is a list or a tuple, or null, and no text."""
+    """Return whether an annotation is a list or tuple, or null, but not text."""
     arms = arms_of(hint)
     return str not in arms and any(typing.get_origin(arm) in (list, tuple) for arm in arms)
 
 
 def _convert_scalar(hint: Any, value: Any) -> Any:
-    """MISSING where the value does not fit. True is no number, and text is none unless it is written as one."""
+    """Convert a scalar; MISSING if it does not fit. True is no number, and text is one only if it is written as one."""
     if hint is bool and isinstance(value, (str, int)) and (found := truth(str(value))) is not None:
         return found
     if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
@@ -221,7 +226,7 @@ def _convert_sequence(origin: type, arguments: Sequence[Any], hint: Any, value: 
 
 
 def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> Any:
-    """The arm that takes the value as it is, else the first that can convert it."""
+    """Convert to the union member that holds the value unchanged, else to the first that can convert it."""
     if isinstance(value, Mapping) and (arm := next(filter(_is_config, arms), None)):
         return convert(arm, value, place, base)
     converted = []
@@ -236,9 +241,9 @@ def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> 
 
 
 def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
-    """An instance; what ``mapping`` leaves out comes from ``base`` (the default of the section), else from ``cls``.
+    """Build an instance; missing keys come from ``base`` (the default of the section), else from ``cls``.
 
-    ConfigError: everything that is wrong with it.
+    Raises ConfigError with all errors.
     """
     if not isinstance(mapping, Mapping):
         raise place.error(f"expected the fields of {cls.__name__}, got {shown(mapping)} ({type(mapping).__name__})")
@@ -278,7 +283,7 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
 
 
 def named(field: dataclasses.Field[Any], value: Any, place: Place) -> Any:
-    """Names alone, as ``[a, b]`` or ``a,b``, with the value that the field gives an entry without one."""
+    """Expand bare names, ``[a, b]`` or ``a,b``, to a mapping with the field's default entry value."""
     bare = field.metadata.get("bare")
     if bare is None or isinstance(value, Mapping):
         return value

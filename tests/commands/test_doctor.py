@@ -97,7 +97,7 @@ def test_only_torchs_own_attention_must_run(monkeypatch):
 
 def test_a_lora_that_loads_with_other_output_is_a_problem(monkeypatch):
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "ok"}
-    monkeypatch.setattr(probes, "tuned", lambda model, folder: contextlib.nullcontext())
+    monkeypatch.setattr(probes, "with_tuned_weights", lambda model, folder: contextlib.nullcontext())
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "problem"}
 
 

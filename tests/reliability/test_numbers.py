@@ -213,7 +213,9 @@ def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(name, tmp_pat
     before = everything(trainer.loop)
     with pytest.warns(UserWarning, match=f"{FLAT_ALARM} updates in a row had no gradient"):
         trainer.train()
-    assert everything(trainer.loop)[: len(trainer.loop.state.parameters)] == before[: len(trainer.loop.state.parameters)]
+    assert (
+        everything(trainer.loop)[: len(trainer.loop.state.parameters)] == before[: len(trainer.loop.state.parameters)]
+    )
     assert [row["skipped"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 

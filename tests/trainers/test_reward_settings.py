@@ -1,4 +1,4 @@
-"""What a run can be told about its rewards, and about the size of its images."""
+"""Options of a run that configure its rewards and the size of its images."""
 
 import json
 import math

@@ -73,12 +73,12 @@ def take(files, first, last, cursors=None):
 def test_every_process_goes_on_at_its_own_place(files):
     whole = take(files, 0, 4)
     assert whole[0][1] == whole[1][1], "each process knows the places of all"
-    begun = take(files, 0, 2)
-    kept = json.loads(json.dumps(begun[0][1]))  # only the first process writes
+    started = take(files, 0, 2)
+    kept = json.loads(json.dumps(started[0][1]))  # only the first process writes
     assert kept[0] != kept[1]
     rest = take(files, 2, 4, kept)
     for rank in (0, 1):
-        assert begun[rank][0] + rest[rank][0] == whole[rank][0]
+        assert started[rank][0] + rest[rank][0] == whole[rank][0]
         assert rest[rank][1] == whole[rank][1]
 
 

@@ -84,7 +84,8 @@ class DiffusionDPOConfig(RolloutConfig):
     )
     loss: str = option(
         "dpo",
-        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
+        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft; "
+        "your own: file.py:function or module:function",
         section="loss",
     )
     beta: float | None = option(
@@ -188,9 +189,10 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
-        super().validate()
-        if self.online and self.train_data:
+        self.check()
+        if self.online and self.train_data:  # before what one of the two does not read is refused
             raise ValueError("train_data and train_prompts with rewards are two sources of pairs: give one")
+        super().validate()
         if self.data.mask is not None and (self.online or self.losers == "reference"):
             raise ValueError(
                 "data.mask: the model's own images have no masks: leave it out, or train on pairs of train_data"
