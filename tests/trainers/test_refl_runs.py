@@ -190,6 +190,6 @@ def test_a_trained_negative_prompt_is_an_argument_of_the_pipeline(refl, train_pr
     x, conditioning = noise, trainer.run.prompts([train_prompts[0].text])
     with torch.no_grad():
         for i in range(4):
-            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning, trainer.run.guidance)
+            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning, trainer.algorithm.guidance.plain)
             x = x + (trainer.algorithm.levels.sigma[i + 1] - trainer.algorithm.levels.sigma[i]).float() * v
     torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)
