@@ -27,9 +27,7 @@ KINDS: dict[str, Callable[[], type[torch.optim.Optimizer]]] = {
 
 
 def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.optim.Optimizer:
-    """ValueError: an unknown optimizer, or one that needs a package that is not there."""
-    if args.optimizer not in KINDS:
-        raise ValueError(f"unknown optimizer {args.optimizer!r}; known: {', '.join(KINDS)}")
+    """Build the optimizer of a configuration. Raises ValueError if it needs a package that is missing."""
     return KINDS[args.optimizer]()(
         parameters,
         lr=args.learning_rate,

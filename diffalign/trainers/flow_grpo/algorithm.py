@@ -107,7 +107,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         buffer = batch.buffer
         for samples, step in self._passes(batch, torch.arange(len(buffer.leaves))):
             result, nodes = self._replay(batch, samples, step)
-            buffer.log_prob[nodes] = result.log_prob
+            buffer.log_prob[nodes] = density(result)
             buffer.put_means(nodes, result.mean)
         buffer.settle()
 
@@ -172,9 +172,8 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         # The reference first: its activations are freed before the policy's graph is built.
         reference = self._reference_mean(rollout, micro.rows, step) if kl_beta > 0 else None
         result, nodes = self._replay(rollout, micro.rows, step)
-        assert result.log_prob is not None
         replayed = PolicyStep(
-            result.log_prob,
+            density(result),
             buffer.log_prob[nodes],
             buffer.advantage[nodes],
             result.mean,
@@ -219,7 +218,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         drift = {}
         for step in batch.plan.plan.trained_steps:
             result, nodes = self._replay(batch, samples, step)
-            drift[step] = (result.log_prob - buffer.log_prob[nodes]).abs().max().item()
+            drift[step] = (density(result) - buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
             raise CannotTrain(
@@ -231,7 +230,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     def probe(self, batch: Rollout) -> list[Tensor]:
         """Return the log-probs of the first trained step."""
         samples = torch.arange(min(self.config.train_batch_size, len(batch.buffer.leaves)))
-        return [self._replay(batch, samples, batch.plan.plan.trained_steps[0])[0].log_prob]
+        return [density(self._replay(batch, samples, batch.plan.plan.trained_steps[0])[0])]
 
     @property
     def num_steps(self) -> int:
@@ -255,6 +254,12 @@ class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
     """
 
     algorithm_class = FlowGRPO
+
+
+def density(result: StepResult) -> Tensor:
+    """Return the log-prob of a stochastic step, (B,)."""
+    assert result.log_prob is not None
+    return result.log_prob
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:
