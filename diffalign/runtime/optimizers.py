@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.runtime.config import TrainingConfig
 
 
-def _eight_bit() -> type[torch.optim.Optimizer]:
+def _eight_bit() -> type[torch.optim.AdamW]:
     try:
         return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError as error:
@@ -20,7 +20,7 @@ def _eight_bit() -> type[torch.optim.Optimizer]:
         raise ValueError(f"optimizer adamw_8bit needs bitsandbytes ({error}): {hint}") from error
 
 
-KINDS: dict[str, Callable[[], type[torch.optim.Optimizer]]] = {
+KINDS: dict[str, Callable[[], type[torch.optim.AdamW]]] = {
     "adamw": lambda: torch.optim.AdamW,
     "adamw_8bit": _eight_bit,
 }

@@ -82,7 +82,7 @@ class Watchdog:
     def _start_guardian(self) -> None:
         """Start the process that watches the thread; where none can be started, hangs that hold the GIL go unseen."""
         numbers = [str(os.getpid()), str(DUMP or 0), repr(self.limit), repr(self.tick)]
-        command = [sys.executable, "-I", "-S", guardian.__file__, *numbers, os.fsencode(self.file)]
+        command: list[str | bytes] = [sys.executable, "-I", "-S", guardian.__file__, *numbers, os.fsencode(self.file)]
         with contextlib.suppress(OSError):
             # Unbuffered: a tick must leave at once. In a session of its own, so that no terminal stops it.
             self._guardian = subprocess.Popen(
