@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer, LoraConfig, Prompt
-from diffalign.diffusion.plan import PlanConfig
+from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.rewards.base import FunctionReward
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
@@ -56,7 +56,8 @@ def test_gradient_is_minus_advantage_times_score(small, train_prompts):
     for parameter in trainer.loop.state.parameters:
         parameter.grad = None
     for step in batch.plan.plan.trained_steps:
-        result, nodes = trainer.algorithm._replay(batch, samples, step)
+        nodes = batch.buffer.nodes(samples, step + 1)
+        result = trainer.algorithm._replay(batch, nodes)
         (-(batch.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
     assert expected.norm() > 0
@@ -119,7 +120,8 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
         return torch.where(here == 0, 0.5, (here.cumsum(0) - 1).float())
 
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=judge)
-    update_of, first = trainer.algorithm.collector.update_index(0), trainer.algorithm.collector.prompts_of(0)[0].text
+    collector, plan = trainer.algorithm.collector, make_plan(args.plan, 0, args.seed)
+    update_of, first = collector.update_index(0, plan), collector.prompts_of(0)[0].text
     trainer.train()
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
@@ -151,15 +153,16 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
 def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_prompts):
     trainer, batch = collected(small(kl_beta=0.1), train_prompts)
     algorithm = trainer.algorithm
-    samples, step = torch.arange(4), batch.plan.plan.trained_steps[0]
-    result, _ = trainer.algorithm._replay(batch, samples, step)
-    reference = algorithm._reference_mean(batch, samples, step)
+    step = batch.plan.plan.trained_steps[0]
+    nodes = batch.buffer.nodes(torch.arange(4), step + 1)
+    result = algorithm._replay(batch, nodes)
+    reference = algorithm._reference_mean(batch, nodes)
     assert algorithm._kl(batch, result, reference, step).abs().max() == 0
     with torch.no_grad():
         for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
-    moved, _ = trainer.algorithm._replay(batch, samples, step)
-    reference = algorithm._reference_mean(batch, samples, step)
+    moved = algorithm._replay(batch, nodes)
+    reference = algorithm._reference_mean(batch, nodes)
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
     assert torch.allclose(algorithm._kl(batch, moved, reference, step), expected.float(), rtol=1e-4)
     algorithm._kl(batch, moved, reference, step).mean().backward()
