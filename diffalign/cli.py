@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from diffalign.config import describe, parse
 from diffalign.console import closing_pipes, one_line_logs, one_line_warnings
@@ -21,21 +23,26 @@ from diffalign.trainers.registry import unknown
 
 HELP = ("--help", "-h")
 DRY_RUN = "dry_run"
-USAGE = """usage: diffalign train TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]
-       diffalign eval MODEL ... [--field VALUE ...]      figures: rewards, win rates, tasks, diversity
-       diffalign compare MODEL ... [--field VALUE ...]   pictures: compare.png and compare.html
-       diffalign score IMAGES ... --rewards NAME [--field VALUE ...]   rewards of pictures; --serve PORT offers them
-       diffalign check DATA ... [--field VALUE ...]      what is wrong with pairs or prompts; 1 if a run would stop
-       diffalign relabel DATA ... --rewards NAME [--field VALUE ...]   AI labels, stored beside the data
-       diffalign doctor [--field VALUE ...]              what works on this machine; 1 if something does not
-
+NOTES = """\
 trainers: {trainers}
 models: run folders, checkpoints, LoRA files, full weights; NAME=PATH names one, PATH@0.5 scales a LoRA
 images: files, folders, .parquet or .jsonl files
 data: .parquet, .arrow, .jsonl, .json or .csv files, folders of pairs, rollout buffers, hub ids; for check also files
       of prompts: .txt, or .jsonl with --prompts
 lists: --rewards a,b or '[a, b]', or the option twice; weights (train): --rewards a=1,b=0.5 or '{{a: 1, b: 0.5}}'
-help on the fields: diffalign train TRAINER --help, and eval, compare, score, check, relabel or doctor --help"""
+
+diffalign train TRAINER --help and diffalign COMMAND --help list all options"""
+# Command -> its arguments, and what it does.
+SUMMARIES = {
+    "train": ("TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]", "train; --dry_run prints what it would do"),
+    "eval": ("MODEL ... [--field VALUE ...]", "compute rewards, win rates, results per task and diversity"),
+    "compare": ("MODEL ... [--field VALUE ...]", "write compare.png and compare.html"),
+    "score": ("IMAGES ... --rewards NAME [--field VALUE ...]", "score images; --serve PORT serves rewards over HTTP"),
+    "check": ("DATA ... [--field VALUE ...]", "check pairs or prompts; exit with 1 if a run would stop"),
+    "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
+    "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
+    "schema": ("TRAINER", "print the JSON Schema of a trainer's configuration"),
+}
 
 
 def use_all_cores() -> None:
@@ -48,12 +55,12 @@ def use_all_cores() -> None:
 
 def train(argv: Sequence[str]) -> int | None:
     """``diffalign train TRAINER ...``: resolve the configuration, then train, or print what training would do."""
-    if not argv or argv[0] in HELP:
+    if not argv:
         raise ValueError(unknown())
     config_class = registry.config_class(argv[0], allow_code=True)  # code is typed here, which is consent
     if _asks_for_help(argv):
         switch = "print configuration, batches, model evaluations, memory and time; write nothing"
-        print(f"--{DRY_RUN}\n    {switch}\n{describe(config_class)}")
+        print(describe(config_class, {DRY_RUN: switch}))
         return None
     dry, options = take_switch(argv[1:], DRY_RUN)
     args = parse(config_class, options)
@@ -135,6 +142,39 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
 }
 
 
+DESCRIBED_HERE = ("train", "schema")  # without a trainer they have no options to list
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors name the closest command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the help, what is wrong and the closest command; exit with 2."""
+        given = re.search(r"invalid choice: (['\"])(.*)\1 \(choose", message, re.S)
+        what = f"there is no command {given[2]!r}{_closest(given[2], COMMANDS)}" if given else message
+        self.exit(2, f"{self.format_help()}\n{self.prog}: {bounded(what)}\n")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``--help``, ``--version`` and the commands; their options are none of its own."""
+    notes = NOTES.format(trainers=", ".join(registry.algorithm_names()))
+    style: Any = argparse.RawDescriptionHelpFormatter
+    summary = "Preference fine-tuning of diffusion and flow models."
+    parser = CommandParser("diffalign", description=summary, epilog=notes, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=load("diffalign:__version__"))
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for name in COMMANDS:
+        arguments, what = SUMMARIES[name]
+        about: dict[str, Any] = {
+            "usage": f"diffalign {name} {arguments}",
+            "help": what,
+            "description": what,
+            "epilog": notes,
+        }
+        commands.add_parser(name, formatter_class=style, add_help=name in DESCRIBED_HERE, **about)
+    return parser
+
+
 def _asks_for_help(argv: Sequence[str]) -> bool:
     return any(token in HELP for token in argv)
 
@@ -151,46 +191,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader that leaves, as ``| head``, ends every command but a training, with 141 and without a message.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        with closing_pipes():
-            if argv and argv[0] == "--version":
-                print(load("diffalign:__version__"))
-                return 0
-            print(USAGE.format(trainers=", ".join(registry.algorithm_names())))
-        if argv and argv[0] not in HELP:
-            print(f"diffalign: there is no command {argv[0]!r}{_closest(argv[0], COMMANDS)}", file=sys.stderr)
-        return 0 if argv and argv[0] in HELP else 2
+    with closing_pipes():
+        # argparse sees the command alone: what follows is read by the configuration class of the command.
+        described = argv[:2] if len(argv) > 1 and argv[0] in DESCRIBED_HERE and argv[1] in HELP else argv[:1]
+        try:
+            parser = command_parser()
+            parser.parse_args(described)
+            if not argv:
+                parser.error("name a command")
+        except SystemExit as stopped:  # --help, --version, or no such command
+            return int(stopped.code or 0)
     trains = argv[0] == "train" and not _asks_for_help(argv)
     with one_line_warnings(), steady_output() if trains else closing_pipes():
-        return _run(argv)
+        try:
+            code = COMMANDS[argv[0]](argv[1:])
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if (exit_code := _report(error)) is None:
+                raise
+            return exit_code
+    return code if isinstance(code, int) else 0
 
 
-def _run(argv: Sequence[str]) -> int:
-    """Run the command of ``argv``, and print what is wrong in a sentence."""
-    try:
-        code = COMMANDS[argv[0]](argv[1:])
-    except KeyboardInterrupt:
+def _report(error: BaseException) -> int | None:
+    """Print what is wrong in a sentence; return the exit code, or None for an error that needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    except SystemExit as error:
+    if isinstance(error, SystemExit):
         if error.code not in (None, 0):
-            raise
-        # Code of the user's, such as a reward's constructor; the command itself ends by returning.
+            return None
+        # User code, such as a reward's constructor: the command itself ends by returning.
         print("diffalign: something called sys.exit() before the work was done; nothing was finished", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if (text := explain(error)) is not None:
-            print(f"diffalign: {text}", file=sys.stderr)
-            return getattr(error, "exit_code", 2)
-        if not load("diffalign.runtime.oom:is_out_of_memory")(error):
-            raise
-        print(
-            bounded(
-                f"diffalign: out of memory: {str(error)[:300]}: try a smaller model, resolution or lora.rank, "
-                "base_precision: bf16, or offload: [text_encoders, vae]"
-            ),
-            file=sys.stderr,
-        )
-        return load("diffalign.runtime.errors:OutOfMemory").exit_code
-    return code if isinstance(code, int) else 0
+    if isinstance(error, BrokenPipeError):
+        return None
+    assert isinstance(error, Exception)
+    if (text := explain(error)) is not None:
+        print(f"diffalign: {text}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    if not load("diffalign.runtime.oom:is_out_of_memory")(error):
+        return None
+    advice = "try a smaller model, resolution or lora.rank, base_precision: bf16, or offload: [text_encoders, vae]"
+    print(bounded(f"diffalign: out of memory: {str(error)[:300]}: {advice}"), file=sys.stderr)
+    return int(load("diffalign.runtime.errors:OutOfMemory").exit_code)

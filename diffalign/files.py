@@ -87,7 +87,7 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def check_inside(path: Path, folders: Sequence[Path]) -> None:
-    """ValueError where ``path``, after links are followed, lies in none of ``folders``."""
+    """Raise ValueError if ``path``, after links are resolved, lies in none of ``folders``."""
     real = path.resolve()
     allowed = [base for folder in folders for base in _bases(folder)]
     if not any(real.is_relative_to(folder) for folder in allowed):

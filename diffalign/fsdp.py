@@ -2,8 +2,8 @@
 
 A module is sharded before anything else holds its parameters, so that the optimizer, the EMA and the weight sets are
 made of shards and nothing is replaced later. Frozen weights in bfloat16 beside a LoRA in float32 are fine: only what
-trains must be of one dtype. Every call of a sharded module, forwards and backwards, asks all processes: each must make
-as many as the others.
+trains must be of one dtype. Every forward and backward pass of a sharded module is collective: each process must make
+equally many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_world_size, init_device_mesh
+from torch.distributed import get_world_size
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -55,8 +56,9 @@ def units(module: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     return found
 
 
-def _keep_if_recorded(module: FSDPModule, _: Any) -> None:
-    module.set_reshard_after_forward(not torch.is_grad_enabled())
+def _keep_if_recorded(module: nn.Module, _: Any) -> None:
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_forward(not torch.is_grad_enabled())
 
 
 def free(module: nn.Module) -> None:
@@ -83,12 +85,13 @@ def full_tensor(tensor: Tensor, keep: bool = True) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    found = tensor.detach().full_tensor()
+    with torch.no_grad():
+        found = tensor.full_tensor()
     return found.cpu() if keep else tensor
 
 
 def gathered(module: nn.Module, *, trained_only: bool, keep: bool) -> dict[str, Tensor]:
-    """The weights of a sharded module by name, gathered by ``full_tensor``; every process must call it."""
+    """Gather the weights of a sharded module by name with ``full_tensor``; every process must call it."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     chosen = trained if trained_only else module.state_dict()
     return {name: full_tensor(tensor, keep) for name, tensor in chosen.items()}

@@ -1,4 +1,4 @@
-"""The one decoder of image files: every command sees the same pixels of a file."""
+"""Decode image files; every command uses this decoder, and so the same pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffalign.files import shorten
 
@@ -92,7 +92,7 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
     """Decode an image file to RGB, 8 bits, upright by its EXIF orientation; the first frame of an animation.
 
     Grey is repeated, CMYK and palettes are converted and transparency is dropped, as published rewards do. Grey of 9 to
-    16 bits is scaled; wider grey is read where its values tell the white (16 bits in 32, or floats in [0, 1]). The
+    16 bits is scaled; wider grey is read if its values determine the white (16 bits in 32, or floats in [0, 1]). The
     suffix of a file does not matter.
 
     max_pixels: the largest area, checked before anything is decoded; default: PIL's MAX_IMAGE_PIXELS.
@@ -126,7 +126,7 @@ def _opened(content: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this build of PIL has."""
+    """List the formats of ``FORMATS`` that this build of PIL has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -145,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image, values: np.ndarray) -> float:
-    """The value of white in grey that ``convert`` would clip. ValueError: neither the file nor its values tell it."""
+    """Determine the white value of grey that ``convert`` would clip. ValueError: file and values leave it open."""
     if image.mode.startswith("I;16"):
         return 4095 if image.format == "TIFF" and _tag(image, 258) in (12, (12,)) else 65535
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which PIL widens
@@ -167,6 +167,6 @@ def reason(error: BaseException) -> str:
     """Say in a few words why an image cannot be read: for one of ``BROKEN``."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image"
     return shorten(str(error) or type(error).__name__, 400)

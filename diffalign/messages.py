@@ -1,4 +1,4 @@
-"""Errors in a sentence: what is wrong, and what to try, where the user can fix it."""
+"""Explain errors that the user can fix in a sentence: what is wrong, and what to try."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NO_FILE = frozenset({"EntryNotFoundError", "RemoteEntryNotFoundError"})
 
 
 def bounded(text: str) -> str:
-    """A message of less than 2,000 characters."""
+    """Cut a message to less than 2,000 characters."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 def explain(error: BaseException) -> str | None:
-    """The message for the user; None where the error is ours to find, and a traceback helps."""
+    """Return the message for the user; None for errors of the program, which need a traceback."""
     if (text := hub_sentence(error)) is not None:
         # Our own messages begin with what they are about, as "reward 'pickscore'".
         about = re.match(r"reward '[^']*'", str(error))
@@ -38,9 +38,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def hub_sentence(error: BaseException, name: str = "") -> str | None:
-    """What to do about an error of the hub or of the network; None for any other error.
+    """Explain an error of the hub or the network; None for any other error.
 
-    name: of the repository, where it is known; otherwise it is looked for in the messages.
+    name: of the repository; by default it is extracted from the messages.
     """
     causes = list(_causes(error))
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
@@ -75,12 +75,12 @@ def hub_sentence(error: BaseException, name: str = "") -> str | None:
 
 
 def is_offline() -> bool:
-    """Whether the environment says to use nothing but what is on the disk."""
+    """Return whether the environment turns on offline mode."""
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
 
 
 def offline_sentence(what: str) -> str:
-    """What to do where offline mode is on and the cache lacks something."""
+    """Explain that offline mode is on and the cache lacks ``what``."""
     switches = " and ".join(f"{name}={os.environ[name]}" for name in OFFLINE if os.environ.get(name))
     return (
         f"{what} is not in the local cache, and {switches or 'offline mode'} forbids to download it: unset it, or "
@@ -89,7 +89,7 @@ def offline_sentence(what: str) -> str:
 
 
 def network_sentence(what: str) -> str:
-    """What to do where the hub cannot be reached."""
+    """Explain that the hub cannot be reached."""
     return (
         f"{what} is not in the local cache, and the hub cannot be reached: check the network and its proxy, or "
         "download on another machine with `hf download` and give the folder"

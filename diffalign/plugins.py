@@ -6,6 +6,8 @@ import os
 import pkgutil
 import re
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoints, distributions
 from pathlib import Path
@@ -38,6 +40,16 @@ def declared_names(room: str, decorator: str) -> list[str]:
 
     Help texts and checks of configurations name rewards and losses, and neither may take the seconds that torch takes.
     """
+    return sorted(declaring_modules(room, decorator))
+
+
+@cache
+def declaring_modules(room: str, decorator: str) -> Mapping[str, str]:
+    """Map each name that a room registers as ``@decorator("name", ...)`` to its module, importing nothing."""
     declaration = re.compile(rf'^@?{decorator}\(\s*"([^"]+)"', re.MULTILINE)
-    files = (Path(__file__).parent / room).glob("*.py")
-    return sorted({name for file in files for name in declaration.findall(file.read_text(encoding="utf-8"))})
+    files = sorted((Path(__file__).parent / room).glob("*.py"))
+    return {
+        name: f"{__package__}.{room}.{file.stem}"
+        for file in files
+        for name in declaration.findall(file.read_text(encoding="utf-8"))
+    }

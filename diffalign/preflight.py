@@ -1,4 +1,4 @@
-"""Check all that a configuration names before anything loads: files, models, data sets and rewards, all at once."""
+"""Check that the files, models, data sets and rewards of a configuration exist, before anything loads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def inspect(config: Any, weights: bool = False) -> None:
-    """Raise ConfigError with everything that a configuration names and that is not there.
+    """Raise ConfigError with everything that a configuration names and that does not exist.
 
-    Reads no file and loads no model; of the hub it asks whether a repository can be read. weights: whether those of
-    rewards are looked for too, which imports the rewards.
+    Reads no file and loads no model; queries the hub for whether a repository can be read. weights: also look for the
+    weights of rewards, which imports the rewards.
     """
     problems = list(dict.fromkeys(_problems(config, "")))
     if weights and not problems:
@@ -47,14 +47,14 @@ def _problems(config: Any, prefix: str) -> Iterator[str]:
 
 
 def path_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """A file or folder that must be there."""
+    """Check that a file or folder exists."""
     path = Path(value)
     if not path.exists():
         yield f"{name}: there is no file {path}{_near(path)}; check the path (relative to {Path.cwd()})"
 
 
 def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """A file of prompts, and no folder."""
+    """Check that a prompt file exists and is no folder."""
     path = Path(value)
     if path.is_dir():
         yield f"{name}: {path} is a folder; name a file of prompts in it, .txt or .jsonl"
@@ -63,7 +63,7 @@ def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 
 
 def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """A folder in diffusers' layout, or an id of the hub."""
+    """Check a model: a folder in diffusers' layout, or a hub id."""
     text = str(value)
     if not text:
         return
@@ -78,7 +78,7 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 
 
 def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """Files, folders or ids of the hub."""
+    """Check data sources: files, folders or hub ids."""
     for source in [value] if isinstance(value, (str, Path)) else value:
         path = Path(source)
         if path.exists():
@@ -92,14 +92,14 @@ def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 
 
 def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """Files and folders of pictures."""
+    """Check that files and folders of images exist."""
     for source in value:
         if not Path(source).exists():
             yield f"nothing at {source}{_near(Path(source))}: check the path (relative to {Path.cwd()})"
 
 
 def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """Rewards that have a name: registered, or code in a file that is there."""
+    """Check reward names: registered, or code in an existing file."""
     listed = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
     if (problem := _blank_names(name, listed)) is not None:
         yield problem
@@ -135,7 +135,7 @@ def _blank_names(name: str, listed: Sequence[str]) -> str | None:
 
 
 def weights_problems(config: Any) -> Iterator[str]:
-    """Weights of registered rewards that cannot be had, without loading them."""
+    """Find weights of registered rewards that are not available, without loading them."""
     from diffalign.rewards.base import registered
     from diffalign.rewards.support.weights import repositories_of
 
@@ -154,7 +154,7 @@ def weights_problems(config: Any) -> Iterator[str]:
 
 
 def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(registered name, options) of each reward that a configuration names."""
+    """List (registered name, options) of each reward that a configuration names."""
     options = getattr(config, "reward_options", None) or {}
     for field in ("rewards", "held_out", "eval_rewards"):
         value = getattr(config, field, None) or {}
@@ -187,20 +187,20 @@ OUTPUTS = frozenset({"output_dir", "cache_dir", "calibrations"})
 
 
 def known_rewards() -> list[str]:
-    """All names that a reward can be asked for by, without importing any of them."""
+    """List all reward names without importing rewards."""
     if (base := sys.modules.get("diffalign.rewards.base")) is not None:
         return list(base.names())
     return sorted({*declared_names("rewards", "register"), *entry_points(group=PLUGINS).names})
 
 
 def hub_problem(repository: str, revision: str | None, kind: str, file: str | None = None) -> str | None:
-    """Why a repository of the hub cannot be read; None where it can, or where the cache has it.
+    """Explain why a hub repository cannot be read; None if it can, or if the cache has it.
 
     Args:
         repository: ``owner/name``.
         revision: Branch, tag or commit.
         kind: ``model`` or ``dataset``.
-        file: One that it must have.
+        file: A file that it must contain.
     """
     if _is_cached(repository, kind):
         return None
@@ -230,7 +230,7 @@ def _is_cached(repository: str, kind: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """A name beside the path that is nearly the same, as a question."""
+    """Suggest a similar name in the same folder, as a question."""
     try:
         names: Sequence[str] = [entry.name for entry in path.parent.iterdir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The nouns of the package: small frozen dataclasses that every room shares.
+"""Data structures of the package: small frozen dataclasses that all subpackages share.
 
 Shapes are written with B samples, C latent channels, H x W latent positions, N buffer nodes.
 """
@@ -26,10 +26,10 @@ def without_nulls(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and what a reward needs to know about it.
+    """A text with metadata for rewards.
 
-    ``metadata`` travels untouched through the rollout buffer to the reward: a GenEval specification, an OCR target,
-    a scene of shapes.
+    ``metadata`` passes unchanged through the rollout buffer to the reward: a GenEval specification, an OCR target, a
+    scene of shapes.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Prompt:
 class Level:
     """A point of a noise schedule: x = alpha * x0 + sigma * noise.
 
-    Variance-preserving models keep alpha^2 + sigma^2 = 1, flow models alpha = 1 - sigma, so one noun serves both.
+    Variance-preserving models keep alpha^2 + sigma^2 = 1, flow models alpha = 1 - sigma; one class serves both.
     Each field is a float64 CPU tensor, of shape () for one level or (B,) for a level per sample. ``time`` is the
     denoiser's time input (in the units of its own schedule, e.g. 0 to 1000).
     """
@@ -50,7 +50,7 @@ class Level:
     time: Tensor
 
     def __getitem__(self, index: int | slice | Tensor) -> Level:
-        """The level (or levels) at ``index`` of a batch of levels."""
+        """Select the level (or levels) at ``index`` of a batch of levels."""
         return Level(self.alpha[index], self.sigma[index], self.time[index])
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Level:
 
     @property
     def is_flow(self) -> bool:
-        """True when alpha = 1 - sigma holds for every level."""
+        """Whether alpha = 1 - sigma holds for every level."""
         return bool(torch.all((self.alpha + self.sigma - 1).abs() < 1e-9))
 
 
@@ -81,7 +81,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser sees of a batch of prompts.
+    """Inputs of the denoiser for a batch of prompts.
 
     tensors: batch-first tensors, indexed and repeated together, e.g. embeddings (B, L, D) and pooled (B, P).
     shared: members without a batch axis, e.g. position ids.
@@ -94,11 +94,11 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
-        """The rows at ``index``."""
+        """Select the rows at ``index``."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, self.shared)
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """``Tensor.to`` on every member, shared ones included."""
+        """Apply ``Tensor.to`` to every tensor, shared ones included."""
         shared = {
             name: value.to(*args, **kwargs) if isinstance(value, Tensor) else value
             for name, value in self.shared.items()
@@ -107,7 +107,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stacks batches one after the other; shared members come from the first."""
+        """Concatenate batches; shared tensors come from the first."""
         names = parts[0].tensors
         return Conditioning(
             {name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].shared
@@ -118,9 +118,10 @@ class Conditioning:
 class Guidance:
     """Classifier-free guidance away from ``negative``, with ``scale`` as the model's own pipeline means it.
 
-    ``DiffusionModel.guides`` tells which scales guide: above 1 in most families. Others cost one evaluation per step
-    and ignore the negative. ``negative`` has one row, shared by every sample; None: the model's own ``unconditional``.
-    ``detached``: the negative output is a constant, which halves the memory of the gradient's path.
+    ``DiffusionModel.guides`` returns whether a scale guides: above 1 in most families. Other scales cost one
+    evaluation per step and ignore the negative. ``negative`` has one row, shared by every sample; None: the model's own
+    ``unconditional``.
+    ``detached``: the negative output is a constant, which halves the memory of the gradient path.
     ValueError: a scale below 0, or one that is not finite.
     """
 
@@ -133,7 +134,7 @@ class Guidance:
 
 
 def check_guidance(name: str, scale: float | None) -> None:
-    """Refuse a guidance scale that no pipeline gives a meaning to; None is not given.
+    """Refuse a guidance scale that is meaningless in every pipeline; None means that none is given.
 
     ValueError: it is below 0, or not finite.
     """
@@ -158,9 +159,9 @@ class Scores:
 class ImageSource:
     """An encoded image that is read on demand.
 
-    name: what messages call it. content: its bytes, the path of its file, a function that fetches either, or None where
-    the data hold no image. identity: equal for the same image in several pairs, where the data tell (an id, a path).
-    within: the folders of which one must hold its file, after links are followed; None: any place.
+    name: for messages. content: its bytes, the path of its file, a function that returns either, or None if the data
+    have no image. identity: an id or path that is equal for the same image in several pairs, if the data have one.
+    within: folders of which one must contain the file after links are resolved; None allows any.
     """
 
     name: str
@@ -185,7 +186,7 @@ class ImageSource:
 class Pair:
     """Two images of a prompt, and which of them is preferred.
 
-    key: tells it from the other pairs of its data set. label: the probability that the first image is preferred,
+    key: unique within its data set. label: the probability that the first image is preferred,
     [0, 1]; 1 and 0 are plain choices, 0.5 is a tie. mask: of both images, white where they count; None: everywhere.
     """
 
@@ -197,7 +198,7 @@ class Pair:
 
     @property
     def tie(self) -> bool:
-        """True where neither image is preferred."""
+        """Whether neither image is preferred."""
         return self.label == 0.5
 
     @property
@@ -211,17 +212,17 @@ class Pair:
         return self.winner_first().images[1]
 
     def swap(self) -> Pair:
-        """The same judgement with the images in the other order."""
+        """Return the pair with the images in the other order."""
         return replace(self, images=(self.images[1], self.images[0]), label=1 - self.label)
 
     def winner_first(self) -> Pair:
-        """The same judgement, written so that the label is at least 0.5."""
+        """Return the pair ordered so that the label is at least 0.5."""
         return self if self.label >= 0.5 else self.swap()
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image of a prompt that somebody liked or disliked, without another one to compare it with.
+    """An image of a prompt with a label, liked or disliked, without another image to compare it with.
 
     mask: white where the image counts; None: everywhere.
     """
@@ -234,5 +235,5 @@ class LabelledImage:
 
     @property
     def images(self) -> tuple[ImageSource]:
-        """The image, as a pair has two."""
+        """The image as a tuple, as ``Pair.images``."""
         return (self.image,)

@@ -1,4 +1,4 @@
-"""Which secret goes to which host, and how it is kept out of messages."""
+"""Select the token for a host, and keep tokens out of messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_SAID = 300  # characters of a reply in a message
 
 
 def check_url(url: str) -> str:
-    """The host of ``url``, in lower case. ValueError: not http or https, no host, or a user name and password in it."""
+    """Return the host of ``url`` in lower case. ValueError: not http(s), no host, or a user name and password in it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -29,10 +29,10 @@ def check_url(url: str) -> str:
 
 
 def token_variable(url: str) -> str | None:
-    """The environment variable whose token goes to the host of ``url``: dots become ``_`` and hyphens ``__``.
+    """Return the environment variable of the token for a host: dots become ``_`` and hyphens ``__``.
 
     ``https://judge-1.example.com:8000`` has ``DIFFALIGN_TOKEN_JUDGE__1_EXAMPLE_COM``, and no other host has it. None
-    for a host that has no name of letters, digits and hyphens, such as an IPv6 address.
+    for a host whose name is not made of letters, digits and hyphens, such as an IPv6 address.
     """
     try:
         host = check_url(url)
@@ -42,7 +42,7 @@ def token_variable(url: str) -> str | None:
 
 
 def token_from(variable: str | None, who: str) -> str | None:
-    """The token in an environment variable that the user named. ValueError: it is not set."""
+    """Read the token from an environment variable that the user named. Raises ValueError if it is not set."""
     if variable is None:
         return None
     if not (token := os.environ.get(variable)):
@@ -51,13 +51,13 @@ def token_from(variable: str | None, who: str) -> str | None:
 
 
 def token_for(url: str) -> str | None:
-    """The token of the host of ``url``, where its variable is set."""
+    """Read the token for the host of ``url``; None if its variable is not set."""
     variable = token_variable(url)
     return (os.environ.get(variable) or None) if variable else None
 
 
 def printable(text: str, longest: int = LONGEST_SAID) -> str:
-    """``text`` on one line, without what a terminal would obey (escapes, control and direction characters)."""
+    """Put ``text`` on one line, without escapes, control and direction characters that a terminal would obey."""
     plain = (
         " " if char in "\n\r\t" else "?" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text
     )
@@ -66,7 +66,7 @@ def printable(text: str, longest: int = LONGEST_SAID) -> str:
 
 
 def redacted(text: str, secrets: Sequence[str]) -> str:
-    """``text`` with ``***`` for every secret in it, also in part (``LEAST_ECHO`` characters) or percent-encoded."""
+    """Replace every secret in ``text`` by ``***``, also parts (``LEAST_ECHO`` characters) and percent-encoded ones."""
     forms = {form for one in secrets if one for form in (one, quote(one, safe=""))}
     for secret in sorted(forms, key=len, reverse=True):
         size = min(LEAST_ECHO, len(secret))

@@ -60,20 +60,20 @@ def test_one_process_has_nothing_to_share(sharded):
     ("name", "value"),
     [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")],
 )
-def test_what_would_not_be_followed_is_refused(sharded, name, value):
+def test_accelerate_options_that_would_be_ignored_are_refused(sharded, name, value):
     sharded("fsdp2", **{name: value})
     with pytest.raises(ValueError, match=f"the launcher sets {name}={value}: .*set fsdp_"):
         connect()
 
 
 @pytest.mark.parametrize(("name", "value"), [("compile", True), ("mixed_precision", "fp16"), ("quantise", "4bit")])
-def test_what_is_not_known_to_work_on_shards_is_refused(small, name, value):
+def test_options_untested_with_sharding_are_refused(small, name, value):
     small().validate_shards()
     with pytest.raises(ValueError, match=f"{name} {value} does not go with FSDP2: set {name}: .*, or launch with ddp"):
         small(**{name: value}).validate_shards()
 
 
-def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch):
+def test_deepspeed_is_refused_with_an_equivalent(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"DeepSpeed is not supported.*fsdp2\.yaml"):
         connect()

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.cli import main
+import diffalign
+from diffalign.cli import COMMANDS, TRAINERS, main
+from diffalign.config.schema import leaves, type_name
+from tests.config_classes import CLASSES
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs/flow_grpo/shapes.yaml")
@@ -38,6 +41,68 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     for field in ("--group_size", "--plan.window_size", "--lora.rank", "--resume_from_checkpoint"):
         assert field in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "diffalign: name a command"),
+        (["tune"], "there is no command 'tune'"),
+        (["trian", "flow_grpo"], "there is no command 'trian'; did you mean train?"),
+        (["it's"], "there is no command"),
+        (["--verbose"], "unrecognized arguments: --verbose"),
+        (["train", "flow_gpro"], "did you mean flow_grpo?"),
+        (["x" * 9000], "there is no command"),
+    ],
+)
+def test_a_wrong_command_is_named_with_the_closest(argv, message, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error) < 5000
+
+
+def test_the_help_names_every_command_and_trainer(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in (*COMMANDS, *TRAINERS):
+        assert name in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{diffalign.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_explains_itself(name, option, capsys):
+    assert main([name, option]) == 0
+    assert capsys.readouterr().out.startswith("usage: diffalign ")
+
+
+@pytest.mark.parametrize("command", CLASSES)
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_help_of_options_fits_the_terminal(command, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    first, *lines = text.splitlines()
+    assert first.startswith("usage: diffalign ")
+    assert command.split()[0] in first.split()[2].split("|")
+    assert "examples:" in lines
+    assert "most used options:" in lines
+    assert not [line for line in lines if len(line) > width and len(line.split()) > 1]
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_help_shows_type_default_and_range_of_each_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    for leaf in leaves(CLASSES[command]):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  --{leaf.path} ")]
+        assert line.startswith(f"  --{leaf.path} {type_name(leaf.hint)} ")
+        assert " = " in line or "(required)" in line
+        limited = leaf.range.ge is not None or leaf.range.gt is not None
+        assert (("at least" in line) or ("more than" in line)) == limited
 
 
 @pytest.mark.parametrize("argv", [[], ["tune"], ["train"], ["train", "ppo"]])

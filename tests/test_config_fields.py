@@ -195,7 +195,7 @@ def test_fields_of_earlier_versions_are_answered_by_name():
 
 
 @pytest.mark.parametrize("trainer", algorithm_names())
-def test_what_decides_the_weights_may_not_change_on_resume(trainer):
+def test_fields_that_decide_the_weights_may_not_change_on_resume(trainer):
     free = free_fields(config_class(trainer))
     assert {"output_dir", "eval_steps", "resume_from_checkpoint", "train_batch_size", "rollout_batch_size"} <= free
     assert not free & {"seed", "learning_rate", "model", "lora", "rewards", "num_groups", "loss", "data"}

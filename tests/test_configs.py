@@ -13,7 +13,7 @@ from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
 from diffalign.forecast.memory import GIB, memory_of
-from diffalign.models import FAMILIES, LoraConfig
+from diffalign.models import LoraConfig, family_names, get_family
 from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
@@ -52,7 +52,7 @@ def test_training_config_resolves(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = parse(config_class(path.parent.name), ["--config", str(path)])
     args.validate()
-    assert pipeline_class(args.model) in FAMILIES
+    assert pipeline_class(args.model) in family_names()
     build_rewards(args.rewards)
     build_rewards(getattr(args, "held_out", {}))
     assert all(get_reward(name) for name in args.eval_rewards)
@@ -144,7 +144,7 @@ def published(model, dtype, rank):
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part.to(torch.float32 if name == "vae" else dtype)
-    found = FAMILIES[type(pipeline).__name__](pipeline)
+    found = get_family(type(pipeline).__name__)(pipeline)
     found.train(LoraConfig(rank=rank))
     return found
 
@@ -182,7 +182,7 @@ def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
 @pytest.mark.parametrize(
     ("model", "change"), [("flux1_dev", {}), ("sd35_medium", {"offload": ()}), ("sd35_medium", {"quantise": "no"})]
 )
-def test_what_no_preset_says_does_not_fit(model, change, monkeypatch):
+def test_large_presets_do_not_fit_on_16_gb(model, change, monkeypatch):
     """On 16 GB: text encoders are not quantised, and beside them there is little room for a denoiser."""
     args = preset(ROOT / f"configs/diffusion_dpo/{model}_24gb.yaml", monkeypatch)
     assert not fits(shares("diffusion_dpo", replace(args, **{"quantise": "4bit", **change}), 16))

@@ -1,4 +1,4 @@
-"""The direction of imports: who may know whom."""
+"""The direction of imports: which package may import which."""
 
 import ast
 from pathlib import Path
@@ -22,6 +22,7 @@ ALLOWED = {
     "config": {"files", "atomic", "tokens"},
     "preflight": {"config", "messages", "plugins", "rewards"},
     "console": {"models"},
+    "log": set(),
     "fsdp": set(),
     "rng": set(),
     "diffusion": {"structures"},
@@ -29,10 +30,10 @@ ALLOWED = {
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
     "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
-    "models": FOUNDATION | {"diffusion"},
-    "runtime": FOUNDATION | {"models"},
-    "rollout": FOUNDATION | {"diffusion", "models", "rewards", "data", "runtime"},
-    "evaluation": FOUNDATION | {"models", "rewards", "data", "rollout", "runtime"},
+    "models": FOUNDATION | {"diffusion", "plugins", "user_code"},
+    "runtime": FOUNDATION | {"models", "log"},
+    "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},
+    "evaluation": FOUNDATION | {"log", "models", "rewards", "data", "rollout", "runtime"},
 }
 ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation"}
 ALLOWED["trainers"] = (set(ALLOWED) - {"preflight", "console"}) | {"trainers"}
@@ -46,7 +47,7 @@ ALLOWED["__main__"] = {"cli"}
 PRIVATE = {
     "diffusers": {"models"},
     "peft": {"models"},
-    "accelerate": {"runtime", "evaluation", "commands", "trainers"},
+    "accelerate": {"log", "runtime", "evaluation", "commands", "trainers"},
     "yaml": {"config", "report"},
 }
 

@@ -157,7 +157,7 @@ def test_a_file_is_the_same_picture_in_every_command(reader, name, tmp_path, mon
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_well_is_refused_by_name(reader, name, tmp_path, monkeypatch):
+def test_images_that_cannot_be_decoded_exactly_are_refused_by_name(reader, name, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     content, why = BAD[name]
     (tmp_path / name).write_bytes(content)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.cli import COMMANDS, DRY_RUN, main, take_switch
+from diffalign.cli import COMMANDS, DRY_RUN, TRAINERS, main, take_switch
 from diffalign.config import parse
 from diffalign.diffusion import plan
 from diffalign.diffusion.reward_gradient_presets import PRESETS as RECIPES
@@ -20,7 +20,6 @@ from diffalign.lazy import load
 from diffalign.losses.registry import PREFERENCE_LOSSES
 from diffalign.models.load import FAMILIES
 from diffalign.rewards import base, get_reward
-from diffalign.trainers.registry import algorithm_names, config_class
 from scripts.build import hero, tables
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +62,7 @@ def check_command(words):
     if words[:2] == ["diffalign", "train"]:
         trainer = words[2], take_switch(words[3:], DRY_RUN)[1]
     if trainer:
-        parse(config_class(trainer[0]), trainer[1])
+        parse(load(TRAINERS.entries[trainer[0]][0]), trainer[1])
     elif words[0] == "diffalign":
         command = COMMANDS[words[1]]
         parse(load(command.config), words[2:], command.positional)
@@ -98,15 +97,15 @@ def test_every_command_on_the_embedded_world_trains(words, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     trainer, given = launched(words)
     small = {"max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
-    offline = {"num_pairs": 2, "data.scan": 2}
-    small |= offline if trainer == "diffusion_dpo" else {"num_groups": 2, "group_size": 4}
+    offline = trainer == "diffusion_dpo"  # it has pairs in the place of groups
+    small |= {"num_pairs": 2, "data.scan": 2} if offline else {"num_groups": 2, "group_size": 4}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     assert main(["train", trainer, *given, *options]) == 0
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_all_three_trainers_are_shown_on_the_cpu():
-    assert {launched(words)[0] for words in commands(README) if trains_on_the_cpu(words)} == set(algorithm_names())
+    assert {launched(words)[0] for words in commands(README) if trains_on_the_cpu(words)} == set(TRAINERS.entries)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -196,7 +195,7 @@ def test_the_counts_of_the_readme_are_those_of_the_registries():
     plans = len(plan.PRESETS) - 1  # "ode" trains no step
     rewards = len(tables.reward_table().splitlines()) - 2
     counted = (
-        f"{len(algorithm_names())} trainers, **{len(PREFERENCE_LOSSES)}** preference losses, {len(RECIPES)} "
+        f"{len(TRAINERS.entries)} trainers, **{len(PREFERENCE_LOSSES)}** preference losses, {len(RECIPES)} "
         f"reward-gradient recipes, {plans} policy-gradient plans, {rewards} rewards, {len(FAMILIES)} model families"
     )
     assert counted in PROSE

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.check_config import CheckConfig
 from diffalign.commands.check_prompts import examine_prompts, prompts_text, too_long
@@ -84,7 +84,7 @@ def examine(config: CheckConfig) -> dict[str, Any]:
         raise ValueError(f"scan must be at least 1, got {config.scan}: leave it out to check all samples")
     encoders = config.encoders()
     data, settings = config.open(), config.settings()
-    tally, repeats, sizes = Tally(), Repeats(), Counter()
+    tally, repeats, sizes = Tally(), Repeats(), Counter[str]()
     prompts: dict[str, None] = {}
 
     for sample, images in _usable(data, settings, config.scan):
@@ -119,7 +119,7 @@ def _usable(
         data.quarantine.examined += 1
         in_memory = fetched(sample)
         if (images := usable_images(in_memory, settings, data.quarantine, count_kept=True)) is not None:
-            if isinstance(data, PairData):
+            if isinstance(data, PairData) and isinstance(in_memory, Pair):
                 data.confirm(index, in_memory)
             yield in_memory, images
 

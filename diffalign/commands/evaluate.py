@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.atomic import write_text
-from diffalign.commands.evaluate_config import EvaluationConfig, resolve
+from diffalign.commands.evaluate_config import EvaluationConfig, ResolvedEvaluation, resolve
 from diffalign.commands.gallery import Gallery
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.embedding import ImageEmbedder
@@ -31,11 +31,8 @@ from diffalign.structures import Prompt
 GRID_ROWS = 12  # prompts in compare.png; compare.html has all
 
 
-def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredImages]] | None:
+def draw_all(config: ResolvedEvaluation) -> tuple[list[Prompt], dict[str, ScoredImages]] | None:
     """Sample and score the images of every model; prompts are split over processes.
-
-    Args:
-        config: An evaluation that ``resolve`` has completed.
 
     Returns:
         The prompts, and model name -> scored images with the base first; None on all but the main process.
@@ -82,15 +79,15 @@ def draw_all(config: EvaluationConfig) -> tuple[list[Prompt], dict[str, ScoredIm
 
 def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
     """Write ``results.json``, ``results.md`` and ``results.png`` to ``output_dir``; return model name -> results."""
-    config = resolve(config, Path("runs/eval"), images_per_prompt=2)
-    inspect(config, weights=True)
-    drawn = draw_all(config)
+    resolved = resolve(config, Path("runs/eval"), images_per_prompt=2)
+    inspect(resolved, weights=True)
+    drawn = draw_all(resolved)
     if drawn is None:
         return None
     prompts, scored = drawn
     base = next(iter(scored))
     tags = [str(prompts[i].metadata.get("tag", "all")) for i in scored[base].prompt.tolist()]
-    embedder = ImageEmbedder(config.embedder, PartialState().device) if config.embedder else None
+    embedder = ImageEmbedder(resolved.embedder, PartialState().device) if resolved.embedder else None
 
     results = {
         name: figures(
@@ -103,10 +100,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
         for name, own in scored.items()
     }
 
-    settings = {"prompts": str(config.prompts), "number_of_prompts": len(prompts), **vars(config.sampling())}
-    folder = config.output_dir
+    settings = {"prompts": str(resolved.prompts), "number_of_prompts": len(prompts), **vars(resolved.sampling())}
+    folder = resolved.output_dir
     write_text(folder / "results.json", json.dumps(to_json(results, settings), indent=1) + "\n")
-    table = f"{set_line(results[base], len(prompts), config.prompts)}\n\n{to_markdown(results)}"
+    table = f"{set_line(results[base], len(prompts), resolved.prompts)}\n\n{to_markdown(results)}"
     write_text(folder / "results.md", table + "\n")
     plot_figures(results, folder / "results.png")
     print(table)
@@ -115,24 +112,24 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
 
 def compare(config: EvaluationConfig) -> Path | None:
     """Write ``compare.png`` and ``compare.html``: a row per prompt, a column per model, rewards below each image."""
-    config = resolve(config, Path("runs/compare"), images_per_prompt=1)
-    inspect(config, weights=True)
-    drawn = draw_all(config)
+    resolved = resolve(config, Path("runs/compare"), images_per_prompt=1)
+    inspect(resolved, weights=True)
+    drawn = draw_all(resolved)
     if drawn is None:
         return None
     prompts, scored = drawn
-    page = config.output_dir / "compare.html"
-    write_page(page, f"{config.model}: {', '.join(scored)}", prompts, scored)
+    page = resolved.output_dir / "compare.html"
+    write_page(page, f"{resolved.model}: {', '.join(scored)}", prompts, scored)
     rows = spread_evenly(len(prompts), GRID_ROWS)
-    _grid(config.output_dir / "compare.png", [prompts[i].text for i in rows], rows, scored)
-    print(f"{page} and {config.output_dir / 'compare.png'}")
+    _grid(resolved.output_dir / "compare.png", [prompts[i].text for i in rows], rows, scored)
+    print(f"{page} and {resolved.output_dir / 'compare.png'}")
     return page
 
 
 def _grid(path: Path, texts: list[str], rows: list[int], scored: Mapping[str, ScoredImages]) -> None:
     columns, scores = {}, {}
     for name, own in scored.items():
-        chosen = [(own.prompt == row).nonzero()[0].item() for row in rows]
+        chosen = [int((own.prompt == row).nonzero()[0]) for row in rows]
         columns[name] = own.images(chosen)
         scores[name] = {reward: values[torch.tensor(chosen)] for reward, values in own.scores.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -44,6 +44,9 @@ class EvaluationConfig(Checked):
     )
     model: str | None = option(None, "base model: a folder in diffusers' layout, or a hub id", section="model")
     revision: str | None = option(None, "branch, tag or commit of a hub model", section="model")
+    family: str | None = option(
+        None, "your own model family, for a pipeline of another class: file.py:Class or module:Class", section="model"
+    )
     max_sequence_length: int | None = option(None, "text tokens per prompt", section="model", ge=1, le=100_000)
     resolution: int | None = option(
         None, "side length of the square images, in pixels", section="model", ge=1, le=100_000
@@ -64,7 +67,7 @@ class EvaluationConfig(Checked):
     )
     allow_reward_code: bool = option(
         False,
-        "trust files that name reward code or servers; only valid on the command line",
+        "trust code (of rewards, a model family) and servers that are named; only valid on the command line",
         section="rewards",
         typed_only=True,
     )
@@ -128,8 +131,26 @@ class EvaluationConfig(Checked):
             except (ValueError, FileNotFoundError) as error:
                 yield str(error)
 
+
+@dataclass(kw_only=True)
+class ResolvedEvaluation(EvaluationConfig):
+    """An evaluation with a value for everything that sampling and scoring need, as ``resolve`` returns it."""
+
+    model: str
+    prompts: Path
+    rewards: tuple[str, ...]
+    reward_options: dict[str, float | RewardConfig]
+    output_dir: Path
+    num_steps: int
+    schedule: str
+    guidance_scale: float
+    base_share: float
+    images_per_prompt: int
+    batch_size: int
+    offload: tuple[Literal["text_encoders", "vae"], ...]
+
     def build_rewards(self) -> dict[str, Reward]:
-        """Build ``rewards`` of a resolved configuration. ValueError: one ranks images within a group."""
+        """Build ``rewards``. ValueError: one ranks images within a group."""
         from diffalign.rewards.base import needs_groups
         from diffalign.rewards.config import build_rewards
 
@@ -140,9 +161,9 @@ class EvaluationConfig(Checked):
         return rewards
 
     def sampling(self) -> SamplingSettings:
-        """How images are drawn; call it on what ``resolve`` returned."""
+        """Collect the settings that images are sampled with."""
         return SamplingSettings(
-            str(self.model),
+            self.model,
             self.max_sequence_length,
             self.resolution,
             self.num_steps,
@@ -156,7 +177,7 @@ class EvaluationConfig(Checked):
         )
 
 
-def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> EvaluationConfig:
+def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) -> ResolvedEvaluation:
     """Fill in what was left out, from the first run that has a ``config.yaml``, then from defaults.
 
     Args:
@@ -175,6 +196,10 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     config = replace(config, **_missing(config, _of_run(config, record)))
     default = {"output_dir": output_dir, "images_per_prompt": images_per_prompt, "reward_options": {}}
     config = replace(config, **_missing(config, default))
+    if config.family:
+        from diffalign.models.registry import load_family
+
+        load_family(config.family, config.allow_reward_code)
     if config.guidance_scale is None and config.model:
         from diffalign.models.load import unguided_scale
 
@@ -182,7 +207,7 @@ def resolve(config: EvaluationConfig, output_dir: Path, images_per_prompt: int) 
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
         if not getattr(config, name):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
-    return config
+    return ResolvedEvaluation(**{field.name: getattr(config, field.name) for field in fields(config)})
 
 
 def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:
@@ -192,6 +217,7 @@ def _of_run(config: EvaluationConfig, record: RunConfig) -> dict[str, Any]:
     known = {
         "model": run.get("model"),
         "revision": run.get("revision") if same_base else None,
+        "family": run.get("family") if same_base and record.trusted else None,
         "max_sequence_length": run.get("max_sequence_length"),
         "resolution": run.get("resolution"),
         "num_steps": run.get("eval_num_steps") or _steps(run),

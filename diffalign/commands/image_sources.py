@@ -42,6 +42,13 @@ class Item:
     prompt: Prompt | None = None
     content: str = ""
 
+    @property
+    def asked(self) -> Prompt:
+        """The prompt. Raises ValueError if none was found."""
+        if self.prompt is None:
+            raise ValueError(f"{self.name} has no prompt: write --prompt TEXT")
+        return self.prompt
+
     def under(self, prompt: Prompt) -> Item:
         """Return the item with another prompt."""
         return replace(self, prompt=prompt)

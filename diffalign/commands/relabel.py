@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.relabel_config import RelabelConfig
 from diffalign.commands.resume import drop_partial_line, read_rows
@@ -87,7 +87,8 @@ def _pending(
             continue
         if (images := usable_images(in_memory, config.settings(), quarantine)) is not None:
             yielded.add(content)
-            yield Pending(in_memory, content, tuple(to_uint8(image) for image in images))
+            first, second = (to_uint8(image) for image in images)
+            yield Pending(in_memory, content, (first, second))
 
 
 def _all_pairs(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
@@ -124,7 +125,7 @@ def judge(rewards: Mapping[str, Reward], batch: Sequence[Pending]) -> list[Score
     if sides[0].shape == sides[1].shape:
         groups = torch.arange(len(batch)).repeat(2)
         both = score(rewards, torch.cat(sides), [*prompts, *prompts], groups)
-        scores = [{name: both[name].chunk(2)[side] for name in rewards} for side in (0, 1)]
+        scores: list[Mapping[str, Tensor]] = [{name: both[name].chunk(2)[side] for name in rewards} for side in (0, 1)]
     else:
         alone = {name: reward for name, reward in rewards.items() if not needs_groups(reward)}
         scores = [score(alone, images, prompts).values for images in sides]

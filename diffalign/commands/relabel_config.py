@@ -34,7 +34,7 @@ class RelabelConfig(PreferenceDataConfig):
     )
     allow_reward_code: bool = option(
         False,
-        "trust files that name reward code or servers; only valid on the command line",
+        "trust reward code and servers that are named; only valid on the command line",
         section="rewards",
         typed_only=True,
     )

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.commands.image_sources import Item
 from diffalign.commands.resume import drop_partial_line, read_rows, write_or_check_settings
@@ -20,7 +21,7 @@ from diffalign.report.score_report import scores_of, write
 from diffalign.rewards.base import Reward, get_reward, names, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
 from diffalign.rewards.remote import RewardServer
-from diffalign.rewards.support.images import Picture, as_image
+from diffalign.rewards.support.images import Picture, as_image, separate
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
@@ -49,7 +50,7 @@ def score_images(
     Raises:
         ValueError: Numbers of prompts or metadata differ from images, or rewards share a name or need groups.
     """
-    several = list(images) if isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4 else [images]
+    several = separate(images)
     texts = [prompts] * len(several) if isinstance(prompts, str) else list(prompts)
     data = [{}] * len(several) if metadata is None else list(metadata)
     if not len(several) == len(texts) == len(data):
@@ -59,12 +60,14 @@ def score_images(
     named = _named(rewards)
     check_pointwise(named)
     items = [
-        Item(str(i), lambda image=image: as_image(image), Prompt(text, more))
+        Item(str(i), partial(as_image, image), Prompt(text, more))
         for i, (image, text, more) in enumerate(zip(several, texts, data, strict=True))
     ]
     result = {name: torch.full((len(several),), math.nan) for name in named}
 
-    for batch, loaded in batches(iter(items), batch_size, skip_broken=False):
+    for batch, loaded in batches(iter(items), batch_size):
+        if isinstance(loaded, Exception):
+            raise loaded
         for name, values in _score(named, batch, loaded).items():
             column = result.setdefault(name, torch.full((len(several),), math.nan))
             for item, value in zip(batch, values, strict=True):
@@ -75,27 +78,25 @@ def score_images(
 def _named(rewards: Mapping[str, str | Reward] | Sequence[str | Reward] | str | Reward) -> dict[str, Reward]:
     if isinstance(rewards, Mapping):
         return {name: get_reward(reward) for name, reward in rewards.items()}
-    found = [get_reward(reward) for reward in (rewards if isinstance(rewards, (list, tuple)) else [rewards])]
+    if isinstance(rewards, str) or not isinstance(rewards, Sequence):
+        rewards = [rewards]
+    found = [get_reward(reward) for reward in rewards]
     named = {reward.name: reward for reward in found}
     if len(named) < len(found):
         raise ValueError(f"rewards share a name: {[reward.name for reward in found]}; pass a mapping with names")
     return named
 
 
-def batches(
-    items: Iterator[Item], size: int, skip_broken: bool = True
-) -> Iterator[tuple[list[Item], list[Tensor] | Exception]]:
+def batches(items: Iterator[Item], size: int) -> Iterator[tuple[list[Item], list[Tensor] | Exception]]:
     """Group items with their loaded images into batches of up to ``size`` images of one resolution.
 
-    With ``skip_broken``, an unreadable image is yielded alone with its error; otherwise the error is raised.
+    An unreadable image is yielded alone with its error.
     """
     waiting: dict[tuple[int, ...], tuple[list[Item], list[Tensor]]] = {}
     for item in items:
         try:
             image = item.load()
         except (ValueError, OSError) as error:
-            if not skip_broken:
-                raise
             yield [item], error
             continue
         own, loaded = waiting.setdefault(tuple(image.shape), ([], []))
@@ -108,7 +109,7 @@ def batches(
 
 def _score(rewards: Mapping[str, Reward], batch: Sequence[Item], images: Sequence[Tensor]) -> dict[str, list[float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(rewards, torch.stack(list(images)).to(device), [item.prompt for item in batch])
+    scores = score(rewards, torch.stack(list(images)).to(device), [item.asked for item in batch])
     return {name: scores[name].tolist() for name in scores}
 
 
@@ -155,7 +156,7 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
             bar.update(len(batch))
 
     rows = [done[_key(_about(item))] for item in items]
-    write(folder, rows, rewards)
+    write(folder, rows, list(rewards))
     if failed := [name for name in rewards if not len(scores_of(rows, name))]:
         raise ValueError(f"{', '.join(failed)} failed on all {len(rows)} images: see the warnings above")
     if config.calibrations:
@@ -165,11 +166,11 @@ def score_files(config: ScoreConfig) -> list[dict[str, Any]]:
 
 def _about(item: Item) -> dict[str, str]:
     """Return the identifying fields of a row: image name, prompt, content, and a digest of metadata if any."""
-    about = {"image": item.name, "prompt": item.prompt.text}
+    about = {"image": item.name, "prompt": item.asked.text}
     about |= {"content": item.content} if item.content else {}
-    if not item.prompt.metadata:
+    if not item.asked.metadata:
         return about
-    metadata = json.dumps(item.prompt.metadata, sort_keys=True, default=str)
+    metadata = json.dumps(item.asked.metadata, sort_keys=True, default=str)
     return {**about, "metadata": hashlib.blake2b(metadata.encode(), digest_size=16).hexdigest()}
 
 
@@ -193,15 +194,15 @@ def _rows(
         yield {**_about(item), "rewards": values}
 
 
-def serve(config: ScoreConfig) -> None:
-    """Serve the rewards of ``config`` until SIGINT or SIGTERM; open requests are answered first."""
+def serve(config: ScoreConfig, port: int) -> None:
+    """Serve the rewards of ``config`` at a port until SIGINT or SIGTERM; open requests are answered first."""
     token = token_from(config.token_env, "the server")
     rewards = config.build_rewards()
     try_rewards(rewards, ())  # load weights before the first request
     try:
-        server = RewardServer(rewards, config.host, config.serve, config.batch_size, token, config.time_limit)
+        server = RewardServer(rewards, config.host, port, config.batch_size, token, config.time_limit)
     except OSError as error:
-        raise ValueError(f"cannot serve at {config.host}:{config.serve} ({error}); choose another port") from error
+        raise ValueError(f"cannot serve at {config.host}:{port} ({error}); choose another port") from error
     with server:
         print(f"rewards {', '.join(server.rewards)} at http://{config.host}:{server.server_port}", flush=True)
         server.serve_forever()
@@ -214,7 +215,7 @@ def run(config: ScoreConfig) -> None:
     elif config.serve is None:
         score_files(config)
     else:
-        serve(config)
+        serve(config, config.serve)
 
 
 def reward_table() -> str:

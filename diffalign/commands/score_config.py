@@ -51,7 +51,7 @@ class ScoreConfig(Checked):
     )
     allow_reward_code: bool = option(
         False,
-        "trust files that name reward code or servers; only valid on the command line",
+        "trust reward code and servers that are named; only valid on the command line",
         section="rewards",
         typed_only=True,
     )
@@ -71,6 +71,7 @@ class ScoreConfig(Checked):
         section="server",
         ge=0,
         le=65535,
+        hint="0 takes a free port",
     )
     host: str = option(
         "127.0.0.1", "address to serve at; 0.0.0.0 is open to other machines and needs token_env", section="server"

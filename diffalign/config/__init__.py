@@ -79,7 +79,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configura
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping of a YAML file. ValueError naming the file: missing, not YAML, a key given twice, not a mapping."""
+    """Load the mapping of a YAML file. ValueError names the file: missing, not YAML, a duplicate key, not a mapping."""
     try:
         content = yaml_dialect.load(read_text(path))
     except OSError as error:
@@ -96,7 +96,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A step of a dotted key. default: what the field holds if nothing is given, where that is a dict."""
+    """A step of a dotted key. default: the default of the field, if it is a dict."""
 
     name: str
     default: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -104,7 +104,7 @@ class Section:
     bare: Any = None
 
     def opened(self, value: Any) -> dict[str, Any]:
-        """What a file says of it, as a mapping: it may be given by its preset alone, or as a list of names."""
+        """Expand a value of a file to a mapping: it may be a preset's name alone, or a list of names."""
         if isinstance(value, dict):
             return value
         if value is None:
@@ -119,7 +119,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a dotted key names: the sections that lead to it, itself the last, and its type."""
+    """The field that a dotted key names: the sections that lead to it, itself the last, and its type."""
 
     sections: list[Section]
     hint: Any
@@ -127,15 +127,15 @@ class Target:
 
     @property
     def takes_several(self) -> bool:
-        """Whether it is a list, so that it may be given twice, or several values."""
+        """Return whether the field is a list, which accepts several values and repeated options."""
         arms = arms_of(self.hint)
         return self.bare is not None or any(typing.get_origin(arm) in (list, tuple) for arm in arms)
 
 
 def _tokens(argv: Sequence[str], cls: type, positional: list[str] | None, problems: list[str]) -> Iterator[Any]:
-    """(key, texts, target) of each option; a switch without a value means true.
+    """Yield (key, texts, target) of each option; a switch without a value means true.
 
-    positional: receives what belongs to no option; None where the command takes nothing of the kind.
+    positional: field for arguments without an option; None if the command has none.
     """
     rest, place = list(argv), Place(COMMAND_LINE, cls)
     while rest:
@@ -166,7 +166,7 @@ def _tokens(argv: Sequence[str], cls: type, positional: list[str] | None, proble
 
 
 def _take(rest: list[str], most: int) -> list[str]:
-    """Removes and returns up to ``most`` tokens that are no options."""
+    """Remove and return up to ``most`` tokens that are no options."""
     count = next(
         (i for i, token in enumerate(rest[:most]) if token.startswith("--") and token != "--"), len(rest[:most])
     )
@@ -198,7 +198,7 @@ def _resolve(cls: type, key: str, place: Place) -> Target:
 
 
 def _value(target: Target, texts: Sequence[str], place: Place) -> tuple[list[Section], Any]:
-    """The sections that lead to a value, and the value."""
+    """Return the sections that lead to a value, and the value."""
     arm = config_arm(target.hint)
     name = bare_field(arm)
     if name and texts[-1].lstrip()[:1] not in ("{", "[") and texts[-1] not in ("", "null", "~"):
@@ -214,7 +214,7 @@ def _value(target: Target, texts: Sequence[str], place: Place) -> tuple[list[Sec
 
 
 def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T:
-    """An instance from ``--config FILE`` (optional), ``--field VALUE``, ``--section.field VALUE``, ``--field=VALUE``.
+    """Parse ``--config FILE`` (optional), ``--field VALUE``, ``--section.field VALUE``, ``--field=VALUE``.
 
     Options win over the file, later ones over earlier ones, and a file cannot set all of them (see ``consent``); a list
     that is given twice has the items of both. ``--switch`` alone means true. An entry of a dict field is
@@ -222,19 +222,19 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
 
     Args:
         cls: A dataclass.
-        argv: What was typed, without the names of program and command.
-        positional: The field, a list of text, that receives what belongs to no option.
+        argv: Arguments, without the names of program and command.
+        positional: The field, a list of text, for arguments without an option.
 
     Raises:
-        ConfigError: Everything that is wrong, a sentence each.
+        ConfigError: All errors, a sentence each.
     """
     place, problems = Place(COMMAND_LINE, cls), list[str]()
     free: list[str] | None = None if positional is None else []
-    given: dict[str, tuple[list[str], Target | None]] = {}
+    given: dict[str, tuple[list[str], Target]] = {}
     for key, texts, target in _tokens(argv, cls, free, problems):
         before = given.pop(key, ([], target))[0] if target.takes_several or key == "config" else []
         given[key] = ([*before, *texts], target)
-    files = given.pop("config", ([], None))[0]
+    files = given.pop("config")[0] if "config" in given else []
     if len(files) > 1:
         problems.append(f"{COMMAND_LINE}: --config given {len(files)} times; one file is read, so merge them")
     mapping: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
 
     for sections, value in typed:
         _put(mapping, sections, value)
-    if free:
+    if positional is not None and free:
         mapping[positional] = (*free, *mapping.get(positional, ()))
     try:
         config = build(cls, mapping, source)
@@ -278,19 +278,19 @@ def _put(mapping: dict[str, Any], sections: Sequence[Section], value: Any) -> No
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert to plain dicts, lists and scalars; ``from_dict`` gives the configuration back.
+    """Convert to plain dicts, lists and scalars; ``from_dict`` restores the configuration.
 
-    Fields that are typed only, and those that a run of the configuration does not read, are left out.
+    Typed-only fields, and fields that a run of the configuration does not read, are left out.
     """
     found: dict[str, Any] = plain(config, unread_names(config))
     return found
 
 
 def to_yaml(config: Any) -> str:
-    """YAML in the order of the fields; floats are exact."""
+    """Convert to YAML in the order of the fields; floats are exact."""
     return yaml_dialect.dump(to_dict(config))
 
 
 def save_yaml(config: Any, path: str | Path) -> None:
-    """Writes ``to_yaml``, so that ``parse(cls, ["--config", path])`` gives the same configuration back."""
+    """Write ``to_yaml``; ``parse(cls, ["--config", path])`` restores the same configuration."""
     write_text(path, to_yaml(config))

@@ -1,4 +1,4 @@
-"""What a configuration file may not decide: consent, secrets, and values that a field's guard refuses.
+"""Refuse configuration files that set consent, secrets, or values that a field's guard rejects.
 
 A field declared with ``option(..., typed_only=True)`` comes from the command line or from Python, never from a file. A
 field declared with ``option(..., guard=function)`` has its value in a file checked: ``function(value, place, consent)``

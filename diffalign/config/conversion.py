@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
-    """``value`` as the annotation wants it; ValueError naming the key, the value and what is expected."""
+    """Convert a value to an annotation. ValueError names the key, the value and the expected type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -58,13 +58,13 @@ def convert(hint: Any, value: Any, place: Place, base: Any = MISSING) -> Any:
 
 
 def takes_list(hint: Any) -> bool:
-    """Whether it is a list or a tuple, or null, and no text."""
+    """Return whether an annotation is a list or tuple, or null, but not text."""
     arms = arms_of(hint)
     return str not in arms and any(typing.get_origin(arm) in (list, tuple) for arm in arms)
 
 
 def _convert_scalar(hint: Any, value: Any) -> Any:
-    """MISSING where the value does not fit. True is no number, and text is none unless it is written as one."""
+    """Convert a scalar; MISSING if it does not fit. True is no number, and text is one only if it is written as one."""
     if hint is bool and isinstance(value, (str, int)) and (found := truth(str(value))) is not None:
         return found
     if hint is float and isinstance(value, str) and yaml_dialect.NUMBER.match(value):
@@ -88,7 +88,7 @@ def _convert_sequence(origin: type, arguments: Sequence[Any], hint: Any, value: 
 
 
 def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> Any:
-    """The arm that takes the value as it is, else the first that can convert it."""
+    """Convert to the union member that holds the value unchanged, else to the first that can convert it."""
     if isinstance(value, Mapping) and (arm := next(filter(is_config, arms), None)):
         return convert(arm, value, place, base)
     converted = []
@@ -103,9 +103,9 @@ def _convert_union(arms: Sequence[Any], value: Any, place: Place, base: Any) -> 
 
 
 def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
-    """An instance; what ``mapping`` leaves out comes from ``base`` (the default of the section), else from ``cls``.
+    """Build an instance; missing keys come from ``base`` (the default of the section), else from ``cls``.
 
-    ConfigError: everything that is wrong with it.
+    Raises ConfigError with all errors.
     """
     if not isinstance(mapping, Mapping):
         raise place.error(f"expected the fields of {cls.__name__}, got {shown(mapping)} ({type(mapping).__name__})")
@@ -145,7 +145,7 @@ def build(cls: type[T], mapping: Any, place: Place, base: Any = MISSING) -> T:
 
 
 def named(field: dataclasses.Field[Any], value: Any, place: Place) -> Any:
-    """Names alone, as ``[a, b]`` or ``a,b``, with the value that the field gives an entry without one."""
+    """Expand bare names, ``[a, b]`` or ``a,b``, to a mapping with the field's default entry value."""
     bare = field.metadata.get("bare")
     if bare is None or isinstance(value, Mapping):
         return value

@@ -1,4 +1,4 @@
-"""Fields of configurations: how one is declared, and the check that each value passes wherever it comes from.
+"""Declare configuration fields, and check their values wherever they come from.
 
 Validation is our own, not pydantic's (2.14 was measured): its import alone takes 0.18 s, as long as all of ``--help``.
 A mistake in ``float | RewardConfig`` gives two errors, with names of types within the dotted path; its strict mode
@@ -91,7 +91,7 @@ class Checked:
         return self
 
     def __post_init__(self, given: Given = None) -> None:
-        """Convert and check every field. ConfigError: all that is wrong, a sentence each."""
+        """Convert and check every field. Raises ConfigError with all errors, a sentence each."""
         self.check()
         names = vars(self).pop("_passed")
         defaults = {field.name: default_of(field, MISSING) for field, _ in init_fields(type(self))}
@@ -134,5 +134,5 @@ def given_names(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def free_fields(cls: Any) -> frozenset[str]:
-    """The names of the fields that may differ when a run is resumed."""
+    """List the fields that may differ when a run is resumed."""
     return frozenset(field.name for field, _ in init_fields(cls) if field.metadata.get("resume") == "free")

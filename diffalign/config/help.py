@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
+from types import MappingProxyType
 from typing import Any
 
 from diffalign.config import yaml_dialect
+from diffalign.config.ranges import ANY
 from diffalign.config.schema import Leaf, leaves, type_name
 from diffalign.config.unread import plain
 
@@ -21,16 +23,18 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def describe(cls: Any) -> str:
+def describe(cls: Any, switches: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the help text of a configuration class, wrapped at the width of the terminal.
 
-    The class may have ``usage``, ``examples`` and ``essential``, the paths of the options to show first.
+    Args:
+        cls: May have ``usage``, ``examples`` and ``essential``, the paths of the options to show first.
+        switches: Name -> help of options that are no fields of the class.
     """
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    return "\n".join(_lines(cls, width)) + "\n"
+    return "\n".join(_lines(cls, width, switches)) + "\n"
 
 
-def _lines(cls: Any, width: int) -> Iterator[str]:
+def _lines(cls: Any, width: int, switches: Mapping[str, str]) -> Iterator[str]:
     options = {leaf.path: leaf for leaf in leaves(cls)}
     first = [name for name in getattr(cls, "essential", ()) if name in options]
 
@@ -44,6 +48,8 @@ def _lines(cls: Any, width: int) -> Iterator[str]:
         yield ""
     if first:
         yield from _section(ESSENTIAL, [options[name] for name in first], width)
+    if switches:
+        yield from _section("switches", [Leaf(name, bool, False, text) for name, text in switches.items()], width)
 
     others = [leaf for name, leaf in options.items() if name not in first]
     known = {leaf.section or OTHER for leaf in others}
@@ -56,7 +62,8 @@ def _section(name: str, options: Sequence[Leaf], width: int) -> Iterator[str]:
     yield f"{name}:"
     for leaf in options:
         default = "(required)" if leaf.default is MISSING else f"= {yaml_dialect.dump_inline(plain(leaf.default))}"
-        yield from _wrapped(f"--{leaf.path} {type_name(leaf.hint)} {default}", "  ", "      ", width)
+        limits = f" ({leaf.range})" if str(leaf.range) != str(ANY) else ""
+        yield from _wrapped(f"--{leaf.path} {type_name(leaf.hint)} {default}{limits}", "  ", "      ", width)
         if leaf.help:
             yield from _wrapped(leaf.help, "      ", "      ", width)
     yield ""

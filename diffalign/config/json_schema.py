@@ -33,12 +33,12 @@ def json_schema(cls: Any) -> dict[str, Any]:
 
 
 def schema_text(cls: Any) -> str:
-    """The schema as JSON text, as ``configs/schema`` holds it."""
+    """Format the schema as JSON, as in ``configs/schema``."""
     return json.dumps(json_schema(cls), indent=2, ensure_ascii=False) + "\n"
 
 
 def _object(cls: Any, base: Any) -> dict[str, Any]:
-    """The schema of a configuration class. base: the default of the section, where there is one."""
+    """Build the schema of a configuration class. base: the default of the section, if any."""
     properties, required = {}, []
     for field, hint in init_fields(cls):
         if field.metadata.get("typed_only"):
@@ -64,7 +64,7 @@ def _property(field: dataclasses.Field[Any], hint: Any, default: Any) -> dict[st
 
 
 def _of(hint: Any, limits: Range, default: Any = MISSING) -> list[dict[str, Any]]:
-    """The alternatives that an annotation allows."""
+    """List the alternatives that an annotation allows."""
     return [found for arm in arms_of(hint) for found in _arm(arm, limits, default)]
 
 

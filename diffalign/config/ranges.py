@@ -58,7 +58,7 @@ def range_metadata(**limits: Any) -> dict[str, Any]:
 
 
 def range_of(field: dataclasses.Field[Any]) -> Range:
-    """The range of a field; any finite number where none is declared."""
+    """Return the range of a field; any finite number if none is declared."""
     return Range(**field.metadata[RANGE]) if RANGE in field.metadata else ANY
 
 

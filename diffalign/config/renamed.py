@@ -1,4 +1,4 @@
-"""Fields of earlier versions: class name -> field -> its new name, or the reason why it is gone."""
+"""Renamed and removed fields: class name -> field -> its new name, or the reason for its removal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REMOVED: Mapping[str, Mapping[str, str]] = {
 
 
 def about_removed(owner: str, path: str) -> str | None:
-    """What to do about a field that a class had in an earlier version; None for any other name."""
+    """Suggest a replacement for a field of an earlier version; None for any other name."""
     if (new := RENAMED.get(owner, {}).get(path)) is not None:
         return f"is now {new!r}"
     if (reason := REMOVED.get(owner, {}).get(path)) is not None:

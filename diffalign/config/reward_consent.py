@@ -1,4 +1,4 @@
-"""What in a table of rewards needs the user's consent: code, servers, and the choice of a secret."""
+"""Find the parts of a reward table that need the user's consent: code, servers, and the choice of a secret."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _at(place: Place, path: tuple[str, ...]) -> Place:
 
 
 def needs_consent(table: Any) -> bool:
-    """Whether a table of rewards, as plain values, holds code or servers."""
+    """Return whether a table of rewards, as plain values, contains code or servers."""
     return any(danger(path, value) for path, value in _walk(table))
 
 
 def danger(path: tuple[str, ...], value: Any) -> str:
-    """What a value of a reward table does beyond choosing among registered rewards; empty for a harmless one."""
+    """Describe what a value of a reward table does beyond selecting registered rewards; empty if nothing."""
     if not isinstance(value, str):
         return ""
     if (path[-1:] == ("url",) and value != "url") or "://" in value:

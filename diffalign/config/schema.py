@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, Union
 
+from diffalign.config.ranges import ANY, Range, range_of
 from diffalign.config.renamed import about_removed
 
 LONGEST = 200  # characters of a value in a message
@@ -19,23 +20,23 @@ TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """Format a value for a message; long ones are cut."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 def truth(text: str) -> bool | None:
-    """A switch as people write it; None for another word."""
+    """Parse a boolean such as "yes" or "off"; None for another word."""
     return TRUTH.get(text.lower())
 
 
 def bare_field(cls: Any) -> str | None:
-    """The field of a configuration that a value without a name is for, as the preset of a plan."""
+    """Return the field that a bare value sets, such as the preset of a plan."""
     return getattr(cls, "bare_field", None)
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration, all of it: ``problems``, a sentence each."""
+    """All errors of a configuration: ``problems``, a sentence each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(dict.fromkeys(problems))
@@ -43,10 +44,10 @@ class ConfigError(ValueError):
 
 
 def listed(problems: Sequence[str]) -> str:
-    """One problem as it is, several as a list, in less than 2,000 characters."""
+    """Format one problem as it is, several as a list, in less than 2,000 characters."""
     if len(problems) == 1:
         return problems[0] if len(problems[0]) < MESSAGE else f"{problems[0][: MESSAGE - 3]}..."
-    lines, room = [], MESSAGE - 100
+    lines, room = list[str](), MESSAGE - 100
     for problem in problems:
         line = f"  - {problem}" if len(problem) < MESSAGE // 4 else f"  - {problem[: MESSAGE // 4]}..."
         room -= len(line) + 1
@@ -58,13 +59,13 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def problems_of(error: ValueError) -> tuple[str, ...]:
-    """The sentences of an error."""
+    """Return the sentences of an error."""
     return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was given, for messages: a file or the command line, and the dotted path below ``root``."""
+    """Source of a value, for messages: a file or the command line, and the dotted path below ``root``."""
 
     source: str
     root: type
@@ -74,11 +75,11 @@ class Place:
         return dataclasses.replace(self, path=f"{self.path}.{name}" if self.path else str(name))
 
     def error(self, message: str) -> ValueError:
-        """The error to raise about the value here."""
+        """Make an error about the value at this place."""
         return ValueError(f"{self.source}: {self.path}: {message}" if self.path else f"{self.source}: {message}")
 
     def unknown(self) -> ValueError:
-        """The error to raise where no field has this path; names the closest that exist."""
+        """Make an error about an unknown field; names the closest known ones."""
         if (note := about_removed(self.root.__name__, self.path)) is not None:
             return self.error(note)
         known = [leaf.path for leaf in leaves(self.root)]
@@ -98,24 +99,28 @@ def is_config(hint: Any) -> bool:
 
 
 def arms_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; another annotation stands alone."""
+    """List the members of a union; any other annotation is its only member."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def config_arm(hint: Any) -> Any:
-    """The configuration class of ``C`` or ``C | None``; None for another annotation."""
+    """Return the configuration class of ``C`` or ``C | None``; None for any other annotation."""
     return next((arm for arm in arms_of(hint) if is_config(arm)), None)
 
 
-@functools.cache
 def init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     """(field, resolved annotation) of each field that can be given."""
+    return _init_fields(cls)
+
+
+@functools.cache
+def _init_fields(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     hints = typing.get_type_hints(cls)
     return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 
 
 def default_of(field: dataclasses.Field[Any], base: Any) -> Any:
-    """The value of ``base`` (the default of a whole section) where there is one, else the default of the field."""
+    """Return the value in ``base`` (the default of the section) if there is one, else the default of the field."""
     if base is not None and base is not MISSING:
         return getattr(base, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
@@ -131,22 +136,23 @@ class Leaf:
     help: str
     bare: Any = None
     section: str = ""
+    range: Range = ANY
 
 
 def leaves(cls: Any, base: Any = MISSING, prefix: str = "", section: str = "") -> Iterator[Leaf]:
-    """Every option of a configuration, nested ones with their dotted path and the default they really have."""
+    """List every option of a configuration, nested ones with their dotted path and effective default."""
     for field, hint in init_fields(cls):
         default = default_of(field, base)
         arm, path = config_arm(hint), prefix + field.name
         own = section or field.metadata.get("section", "")  # a nested configuration stays with its field
         if arm is None or default is None:
-            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own)
+            yield Leaf(path, hint, default, field.metadata.get("help", ""), section=own, range=range_of(field))
         if arm is not None:
             yield from leaves(arm, default, path + ".", own)
 
 
 def type_name(hint: Any) -> str:
-    """An annotation in the words of a message: ``int|null``, ``no|fp16|bf16``, ``list[str]``."""
+    """Format an annotation for a message: ``int|null``, ``no|fp16|bf16``, ``list[str]``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "|".join(map(str, arguments))

@@ -1,4 +1,4 @@
-"""Read the text of a command-line option as the annotation of its field wants it.
+"""Parse the text of a command-line option by the annotation of its field.
 
     --seed 5_000            int            --lr_scale 1e-4          float
     --dry_run yes           bool           --offload vae,text       tuple[Literal[...], ...]
@@ -26,7 +26,7 @@ NOTHING = type(None)
 
 
 def read(hint: Any, text: str, place: Place, bare: Any = None) -> Any:
-    """The value of ``text`` for a field annotated with ``hint``.
+    """Parse ``text`` for a field annotated with ``hint``.
 
     Args:
         hint: The annotation, resolved.
@@ -59,7 +59,7 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 def _structured(hint: Any, node: yaml.Node, place: Place, bare: Any = None) -> Any:
-    """A YAML node by annotation; plain scalars are read as text is."""
+    """Convert a YAML node by annotation; plain scalars are parsed as text is."""
     if isinstance(node, yaml.ScalarNode):
         quoted = node.style is not None
         if quoted and str in arms_of(hint):
@@ -110,7 +110,7 @@ def _sequence(arm: Any, items: Sequence[tuple[str | None, yaml.Node | None]], pl
 
 
 def _entry(hint: Any, item: str, place: Place, bare: Any) -> tuple[str, Any]:
-    """``name`` or ``name=value`` of a dict whose entries have a usual value."""
+    """Parse ``name`` or ``name=value`` of a dict whose entries have a default value."""
     name, equals, value = item.partition("=")
     if not name.strip():
         raise place.error(f"{shown(item)} has no name: write --{place.path} NAME,NAME or NAME=VALUE,NAME=VALUE")
@@ -119,7 +119,7 @@ def _entry(hint: Any, item: str, place: Place, bare: Any) -> tuple[str, Any]:
 
 
 def _split(text: str, items: Sequence[Any]) -> list[str]:
-    """Items between commas; quotes keep a comma, and so does a path that exists as it stands."""
+    """Split at commas, except within quotes and within the path of an existing file."""
     if not text.strip():
         return []
     if {str, Path} & {arm for item in items for arm in arms_of(item)} and _exists(text):
@@ -135,7 +135,7 @@ def _exists(text: str) -> bool:
 
 
 def _scalar(hint: Any, text: str) -> Any:
-    """The first arm that takes the text as a scalar, those of text last; MISSING where none does."""
+    """Convert to the first union member that accepts the text, text types last; MISSING if none does."""
     arms = arms_of(hint)
     if not text.strip() and str not in arms and NOTHING in arms:
         return None
@@ -162,7 +162,7 @@ def _as(arm: Any, text: str) -> Any:
 
 
 def _number(kind: type, text: str) -> Any:
-    """``1e4`` is a whole number too; ``010``, which YAML 1.1 took for 8, is none."""
+    """Parse a number; ``1e4`` is an integer too, and ``010``, 8 in YAML 1.1, is none."""
     lowered = text.lower().replace("_", "")
     if lowered.lstrip("+-") in ("inf", "nan", "infinity"):
         return float(lowered) if kind is float else MISSING
@@ -191,7 +191,7 @@ def _has_mapping(hint: Any) -> bool:
 
 
 def _spelling(hint: Any, place: Place) -> str:
-    """How the option is written, where that is not plain."""
+    """Show a spelling that works, for types where it is not obvious."""
     if (arm := config_arm(hint)) is not None:
         name = bare_field(arm) or next(field.name for field, _ in init_fields(arm))
         return f": write --{place.path}.{name} VALUE, or --{place.path} '{{{name}: VALUE}}'"

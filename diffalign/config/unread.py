@@ -1,8 +1,8 @@
 """Refuse options that a run would not read.
 
-A configuration class may have a method ``unread() -> Mapping[str, str]``: the dotted name of each field that a run of
-this configuration does not read, or of a whole section, and why. Such a field is refused where it was set, even to its
-default, and is not written to files.
+A configuration class may have a method ``unread() -> Mapping[str, str]``: dotted name -> reason, for each field or
+section that a run of this configuration does not read. Such a field is refused if it was set, even to its default, and
+is not written to files.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from diffalign.config.schema import ConfigError
 
 
 def covering(names: Collection[str], path: str) -> str | None:
-    """The entry of ``names`` that is ``path`` or a section around it."""
+    """Return the entry of ``names`` that is ``path`` or a section around it, if any."""
     parts = path.split(".")
     return next((name for i in range(len(parts)) if (name := ".".join(parts[: i + 1])) in names), None)
 
 
 def unread_names(config: Any) -> Mapping[str, str]:
-    """What ``unread`` of a configuration says; empty for a class without the method."""
+    """Return the unread fields of a configuration; empty for a class without ``unread``."""
     return config.unread() if hasattr(config, "unread") else {}
 
 
 def accepts(config: Any, path: str) -> bool:
-    """Whether a run of a configuration reads the field at a dotted path; one that is gone it does not."""
+    """Return whether a run of a configuration reads the field at a dotted path; removed fields are not read."""
     return covering(unread_names(config), path) is None and path not in REMOVED.get(type(config).__name__, {})
 
 
@@ -41,8 +41,10 @@ def refuse_unread(config: Any) -> None:
             found.setdefault(unread[name], []).append(path)
     if found:
         raise ConfigError(
-            f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
-            for reason, paths in found.items()
+            [
+                f"{', '.join(paths)}: {reason}; leave {'it' if len(paths) == 1 else 'them'} out"
+                for reason, paths in found.items()
+            ]
         )
 
 

@@ -1,11 +1,12 @@
-"""The YAML of configuration files: the plain scalars of version 1.2, and no key twice.
+"""Load and dump configuration files: YAML with the plain scalars of version 1.2 and without duplicate keys.
 
-PyYAML reads version 1.1, where ``no`` is False, ``12:30`` is 750, ``010`` is 8 and ``1e-4`` is text.
+PyYAML reads version 1.1, in which ``no`` is False, ``12:30`` is 750, ``010`` is 8 and ``1e-4`` is text.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.012345
 
 
 def load(text: str) -> Any:
-    """The plain value of a YAML text. yaml.YAMLError: not YAML, or a key given twice."""
+    """Load plain values from YAML. Raises yaml.YAMLError for invalid YAML or a duplicate key."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -52,7 +53,7 @@ def load(text: str) -> Any:
 
 
 def compose(text: str) -> yaml.Node | None:
-    """The node of a YAML text, with scalars as they were written. yaml.YAMLError: not YAML."""
+    """Parse YAML to a node with scalars as written. Raises yaml.YAMLError for invalid YAML."""
     loader = _Loader(text)
     try:
         return loader.get_single_node()
@@ -61,7 +62,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def construct(node: yaml.Node) -> Any:
-    """The plain value of a node."""
+    """Construct the plain value of a node."""
     loader = _Loader("")
     try:
         return loader.construct_document(node)
@@ -70,19 +71,19 @@ def construct(node: yaml.Node) -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML that ``load`` reads back exactly, mappings in their own order."""
+    """Dump YAML that ``load`` restores exactly; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def dump_inline(value: Any) -> str:
-    """The same on one line."""
+    """Dump YAML on one line."""
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=True)
     return text.removesuffix("...\n").strip()
 
 
-def as_float(value: int | float) -> float:
+def as_float(value: float | numbers.Real) -> float:
     """Convert a number to a float; a whole number that no float can hold becomes infinite, as 1e999 does."""
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf

@@ -1,8 +1,8 @@
-"""AI labels that lie beside a data set: a Parquet file with a row per pair, applied by its name.
+"""AI labels of a data set: a Parquet file beside it with a row per pair, selected by name.
 
-Columns: "key", the pair's key in its source; "content", what ``content_key`` said of its text and images when it was
-judged; "label", null where no reward could say; and for each reward "NAME/0" and "NAME/1", the scores of both images.
-A file of JSON beside it says which rewards and which rule.
+Columns: "key", the pair's key in its source; "content", the ``content_key`` of its text and images when it was scored;
+"label", null if no reward gave a score; and for each reward "NAME/0" and "NAME/1", the scores of both images. A JSON
+file beside it records the rewards and the rule.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from diffalign.data.letterbox import bars_on_terminals
 from diffalign.files import shorten, some
 from diffalign.structures import Pair
 
-Gaps = Sequence[tuple[float, float | None]]  # by reward its weight, and the first score minus the second
+Gaps = Sequence[tuple[float, float | None]]  # per reward: its weight, and the first score minus the second
 
 
 def vote(gaps: Gaps, scale: float) -> float | None:
-    """BalancedDPO (arXiv 2503.12575): 1, 0 or 0.5, the sign of the sum of weighted votes, a vote being a gap's sign.
+    """Label by weighted majority of the gaps' signs: 1, 0 or 0.5 (BalancedDPO, arXiv 2503.12575).
 
-    A reward without a score does not vote; None where none does. scale: not used.
+    A reward without a score does not vote; None if none votes. scale: not used.
     """
     votes = [weight * ((gap > 0) - (gap < 0)) for weight, gap in gaps if gap is not None]
     total = sum(votes)
@@ -39,18 +39,17 @@ def vote(gaps: Gaps, scale: float) -> float | None:
 
 def soft(gaps: Gaps, scale: float) -> float | None:
     """SmPO (arXiv 2506.02698): sigmoid(scale times the weighted sum of gaps); None where a reward has no score."""
-    if any(gap is None for _, gap in gaps):
-        return None
-    return 0.5 * (1 + math.tanh(scale * sum(weight * gap for weight, gap in gaps) / 2))
+    known = [weight * gap for weight, gap in gaps if gap is not None]
+    return 0.5 * (1 + math.tanh(scale * sum(known) / 2)) if len(known) == len(gaps) else None
 
 
 RULES: dict[str, Callable[[Gaps, float], float | None]] = {"vote": vote, "soft": soft}
 
 
 def labels_path(source: str | Path, name: str) -> Path:
-    """Where the labels of this name lie: ``FOLDER/.labels/NAME.parquet``, or ``.labels/FILE/NAME.parquet`` by a file.
+    """Return the file of labels: ``FOLDER/.labels/NAME.parquet``, or ``.labels/FILE/NAME.parquet`` beside a file.
 
-    A name that ends in .parquet is a path itself. ValueError: a hub data set, which nothing can lie beside.
+    A name that ends in .parquet is a path itself. ValueError: the source is a hub data set, which has no folder.
     """
     path = Path(source)
     if name.endswith(".parquet"):
@@ -63,15 +62,15 @@ def labels_path(source: str | Path, name: str) -> Path:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file; none without a file."""
+    """Read the rows of a Parquet file; an empty list without one."""
     if not path.is_file():
         return []
-    # Streaming reads the file itself, where the other way would keep a copy in the cache.
+    # Streaming keeps no copy in the cache of ``datasets``.
     return list(datasets.load_dataset("parquet", data_files={"train": str(path)}, split="train", streaming=True))
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Write the rows, and ``about`` as JSON beside them; each whole or not at all."""
+    """Write rows to a Parquet file, and ``about`` as JSON beside it; each file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
     with replacing(path) as staged, bars_on_terminals():
@@ -82,7 +81,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], about: Mapping[st
 
 @dataclass(frozen=True)
 class Labels:
-    """The AI labels of one source: what was judged and the label, by key; and the labels by what was judged."""
+    """AI labels of one source: ``judged``, (content key, label) by pair key; ``by_content``, labels by content key."""
 
     path: Path
     judged: Mapping[str, tuple[str, float | None]]
@@ -90,7 +89,7 @@ class Labels:
 
     @classmethod
     def load(cls, source: str | Path, name: str) -> Labels:
-        """FileNotFoundError: there are none of this name."""
+        """Load the labels of a name. Raises FileNotFoundError if there are none."""
         path = labels_path(source, name)
         if not path.is_file():
             others = sorted(file.stem for file in path.parent.glob("*.parquet"))
@@ -101,19 +100,21 @@ class Labels:
         return cls(path, judged, {row["content"]: row["label"] for row in rows})
 
     def of(self, key: str) -> float | None:
-        """The label of a pair by its key; None where no reward could say. ValueError: it was never judged."""
+        """Look up a label by the pair's key; None if no reward gave a score. Raises ValueError for an unknown pair."""
         if key not in self.judged:
             raise ValueError(f"{shorten(self.path)} has no label for pair {key}: the data changed, relabel them")
         return self.judged[key][1]
 
     def of_content(self, pair: Pair) -> float | None:
-        """The label of a pair by its content. ValueError: it was never judged."""
+        """Look up a label by the pair's content. Raises ValueError for an unknown pair."""
         content = content_key(pair)
         if content not in self.by_content:
             raise ValueError(f"{shorten(self.path)} has no label for {pair.key}: the data changed, relabel them")
         return self.by_content[content]
 
     def check(self, key: str, pair: Pair) -> None:
-        """ValueError: the text or an image of this pair is not what was judged."""
+        """Raise ValueError if the pair's text or images changed after it was labelled."""
         if content_key(pair) != self.judged[key][0]:
-            raise ValueError(f"{shorten(self.path)}: {pair.key} is not what was judged: the data changed, relabel")
+            raise ValueError(
+                f"{shorten(self.path)}: {pair.key} differs from the labelled pair: the data changed, relabel"
+            )

@@ -1,4 +1,4 @@
-"""Folders of pairs, as rows; and which files of any folder are its pictures.
+"""List folders of pairs as rows, and the image files of any folder.
 
 Two sides, with files of the same stem, and texts in ``STEM.txt`` beside the chosen image or in ``metadata.jsonl`` (or
 ``metadata.csv``: "file_name", relative to the folder or to its side, and "prompt", "caption" or "text"):
@@ -9,8 +9,8 @@ The sides may also be called winner and loser, win and lose, or w and l. Or a fo
 
     FOLDER/001/winner.png  FOLDER/001/loser.png  FOLDER/001/prompt.txt
 
-Names are in natural order (2 before 10). Files that systems and editors keep are left out; whatever else is not read is
-said in the notes.
+Names are in natural order (2 before 10). Files of operating systems and editors are ignored; the notes list them and
+all other files that are not read.
 """
 
 from __future__ import annotations
@@ -28,21 +28,27 @@ from diffalign.media import SUFFIXES, UNREADABLE_SUFFIXES
 
 SIDES = (("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("w", "l"))
 LISTS = ("metadata.jsonl", "metadata.csv")  # beside the pictures that they describe
-LABELS = ".labels"  # of AI labels; hidden, so that no loader takes what is in it for data
-# Kept by systems, editors and archives; whatever begins with a dot is, too.
+LABELS = ".labels"  # AI labels; hidden, so that no loader reads its files as data
+# Names of operating systems, editors and archives, besides all that begin with a dot.
 CLUTTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
 
 
 @dataclass
 class Listing:
-    """What a folder holds. hidden, strange: paths, relative to it, that are not read: clutter, and other files."""
+    """Files of a folder that are not read, as relative paths.
+
+    Attributes:
+        hidden: Clutter, see ``is_clutter``.
+        strange: Files and folders of other kinds.
+        unlisted: Images without a line in the metadata.
+    """
 
     hidden: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
 
     def notes(self, folder: Path) -> list[str]:
-        """A line for each kind of file that is not read."""
+        """Format a line per kind of file that is not read."""
         kinds = {
             "hidden or system files": self.hidden,
             "files or folders of other kinds": self.strange,
@@ -53,17 +59,17 @@ class Listing:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is kept by a system or an editor, and is no data of its owner."""
+    """Return whether a name is that of a hidden file, or of a file of the operating system or an editor."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture to its owner, by its suffix; some cannot be decoded, which is said later."""
+    """Return whether the suffix is that of an image format, including formats that cannot be decoded."""
     return path.suffix.lower() in SUFFIXES | UNREADABLE_SUFFIXES
 
 
 def visible(folder: Path, listing: Listing, below: Path | None = None) -> list[Path]:
-    """What lies in a folder, in natural order; clutter goes to the listing, by its path from ``below``."""
+    """List a folder in natural order; clutter is added to ``listing``, by its path relative to ``below``."""
     found = []
     for path in sorted(folder.iterdir(), key=lambda path: natural(path.name)):
         if path.name == LABELS:
@@ -76,13 +82,13 @@ def visible(folder: Path, listing: Listing, below: Path | None = None) -> list[P
 
 
 def pictures_below(folder: Path) -> tuple[list[Path], Listing]:
-    """Every picture below a folder, in natural order of their paths. Captions beside pictures are no strange files."""
+    """List every image below a folder in natural order. ``STEM.txt`` beside an image is not strange."""
     listing, found, captions = Listing(), [], []
 
-    def walk(place: Path) -> None:
-        for path in visible(place, listing, folder):
+    def walk(current: Path) -> None:
+        for path in visible(current, listing, folder):
             if path.is_dir():
-                if not path.is_symlink():  # a link to a folder above would never end
+                if not path.is_symlink():  # a link to a parent folder would never end
                     walk(path)
                 else:
                     listing.strange.append(str(path.relative_to(folder)))
@@ -99,7 +105,7 @@ def pictures_below(folder: Path) -> tuple[list[Path], Listing]:
 
 
 def by_stem(pictures: Iterable[Path]) -> dict[str, Path]:
-    """Pictures by their stem, as it looks: accents may be written in two ways. ValueError: two pictures of one stem."""
+    """Index images by stem in Unicode form NFC. Raises ValueError if two images share a stem."""
     found: dict[str, Path] = {}
     for path in pictures:
         stem = unicodedata.normalize("NFC", path.stem)
@@ -111,7 +117,7 @@ def by_stem(pictures: Iterable[Path]) -> dict[str, Path]:
 
 
 def listed(folder: Path) -> Records | None:
-    """The rows of the folder's ``metadata.jsonl`` or ``metadata.csv``; None without one. ValueError: there are both."""
+    """Read ``metadata.jsonl`` or ``metadata.csv`` of a folder; None without one. Raises ValueError if it has both."""
     there = [folder / name for name in LISTS if (folder / name).is_file()]
     if len(there) > 1:
         raise ValueError(f"{shorten(folder)} has {' and '.join(LISTS)}: remove the one that does not count")
@@ -119,10 +125,18 @@ def listed(folder: Path) -> Records | None:
 
 
 def folder_rows(folder: Path, anywhere: bool = False) -> tuple[list[dict[str, Any]], list[str]] | None:
-    """Rows "name", "chosen", "rejected", "prompt", "metadata", and notes; None where the layout is another.
+    """List the pairs of a folder.
 
-    Paths are relative to the folder. A file without a partner is a row with None on the other side. anywhere: texts may
-    be links to files outside. ValueError: two pictures with one stem, two layouts at once, a text that is not UTF-8.
+    Args:
+        folder: The folder.
+        anywhere: Whether captions may be links to files outside the folder.
+
+    Returns:
+        Rows with "name", "chosen", "rejected", "prompt" and "metadata", and notes; None if the folder has neither
+        layout. Paths are relative to the folder. An image without a partner is a row with None on the other side.
+
+    Raises:
+        ValueError: Two images share a stem, both layouts at once, or a caption that is not UTF-8.
     """
     listing = Listing()
     there = visible(folder, listing)
@@ -134,7 +148,8 @@ def folder_rows(folder: Path, anywhere: bool = False) -> tuple[list[dict[str, An
     if sides:
         others = [path for path in there if path.name not in (*sides[0], *LISTS)]
         listing.strange += [path.name for path in others]
-        rows = _two_sides(folder, *(folder / name for name in sides[0]), listing, anywhere)
+        chosen, rejected = (folder / name for name in sides[0])
+        rows = _two_sides(folder, chosen, rejected, listing, anywhere)
         return rows, listing.notes(folder)
     found = [(path, _one_pair(path, listing, anywhere)) for path in there if path.is_dir()]
     if not any(row for _, row in found):
@@ -188,18 +203,18 @@ def _first(entry: Mapping[str, Any]) -> Any:
     return next((entry[key] for key in PROMPTS if entry.get(key) is not None), None)
 
 
-def _one_pair(place: Path, listing: Listing, anywhere: bool) -> dict[str, Any] | None:
+def _one_pair(folder: Path, listing: Listing, anywhere: bool) -> dict[str, Any] | None:
     own = Listing()
-    there = visible(place, own, place.parent)
+    there = visible(folder, own, folder.parent)
     files = by_stem(path for path in there if is_picture(path) and not path.is_dir())
     names = next((names for names in SIDES if set(names) & set(files)), None)
     if names is None:
         return None
-    read = {*(files[name] for name in names if name in files), place / "prompt.txt"}
+    read = {*(files[name] for name in names if name in files), folder / "prompt.txt"}
     listing.hidden += own.hidden
-    listing.strange += [str(path.relative_to(place.parent)) for path in there if path not in read]
-    text = caption(place / "prompt.txt", None if anywhere else place.parent)
-    return _row(place.parent, place.name, [files.get(name) for name in names], text, None)
+    listing.strange += [str(path.relative_to(folder.parent)) for path in there if path not in read]
+    text = caption(folder / "prompt.txt", None if anywhere else folder.parent)
+    return _row(folder.parent, folder.name, [files.get(name) for name in names], text, None)
 
 
 def _row(folder: Path, name: str, files: Sequence[Path | None], text: Any, metadata: Any) -> dict[str, Any]:
@@ -208,9 +223,9 @@ def _row(folder: Path, name: str, files: Sequence[Path | None], text: Any, metad
 
 
 def caption(path: Path, within: Path | None) -> str | None:
-    """The text of a file; None where there is no regular file. within: the folder that must hold it, if any must.
+    """Read a caption file; None if there is no regular file. within: the folder that must contain it, if any.
 
-    ValueError: bytes that are not UTF-8, too long a text, a link that leads outside.
+    Raises ValueError for bytes that are not UTF-8, a text that is too long, or a link that leads outside.
     """
     if not path.is_file():
         return None

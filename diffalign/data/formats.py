@@ -1,7 +1,7 @@
-"""How the known data sets write a judgement: from a row of theirs to pairs of images with a label.
+"""Formats of published preference data sets: readers from a row to labelled pairs of images.
 
 A reader yields (first image, second image, label) for each pair of a row: the label is the probability that the first
-image is preferred, or None where nobody judged. To add a format, write such a function and an entry in ``FORMATS``.
+image is preferred, or None for an unlabelled pair. To add a format, write such a function and an entry in ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ Judgement = tuple[ImageSource, ImageSource, float | None]
 
 @dataclass(frozen=True)
 class Format:
-    """columns: what a table must have, each a column or several of which one is enough. read: from a row of it."""
+    """A table format.
+
+    Attributes:
+        columns: Required columns; a tuple names alternatives, of which one is enough.
+        read: Reader of a row.
+    """
 
     columns: tuple[str | tuple[str, ...], ...]
     read: Callable[[Row], Iterator[Any]]
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        """The columns that are not there, alternatives as "a or b"."""
+        """List the required columns that a table lacks, alternatives as "a or b"."""
         needed = [(column,) if isinstance(column, str) else column for column in self.columns]
         return [" or ".join(names) for names in needed if not set(names) & set(columns)]
 
 
 def pick_a_pic(row: Row) -> Iterator[Judgement]:
-    """Pick-a-Pic v1 and v2 (arXiv 2305.01569): bytes in jpg_0 and jpg_1, label_0 in {0, 0.5, 1}."""
+    """Read Pick-a-Pic v1 and v2 (arXiv 2305.01569): bytes in jpg_0 and jpg_1, label_0 in {0, 0.5, 1}."""
     unjudged = row.flag("has_label") is False
     label = None if unjudged else row.choice("label_0", (0, 0.5, 1))
-    images = (row.image(f"jpg_{side}", row.values.get(f"image_{side}_uid")) for side in (0, 1))
-    yield *images, label
+    first, second = (row.image(f"jpg_{side}", row.values.get(f"image_{side}_uid")) for side in (0, 1))
+    yield first, second, label
 
 
 def hpdv2(row: Row) -> Iterator[Judgement]:
-    """HPDv2 (arXiv 2306.09341), its train.json and test.json.
+    """Read train.json and test.json of HPDv2 (arXiv 2306.09341).
 
     A training row has two images and human_preference, 1 for the preferred one and 0 for the other. A test row has nine
-    or ten and their averaged ranks, 0 for the best: each two of them are a pair.
+    or ten images and their averaged ranks, 0 for the best: every two of them are a pair.
     """
     column = row.first(("image", "image_path", "file_path"))
     preference, rank = row.cell("human_preference"), row.cell("rank")
@@ -65,9 +70,9 @@ def hpdv2(row: Row) -> Iterator[Judgement]:
 
 
 def hpdv3(row: Row) -> Iterator[Judgement]:
-    """HPDv3 (arXiv 2508.03789): the image at path1 is preferred to that at path2, by the larger part of choice_dist.
+    """Read HPDv3 (arXiv 2508.03789): path1 is preferred to path2, by the larger share of the votes in choice_dist.
 
-    choice_dist counts the votes in either order. Without it the label is 1.
+    choice_dist lists the votes in either order. Without it the label is 1.
     """
     votes = row.cell("choice_dist")
     if votes and not (
@@ -81,12 +86,12 @@ def hpdv3(row: Row) -> Iterator[Judgement]:
 
 
 def chosen_rejected(row: Row) -> Iterator[Judgement]:
-    """Tables of chosen and rejected images, such as open-image-preferences-v1-binarized: the label is 1."""
+    """Read chosen and rejected images, as in open-image-preferences-v1-binarized: the label is 1."""
     yield row.image("chosen"), row.image("rejected"), 1.0
 
 
 def pairs(row: Row) -> Iterator[Judgement]:
-    """Our own: image_0, image_1 and label, the probability in [0, 1] that image_0 is preferred."""
+    """Read diffalign's own format: image_0, image_1 and label, the probability that image_0 is preferred."""
     yield row.image("image_0"), row.image("image_1"), row.probability("label")
 
 
@@ -98,12 +103,12 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(("image_0", "image_1", "label", PROMPTS), pairs),
 }
 
-# What single images are called liked or not by: numbers, and the words of Diffusion-KTO's tables (arXiv 2404.04465).
+# Labels of single images: numbers, and the splits of Diffusion-KTO's tables (arXiv 2404.04465).
 LIKED: dict[Any, bool] = {1: True, 0: False, "exclusive_win": True, "intersections": True, "exclusive_lose": False}
 
 
 def liked(row: Row) -> Iterator[tuple[ImageSource, bool]]:
-    """An image, a text and whether it is liked: 1 or 0, or Diffusion-KTO's split."""
+    """Read an image and its label: 1 or 0, or a split of Diffusion-KTO."""
     column = row.first(("liked", "label", "split", "score"))
     value = row.cell(column)
     known = row.flag(column) if not isinstance(value, str) or value not in LIKED else LIKED[value]
@@ -117,24 +122,31 @@ UNPAIRED: dict[str, Format] = {
 }
 
 
-def detect(columns: Sequence[str], asked: str, formats: Mapping[str, Format], where: str) -> Format:
-    """The format of a table: the one that was asked for, or with "auto" the only one whose columns are all there.
+def detect(columns: Sequence[str], wanted: str, formats: Mapping[str, Format], where: str) -> Format:
+    """Select the format of a table: by name, or with "auto" the only one whose required columns exist.
 
-    ValueError: an unknown name, a missing column, or no or several formats that would do.
+    Args:
+        columns: Columns of the table.
+        wanted: Name of a format, or "auto".
+        formats: Known formats by name.
+        where: Source, for messages.
+
+    Raises:
+        ValueError: An unknown name, a missing column, or no format or several that fit.
     """
-    if asked != "auto" and asked not in formats:
-        raise ValueError(f"unknown format {asked!r}; known: auto, {', '.join(formats)}")
-    if asked != "auto":
-        if lacking := formats[asked].missing(columns):
+    if wanted != "auto" and wanted not in formats:
+        raise ValueError(f"unknown format {wanted!r}; known: auto, {', '.join(formats)}")
+    if wanted != "auto":
+        if lacking := formats[wanted].missing(columns):
             raise ValueError(
-                f"{where}: format {asked} needs the column {', '.join(lacking)}; there are {some(columns, 30, 40)}. "
+                f"{where}: format {wanted} needs the column {', '.join(lacking)}; there are {some(columns, 30, 40)}. "
                 "Rename one, or name another format"
             )
-        return formats[asked]
+        return formats[wanted]
     fitting = [name for name in formats if not formats[name].missing(columns)]
     if len(fitting) == 1:
         return formats[fitting[0]]
     if fitting:
-        raise ValueError(f"{where}: its columns fit {' and '.join(fitting)}; say which with format")
+        raise ValueError(f"{where}: its columns fit {' and '.join(fitting)}; choose one with format")
     needs = "; ".join(f"{name} lacks {', '.join(format.missing(columns))}" for name, format in formats.items())
     raise ValueError(f"{where}: columns {some(columns, 30, 40)} fit no format ({needs}). Rename some, or name a format")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -96,6 +97,14 @@ def _read(source: ImageSource) -> bytes:
         raise SampleError("unreadable", source.name, media.reason(error)) from error
 
 
+@overload
+def fetched(sample: Pair) -> Pair: ...
+
+
+@overload
+def fetched(sample: LabelledImage) -> LabelledImage: ...
+
+
 def fetched(sample: Sample) -> Sample:
     """Load the encoded images of a sample into memory; unreadable ones stay as they are."""
 
@@ -106,7 +115,8 @@ def fetched(sample: Sample) -> Sample:
             return source
 
     if isinstance(sample, Pair):
-        return replace(sample, images=tuple(fetch(source) for source in sample.images))
+        first, second = sample.images
+        return replace(sample, images=(fetch(first), fetch(second)))
     return replace(sample, image=fetch(sample.image))
 
 

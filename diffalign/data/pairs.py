@@ -1,4 +1,4 @@
-"""Preference pairs that fit on disk: any of them by its number, images only when they are asked for."""
+"""Map-style access to preference pairs that fit on disk; images are read when a pair is loaded."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ T = TypeVar("T", Pair, LabelledImage)
 def usable_images(
     sample: Pair | LabelledImage, settings: PreferenceDataConfig, quarantine: Quarantine, count_kept: bool = False
 ) -> tuple[Image.Image, ...] | None:
-    """The images of a sample in RGB; None, noted in the quarantine, where it has to be left out.
+    """Decode the images of a sample to RGB; return None and record the error if the sample is dropped.
 
-    count_kept: count what is odd but kept too, which is right the first time that a sample comes by.
+    count_kept: also count errors whose action is "keep"; set it on the first visit of a sample only.
     """
     if sample.key in quarantine.dropped:
         return None
     try:
-        images, odd = decode_sample(sample, settings.min_side)
+        images, errors = decode_sample(sample, settings.min_side)
     except SampleError as error:
         quarantine.keeps(error)
         return None
-    kept = [quarantine.keeps(f) for f in odd if count_kept or quarantine.actions[f.kind] != "keep"]
+    kept = [quarantine.keeps(e) for e in errors if count_kept or quarantine.actions[e.kind] != "keep"]
     return images if all(kept) else None
 
 
 class Samples(ABC, Generic[T]):
-    """Samples by their number, of which a few may turn out to be bad when their images are read.
+    """Samples by index; a few may turn out to be unusable when their images are read.
 
-    A bad one keeps its number, so that the others keep theirs: ``load`` gives the next good one in its place.
+    An unusable sample keeps its index, so that the indices of the others do not move: ``load`` returns the next usable
+    sample instead.
     """
 
     def __init__(self, settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
@@ -59,31 +60,32 @@ class Samples(ABC, Generic[T]):
     def __getitem__(self, index: int) -> T: ...
 
     def load(self, index: int) -> tuple[T, tuple[Image.Image, ...]]:
-        """The sample at ``index`` with its images, or the next good one.
+        """Load the sample at ``index`` with its images, or the next usable one.
 
-        A ``DataWarning`` names a bad one the first time. ValueError: too many of them, or none is good.
+        A ``DataWarning`` names an unusable sample the first time. ValueError: too many of them, or none is usable.
         """
         for step in range(len(self)):
-            place = (index + step) % len(self)
-            sample, known = self[place], len(self.quarantine.dropped)
+            position = (index + step) % len(self)
+            sample, known = self[position], len(self.quarantine.dropped)
             if (images := usable_images(sample, self.settings, self.quarantine)) is not None:
-                self.confirm(place, sample)
+                self.confirm(position, sample)
                 return sample, images
+
             if len(self.quarantine.dropped) > known:
                 warnings.warn(f"left out: {sample.key}: {self.quarantine.why(sample.key)}", DataWarning, stacklevel=2)
                 self.quarantine.enforce(len(self))
-        raise ValueError("not one sample can be used: diffalign check says why")
+        raise ValueError("no sample can be used: run diffalign check to see why")
 
     def confirm(self, index: int, sample: T) -> None:
-        """ValueError where a sample is not what its label was given for."""
+        """Raise ValueError if the sample changed after its label was made."""
 
     def examine(self, limit: int | None) -> None:
-        """Reads the images of ``limit`` samples, evenly spread; None: of all. ValueError: too many are bad."""
+        """Decode the images of ``limit`` evenly spaced samples, or of all. ValueError: too many are unusable."""
         count = len(self) if limit is None else min(limit, len(self))
-        for place in (number * len(self) // count for number in range(count)):
-            sample = self[place]
+        for index in (number * len(self) // count for number in range(count)):
+            sample = self[index]
             if usable_images(sample, self.settings, self.quarantine, count_kept=True) is not None:
-                self.confirm(place, sample)
+                self.confirm(index, sample)
         self.quarantine.examined += count
         self.quarantine.enforce()
 
@@ -92,9 +94,9 @@ S = TypeVar("S", bound=Samples)
 
 
 def judgements(row: Row, format: Format) -> list[tuple[Pair, float | None]]:
-    """The pairs of a row, and their labels: None where nobody judged, which the pair itself has as 0.5. SampleError."""
+    """Read the pairs of a row with their labels: None if unlabelled, where the pair has 0.5. Raises SampleError."""
     prompt, found = row.prompt(), list(format.read(row))
-    names = [row.name] if len(found) == 1 else [f"{row.name}, pair {place}" for place in range(len(found))]
+    names = [row.name] if len(found) == 1 else [f"{row.name}, pair {index}" for index in range(len(found))]
     return [
         (Pair(name, prompt, (first, second), 0.5 if label is None else label, row.mask()), label)
         for name, (first, second, label) in zip(names, found, strict=True)
@@ -102,7 +104,7 @@ def judgements(row: Row, format: Format) -> list[tuple[Pair, float | None]]:
 
 
 def noted(row: Row, format: Format, quarantine: Quarantine) -> list[tuple[Pair, float | None]]:
-    """The same, where a bad row is noted and gives nothing."""
+    """Read the pairs of a row as ``judgements`` does; an invalid row is recorded and has none."""
     quarantine.rows += 1
     try:
         found = judgements(row, format)
@@ -114,22 +116,22 @@ def noted(row: Row, format: Format, quarantine: Quarantine) -> list[tuple[Pair, 
     return found
 
 
-def counts(pair: Pair, label: float | None, settings: PreferenceDataConfig, quarantine: Quarantine) -> bool:
-    """Whether a pair with this label is used. ValueError: a tie, where ties are errors."""
+def counted(pair: Pair, label: float | None, settings: PreferenceDataConfig, quarantine: Quarantine) -> Pair | None:
+    """Return the pair with this label, or None where it is not used. ValueError: a tie, where ties are errors."""
     if label is None:
         quarantine.skipped["unlabelled"] += 1
     elif label == 0.5 and settings.ties != "soft":
         if settings.ties == "error":
-            raise ValueError(f"{pair.key}: a tie; set ties to drop or soft, or take it out")
+            raise ValueError(f"{pair.key}: a tie; set ties to drop or soft, or remove the pair")
         quarantine.skipped["ties"] += 1
     else:
-        return True
-    return False
+        return replace(pair, label=label)
+    return None
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source of pairs: its table, its format, and AI labels where they replace its own."""
+    """A source of pairs: its table, its format, and AI labels that replace its own, if any."""
 
     table: Table
     format: Format
@@ -138,52 +140,53 @@ class Part:
     def pair(self, row: int, place: int) -> Pair:
         """A pair by its row, and its place among the pairs of that row."""
         pair = judgements(self.table.row(row), self.format)[place][0]
-        return pair if self.labels is None else replace(pair, label=self.labels.of(f"{row}.{place}"))
+        label = pair.label if self.labels is None else self.labels.of(f"{row}.{place}")
+        return replace(pair, label=0.5 if label is None else label)
 
     def pairs(self, quarantine: Quarantine) -> Iterator[tuple[int, int, Pair, float | None]]:
-        """Every pair as (row, place, pair, label), also those that nobody judged; bad rows are noted."""
+        """Yield every pair as (row, index in the row, pair, label), unlabelled ones too; record invalid rows."""
         for number, row in enumerate(self.table.rows()):
-            for place, (pair, label) in enumerate(noted(row, self.format, quarantine)):
-                yield number, place, pair, label if self.labels is None else self.labels.of(f"{number}.{place}")
+            for index, (pair, label) in enumerate(noted(row, self.format, quarantine)):
+                yield number, index, pair, label if self.labels is None else self.labels.of(f"{number}.{index}")
 
 
 class PairData(Samples[Pair]):
     """The usable pairs of several sources, in the order of their rows.
 
-    ``data[i]`` is a pair whose images nobody has read yet; ``data.load(i)`` reads them. ``data.validation`` says what
-    was left out.
+    ``data[i]`` is a pair whose images are not read yet; ``data.load(i)`` reads them. ``data.quarantine`` lists the
+    dropped samples.
     """
 
     def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
         self.parts = parts
-        # Three numbers a pair: a million pairs are 24 MB.
+        # Three integers per pair: 24 MB for a million pairs.
         self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
             for row, place, pair, label in part.pairs(quarantine):
-                if counts(pair, label, settings, quarantine):
+                if counted(pair, label, settings, quarantine) is not None:
                     self._locations.extend((number, row, place))
 
     def __len__(self) -> int:
         return len(self._locations) // 3
 
     def __getitem__(self, index: int) -> Pair:
-        part, row, place = self._place(index)
-        return self.parts[part].pair(row, place)
+        part, row, pair = self._location(index)
+        return self.parts[part].pair(row, pair)
 
-    def _place(self, index: int) -> tuple[int, ...]:
+    def _location(self, index: int) -> tuple[int, ...]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
         return tuple(self._locations[3 * index : 3 * index + 3])
 
     def confirm(self, index: int, sample: Pair) -> None:
-        """ValueError where an AI label was given for another text or image."""
-        part, row, place = self._place(index)
+        """Raise ValueError if the pair's text or images changed after its AI label was made."""
+        part, row, pair = self._location(index)
         labels = self.parts[part].labels
         if labels is not None:
-            labels.check(f"{row}.{place}", sample)
+            labels.check(f"{row}.{pair}", sample)
 
 
 def open_part(source: str | Path, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS) -> Part:
@@ -194,7 +197,7 @@ def open_part(source: str | Path, settings: PreferenceDataConfig, formats: Mappi
 
 
 def open_pairs(*sources: str | Path, settings: PreferenceDataConfig) -> PairData:
-    """The pairs of ``sources``, whose images nobody has looked at. ValueError: no source is named."""
+    """Open the pairs of ``sources`` without reading images. Raises ValueError if no source is named."""
     if not sources:
         raise ValueError("name at least one source of preference pairs: a file, a folder or a hub id")
     quarantine = Quarantine(settings.on_fault, settings.max_bad_share)
@@ -202,21 +205,27 @@ def open_pairs(*sources: str | Path, settings: PreferenceDataConfig) -> PairData
 
 
 def load_pairs(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> PairData:
-    """The pairs of ``sources``: files, folders or hub ids, see ``tables``; formats as in ``formats.FORMATS``.
+    """Load the pairs of ``sources`` and validate them; one ``DataWarning`` lists the dropped samples.
 
-    Rows are read without their images; then the images of ``settings.scan`` pairs are decoded. What is left out is said
-    in one ``DataWarning``. FileNotFoundError: nothing there, or no such AI labels. ValueError: nothing that can be
-    used, or more than ``max_bad_share`` that cannot.
+    Rows are read without their images; then the images of ``settings.scan`` pairs are decoded.
+
+    Args:
+        sources: Files, folders or hub ids, see ``tables``, in a format of ``formats.FORMATS``.
+        settings: Reading options; default: ``PreferenceDataConfig()``.
+
+    Raises:
+        FileNotFoundError: A source or its AI labels do not exist.
+        ValueError: No pair is usable, or more than ``max_bad_share`` are not.
     """
     return examined(open_pairs(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))
 
 
 def examined(data: S, where: str) -> S:
-    """The samples, after a first look at them: see ``load_pairs``."""
+    """Validate the samples as ``load_pairs`` describes, and return them."""
     data.quarantine.enforce()
     if not len(data):
         lines = [f"{kind}: {count}" for kind, count in data.quarantine.skipped.items()] + data.quarantine.lines()
-        raise ValueError(bounded("\n".join([f"{shorten(where)}: not one sample is left", *lines])))
+        raise ValueError(bounded("\n".join([f"{shorten(where)}: no sample is left", *lines])))
     data.examine(data.settings.scan)
     if lines := data.quarantine.lines():
         warnings.warn(bounded("\n".join([f"{shorten(where)}:", *lines])), DataWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Reads prompt files: plain text, or JSON lines that carry what a reward needs to know."""
+"""Read prompt files: plain text, or JSON lines with metadata for rewards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ TEXT_KEYS = ("prompt", "text")
 
 
 def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of ``path`` in file order, at most ``limit`` of them; repeated ones are kept.
+    """Read the prompts of a file in order; duplicates are kept.
 
     ``.txt``: a prompt per line. ``.jsonl``: an object per line with "prompt" (or "text"); its other members become
     ``Prompt.metadata``, e.g. GenEval's ``{"tag", "include", "exclude", "prompt"}``; so do the members of a mapping
-    "metadata", as pairs and rollout buffers have it. Nulls count as absent, as in tables. UTF-8, with or without a byte
-    order mark; any line ends; blank lines are skipped, spaces around a prompt removed. Lines after ``limit`` are not
-    read.
+    "metadata", as in pairs and rollout buffers. Nulls count as absent, as in tables. Files are UTF-8, with or without a
+    byte order mark, with any line ends. Blank lines are skipped, and spaces around a prompt are removed.
 
-    FileNotFoundError: no such file. ValueError: another suffix, a line that cannot be used, or no prompt at all.
+    Args:
+        path: The file.
+        limit: Largest number of prompts; later lines are not read.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: An unknown suffix, an invalid line, or no prompt.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}: leave it out to read every prompt of {shorten(path)}")
@@ -36,7 +41,7 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 
 def prompt_file(path: str | Path) -> Path:
-    """``path``, where it can be read as prompts. FileNotFoundError: no such file. ValueError: another suffix."""
+    """Check that ``path`` is a prompt file. FileNotFoundError: it does not exist. ValueError: an unknown suffix."""
     path = Path(path)
     if path.suffix.lower() not in PARSERS:
         raise ValueError(
@@ -61,7 +66,7 @@ def _usable(path: Path) -> Iterator[Prompt]:
 
 
 class LineError(ValueError):
-    """A line of a prompt file that cannot be used. kind: one of ``LINE_ERRORS``; where: file and line."""
+    """An invalid line of a prompt file. kind: one of ``LINE_ERRORS``; where: file and line."""
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
         assert kind in LINE_ERRORS, kind
@@ -71,7 +76,7 @@ class LineError(ValueError):
 
 
 LINE_ERRORS = {
-    "not_utf8": "bytes that are no UTF-8",
+    "not_utf8": "bytes that are not UTF-8",
     "bad_json": "no JSON object",
     "no_prompt": 'an object without "prompt" or "text"',
     "empty_prompt": "a prompt that is empty, or no text",
@@ -80,7 +85,7 @@ LINE_ERRORS = {
 
 
 def read_lines(path: Path) -> Iterator[Prompt | LineError | None]:
-    """What each line holds: a prompt, what is wrong with it, or None where it is blank."""
+    """Yield a prompt, an error, or None (a blank line) for each line of a file."""
     parse = PARSERS[path.suffix.lower()]
     for number, content in enumerate(raw_lines(path), start=1):
         where = f"{shorten(path)}, line {number}"

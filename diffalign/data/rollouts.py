@@ -1,4 +1,4 @@
-"""Preference pairs from images that were scored: rollout buffers on disk, or in memory."""
+"""Build preference pairs from scored images: rollout buffers on disk or in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from diffalign.files import some
 
-# What a line of a buffer's metadata.jsonl must hold.
+# Required keys of a line in a buffer's metadata.jsonl.
 LINE: dict[str, Any] = {"file_name": str, "group": int, "sample": int, "rewards": Mapping}
 
 
@@ -23,17 +23,19 @@ def _all(ranked: Sequence[int]) -> list[tuple[int, int]]:
     return list(combinations(ranked, 2))
 
 
-# From the places of a group, best first, to pairs (better, worse).
+# From the sample indices of a group, best first, to pairs (better, worse).
 PAIRINGS: dict[str, Callable[[Sequence[int]], list[tuple[int, int]]]] = {"best_worst": _best_and_worst, "all": _all}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """How scored images of one prompt become pairs.
+    """Rule for pairing the scored images of one prompt.
 
-    rule: "best_worst", one pair per group, or "all", each two images of a group. rewards: names and weights of what
-    counts; empty: the only reward there is. min_gap: scores must differ by more than this, so that 0 drops ties.
-    scale: labels are sigmoid(scale times the gap); None: they are 1.
+    Attributes:
+        rule: "best_worst", one pair per group, or "all", every two images of a group.
+        rewards: Weights by reward name; empty for the only reward.
+        min_gap: Scores must differ by more than this; 0 drops ties.
+        scale: Labels are sigmoid(scale * gap); None for labels of 1.
     """
 
     rule: str = field(default="best_worst", metadata={"help": "best_worst, or all: each two images of a group"})
@@ -53,40 +55,57 @@ class Pairing:
     )
 
     def __post_init__(self) -> None:
-        """ValueError: an unknown rule, or a negative gap or scale."""
+        """Check the fields. Raises ValueError for an unknown rule, a negative gap, or a scale that is not positive."""
         if self.rule not in PAIRINGS:
             raise ValueError(f"unknown rule {self.rule!r}; known: {', '.join(PAIRINGS)}")
         if self.min_gap < 0 or (self.scale is not None and self.scale <= 0):
-            raise ValueError(f"min_gap {self.min_gap} must not be negative, and scale {self.scale} must be positive")
+            raise ValueError(f"min_gap must be 0 or more, got {self.min_gap}, and scale positive, got {self.scale}")
 
     def label(self, gap: float) -> float:
-        """The probability that the better image is preferred."""
+        """Return the probability that the better image is preferred."""
         return 1.0 if self.scale is None else 1 / (1 + math.exp(-self.scale * gap))
 
 
 def pick_pairs(groups: Sequence[int], scores: Sequence[float | None], pairing: Pairing) -> list[tuple[int, int]]:
-    """Pairs (better, worse) of places whose groups are equal and whose scores differ enough.
+    """Pair the samples of each group whose scores differ by more than ``min_gap``.
 
-    Groups come in the order of their numbers, pairs of "all" by their places in the ranking; equal scores rank by
-    place. Places without a score (None or NaN) are left out.
+    Args:
+        groups: Group of each sample.
+        scores: Score of each sample; samples without one (None or NaN) are left out.
+        pairing: The rule.
+
+    Returns:
+        Sample indices (better, worse), ordered by group and, for "all", by rank; equal scores rank by index.
     """
+    return [(better, worse) for better, worse, _ in _pairs_with_gaps(groups, scores, pairing)]
+
+
+def _pairs_with_gaps(
+    groups: Sequence[int], scores: Sequence[float | None], pairing: Pairing
+) -> list[tuple[int, int, float]]:
+    known = {place: score for place, score in enumerate(scores) if score is not None and not math.isnan(score)}
     members: dict[int, list[int]] = {}
-    for place, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        if score is not None and not math.isnan(score):
+    for place, (group, _) in enumerate(zip(groups, scores, strict=True)):
+        if place in known:
             members.setdefault(group, []).append(place)
     return [
-        (better, worse)
+        (better, worse, gap)
         for group in sorted(members)
-        for better, worse in PAIRINGS[pairing.rule](sorted(members[group], key=lambda i: (-scores[i], i)))
-        if scores[better] - scores[worse] > pairing.min_gap
+        for better, worse in PAIRINGS[pairing.rule](sorted(members[group], key=lambda i: (-known[i], i)))
+        if (gap := known[better] - known[worse]) > pairing.min_gap
     ]
 
 
 def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: str = "rollouts") -> list[dict[str, Any]]:
-    """Rows of the format ``pairs`` from the lines of a buffer's ``metadata.jsonl``: see ``RolloutBuffer.save``.
+    """Build rows of the format ``pairs`` from a buffer's ``metadata.jsonl``: see ``RolloutBuffer.save``.
 
-    Lines hold file_name, prompt, group, sample, rewards and metadata. Images of a pair are paths as in file_name.
-    ValueError: a reward that the lines do not have, or several and none named.
+    Args:
+        rows: Lines with file_name, group, sample and rewards, and optionally prompt and metadata.
+        pairing: The rule.
+        where: Source, for messages.
+
+    Raises:
+        ValueError: An invalid line, a reward that the lines lack, or several rewards and none named.
     """
     lines = list(rows)
     for number, line in enumerate(lines, start=1):
@@ -96,7 +115,7 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
     weights = _weights(lines, pairing.rewards, where)
     scores = [_score(line["rewards"], weights) for line in lines]
     found = []
-    for better, worse in pick_pairs([line["group"] for line in lines], scores, pairing):
+    for better, worse, gap in _pairs_with_gaps([line["group"] for line in lines], scores, pairing):
         first, second = lines[better], lines[worse]
         found.append(
             {
@@ -105,22 +124,22 @@ def rollout_pairs(rows: Iterable[Mapping[str, Any]], pairing: Pairing, where: st
                 "image_1": Path(second["file_name"]),
                 "prompt": first.get("prompt"),
                 "metadata": first.get("metadata"),
-                "label": pairing.label(scores[better] - scores[worse]),
+                "label": pairing.label(gap),
             }
         )
     return found
 
 
-def _weights(lines: Sequence[Mapping[str, Any]], asked: Mapping[str, float], where: str) -> Mapping[str, float]:
+def _weights(lines: Sequence[Mapping[str, Any]], wanted: Mapping[str, float], where: str) -> Mapping[str, float]:
     known = list(dict.fromkeys(name for line in lines for name in line["rewards"]))
-    if unknown := [name for name in asked if name not in known]:
+    if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"{where} has no reward {some(unknown)}; it has {some(known, 20)}")
-    if not asked and len(known) != 1:
+    if not wanted and len(known) != 1:
         names = some(known, 20) or "(none)"
-        raise ValueError(f"{where} has the rewards {names}: name those that count in rollouts.rewards")
-    return asked or {known[0]: 1.0}
+        raise ValueError(f"{where} has the rewards {names}: name those to use in rollouts.rewards")
+    return wanted or {known[0]: 1.0}
 
 
 def _score(rewards: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    values = [(weight, rewards.get(name)) for name, weight in weights.items()]
-    return None if any(value is None for _, value in values) else sum(weight * value for weight, value in values)
+    known = {name: value for name in weights if (value := rewards.get(name)) is not None}
+    return sum(weights[name] * value for name, value in known.items()) if len(known) == len(weights) else None

@@ -206,7 +206,7 @@ class Row:
     def choice(self, column: str, choices: Sequence[float]) -> float:
         """Read a number that is one of ``choices``. Raises SampleError "bad_label"."""
         value = self.number(column)
-        if value not in choices:
+        if value is None or value not in choices:
             raise self.error("bad_label", column, f"{value} is not one of {', '.join(f'{c:g}' for c in choices)}")
         return value
 

@@ -1,9 +1,9 @@
-"""Preference pairs that do not fit on disk: an endless row of them, in an order that can be taken up anywhere.
+"""Stream preference pairs that do not fit on disk, endlessly, in an order that can be resumed at any pair.
 
-The order is addressed, not drawn: in epoch e the shards (the files) of all sources come in the order permutation(n, e),
-and each block of ``window`` rows of shard s, the k-th of it, in the order permutation(rows, e, s, k). So a place in the
-row is four integers, and going on there reads no more than the block it lies in (and skips what precedes the block in
-its shard). A larger window mixes better and holds more rows in memory; without a permutation rows come as they are.
+The order is a function of its address: in epoch e the shards (files) of all sources are visited in the order
+permutation(n, e), and the k-th block of ``window`` rows of shard s in the order permutation(rows, e, s, k). A cursor is
+therefore five integers, and resuming reads only the block that it points into, after skipping the rows before it in the
+shard. A larger window shuffles better and holds more rows in memory; without a permutation rows keep their order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.data.ai_labels import Labels
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, detect
-from diffalign.data.pairs import counts, noted, usable_images
+from diffalign.data.pairs import counted, noted, usable_images
 from diffalign.data.row import Row
 from diffalign.data.tables import Stream, open_stream
 from diffalign.data.validation import DataWarning, Quarantine
@@ -28,12 +28,12 @@ from diffalign.files import bounded, shorten
 from diffalign.structures import Pair
 
 Permutation = Callable[..., Tensor]
-ENOUGH = 1000  # rows; a share of fewer says little
+ENOUGH = 1000  # rows; a fraction of fewer is too noisy to enforce
 
 
 @dataclass(frozen=True, order=True)
 class Cursor:
-    """A place in the endless row: the epoch, and how many shards, blocks, rows and pairs of the next one are done."""
+    """A position in the stream: the epoch, and the numbers of finished shards, blocks, rows and pairs within it."""
 
     epoch: int = 0
     shard: int = 0
@@ -42,32 +42,37 @@ class Cursor:
     pair: int = 0
 
     def state(self) -> dict[str, int]:
-        """For JSON; ``Cursor(**state)`` gives it back."""
+        """Return a dict for JSON; ``Cursor(**state)`` restores the cursor."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class StreamPart:
-    """A source: its stream, its format, and AI labels where they replace its own."""
+    """A source: its stream, its format, and AI labels that replace its own, if any."""
 
     stream: Stream
     format: Format
     labels: Labels | None = None
 
     def pairs(self, quarantine: Quarantine) -> Iterator[tuple[str, Pair, float | None]]:
-        """Every pair as (key, pair, label) in the order of the files, also those that nobody judged."""
+        """Yield every pair as (key, pair, label) in file order, unlabelled ones too."""
         for shard in range(self.stream.shards):
             for row in self.stream.rows(shard):
-                for place, (pair, label) in enumerate(noted(row, self.format, quarantine)):
-                    yield f"{row.key}.{place}", pair, label
+                for index, (pair, label) in enumerate(noted(row, self.format, quarantine)):
+                    yield f"{row.key}.{index}", pair, label
 
 
 class PairStream:
-    """The usable pairs of several sources, one after the other, for ever.
+    """An endless stream of the usable pairs of several sources.
 
-    permutation: called as ``permutation(n, *address)``, integers 0 to n - 1 in an order that depends on its arguments
-    alone, e.g. ``lambda n, *address: noise.permutation(n, "data", *address)``. rank, world: this process and how many
-    there are; each reads its own share of the shards, so that there have to be as many.
+    Args:
+        parts: The sources.
+        settings: Reading options.
+        permutation: ``permutation(n, *address)`` returns the integers 0 to n - 1 in an order that depends on its
+            arguments alone, e.g. ``lambda n, *address: rng.permutation(n, "data", *address)``.
+        window: Rows per shuffled block.
+        rank: Index of this process.
+        world: Number of processes; each reads its own shards, so there must be at least as many shards.
     """
 
     def __init__(
@@ -86,12 +91,12 @@ class PairStream:
         self.quarantine.notes += [note for part in parts for note in part.stream.notes]
         self.counted = Cursor(-1)  # the last row that the quarantine has counted
         if window < 1 or not 0 <= rank < world:
-            raise ValueError(f"window {window} must be at least 1, and rank {rank} in [0, {world})")
+            raise ValueError(f"window must be at least 1, got {window}, and rank in [0, {world}), got {rank}")
         if len(self.shards) < world:
             raise ValueError(f"{len(self.shards)} files for {world} processes: split them into at least {world}")
 
     def pairs(self, cursor: Cursor | None = None) -> Iterator[tuple[Pair, Cursor]]:
-        """Usable pairs from ``cursor`` on, each with the place after it. ValueError: an epoch without one."""
+        """Yield the usable pairs from ``cursor`` on, each with the cursor after it. ValueError: an epoch has none."""
         cursor = cursor or Cursor()
         while True:
             found = False
@@ -99,27 +104,27 @@ class PairStream:
                 found = True
                 yield pair, after
             if not found and cursor == Cursor(cursor.epoch):
-                raise ValueError(bounded("\n".join(["not one pair can be used", *self.quarantine.lines()])))
+                raise ValueError(bounded("\n".join(["no pair can be used", *self.quarantine.lines()])))
             cursor = Cursor(cursor.epoch + 1)
 
     def load(self, cursor: Cursor | None = None) -> Iterator[tuple[Pair, tuple[Image.Image, ...], Cursor]]:
-        """The same with images. A ``DataWarning`` names a bad pair; ValueError: there are too many."""
+        """Yield pairs with images. A ``DataWarning`` names an unusable pair; ValueError: there are too many of them."""
         known = len(self.quarantine.dropped)
-        for seen, (pair, after) in enumerate(self.pairs(cursor), start=1):
+        for count, (pair, after) in enumerate(self.pairs(cursor), start=1):
             if (images := usable_images(pair, self.settings, self.quarantine)) is not None:
                 yield pair, images, after
             elif len(self.quarantine.dropped) > known:
                 warnings.warn(f"left out: {pair.key}: {self.quarantine.why(pair.key)}", DataWarning, stacklevel=2)
             if len(self.quarantine.dropped) > known and self.quarantine.rows >= ENOUGH:
-                self.quarantine.enforce(max(seen, self.quarantine.examined))
+                self.quarantine.enforce(max(count, self.quarantine.examined))
             known = len(self.quarantine.dropped)
 
     def once(self) -> Iterator[Pair]:
-        """The usable pairs of one epoch."""
+        """Yield the usable pairs of one epoch."""
         return (pair for pair, _ in self._epoch(Cursor()))
 
     def examine(self, limit: int | None) -> None:
-        """Reads the images of the first ``limit`` pairs; None: of all. ValueError: too many are bad."""
+        """Decode the images of the first ``limit`` pairs, or of all. Raises ValueError if too many are unusable."""
         for pair in islice(self.once(), limit):
             usable_images(pair, self.settings, self.quarantine, count_kept=True)
             self.quarantine.examined += 1
@@ -130,31 +135,34 @@ class PairStream:
 
     def _epoch(self, start: Cursor) -> Iterator[tuple[Pair, Cursor]]:
         mine = self._order(len(self.shards), start.epoch)[self.rank :: self.world]
-        for place in range(start.shard, len(mine)):
-            part, number = self.shards[mine[place]]
-            first = start if place == start.shard else Cursor(start.epoch, place)
-            yield from self._shard(part, number, mine[place], first)
+        for index in range(start.shard, len(mine)):
+            part, number = self.shards[mine[index]]
+            first = start if index == start.shard else Cursor(start.epoch, index)
+            yield from self._shard(part, number, mine[index], first)
 
     def _shard(self, part: StreamPart, number: int, address: int, start: Cursor) -> Iterator[tuple[Pair, Cursor]]:
         rows = part.stream.rows(number, start.block * self.window)
         here = start
         while block := list(islice(rows, self.window)):
             order = self._order(len(block), here.epoch, address, here.block)
-            for place in range(here.row, len(block)):
-                here = replace(here, row=place, pair=here.pair if place == here.row else 0)
-                yield from self._row(part, block[order[place]], here)
+            for index in range(here.row, len(block)):
+                here = replace(here, row=index, pair=here.pair if index == here.row else 0)
+                yield from self._row(part, block[order[index]], here)
             here = replace(here, block=here.block + 1, row=0, pair=0)
 
     def _row(self, part: StreamPart, row: Row, here: Cursor) -> Iterator[tuple[Pair, Cursor]]:
         at = replace(here, pair=0)
         again = here.epoch > 0 or at <= self.counted
-        book = Quarantine(self.settings.on_fault) if again else self.quarantine
+        # Count the errors of a row once, however often it is read.
+        quarantine = Quarantine(self.settings.on_fault) if again else self.quarantine
         self.counted = max(self.counted, at)
-        for place, (pair, label) in enumerate(noted(row, part.format, book)):
+        for index, (pair, label) in enumerate(noted(row, part.format, quarantine)):
             if part.labels is not None:
                 label = part.labels.of_content(pair)
-            if place >= here.pair and counts(pair, label, self.settings, book):
-                yield replace(pair, label=label), replace(here, pair=place + 1)
+            if index < here.pair:
+                continue
+            if (used := counted(pair, label, self.settings, quarantine)) is not None:
+                yield used, replace(here, pair=index + 1)
 
 
 def open_stream_part(source: str | Path, settings: PreferenceDataConfig) -> StreamPart:
@@ -172,9 +180,9 @@ def stream_pairs(
     rank: int = 0,
     world: int = 1,
 ) -> PairStream:
-    """The pairs of ``sources`` as an endless stream: see ``PairStream``, and ``load_pairs`` for the errors.
+    """Open the pairs of ``sources`` as an endless stream: see ``PairStream``, and ``load_pairs`` for the errors.
 
-    The images of the first ``settings.scan`` pairs are decoded before it is returned.
+    The images of the first ``settings.scan`` pairs are decoded before the stream is returned.
     """
     settings = settings or PreferenceDataConfig()
     if not sources:

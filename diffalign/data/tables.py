@@ -1,9 +1,9 @@
-"""Where rows come from: files, folders and hub data sets.
+"""Open the rows of files, folders and hub data sets.
 
 A source is a .parquet, .arrow, .jsonl, .json or .csv file; a folder that ``datasets`` can load or has saved, a folder
 of pairs (see ``folders``), a folder with pictures and a ``metadata.jsonl``, or a rollout buffer (see
-``RolloutBuffer.save``); or the id of a data set on the hub. Text files are read as they are written (see ``records``),
-the others by ``datasets``. Cells with encoded images are left on disk until somebody reads the image.
+``RolloutBuffer.save``); or the id of a data set on the hub. Text files are read as written (see ``records``), the
+others by ``datasets``. Encoded images stay on disk until an image is read.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ from diffalign.files import open_regular, shorten, some
 
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = (".jsonl", ".json", ".csv")
-BATCH = 1000  # rows that are read at once where every row is read
-PROBED = 100  # rows that tell the columns of a stream
+BATCH = 1000  # rows per read when iterating over a table
+PROBED = 100  # rows from which the columns of a stream are inferred
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened source. data: its rows; root: where relative paths start; inside: folders that hold its image files,
-    besides the root; notes: what of a folder is not read; files: the text files whose rows ``data`` holds; local: false
-    for a hub data set, whose paths may not lead to files that happen to lie in the working folder.
+    """An opened source.
+
+    Attributes:
+        data: Its rows; None if they are those of ``files``.
+        root: Folder that relative image paths start from.
+        inside: Folders besides ``root`` that may contain its image files.
+        notes: A line per kind of file in a folder that is not read.
+        files: Text files that hold the rows.
+        local: False for a hub data set, whose paths must not lead to files in the working folder.
     """
 
     data: Any
@@ -50,7 +56,7 @@ class Opened:
     local: bool = True
 
     def within(self, settings: PreferenceDataConfig) -> tuple[Path, ...] | None:
-        """The folders of which one must hold an image file; None: any place."""
+        """List the folders that may contain image files; None allows any."""
         if settings.allow_outside:
             return None
         asked = () if settings.image_root is None else (settings.image_root,)
@@ -58,9 +64,15 @@ class Opened:
 
 
 class Table:
-    """The rows of a source. data: a ``Dataset``, or rows in memory. masks: the column of masks, if they have any.
+    """Rows of a source with random access.
 
-    within: the folders that hold image files, None: any. notes: what of a folder is not read.
+    Args:
+        name: Source, for messages.
+        data: A ``Dataset``, or rows in memory.
+        root: Folder that relative image paths start from.
+        masks: Column of masks; None if masks are not used.
+        within: Folders that may contain image files; None allows any.
+        notes: A line per kind of file in a folder that is not read.
     """
 
     def __init__(
@@ -80,18 +92,20 @@ class Table:
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
-        self._cells = {column: data.select_columns([column]) for column in self.encoded}
-        self._plain = data.select_columns(plain) if self.encoded else data
+        self._cells, self._plain = {}, data
+        if isinstance(data, Dataset) and self.encoded:
+            self._cells = {column: data.select_columns([column]) for column in self.encoded}
+            self._plain = data.select_columns(plain)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def row(self, number: int) -> Row:
-        """One row."""
+        """Read one row."""
         return self._row(number, self._plain[number])
 
     def rows(self) -> Iterator[Row]:
-        """Every row, in order."""
+        """Yield every row in order."""
         return (self._row(number, values) for number, values in enumerate(self._values()))
 
     def _values(self) -> Iterator[Mapping[str, Any]]:
@@ -114,9 +128,9 @@ class Table:
 
 
 class Stream:
-    """The rows of a source that are read one after the other; shards are its files, in the order of their names.
+    """Rows of a source that are read in order; its shards are its files, sorted by name.
 
-    data: an ``IterableDataset``, a table in memory, or text files.
+    data: an ``IterableDataset``, a table in memory, or text files. Other arguments as for ``Table``.
     """
 
     def __init__(
@@ -143,7 +157,7 @@ class Stream:
         _check_masks(self.name, masks, self.columns)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
-        """The rows of a shard, from its row ``start`` on."""
+        """Yield the rows of a shard from row ``start`` on."""
         if isinstance(self.data, Table):
             yield from (self.data.row(number) for number in range(start, len(self.data)))
             return
@@ -157,7 +171,7 @@ class Stream:
 
 
 def open_table(source: str | Path, settings: PreferenceDataConfig) -> Table:
-    """The rows of ``source``. FileNotFoundError: nothing there. ValueError: nothing that can be read."""
+    """Open the rows of ``source``. FileNotFoundError: it does not exist. ValueError: unreadable, or without rows."""
     opened = _open(source, settings, streaming=False)
     data = Records(opened.files) if opened.files and opened.data is None else opened.data
     if isinstance(data, Dataset):
@@ -171,7 +185,7 @@ def open_table(source: str | Path, settings: PreferenceDataConfig) -> Table:
 
 
 def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
-    """The same rows, read one after the other; folders of pairs and buffers are lists of names, and held in memory."""
+    """Open ``source`` as a stream; folders of pairs and buffers are lists of names, which are held in memory."""
     opened = _open(source, settings, streaming=True)
     root, within = settings.image_root or opened.root, opened.within(settings)
     data = opened.data.decode(False) if isinstance(opened.data, IterableDataset) else opened.files
@@ -225,14 +239,14 @@ def _folder(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Open
         return Opened(rollout_pairs(entries, settings.rollouts, shorten(path)), path)
     if (found := folder_rows(path, settings.allow_outside)) is not None:
         return Opened(found[0], path, notes=tuple(found[1]))
-    for place in (path, path / settings.split):
-        if place.is_dir() and (entries := listed(place)) is not None:
-            return _pictures(place, entries)
+    for folder in (path, path / settings.split):
+        if folder.is_dir() and (entries := listed(folder)) is not None:
+            return _pictures(folder, entries)
     return _loadable(path, settings, streaming)
 
 
 def _pictures(folder: Path, entries: Records) -> Opened:
-    """A folder of pictures with a line of metadata each, in ``datasets``' layout: X_file_name is the image X."""
+    """Open a folder of images with a metadata line each, in ``datasets``' layout: X_file_name is the image X."""
     rows: list[dict[str, Any]] = []
     named: set[Path] = set()
     for entry in entries:
@@ -247,7 +261,7 @@ def _pictures(folder: Path, entries: Records) -> Opened:
 
 
 def _loadable(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
-    """A folder whose files ``datasets`` finds; those of text are read here, as they are written."""
+    """Open a folder whose files ``datasets`` finds; text files are read by ``records``, as written."""
     try:
         builder = datasets.load_dataset_builder(str(path))
     except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
@@ -265,14 +279,14 @@ def _loadable(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Op
 
 
 def _caches() -> tuple[Path, ...]:
-    """Where ``datasets`` puts what it downloads and unpacks."""
-    places = (
+    """List the folders of downloaded and extracted files of ``datasets``."""
+    folders = (
         datasets.config.HF_DATASETS_CACHE,
         datasets.config.DOWNLOADED_DATASETS_PATH,
         datasets.config.EXTRACTED_DATASETS_PATH,
         huggingface_hub.constants.HF_HUB_CACHE,
     )
-    return tuple(Path(place) for place in places)
+    return tuple(Path(folder) for folder in folders)
 
 
 @bars_on_terminals()
@@ -280,7 +294,7 @@ def _load(*args: Any, **options: Any) -> Any:
     try:
         loaded = datasets.load_dataset(*args, **options)
         if getattr(getattr(loaded, "info", None), "builder_name", None) == "csv":
-            # By default pandas takes captions such as None, NA and null for nothing, and 007 for 7.
+            # By default pandas reads captions such as None, NA and null as missing, and 007 as 7.
             loaded = datasets.load_dataset(*args, **options, keep_default_na=False, dtype=str)
         return loaded
     except StopIteration:  # of an empty file
@@ -305,7 +319,7 @@ def _is_encoded(feature: Any) -> bool:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with images as they are stored."""
+    """Return the feature with image decoding turned off."""
     if isinstance(feature, List):
         return replace(feature, feature=_undecoded(feature.feature))
     return replace(feature, decode=False) if isinstance(feature, datasets.Image) else feature

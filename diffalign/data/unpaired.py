@@ -1,4 +1,4 @@
-"""Single images that are liked or not, for losses that compare no pairs (Diffusion-KTO, arXiv 2404.04465)."""
+"""Single images labelled as liked or not, for unpaired losses such as Diffusion-KTO (arXiv 2404.04465)."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
-from diffalign.data.pairs import Part, Samples, counts, examined, open_part
+from diffalign.data.pairs import Part, Samples, counted, examined, open_part
 from diffalign.data.row import Row
 from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
 
 
 def identity(image: ImageSource) -> str:
-    """Equal for equal images: what the data call it, else its content."""
+    """Identify an image by its id in the data, else by a hash of its content."""
     return digest(image) if image.identity is None else image.identity
 
 
 def unpair(pairs: Iterable[Pair]) -> dict[tuple[str, str], tuple[int, int, bool]]:
-    """From pairs to single images: (text, identity) -> (number of the pair, side, liked), in the order of the pairs.
+    """Split pairs into single images: (text, identity) -> (index of the pair, side, liked), in the order of the pairs.
 
-    An image of a text that won once is liked, however often it lost. Ties say nothing of their images.
+    An image that won once for a text is liked, however often it lost. Ties are ignored.
     """
     found: dict[tuple[str, str], tuple[int, int, bool]] = {}
     for number, pair in enumerate(pairs):
         for side, image in enumerate(pair.images):
             if not pair.tie:
                 key = (pair.prompt.text, identity(image))
-                place = found.get(key, (number, side, False))
-                found[key] = (*place[:2], place[2] or (pair.label > 0.5) == (side == 0))
+                entry = found.get(key, (number, side, False))
+                found[key] = (*entry[:2], entry[2] or (pair.label > 0.5) == (side == 0))
     return found
 
 
 def labelled_row(row: Row, format: Format) -> LabelledImage:
-    """The image of a row of an unpaired format. SampleError, as from its reader."""
+    """Read the image of a row of an unpaired format. Raises SampleError as the format's reader does."""
     ((image, liked),) = format.read(row)
     return LabelledImage(row.name, row.prompt(), image, liked, row.mask())
 
@@ -47,7 +47,7 @@ FIELDS = 5  # integers per image: source, row, pair in the row, side, liked
 
 
 class LabelledData(Samples[LabelledImage]):
-    """Single images with their labels, of pairs or of unpaired sources; otherwise as ``PairData``."""
+    """Single images with labels, from pairs or unpaired sources; otherwise as ``PairData``."""
 
     def __init__(self, parts: list[Part], settings: PreferenceDataConfig, quarantine: Quarantine) -> None:
         super().__init__(settings, quarantine)
@@ -56,8 +56,8 @@ class LabelledData(Samples[LabelledImage]):
         self._locations = array("q")
         for number, part in enumerate(parts):
             quarantine.notes += part.table.notes
-            for place in self._plain(part) if part.format in UNPAIRED.values() else self._unpaired(part):
-                self._locations.extend((number, *place))
+            for location in self._plain(part) if part.format in UNPAIRED.values() else self._unpaired(part):
+                self._locations.extend((number, *location))
 
     def __len__(self) -> int:
         return len(self._locations) // FIELDS
@@ -66,11 +66,11 @@ class LabelledData(Samples[LabelledImage]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start = FIELDS * (index % len(self))
-        number, row, place, side, liked = self._locations[start : start + FIELDS]
+        number, row, pair_index, side, liked = self._locations[start : start + FIELDS]
         part = self.parts[number]
         if part.format in UNPAIRED.values():
             return labelled_row(part.table.row(row), part.format)
-        pair = part.pair(row, place)
+        pair = part.pair(row, pair_index)
         return LabelledImage(f"{pair.key}, image {side}", pair.prompt, pair.images[side], bool(liked), pair.mask)
 
     @property
@@ -105,20 +105,20 @@ class LabelledData(Samples[LabelledImage]):
 
         def judged() -> Iterator[Pair]:
             for row, place, pair, label in part.pairs(self.quarantine):
-                if counts(pair, label, self.settings, self.quarantine):
+                if (used := counted(pair, label, self.settings, self.quarantine)) is not None:
                     try:
-                        images = tuple(replace(image, identity=identity(image)) for image in pair.images)
+                        first, second = (replace(image, identity=identity(image)) for image in pair.images)
                     except SampleError as error:
                         self.quarantine.keeps(SampleError(error.kind, pair.key, error.detail))
                         continue
                     where.append((row, place))
-                    yield replace(pair, images=images, label=label)
+                    yield replace(used, images=(first, second))
 
         return [(*where[number], side, int(liked)) for number, side, liked in unpair(judged()).values()]
 
 
 def open_labelled(*sources: str | Path, settings: PreferenceDataConfig) -> LabelledData:
-    """The single images of ``sources``, at which nobody has looked. ValueError: no source is named."""
+    """Open the single images of ``sources`` without reading images. Raises ValueError if no source is named."""
     if not sources:
         raise ValueError("name at least one source of labelled images: a file, a folder or a hub id")
     quarantine = Quarantine(settings.on_fault, settings.max_bad_share)
@@ -127,5 +127,5 @@ def open_labelled(*sources: str | Path, settings: PreferenceDataConfig) -> Label
 
 
 def load_labelled(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> LabelledData:
-    """The single images of ``sources``, of unpaired formats or of pairs: see ``unpair``, and ``load_pairs``."""
+    """Load the single images of unpaired sources or of pairs (see ``unpair``), validated as by ``load_pairs``."""
     return examined(open_labelled(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))

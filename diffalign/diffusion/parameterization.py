@@ -1,10 +1,10 @@
-"""What a denoiser's output means: epsilon, v or flow, and the way from there to the clean sample and the noise.
+"""Parameterizations of the denoiser's output (epsilon, v, flow), and conversion to the clean sample and the noise.
 
 A sample at a level is x = alpha x0 + sigma noise, and every kind of output is another such mixture,
 
     output = a x0 + b noise,
 
-so a kind is the pair (a, b) and nothing else. The two equations, solved, give x0 and noise from (x, output):
+so the pair (a, b) defines a kind. Solving the two equations gives x0 and noise from (x, output):
 
     det = alpha b - sigma a,   x0 = (b x - sigma output) / det,   noise = (alpha output - a x) / det.
 
@@ -26,7 +26,7 @@ from diffalign.structures import Level
 
 @dataclass(frozen=True)
 class Mixture:
-    """The coefficients (a, b) of a mixture a x0 + b noise; float64 on the CPU, each () or (B,)."""
+    """Coefficients (a, b) of a mixture a x0 + b noise; float64 on the CPU, each () or (B,)."""
 
     x0: Tensor
     noise: Tensor
@@ -61,16 +61,16 @@ PARAMETERIZATIONS: dict[str, Callable[[Level], Mixture]] = {"epsilon": _epsilon,
 
 
 def mixture(kind: str, level: Level) -> Mixture:
-    """The pair (a, b) of output = a x0 + b noise. ValueError for an unknown kind."""
+    """Return the pair (a, b) of output = a x0 + b noise. Raises ValueError for an unknown kind."""
     if kind not in PARAMETERIZATIONS:
         raise ValueError(f"unknown parameterization {kind!r}; known: {', '.join(PARAMETERIZATIONS)}")
     return PARAMETERIZATIONS[kind](level)
 
 
 def inverse(kind: str, level: Level) -> Inverse:
-    """The 2x2 coefficients that give x0 and noise from x and the output.
+    """Compute the 2x2 coefficients that give x0 and noise from x and the output.
 
-    ValueError where the output does not determine x0: "epsilon" at alpha = 0, where x is nothing but that noise.
+    Raises ValueError if the output does not determine x0: "epsilon" at alpha = 0, where x is pure noise.
     """
     part = mixture(kind, level)
     det = level.alpha * part.noise - level.sigma * part.x0
@@ -80,12 +80,12 @@ def inverse(kind: str, level: Level) -> Inverse:
 
 
 def widen(x: Tensor) -> Tensor:
-    """``x`` in float32 or wider."""
+    """Cast half precision to float32; wider dtypes stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """``coefficient`` in a form that multiplies ``x`` (B, ...): () as it is, (B,) cast, moved and shaped (B, 1, ...).
+    """Broadcast ``coefficient`` against ``x`` (B, ...): () as it is, (B,) cast, moved and shaped (B, 1, ...).
 
     Without the cast a float64 (B,) coefficient would promote a float32 ``x``, and differ in bits from the () form.
     """
@@ -95,29 +95,29 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """``a x + b y`` for coefficients () or (B,) and tensors (B, ...); float32 or wider."""
+    """Compute ``a x + b y`` for coefficients () or (B,) and tensors (B, ...); float32 or wider."""
     x, y = widen(x), widen(y)
     return expand(a, x) * x + expand(b, y) * y
 
 
 def to_x0(kind: str, x: Tensor, output: Tensor, level: Level) -> Tensor:
-    """The clean sample that ``output`` stands for: (B, ...), float32 or wider. Errors: see ``inverse``."""
+    """Predict the clean sample from ``output``: (B, ...), float32 or wider. Errors: see ``inverse``."""
     solved = inverse(kind, level)
     return combine(solved.x0_x, x, solved.x0_output, output)
 
 
 def to_noise(kind: str, x: Tensor, output: Tensor, level: Level) -> Tensor:
-    """The noise that ``output`` stands for: (B, ...), float32 or wider. Errors: see ``inverse``."""
+    """Predict the noise from ``output``: (B, ...), float32 or wider. Errors: see ``inverse``."""
     solved = inverse(kind, level)
     return combine(solved.noise_x, x, solved.noise_output, output)
 
 
 def add_noise(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-    """The noisy sample x = alpha x0 + sigma noise: (B, ...), float32 or wider."""
+    """Compute the noisy sample x = alpha x0 + sigma noise: (B, ...), float32 or wider."""
     return combine(level.alpha, x0, level.sigma, noise)
 
 
 def target(kind: str, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-    """The output of a perfect denoiser of this kind, the target of training: (B, ...), float32 or wider."""
+    """Compute the training target, the output of a perfect denoiser of this kind: (B, ...), float32 or wider."""
     part = mixture(kind, level)
     return combine(part.x0, x0, part.noise, noise)

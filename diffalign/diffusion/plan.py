@@ -1,7 +1,7 @@
-"""What a rollout does at each step: which solver, how much noise, trained or not.
+"""Rollout plans: the solver and noise level of each step, and whether the step is trained.
 
-Flow-GRPO and its descendants differ in the steps that draw noise and are trained. That is a table, not a code path: a
-preset names the stochastic steps of an iteration, and every other step follows the ODE.
+Flow-GRPO and its descendants differ in which steps draw noise and are trained, so a preset is a table: it names the
+stochastic steps of an iteration, and every other step follows the ODE.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ GROWTH = 1.2
 class Row:
     """One step of a rollout.
 
-    solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: that kind's dial, 0 for an ODE.
-    trained: whether the policy gradient uses the step. weight: factor of its loss. branch: children per sample.
+    solver: one of ``ODE_SOLVERS`` or a stochastic kind of ``TRANSITIONS``; noise_level: its a or eta, 0 for an ODE.
+    trained: whether the policy gradient uses the step. weight: factor of its loss.
+    branch: children of each node at the start of the step, each with noise of its own.
     """
 
     solver: str
@@ -60,7 +61,7 @@ class Plan:
         return tuple(step for step, row in enumerate(self.rows) if row.trained)
 
     def validate(self, levels: Level) -> None:
-        """Refuses a plan that cannot be run or trained on these N + 1 levels.
+        """Refuse a plan that cannot be run or trained on these N + 1 levels.
 
         ValueError: another number of levels; no trained row; an unknown solver, or one that these levels or the noise
         level rule out; a trained or branching row without a density; a row whose numbers are not finite, or that keeps
@@ -70,11 +71,25 @@ class Plan:
             raise ValueError(f"{len(self.rows)} steps need {len(self.rows) + 1} levels, got {len(levels)}")
         if not self.trained_steps:
             raise ValueError("the plan trains no step: mark at least one stochastic row as trained")
+        for step in range(len(self.rows)):
+            self._check_step(step, levels)
+
+    def check_branches(self, levels: Level) -> None:
+        """Refuse a step that branches and draws no noise on these levels: its children would be identical.
+
+        Raises:
+            ValueError: Such a step, or a branch factor below 1.
+        """
         for step, row in enumerate(self.rows):
-            try:
-                _check_row(row, levels[step], levels[step + 1])
-            except ValueError as error:
-                raise ValueError(f"step {step} of the plan ({row.solver!r}): {error}") from error
+            if row.branch != 1:
+                self._check_step(step, levels)
+
+    def _check_step(self, step: int, levels: Level) -> None:
+        row = self.rows[step]
+        try:
+            _check_row(row, levels[step], levels[step + 1])
+        except ValueError as error:
+            raise ValueError(f"step {step} of the plan ({row.solver!r}): {error}") from error
 
 
 def _check_row(row: Row, level: Level, next_level: Level) -> None:
@@ -98,11 +113,11 @@ def _check_kept(row: Row, move: Transition, level: Level, next_level: Level) -> 
     """Refuse a step whose coefficients are not finite, or that keeps less than none of the noise.
 
     A step keeps ``m_noise`` of the predicted noise. An Euler-Maruyama step that is too long for its diffusion subtracts
-    more than there is, m_noise < 0, and adds noise to what it should free of it.
+    more noise than the sample has (m_noise < 0), which adds noise again.
 
-    One such step is published and is let pass: SD3's schedules end with sigma' = .009 before 0, and Flow-GRPO's step to
-    there keeps -.08 of the noise and draws .22, where there was .28 (10 steps, a = .7). Its density is right, and it
-    leaves no more noise than it found, up to ``GROWTH``.
+    One such step is published and accepted: SD3's schedules end with sigma' = .009 before 0, and Flow-GRPO's step to
+    that level keeps -.08 of the noise and draws .22, of a total of .28 before it (10 steps, a = .7). Its density is
+    right, and the sample has no more noise after it than before, up to ``GROWTH``.
     """
     span = f"from sigma {level.sigma:.4g} to {next_level.sigma:.4g}"
     if not all(value.isfinite() for value in (move.m_x0, move.m_noise, move.std)):
@@ -125,7 +140,7 @@ Options = Mapping[str, Any]
 
 
 def _all_but_last(options: Options) -> tuple[range, ...]:
-    """The last step has little noise or none (cps, ddim): its density is degenerate, and it is not trained."""
+    """Train every step but the last, which has little noise or none (cps, ddim) and so a degenerate density."""
     return (range(options["num_steps"] - 1),)
 
 
@@ -170,7 +185,7 @@ def _only(options: Options, windows: int, iteration: int, seed: int) -> int:
 
 
 def _random(options: Options, windows: int, iteration: int, seed: int) -> int:
-    """Draw from the address (seed, iteration): the same for every sample, process and resumed run."""
+    """Draw a window by (seed, iteration): the same for every sample, process and resumed run."""
     address = hashlib.blake2b(f"window/{seed}/{iteration}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(address, "little"))
     return int(torch.randint(0, windows, (), generator=generator))
@@ -183,8 +198,12 @@ def _in_turn(options: Options, windows: int, iteration: int, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Preset:
-    """windows: options -> the runs of stochastic, trained steps that an iteration may have. options: what it reads,
-    with defaults. choose: (options, number of windows, iteration, seed) -> which of them an iteration has.
+    """A rule for the stochastic, trained steps of an iteration.
+
+    Attributes:
+        windows: From options to the possible runs of stochastic, trained steps.
+        options: The options that the preset reads, with defaults.
+        choose: From (options, number of windows, iteration, seed) to the index of the iteration's window.
     """
 
     windows: Callable[[Options], tuple[range, ...]]
@@ -221,15 +240,18 @@ PRESETS: dict[str, Preset] = {
 
 
 def _resolve(config: PlanConfig) -> dict[str, Any]:
-    """The preset's options, overridden by those that are set."""
+    """Merge the preset's options with those that are set."""
     if config.preset not in PRESETS:
         raise ValueError(f"unknown preset {config.preset!r}; known: {', '.join(PRESETS)}")
     options = PRESETS[config.preset].options
-    defaults = {"noise_level": None, **options} if "solver" in options else dict(options)
+    defaults = {"noise_level": None, **options, "branch": None} if "solver" in options else dict(options)
     given = {option.name: getattr(config, option.name) for option in fields(config)[2:]}
     given = {name: value for name, value in given.items() if value is not None}
     if dead := sorted(given.keys() - defaults.keys()):
-        raise ValueError(f"preset {config.preset!r} does not read {', '.join(dead)}; it reads {', '.join(defaults)}")
+        raise ValueError(
+            f"plan.preset {config.preset!r} does not read {', '.join(dead)}; it reads {', '.join(defaults)}: "
+            "leave out what it does not read, or choose another preset"
+        )
     return {**defaults, **given, "num_steps": config.num_steps}
 
 
@@ -260,24 +282,44 @@ def _plan(config: PlanConfig, options: Options, window: range) -> Plan:
             f"the last of {config.num_steps} steps is not trained, and the plan trains steps up to {window.stop - 1}: "
             "raise plan.num_steps, or shrink plan.window_size"
         )
+    factors = options.get("branch") or ()
+    if len(factors) > len(window):
+        raise ValueError(
+            f"plan.branch has {len(factors)} factors, and the plan {len(window)} stochastic steps: only steps with "
+            "noise can branch; give at most a factor per stochastic step"
+        )
+    branches = dict(zip(window, factors, strict=False))
     ode = Row(options.get("ode_solver", "ode"), 0.0, False)
-    return Plan(tuple(_sde(options) if step in window else ode for step in range(config.num_steps)))
+    return Plan(
+        tuple(
+            replace(_sde(options), branch=branches.get(step, 1)) if step in window else ode
+            for step in range(config.num_steps)
+        )
+    )
 
 
-def possible_plans(config: PlanConfig) -> tuple[Plan, ...]:
-    """Return every plan that an iteration may have, whatever its number and the seed. ValueError: see ``make_plan``."""
+def possible_plans(config: PlanConfig, *, trees: bool = False) -> tuple[Plan, ...]:
+    """Return every plan that an iteration may have, whatever its number and the seed. Arguments: see ``make_plan``."""
     options = _resolve(config)
     _check_options(options)
+    if not trees and any(factor > 1 for factor in options.get("branch") or ()):
+        raise ValueError("plan.branch samples trees, and this trainer reads chains only: leave plan.branch out")
     return tuple(_plan(config, options, window) for window in PRESETS[config.preset].windows(options))
 
 
-def make_plan(config: PlanConfig, iteration: int, seed: int) -> Plan:
+def make_plan(config: PlanConfig, iteration: int, seed: int, *, trees: bool = False) -> Plan:
     """Return the plan of one iteration: stochastic, trained rows where the preset says, ODE rows elsewhere.
 
-    A function of its arguments alone. ValueError: unknown names, an option that the preset does not read, a window that
-    does not fit before the last step.
+    The result depends on the arguments alone.
+
+    Args:
+        trees: Whether the caller handles plans that branch.
+
+    Raises:
+        ValueError: Unknown names, an option that the preset does not read, a window that does not fit before the last
+            step, more branch factors than stochastic steps, or a branching plan without ``trees``.
     """
-    plans = possible_plans(config)
+    plans = possible_plans(config, trees=trees)
     return plans[PRESETS[config.preset].choose(_resolve(config), len(plans), iteration, seed)]
 
 

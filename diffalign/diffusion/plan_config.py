@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import ClassVar
 
@@ -32,5 +33,16 @@ class PlanConfig(Checked):
     shift_every: int | None = option(None, "iterations between two shifts of a sliding window", ge=1)
     window_stride: int | None = option(None, "steps that a sliding window shifts by", ge=1)
     ode_solver: str | None = option(None, "solver of the deterministic steps: ode or dpmpp_2m")
+    branch: tuple[int, ...] | None = option(
+        None,
+        "children of each node at the first, second ... stochastic step, such as 2,1,2; group_size is a multiple of "
+        "their product; default: chains",
+        ge=1,
+    )
     _: KW_ONLY
     given: InitVar[Given] = None
+
+    @property
+    def leaves(self) -> int:
+        """Images of a tree: the product of the branch factors, 1 for chains."""
+        return math.prod(self.branch or ())

@@ -45,7 +45,7 @@ class RecipeConfig(Checked):
     eta: float | None = option(None, "DDIM eta of the sampling; 0 is the ODE", ge=0, le=1)
     guidance: str | None = option(None, "guidance of the steps with gradient: off, detached or full")
     compensate: bool | None = option(None, "divide the gradient by the guidance scale")
-    reward_loss: str | None = option(None, "loss on the rewards: negative, hinge, distance or group")
+    reward_loss: str | None = option(None, "loss on the rewards: negative, hinge, distance, group, or file.py:function")
     regulariser: str | None = option(None, "none, pretraining (denoising loss on train_images) or reference")
     regulariser_weight: float | None = option(None, "weight of the regulariser", ge=0)
     grad_scale: float | None = option(None, "factor of the loss, before gradients are clipped", gt=0)

@@ -1,6 +1,7 @@
-"""Which recipe of direct reward gradients: every published one is a row of a table, and every cell can be overridden.
+"""Presets of direct reward gradients: a published method is a row of a table, and every cell can be overridden.
 
-A recipe says which calls of a sampling carry the gradient and what the reward sees; ``draw`` turns it into courses.
+A recipe says which denoiser calls of a trajectory carry the gradient and which image the reward sees; ``draw`` turns it
+into gradient paths.
 """
 
 from __future__ import annotations
@@ -23,30 +24,41 @@ Integers = Callable[[int, int], int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A point of the grid that the published methods are points of. Shares are of the sampling's steps, in [0, 1].
+    """Options of direct reward gradients; every published method is one combination.
 
-    sees: "sample", the end of the sampling; "predicted", x0 as predicted where it stops; "recovered", a finished sample
-        that was noised, moved one step and freed of the known noise; "straight_through", the end of the sampling with
-        the gradient of leaps over it.
-    choice: which calls carry a gradient: the "last", evenly "spaced" ones, all shifted at random, or "random" ones
-        (those of leaps).
-    gradient_steps: how many; 0 for all. truncate: from 1 to so many, at random. window: the shares between which what
-        is random is drawn: where the sampling stops, is noised to, or leaps from. through: see ``GradientPath``.
-    copies: finished samples that are renoised and denoised: beside the sampling's own end, or, for "recovered", in all.
-    invert: every other course goes up, with the control words swapped. discount: weights of a loss at the first and the
-        last level of the window, linear between them; a step's is that of its level with less noise.
-    from_images: begins at real images, noised to the share ``image_start``, not at noise.
-    eta: noise of the sampling up to where its gradient begins, as of DDIM: 0 follows the ODE, 1 is ancestral sampling.
-        Recorded calls take steps of the ODE.
-    guidance: on the gradient's path: "off", with the negative "detached", or "full". compensate: divides the loss by
-        the guidance scale, by which a gradient is otherwise larger.
-    reward_loss: a key of ``losses.refl.REWARD_LOSSES``. regulariser, regulariser_weight: "pretraining", the error of
-        denoising real images, at random levels or, ``from_images``, where samplings begin; "reference", the squared
-        distance of recorded outputs from the reference's.
-    grad_scale: factor of the whole loss, and so of the gradient that ``max_grad_norm`` clips; AdamW undoes it.
-    words: control words of SRPO, wanted ones and unwanted ones, each taken in turn. word_weight, word_weight_inverted:
-        its k, as ``discount``, for steps down and up. gap_floor: LeapAlign's tau, None without its weights. negative:
-        whether a negative prompt is trained, not the denoiser.
+    Positions within a trajectory (``window``, ``image_start``) are fractions of its steps, in [0, 1].
+
+    Attributes:
+        num_steps: Sampling steps, from 2 to ``MAX_STEPS``.
+        sees: Input of the reward. "sample": the end of the trajectory; "predicted": x0 as predicted at the step where
+            sampling stops; "recovered": a finished sample, renoised, moved by one step and freed of the known noise;
+            "straight_through": the end of the trajectory, with the gradient of leaps over its steps.
+        choice: Calls that carry a gradient: the "last" ones; evenly "spaced" ones with a random offset; or "random"
+            ones, which are the starts of leaps.
+        gradient_steps: Number of calls with a gradient; 0 for all.
+        truncate: Draw the number of calls with a gradient from 1 to ``gradient_steps``.
+        window: Range from which random steps are drawn: the step to stop at, to renoise to, or to leap from.
+        through: See ``GradientPath.input_grad_scale``.
+        copies: Renoised copies of a finished sample: in addition to the sample itself, or, for "recovered", in all.
+        invert: Make every other path a step up in noise, with the control words swapped.
+        discount: Loss weights at the first and the last level of the window, linear between them; a step has the
+            weight of its less noisy level.
+        from_images: Start from real images, noised to ``image_start``, instead of noise.
+        image_start: Start level of ``from_images``, in [0, 1).
+        eta: DDIM noise of the steps before the gradient begins: 0 follows the ODE, 1 is ancestral sampling. Recorded
+            calls take steps of the ODE.
+        guidance: Guidance of recorded calls: "off", "detached" (a constant negative output), or "full".
+        compensate: Divide the loss by the guidance scale, which otherwise multiplies the gradient.
+        reward_loss: A key of ``losses.refl.REWARD_LOSSES``.
+        regulariser: "pretraining": the denoising error of real images, at random levels or, with ``from_images``, at
+            the start level; "reference": the squared distance of recorded outputs from the reference's.
+        regulariser_weight: Its weight, 0 or more.
+        grad_scale: Factor of the whole loss, and so of the gradient that ``max_grad_norm`` clips; AdamW undoes it.
+        words: SRPO's control words, (wanted, unwanted), each used in turn.
+        word_weight: SRPO's k for steps down in noise, at both ends of the window, as ``discount``.
+        word_weight_inverted: SRPO's k for steps up in noise.
+        gap_floor: LeapAlign's tau; None turns its weights off.
+        negative: Train a negative prompt instead of the denoiser.
     """
 
     num_steps: int = 10
@@ -75,7 +87,7 @@ class Recipe:
     negative: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for what is no recipe, or says something that nothing would read."""
+        """Check ranges and combinations. Raises ValueError, also for an option that the others leave unused."""
         for name, known in (("sees", SEES), ("choice", CHOICES), ("guidance", GUIDANCES)):
             _one_of(f"recipe.{name}", getattr(self, name), known)
         _one_of("recipe.regulariser", self.regulariser, REGULARISERS)
@@ -120,12 +132,12 @@ class Recipe:
 
     @property
     def first(self) -> int:
-        """The place of the level at which samplings begin."""
+        """Index of the level at which trajectories start."""
         return math.floor(self.image_start * self.num_steps) if self.from_images else 0
 
     @property
     def places(self) -> range:
-        """The places that the window holds: steps at which a call may be made."""
+        """Steps inside the window: those whose denoiser call may carry a gradient."""
         low, high = self.window
         return range(
             max(self.first, min(math.floor(low * self.num_steps + 1e-9), self.num_steps - 1)),
@@ -134,11 +146,16 @@ class Recipe:
 
     @property
     def raised(self) -> range:
-        """The places at which a step up begins: those where one down, within the window, ends with noise left."""
+        """Levels from which a step up may start: those that a step down inside the window reaches with noise left."""
         return range(max(self.places.start, 1) + 1, min(self.places.stop, self.num_steps - 1) + 1)
 
     def between(self, ends: tuple[float, float], level: int) -> float:
-        """What lies at a level, by its place, on the line through ``ends``, those of the window."""
+        """Interpolate linearly between the values at both ends of the window.
+
+        Args:
+            ends: Values at the first and the last level of the window.
+            level: Index of the level.
+        """
         low, high = ends
         return low + (high - low) * (level - self.places.start) / len(self.places)
 
@@ -148,13 +165,13 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-# The last 10 of 40 steps.
+# ReFL trains on the last 10 of 40 steps.
 LATE = {"window": (0.75, 1.0)}
-# Between the 5th and the 25th of 50 steps, as the code of arXiv 2509.06942 has it.
+# Steps 5 to 25 of 50, as in the code of arXiv 2509.06942.
 RECOVERED = {"sees": "recovered", "copies": 1, "window": (0.1, 0.5), "guidance": "off", "reward_loss": "hinge"}
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2304.05977, algorithm 1, where the reward has a weight of 1e-3 beside the loss of images. Departure: the
-    # loss is 1000 times that, which AdamW undoes and max_grad_norm does not; "grad_scale: 0.001" takes it back.
+    # arXiv 2304.05977, algorithm 1, which weights the reward by 1e-3 and the image loss by 1. Departure: the loss is
+    # 1000 times that, which AdamW undoes and max_grad_norm does not; "grad_scale: 0.001" restores it.
     "refl": {
         **LATE,
         "guidance": "off",
@@ -162,22 +179,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regulariser": "pretraining",
         "regulariser_weight": 1000.0,
     },
-    # Its authors' ReFL.py, which has the reward alone, and an AdamW with a weight decay of 1e-2 (adam_weight_decay,
-    # which no recipe can set). Departures: 1. the script tells the UNet the number of the last step, 30 to 39, for its
-    # time, and predicts x0 with the level of the step before; here both are of the step's own level; 2. its timesteps
-    # are 975, 950 ... 0, here they are the pipeline's own.
+    # The authors' ReFL.py: the reward loss alone, and AdamW with a weight decay of 1e-2 (set adam_weight_decay).
+    # Departures: 1. the script passes the step number, 30 to 39, to the UNet as its time, and predicts x0 with the
+    # level of the previous step; here both use the step's own level; 2. its timesteps are 975, 950 ... 0, here they are
+    # the pipeline's own.
     "refl_script": {**LATE, "eta": 1.0, "guidance": "off", "reward_loss": "hinge", "grad_scale": 1e-3},
     # arXiv 2309.17400. Departure: the gradients of draft_lv are averaged, not added.
     "draft_1": {"sees": "sample"},
     "draft_k": {"sees": "sample", "gradient_steps": 5},
     "draft_lv": {"sees": "sample", "copies": 2},
-    # arXiv 2310.03739. Departures: 1. a sampling draws no noise on its way; 2. its loss |r - c|, of an aesthetic score,
-    # is "distance"; 3. where the gradient ends is uniform, as in the paper; its code draws from N(42, 5) of 50 steps.
+    # arXiv 2310.03739. Departures: 1. sampling steps draw no noise; 2. its loss |r - c| of an aesthetic score is the
+    # reward loss "distance"; 3. the truncation is uniform, as in the paper; its code draws from N(42, 5) of 50 steps.
     "alignprop": {"sees": "sample", "gradient_steps": 0, "truncate": True},
-    # arXiv 2405.00760: detached inputs, an early stop; its numbers and how its steps are shifted are FlowBP's.
+    # arXiv 2405.00760: detached inputs and early stop; the numbers and the random offset are FlowBP's.
     "drtune": {"choice": "spaced", "gradient_steps": 3, "through": 0.0, "window": (0.6, 1.0)},
-    # arXiv 2505.22569. Departures: 1. of a real image's latents the mean, not a draw, is noised; 2. its code multiplies
-    # the loss by 1e-3, before the gradient is clipped: recipe.grad_scale.
+    # arXiv 2505.22569. Departures: 1. the mean of the VAE posterior of a real image is noised, not a sample; 2. its
+    # code multiplies the loss by 1e-3 before the gradient is clipped: recipe.grad_scale.
     "imagerefl": {
         **LATE,
         "guidance": "off",
@@ -186,9 +203,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "regulariser": "pretraining",
         "regulariser_weight": 0.01,
     },
-    # arXiv 2509.06942: its Direct-Align alone, and with relative rewards, which make it SRPO; see ``losses.srpo`` for
-    # departures. k is what the code calls a discount; there it runs over the window from little noise to much. With
-    # PickScore the code has a threshold of 14, the window (0.1, 0.6), and for k (0.5, 0.1) and (0.01, 0.6).
+    # arXiv 2509.06942: Direct-Align alone, and with relative rewards (SRPO); for departures see ``losses.srpo``. The
+    # code calls k a discount, and lists it from the low-noise end of the window. For PickScore the code has a threshold
+    # of 14, the window (0.1, 0.6), and k of (0.5, 0.1) and (0.01, 0.6).
     "direct_align": RECOVERED,
     "srpo": {
         **RECOVERED,
@@ -201,7 +218,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "word_weight": (0.25, 0.1),
         "word_weight_inverted": (0.01, 0.3),
     },
-    # arXiv 2604.15311: two leaps, and weights by how far they miss; see ``losses.leapalign`` for its constants.
+    # arXiv 2604.15311: two leaps, weighted by their gap to the trajectory; see ``losses.leapalign`` for the constants.
     "leapalign": {
         "sees": "straight_through",
         "choice": "random",
@@ -210,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_loss": "hinge",
         "gap_floor": 0.1,
     },
-    # arXiv 2412.19637, its prompt for all images: the last 10 of 30 steps. Its authors published no training code.
+    # arXiv 2412.19637, one negative prompt for all images: the last 10 of 30 steps. No training code was published.
     "reneg": {"window": (2 / 3, 1.0), "negative": True},
 }
 
@@ -222,28 +239,30 @@ def resolve(preset: str, changes: Mapping[str, Any]) -> Recipe:
 
 
 def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[GradientPath, ...]:
-    """The courses of one batch of samples: a function of its arguments.
+    """Draw the gradient paths of one batch of samples; a function of its arguments.
 
-    integers(low, high): a draw from [low, high). iteration: tells whose turn it is to be inverted.
+    Args:
+        recipe: The recipe.
+        iteration: From 0; decides which paths are inverted and which control words are used.
+        integers: ``integers(low, high)`` draws from [low, high).
     """
-    courses = DRAWS[recipe.sees](recipe, iteration, integers)
+    paths = DRAWS[recipe.sees](recipe, iteration, integers)
     return tuple(
-        replace(course, words=_words(recipe, iteration, number, course.inverted))
-        for number, course in enumerate(courses)
+        replace(path, words=_words(recipe, iteration, number, path.inverted)) for number, path in enumerate(paths)
     )
 
 
 def _words(recipe: Recipe, iteration: int, number: int, inverted: bool) -> tuple[str, str] | None:
     if recipe.words is None:
         return None
-    # A step down and the step up that follows it have the same words.
+    # A step down and the next step up share their words.
     turn = (iteration * recipe.copies + number) // 2 if recipe.invert else iteration
     wanted, unwanted = (side[turn % len(side)] for side in recipe.words)
     return (unwanted, wanted) if inverted else (wanted, unwanted)
 
 
 def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[GradientPath, ...]:
-    """The sampling itself, to its end or to where it stops; its last calls, or some of them, carry the gradient."""
+    """Unroll the trajectory to its end or a random stop; the last or evenly spaced calls carry the gradient."""
     predicted = recipe.sees == "predicted"
     stop = integers(recipe.places.start, recipe.places.stop) if predicted else recipe.num_steps - 1
     calls = range(recipe.first, stop + 1)
@@ -251,29 +270,29 @@ def _chain(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Gradient
     count = min(integers(1, count + 1) if recipe.truncate else count, len(calls))
     chosen = spaced(calls, count, integers) if recipe.choice == "spaced" else calls[-count:]
     moves = tuple(
-        Segment(place, None if predicted and place == stop else place + 1, place in chosen)
-        for place in range(chosen[0], stop + 1)
+        Segment(step, None if predicted and step == stop else step + 1, step in chosen)
+        for step in range(chosen[0], stop + 1)
     )
-    course = GradientPath(moves, recipe.through)
-    return (course, *(replace(course, renoise=True),) * recipe.copies)
+    path = GradientPath(moves, recipe.through)
+    return (path, *(replace(path, renoise=True),) * recipe.copies)
 
 
 def spaced(calls: range, count: int, integers: Integers) -> range:
-    """``count`` of the calls, as far apart as fits everywhere, the first of them at random."""
+    """Select ``count`` calls at the largest stride that fits, from a random first one."""
     stride = len(calls) // count
     first = integers(0, len(calls) - (count - 1) * stride)
     return calls[first::stride][:count]
 
 
 def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[GradientPath, ...]:
-    """One step from any level: down, or up where it is inverted, to a level that is not pure noise."""
+    """Draw one step from a random level: down in noise or, if inverted, up to a level that is not pure noise."""
     found = []
     for number in range(recipe.copies):
         up = recipe.invert and (iteration * recipe.copies + number) % 2 == 1
         among = recipe.raised if up else recipe.places
-        place = integers(among.start, among.stop)
-        move = Segment(place, place - 1 if up else place + 1)
-        low = place if up else place + 1  # of the two levels the one with less noise
+        step = integers(among.start, among.stop)
+        move = Segment(step, step - 1 if up else step + 1)
+        low = step if up else step + 1  # the less noisy level
         weight = recipe.between(recipe.discount, low)
         k = recipe.between(recipe.word_weight_inverted if up else recipe.word_weight, low)
         found.append(
@@ -283,7 +302,7 @@ def _known_noise(recipe: Recipe, iteration: int, integers: Integers) -> tuple[Gr
 
 
 def _leaps(recipe: Recipe, iteration: int, integers: Integers) -> tuple[GradientPath, ...]:
-    """Random places, and leaps from each to the next, the last one to the end of the sampling."""
+    """Draw random steps and leap from each to the next, from the last one to the end of the trajectory."""
     left = list(recipe.places)
     count = min(recipe.gradient_steps or len(left), len(left))
     chosen = sorted(left.pop(integers(0, len(left))) for _ in range(count))

@@ -19,7 +19,7 @@ def _float64(values: Sequence[float] | Tensor) -> Tensor:
 
 
 def flow_levels(sigmas: Sequence[float] | Tensor, time_scale: float = 1000.0) -> Level:
-    """Levels of a flow model: alpha = 1 - sigma, time = sigma * time_scale.
+    """Build the levels of a flow model: alpha = 1 - sigma, time = sigma * time_scale.
 
     sigmas: (N + 1,), strictly decreasing within [0, 1], the last one 0. ValueError otherwise.
     """
@@ -30,7 +30,7 @@ def flow_levels(sigmas: Sequence[float] | Tensor, time_scale: float = 1000.0) ->
 
 
 def flow_level_at(time: Tensor, time_scale: float = 1000.0) -> Level:
-    """The levels of a flow model at any times: sigma = time / time_scale, alpha = 1 - sigma.
+    """Build the levels of a flow model at any times: sigma = time / time_scale, alpha = 1 - sigma.
 
     time: (B,), in [0, time_scale], any dtype. ValueError for times outside.
     """
@@ -47,7 +47,7 @@ def _times(time: Tensor, end: float) -> Tensor:
 
 
 def shift_sigmas(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
-    """s sigma / (1 + (s - 1) sigma): more of the steps at high noise for s > 1 (SD3, arXiv 2403.03206, eq. 23).
+    """Shift sigmas to s sigma / (1 + (s - 1) sigma): more steps at high noise for s > 1 (arXiv 2403.03206, eq. 23).
 
     Keeps 0 and 1. A resolution-dependent shift given as mu is s = exp(mu). ValueError unless shift > 0.
     """
@@ -58,15 +58,15 @@ def shift_sigmas(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
 
 
 def uniform_sigmas(num_steps: int) -> Tensor:
-    """N + 1 equally spaced sigmas from 1 to 0."""
+    """Return N + 1 equally spaced sigmas from 1 to 0."""
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
 def flow_match_euler_sigmas(num_steps: int, shift: float, num_train_timesteps: int = 1000) -> Tensor:
-    """The grid of diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift: (N + 1,), from 1 to 0.
+    """Return the grid of diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift: (N + 1,), from 1 to 0.
 
     That scheduler shifts the end of its training grid, 1 / num_train_timesteps, when it is built, and shifts the whole
-    grid (so that end a second time) when steps are set; the appended 0 is shifted never. Pretrained models are sampled
+    grid (the end a second time) when steps are set; the appended 0 is never shifted. Pretrained models are sampled
     on this grid, so it is kept. Agrees to float32 rounding, in which diffusers computes it.
     """
     last = float(shift_sigmas([1 / num_train_timesteps], shift))
@@ -75,12 +75,12 @@ def flow_match_euler_sigmas(num_steps: int, shift: float, num_train_timesteps: i
 
 
 def vp_levels(alphas_cumprod: Tensor, timesteps: Sequence[int] | Tensor, final_alpha_cumprod: float = 1.0) -> Level:
-    """Levels of a variance-preserving model (SD 1.5, SDXL): alpha^2 = abar, sigma^2 = 1 - abar, time = timestep.
+    """Build the levels of a variance-preserving model: alpha^2 = abar, sigma^2 = 1 - abar, time = timestep.
 
     alphas_cumprod: (T,), abar of the training grid. timesteps: (N,), strictly decreasing indices into it.
     final_alpha_cumprod: abar of the appended last level, whose time is 0. With 1 the rollout ends without noise;
         a scheduler with ``set_alpha_to_one=False`` (SD 1.5) ends at ``alphas_cumprod[0]`` instead.
-    ValueError where the timesteps do not decrease or leave the grid.
+    ValueError: the timesteps do not decrease, or leave the grid.
     """
     time = torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
     if time.ndim != 1 or not torch.all(time.diff() < 0) or time[-1] < 0 or time[0] >= len(alphas_cumprod):
@@ -90,7 +90,7 @@ def vp_levels(alphas_cumprod: Tensor, timesteps: Sequence[int] | Tensor, final_a
 
 
 def vp_level_at(alphas_cumprod: Tensor, time: Tensor) -> Level:
-    """The levels of a variance-preserving model at whole timesteps 0 to T - 1 of its training grid.
+    """Build the levels of a variance-preserving model at whole timesteps 0 to T - 1 of its training grid.
 
     alphas_cumprod: (T,). time: (B,), in [0, T], any dtype, rounded down; T itself, which a product T u with u < 1 may
     be rounded to, counts as T - 1. ValueError for times outside.

@@ -1,4 +1,4 @@
-"""One step of a sampler, deterministic or stochastic, with the density of the sample that it draws.
+"""Take one step of a sampler, deterministic or stochastic, with the log-density of the drawn sample.
 
 With the denoiser's x0 and noise, x = alpha x0 + sigma noise holds identically. So the mean of every step from a level
 (alpha, sigma) to the next (alpha', sigma') is a mixture of the same two, and a kind of step is three numbers:
@@ -55,9 +55,9 @@ def _flow_sde(level: Level, next_level: Level, noise_level: float) -> Transition
     So a schedule that starts at 1 starts with std = a, because s^2 (-dt) = a^2 / (1 - sigma') * (1 - sigma').
 
     Departures from the released code:
-    1. sigma' replaces sigma from ``PURE_NOISE`` on, where that code asks for sigma = 1 exactly: a start at .9997 would
-       otherwise draw ten times the noise. The released code's schedules start at 1 and step below ``PURE_NOISE`` at
-       once, so that their steps are the same to the last bit.
+    1. sigma' replaces sigma from ``PURE_NOISE`` on; that code does so at sigma = 1 only, so a start at .9997 would draw
+       ten times the noise. The released code's schedules start at 1 and step below ``PURE_NOISE`` at once, and their
+       steps are the same to the last bit.
     """
     guarded = torch.where(level.sigma >= PURE_NOISE, next_level.sigma, level.sigma)
     return _euler_sde(level, next_level, noise_level * (level.sigma / (1 - guarded)).sqrt())
@@ -69,7 +69,7 @@ def _dance_sde(level: Level, next_level: Level, noise_level: float) -> Transitio
 
 
 def _kept_variance(next_level: Level, std: Tensor) -> Transition:
-    """Splits the noise of the next level: sigma'^2 = m_noise^2 + std^2. Rounding must not make the rest negative."""
+    """Split the noise of the next level: sigma'^2 = m_noise^2 + std^2. Rounding must not make the rest negative."""
     return Transition(next_level.alpha, (next_level.sigma.square() - std.square()).clamp_min(0).sqrt(), std)
 
 
@@ -108,11 +108,16 @@ FLOW_ONLY = frozenset({"flow_sde", "dance_sde"})
 
 
 def transition(kind: str, level: Level, next_level: Level, noise_level: float = 0.0) -> Transition:
-    """The three numbers of a step of this kind.
+    """Compute the coefficients of a step.
 
-    kind: a key of ``TRANSITIONS``. level, next_level: fields () or (B,).
-    noise_level: the kind's own dial (a or eta above), from 0, which is the ODE step, to ``MAX_NOISE_LEVEL[kind]``.
-    ValueError: unknown kind, noise level out of range, or a flow-only kind on other levels.
+    Args:
+        kind: A key of ``TRANSITIONS``.
+        level: Start of the step, fields () or (B,).
+        next_level: End of the step.
+        noise_level: The kind's a or eta, from 0, which is the ODE step, to ``MAX_NOISE_LEVEL[kind]``.
+
+    Raises:
+        ValueError: Unknown kind, noise level out of range, or a flow-only kind on other levels.
     """
     if kind not in TRANSITIONS:
         raise ValueError(f"unknown step {kind!r}; known: {', '.join(TRANSITIONS)}")
@@ -129,10 +134,10 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     -(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, with ``x_next`` a constant: the gradient is the policy's.
     x_next, mean: (B, ...). std: () or (B,), positive.
 
-    What is trained on are differences of log-probs, which at 1024 pixels are clipped at 4e-6 where a log-prob is about
-    1: float32 would keep one digit of them. So squares, which are float32 or wider, are added up in float64, and only
-    their mean is divided by std^2: a sample lies on the grid of its own rounding, on which products with one factor are
-    rounded to the same side.
+    Training uses differences of log-probs, which at 1024 pixels are clipped at 4e-6 while a log-prob is about 1:
+    float32 would keep one digit of them. Squares, float32 or wider, are therefore summed in float64, and only their
+    mean is divided by std^2: values of a sample lie on the grid of its dtype, and dividing each of them would round
+    all to the same side.
     """
     mean = widen(mean)
     squared_error = (x_next.detach() - mean).square().reshape(len(mean), -1).mean(1, dtype=torch.float64)
@@ -142,7 +147,7 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _mean(move: Transition, x: Tensor, output: Tensor, level: Level, parameterization: str) -> Tensor:
-    """The mean as A x + B output: the products of coefficients are taken in float64, before they meet a tensor."""
+    """Compute the mean as A x + B output; coefficients are multiplied in float64 before they are applied to tensors."""
     solved = inverse(parameterization, level)
     a = move.m_x0 * solved.x0_x + move.m_noise * solved.noise_x
     b = move.m_x0 * solved.x0_output + move.m_noise * solved.noise_output
@@ -175,16 +180,26 @@ def step(
     noise: Tensor | None = None,
     x_next: Tensor | None = None,
 ) -> StepResult:
-    """One step from ``level`` to ``next_level``.
+    """Take one step from ``level`` to ``next_level``.
 
-    kind, noise_level: see ``transition``. parameterization: what ``output`` is, see ``PARAMETERIZATIONS``.
-    x, output: (B, ...), any float dtype. Levels: fields () or (B,).
-    noise: (B, ...) standard normal, to draw the next sample (rollout); it is rounded to the dtype of ``x``, and
-        log_prob is that of the rounded sample. x_next: (B, ...) stored, to evaluate it (replay); bit for bit the
-        log_prob of the rollout where the other inputs are the same.
-    Where std is 0 neither is needed, noise changes nothing and log_prob is None.
+    Pass ``noise`` to draw the next sample (rollout) or ``x_next`` to evaluate a stored one (replay). Both give the same
+    log_prob bit for bit if the other inputs are equal. A step with std 0 needs neither and has no log_prob.
 
-    ValueError: both given, or neither where std is not 0; std 0 for a part of the batch; see also ``transition``.
+    Args:
+        kind: See ``transition``.
+        x: (B, ...), any float dtype.
+        output: (B, ...), the denoiser's output.
+        level: Start of the step, fields () or (B,).
+        next_level: End of the step.
+        parameterization: Meaning of ``output``, a key of ``PARAMETERIZATIONS``.
+        noise_level: See ``transition``.
+        noise: (B, ...), standard normal. The sample is rounded to the dtype of ``x``, and log_prob is that of the
+            rounded sample.
+        x_next: (B, ...), the stored sample.
+
+    Raises:
+        ValueError: Both are given, or neither although std is not 0; std is 0 for a part of the batch; or as
+            ``transition``.
     """
     move = transition(kind, level, next_level, noise_level)
     mean = _mean(move, x, output, level, parameterization)
@@ -212,17 +227,17 @@ def dpmpp_2m(
     previous_x0: Tensor | None = None,
     previous_level: Level | None = None,
 ) -> StepResult:
-    """One step of DPM-Solver++(2M), the second-order multistep ODE solver (arXiv 2211.01095, algorithm 2); std is 0.
+    """Take a step of DPM-Solver++(2M), a second-order multistep ODE solver (arXiv 2211.01095, algorithm 2); std is 0.
 
     With lambda = log(alpha / sigma), h = lambda' - lambda and r = h_previous / h,
 
         x' = sigma' / sigma x - alpha' (e^-h - 1) D,   D = x0 + (x0 - previous_x0) / (2 r).
 
-    Its first-order part is the step of "ode", alpha' x0 + sigma' noise, which is what is left when there is no previous
-    step (after a stochastic one, say), when sigma' = 0 and when a level is pure noise.
+    The step is of first order, the "ode" step alpha' x0 + sigma' noise, if there is no previous step (for example
+    after a stochastic one), if sigma' = 0, or if a level is pure noise.
 
     x, output: (B, ...). previous_x0: (B, ...), ``to_x0`` of the previous step, and previous_level its level; the caller
-    keeps both. ValueError where one comes without the other.
+    keeps both. ValueError: one is given without the other.
 
     Departures from the paper:
     1. The last step to sigma' = 0, where h is infinite, is of first order.

@@ -1,13 +1,13 @@
-"""A sampling, unrolled: the way of a reward's gradient from the sample that it judges back to the denoiser.
+"""Unroll a trajectory with gradients: the path of a reward's gradient from its input back to the denoiser.
 
-The methods that train on a reward's gradient differ in which calls of the denoiser are recorded, in whether the
-gradient passes through the inputs of those calls, and in what the reward sees. So a method is a ``GradientPath``: moves
-from level to level, each a call of the denoiser and the ODE step that follows it,
+Methods that train on a reward's gradient differ in which denoiser calls are recorded, in whether the gradient passes
+through the inputs of those calls, and in what the reward sees. A method is therefore a ``GradientPath``: segments from
+level to level, each a denoiser call and the ODE step after it,
 
-    x' = A x + B output(x),   A, B from ``steps.step``.
+    x' = A x + B output(x),   A, B from ``steps.step``,
 
-Written so, every combination is one loop. Through A x and B output runs the sampler's own path; through the input of
-output(x) the long product of the denoiser's Jacobians.
+and one loop runs every combination. The gradient reaches the weights through A x and B output, the sampler's own path,
+and through the input of output(x), which adds the product of the denoiser's Jacobians.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Segment:
-    """A call at level ``start`` and the step to level ``end``, both places in a schedule.
+    """A denoiser call at one level and the step to another.
 
-    end: None is a level without noise, so that the step gives the predicted x0. gradient: whether the call is recorded;
-    one that is not is a constant, but x keeps its path through the step.
+    Attributes:
+        start: Index of the call's level in the schedule.
+        end: Index of the level that the step reaches; None for the level without noise, which gives the predicted x0.
+        gradient: Whether the call is recorded. The output of other calls is a constant; x keeps its gradient.
     """
 
     start: int
@@ -46,16 +48,21 @@ class Segment:
 class GradientPath:
     """Segments of a trajectory that are unrolled with a gradient; the reward sees the sample after the last one.
 
-    moves: the segments; each begins where the one before ended, and the first carries a gradient. input_grad_scale:
-        the share of the gradient that passes through the inputs of calls: 1 all of it, 0 none (detached inputs).
-    renoise: begin at a finished sample, noised to the first level with known noise; False: at a state of a trajectory.
-    direct_align: subtract the known noise from the sample, (x - sigma noise) / alpha (Direct-Align).
-    straight_through: segments leap over steps of a trajectory, and take its states as their values where they end,
-        with the gradient of the leap.
-    weight: of its loss. words, word_weight: SRPO's control words in its reward, the one to come closer to first, and k.
+    Attributes:
+        moves: The segments; each starts at the level where the previous one ended. The first carries a gradient.
+        input_grad_scale: Factor in [0, 1] of the gradient through the inputs of calls; 0 detaches them.
+        renoise: Start from a finished sample, noised to the first level with known noise, instead of from a state of
+            the trajectory.
+        direct_align: Remove the known noise from the sample, (x - sigma noise) / alpha (Direct-Align).
+        straight_through: Segments leap over steps of the trajectory; a leap ends at the value of the trajectory's
+            state, with the gradient of the leap.
+        weight: Factor of the loss.
+        words: SRPO's control words of the reward, the wanted one first.
+        word_weight: SRPO's k.
 
-    ValueError: moves that do not join, no gradient in the first, a share outside [0, 1], or a recovery without known
-    noise.
+    Raises:
+        ValueError: Segments that do not join, a first segment without a gradient, ``input_grad_scale`` outside [0, 1],
+            or ``direct_align`` without known noise.
     """
 
     moves: tuple[Segment, ...]
@@ -69,35 +76,35 @@ class GradientPath:
 
     def __post_init__(self) -> None:
         if not self.moves or not self.moves[0].gradient:
-            raise ValueError("a course begins with a move that carries a gradient: what lies before is sampled")
+            raise ValueError("the first segment must carry a gradient: sample the steps before it instead")
         if any(a.end != b.start for a, b in zip(self.moves, self.moves[1:], strict=False)):
-            raise ValueError(f"each move must begin where the one before ended, got {self.moves}")
+            raise ValueError(f"each segment must start where the previous one ended, got {self.moves}")
         if not 0 <= self.input_grad_scale <= 1:
-            raise ValueError(f"input_grad_scale is a share in [0, 1], got {self.input_grad_scale}")
+            raise ValueError(f"input_grad_scale must lie in [0, 1], got {self.input_grad_scale}")
         if self.direct_align and not (self.renoise and self.moves[-1].end is not None):
-            raise ValueError("noise can be taken off where it is known: set renoise, and end at a level")
+            raise ValueError("direct_align needs known noise: set renoise, and end the last segment at a level")
 
     @property
     def start(self) -> int:
-        """The place of the first level."""
+        """Index of the first level."""
         return self.moves[0].start
 
     @property
     def inverted(self) -> bool:
-        """Whether it goes up, to more noise."""
+        """Whether the first step goes up in noise."""
         end = self.moves[0].end
         return end is not None and end < self.start
 
     @property
     def states(self) -> tuple[int, ...]:
-        """The places in a sampling whose states it needs, beside a finished sample where it is renoised."""
+        """Step indices of the trajectory states that the path needs, apart from the finished sample of ``renoise``."""
         ends = tuple(move.end for move in self.moves if move.end is not None) if self.straight_through else ()
         return (() if self.renoise else (self.start,)) + ends
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A recorded call: its input, a constant; its level; its output, with the gradient."""
+    """A denoiser call with gradients: ``x``, its input, a constant; its level; ``output``, with the gradient."""
 
     x: Tensor
     level: Level
@@ -106,9 +113,13 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """x: (B, C, h, w), float32 or wider, what the reward sees. calls: those that carry a gradient, in order.
+    """Result of an unrolled path.
 
-    gaps: of a straight course, per move (B,), the mean absolute difference of a leap's end from the sampling's state.
+    Attributes:
+        x: (B, C, h, w), float32 or wider, the latents that the reward sees.
+        calls: The recorded calls, in order.
+        gaps: With ``straight_through``, (B,) per segment: the mean absolute difference between the end of a leap and
+            the state of the trajectory; else empty.
     """
 
     x: Tensor
@@ -118,7 +129,7 @@ class Unrolled:
 
 def unroll(
     denoise: Denoiser,
-    course: GradientPath,
+    path: GradientPath,
     levels: Level,
     start: Tensor,
     *,
@@ -127,55 +138,61 @@ def unroll(
     truth: Mapping[int, Tensor] | None = None,
     checkpointed: bool = False,
 ) -> Unrolled:
-    """Runs the moves of ``course``.
+    """Run the segments of a path.
 
-    denoise: see ``Denoiser``; calls without a gradient are made under ``no_grad``. levels: the N + 1 of the sampling.
-    start: (B, C, h, w), a constant: the state at the course's first level; of a renoised course the finished sample.
-    noise: the same shape, the known noise of a renoised course. truth: of a straight course, the states at ``states``.
-    checkpointed: a recorded call keeps its input alone and is made again on the way back; the gradient is the same.
+    Args:
+        denoise: See ``Denoiser``; calls without a gradient run under ``no_grad``.
+        path: The path.
+        levels: The N + 1 levels of the trajectory.
+        start: (B, C, h, w), a constant: the state at the first level; with ``renoise`` the finished sample.
+        parameterization: Meaning of the denoiser's output.
+        noise: (B, C, h, w), the known noise of ``renoise``.
+        truth: With ``straight_through``, the states of the trajectory at ``path.states``.
+        checkpointed: Recompute recorded calls in the backward pass; only their inputs are stored. The gradient is the
+            same.
     """
-    x = start if not course.renoise else add_noise(start, _given(noise, "noise"), levels[course.start])
+    x = start if not path.renoise else add_noise(start, _given(noise, "noise"), levels[path.start])
     calls, gaps = [], []
-    for move in course.moves:
+    for move in path.moves:
         level, next_level = levels[move.start], levels[move.end] if move.end is not None else clean(levels)
-        seen = passing(x, course.input_grad_scale)
-        output = _call(denoise, seen, level, move.gradient, checkpointed)
+        inputs = passing(x, path.input_grad_scale)
+        output = _call(denoise, inputs, level, move.gradient, checkpointed)
         if move.gradient:
-            calls.append(RecordedCall(seen.detach(), level, output))
+            calls.append(RecordedCall(inputs.detach(), level, output))
         x = step("ode", x, output, level, next_level, parameterization=parameterization).mean
-        if course.straight_through:
+        if path.straight_through:
             assert move.end is not None
             state = widen(_given(truth, "truth")[move.end])
             gaps.append((x.detach() - state).abs().flatten(1).mean(1))
-            # In this order, so that the value is the state to the last bit.
+            # This order keeps every bit of the state.
             x = state + (x - x.detach())
-    if course.direct_align:
+    if path.direct_align:
         x = recover(x, _given(noise, "noise"), next_level)
     return Unrolled(x, tuple(calls), tuple(gaps))
 
 
 def _given(value: T | None, name: str) -> T:
     if value is None:
-        raise ValueError(f"this course needs {name}: pass it")
+        raise ValueError(f"this path needs {name}: pass it")
     return value
 
 
 def clean(levels: Level) -> Level:
-    """The level without noise, whether or not a schedule reaches it."""
+    """Return the level without noise, which a schedule need not contain."""
     return Level(torch.ones_like(levels.alpha[0]), torch.zeros_like(levels.sigma[0]), torch.zeros_like(levels.time[0]))
 
 
 def passing(x: Tensor, share: float) -> Tensor:
-    """``x`` with this share of its gradient; the value is that of ``x`` to the last bit."""
+    """Scale the gradient of ``x`` by ``share``; the value keeps every bit."""
     if share == 1 or not x.requires_grad:
         return x
     return x.detach() if share == 0 else x.detach() + share * (x - x.detach())
 
 
 def recover(x: Tensor, noise: Tensor, level: Level) -> Tensor:
-    """x0 = (x - sigma noise) / alpha, with noise that is known (Direct-Align, arXiv 2509.06942).
+    """Compute x0 = (x - sigma noise) / alpha with known noise (Direct-Align, arXiv 2509.06942).
 
-    Exact where the denoiser is right, at any level with alpha > 0, because nothing is predicted but the last step.
+    Exact for an exact denoiser, at any level with alpha > 0, because only the last step is predicted.
     """
     return combine(1 / level.alpha, x, -level.sigma / level.alpha, noise)
 
@@ -191,12 +208,15 @@ def _call(denoise: Denoiser, x: Tensor, level: Level, gradient: bool, checkpoint
 
 
 def in_slices(loss: Callable[[Tensor, slice], Tensor], x: Tensor, size: int) -> Tensor:
-    """The sum over slices of ``loss(x[rows], rows)``, with its gradient, holding the graph of one slice at a time.
+    """Sum ``loss(x[rows], rows)`` over slices, with its gradient, holding the graph of one slice at a time.
 
-    The gradient by ``x`` is taken slice by slice, and given to ``x`` by a product: exact for a loss of which no slice
-    needs another. It costs no pass more. Whatever else ``loss`` depends on gets no gradient.
+    The gradient with respect to ``x`` is computed slice by slice and attached by a product, without an additional pass.
+    It is exact if no slice's loss depends on another slice. Other tensors that ``loss`` uses get no gradient.
 
-    loss: returns a scalar. x: (B, ...). size: rows per slice, at least 1.
+    Args:
+        loss: Returns a scalar.
+        x: (B, ...).
+        size: Rows per slice, at least 1.
     """
     total, gradients = x.new_zeros(()), list[Tensor]()
     for first in range(0, len(x), size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from transformers import AutoImageProcessor, AutoModel
 from diffalign.rewards.support.preprocess import to_bytes
 
 BATCH_SIZE = 32
+
+
+class _Output(Protocol):
+    last_hidden_state: Tensor
 
 
 class ImageEmbedder:
@@ -39,7 +44,7 @@ class ImageEmbedder:
             yield _vector(output).float().cpu()
 
 
-def _vector(output: Tensor | object) -> Tensor:
+def _vector(output: Tensor | _Output) -> Tensor:
     if isinstance(output, Tensor):
         return output
     pooled = getattr(output, "pooler_output", None)

@@ -23,9 +23,9 @@ def diffusion_dpo(
     """-p log sigma(z) - (1 - p) log sigma(-z) with z = ``dpo_logit``, p = label (1 - s) + (1 - label) s: (B,).
 
     beta: in the units of the errors, see ``convert_beta``; published 2000 to 5000 for the reduction "mean".
-    label: the probability that the winner is the preferred one, one for all or (B,), [0, 1]; 0.5 is a tie. Soft labels
+    label: the probability that the winner is preferred, () or (B,), in [0, 1]; 0.5 is a tie. Soft labels
         from reward differences are those of SmPO (arXiv 2506.02698).
-    smoothing: s in [0, 0.5), the share of labels taken to be wrong (cDPO). ValueError outside.
+    smoothing: s in [0, 0.5), the assumed fraction of wrong labels (cDPO). ValueError outside.
 
     Departures from the paper:
     1. Its weight T omega(lambda_t) is part of beta and the same at all levels, as in the released code.
@@ -41,7 +41,7 @@ def diffusion_dpo(
 
 
 def convert_beta(beta: float, given: str, wanted: str, num_dimensions: int) -> float:
-    """A beta for errors of one reduction as the beta that makes the same loss of the other.
+    """Convert a beta for errors of one reduction to the beta that gives the same loss with the other.
 
     A sum over D = ``num_dimensions`` = C h w is D times the mean, so beta_sum = beta_mean / D: 5000 for the mean over
     4 x 64 x 64 is 0.305 for the sum. Under a mask D is C times the mask's weight, of each sample.

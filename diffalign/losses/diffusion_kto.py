@@ -1,4 +1,4 @@
-"""Diffusion-KTO (arXiv 2404.04465): utilities of single images that someone liked or disliked."""
+"""Diffusion-KTO (arXiv 2404.04465): utilities of single images that were liked or disliked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def diffusion_kto(
 
     Departures from the paper:
     1. The KL is estimated from the gains of the samples themselves, as the released code does by default;
-       the paper takes prompts and images that do not belong together, at the price of two more passes.
+       the paper uses mismatched prompts and images, at the cost of two more passes.
     """
     if utility not in UTILITIES:
         raise ValueError(f"unknown utility {utility!r}; use one of {', '.join(UTILITIES)}")
@@ -77,5 +77,5 @@ def diffusion_kto(
 
 
 def reference_point(denoised: Denoised) -> Tensor:
-    """The batch mean of the gain: (), a constant, of either sign. What processes average and pass on as ``kl``."""
+    """Compute the batch mean of the gain, a constant, of either sign: (). Its mean over processes is ``kl``."""
     return denoised.gain.detach().mean()

@@ -16,7 +16,8 @@ from diffalign.losses.registry import preference_loss
 def dmpo(pair: DenoisedPair, *, beta: float | Tensor, alpha: float = 0.01) -> Tensor:
     """KL(Bernoulli(sigma(z)) || Bernoulli(1 - alpha)), z = ``dpo_logit``: (B,), 0 where sigma(z) = 1 - alpha.
 
-    beta: in the units of the errors; published 2000. alpha: in (0, 0.5), the label's doubt. ValueError outside.
+    beta: in the units of the errors; published 2000. alpha: in (0, 0.5), the assumed probability of a wrong label.
+    ValueError: alpha outside.
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha must be in (0, 0.5), got {alpha}: at 0 the divergence is infinite")

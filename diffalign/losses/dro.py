@@ -1,4 +1,4 @@
-"""DRO, direct reward optimization (DSO, arXiv 2503.22677): learn what is good and unlearn what is not, unbounded."""
+"""DRO, direct reward optimization (DSO, arXiv 2503.22677): learn winners and unlearn losers, without a bound."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The nouns of preference losses: how well a model and its reference denoise a batch, alone or as winner and loser.
+"""Inputs of preference losses: denoising errors of a policy and its reference, of single images or of pairs.
 
-What a loss compares are errors of the denoiser's output against the target of training (``parameterization.target``).
+A loss compares errors of the denoiser's output against the target of training (``parameterization.target``).
 Epsilon, v and flow models differ in that target alone, so one set of losses serves all three.
 """
 
@@ -21,11 +21,11 @@ REDUCTIONS = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Denoised:
-    """B outputs of the policy and what they are measured against. Errors are (B,), float32 or wider.
+    """Outputs of the policy for B samples, with target and reference. Errors are (B,), float32 or wider.
 
-    output: (B, C, h, w), any float dtype, with the policy's gradient. target: the same shape, what to predict.
-    reference: the same shape, the reference's output for the same input; None for losses that need none. Run both at
-        equal batch shapes and dtype, and a policy that has not moved has a gain of exactly 0.
+    output: (B, C, h, w), any float dtype, with the policy's gradient. target: the same shape.
+    reference: the same shape, the reference's output for the same input; None for losses that need none. If both
+        run at equal batch shapes and dtype, an untrained policy has a gain of exactly 0.
     mask: (B, 1, h, w) in [0, 1] on the latent grid, how much each position counts; None counts all alike. Where it is
         0 everywhere, the sample's error and gradient are 0.
     reduction: over a sample's dimensions, "mean" (weighted by the mask) or "sum". Beta depends on it: ``convert_beta``.
@@ -56,7 +56,7 @@ class Denoised:
 
     @property
     def weights(self) -> Tensor:
-        """What each position counts, (B, 1, h, w): an error is the sum of weights * residual^2 over C, h and w."""
+        """Weight of each position, (B, 1, h, w): an error is the sum of weights * residual^2 over C, h and w."""
         batch, channels, height, width = self.output.shape
         like = widen(self.output.detach())
         mask = like.new_ones(batch, 1, height, width) if self.mask is None else self.mask.to(like)
@@ -66,7 +66,7 @@ class Denoised:
         return mask / torch.where(total > 0, total, 1)
 
     def reduce(self, values: Tensor) -> Tensor:
-        """The weighted sum of ``values`` (B, C, h, w) over each sample: (B,)."""
+        """Sum ``values`` (B, C, h, w) over each sample with ``weights``: (B,)."""
         return (self.weights * values).flatten(1).sum(1)
 
     @property
@@ -118,10 +118,10 @@ class Denoised:
 
 @dataclass(frozen=True)
 class DenoisedPair:
-    """The preferred images of B pairs and the others, row by row, each pair at one level and with one noise.
+    """Winners and losers of B pairs; both images of a pair share their level and noise.
 
-    With different noise the margin would measure the noise. ``max_margin`` > 0 is where the margin stops growing, and
-    with it the gradient of a loss that has reached it; infinite for none.
+    With different noise the margin would measure the noise. ``max_margin`` > 0 bounds the margin; a loss of the margin
+    has no gradient at the bound. Infinite for none.
 
     ValueError: winner and loser of different shape or reduction.
     """
@@ -150,7 +150,7 @@ class DenoisedPair:
 
 
 def latent_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """A mask of pixels on the latent grid: the mean of the pixels that each cell covers.
+    """Downsample a pixel mask to the latent grid: the mean of the pixels that each cell covers.
 
     mask: (B, 1, H, W), [0, 1], any dtype. size: (h, w). Returns (B, 1, h, w), float32 or wider.
     ValueError: not one channel.

@@ -16,6 +16,6 @@ def hinge(pair: DenoisedPair, *, beta: float | Tensor) -> Tensor:
 
     Departures from the paper:
     1. Likelihoods are compared with the reference's, so that a policy starts at margin 0; the paper compares the
-       policy's own, and keeps it near by a term on other samples, for which the winner and anchor terms stand in.
+       policy's own, and regularises it with other samples; here the winner and anchor terms do that.
     """
     return (1 - beta * pair.margin).clamp(min=0)

@@ -1,4 +1,4 @@
-"""IPO (arXiv 2310.12036): the margin is drawn to a value instead of to infinity."""
+"""IPO (arXiv 2310.12036): regress the margin to a finite value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear-DPO (arXiv 2605.21123): a pair keeps teaching, by a weight that falls linearly with its margin."""
+"""Linear-DPO (arXiv 2605.21123): a pair keeps a gradient, with a weight that falls linearly with its margin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def linear_dpo(pair: DenoisedPair, *, beta: float | Tensor, eta: float = 1e-3) -
     """u (L_w - L_l) with the constant u = clamp(1/2 - 0.2 beta margin, eta, 1 - eta): (B,).
 
     beta: in the units of the errors; published 100 (SD 1.5) and 500 (SDXL), with learning rates of ordinary
-    fine-tuning. eta: in [0, 0.5), what is left of the weight; published 1e-3 and 0. ValueError outside.
+    fine-tuning. eta: in [0, 0.5), the smallest weight; published 1e-3 and 0. ValueError outside.
     The reference is meant to follow the policy as an average of its weights, decay 0.99 to 0.995.
     """
     if not 0 <= eta < 0.5:

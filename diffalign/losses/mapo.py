@@ -24,7 +24,7 @@ def mapo(pair: DenoisedPair, *, beta: float | Tensor, weight: float | None = Non
     are meant: those of "sum" have phi = 0.
 
     Departures from the paper:
-    1. ``scale``, 1 in the paper, is there for the released code: ``mapo(pair, **RELEASED)``.
+    1. ``scale``, 1 in the paper, reproduces the released code: ``mapo(pair, **RELEASED)``.
     """
     scores = [bounded_score(scale * side.error) for side in (pair.winner, pair.loser)]
     preference = -F.logsigmoid(beta * (scores[0] - scores[1]))

@@ -1,4 +1,4 @@
-"""A pair loss and its options as one thing, checked when it is made: what a trainer's configuration turns into."""
+"""A pair loss with its options, checked when it is made, as a trainer's configuration selects it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffalign.losses.sdpo import preserve_winner
 
 @dataclass(frozen=True)
 class PairObjective:
-    """A pair loss by name with what goes with it; calling it gives the loss per pair.
+    """A pair loss by name with its options; calling it returns the loss per pair.
 
     name: in ``PREFERENCE_LOSSES``. beta: in the units of the errors; None is the loss's own, for the reduction "mean".
     max_margin: the limit of ``clamp_margin``. winner_mu: the mu of ``preserve_winner``. None leaves the pair as it is.
-    winner_weight, anchor_weight: of ``winner_term`` and ``anchor_term``, which see the pair as it came.
+    winner_weight, anchor_weight: of ``winner_term`` and ``anchor_term``, which take the pair unchanged.
     options: the loss's own, such as {"smoothing": 0.1}.
 
-    ValueError: an unknown name, a loss of single images, or a setting that the loss has no use for.
+    ValueError: an unknown name, a loss of single images, or an option that the loss does not use.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PairObjective:
     winner_mu: float | None = None
     winner_weight: float = 0.0
     anchor_weight: float = 0.0
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         loss = get_loss(self.name)
@@ -63,7 +63,7 @@ class PairObjective:
         return get_loss(self.name).reference or self.anchor_weight > 0
 
     def __call__(self, pair: DenoisedPair, *, beta: float | Tensor | None = None, **batch: Tensor) -> Tensor:
-        """The loss per pair, (B,). beta: instead of the configured one, e.g. that of ``AutoBeta``.
+        """Compute the loss per pair, (B,). beta: replaces the configured one, e.g. with that of ``AutoBeta``.
 
         batch: options that belong to the pairs, such as ``label`` (B,).
         ValueError: no beta at all for errors of the reduction "sum".

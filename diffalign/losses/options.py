@@ -1,4 +1,4 @@
-"""What goes with preference losses: a bound of the margin, terms to add, a beta that finds itself."""
+"""Options of preference losses: a bound of the margin, additional terms, automatic beta."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.losses.running import RunningMean
 
 
 def clamp_margin(pair: DenoisedPair, limit: float) -> DenoisedPair:
-    """The pair with its margin held at ``limit`` > 0, in the units of the errors. ValueError for another limit.
+    """Bound the margin of a pair at ``limit`` > 0, in the units of the errors. ValueError for another limit.
 
     For losses that are functions of the margin (``PreferenceLoss.margin``): a pair that has reached the limit has no
     gradient left. Margins to self-generated losers can grow without bound, which ruins the sampler.
@@ -34,7 +34,7 @@ def anchor_term(pair: DenoisedPair) -> Tensor:
 
 
 def margin_size(pair: DenoisedPair) -> Tensor:
-    """The batch mean of |margin|: (), a constant; what processes average and give to ``AutoBeta``."""
+    """Compute the batch mean of |margin|, a constant: (). ``AutoBeta`` takes its mean over processes."""
     return replace(pair, max_margin=math.inf).margin.detach().abs().mean()
 
 
@@ -44,8 +44,8 @@ class AutoBeta:
     With it a pair whose margin is +m has the gradient factor sigma(-beta m / 2) = target, whatever the units of the
     errors. target: in (0, 0.5). low, high: positive, in the units of the errors. decay: of m. ValueError outside.
 
-    Update it once per optimizer step, so that the micro-batches of a step share one beta. Margins of 0, which a policy
-    has that has not moved, give ``high``.
+    Update it once per optimizer step, so that the micro-batches of a step share one beta. Margins of 0, those of an
+    untrained policy, give ``high``.
     """
 
     def __init__(self, *, low: float, high: float, target: float = 0.2, decay: float = 0.99) -> None:
@@ -58,19 +58,19 @@ class AutoBeta:
         self.size = RunningMean(decay)
 
     def update(self, size: Tensor) -> Tensor:
-        """Takes in ``margin_size``, averaged over processes; returns beta, ()."""
+        """Update with ``margin_size``, averaged over processes; return beta, ()."""
         self.size.update(size)
         return self.beta
 
     @property
     def beta(self) -> Tensor:
-        """The beta of now, (), float32; ``high`` before the first update."""
+        """The current beta, (), float32; ``high`` before the first update."""
         return (self.numerator / self.size.mean).clamp(self.low, self.high)
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Return plain numbers."""
         return self.size.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continues from what ``state_dict`` gave, to the last bit."""
+        """Restore what ``state_dict`` returned, to the last bit."""
         self.size.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""ORPO (arXiv 2403.07691): learn the winner, and a little to prefer it to the loser; no reference."""
+"""ORPO (arXiv 2403.07691): fine-tuning on winners with a small preference term; no reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noun of policy objectives: a stored transition of a sampler under the current weights."""
+"""Input of policy objectives: a stored transition of a sampler under the current weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from diffalign.structures import Level
 class PolicyStep:
     """One trained step of B samples, replayed under the current weights.
 
-    log_prob: (B,), nats per dimension, with the policy's gradient. old_log_prob: (B,), as it was sampled.
+    log_prob: (B,), nats per dimension, with the policy's gradient. old_log_prob: (B,), under the sampling weights.
     advantage: (B,). mean: (B, C, *spatial), with the gradient. std: () or (B,), positive, the true one of the step.
-    level, next_level: where the step begins and ends. old_mean: (B, C, *spatial), the mean as it was sampled; None
+    level, next_level: where the step begins and ends. old_mean: (B, C, *spatial), under the sampling weights; None
         for objectives registered without ``means``.
     """
 

@@ -1,4 +1,4 @@
-"""What to watch while preferences are learned: whether margins grow by better winners or by worse losers."""
+"""Metrics of preference training, which show whether margins grow by better winners or by worse losers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffalign.losses.errors import Denoised, DenoisedPair
 def preference_metrics(
     pair: DenoisedPair, *, beta: float | Tensor, position: Tensor, bins: int = 5
 ) -> dict[str, Tensor]:
-    """Figures of a batch, each detached and 0-dim; nothing waits for the device.
+    """Compute metrics of a batch of pairs, each detached and 0-dim, without device synchronisation.
 
     accuracy: the share of margins above 0, where 0 counts half. margin: their mean; negative_margins: the share below
     0. winner_error, loser_error: L_w, L_l. winner_gain, loser_gain: R - L of each side; below 0 that side has become
-    worse than under the reference. Both below 0 while accuracy rises is how preference training fails.
+    worse than under the reference. Both below 0 while accuracy rises is the usual failure of preference training.
     logit_size, logit_std: mean and population deviation of |z| and z = beta margin / 2. Means of several batches are
     exact for all but logit_std.
     margin_bin/k, share_bin/k: the part of the margin that comes from bin k of ``bins``, and the share of pairs in it.
@@ -51,8 +51,10 @@ def preference_metrics(
 
 @torch.no_grad()
 def single_metrics(image: Denoised, liked: Tensor) -> dict[str, Tensor]:
-    """Figures of single images, each detached and 0-dim: errors and gains of both kinds, where a kind without images
-    has 0; with a reference the accuracy, the share whose gain has the sign that it should, where 0 counts half.
+    """Compute metrics of single images, each detached and 0-dim.
+
+    They are errors and gains of liked and disliked images, 0 for a kind without images, and with a reference the
+    accuracy: the share of images whose gain has the right sign, where 0 counts half.
 
     liked: (B,), bool.
     """
@@ -71,7 +73,7 @@ def single_metrics(image: Denoised, liked: Tensor) -> dict[str, Tensor]:
 
 
 def share(chosen: Tensor) -> Tensor:
-    """The share of True: (), float32."""
+    """Compute the share of True: (), float32."""
     return chosen.float().mean()
 
 

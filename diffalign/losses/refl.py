@@ -15,7 +15,7 @@ TIED = 4
 
 @reward_loss("hinge", idea="linear up to a threshold: ReFL", source="2304.05977")
 def reward_hinge(reward: Tensor, *, threshold: float) -> Tensor:
-    """relu(c - r): ReFL. No gradient beyond the threshold, where a reward is more likely to be fooled."""
+    """relu(c - r): ReFL. No gradient beyond the threshold, where reward hacking is likely."""
     return F.relu(threshold - widen(reward))
 
 
@@ -52,7 +52,7 @@ def group_advantage(reward: Tensor, *, groups: Tensor) -> Tensor:
 
 
 def squared_distance(output: Tensor, goal: Tensor) -> Tensor:
-    """mean_d (output - goal)^2, with ``goal`` a constant: (B,), float32 or wider. It keeps a model as it was.
+    """mean_d (output - goal)^2, with ``goal`` a constant: (B,), float32 or wider; a regulariser.
 
     goal: (B, ...), the target of training on real images, or the reference's output for the same input.
     """

@@ -1,4 +1,4 @@
-"""Losses by name, and what to know about each: trainers, tables and tests are driven by these registries.
+"""Registries of losses with their properties, which trainers, tables and tests read.
 
 A loss registers itself in its own file; a user's own loss is named as ``module:function`` or ``file.py:function``.
 """
@@ -32,7 +32,7 @@ class Loss:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The names of what else the function takes."""
+        """Names of the function's options."""
         return tuple(name for name in signature(self.function).parameters if name not in COMMON)
 
 
@@ -44,7 +44,7 @@ class PreferenceLoss(Loss):
         anything is; flow models with a LoRA want 100 to 500 where SD 1.5 wants 2000 to 5000.
     paired: whether it takes pairs, else single images with labels.
     reference: whether it compares with a reference. margin: whether it is a function of the margin alone, so that a
-        bound of the margin ends a pair's gradient. liked_only: whether it has no use for images that are not liked.
+        pair at the bound of the margin has no gradient. liked_only: whether it ignores images that are not liked.
     context: makes the statistics over all processes' batches that the function takes as options.
     """
 
@@ -73,7 +73,7 @@ class RewardLoss(Loss):
 
 @dataclass(frozen=True)
 class PolicyObjective(Loss):
-    """A loss of stored transitions. means: whether it needs the mean of each step as it was sampled."""
+    """A loss of stored transitions. means: whether it needs the mean of each step under the sampling weights."""
 
     means: bool = False
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RunningMean:
-    """The exponential average of the finite values it was given, corrected for its start at 0; float32.
+    """Exponential moving average of finite values, corrected for its start at 0; float32.
 
     decay: in [0, 1). ValueError outside. Values that are not finite are left out, so that one diverged batch cannot
     spoil it. Nothing waits for the device until ``state_dict``.
@@ -23,7 +23,7 @@ class RunningMean:
         self.weight = torch.zeros(())
 
     def update(self, value: Tensor) -> Tensor:
-        """Takes in a value, (), and returns the mean, (), on its device."""
+        """Update with a value, (), and return the mean, (), on its device."""
         value = value.detach().float()
         taken = value.isfinite().to(value) * (1 - self.decay)
         kept = 1 - taken
@@ -37,9 +37,9 @@ class RunningMean:
         return self.total / torch.where(self.weight > 0, self.weight, 1)
 
     def state_dict(self) -> dict[str, float]:
-        """Two numbers."""
+        """Return two numbers."""
         return {"total": float(self.total), "weight": float(self.weight)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continues from what ``state_dict`` gave, to the last bit."""
+        """Restore what ``state_dict`` returned, to the last bit."""
         self.total, self.weight = (torch.tensor(state[name]) for name in ("total", "weight"))

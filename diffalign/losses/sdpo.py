@@ -1,4 +1,4 @@
-"""Diffusion-SDPO (arXiv 2511.03317): no more gradient from the loser than the winner can bear."""
+"""Diffusion-SDPO (arXiv 2511.03317): scale the loser's gradient so that the winner's error still falls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loser_scale(pair: DenoisedPair, mu: float) -> Tensor:
 
 
 def preserve_winner(pair: DenoisedPair, *, mu: float) -> DenoisedPair:
-    """The pair with the same values, whose loser's gradient is scaled by ``loser_scale``: for any pair loss.
+    """Scale the gradient of a pair's loser by ``loser_scale``, for any pair loss; values do not change.
 
     mu: in [0, 1], how much of the winner's descent is kept; published 0.9 for Diffusion-DPO and DMPO on SD 1.5, 0.6 on
     SDXL, 0.2 for DSPO. ValueError outside.

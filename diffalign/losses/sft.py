@@ -1,4 +1,4 @@
-"""Best-of-n fine-tuning (RAFT, arXiv 2304.06767): ordinary training on the images that were liked, and on no others."""
+"""Best-of-n fine-tuning (RAFT, arXiv 2304.06767): train on liked images only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def sft(denoised: Denoised, liked: Tensor) -> Tensor:
     """L for liked samples, 0 for the others: (B,). liked: (B,), bool. There is no reference and no beta.
 
     Departures from the paper:
-    1. The mean runs over the batch, disliked samples included; give it liked ones alone for the paper's.
+    1. The mean runs over the batch, including disliked samples; pass liked ones alone for the paper's.
     """
     return denoised.error * liked.to(denoised.error)

@@ -51,7 +51,7 @@ TABLES = {"preference": preference_table, "reward": reward_table, "policy": poli
 
 
 def updated(text: str) -> str:
-    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a README by the tables of today."""
+    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a README by the current tables."""
     for name, table in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         before, _, rest = text.partition(start)
@@ -69,8 +69,3 @@ def _paper(source: str) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
-
-
-def write() -> None:
-    """Bring README.md up to date: ``python -c "from diffalign.losses.tables import write; write()"``."""
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -39,7 +39,7 @@ class SingleObjective:
         self._try(None if loss.beta is None else loss.beta, provided)
 
     def _try(self, beta: float | None, provided: tuple[str, ...]) -> None:
-        """Run one image of zeros: bad values are known to the functions that take them, before a run meets them."""
+        """Evaluate the loss on one image of zeros, so that invalid option values fail before the run starts."""
         zero = torch.zeros(1, 1, 1, 1)
         strength = {} if beta is None else {"beta": beta}
         batch = dict.fromkeys(provided, torch.zeros(()))

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning
 
 
+@register_family("FluxPipeline")
 class FluxModel(PackedFlowModel):
     """Drive a ``FluxPipeline``: FLUX.1-dev, FLUX.1-schnell and models of their shape.
 

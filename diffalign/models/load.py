@@ -18,27 +18,12 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from diffalign.models.base import DiffusionModel
-from diffalign.models.flux import FluxModel
 from diffalign.models.quantise import quantisation
 from diffalign.models.quiet import pass_on, quiet_libraries
-from diffalign.models.qwen_image import QwenImageModel
-from diffalign.models.sana import SanaModel
-from diffalign.models.sd import SDModel
-from diffalign.models.sd3 import SD3Model
-from diffalign.models.sdxl import SDXLModel
-from diffalign.models.z_image import ZImageModel
+from diffalign.models.registry import get_family
 
 COMMIT = re.compile("[0-9a-f]{40}")
 LIBRARIES = ("diffusers", "transformers")
-FAMILIES: dict[str, type[DiffusionModel]] = {
-    "StableDiffusionPipeline": SDModel,
-    "StableDiffusionXLPipeline": SDXLModel,
-    "StableDiffusion3Pipeline": SD3Model,
-    "FluxPipeline": FluxModel,
-    "QwenImagePipeline": QwenImageModel,
-    "SanaPipeline": SanaModel,
-    "ZImagePipeline": ZImageModel,
-}
 
 
 @contextmanager
@@ -66,8 +51,11 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
     with local_files(path):
         index = DiffusionPipeline.load_config(path, revision=revision)
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model {path}: pipelines of class {name} are not supported; supported: {', '.join(FAMILIES)}")
+    try:
+        get_family(str(name)[:200])
+    except ValueError as error:
+        raise ValueError(f"model {path}: {error}") from error
+    assert isinstance(name, str)
     _check_libraries(path, index)
     return name
 
@@ -75,7 +63,7 @@ def pipeline_class(path: str | Path, revision: str | None = None) -> str:
 def unguided_scale(path: str | Path, revision: str | None = None) -> float:
     """Return the scale that turns guidance off in a model's family; 1 if the family cannot be read yet."""
     try:
-        return FAMILIES[pipeline_class(path, revision)].unguided_scale
+        return get_family(pipeline_class(path, revision)).unguided_scale
     except (OSError, ValueError):  # loading the model will report the error
         return DiffusionModel.unguided_scale
 
@@ -122,7 +110,7 @@ def load_model(
         ValueError: Unsupported family, unknown option, or missing weights.
     """
     name = pipeline_class(path, revision)
-    family = FAMILIES[name]
+    family = get_family(name)
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := given.keys() - inspect.signature(family).parameters:
         raise ValueError(f"model {path}: a {name} has no option {', '.join(sorted(unknown))}; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from diffalign.models.base import DiffusionModel
-from diffalign.models.load import FAMILIES, pipeline_class
+from diffalign.models.load import pipeline_class
+from diffalign.models.registry import get_family
 
 
 def model_on_meta(
@@ -23,9 +25,11 @@ def model_on_meta(
     Arguments and errors are those of ``load_model``; only configuration files of a hub id are fetched.
     """
     name = pipeline_class(path, revision)
-    family, kind = FAMILIES[name], getattr(diffusers, name)
+    family, kind = get_family(name), getattr(diffusers, name)
     index = DiffusionPipeline.load_config(path, revision=revision)
-    given = {key: value for key, value in index.items() if not key.startswith("_")}
+    # As from_pretrained does, leave out what another class of the same components wrote.
+    expected = inspect.signature(kind).parameters
+    given = {key: value for key, value in index.items() if key in expected}
     for key, value in given.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
             given[key] = None if key in family.load_options else _part(path, key, revision, *value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from diffalign.files import shorten
-from diffalign.models.load import FAMILIES, pipeline_class
+from diffalign.models.load import pipeline_class
+from diffalign.models.registry import get_family
 
 # Text that a pipeline appends to a prompt.
 SUFFIX = {"QwenImagePipeline": "<|im_end|>\n<|im_start|>assistant\n"}
@@ -42,7 +43,7 @@ def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> l
         max_sequence_length: Tokens per prompt of all encoders except CLIP; default: the family's.
     """
     kind = pipeline_class(path)
-    parameter = inspect.signature(FAMILIES[kind]).parameters.get("max_sequence_length")
+    parameter = inspect.signature(get_family(kind)).parameters.get("max_sequence_length")
     length = max_sequence_length or (parameter.default if parameter else None)
     index = DiffusionPipeline.load_config(path)
     names = [name for name, entry in index.items() if name.startswith("tokenizer") and entry and entry[0]]
@@ -70,7 +71,7 @@ def _encoder(kind: str, name: str, tokenizer: Any, length: int | None) -> Encode
     return Encoder(name, limit, count)
 
 
-def cut(text: str, encoders: list[Encoder]) -> str | None:
+def cut(text: str, encoders: Sequence[Encoder]) -> str | None:
     """Describe which encoders truncate a text; None if none does."""
     counts = [(encoder.count(text), encoder) for encoder in encoders]
     truncated = [f"{count:,} tokens, {e.name} reads {e.limit:,}" for count, e in counts if count > e.limit]

@@ -10,9 +10,11 @@ from torch.nn.functional import pad
 
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning
 
 
+@register_family("QwenImagePipeline")
 class QwenImageModel(PackedFlowModel):
     """Drive a ``QwenImagePipeline``.
 

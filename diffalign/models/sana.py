@@ -14,9 +14,11 @@ from diffalign.diffusion.schedule import flow_levels, shift_sigmas
 from diffalign.models.base import check_schedule
 from diffalign.models.flow import FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning, Level
 
 
+@register_family("SanaPipeline")
 class SanaModel(FlowModel):
     """Drive a ``SanaPipeline``.
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from diffalign.diffusion.schedule import vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning, Guidance, Level
 
 # ``prediction_type`` of the scheduler -> parameterization of this package.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
+@register_family("StableDiffusionPipeline")
 class SDModel(DiffusionModel):
     """Drive a ``StableDiffusionPipeline`` with its scheduler's noise schedule and DDIM's timesteps.
 

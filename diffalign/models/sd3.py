@@ -10,9 +10,11 @@ from torch import Tensor
 
 from diffalign.models.flow import JOINT_ATTENTION, FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning
 
 
+@register_family("StableDiffusion3Pipeline")
 class SD3Model(FlowModel):
     """Drive a ``StableDiffusion3Pipeline``.
 

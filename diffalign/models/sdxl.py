@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from diffalign.models.offload import TEXT_ENCODERS, needs
+from diffalign.models.registry import register_family
 from diffalign.models.sd import SDModel
 from diffalign.structures import Conditioning
 
 
+@register_family("StableDiffusionXLPipeline")
 class SDXLModel(SDModel):
     """Drive a ``StableDiffusionXLPipeline``; schedule, resolution and errors as for ``SDModel``.
 

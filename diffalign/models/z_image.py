@@ -10,9 +10,11 @@ from torch.nn.functional import pad
 
 from diffalign.models.flow import FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
+from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning
 
 
+@register_family("ZImagePipeline")
 class ZImageModel(FlowModel):
     """Drive a ``ZImagePipeline``: Z-Image and Z-Image-Turbo.
 

@@ -101,7 +101,7 @@ def _draw(axes: Axes, key: str, points: Mapping[int, float], meaning: str) -> No
     axes.set_title(meaning, fontsize=6, loc="right", y=1.02, color="#606060")
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
     axes.yaxis.get_offset_text().set(fontsize=7, x=1, horizontalalignment="right")  # not over the title
     axes.grid(color="#e3e3e3", linewidth=0.6)

@@ -31,7 +31,7 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     to the first model. Small images are embedded losslessly, larger ones as WebP at the best quality within ``BUDGET``.
     """
     first = {
-        name: [(judged.prompt == i).nonzero()[0].item() for i in range(len(prompts))] for name, judged in models.items()
+        name: [int((judged.prompt == i).nonzero()[0]) for i in range(len(prompts))] for name, judged in models.items()
     }
     pictures = [[decode(read_bytes(judged.files[row])) for row in first[name]] for name, judged in models.items()]
 

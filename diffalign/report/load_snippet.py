@@ -53,7 +53,8 @@ def evaluation_call(model: DiffusionModel, args: Any) -> PipelineCall:
     """Return how the model's pipeline is called to draw as evaluations of this configuration do."""
     if not isinstance(model, DiffusionModel):
         return PipelineCall({})
-    steps = args.eval_num_steps or getattr(args, "plan", getattr(args, "recipe", None)).num_steps
+    sampling: Any = getattr(args, "plan", None) or getattr(args, "recipe", None)
+    steps = args.eval_num_steps or sampling.num_steps
     return pipeline_call(model, Sampled(steps, args.schedule, args.guidance_scale))
 
 

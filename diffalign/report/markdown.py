@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from diffalign.files import printable
 
-_ACTIVE = {character: f"&#{ord(character)};" for character in "|<>[]`"}
+_ACTIVE = str.maketrans({character: f"&#{ord(character)};" for character in "|<>[]`"})
 
 
 def inert(text: object) -> str:
     """Escape characters of HTML, links, images, code and table cells; returns one line."""
-    return printable(str(text)).translate(str.maketrans(_ACTIVE))
+    return printable(str(text)).translate(_ACTIVE)
 
 
 def inline_code(text: object) -> str:

@@ -22,7 +22,7 @@ def plot_figures(models: Mapping[str, ModelResults], path: str | Path) -> None:
     """Write up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, win rates against the base."""
     first = next(iter(models.values()))
     wins = {name: {reward: won.rate for reward, won in f.wins.items()} for name, f in models.items() if f.wins}
-    panels = {
+    panels: dict[str, Mapping[str, Mapping[str, Interval | None]]] = {
         f"mean over {first.images} images": {name: f.rewards for name, f in models.items()},
         f"{first.primary} by task": {name: f.tasks for name, f in models.items() if f.tasks},
         "win rate over base, by reward": wins,

@@ -59,8 +59,10 @@ def figures(
         if first[rows].isfinite().any():
             tasks[tag] = mean_interval(first[rows], prompt[rows])
     means = {name: mean_interval(v, prompt) if v.isfinite().any() else None for name, v in scores.items()}
-    paired = [name for name, v in scores.items() if base and (v.isfinite() & base[name].isfinite()).any()]
-    wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
+    wins = {}
+    if base:
+        paired = [name for name, v in scores.items() if (v.isfinite() & base[name].isfinite()).any()]
+        wins = {name: win_rate(scores[name], base[name], prompt) for name in paired}
     scored = {name: int(v.isfinite().sum()) for name, v in scores.items()}
     return ModelResults(means, tasks, wins, dict(diversity), primary, len(prompt), scored)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from diffalign.models.weights import POLICY
 from diffalign.report.curves import plot_curves
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.load_snippet import load_snippet
-from diffalign.report.model_card import ModelCard, write_model_card
+from diffalign.report.model_card import ModelCard, eval_results, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.products import portable
@@ -88,14 +89,17 @@ class Report:
         written = [*weights] if self.shown is None else [*weights, self._keep("tuned", self.shown)]
         log = MetricsLog.read(self.folder / "metrics.jsonl")
         plot_curves(log, self.folder / "curves.png", meanings=self._meanings)
-        before = self._before()
-        if before is not None:
-            self._compare(before)
-            for fault in ruined(before["images"], self.shown.images):
+        before, shown = self._before(), self.shown
+        if before is not None and shown is not None:
+            self._compare(before, shown)
+            for fault in ruined(before["images"], shown.images):
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
         pictures = [name for name in drawn if (self.folder / name).is_file()]
-        card = write_model_card(self.folder, self._card(self._results(before), pictures))
+        source = self.args.eval_prompts or "held-out prompts"
+        evaluation = [] if self.shown is None else eval_results(self.figures(before)["tuned"], source)
+        about = dataclasses.replace(self._card(self._results(before), pictures), evaluation=evaluation)
+        card = write_model_card(self.folder, about)
         self.before, self.paths = before, weights
         return [*written, *(self.folder / name for name in pictures), card]
 
@@ -120,16 +124,16 @@ class Report:
             return None
         return before
 
-    def _compare(self, before: dict[str, Tensor]) -> None:
-        columns = {"base": before["images"], "tuned": self.shown.images}
-        marks = {"base": _named(before, "mark/"), "tuned": self.shown.marks}
+    def _compare(self, before: dict[str, Tensor], shown: Shown) -> None:
+        columns = {"base": before["images"], "tuned": shown.images}
+        marks = {"base": _named(before, "mark/"), "tuned": shown.marks}
         # The first reward, whose mean is the accuracy: a tick under an image says more than a row of numbers.
-        first = next(iter(self.shown.marks))
+        first = next(iter(shown.marks))
         scores = {name: {first: own[first]} for name, own in marks.items()}
-        found = self.figures(before)
-        means = {name: own.rewards[first].mean if own.rewards[first] else math.nan for name, own in found.items()}
-        totals = OverallMeans(len(self.shown.prompt), {first: means})
-        compare_grid(columns, self.shown.texts, scores, self.folder / "compare.png", totals)
+        found = {name: own.rewards[first] for name, own in self.figures(before).items()}
+        means = {name: math.nan if mean is None else mean.mean for name, mean in found.items()}
+        totals = OverallMeans(len(shown.prompt), {first: means})
+        compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals)
 
     def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
         """Figures over every held-out image, of base and tuned model, or of the tuned one alone."""
@@ -196,13 +200,16 @@ class Report:
             results=results,
             pictures=pictures,
             lora=self.model.has_adapter,
+            sample_prompt=prompt if self.shown else "",
         )
 
 
 def consent_option(args: TrainerConfig) -> str:
-    """What a command must type on top of the configuration: consent, where rewards are code or servers."""
+    """What a command must type on top of the configuration: consent, where it names code or servers."""
     tables = [getattr(args, name, {}) for name in ("rewards", "held_out", "eval_rewards")]
-    return " --allow_reward_code" if any(needs_consent(to_dict({"": table})[""]) for table in tables) else ""
+    code = [args.family or "", str(getattr(args, "loss", ""))]
+    needed = any(":" in spec for spec in code) or any(needs_consent(to_dict({"": table})[""]) for table in tables)
+    return " --allow_reward_code" if needed else ""
 
 
 def _said(args: TrainerConfig) -> str:

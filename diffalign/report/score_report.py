@@ -22,7 +22,7 @@ def scores_of(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
 
 def summary(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Compute count, mean, population standard deviation, min and max of each reward."""
-    result = {}
+    result: dict[str, dict[str, float]] = {}
     for name in names:
         values = scores_of(rows, name)
         result[name] = {"count": len(values)}

@@ -158,9 +158,9 @@ class Combined:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for value, known in ((self.rule, RULES), (self.scale, SCALES)):
-            if value not in known:
-                raise ValueError(f"reward {self.name!r}: {value!r} is unknown; choose one of {', '.join(known)}")
+        for value, choices in ((self.rule, list(RULES)), (self.scale, list(SCALES))):
+            if value not in choices:
+                raise ValueError(f"reward {self.name!r}: {value!r} is unknown; choose one of {', '.join(choices)}")
         if not self.rewards:
             raise ValueError(f"reward {self.name!r} has no rewards: give at least one")
         if bad := [name for name, (_, weight) in self.rewards.items() if not weight > 0]:
@@ -199,7 +199,7 @@ class Combined:
         return RULES[self.rule](scores, weights, self.k)
 
     def _scaled(self, name: str, values: Tensor) -> Tensor:
-        return values if self.scale == "raw" else SCALES[self.scale](self.calibrations[name], values)
+        return values if self.scale == "raw" else SCALES[self.scale]((self.calibrations or {})[name], values)
 
 
 @register("combined", RewardCard("several rewards as one", 1.0))

@@ -76,7 +76,8 @@ def relations(a: Found, b: Found) -> set[str]:
 
 def correct(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> float:
     """Return 1 if all specified objects are present in their colours and positions and no excluded one is, else 0."""
-    right, groups = True, []
+    right = True
+    groups: list[Sequence[Found] | None] = []
     for wanted in spec.get("include", []):
         found = objects.get(wanted["class"], [])[: wanted["count"]]
         good = len(found) >= wanted["count"]
@@ -122,7 +123,8 @@ def graded(objects: Objects, colors_of: ColorsOf, spec: Mapping[str, Any]) -> fl
 
 def _placed(found: Sequence[Found], groups: Sequence[Sequence[Found] | None], position: tuple[str, int]) -> bool:
     relation, target = position
-    return groups[target] is not None and all(relation in relations(a, b) for a in found for b in groups[target])
+    reference = groups[target]
+    return reference is not None and all(relation in relations(a, b) for a in found for b in reference)
 
 
 VERDICTS: dict[str, Callable[[Objects, ColorsOf, Mapping[str, Any]], float]] = {"correct": correct, "graded": graded}

@@ -5,6 +5,8 @@ Both are fine-tuned CLIP ViT-H-14; HP adds a head on the image embedding.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,22 +75,22 @@ class IctHpReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
         quantize = should_quantize(self.quantize, images)
-        score = 1.0
+        scores = []
         if self.ict is not None:
-            score = score * self._ict_score(images, prompts, quantize)
+            scores.append(self._ict_score(self.ict, images, prompts, quantize))
         if self.hp is not None:
-            score = score * self._hp_score(images, quantize)
-        return score
+            scores.append(self._hp_score(self.hp, images, quantize))
+        return functools.reduce(operator.mul, scores)
 
-    def _ict_score(self, images: Tensor, prompts: Sequence[str], quantize: bool) -> Tensor:
-        model, tokenizer = load_once(_load_ict, self.ict, self.clip)
-        with on_device(model, self.ict, images.device):
+    def _ict_score(self, weights: Weights, images: Tensor, prompts: Sequence[str], quantize: bool) -> Tensor:
+        model, tokenizer = load_once(_load_ict, weights, self.clip)
+        with on_device(model, weights, images.device):
             text = text_embeddings(model, tokenizer, prompts)
             return at_least_float32((image_embeddings(model, images, quantize) * text).sum(-1))
 
-    def _hp_score(self, images: Tensor, quantize: bool) -> Tensor:
-        model, head = load_once(_load_hp, self.hp, self.clip)
-        with on_device(model, self.hp, images.device), on_device(head, self.hp, images.device):
+    def _hp_score(self, weights: Weights, images: Tensor, quantize: bool) -> Tensor:
+        model, head = load_once(_load_hp, weights, self.clip)
+        with on_device(model, weights, images.device), on_device(head, weights, images.device):
             return at_least_float32(head(image_features(model, images, quantize)).sigmoid())
 
 
@@ -111,5 +113,5 @@ def ict_hp(
     quantize: bool | None = None,
 ) -> IctHpReward:
     """Build the published models, or those of folders ``ict`` and ``hp``; hub ids may end in @revision."""
-    found = [spec and Weights(*split(spec), precision, offload) for spec in (ict, hp)]
-    return IctHpReward(name, *found, clip, quantize)
+    of_ict, of_hp = (Weights(*split(spec), precision, offload) if spec else None for spec in (ict, hp))
+    return IctHpReward(name, of_ict, of_hp, clip, quantize)

@@ -23,8 +23,8 @@ def brightness(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Te
 def sharpness(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
     """Compute the mean squared luma difference of neighbouring pixels, [0, 2]; 0 for an image of one pixel."""
     luma = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1)
-    steps = (luma.diff(dim=axis).square().flatten(1) for axis in (1, 2))
-    return sum(step.sum(1) / max(1, step.shape[1]) for step in steps)
+    down, across = (luma.diff(dim=axis).square().flatten(1) for axis in (1, 2))
+    return down.sum(1) / max(1, down.shape[1]) + across.sum(1) / max(1, across.shape[1])
 
 
 register("brightness", RewardCard("mean luma", 0.1))(

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
@@ -248,7 +248,7 @@ OPTIONS = ("question", "low", "high", "most_pairs")
 @register("vlm_pairwise", RewardCard("share of its group that an image is preferred to", 0.05), judge=PairwiseJudge)
 def vlm_judge(
     name: str,
-    judge: Callable[..., Any],
+    judge: type[RatingJudge | ChecklistJudge | PairwiseJudge],
     url: str,
     model: str,
     token_env: str | None = None,

@@ -37,16 +37,16 @@ BEFORE, AFTER = SYSTEM + " USER: ", "\n{} ASSISTANT: "
 # Input tokens, the image counting as one; truncation of a long prompt also removes the end of the question.
 MAX_TOKENS = 2048
 # The published padding colour is the processor's mean, rounded down to 8 bits.
-PAD = tuple(int(255 * mean) / 255 for mean in CLIP_MEAN)
+PAD = (int(255 * CLIP_MEAN[0]) / 255, int(255 * CLIP_MEAN[1]) / 255, int(255 * CLIP_MEAN[2]) / 255)
 
 
-class ClipT5Config(T5Config):
+class ClipT5Config(T5Config):  # type: ignore[misc]  # transformers is not followed, so its classes are Any
     """T5's configuration, plus the CLIP model: ``mm_vision_tower`` and ``mm_vision_select_layer``."""
 
     model_type = "clip_t5"
 
 
-class ClipT5(T5ForConditionalGeneration):
+class ClipT5(T5ForConditionalGeneration):  # type: ignore[misc]  # likewise
     """T5 with image patches in its encoder input."""
 
     config_class = ClipT5Config

@@ -42,10 +42,11 @@ def group_advantages(
     if epsilon < 0 or (clip is not None and not clip > 0):
         raise ValueError(f"got epsilon {epsilon}, clip {clip}: epsilon must not be negative, clip positive or None")
     terms, finite = _terms(rewards, groups, weights)
+    zero = torch.zeros((), dtype=torch.float64)
     if aggregate == "rewards":
-        terms = [(1.0, sum(w * r for w, r, _ in terms), sum(abs(w) * m for w, _, m in terms))]
+        terms = [(1.0, sum((w * r for w, r, _ in terms), zero), sum((abs(w) * m for w, _, m in terms), zero))]
     members = _Groups(groups, finite)
-    total = sum(w * members.normalise(r, m, std == "global", epsilon) for w, r, m in terms)
+    total = sum((w * members.normalise(r, m, std == "global", epsilon) for w, r, m in terms), zero)
     return (total if clip is None else total.clamp(-clip, clip)).float()
 
 
@@ -101,25 +102,41 @@ class Tree:
     leaf: Tensor
 
 
-# From a tree, the total reward of its leaves (L,) and their advantages (L,) to advantages of nodes (N,), float64.
-AdvantageRule = Callable[[Tree, Tensor, Tensor], Tensor]
+RuleFunction = Callable[[Tree, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """A rule that gives every node of trees an advantage.
+
+    Attributes:
+        compute: Maps trees and a value per leaf, (L,), to advantages of nodes, (N,), float64.
+        of: The values that it reads: the leaves' group-relative advantages, or their weighted total rewards.
+    """
+
+    compute: RuleFunction
+    of: Literal["advantages", "rewards"]
+
+
 ADVANTAGE_RULES: dict[str, AdvantageRule] = {}
 
 
-def advantage_rule(name: str) -> Callable[[AdvantageRule], AdvantageRule]:
+def advantage_rule(
+    name: str, of: Literal["advantages", "rewards"] = "advantages"
+) -> Callable[[RuleFunction], RuleFunction]:
     """Register an advantage rule in ``ADVANTAGE_RULES``. ValueError: the name is taken."""
 
-    def register(rule: AdvantageRule) -> AdvantageRule:
+    def register(compute: RuleFunction) -> RuleFunction:
         if name in ADVANTAGE_RULES:
             raise ValueError(f"advantage rule {name!r} is registered already: choose another name")
-        ADVANTAGE_RULES[name] = rule
-        return rule
+        ADVANTAGE_RULES[name] = AdvantageRule(compute, of)
+        return compute
 
     return register
 
 
 @advantage_rule("leaf")
-def leaf_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+def leaf_advantages(tree: Tree, advantages: Tensor) -> Tensor:
     """Give a node the advantage of the one leaf under it, and 0 where leaves of a branching share it.
 
     On chains this is Flow-GRPO; on trees only the transitions after the last branching are trained on.
@@ -130,7 +147,7 @@ def leaf_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
 
 
 @advantage_rule("subtree_mean")
-def subtree_mean_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+def subtree_mean_advantages(tree: Tree, advantages: Tensor) -> Tensor:
     """Give a node the mean advantage of the leaves in its subtree.
 
     Training each shared transition once on it has the gradient of training it once per leaf, up to the clipping.
@@ -138,8 +155,8 @@ def subtree_mean_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> 
     return subtree_mean(advantages, tree.leaf, tree.parent)
 
 
-@advantage_rule("per_depth")
-def per_depth_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Tensor:
+@advantage_rule("per_depth", of="rewards")
+def per_depth_advantages(tree: Tree, rewards: Tensor) -> Tensor:
     """Normalise the mean reward of each node's leaves over the nodes of its depth and tree (BranchGRPO, 2509.06040).
 
     A = (r - mean) / (std + 1e-8) with the population std, and 0 where the rewards of a depth are equal up to rounding.
@@ -147,11 +164,16 @@ def per_depth_advantages(tree: Tree, rewards: Tensor, advantages: Tensor) -> Ten
     Departures from the released code:
     1. A depth is flat where its spread is rounding of float32 (``FLAT``), not where its std is below 1e-6.
     2. Leaves with a non-finite reward are left out; a node without any other leaf gets 0.
+
+    Raises:
+        ValueError: Every tree is a chain, in which no node has another to compare with.
     """
+    if int(tree.leaf.sum()) == len(torch.unique(tree.tree)):
+        raise ValueError("per_depth compares the nodes of a tree, and the plan does not branch: use subtree_mean")
     means = subtree_mean(torch.where(rewards.isfinite(), rewards.double(), torch.nan), tree.leaf, tree.parent)
     usable = means.isfinite()
     clean = torch.where(usable, means, 0.0)
-    labels = torch.stack([tree.tree, tree.depth], 1).unique(dim=0, return_inverse=True)[1]
+    labels = torch.unique(torch.stack([tree.tree, tree.depth], 1), dim=0, return_inverse=True)[1]
     return _Groups(labels, usable).normalise(clean, clean.abs(), over_all=False, epsilon=1e-8)
 
 
@@ -180,7 +202,7 @@ class _Groups:
     """Sums and extremes over groups, of usable samples only."""
 
     def __init__(self, groups: Tensor, finite: Tensor) -> None:
-        labels, self.index = groups.unique(return_inverse=True)
+        labels, self.index = torch.unique(groups, return_inverse=True)
         self.finite = finite
         self.num = len(labels)
         self.count = self.sum(finite.double())

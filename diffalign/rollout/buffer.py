@@ -24,7 +24,7 @@ from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.rollout import pinned_memory
-from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree, subtree_mean
+from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree
 from diffalign.rollout.tree import depths, path_table, paths, tree_parents
 from diffalign.structures import Prompt
 
@@ -46,13 +46,10 @@ def clear_buffer(directory: Path) -> None:
             path.unlink()
 
 
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the fields of each prompt. FileNotFoundError: no such file. ValueError: it is something else."""
+def _read_prompts(path: Path) -> list[Prompt]:
+    """Read the prompts of a saved buffer. FileNotFoundError: no such file. ValueError: it is something else."""
     try:
-        entries = json.loads(read_text(path, LARGEST))
-        for entry in entries:
-            Prompt(**entry)
-        return list(entries)
+        return [Prompt(**entry) for entry in json.loads(read_text(path, LARGEST))]
     except FileNotFoundError:
         raise
     except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -193,14 +190,22 @@ class RolloutBuffer:
     @property
     def steps(self) -> list[int]:
         """The level indices at which nodes are stored, ascending."""
-        return [int(step) for step in self.step.unique()]
+        return [int(step) for step in torch.unique(self.step)]
 
-    def transitions(self) -> Tensor:
+    def level(self, step: int) -> Tensor:
+        """Return the rows of the nodes at level ``step``, tree after tree and ordered by path; none if not stored."""
+        return (self.step == step).nonzero().flatten()
+
+    def transitions(self, step: int | None = None) -> Tensor:
         """Return the rows of trained nodes (T,), each the end of one stored transition from its parent.
 
         They are the unit of a policy gradient: an ancestor that leaves share is one transition and trains once.
+
+        Args:
+            step: Only transitions of this step of the plan; default: of all.
         """
-        return self.trained.nonzero().flatten()
+        chosen = self.trained if step is None else self.trained & (self.step == step + 1)
+        return chosen.nonzero().flatten()
 
     def leaves_under(self, node: int) -> Tensor:
         """Return the rows of the leaves in the subtree of ``node``, itself included."""
@@ -209,10 +214,6 @@ class RolloutBuffer:
         while (rows >= 0).any():
             inside, rows = inside | (rows == node), torch.where(rows < 0, -1, self.parent[rows])
         return leaves[inside]
-
-    def subtree_mean(self, leaf_values: Tensor) -> Tensor:
-        """Average values (L,) of the leaves over the subtree of each node: (N,), float64. NaN leaves are left out."""
-        return subtree_mean(leaf_values, self.leaf, self.parent)
 
     def named(self, samples: Tensor) -> list[dict[str, Any]]:
         """Describe leaves, by their order in the buffer: group, index in the group and prompt of each."""
@@ -246,7 +247,7 @@ class RolloutBuffer:
     def nodes_per_sample(self) -> int:
         """The number of nodes of a chain. ValueError: the plan branches, see ``steps``."""
         if self.path.shape[1]:
-            raise ValueError("nodes of a tree do not divide over samples: use steps, nodes or leaves_under")
+            raise ValueError("samples of a tree share nodes, so that it has no number of nodes per sample: use chains")
         return len(self.step) // len(self.leaves)
 
     def nodes(self, samples: Tensor | slice, step: int) -> Tensor:
@@ -274,41 +275,53 @@ class RolloutBuffer:
             column[self.leaves] = values.float().cpu()
             self.rewards[name] = column
 
-    def set_advantages(self, advantages: Tensor) -> None:
-        """Give each node the mean advantage of the leaves (L,) in its subtree: in a chain, that of its leaf."""
-        self.advantage = self.subtree_mean(advantages.cpu()).to(self.advantage)
+    def set_advantages(self, advantages: Tensor, rule: str = "subtree_mean", *, rewards: Tensor | None = None) -> None:
+        """Set the advantages of all nodes from those of the leaves, by a rule of ``ADVANTAGE_RULES``.
 
-    def apply_rule(self, rule: str, rewards: Tensor, advantages: Tensor) -> None:
-        """Set the advantages of all nodes by a rule of ``ADVANTAGE_RULES``.
+        On chains, "leaf" and "subtree_mean" give each node the advantage of its leaf.
 
         Args:
-            rewards: (L,), the weighted total of each leaf; NaN or infinite where a reward failed.
             advantages: (L,), of ``group_advantages``.
+            rule: A key of ``ADVANTAGE_RULES``.
+            rewards: (L,), the weighted total of each leaf, NaN or infinite where a reward failed; for rules that
+                normalise rewards themselves.
 
-        ValueError: an unknown rule.
+        Raises:
+            ValueError: An unknown rule, rewards missing, or not a value per leaf.
         """
         if rule not in ADVANTAGE_RULES:
             raise ValueError(f"unknown advantage rule {rule!r}; known: {', '.join(ADVANTAGE_RULES)}")
-        roots = torch.stack([self.group, self.sample], 1).unique(dim=0, return_inverse=True)[1]
+        values = advantages if ADVANTAGE_RULES[rule].of == "advantages" else rewards
+        if values is None:
+            raise ValueError(f"advantage rule {rule!r} normalises the rewards of leaves: pass rewards")
+        if values.shape != self.leaves.shape:
+            raise ValueError(f"values of shape {tuple(values.shape)} for {len(self.leaves)} leaves: pass one per leaf")
+        roots = torch.unique(torch.stack([self.group, self.sample], 1), dim=0, return_inverse=True)[1]
         tree = Tree(roots, self.parent, self.depth, self.leaf)
-        self.advantage = ADVANTAGE_RULES[rule](tree, rewards.cpu(), advantages.cpu()).to(self.advantage)
+        self.advantage = ADVANTAGE_RULES[rule].compute(tree, values.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
-        """Exchange samples between processes: return the buffer of those that ``move`` gives for ``samples``.
+        """Exchange the samples of chains between processes, without their rewards.
 
-        move: maps a column of these samples, (b, ...), to that of at most as many. Rewards are left out.
-        ValueError: the plan branches, because a leaf cannot move without the ancestors that it shares.
+        Args:
+            samples: Leaves, by their order in the buffer.
+            move: Maps a column of these samples, (b, ...), to that of at most as many.
+
+        Raises:
+            ValueError: The plan branches: a leaf cannot move without the ancestors that it shares.
         """
+        if self.path.shape[1]:
+            raise ValueError("leaves of a tree share ancestors and cannot move alone: do not filter or rebalance trees")
         per_sample = self.nodes_per_sample
 
         def of(column: Tensor, size: int) -> Tensor:
-            nodes = column.unflatten(0, (-1, size))[samples].unbind(1)  # a device need not have room for all
+            nodes = torch.unflatten(column, 0, (-1, size))[samples].unbind(1)  # a device need not have room for all
             return torch.stack([move(part) for part in nodes], 1).flatten(0, 1)
 
         names = ("group", "sample", "x", "log_prob", "advantage")
-        columns = {name: of(getattr(self, name), per_sample) for name in names}
+        columns: dict[str, Any] = {name: of(getattr(self, name), per_sample) for name in names}
         same = ("parent", "depth", "step", "path", "leaf", "trained")
-        alike = {name: getattr(self, name)[: len(columns["group"])] for name in same}
+        alike: dict[str, Any] = {name: getattr(self, name)[: len(columns["group"])] for name in same}
         mean = None if self.mean is None else of(self.mean, len(self.mean) // len(self.leaves))
         return replace(self, **columns, **alike, mean=mean, rewards={})
 
@@ -373,7 +386,7 @@ class RolloutBuffer:
             begin += len(part["parent"])
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
-        prompts = [Prompt(**entry) for entry in _read_prompts(directory / "prompts.json")]
+        prompts = _read_prompts(directory / "prompts.json")
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
         path = columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64))
         return cls(

@@ -1,4 +1,4 @@
-"""Generates samples and fills the buffer, in micro-batches whose size changes no prompt and no noise."""
+"""Sample images and fill a rollout buffer; the size of the micro-batches changes neither prompts nor noise."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ from diffalign.rng import KeyedRNG
 from diffalign.rollout import pinned_memory
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, sample
+from diffalign.rollout.tree import path_table, paths
 from diffalign.structures import Conditioning, StepResult
 
-# Convolutions at image size fall out of a processor's cache in larger slices, and fill a GPU's memory.
+# Convolutions at image size exceed a CPU's cache in larger slices, and a GPU's memory.
 DECODE_SLICE = 32
 
 
 @dataclass(frozen=True)
 class NoiseKeys:
-    """Where the noise of each sample comes from: (stream, iteration, group, sample, step).
+    """The keys of the noise that each sample draws, one entry per sample.
 
-    Samples of a group share their start noise when ``shared_start`` leaves the sample out of its address.
+    The initial noise has the key (iteration, group, sample), that of a step (iteration, group, sample, step, *path). In
+    a chain the path is empty. Samples of a group have the same initial noise with ``shared_start``.
+
+    Attributes:
+        noise: Generator of noise by key.
+        stream: Name of the generator's stream.
+        iteration: Iteration of the training.
+        group: (B,) int64, the index of the prompt.
+        sample: (B,) int64, the index of the tree in its group.
+        shared_start: Whether the key of the initial noise leaves out the sample.
+        path: (B, D) int64, see ``path_table``; None for chains.
     """
 
     noise: KeyedRNG
@@ -33,117 +44,212 @@ class NoiseKeys:
     group: Tensor
     sample: Tensor
     shared_start: bool = False
+    path: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> NoiseKeys:
-        return NoiseKeys(
-            self.noise, self.stream, self.iteration, self.group[rows], self.sample[rows], self.shared_start
+        """Select samples."""
+        path = None if self.path is None else self.path[rows]
+        return replace(self, group=self.group[rows], sample=self.sample[rows], path=path)
+
+    def at(self, plan: Plan, level: int) -> NoiseKeys:
+        """Return the keys of the nodes at a level, tree after tree and ordered by path, from those of the trees."""
+        table = path_table(plan, level)
+        trees, width = len(self.group), len(table)
+        return replace(
+            self,
+            group=self.group.repeat_interleave(width),
+            sample=self.sample.repeat_interleave(width),
+            path=table.repeat(trees, 1),
         )
 
     def _pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.group.tolist(), self.sample.tolist(), strict=True))
 
     def start(self, shape: tuple[int, ...]) -> Tensor:
-        """The noise at the first level: (B, *shape), float32, CPU."""
+        """Draw the initial noise: (B, *shape), float32, CPU."""
         sample_part = [(group,) if self.shared_start else (group, sample) for group, sample in self._pairs()]
         return self.noise.normal_batch(shape, f"{self.stream}/start", [(self.iteration, *part) for part in sample_part])
 
     def step(self, shape: tuple[int, ...], index: int) -> Tensor:
-        """The noise of stochastic step ``index``: (B, *shape), float32, CPU."""
-        addresses = [(self.iteration, *pair, index) for pair in self._pairs()]
-        return self.noise.normal_batch(shape, f"{self.stream}/step", addresses)
+        """Draw the noise of stochastic step ``index``: (B, *shape), float32, CPU."""
+        pairs = self._pairs()
+        taken: list[list[int]] = [[] for _ in pairs] if self.path is None else self.path.tolist()
+        keys = [
+            (self.iteration, *pair, index, *(child for child in path if child >= 0))
+            for pair, path in zip(pairs, taken, strict=True)
+        ]
+        return self.noise.normal_batch(shape, f"{self.stream}/step", keys)
 
 
 def decode(model: DiffusionModel, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images of latents, float32, without gradients, in slices; the decoder computes in ``dtype`` where it may."""
+    """Decode latents to float32 images without gradients, in slices; the VAE may compute in ``dtype``."""
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model.decode(part) for part in latents.split(DECODE_SLICE)])
+        return torch.cat([model.decode(part) for part in torch.split(latents, DECODE_SLICE)])
 
 
 def rollouts(
     model: DiffusionModel,
-    route: SamplingPlan,
+    plan: SamplingPlan,
     conditioning: Conditioning,
-    addresses: NoiseKeys,
+    keys: NoiseKeys,
     buffer: RolloutBuffer,
     size: int,
     decode_dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Fills ``buffer`` micro-batch by micro-batch, and yields each one's samples and images as soon as they are there.
+    """Sample the trees of a buffer and yield their images, one micro-batch of leaves at a time.
 
-    conditioning: a row per group. size: the micro-batch. decode_dtype: what the VAE computes in. Images: (b, 3, H, W),
-    float32.
+    Each node is sampled once, in a batch of at most ``size`` nodes of its level, depth first.
+
+    Args:
+        conditioning: A row per group.
+        keys: An entry per tree of the buffer, in its order.
+        size: Largest micro-batch of the model and the VAE.
+        decode_dtype: Dtype in which the VAE may compute.
+
+    Yields:
+        The leaves of the micro-batch, as a slice of ``buffer.leaves``, and their images: (b, 3, H, W), float32. In a
+        chain a leaf is a sample.
+
+    Raises:
+        ValueError: ``keys`` does not have an entry per tree of the buffer.
     """
-    shape = tuple(buffer.x.shape[1:])
-    shared = shared_steps(route.plan) if addresses.shared_start else 0
-    for rows in micro_batches(len(addresses.group), size):
-        part = addresses[rows]
-        start = _after_shared_steps(model, route, conditioning, part, buffer, shared)
-        _store_latents(buffer, rows, shared, start)
-
-        def observe(index: int, result: StepResult, rows: slice = rows) -> None:
-            _store(buffer, rows, index, result)
-
-        final = sample(
-            model,
-            route,
-            conditioning[part.group],
-            start,
-            draw=lambda index, part=part: part.step(shape, index),
-            observe=observe,
-            steps=range(shared, len(route.plan)),
+    if len(keys.group) * paths(plan.plan, len(plan.plan)) != len(buffer.leaves):
+        raise ValueError(
+            f"a buffer of {len(buffer.leaves)} leaves does not hold {len(keys.group)} trees of "
+            f"{paths(plan.plan, len(plan.plan))} leaves: allocate it with the plan, and the group and sample, of keys"
         )
-        yield rows, decode(model, final, decode_dtype)
+    sampler = _TreeSampler(model, plan, conditioning, keys, buffer, size)
+    shared = shared_steps(plan.plan) if keys.shared_start else 0
+    for trees in micro_batches(len(keys.group), size):
+        start = _after_shared_steps(model, plan, conditioning, keys[trees], buffer, shared)
+        sampler.store(shared, trees, start)
+        for leaves, final in sampler.descend(shared, trees, start):
+            yield leaves, decode(model, final, decode_dtype)
+
+
+@dataclass(frozen=True)
+class _TreeSampler:
+    """Sample subtrees depth first. Nodes of a level are slices of ``buffer.level``."""
+
+    model: DiffusionModel
+    plan: SamplingPlan
+    conditioning: Conditioning
+    keys: NoiseKeys
+    buffer: RolloutBuffer
+    size: int
+
+    def descend(self, first: int, nodes: slice, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the leaves below nodes at level ``first``, with their latents, in micro-batches."""
+        rows, shape = self.plan.plan.rows, tuple(x.shape[1:])
+        end = next((index + 1 for index in range(first, len(rows)) if rows[index].branch > 1), len(rows))
+
+        def children(index: int) -> slice:
+            return slice(nodes.start * rows[index].branch, nodes.stop * rows[index].branch)
+
+        x = sample(
+            self.model,
+            self.plan,
+            self.conditioning[self.keys.at(self.plan.plan, first)[nodes].group],
+            x,
+            draw=lambda index: self.keys.at(self.plan.plan, index + 1)[children(index)].step(shape, index),
+            observe=lambda index, result: self.store(index + 1, children(index), result.x_next, result),
+            steps=range(first, end),
+        )
+
+        begin = children(end - 1).start
+        for part in micro_batches(len(x), self.size):
+            below = slice(begin + part.start, begin + part.stop)
+            if end == len(rows):
+                yield below, x[part]
+            else:
+                yield from self.descend(end, below, x[part])
+
+    def store(self, level: int, nodes: slice, x: Tensor, result: StepResult | None = None) -> None:
+        """Write nodes to the buffer if it stores their level, and the density of the step that ended in them."""
+        rows = self.buffer.level(level)[nodes]
+        if not len(rows):
+            return
+        pinned_memory.put(self.buffer.x, rows, x)
+        if result is not None and self.buffer.trained[rows[0]]:
+            assert result.log_prob is not None
+            self.buffer.log_prob[rows] = result.log_prob.to(self.buffer.device)
+            self.buffer.put_means(rows, result.mean)
 
 
 def shared_steps(plan: Plan) -> int:
-    """How many steps lie before the first stochastic one: until then, samples with the same start are one."""
+    """Count the steps before the first stochastic one, in which samples with the same initial noise are equal."""
     return next((index for index, row in enumerate(plan.rows) if row.noise_level), 0)
 
 
 def _after_shared_steps(
     model: DiffusionModel,
-    route: SamplingPlan,
+    plan: SamplingPlan,
     conditioning: Conditioning,
-    part: NoiseKeys,
+    keys: NoiseKeys,
     buffer: RolloutBuffer,
     count: int,
 ) -> Tensor:
-    """The latents of a micro-batch at level ``count``; the steps up to there are made once per group."""
+    """Return the latents of a micro-batch at level ``count``, sampling the steps before it once per group."""
     shape = tuple(buffer.x.shape[1:])
     if count == 0:
-        return part.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
-    groups, own = part.group.unique(return_inverse=True)
-    once = replace(part, group=groups, sample=torch.zeros_like(groups))
+        return keys.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
+    groups, own = torch.unique(keys.group, return_inverse=True)
+    once = replace(keys, group=groups, sample=torch.zeros_like(groups))
     start = once.start(shape).to(model.device, buffer.x.dtype, non_blocking=True)
-    return sample(model, route, conditioning[groups], start, steps=range(count))[own]
+    return sample(model, plan, conditioning[groups], start, steps=range(count))[own]
 
 
-def _store_latents(buffer: RolloutBuffer, rows: slice, step: int, x: Tensor) -> None:
-    if (buffer.step[: buffer.nodes_per_sample] == step).any():
-        pinned_memory.put(buffer.x, buffer.nodes(rows, step), x)
+def replay(
+    model: DiffusionModel, plan: SamplingPlan, conditioning: Conditioning, buffer: RolloutBuffer, nodes: Tensor
+) -> StepResult:
+    """Evaluate the stored transitions to trained nodes of one step under the model's current weights.
 
+    Nodes with the same parent share one evaluation of the model.
 
-def _store(buffer: RolloutBuffer, rows: slice, index: int, result: StepResult) -> None:
-    if not (buffer.step[: buffer.nodes_per_sample] == index + 1).any():
-        return
-    nodes = buffer.nodes(rows, index + 1)
-    pinned_memory.put(buffer.x, nodes, result.x_next)
-    if buffer.trained[nodes[0]]:
-        buffer.log_prob[nodes] = result.log_prob.to(buffer.device)
-        buffer.put_means(nodes, result.mean)
+    Args:
+        conditioning: A row per group.
+        nodes: (n,), rows of ``buffer.transitions(step)``.
+
+    Raises:
+        ValueError: The nodes do not all end the same step, or are not trained.
+    """
+    ends = torch.unique(buffer.step[nodes]).tolist()
+    if len(ends) != 1 or not buffer.trained[nodes].all():
+        raise ValueError(f"nodes at levels {ends}: replay transitions of one trained step, see buffer.transitions")
+    parent, own = torch.unique(buffer.parent[nodes], return_inverse=True)
+    if len(parent) == len(nodes):
+        parent, own = buffer.parent[nodes], torch.arange(len(nodes))  # in the given order, as chains
+    x, x_next = buffer.latents(parent), buffer.latents(nodes)
+    return plan.replay(model, ends[0] - 1, x, conditioning[buffer.group[parent]], x_next, own)
 
 
 def generate(
-    model: DiffusionModel, route: SamplingPlan, conditioning: Conditioning, own: Tensor, addresses: NoiseKeys, size: int
+    model: DiffusionModel, plan: SamplingPlan, conditioning: Conditioning, prompt: Tensor, keys: NoiseKeys, size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Samples and images of a route that nothing is trained on, e.g. the ODE of an evaluation. See ``rollouts``.
+    """Sample chains that are not stored, such as those of an evaluation, and yield their images in micro-batches.
 
-    own: (B,), the row of ``conditioning``, which may be on the CPU, of each sample.
+    Args:
+        conditioning: A row per prompt; it may be on the CPU.
+        prompt: (B,), the row of ``conditioning`` of each sample.
+        keys: An entry per sample.
+        size: Micro-batch.
+
+    Yields:
+        The rows of the micro-batch and their images: (b, 3, H, W), float32.
+
+    Raises:
+        ValueError: The plan branches.
     """
+    if any(row.branch > 1 for row in plan.plan.rows):
+        raise ValueError("generate samples one image per key, and the plan branches: use rollouts, or branch 1")
     shape = model.latent_shape()
-    for rows in micro_batches(len(own), size):
-        part = addresses[rows]
+    for rows in micro_batches(len(prompt), size):
+        part = keys[rows]
         start = part.start(shape).to(model.device, non_blocking=True)
-        told = conditioning[own[rows]].to(model.device, non_blocking=True)
-        final = sample(model, route, told, start, draw=lambda index, part=part: part.step(shape, index))
+        own = conditioning[prompt[rows]].to(model.device, non_blocking=True)
+
+        def draw(index: int, part: NoiseKeys = part) -> Tensor:
+            return part.step(shape, index)
+
+        final = sample(model, plan, own, start, draw=draw)
         yield rows, decode(model, final)

@@ -1,4 +1,4 @@
-"""Executes a plan: from start noise to final latents, step by step, in any micro-batch size."""
+"""Integrate a model's sampling process along a plan, from initial noise to final latents."""
 
 from __future__ import annotations
 
@@ -22,84 +22,130 @@ Draw = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """A plan on the levels of a model: everything about a rollout that does not depend on prompts or noise."""
+    """A plan on the noise levels of a model; it depends on neither prompts nor noise.
+
+    Attributes:
+        plan: N steps.
+        levels: N + 1 noise levels.
+        guidance: Classifier-free guidance of every step; None for none.
+        base_steps: Number of initial steps taken by the reference model: ImageReFL's combined generation (arXiv
+            2505.22569).
+
+    Raises:
+        ValueError: A step branches without drawing noise, which would make identical children.
+    """
 
     plan: Plan
     levels: Level
     guidance: Guidance | None = None
-    # Of the first steps, how many the reference makes: ImageReFL's combined generation (arXiv 2505.22569).
     base_steps: int = 0
 
     def __post_init__(self) -> None:
-        """ValueError for a plan that branches: rollouts are chains so far, and would ignore it."""
-        if any(row.branch > 1 for row in self.plan.rows):
-            raise ValueError("the sampler does not branch yet: give every row of the plan branch 1")
+        self.plan.check_branches(self.levels)
 
     def replay(
-        self, model: DiffusionModel, index: int, x: Tensor, conditioning: Conditioning, x_next: Tensor
+        self,
+        model: DiffusionModel,
+        index: int,
+        x: Tensor,
+        conditioning: Conditioning,
+        x_next: Tensor,
+        parent: Tensor | None = None,
     ) -> StepResult:
-        """The stored transition ``x -> x_next`` of step ``index`` under the model's current weights."""
-        row, level, next_level = self.plan.rows[index], self.levels[index], self.levels[index + 1]
-        output = model.predict(x, level, conditioning, self.guidance)
+        """Evaluate stored transitions ``x[parent] -> x_next`` of step ``index`` under the model's current weights.
+
+        Args:
+            x: (P, C, *spatial), the latents before the step; the model is evaluated once on each.
+            conditioning: A row per row of ``x``.
+            x_next: (B, C, *spatial), the latents after it.
+            parent: (B,) int64, the row of ``x`` of each transition; default: P = B, in order.
+        """
+        output = model.predict(x, self.levels[index], conditioning, self.guidance)
+        if parent is not None:
+            parent = parent.to(x.device)
+            x, output = x[parent], output[parent]
+        return Solver(self, model.parameterization).step(x, output, index, x_next=x_next)
+
+
+class Solver:
+    """Take the steps of a plan in order, given the model's outputs; keeps the history of a multistep solver."""
+
+    def __init__(self, plan: SamplingPlan, parameterization: str) -> None:
+        self.plan, self.parameterization = plan, parameterization
+        self.previous_x0: Tensor | None = None
+        self.previous_level: Level | None = None
+
+    def step(
+        self, x: Tensor, output: Tensor, index: int, *, noise: Tensor | None = None, x_next: Tensor | None = None
+    ) -> StepResult:
+        """Advance latents (B, C, *spatial) by step ``index``; see ``diffusion.steps.step`` for noise and x_next."""
+        row = self.plan.plan.rows[index]
+        level, next_level = self.plan.levels[index], self.plan.levels[index + 1]
+        if row.solver == "dpmpp_2m":
+            return self._multistep(x, output, level, next_level)
+
+        # After any other step, the history belongs to a different trajectory.
+        self.previous_x0, self.previous_level = None, None
         return step(
             row.solver,
             x,
             output,
             level,
             next_level,
-            parameterization=model.parameterization,
+            parameterization=self.parameterization,
             noise_level=row.noise_level,
+            noise=noise,
             x_next=x_next,
         )
+
+    def _multistep(self, x: Tensor, output: Tensor, level: Level, next_level: Level) -> StepResult:
+        result = dpmpp_2m(
+            x,
+            output,
+            level,
+            next_level,
+            parameterization=self.parameterization,
+            previous_x0=self.previous_x0,
+            previous_level=self.previous_level,
+        )
+        self.previous_x0, self.previous_level = to_x0(self.parameterization, x, output, level), level
+        return result
 
 
 @torch.no_grad()
 def sample(
     model: DiffusionModel,
-    route: SamplingPlan,
+    plan: SamplingPlan,
     conditioning: Conditioning,
     start: Tensor,
     draw: Draw | None = None,
     observe: Observer | None = None,
     steps: range | None = None,
 ) -> Tensor:
-    """Latents of one micro-batch after the last of ``steps``, (B, C, h, w) in the dtype of ``start``.
+    """Sample one micro-batch and return its latents after the last step, in the dtype of ``start``.
 
-    steps: consecutive steps of the plan; default all, which gives final latents. start: the latents at the first of
-    them, for the whole plan the noise. draw(i): the noise (B, C, h, w) of stochastic step i, asked for where it is
-    needed. observe(i, result): sees every transition, and what it does not keep is freed.
+    A step with branch factor b evaluates the model once per row and multiplies the batch by b; the children of a row
+    are consecutive.
+
+    Args:
+        conditioning: A row per row of ``start``.
+        start: (B, C, *spatial), the latents at the first of ``steps``; for a whole plan, the initial noise.
+        draw: Maps the index of a stochastic step to its noise, (children, C, *spatial).
+        observe: Called with the index and the result of every step.
+        steps: Consecutive steps of the plan; default: all.
     """
-    x, previous_x0, previous_level = start, None, None
-    guidance = model.resolve_guidance(route.guidance)
-    for index in range(len(route.plan)) if steps is None else steps:
-        row = route.plan.rows[index]
-        level, next_level = route.levels[index], route.levels[index + 1]
-        with model.using(REFERENCE) if index < route.base_steps else nullcontext():
-            output = model.predict(x, level, conditioning, guidance)
-        if row.solver == "dpmpp_2m":
-            result = dpmpp_2m(
-                x,
-                output,
-                level,
-                next_level,
-                parameterization=model.parameterization,
-                previous_x0=previous_x0,
-                previous_level=previous_level,
-            )
-            previous_x0, previous_level = to_x0(model.parameterization, x, output, level), level
-        else:
-            # A multistep solver starts afresh after any other step: its history would be of another path.
-            previous_x0, previous_level = None, None
-            result = step(
-                row.solver,
-                x,
-                output,
-                level,
-                next_level,
-                parameterization=model.parameterization,
-                noise_level=row.noise_level,
-                noise=draw(index).to(x.device, non_blocking=True) if draw and row.noise_level else None,
-            )
+    x, solver = start, Solver(plan, model.parameterization)
+    guidance = model.resolve_guidance(plan.guidance)
+    for index in range(len(plan.plan)) if steps is None else steps:
+        row = plan.plan.rows[index]
+        with model.using(REFERENCE) if index < plan.base_steps else nullcontext():
+            output = model.predict(x, plan.levels[index], conditioning, guidance)
+        if row.branch > 1:
+            x, output = x.repeat_interleave(row.branch, 0), output.repeat_interleave(row.branch, 0)
+            conditioning = conditioning[torch.arange(len(x)) // row.branch]
+
+        noise = draw(index).to(x.device, non_blocking=True) if draw and row.noise_level else None
+        result = solver.step(x, output, index, noise=noise)
         if observe is not None:
             observe(index, result)
         x = result.x_next
@@ -107,10 +153,10 @@ def sample(
 
 
 def ode_plan(num_steps: int, solver: str = "ode") -> Plan:
-    """A plan without noise, for evaluation."""
+    """Make a plan of deterministic steps, for evaluation."""
     return Plan((Row(solver, 0.0, trained=False),) * num_steps)
 
 
 def micro_batches(count: int, size: int) -> Sequence[slice]:
-    """Consecutive slices of at most ``size`` that cover ``count`` items."""
+    """Split ``count`` items into consecutive slices of at most ``size``."""
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -63,9 +63,10 @@ def _score(
     """``score``; what to warn of goes into ``problems``, because warning is for the caller's thread."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
-    table = rewards if isinstance(rewards, Mapping) else {reward.name: reward for reward in rewards}
-    if len(table) != len(rewards):
-        raise ValueError(f"rewards share a name: {[reward.name for reward in rewards]}; pass a mapping with names")
+    named = rewards.items() if isinstance(rewards, Mapping) else [(reward.name, reward) for reward in rewards]
+    table = dict(named)
+    if len(table) != len(named):
+        raise ValueError(f"rewards share a name: {[name for name, _ in named]}; pass a mapping with names")
     if groups is None:
         place = {prompt.text: i for i, prompt in enumerate(prompts)}
         groups = torch.tensor([place[prompt.text] for prompt in prompts])

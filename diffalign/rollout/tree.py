@@ -17,6 +17,22 @@ def paths(plan: Plan, step: int) -> int:
     return math.prod(row.branch for row in plan.rows[:step])
 
 
+def trees_per_group(plan: Plan, group_size: int) -> int:
+    """Return the number of trees that give ``group_size`` images per prompt.
+
+    Raises:
+        ValueError: The leaves of a tree do not divide the images of a group.
+    """
+    leaves = paths(plan, len(plan))
+    if group_size % leaves:
+        factors = " x ".join(str(row.branch) for row in plan.rows if row.branch > 1)
+        raise ValueError(
+            f"group_size {group_size}: a tree of branch factors {factors} has {leaves} images, so images per prompt "
+            f"come in multiples of {leaves}; set group_size: {-(-group_size // leaves) * leaves}"
+        )
+    return group_size // leaves
+
+
 def path_table(plan: Plan, step: int) -> Tensor:
     """List the paths to the nodes of a tree at level ``step``: (paths, D) int64, in ascending order.
 

@@ -1,22 +1,21 @@
-"""The run folder: writable, and used by one run at a time."""
+"""Check that the run folder is writable, and lock it for one run at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from diffalign.atomic import staged_path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in a folder are not noticed
-    fcntl = None  # type: ignore[assignment]
-
 LOCK = ".diffalign.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # e.g. NFS without lockd
 
 
 class FolderBusy(ValueError):
@@ -25,24 +24,33 @@ class FolderBusy(ValueError):
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; made where it is missing.
+    """Lock a folder for this process, and create it where it is missing.
 
-    The lock is the kernel's, so that it is gone with its process, however that ended. ValueError: the folder cannot be
-    written. FolderBusy: another process holds it.
+    The operating system holds the lock, so it ends with its process, however that ended.
+
+    Raises:
+        ValueError: The folder cannot be written.
+        FolderBusy: Another process holds the lock.
     """
     _check_writable(folder)
-    handle = _lock(folder / LOCK)
+    lock = _acquire(folder / LOCK)
+    if lock is None:
+        yield
+        return
+
+    with contextlib.suppress(OSError):  # a full disk; the owner's name only serves messages
+        (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: see _lock
-        os.close(handle)
+        (folder / LOCK).unlink(missing_ok=True)  # before the release: afterwards it may be the next owner's
+        lock.release()
 
 
 def refuse_busy(folder: Path) -> None:
-    """FolderBusy where another process holds the folder; for an early word, before a model is loaded."""
-    if (folder / LOCK).exists():
-        os.close(_lock(folder / LOCK))
+    """Raise FolderBusy where another process holds the folder; called early, before a model is loaded."""
+    if os.path.lexists(folder / LOCK) and (lock := _acquire(folder / LOCK)):
+        lock.release()
 
 
 def _check_writable(folder: Path) -> None:
@@ -55,37 +63,27 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"output_dir {folder} cannot be written ({error.strerror}): choose another one") from error
 
 
-def _lock(path: Path) -> int:
-    """Return an open, locked file; one that its last owner removed meanwhile is worth nothing, and is opened again."""
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be opened ({error.strerror}): remove it, or choose another one") from error
-        try:
-            _hold(handle)
-        except BlockingIOError as error:
-            owner = os.read(handle, 200).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise FolderBusy(
-                f"{path.parent} is in use by {owner}: wait for it, stop it, or choose another output_dir"
-            ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                with contextlib.suppress(OSError):  # a full disk; the name of the owner is for messages only
-                    os.truncate(handle, 0)
-                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                return handle
-        os.close(handle)
-
-
-def _hold(handle: int) -> None:
-    """Lock an open file. BlockingIOError: another process holds it. File systems without locks lock nothing."""
-    if fcntl is None:
-        return
+def _acquire(path: Path) -> BaseFileLock | None:
+    """Acquire the lock of a folder without waiting; None, with a warning, on a file system without locks."""
+    lock = FileLock(path, thread_local=False)
+    owner = _owner(path)  # read first: some versions of filelock truncate the file
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        warnings.warn(f"locks do not work there ({error.strerror}): start one run only in this folder", stacklevel=4)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise FolderBusy(
+            f"{path.parent} is in use by {owner}: wait for it, stop it, or choose another output_dir"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise ValueError(f"{path} cannot be opened ({reason}): remove it, or choose another one") from error
+        warnings.warn(f"locks do not work there ({reason}): start one run only in this folder", stacklevel=4)
+        return None
+    return lock
+
+
+def _owner(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if path.is_file() and (name := path.read_text(encoding="utf-8", errors="replace")):
+            return name[:200]
+    return "another process"

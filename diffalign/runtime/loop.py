@@ -59,6 +59,7 @@ class Loop(Generic[B]):
         self.time_left = TimeLeft()
         self.stop_agreed = False  # all processes know of a signal
         self.applying = False  # a step is taken, but not logged and counted: no checkpoint may be written
+        self.first_outputs: list[Tensor] = []  # of the denoiser, from before the first update
         self.evaluated_here = False  # whether this process has run an evaluation, whose images the report needs
 
     # The run --------------------------------------------------------------------------------------------------------
@@ -105,7 +106,8 @@ class Loop(Generic[B]):
             self.batch = batch
         self.phase = "update"
         for minibatch in self._remaining_minibatches(self.batch):
-            self._update(self.batch, minibatch, bar)
+            metrics = self._update(self.batch, minibatch)
+            self._close_update(self.batch, metrics, bar)
 
         self._next_iteration()
         if text := self.time_left.line(self.config, before, self.progress.step, time.perf_counter() - started):
@@ -203,13 +205,14 @@ class Loop(Generic[B]):
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 
-    def _update(self, batch: B, minibatch: MiniBatch, bar: tqdm) -> None:
-        """Take one optimizer step, unless the guard refuses it, and log it; its metrics are means over all processes.
+    def _update(self, batch: B, minibatch: MiniBatch) -> Metrics:
+        """Take one optimizer step, unless the guard refuses it; return its metrics, means over all processes.
 
         There is one host synchronisation: guard, signals and log read the same transfer.
         """
-        started, first = time.perf_counter(), not self.progress.taken
-        outputs = self._before_first_update(batch) if first else []
+        started = time.perf_counter()
+        if not self.progress.taken:
+            self._before_first_update(batch)
 
         self.state.optimizer.zero_grad(set_to_none=True)  # an interrupted attempt may have left gradients
         passes: list[dict[str, Tensor]] = []
@@ -229,13 +232,12 @@ class Loop(Generic[B]):
         row, reason = self._reduced(passes)
         self.applying = True
         if reason is not None:
-            self._note_skipped(reason, row["grad_norm"], minibatch)
+            self._note_skipped(reason, row["grad_norm"], batch.ids(minibatch.rows))
         self.state.step(reason, row["grad_norm"])
-        row["lr"] = self.state.schedule.get_last_lr()[0]
+        row["lr"] = float(self.state.schedule.get_last_lr()[0])
         if reason is not None:
             row["skipped"] = float(self.progress.skipped)
-        row |= {**minibatch.metrics, "time/update": time.perf_counter() - started}
-        self._close_update(batch, row, outputs if first and reason is None else [], bar)
+        return {**row, **minibatch.metrics, "time/update": time.perf_counter() - started}
 
     def _reduced(self, passes: Sequence[dict[str, Tensor]]) -> tuple[Metrics, str | None]:
         """Clip the gradient; return the metrics of the step over all processes, and why to skip it."""
@@ -253,27 +255,28 @@ class Loop(Generic[B]):
         return {**dict(zip(found, values, strict=False)), "grad_norm": norm}, guard.reason(shares)
 
     @torch.no_grad()
-    def _before_first_update(self, batch: B) -> list[Tensor]:
-        """Check that the run is on policy; return the denoiser's outputs from before the first update."""
+    def _before_first_update(self, batch: B) -> None:
+        """Check that the run is on policy, and keep outputs of the denoiser from before the first update."""
         self.algorithm.on_first_batch(batch)
-        return self.algorithm.probe(batch)
+        self.first_outputs = self.algorithm.probe(batch)
 
     @torch.no_grad()
-    def _check_canary(self, batch: B, before: Sequence[Tensor]) -> None:
-        """Raise CannotTrain where an update left the denoiser's outputs as they were."""
-        if all(torch.equal(new, old) for new, old in zip(self.algorithm.probe(batch), before, strict=True)):
+    def _after_first_update(self, batch: B) -> None:
+        """Raise CannotTrain if the first update left the denoiser's outputs as they were."""
+        first, self.first_outputs = self.first_outputs, []
+        if all(torch.equal(new, old) for new, old in zip(self.algorithm.probe(batch), first, strict=True)):
             raise CannotTrain(
                 "the first update changed nothing in the denoiser's output: the trained weights are not part of it "
                 f"(check lora.targets), or learning_rate is too small for this precision{extremes(self.config)}"
             )
 
-    def _close_update(self, batch: B, metrics: Metrics, before: Sequence[Tensor], bar: tqdm) -> None:
-        """Log, checkpoint state and stop checks after an optimizer step. before: outputs, after the first update."""
+    def _close_update(self, batch: B, metrics: Metrics, bar: tqdm) -> None:
+        """Log, checkpoint state and stop checks after an optimizer step."""
         failed = None
         try:
             self.algorithm.on_step(batch, metrics)
-            if before:
-                self._check_canary(batch, before)
+            if self.progress.taken == 1 and "skipped" not in metrics:
+                self._after_first_update(batch)
         except Exception as error:  # the step is taken: log its metrics first
             failed = error
         row = {**batch.metrics, **metrics}
@@ -291,10 +294,8 @@ class Loop(Generic[B]):
         if self.stop_agreed:
             raise StopRequested
 
-    def _note_skipped(self, reason: str, norm: float, minibatch: MiniBatch) -> None:
-        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``."""
-        assert self.batch is not None
-        own = self.batch.ids(minibatch.rows)
+    def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
+        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``. own: this process's samples."""
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
             step = self.progress

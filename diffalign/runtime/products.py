@@ -18,7 +18,8 @@ from diffalign.runtime.manifest import checked, manifest_text
 
 EXPORTS = "exports.json"
 CONFIG, CARD = "config.yaml", "README.md"
-FILES = (CONFIG, CARD, EXPORTS, "metrics.jsonl", "skipped.jsonl", "curves.png", "compare.png", "hacking.png")
+LOGS = ("metrics.jsonl", "skipped.jsonl", "train.log")
+FILES = (CONFIG, CARD, EXPORTS, *LOGS, "curves.png", "compare.png", "hacking.png")
 WEIGHTS = ("pytorch_lora_weights.safetensors", "negative_prompt.safetensors")
 FOLDERS = ("samples", "raw", "rollouts")
 DENOISERS = ("unet", "transformer")
@@ -51,9 +52,7 @@ def keep_others(args: Any) -> dict[str, Path]:
         edited = (folder / CARD).is_file() and CARD in manifest.get("files", {}) and _is_changed(folder, CARD)
         others = [name for name, foreign in ((CONFIG, not generated), (CARD, edited)) if foreign]
     else:
-        others = [
-            name for name in (*FILES, *WEIGHTS, *DENOISERS) if not name.endswith(".jsonl")
-        ]  # logs are kept by themselves
+        others = [name for name in (*FILES, *WEIGHTS, *DENOISERS) if name not in LOGS]  # logs are kept by themselves
     return {name: aside for name in others if (aside := keep_aside(folder / name))}
 
 

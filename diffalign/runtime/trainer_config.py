@@ -40,6 +40,9 @@ class TrainerConfig(TrainingConfig):
     revision: str | None = option(
         None, "branch, tag or commit of a hub model; config.yaml records the commit", section="model"
     )
+    family: str | None = option(
+        None, "your own model family, for a pipeline of another class: file.py:Class or module:Class", section="model"
+    )
     max_sequence_length: int | None = option(
         None, "text tokens per prompt; default: the pipeline's own", section="model", ge=1, le=100_000
     )
@@ -97,7 +100,7 @@ class TrainerConfig(TrainingConfig):
     )
     allow_reward_code: bool = option(
         False,
-        "trust files that name reward code or servers; only valid on the command line",
+        "trust code (of rewards, losses, a model family) and servers that are named; only valid on the command line",
         section="rewards",
         resume="free",
         typed_only=True,
@@ -152,6 +155,10 @@ class TrainerConfig(TrainingConfig):
 
         if not self.model:
             raise ValueError("model is missing: write model: assets/shapes-sd3, or a hub id")
+        if self.family:
+            from diffalign.models.registry import load_family
+
+            load_family(self.family, self.allow_reward_code)
         if self.quantise != "no" and self.lora.rank == 0:
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:

@@ -36,13 +36,13 @@ OPENINGS = ("", *(f"{noun} {link} " for link in ("of", "with", "showing") for no
 
 
 def item(shape: str, count: int = 1, color: str | None = None, position: list | None = None) -> dict:
-    """One entry of a specification's ``include`` list."""
+    """Make one entry of a specification's ``include`` list."""
     optional = {"color": color, "position": position}
     return {"class": shape, "count": count, **{k: v for k, v in optional.items() if v is not None}}
 
 
 def phrase(spec: Spec) -> str:
-    """The plain wording of a specification, e.g. ``a red circle and a blue square``."""
+    """Word a specification plainly, e.g. ``a red circle and a blue square``."""
     first, *rest = spec["include"]
     if "position" in (rest[0] if rest else {}):
         return f"{_name(rest[0])} {rest[0]['position'][0]} {_name(first)}"
@@ -58,7 +58,7 @@ def _name(entry: Spec) -> str:
 
 @cache
 def specs(tag: str) -> tuple[Spec, ...]:
-    """Every specification of one task type."""
+    """List every specification of one task type."""
     other = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     pairs = [(c, s) for s in SHAPES for c in COLORS]
     if tag == "counting":
@@ -84,7 +84,7 @@ def specs(tag: str) -> tuple[Spec, ...]:
 
 
 def is_novel(spec: Spec) -> bool:
-    """True when a specification itself asks for a held-out combination."""
+    """Return whether a specification contains a held-out combination."""
     items = spec["include"]
     named = {i["color"] for i in items if "color" in i}
     if named in HELD_OUT_COLORS or any((i.get("color"), i["class"]) in HELD_OUT_PAIRS for i in items):
@@ -99,14 +99,14 @@ def is_novel(spec: Spec) -> bool:
 
 
 def is_held_out(spec: Spec, opening: str) -> bool:
-    """Whether a caption is on the held-out side: by its combination where its task has one, else by its wording."""
+    """Return whether a caption is held out: by its combination if its task has one, else by its wording."""
     if spec["tag"] in ("colors", "position", "color_attr"):
         return is_novel(spec)
     return opening != "" and (specs(spec["tag"]).index(spec) + OPENINGS.index(opening)) % 2 == 0
 
 
 def neighbours(spec: Spec) -> list[Spec]:
-    """The specifications of the same task that differ in one word, of the same kind, and name nothing held out."""
+    """List specifications of the same task that differ in one word of the same kind and are not held out."""
 
     def changes(other: Spec) -> int:
         pairs = list(zip(spec["include"], other["include"], strict=True))
@@ -117,7 +117,7 @@ def neighbours(spec: Spec) -> list[Spec]:
 
 
 def caption(rng: random.Random, tag: str | None = None, *, held_out: bool = False, plain: float = 0.3) -> Prompt:
-    """A random caption of one side of the split; ``plain`` is the share without an opening such as "a photo of"."""
+    """Draw a caption from one side of the split; ``plain`` is the share without an opening such as "a photo of"."""
     tag = tag or rng.choice(TAGS)
     while True:
         spec = rng.choice(specs(tag))
@@ -127,9 +127,9 @@ def caption(rng: random.Random, tag: str | None = None, *, held_out: bool = Fals
 
 
 def prompt_set(per_tag: int, *, held_out: bool, seed: int, repeat: bool = False) -> list[Prompt]:
-    """``per_tag`` captions of every task type, from one side of the split.
+    """Draw ``per_tag`` captions of every task type from one side of the split.
 
-    They are distinct, unless ``repeat`` lets a task that has fewer give them again. ValueError: more than there are.
+    Captions are distinct, unless ``repeat`` allows a task with fewer captions to repeat them. ValueError: too few.
     """
     rng = random.Random(seed)
     every: list[Prompt] = []
@@ -146,6 +146,6 @@ def prompt_set(per_tag: int, *, held_out: bool, seed: int, repeat: bool = False)
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
+    """List every word of all captions, sorted."""
     texts = list(OPENINGS) + [phrase(s) for tag in TAGS for s in specs(tag)]
     return sorted({word for text in texts for word in text.split()})

@@ -1,4 +1,4 @@
-"""Draws scenes: antialiased by the signed distance to each outline, batched in torch."""
+"""Render scenes in batches with torch, antialiased by the signed distance to each outline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffalign.shapes.scene import BACKGROUND, COLORS, MAX_OBJECTS, SHAPES, SIZE
 
 
 def outline_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline, negative inside; ``dx``, ``dy`` from the centre, y downwards.
+    """Compute the signed distance to the outline, negative inside; ``dx``, ``dy`` from the centre, y downwards.
 
     Each shape fits a circle of ``radius``; the square is larger than the one inscribed, so that areas match.
     """
@@ -24,7 +24,7 @@ def outline_distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tens
 
 
 def render(scenes: Sequence[Sequence[Object]], size: int = SIZE) -> Tensor:
-    """Images of ``scenes``: float32, [0, 1], B x 3 x size x size. Later objects cover earlier ones."""
+    """Render scenes to images (B, 3, size, size), float32 in [0, 1]. Later objects cover earlier ones."""
     scale = size / SIZE
     count = len(scenes)
     table = torch.zeros(count, MAX_OBJECTS, 3)

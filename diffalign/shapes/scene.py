@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what is in an image, and how to draw one at random that fits a specification."""
+"""Scenes of coloured shapes, and random scenes for a specification."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Object:
 
 
 def relation_between(a: tuple[float, float], b: tuple[float, float], reach: float) -> set[str]:
-    """Where ``a`` lies as seen from ``b``, by GenEval's rule.
+    """Determine the position of ``a`` relative to ``b`` by GenEval's rule.
 
     Offsets shorter than a tenth of ``reach`` (the summed box sizes) do not count; a direction counts when it holds more
     than half of the remaining offset. Zero, one or two names of RELATIONS. Source: GenEval, arXiv 2310.11513.
@@ -73,7 +73,7 @@ def relation_between(a: tuple[float, float], b: tuple[float, float], reach: floa
 
 
 def scene_for(spec: Spec, rng: random.Random) -> tuple[Object, ...]:
-    """A random scene that shows exactly what ``spec`` asks for; no two of its items share a colour."""
+    """Draw a scene that shows exactly the objects of ``spec``; no two of its items share a colour."""
     kinds: list[tuple[str, str]] = []
     free = [c for c in COLORS if all(c != item.get("color") for item in spec["include"])]
     rng.shuffle(free)
@@ -104,7 +104,7 @@ def _apart(objects: Sequence[Object]) -> bool:
 
 
 def _clearly(a: Object, relation: str, b: Object) -> bool:
-    """A narrower cone than GenEval's, so that a drawn relation never sits on the verifier's edge."""
+    """Test a relation with a narrower cone than GenEval's, which keeps scenes away from the verifier's boundary."""
     dx, dy = a.x - b.x, a.y - b.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > 1.3 * abs(across)

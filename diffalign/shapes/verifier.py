@@ -1,4 +1,4 @@
-"""Reads a picture: which shapes of which colour lie where, and whether that is what a caption asked for.
+"""Verify an image: detect its coloured shapes, and compare them with the specification of a caption.
 
 Pixels are assigned to the nearest palette colour, connected components are found with scipy, and a component's shape is
 the one whose outline, drawn into the component's box, overlaps it best. Correctness follows GenEval (arXiv 2310.11513).
@@ -38,9 +38,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """correct: GenEval's rule, extra objects allowed except when counting. strict: exactly the objects asked for.
+    """Result of a verification.
 
-    score: graded, in [0, 1]; 1 if and only if strict.
+    Attributes:
+        correct: GenEval's rule: extra objects are allowed except when counting.
+        strict: The image shows exactly the objects of the specification.
+        score: Graded, in [0, 1]; 1 if and only if strict.
     """
 
     correct: bool
@@ -50,7 +53,7 @@ class Verdict:
 
 
 def _templates() -> np.ndarray:
-    """(shapes, TEMPLATE, TEMPLATE) bool: each outline stretched to fill its box, as a component will be."""
+    """Draw each outline stretched to fill its box, as components are: (shapes, TEMPLATE, TEMPLATE), bool."""
     masks = []
     for shape in SHAPES:
         axis = torch.linspace(-40, 40, 1601)
@@ -70,9 +73,9 @@ _OUTLINES = _templates()
 
 
 def nearest_colors(images: Tensor) -> np.ndarray:
-    """The colour of each pixel of images (B, 3, H, W), [0, 1]: (B, H, W) uint8, 1 for the first of COLORS and so on.
+    """Find the colour of each pixel of images (B, 3, H, W), [0, 1]: (B, H, W) uint8, indices into COLORS plus 1.
 
-    0 is the background, and pixels of no colour.
+    0 is the background, and pixels close to no colour.
     """
     # A plane per colour, so that the memory format of the images does not matter.
     pixels = images.detach().float().clamp(0, 1).contiguous()
@@ -83,7 +86,7 @@ def nearest_colors(images: Tensor) -> np.ndarray:
 
 
 def find_objects(nearest: np.ndarray) -> tuple[Found, ...]:
-    """Every coloured component of an image, H x W as from ``nearest_colors``, largest first."""
+    """List the coloured components of an image, (H, W) as from ``nearest_colors``, largest first."""
     pixels = np.bincount(nearest.ravel(), minlength=len(PALETTE))
     found: list[tuple[int, Found]] = []
     for index, color in enumerate(COLORS, start=1):
@@ -97,7 +100,7 @@ def find_objects(nearest: np.ndarray) -> tuple[Found, ...]:
     return tuple(f for _, f in sorted(found, key=lambda pair: -pair[0]))
 
 
-def _describe(mask: np.ndarray, window: tuple[slice, slice], color: str) -> Found:
+def _describe(mask: np.ndarray, window: tuple[slice, ...], color: str) -> Found:
     height, width = mask.shape
     fitted = _resample(mask)
     overlap = (_OUTLINES & fitted).sum((1, 2)) / (_OUTLINES | fitted).sum((1, 2))
@@ -109,7 +112,7 @@ def _describe(mask: np.ndarray, window: tuple[slice, slice], color: str) -> Foun
 
 
 def judge(objects: tuple[Found, ...], spec: Spec) -> Verdict:
-    """Whether the objects of an image are what ``spec`` (GenEval's metadata format) asks for."""
+    """Compare the objects of an image with ``spec``, in GenEval's metadata format."""
     credits, located = [], []
     for entry in spec["include"]:
         alike = [o for o in objects if o.shape == entry["class"]]
@@ -140,5 +143,5 @@ def _holds(subjects: Sequence[Found], relation: str, others: Sequence[Found]) ->
 
 
 def judge_batch(images: Tensor, specs: Sequence[Spec]) -> list[Verdict]:
-    """A verdict for each of the images B x 3 x H x W in [0, 1] (any device, any float type)."""
+    """Judge each image of a batch (B, 3, H, W) in [0, 1], on any device and of any float dtype."""
     return [judge(find_objects(found), spec) for found, spec in zip(nearest_colors(images), specs, strict=True)]

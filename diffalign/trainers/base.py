@@ -146,7 +146,7 @@ def with_model_name(config: C, model: str | Path | DiffusionModel | None) -> C:
     config = dataclasses.replace(config, output_dir=config.output_dir.absolute())
     if isinstance(model, DiffusionModel):
         name = model.pipeline.config.get("_name_or_path") or "model"
-        return config if config.model else dataclasses.replace(config, model=name)
+        return config if config.model else dataclasses.replace(config, model=str(name))
     return config if model is None else dataclasses.replace(config, model=str(model))
 
 

@@ -1,4 +1,4 @@
-"""The same work through the code of another trainer's repository, in the same run, for a ratio.
+"""Benchmark another trainer's code on the same work, in the same run.
 
     python scripts/bench/gpu.py --against ~/other --adapter adapter.py:prepare
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Job:
-    """What the other code is to do.
+    """The work of one iteration.
 
     checkout: folder of its repository. pipeline: of plain diffusers, on its device, with nothing that trains; at
     published sizes its ``encode_prompt`` returns random embeddings, and it has no text encoders. prompts: those of an
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def images(self) -> int:
-        """Of an iteration."""
+        """Images of an iteration."""
         return len(self.prompts) * self.group_size
 
 
@@ -68,7 +68,7 @@ Adapter = Callable[[Job], Callable[[], object]]
 
 
 def load_adapter(spec: str) -> Adapter:
-    """The function that ``file.py:function`` names. ValueError: there is none."""
+    """Load the function that ``file.py:function`` names. Raises ValueError if there is none."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"adapter {spec!r}: no file {file!r}; write file.py:function")
@@ -83,7 +83,7 @@ def load_adapter(spec: str) -> Adapter:
 
 
 class Counter:
-    """Images that pass a denoiser, while they are counted. images: (without gradients, with)."""
+    """Count the images that pass a denoiser. images: (without gradients, with)."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         self.images = [0, 0]
@@ -97,7 +97,7 @@ class Counter:
 def measure_against(
     adapter: Adapter, job: Job, ours: Mapping[str, Any], repeats: int, now: Callable[[], float]
 ) -> dict[str, Any]:
-    """The figures of the other code beside a row of ours, or why it does not run. now: a clock, in seconds."""
+    """Measure the other code beside a row of ours, or say why it does not run. now: a clock, in seconds."""
     sys.path.insert(0, str(job.checkout))
     try:
         return _measured(adapter, job, ours, repeats, now)

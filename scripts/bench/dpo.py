@@ -1,4 +1,4 @@
-"""Pairs per second of Diffusion-DPO, and how close that is to the bare cost of its passes.
+"""Benchmark Diffusion-DPO: pairs per second, and the ratio to the bare cost of its passes.
 
     python scripts/bench/dpo.py                                  # the embedded world
     python scripts/bench/dpo.py --config my.yaml --repeats 9     # any data set; fields as for training
@@ -32,42 +32,40 @@ from diffalign.models.weights import REFERENCE
 from diffalign.rollout.sampler import micro_batches
 from diffalign.structures import Conditioning
 from scripts import ROOT
-from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
-from tests.phases import collect
+from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
 
 
 class Bench:
-    """Times a trainer's optimizer steps, and the parts that no implementation could leave out."""
+    """Time a trainer's optimizer steps, and the parts that every implementation needs."""
 
     def __init__(self, trainer: DiffusionDPOTrainer) -> None:
         self.trainer, self.args, self.model = trainer, trainer.args, trainer.model
         self.iteration = 0
         self.new: list[float] = []  # seconds more that a pair costs when it is seen for the first time
         self.whole()  # a first step makes the optimizer's moments and warms everything up
-        self.pairs, self.sides = batch.ranked.latents.shape[:2]
+        self.pairs, self.sides = self.batch.ranked.latents.shape[:2]
         self.sizes = [len(range(self.pairs)[rows]) for rows in micro_batches(self.pairs, self.args.train_batch_size)]
         self.inputs = self._inputs(self.sizes[0])
 
     def whole(self) -> dict[str, float]:
-        """Seconds of an optimizer step's phases, its pairs seen before."""
+        """Time the phases of an optimizer step on pairs that are in the latent cache."""
         trainer = self.trainer
         started = self._now()
-        batch = collect(trainer, self.iteration)
-        trainer.run.prompts(batch.ranked.texts)
+        trainer.run.prompts(collect(trainer, self.iteration).ranked.texts)
         fresh = self._now()
-        batch = collect(trainer, self.iteration)
+        batch = self.batch = collect(trainer, self.iteration)
         collected = self._now()
         self.new.append((fresh - started - (collected - fresh)) / len(batch.ranked.texts))
         for minibatch in trainer.algorithm.minibatches(batch, self.iteration):
-            trainer.after_update(trainer.loop.progress.step, trainer.loop._update(minibatch))
+            trainer.algorithm.on_step(batch, trainer.loop._update(batch, minibatch))
         self.iteration += 1
         return {"collect": collected - fresh, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
-        """Seconds of each part, alone, times how often an optimizer step needs it."""
+        """Time each part alone, multiplied by its count per optimizer step."""
         passes = sum(self.sizes) / self.sizes[0]
         parts = {"forward and backward": (self._backward, passes), "optimizer": (self._optimizer, 1)}
-        if self.trainer.algorithm.compares:
+        if self.args.compares:
             parts["reference forward"] = (self._reference, passes)
         result = {}
         for name, (call, times) in parts.items():
@@ -106,7 +104,7 @@ class Bench:
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, object]:
-    """Medians over ``repeats``, and the ratio of the whole to the sum of the bare parts."""
+    """Return medians over ``repeats``, and the ratio of the whole to the sum of the bare parts."""
     wholes, bares = [], []
     for _ in range(repeats):
         wholes.append(bench.whole())

@@ -1,4 +1,4 @@
-"""What an iteration of Flow-GRPO costs, by phase, and how close it is to the bare cost of its model evaluations.
+"""Benchmark a Flow-GRPO iteration by phase, and its ratio to the bare cost of its model evaluations.
 
     python scripts/bench/flow_grpo.py                                  # the quickstart
     python scripts/bench/flow_grpo.py --config my.yaml --repeats 9     # any run; fields as for training
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ from scripts import ROOT
 
 
 class Bench:
-    """Times a trainer's iterations, and the parts that no implementation could leave out."""
+    """Time a trainer's iterations, and the parts that every implementation needs."""
 
     def __init__(self, trainer: FlowGRPOTrainer) -> None:
         self.trainer, self.args = trainer, trainer.args
@@ -47,9 +48,9 @@ class Bench:
         self.sampled: list[float] = []
         self.taught: list[float] = []
         self.whole()  # a first iteration fills the buffer and warms everything up
-        self.steps = batch.plan.plan.trained_steps
+        self.steps = self.batch.plan.plan.trained_steps
         torch.manual_seed(0)
-        self.pixels = decode(trainer.model, batch.buffer.latents(batch.buffer.leaves))
+        self.pixels = decode(trainer.model, self.batch.buffer.latents(self.batch.buffer.leaves))
 
     def whole(self) -> dict[str, float]:
         """Seconds of an iteration's phases, its prompts encoded before: a run does that once for each of them."""
@@ -58,18 +59,18 @@ class Bench:
         self.trainer.run.prompts(texts)
         self.encoding.append((self._now() - started) / len(texts))
         started = self._now()
-        self.collect(trainer, self.iteration)
+        batch = self.batch = collect(self.trainer, self.iteration)
         collected = self._now()
         for minibatch in self.trainer.algorithm.minibatches(batch, self.iteration):
-            self.trainer.loop._update(minibatch)
+            self.trainer.loop._update(batch, minibatch)
         self.iteration += 1
         return {"collect": collected - started, "update": self._now() - collected}
 
     def bare(self) -> dict[str, float]:
-        """Seconds of each part, alone, times how often an iteration needs it."""
+        """Time each part alone, multiplied by its count per iteration."""
         args, trainer = self.args, self.trainer
         rollout = [len(range(self.images)[rows]) for rows in micro_batches(self.images, args.rollout_batch_size)]
-        taught = len(trainer.algorithm.rebalanced(torch.arange(self.images))[1])
+        taught = len(trainer.algorithm.rebalanced(self.batch, torch.arange(self.images))[1])
         self.sampled.append(self._sampling_steps())
         self.taught.append(taught / self.images)
         training = [len(range(taught)[rows]) for rows in micro_batches(taught, args.train_batch_size)]
@@ -105,7 +106,7 @@ class Bench:
         return self.batch.buffer.latents(self.batch.buffer.leaves[:count])
 
     def _predict(self, count: int) -> torch.Tensor:
-        trainer, level = self.trainer, self.trainer.algorithm.levels[self.steps[0]]
+        trainer, batch, level = self.trainer, self.batch, self.trainer.algorithm.levels[self.steps[0]]
         conditioning = batch.conditioning[batch.buffer.group[batch.buffer.leaves[:count]]]
         return trainer.model.predict(self._latents(count), level, conditioning, batch.plan.guidance)
 
@@ -125,12 +126,12 @@ class Bench:
         optimizer_step(self.trainer)
 
     def _score(self, count: int) -> None:
-        trainer = self.trainer
+        trainer, batch = self.trainer, self.batch
         group = batch.buffer.group[batch.buffer.leaves[:count]].tolist()
         score(trainer.inputs.rewards, self.pixels[:count], [batch.buffer.prompts[g] for g in group])
 
     def evaluations_per_image(self) -> dict[str, float]:
-        """Calls of the denoiser per image, guidance counted: sampling, training (with a backward pass), reference.
+        """Count denoiser calls per image, with guidance: sampling, training (with a backward pass), reference.
 
         Plans move, and images without an advantage are not trained on: means over what was measured.
         """
@@ -140,7 +141,15 @@ class Bench:
         return {"sampling": factor * statistics.mean(self.sampled), "training": trained, "reference": reference}
 
 
-def optimizer_step(trainer: Trainer) -> None:
+def collect(trainer: Trainer[Any], iteration: int) -> Any:
+    """Return the data of an iteration: sampled, scored, with advantages."""
+    batch = trainer.algorithm.sample(iteration)
+    trainer.algorithm.score(batch)
+    trainer.algorithm.advantage(batch)
+    return batch
+
+
+def optimizer_step(trainer: Trainer[Any]) -> None:
     """What follows the backward passes, less the loop's checks."""
     loop = trainer.loop
     loop.run.accelerator.clip_grad_norm_(loop.state.parameters, trainer.args.max_grad_norm)
@@ -155,7 +164,7 @@ def device() -> str:
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB, of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What Flow-GRPO costs on a card: SD3.5-medium, SDXL and FLUX.1-dev at their published sizes, with random weights.
+"""Benchmark Flow-GRPO on a GPU: SD3.5-medium, SDXL and FLUX.1-dev at published sizes, with random weights.
 
     python scripts/bench/gpu.py                                              # every model, every setting
     python scripts/bench/gpu.py --models sd35_medium_512 --settings plain compile
@@ -30,16 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
-from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig, Prompt
 from diffalign.cli import use_all_cores
 from diffalign.diffusion.plan import PlanConfig, make_plan
-from diffalign.forecast.cost import Share
 from diffalign.models.weight_memory import memory_needs
+from diffalign.trainers.cost import Share
+from diffalign.trainers.flow_grpo.cost import COST
 from scripts import ROOT
 from scripts.bench.against import Adapter, Job, load_adapter, measure_against
-from scripts.bench.flow_grpo import device, peak_memory
+from scripts.bench.flow_grpo import collect, device, peak_memory
 from scripts.bench.gpu_models import CASES, CUDA, DEVICE, DTYPE, Case, build
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
@@ -68,7 +68,7 @@ def now() -> float:
 
 
 def matrix_peak(side: int | None = None) -> float:
-    """The FLOP/s of the best of ten multiplications of large square matrices, in the dtype that trainings use."""
+    """Measure the FLOP/s of the best of ten large square matrix multiplications in the training dtype."""
     side = side or (8192 if CUDA else 512)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
     seconds = []
@@ -80,7 +80,7 @@ def matrix_peak(side: int | None = None) -> float:
 
 
 def executed(call: Callable[[], object]) -> int:
-    """The FLOPs of matrix products, convolutions and attention that a call executes, its backward pass included."""
+    """Count the FLOPs of matrix products, convolutions and attention of a call, including its backward pass."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -91,7 +91,7 @@ def brightness(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -
 
 
 class Bench:
-    """One trainer, its iterations timed."""
+    """Time the iterations of one trainer."""
 
     def __init__(self, case: Case, size: str, changes: Mapping[str, Any], folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -104,13 +104,13 @@ class Bench:
         model = build(case, size, self.args.quantise)
         self.trainer = FlowGRPOTrainer(model=model, args=self.args, reward_funcs=brightness, train_dataset=prompts)
         self.images = self.args.num_groups * self.args.group_size
-        self.work = METHODS["flow_grpo"].iteration(self.args, Share(), 0, 1)
+        self.work = COST.iteration(self.args, Share(), 0, 1)
         needs = memory_needs(model, pairs=0)
-        self.forecast = needs.total + METHODS["flow_grpo"].stored(self.args, model.latent_shape(), Share())
+        self.forecast = needs.total + COST.stored(self.args, model.latent_shape(), Share())
 
     @staticmethod
     def configuration(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> FlowGRPOConfig:
-        """That of a run of this case."""
+        """Build the configuration of a run of this case."""
         small = size == "tiny"
         batch = 2 if small else case.batch
         return FlowGRPOConfig(
@@ -130,7 +130,7 @@ class Bench:
         )
 
     def flops_per_image(self) -> Flops:
-        """Of an evaluation without gradients, and of one with its backward pass."""
+        """Count FLOPs of an evaluation without gradients, and of one with its backward pass."""
         model, batch = self.trainer.model, self.args.train_batch_size
         x, row = torch.randn(batch, *model.latent_shape(), device=model.device), model.encode(["a photo"])
         conditioning, level = row[torch.zeros(batch, dtype=torch.long)], model.levels(2)[0]
@@ -141,19 +141,19 @@ class Bench:
         return forward / batch, both / batch
 
     def iterate(self, iteration: int) -> tuple[float, float]:
-        """Seconds of sampling and of training."""
+        """Time sampling and training, in seconds."""
         started = now()
-        self.collect(trainer, iteration)
+        batch = collect(self.trainer, iteration)
         collected = now()
         for minibatch in self.trainer.algorithm.minibatches(batch, iteration):
-            self.trainer.loop._update(minibatch)
+            self.trainer.loop._update(batch, minibatch)
         return collected - started, now() - collected
 
     def figures(self, flops_per_image: Flops | None, peak: float, repeats: int) -> dict[str, Any]:
-        """Everything about this setting; a first iteration compiles and warms up."""
+        """Measure this setting; the first iteration compiles and warms up."""
         warm_up = sum(self.iterate(0))
         times = [self.iterate(1 + number) for number in range(repeats)]
-        collect, update = (statistics.median(column) for column in zip(*times, strict=True))
+        sampling, update = (statistics.median(column) for column in zip(*times, strict=True))
         flops = None
         if flops_per_image is not None:
             forward, both = flops_per_image
@@ -163,9 +163,9 @@ class Bench:
             "images": self.images,
             "batch": self.args.train_batch_size,
             "images_per_second": {
-                "sampling": self.images / collect,
+                "sampling": self.images / sampling,
                 "training": self.images / update,
-                "iteration": self.images / (collect + update),
+                "iteration": self.images / (sampling + update),
             },
             "evaluations_per_image": per_image,
             "training_flops_per_second": flops,
@@ -177,7 +177,7 @@ class Bench:
 
 
 def counted(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> tuple[Bench | None, Flops | None]:
-    """A trainer, and FLOPs per image; neither where it does not fit, as a base that fits in four bits only."""
+    """Return a trainer and its FLOPs per image; neither if it does not fit, such as a base that fits in 4 bits only."""
     try:
         bench = Bench(case, size, changes, folder)
         return bench, bench.flops_per_image()
@@ -186,7 +186,7 @@ def counted(case: Case, size: str, changes: Mapping[str, Any], folder: str) -> t
 
 
 def job_of(case: Case, size: str, checkout: Path) -> Job:
-    """The work of ``Bench`` for other code."""
+    """Describe the work of ``Bench`` for other code."""
     with tempfile.TemporaryDirectory() as folder:
         args = Bench.configuration(case, size, {}, folder)
     model = build(case, size)
@@ -210,7 +210,7 @@ def job_of(case: Case, size: str, checkout: Path) -> Job:
 
 
 def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops | None], peak: float, repeats: int) -> dict:
-    """The figures of a setting, or why it does not run. counts: FLOPs per image, by checkpointing, counted once."""
+    """Measure a setting, or say why it does not run. counts: FLOPs per image, by checkpointing, counted once."""
     changes = SETTINGS[setting]
     checkpointing = changes.get("gradient_checkpointing", False)
     uncompiled = {"gradient_checkpointing": True} if checkpointing else {}
@@ -231,7 +231,7 @@ def measure(case: Case, size: str, setting: str, counts: dict[bool, Flops | None
 def against(
     case: Case, size: str, checkout: Path, adapter: Adapter, rows: Mapping[str, Mapping[str, Any]], repeats: int
 ) -> dict[str, Any]:
-    """The other code beside the first of our settings that ran."""
+    """Measure the other code beside the first of our settings that ran."""
     if (ours := next((name for name, row in rows.items() if "refused" not in row), None)) is None:
         return {"refused": "none of our settings ran: there is nothing to compare with"}
     gc.collect()
@@ -243,7 +243,7 @@ def against(
 
 
 def report(file: Path, result: Mapping[str, Any], model: str, row: str) -> None:
-    """Says a row, and writes what there is so far."""
+    """Print a row, and write the results so far."""
     print(model, row, json.dumps(result["models"][model][row]), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The models that ``gpu.py`` measures: from their public configurations, with random weights, or small ones."""
+"""Models for ``gpu.py``: from public configurations with random weights, or small ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from diffusers import PipelineQuantizationConfig
 
 from diffalign import DiffusionModel
-from diffalign.models import FAMILIES, load_model
+from diffalign.models import get_family, load_model
 from diffalign.models.quantise import quantisation
 
 CUDA = torch.cuda.is_available()
@@ -25,7 +25,7 @@ TINY = 32  # pixels
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what one run of it does. size: name -> where its pipeline is built, as module:function."""
+    """A model and the options of its run. size: name -> builder of its pipeline, as module:function."""
 
     size: Mapping[str, str]
     resolution: int
@@ -55,18 +55,18 @@ SPOKEN = {
 
 
 def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
-    """The pipeline in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
+    """Build the pipeline in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
     module, name = case.size[size].split(":")
     source = getattr(importlib.import_module(module), name)
     if isinstance(source, Path):
         return load_model(source, max_sequence_length=16, quantise=quantise)
     pipeline = source() if size == "tiny" else published(source)
-    family = FAMILIES[type(pipeline).__name__]
+    family = get_family(type(pipeline).__name__)
     options = {"resolution": TINY if size == "tiny" else case.resolution}
     config = getattr(pipeline, family.denoiser_name).config
     if quantise != "no":
-        config = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
-        pipeline = reloaded(pipeline, config)
+        quantised = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
+        pipeline = reloaded(pipeline, quantised)
     model = family(pipeline, **options)
     if size != "tiny":
         silence(pipeline, config)
@@ -74,7 +74,7 @@ def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
 
 
 def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
-    """The pipeline as diffusers loads it, which quantises what it reads."""
+    """Reload the pipeline with diffusers, which quantises weights while it loads."""
     kind, absent = type(pipeline), {name: None for name, part in pipeline.components.items() if part is None}
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
@@ -86,10 +86,10 @@ def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
 
 
 def published(source: Callable[[], Any]) -> Any:
-    """A pipeline of random weights, without text encoders."""
+    """Build a pipeline of random weights, without text encoders."""
     with torch.device("meta"):
         pipeline = source()
-    denoiser = getattr(pipeline, FAMILIES[type(pipeline).__name__].denoiser_name)
+    denoiser = getattr(pipeline, get_family(type(pipeline).__name__).denoiser_name)
     for part, dtype in ((denoiser, DTYPE), (pipeline.vae, torch.float32)):
         part.to(dtype).to_empty(device=DEVICE)
         fill(part)
@@ -99,13 +99,13 @@ def published(source: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def fill(part: torch.nn.Module) -> None:
-    """Random numbers, small enough for a deep network to stay finite."""
+    """Fill weights with random numbers that are small enough for a deep network to stay finite."""
     for tensor in [*part.parameters(), *part.buffers()]:
         tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
 
 
 def silence(pipeline: Any, config: Any) -> None:
-    """In the place of text encoders: prompts become random embeddings of their shape."""
+    """Replace text encoders: prompts become random embeddings of the same shape."""
     kind = type(pipeline).__name__
     length, width = SPOKEN[kind]
     pooled_width = config.get("pooled_projection_dim")

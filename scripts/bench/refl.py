@@ -1,4 +1,4 @@
-"""What an optimizer step of a recipe costs against the bare passes that its maths needs, and what each saving saves.
+"""Benchmark an optimizer step of a recipe against its bare passes, and the memory that each saving saves.
 
     python scripts/bench/refl.py                                         # the configuration of the embedded world
     python scripts/bench/refl.py --config my.yaml --repeats 9            # any run; fields as for training
@@ -36,8 +36,7 @@ from diffalign.rewards.base import ask
 from diffalign.rollout.sampler import micro_batches
 from diffalign.trainers.refl.initial_states import Batch
 from scripts import ROOT
-from scripts.bench.flow_grpo import device, optimizer_step, peak_memory
-from tests.phases import collect
+from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
 
 OFF = {
     "gradient_checkpointing": "false",
@@ -57,7 +56,7 @@ SAVINGS: dict[str, dict[str, str]] = {
 
 
 class Bench:
-    """Times a trainer's steps, and the passes that no implementation could leave out."""
+    """Time a trainer's steps, and the passes that every implementation needs."""
 
     def __init__(self, trainer: ReFLTrainer) -> None:
         self.trainer, self.args, self.step = trainer, trainer.args, 0
@@ -65,7 +64,7 @@ class Bench:
         self.image = trainer.model.decode(self._latents(self.batch.parts[0], 1)).detach()
 
     def whole(self) -> float:
-        """Seconds of a step, its prompts encoded before: a run does that once for each of them."""
+        """Time a step with encoded prompts: a run encodes each prompt once."""
         trainer = self.trainer
         iteration = self.step
         if hasattr(trainer.algorithm.starts, "prompts"):
@@ -73,18 +72,18 @@ class Bench:
             start = trainer.algorithm.starts(iteration, [(group, 0) for group in share], 0)
             trainer.run.prompts([prompt.text for prompt in start.prompts])
         started = self._now()
-        batch = collect(trainer, iteration)
+        batch = self.batch = collect(trainer, iteration)
         for minibatch in trainer.algorithm.minibatches(batch, iteration):
-            trainer.loop._update(minibatch)
+            trainer.loop._update(batch, minibatch)
         self.step += 1
         return self._now() - started
 
     def bare(self) -> dict[str, float]:
-        """Seconds of the passes of the step just taken, each kind alone, times how often it was needed."""
+        """Time each kind of pass of the last step alone, multiplied by its count."""
         trainer = self.trainer
         kinds = ("sampling", "denoiser, recorded", "decoding and judging", "regulariser", "optimizer")
         found = dict.fromkeys(kinds, 0.0)
-        for batch in batch.parts:
+        for batch in self.batch.parts:
             count = len(batch.samples)
             passes = [len(range(count)[rows]) for rows in micro_batches(count, self.args.train_batch_size)]
             steps = int(batch.buffer.step.max()) - trainer.algorithm.recipe.first
@@ -120,7 +119,7 @@ class Bench:
     @torch.no_grad()
     def _forward(self, batch: Batch, count: int) -> None:
         level = self.trainer.algorithm.levels[self.trainer.algorithm.recipe.num_steps // 2]
-        guidance = self.trainer.run.guidance
+        guidance = self.trainer.algorithm.guidance.plain
         self.trainer.model.predict(
             self._latents(batch, count), level, batch.conditioning[torch.arange(count)], guidance
         )
@@ -133,7 +132,7 @@ class Bench:
             trainer.algorithm.recipe.through > 0 and trainer.algorithm.recipe.gradient_steps != 1
         )
         conditioning = batch.conditioning[torch.arange(count)]
-        output = trainer.model.predict(x, level, conditioning, trainer.grad_guidance)
+        output = trainer.model.predict(x, level, conditioning, trainer.algorithm.guidance.recorded)
         trainer.run.accelerator.backward(output.square().mean())
 
     def _judge(self, batch: Batch, count: int) -> None:
@@ -157,7 +156,7 @@ def trainer_of(config: Path, overrides: Sequence[str], folder: str) -> ReFLTrain
 
 
 def timed(config: Path, overrides: Sequence[str], repeats: int) -> dict[str, object]:
-    """Seconds per step against its parts."""
+    """Compare the seconds of a step with those of its parts."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(trainer_of(config, overrides, folder))
         wholes, bares = [], []
@@ -178,7 +177,7 @@ def timed(config: Path, overrides: Sequence[str], repeats: int) -> dict[str, obj
 
 
 def memory(config: Path, overrides: Sequence[str], savings: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per saving, the peak of a process that takes one step, and how much the step added to it."""
+    """Measure, per saving, the peak memory of a process that takes one step, and what the step added."""
     found = {}
     for name in savings:
         options = [word for key, value in {**OFF, **SAVINGS[name]}.items() for word in (f"--{key}", value)]
@@ -189,19 +188,19 @@ def memory(config: Path, overrides: Sequence[str], savings: Sequence[str]) -> di
 
 
 def one_step(config: Path, overrides: Sequence[str]) -> None:
-    """Takes one step and prints the peak of the whole process, and what the step added at most."""
+    """Take one step; print the peak of the whole process, and what the step added at most."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(config, overrides, folder)
         batch = collect(trainer, 0)
         sampled, before = peak_memory(), forget_peak()
         (minibatch,) = trainer.algorithm.minibatches(batch, 0)
-        trainer.loop._update(minibatch)
+        trainer.loop._update(batch, minibatch)
         peak = peak_since()
         print(json.dumps({"peak_gib": max(sampled, peak), "step_gib": peak - before}))
 
 
 def forget_peak() -> float:
-    """GiB in use. Reset the peak, which would otherwise include loading and sampling."""
+    """Return the GiB in use, and reset the peak, which would otherwise include loading and sampling."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -216,12 +215,12 @@ def forget_peak() -> float:
 
 
 def peak_since() -> float:
-    """GiB at most since ``forget_peak``."""
+    """Return the peak in GiB since ``forget_peak``."""
     return peak_memory() if torch.cuda.is_available() else resident("VmHWM")
 
 
 def resident(field: str) -> float:
-    """GiB of a line of Linux's table about this process; unlike ``getrusage``, it knows nothing of who started it."""
+    """Read GiB from a line of /proc/self/status; unlike ``getrusage``, it excludes the parent process."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) / 2**20
 

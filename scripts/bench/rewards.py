@@ -1,4 +1,4 @@
-"""What a reward costs beyond its network: images per second, against calling the underlying model directly.
+"""Benchmark rewards against direct calls of their networks, in images per second.
 
     python scripts/bench/rewards.py
     python scripts/bench/rewards.py --images 32 --side 1024 --layers 24 --width 1024
@@ -42,14 +42,14 @@ PROMPTS = ["a red circle", "two squares", "a triangle left of a square", "a blue
 
 @dataclass(frozen=True)
 class Case:
-    """A reward, and the same scores from ready inputs."""
+    """A reward, and a direct call of its network on prepared inputs."""
 
     reward: Reward
     direct: Callable[[], Tensor]
 
 
 def clip_cases(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Case]:
-    """PickScore and the aesthetic predictor, on one CLIP."""
+    """Build PickScore and the aesthetic predictor on one CLIP."""
     heads = max(1, args.width // 64)
     size = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_attention_heads": heads}
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -80,7 +80,7 @@ def clip_cases(args: argparse.Namespace, folder: Path, images: Tensor, prompts: 
 
 
 def hps_case(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Case]:
-    """HPS, on open_clip."""
+    """Build HPS on open_clip."""
     place = folder / "hps"
     place.mkdir()
     size = {"layers": args.layers, "width": args.width}
@@ -104,7 +104,7 @@ def hps_case(args: argparse.Namespace, folder: Path, images: Tensor, prompts: li
 
 
 def vqa_case(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Case]:
-    """VQAScore: CLIP's patches in front of a T5."""
+    """Build VQAScore: CLIP's patches in front of a T5."""
     place, heads = str(folder / "vqascore"), max(1, args.width // 64)
     tokenizer = vqa_tokenizer()
     vision = CLIPVisionConfig(
@@ -143,7 +143,7 @@ def vqa_case(args: argparse.Namespace, folder: Path, images: Tensor, prompts: li
 
 
 def measure(case: Case, images: Tensor, prompts: list[str], repeats: int) -> dict[str, float]:
-    """Medians of alternating calls. The first of each warms up, and loads what the reward needs."""
+    """Return medians of alternating calls. The first call of each warms up, and loads the reward."""
 
     def seconds(call: Callable[[], object]) -> float:
         started = now(images.device)

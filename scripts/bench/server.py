@@ -1,4 +1,4 @@
-"""Load on the reward server, on this machine only: many requests at once, silent clients, and clients that drip.
+"""Load-test the reward server on this machine: many requests at once, silent clients, and slow clients.
 
     python scripts/bench/server.py            # starts the server itself, in a process of its own
     python scripts/bench/server.py --url http://127.0.0.1:8000 --reward brightness
@@ -33,13 +33,13 @@ SERVER = "from diffalign.cli import main; main({arguments!r})"
 
 
 def body(reward: str, side: int = 64) -> dict[str, object]:
-    """A request for one random image."""
+    """Build a request for one random image."""
     image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0))
     return {"reward": reward, "prompts": ["a red circle"], "metadata": [{}], "images": [encode_image(image)]}
 
 
 def load(url: str, reward: str, total: int, in_flight: int, timeout: float = 60.0) -> tuple[Counter[str], float, float]:
-    """What became of ``total`` requests, ``in_flight`` at a time: how they ended, seconds in all, the slowest answer.
+    """Send ``total`` requests, ``in_flight`` at a time; return their outcomes, total seconds and the slowest answer.
 
     Every request has a connection of its own, as clients on many machines would.
     """
@@ -63,7 +63,7 @@ def load(url: str, reward: str, total: int, in_flight: int, timeout: float = 60.
 
 @contextmanager
 def clients(url: str, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
-    """Connections that send ``sent`` and then nothing; those that are refused are left out."""
+    """Open connections that send ``sent`` and then nothing; refused ones are left out."""
     parts = urlsplit(url)
     with ExitStack() as stack:
         opened = []
@@ -79,7 +79,7 @@ def clients(url: str, count: int, sent: bytes = b"") -> Iterator[list[socket.soc
 
 @contextmanager
 def served(reward: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The real command in a process of its own."""
+    """Run the server command in its own process."""
     program = SERVER.format(arguments=["score", "--serve", "0", "--rewards", reward])
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
@@ -90,7 +90,7 @@ def served(reward: str) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def say(trial: str, process: psutil.Process | None, *figures: str) -> None:
-    """A line of the report."""
+    """Print a line of the report."""
     state = []
     if process is not None:
         state = [f"{process.num_threads()} threads", f"{process.memory_info().rss / 2**20:.0f} MiB"]
@@ -98,7 +98,7 @@ def say(trial: str, process: psutil.Process | None, *figures: str) -> None:
 
 
 def trials(url: str, reward: str, process: psutil.Process | None, requests: int, in_flight: int, silent: int) -> None:
-    """Load alone, then with silent clients, then with clients that send half a header, then half a body."""
+    """Test load alone, with silent clients, and with clients that send half a header or half a body."""
     half = b"POST /score HTTP/1.1\r\nHost: x\r\n"
     held = {"alone": 0, "silent clients": silent, "half a header": silent, "half a body": silent}
     sent = {"half a header": half, "half a body": half + b"Content-Length: 1000000\r\n\r\n{"}

@@ -8,6 +8,7 @@ The images are taken out of ``assets/pictures/compare.png``, the unselected grid
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -84,6 +85,8 @@ def show(axes: Axes, pixels: Pixels, right: bool) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     picks = chosen()
     figure = Figure(figsize=(11, 4.9), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Trains the small judges of the embedded world, from scratch, and ships them in the layouts of the published ones.
+"""Train the small reward models of the embedded world, and export them in the published layouts.
 
     python scripts/build/judges.py data         # images of the pipeline and of the renderer, with the verifier's word
     python scripts/build/judges.py pickscore    # transformers' CLIPModel
@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, T5TokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
@@ -51,7 +51,7 @@ from scripts.build.judges_data import EVERY, PIPELINE, Data, Sampler, make_data,
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """What a judge's network sees of 64 x 64 pixels, which need no resizing."""
+    """Normalise 64 x 64 pixels for a reward network; they need no resizing."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (pixels.float() / 255 - mean) / std
 
@@ -62,14 +62,14 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 def rate(step: int, total: int, warmup: int = 100) -> float:
-    """Warm-up, then a cosine to nothing."""
+    """Learning rate: warm-up, then a cosine to 0."""
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def train_clip(
     args: argparse.Namespace, network: nn.Module, see: Encoder, read: Callable[[list[str]], Tensor], scale: nn.Parameter
 ) -> None:
-    """Preferences between images and between captions, and every caption against every image of a batch."""
+    """Train on preferences between images and between captions, and on every caption and image of a batch."""
     data = Data.read(args, "train")
     sampler = Sampler(data, random.Random(args.seed))
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
@@ -103,14 +103,14 @@ def train_clip(
 
 
 def contrast(table: Tensor, truth: Tensor) -> Tensor:
-    """Rows against columns: minus the log share of those that are true, over rows that have one."""
+    """Compute a contrastive loss: -log of the probability of the true columns, over rows that have one."""
     some = truth.any(1)
     share = table.masked_fill(~truth, -torch.inf).logsumexp(1) - table.logsumexp(1)
     return -share[some].mean()
 
 
 def train_pickscore(args: argparse.Namespace) -> None:
-    """transformers' layout: ``config.json``, ``model.safetensors`` in float16, the tokenizer."""
+    """Train PickScore in transformers' layout: ``config.json``, ``model.safetensors`` in float16, the tokenizer."""
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -178,7 +178,7 @@ def train_aesthetic(args: argparse.Namespace) -> None:
 
 
 def neatness(pixels: Tensor) -> Tensor:
-    """1 for an image without an object, else up to 10, the less its worst object differs from a shape."""
+    """Score how close the worst object is to a shape, up to 10; 1 for an image without objects."""
     values = []
     for part in pixels.split(512):
         for plane in nearest_colors(part.float() / 255):
@@ -188,7 +188,7 @@ def neatness(pixels: Tensor) -> Tensor:
 
 
 def vqa_tokenizer() -> T5TokenizerFast:
-    """A Unigram vocabulary of the words of question and caption, and single characters for everything else."""
+    """Build a Unigram vocabulary of the words of questions and captions, and single characters."""
     words = {*BEFORE.split(), *AFTER.format(QUESTION).split(), *TELL.split(), "Yes", "No"}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0), ('▁"', -3.0)]
     pieces += [(f"▁{word}", -3.0) for word in sorted({*words, *vocabulary()})]
@@ -264,7 +264,7 @@ def train_vqascore(args: argparse.Namespace) -> None:
 
 
 def save_vqascore(model: ClipT5, tokenizer: T5TokenizerFast, folder: Path) -> None:
-    """With the published names, in float16."""
+    """Save with the published names, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     vision = model.vision_tower.config
@@ -280,7 +280,7 @@ def save_vqascore(model: ClipT5, tokenizer: T5TokenizerFast, folder: Path) -> No
 
 
 def check(args: argparse.Namespace) -> None:
-    """On held-out captions: which of two images drawn for a caption shows it, and yes or no for every image."""
+    """Evaluate on held-out captions: preference between two images of a caption, and yes or no per image."""
     data = Data.read(args, "held_out")
     right = data.truth[torch.arange(len(data.asked)), data.asked]
     pairs = [
@@ -338,7 +338,7 @@ def rounding(reward: Reward, data: Data, images: int = 500, side: int = 150) -> 
 
 @torch.no_grad()
 def scored(reward: Reward, pixels: Tensor, texts: list[str]) -> Tensor:
-    """Scores of 8-bit images under a caption each."""
+    """Score 8-bit images, each with its caption."""
     parts = [slice(i, i + 256) for i in range(0, len(texts), 256)]
     return torch.cat([reward(pixels[p].float() / 255, texts[p], [{}] * len(texts[p])) for p in parts])
 

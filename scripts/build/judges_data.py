@@ -1,4 +1,4 @@
-"""What the judges of the embedded world learn from: images, what they were drawn for, and what they show.
+"""Training data of the embedded reward models: images, their prompts, and the specifications that they fulfil.
 
 Half of the images are the pipeline's, at several guidance scales, so that many are wrong; the renderer's are right.
 ``judges.py`` is the command.
@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.models import load_model
 from diffalign.rng import KeyedRNG
@@ -36,7 +36,7 @@ BATCH = 256
 
 
 def drawn(model, prompts: list[Prompt], seed: int) -> Iterator[Tensor]:
-    """Images of the pipeline, (b, 3, 64, 64) in [0, 1], in eight steps, at a guidance scale that goes round."""
+    """Sample images of the pipeline, (b, 3, 64, 64) in [0, 1], in eight steps, cycling through guidance scales."""
     levels = model.levels(8)
     for number, begin in enumerate(range(0, len(prompts), BATCH)):
         part = prompts[begin : begin + BATCH]
@@ -50,7 +50,7 @@ def drawn(model, prompts: list[Prompt], seed: int) -> Iterator[Tensor]:
 
 
 def holds(objects: tuple[Found, ...]) -> list[int]:
-    """The places in ``EVERY`` of the specifications that an image fulfils to the letter."""
+    """List the indices in ``EVERY`` of the specifications that an image fulfils strictly."""
     count = len(objects)
     return [
         i
@@ -87,7 +87,7 @@ def make_data(args: argparse.Namespace) -> None:
 
 
 def round8(images: Tensor) -> Tensor:
-    """As 8 bits."""
+    """Round to 8 bits."""
     return (images.clamp(0, 1) * 255).round().byte()
 
 
@@ -102,7 +102,7 @@ class Data:
 
     @classmethod
     def read(cls, args: argparse.Namespace, side: str) -> Data:
-        """What ``make_data`` wrote."""
+        """Read the data that ``make_data`` wrote."""
         tensors = load_file(args.work_dir / f"{side}.safetensors")
         content = json.loads((args.work_dir / f"{side}.json").read_text())
         truth = torch.zeros(len(content["shown"]), len(EVERY), dtype=torch.bool)
@@ -112,7 +112,7 @@ class Data:
 
 
 def wording(place: int, rng: random.Random, every: bool = False) -> str:
-    """A caption for a specification, of the training side or of ``every`` one."""
+    """Word a specification as a caption of the training side, or of ``every`` one."""
     while True:
         opening = "" if rng.random() < 0.3 else rng.choice(OPENINGS[1:])
         if every or not is_held_out(EVERY[place], opening):
@@ -123,7 +123,7 @@ TRAINABLE = [i for i, spec in enumerate(EVERY) if not is_novel(spec)]
 
 
 class Sampler:
-    """Draws what judges learn from: tasks as often as each other, and captions one word apart in half of the cases.
+    """Draw training samples: tasks equally often, and in half of the cases captions that differ in one word.
 
     places: the specifications that captions may have.
     """
@@ -135,28 +135,28 @@ class Sampler:
 
     @cached_property
     def shows(self) -> list[list[int]]:
-        """The images that show each specification."""
+        """List the images that show each specification."""
         return [column.nonzero()[:, 0].tolist() for column in self.data.truth.T]
 
     @cached_property
     def failed(self) -> list[list[int]]:
-        """The images that were drawn for each specification, and do not show it."""
+        """List the images that were sampled for each specification and do not show it."""
         data = self.data
         wrong = ~data.truth[torch.arange(len(data.asked)), data.asked]
         return [((data.asked == place) & wrong).nonzero()[:, 0].tolist() for place in range(len(EVERY))]
 
     @cached_property
     def near(self) -> list[list[int]]:
-        """The specifications one word away from each."""
+        """List the specifications that differ from each in one word."""
         return [[PLACE[json.dumps(other)] for other in neighbours(spec)] for spec in EVERY]
 
     @cached_property
     def of_tag(self) -> dict[str, list[int]]:
-        """The specifications of each task that some image shows."""
+        """List the specifications of each task that some image shows."""
         return {tag: [i for i in self.places if EVERY[i]["tag"] == tag and self.shows[i]] for tag in TAGS}
 
     def preference(self) -> tuple[int, int, int, int]:
-        """(caption, image that shows it, image that does not, caption of the same task that the first does not show).
+        """Draw (caption, image that shows it, image that does not, caption of the task that the first does not show).
 
         The second image was drawn for the caption, or shows the other one.
         """

@@ -1,4 +1,4 @@
-"""Names and shapes of published weights, from the authors' own module code on the meta device.
+"""List names and shapes of published weights, from the authors' own module code on the meta device.
 
 Makes ``tests/rewards/published/NAME.txt``. Needs nothing of this package, but what the authors' code ran on: torch,
 ``transformers==4.45.2``, and for ImageReward ``timm==0.6.13`` and ``fairscale==0.4.13``. Get the code and list it:

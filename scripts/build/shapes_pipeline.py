@@ -1,4 +1,4 @@
-"""Trains the embedded StableDiffusion3Pipeline from scratch and writes it, with its prompt files, to ``assets/``.
+"""Train the embedded StableDiffusion3Pipeline from scratch and writes it, with its prompt files, to ``assets/``.
 
     python scripts/build/shapes_pipeline.py vae        # about 6 minutes on 2 cores
     python scripts/build/shapes_pipeline.py latents    # about 2 minutes
@@ -33,7 +33,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -192,7 +192,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def encode_text(pipe: StableDiffusion3Pipeline, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pipeline's own ``encode_prompt``, with gradients into the text encoders."""
+    """Encode prompts with the pipeline's ``encode_prompt``, with gradients into the text encoders."""
     embeds, _, pooled, _ = pipe.encode_prompt(
         texts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=length
     )
@@ -216,13 +216,13 @@ def make_optimizers(modules: torch.nn.Module, args: argparse.Namespace) -> list[
 
 
 def train_denoiser(args: argparse.Namespace) -> None:
-    """Half of a cosine schedule, on right captions."""
+    """Train half of a cosine schedule on correct captions."""
     pipe = make_pipeline(AutoencoderKL.from_pretrained(args.work_dir / "vae"))
     train(pipe, args, args.steps, lambda step: cosine(step, 2 * args.steps, args.warmup), wrong=0.0)
 
 
 def train_web(args: argparse.Namespace) -> None:
-    """The other half, shorter, on captions of which some are wrong."""
+    """Train the other, shorter half on captions of which some are wrong."""
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     half = args.web_steps
     train(pipe, args, half, lambda step: cosine(half + step, 2 * half, 1), wrong=args.wrong)
@@ -278,7 +278,7 @@ def train(
 
 
 def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args: argparse.Namespace) -> None:
-    """Writes the averaged weights in fp16 and prints how many held-out prompts they get right."""
+    """Write the averaged weights in fp16 and print their accuracy on held-out prompts."""
     ship(pipe, parameters, average, args)
     pipe = StableDiffusion3Pipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Makes the embedded preference data: pairs of the pipeline's own images in Pick-a-Pic's columns.
+"""Make the embedded preference data: pairs of the pipeline's own images in Pick-a-Pic's columns.
 
     python scripts/build/shapes_preferences.py      # about 10 minutes on a core
 
@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, Features, Value
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
@@ -96,7 +96,7 @@ def row(number: int, text: str, files: tuple[bytes, bytes], label: float, rng: r
 
 
 def pick(scores: list[float], rng: random.Random) -> tuple[int, int, float]:
-    """Two images of a group and the label of the first: the best and the worst, on random sides."""
+    """Pick the best and the worst image of a group, in random order, with the label of the first."""
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     worst, best = order[0], order[-1]
     first, second = (best, worst) if rng.random() < 0.5 else (worst, best)

@@ -1,4 +1,4 @@
-"""Trains the embedded StableDiffusionPipeline from scratch and writes it to ``assets/shapes-sd``.
+"""Train the embedded StableDiffusionPipeline from scratch and writes it to ``assets/shapes-sd``.
 
     python scripts/build/shapes_sd.py latents    # about 4 minutes on 1 core
     python scripts/build/shapes_sd.py train      # about 45 minutes; goes on from its last checkpoint
@@ -212,7 +212,7 @@ def save(args: argparse.Namespace, step: int, modules: torch.nn.Module, average:
 
 
 def restore(args: argparse.Namespace, modules: torch.nn.Module, average: list, optimizers: list) -> int:
-    """The step to go on from."""
+    """Restore the last checkpoint, and return the step to resume from."""
     path = args.work_dir / "state.pt"
     if not path.is_file():
         return 0
@@ -225,7 +225,7 @@ def restore(args: argparse.Namespace, modules: torch.nn.Module, average: list, o
 
 
 def export(pipe: StableDiffusionPipeline, parameters: list, average: list, args: argparse.Namespace) -> None:
-    """Writes the averaged weights in fp16 and prints how many held-out prompts they get right."""
+    """Write the averaged weights in fp16 and print their accuracy on held-out prompts."""
     ship(pipe, parameters, average, args)
     check(args)
 

@@ -1,4 +1,4 @@
-"""What the builders of the embedded pipelines share: scenes, latents, captions, and how weights are shipped."""
+"""Shared by the builders of the embedded pipelines: scenes, latents, captions, and export of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from diffalign.shapes import TAGS, caption, judge_batch, prompt_set, render, scene_for
@@ -80,7 +80,7 @@ def cosine(step: int, total: int, warmup: int) -> float:
 
 
 def follow(average: Sequence[Tensor], parameters: Sequence[Tensor], step: int) -> None:
-    """The average of the weights after step ``step``, from 0."""
+    """Update the average of the weights after step ``step``, from 0."""
     decay = min(0.999, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
 
@@ -88,7 +88,7 @@ def follow(average: Sequence[Tensor], parameters: Sequence[Tensor], step: int) -
 def ship(
     pipe: DiffusionPipeline, parameters: Sequence[Tensor], average: Sequence[Tensor], args: argparse.Namespace
 ) -> None:
-    """Writes the averaged weights, in fp16 to ``args.output_dir``; ``pipe`` keeps its own."""
+    """Write the averaged weights, in fp16 to ``args.output_dir``; ``pipe`` keeps its own."""
     raw = [p.detach().clone() for p in parameters]
     torch._foreach_copy_([p.data for p in parameters], average)
     pipe.save_pretrained(args.work_dir / "fp32")
@@ -102,7 +102,7 @@ def ship(
 
 
 def report(pipe: DiffusionPipeline, per_tag: int, label: str, **settings: object) -> None:
-    """Prints the share of held-out prompts that ``pipe(..., **settings)`` gets right."""
+    """Print the share of held-out prompts that ``pipe(..., **settings)`` gets right."""
     prompts = prompt_set(per_tag, held_out=True, seed=1)
     texts, generator = [p.text for p in prompts], torch.Generator().manual_seed(0)
     images = pipe(texts, output_type="pt", generator=generator, **settings).images

@@ -7,6 +7,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
@@ -20,11 +21,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
 from diffalign.commands.score import reward_table
+from diffalign.losses import tables as losses
 from scripts import ROOT
 from scripts.studies import compare_recipes, repeat_seeds
 
 RESULTS = ROOT / "assets/results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "diffalign/rewards/README.md")
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "diffalign/rewards/README.md", losses.README)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMON_REWARDS = ("pickscore", "hpsv2.1", "hpsv3", "image_reward", "aesthetic", "vqascore", "geneval", "ocr")
 BENCHMARKS = {"Flow-GRPO": "flow_grpo", "Diffusion-DPO": "dpo", "ReFL (DRTune)": "refl"}
@@ -172,6 +174,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "judges": judges,
     "rewards": common_rewards,
     "all_rewards": reward_table,
+    **losses.TABLES,
 }
 
 
@@ -181,6 +184,8 @@ def render(text: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     for path in DOCUMENTS:
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""The published weights through this package, and through the recipe of their authors: run it where the weights are.
+"""Compare the scores of published weights with those of their authors' code; needs the weights.
 
     python scripts/studies/check_rewards.py pickscore clipscore hpsv2.1 aesthetic
     python scripts/studies/check_rewards.py image_reward vqascore --images my/pictures --prompt "a cat"

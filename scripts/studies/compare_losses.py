@@ -1,4 +1,4 @@
-"""Every preference loss on the embedded world: accuracy, win rate against the base, diversity and minutes.
+"""Compare all preference losses on the embedded world: accuracy, win rate against the base, diversity and minutes.
 
     python scripts/studies/compare_losses.py                    # all of them; hours, goes on where it stopped
     python scripts/studies/compare_losses.py --only dpo ipo     # some of them
@@ -70,7 +70,7 @@ def pairs(loss: str, **changes: object) -> Variant:
 
 
 def singles(loss: str, **changes: object) -> Variant:
-    """Both images of as many pairs."""
+    """Take both images of as many pairs."""
     return pairs(loss, num_pairs=128, train_batch_size=128, **changes)
 
 
@@ -179,7 +179,7 @@ def mask(*pictures: bytes) -> bytes:
 
 
 def against_base(folders: Sequence[Path]) -> WinRate:
-    """Tuned against base images of several runs of a variant; resampled are prompts, with the images of all runs."""
+    """Compute the win rate against the base over several runs of a variant; the bootstrap resamples prompts."""
     before, after = (
         [load_file(folder / f"samples/{name}.safetensors") for folder in folders] for name in ("base", "tuned")
     )
@@ -193,7 +193,7 @@ def best_factor(root: Path, name: str, seed: int, factors: Sequence[float]) -> f
 
 
 def groups(rows: Sequence[trials.Row]) -> dict[str, list[trials.Row]]:
-    """Name of a variant -> its runs at the tuned learning rate, for those that have several seeds."""
+    """Group runs at the tuned learning rate by variant, for variants with several seeds."""
     found: dict[str, list[trials.Row]] = {}
     for row in trials.tuned(rows, ("variant",)):
         found.setdefault(str(row["variant"]), []).append(row)
@@ -205,7 +205,7 @@ def pooled(root: Path, runs: Sequence[trials.Row]) -> WinRate:
 
 
 def markdown(found: dict[str, list[trials.Row]], wins: dict[str, WinRate]) -> str:
-    """A line per variant: means over seeds with their deviation, and the hyper-parameters.
+    """Tabulate each variant: means over seeds with their deviation, and the hyper-parameters.
 
     "winners": what the error of preferred images fell by, against the reference's. "step size": the learning rate.
     """
@@ -235,7 +235,7 @@ def markdown(found: dict[str, list[trials.Row]], wins: dict[str, WinRate]) -> st
 
 
 def draw(found: dict[str, list[trials.Row]], wins: dict[str, WinRate]) -> None:
-    """Gains with a dot per seed; beside them win rates with their intervals."""
+    """Plot gains with a dot per seed, and win rates with their intervals."""
     figure, (left, right) = trials.canvas(len(found), panels=2)
     gains = {name: [float(run["gain"]) for run in runs] for name, runs in found.items()}
     trials.gain_bars(left, gains, PLAIN, "points of held-out accuracy gained; dots are seeds")

@@ -1,4 +1,4 @@
-"""What helps Flow-GRPO on the embedded world: a controlled comparison, one change at a time.
+"""Compare changes to the Flow-GRPO recipe on the embedded world, one at a time.
 
     python scripts/studies/compare_recipes.py                            # all of it; hours, goes on where it stopped
     python scripts/studies/compare_recipes.py --axes noise "group size"  # some of it
@@ -107,14 +107,14 @@ class Run:
 
 
 def best_factor(root: Path, axis: str, variant: str, seed: int) -> float:
-    """Of those that have been tried."""
+    """Return the best learning-rate factor among those tried."""
     tried = {factor: Run(axis, variant, factor, seed) for factor in FACTORS}
     gains = {factor: run.row(root)["gain"] for factor, run in tried.items() if trials.done(run, root)}
     return max(gains, key=lambda factor: gains[factor])
 
 
 def compare(axis: str, seeds: Sequence[int], root: Path, jobs: int) -> None:
-    """Tunes every variant of an axis on the first seed, then trains it with all of them."""
+    """Tune every variant of an axis on the first seed, then train it with all seeds."""
     lowest, low, high, highest = FACTORS
 
     def best() -> dict[str, float]:
@@ -141,7 +141,7 @@ def tuned(rows: Sequence[trials.Row]) -> list[trials.Row]:
 
 
 def draw(rows: Sequence[trials.Row]) -> None:
-    """Gains at the tuned learning rate, of variants that have all their seeds: a dot per seed, a bar for their mean."""
+    """Plot gains at the tuned learning rate of complete variants: a dot per seed, a bar for their mean."""
     gains: dict[str, list[float]] = {}
     for row in tuned(rows):
         name = f"{row['axis']}: {row['variant']}" if row["axis"] else row["variant"]

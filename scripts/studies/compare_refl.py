@@ -1,4 +1,4 @@
-"""What each recipe of direct reward gradients gains on the embedded world, and what it costs: one table, one picture.
+"""Compare gain and cost of all presets of direct reward gradients on the embedded world.
 
     python scripts/studies/compare_refl.py                            # all presets; hours, goes on where it stopped
     python scripts/studies/compare_refl.py --variants draft_1 drtune  # some of them
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def trains(self) -> str:
-        """The judge that gives the gradient."""
+        """Name of the reward that gives the gradient."""
         return OWN_JUDGE.get(self.variant, self.judge)
 
     @property
@@ -153,7 +153,7 @@ class Run:
 
 
 def chosen_by(row: trials.Row) -> float:
-    """What a learning rate is chosen by: the held-out judges' gain, each in units of what it scores on the base."""
+    """Compute the learning-rate criterion: the gain in held-out rewards, each relative to its score on the base."""
     names = [name for name in JUDGES if name != row["judge"]]
     return statistics.mean((row[f"{n}/tuned"] - row[f"{n}/base"]) / abs(row[f"{n}/base"]) for n in names)
 
@@ -194,7 +194,7 @@ def markdown(rows: Sequence[trials.Row], judge: str) -> str:
 
 
 def draw(rows: Sequence[trials.Row], judge: str) -> None:
-    """A row of bars per variant in three panels: trained reward, held-out rewards, accuracy; dots are seeds."""
+    """Plot a row of bars per variant in three panels: trained reward, held-out rewards, accuracy; dots are seeds."""
     held_out = [name for name in JUDGES if name != judge]
     panels = {
         f"{judge} (trained)": judge,

@@ -1,4 +1,4 @@
-"""A recipe on several seeds: what it gains, how fast, and how far seeds differ.
+"""Train a recipe on several seeds: its gain, its speed, and the spread over seeds.
 
     python scripts/studies/repeat_seeds.py  # the quickstart: three runs, one by one
     python scripts/studies/repeat_seeds.py --config configs/flow_grpo/shapes_long.yaml
@@ -42,7 +42,7 @@ Row = dict[str, float]
 
 
 def evaluations(folder: Path) -> list[Row]:
-    """A run's evaluations, with the seconds that the iterations up to each took."""
+    """Read the evaluations of a run, with the training seconds up to each."""
     seed = load_yaml(folder / "config.yaml")["seed"]
     seconds, found = 0.0, []
     for row in MetricsLog.read(folder / "metrics.jsonl"):
@@ -55,20 +55,20 @@ def evaluations(folder: Path) -> list[Row]:
 
 
 def checkpoint_share(folder: Path) -> float:
-    """The share of a run's time that its checkpoints took, evaluations not counted; NaN where none was timed."""
+    """Compute the share of a run's time spent on checkpoints, without evaluations; NaN if none was timed."""
     rows = MetricsLog.read(folder / "metrics.jsonl")
     work, saves = (sum(row.get(f"time/{name}", 0.0) for row in rows for name in names) for names in TIMES)
     return saves / (work + saves) if saves else math.nan
 
 
 def spread(values: list[float], factor: float = 1.0, digits: int = 1) -> str:
-    """Mean and sample deviation."""
+    """Format mean and sample deviation."""
     deviation = statistics.stdev(values) * factor if len(values) > 1 else 0.0
     return f"{statistics.mean(values) * factor:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(runs: list[list[Row]]) -> str:
-    """The README's table: the first and last evaluation, over the seeds."""
+    """Build the README's table: the first and last evaluation, over the seeds."""
     lines = ["| | base | tuned |", "|---|---:|---:|"]
     for name in (name for name in FIGURES if name in runs[0][0]):
         factor, digits = (100, 1) if name.startswith("accuracy") else (1, 3)
@@ -81,7 +81,7 @@ def table(runs: list[list[Row]]) -> str:
 
 
 def draw(runs: list[list[Row]], path: Path) -> None:
-    """A panel for all prompts and one per task: accuracy over iterations, a thin line per seed, their mean thick."""
+    """Plot accuracy over iterations for all prompts and per task, a thin line per seed and a thick mean."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 4, sharex=True, sharey=True).flat
@@ -105,7 +105,7 @@ def draw(runs: list[list[Row]], path: Path) -> None:
 
 
 def check(folder: Path) -> int:
-    """Prints what a run gained; 1 where held-out accuracy rose by less than ``LEAST_GAIN``."""
+    """Print the gain of a run; return 1 if held-out accuracy rose by less than ``LEAST_GAIN``."""
     base, *_, tuned = evaluations(folder)
     for name in ("accuracy", "shapes", "diversity"):
         print(f"{folder}: {name} {base[name]:.3f} -> {tuned[name]:.3f}")

@@ -1,4 +1,4 @@
-"""What comparisons of many short trainings share: running them side by side, going on where they stopped, pictures.
+"""Run many short trainings side by side, resume them, and plot their results.
 
 A trial is one training. Its learning rate is tuned: the best of several factors on the first seed, which then runs with
 the other seeds too.
@@ -48,18 +48,18 @@ class Trial(Protocol):
 
 
 def train_command(trainer: str, config: Path, changes: Mapping[str, object]) -> list[str]:
-    """The command that trains with some fields of ``config`` changed."""
+    """Build the command that trains with some fields of ``config`` changed."""
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     return [sys.executable, str(ROOT / f"scripts/train_{trainer}.py"), "--config", str(config), *options]
 
 
 def done(trial: Trial, root: Path) -> bool:
-    """The model card is the last file that a run writes."""
+    """Return whether a run is finished: the model card is the last file that it writes."""
     return (trial.folder(root) / "README.md").is_file()
 
 
 def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
-    """Trains those that are not done, ``jobs`` at a time, each on its share of the cores.
+    """Train the unfinished trials, ``jobs`` at a time, each on its share of the cores.
 
     RuntimeError: one failed; its log says why.
     """
@@ -96,7 +96,7 @@ def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
 
 
 def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path) -> int:
-    """Runs it on these cores; returns its exit code, and keeps its peak of memory."""
+    """Run a trial on these cores; record its peak memory, and return its exit code."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", MEASURED, *trial.command(root)],
@@ -112,17 +112,17 @@ def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path) -> int:
 
 
 def peak_memory(folder: Path) -> float | None:
-    """GiB of the process that trained; None where it was not run from here to its end."""
+    """Return the peak GiB of the training process; None if it did not run from here to its end."""
     return json.loads((folder / COST).read_text())["peak_memory_gib"] if (folder / COST).is_file() else None
 
 
 def finished(trials: Sequence[Trial], root: Path) -> list[Row]:
-    """The rows of those that are done."""
+    """List the rows of finished trials."""
     return [trial.row(root) for trial in trials if done(trial, root)]
 
 
 def tuned(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Those of the learning rate that a variant's seeds ran with: the one that has more seeds than the first.
+    """Select the rows at each variant's tuned learning rate: the one that has more seeds than the first.
 
     names: the columns that name a variant.
     """
@@ -132,7 +132,7 @@ def tuned(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """A line per row."""
+    """Write a line per row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -141,7 +141,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def canvas(entries: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with a line for each entry, the first on top, and panels side by side that share them."""
+    """Make a figure with a line per entry, the first on top, and panels side by side."""
     figure = Figure(figsize=(8, 0.9 + 0.24 * entries), layout="constrained")
     FigureCanvasAgg(figure)
     (row,) = figure.subplots(1, panels, sharey=True, squeeze=False)
@@ -154,7 +154,7 @@ def canvas(entries: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def gain_bars(axes: Axes, gains: Mapping[str, Sequence[float]], own: str, label: str) -> None:
-    """A bar for the mean of each entry, in points, and a dot per seed; ``own`` is what the others are compared with."""
+    """Plot a bar for the mean of each entry, in points, and a dot per seed; ``own`` is the baseline."""
     for place, (name, values) in enumerate(gains.items()):
         points = [100 * value for value in values]
         mean = statistics.mean(points)

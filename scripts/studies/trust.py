@@ -1,4 +1,4 @@
-"""The reliability list, row by row, and the figures to print.
+"""Run the reliability list row by row, and summarise its figures.
 
     python scripts/studies/trust.py                                   # all of it, 200 kills
     python scripts/studies/trust.py --short                           # no slow test, each kind of resume point once
@@ -74,17 +74,17 @@ Row = dict[str, Any]
 
 
 class Unfinished(Exception):
-    """Not all that was asked for was tried, so that there is no figure to print."""
+    """Some of the requested tests were not run, so there is no summary."""
 
 
 class Ledger:
-    """A line of JSON for each thing that is done, written at once; a line that was cut short does not count."""
+    """A JSON line per finished item, flushed at once; an incomplete line is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[Row]:
-        """What is done."""
+        """Read the finished items."""
         found = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(ValueError):
@@ -92,7 +92,7 @@ class Ledger:
         return [row for row in found if isinstance(row, dict)]
 
     def add(self, row: Row) -> None:
-        """One thing more; a line break first, in case the last line was cut."""
+        """Append an item; a line break first, in case the last line is incomplete."""
         with self.path.open("a") as file:
             file.write("\n" + json.dumps(row) + "\n")
 
@@ -108,7 +108,7 @@ class Watcher:
         self.outcome, self.spent, self.over, self.total = "passed", 0.0, 0, 0
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leaves out what is done, and what others do."""
+        """Deselect finished tests, and those of other jobs."""
         done = {row["name"] for row in self.ledger.rows() if row["outcome"] in ("passed", "skipped")}
         wanted = [item for item in items if self._belongs(item.nodeid) and BY_KILLS not in item.nodeid]
         mine = [item for item in wanted[self.job :: self.jobs] if item.nodeid not in done]
@@ -116,7 +116,7 @@ class Watcher:
         items[:], self.total = mine, len(mine)
 
     def _belongs(self, name: str) -> bool:
-        """Whether a test is of a wanted row; those that count attempts come with all rows."""
+        """Return whether a test is of a wanted row; those that count attempts come with all rows."""
         counting = any(file in name for file in (*SWEEPS, *BESIDE)) and len(self.wanted) == ROWS
         return counting or bool(self.wanted & set(rows_of(name)))
 
@@ -139,7 +139,7 @@ class Watcher:
 
 
 def run_tests(folder: Path, rows: Sequence[int], short: bool, job: int, jobs: int) -> None:
-    """Those of some rows, in this process."""
+    """Run the tests of some rows in this process."""
     beside = BESIDE if len(rows) == ROWS else []
     files = ["tests/reliability", *beside, *(file for row, found in ELSEWHERE.items() if row in rows for file in found)]
     os.environ.update({} if short else {"EVERY_POINT": "1"})
@@ -160,7 +160,7 @@ def run_tests(folder: Path, rows: Sequence[int], short: bool, job: int, jobs: in
 
 
 def run_kills(folder: Path, count: int, job: int, jobs: int) -> None:
-    """This process's share of ``count`` kills, less those that are done, and the comparison at the end."""
+    """Run this process's share of ``count`` kills that are not done, and the comparison at the end."""
     from tests.reliability.kills import FIRST_SAVE, kill, same_in_the_end
 
     torch.set_num_threads(1)
@@ -183,7 +183,7 @@ def run_kills(folder: Path, count: int, job: int, jobs: int) -> None:
 
 
 def kills(folder: Path) -> list[Row]:
-    """What the kills came to, as a test of row 2; those of a share count when its run has been compared."""
+    """Summarise the kills as a test of row 2; those of a share count when its run has been compared."""
     found = []
     for path in sorted(folder.glob("kills-*.jsonl")):
         rows = Ledger(path).rows()
@@ -197,19 +197,19 @@ def kills(folder: Path) -> list[Row]:
 
 
 def cpu() -> float:
-    """The core-seconds of this process and of those that it has waited for."""
+    """Return the core-seconds of this process and of those that it has waited for."""
     return sum(os.times()[:4])
 
 
 def rows_of(name: str) -> list[int]:
-    """The rows that a test belongs to."""
+    """List the rows that a test belongs to."""
     own = re.search(r"::test_r(\d+)_", name)
     beside = [row for row, files in ELSEWHERE.items() if any(file in name for file in files)]
     return beside + ([int(own[1])] if own else [])
 
 
 def summary(found: Sequence[Row]) -> Row:
-    """What to print: rows that are green, and the figures that tests have noted."""
+    """Summarise the rows that pass, and the figures that tests recorded."""
     outcomes: dict[int, list[str]] = defaultdict(list)
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     passed: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -240,7 +240,7 @@ def summary(found: Sequence[Row]) -> Row:
 
 
 def cost(found: Sequence[Row]) -> dict[str, float]:
-    """Core-seconds: of everything, of a kill, and of a resume point of a trainer."""
+    """Compute core-seconds: of everything, of a kill, and of a resume point of a trainer."""
     spent = {"all": sum(test.get("cpu", 0.0) for test in found)}
     for name, key in (("kill", "kills"), ("resume_point", "points")):
         own = [test for test in found if test["counts"].get(key)]
@@ -250,7 +250,7 @@ def cost(found: Sequence[Row]) -> dict[str, float]:
 
 
 def together(work: Callable[[int, int], None], jobs: int) -> None:
-    """Calls ``work(job, jobs)`` in so many forks of this process, which has imported everything; one needs no fork."""
+    """Call ``work(job, jobs)`` in that many forks of this process, which has imported everything; one needs no fork."""
     if jobs == 1:
         work(0, 1)
         return
@@ -280,7 +280,7 @@ def together(work: Callable[[int, int], None], jobs: int) -> None:
 
 
 def sources() -> str:
-    """A digest of what is tested and of the tests."""
+    """Compute a digest of the package and the tests."""
     found = hashlib.sha256()
     for folder in ("diffalign", "tests", "scripts"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -289,7 +289,7 @@ def sources() -> str:
 
 
 def where() -> Row:
-    """Versions and hardware."""
+    """Return versions and hardware."""
     hardware = {"processor": machine(1, "cpu")["processor"], "cores": len(os.sched_getaffinity(0))}
     hardware |= {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform()}
     return {

@@ -1,4 +1,4 @@
-"""Why images of the embedded world are wrong: the verifier's reasons, task by task, for every model of an evaluation.
+"""Count why images of the embedded world are wrong, by task, for every model of an evaluation.
 
     diffalign eval tuned=runs/shapes_long_seeds/seed-2 --output_dir runs/eval_long
     python scripts/studies/what_fails.py runs/eval_long --name shapes_long_fails
@@ -55,7 +55,7 @@ def reason(objects: Sequence[Found], spec: Spec, strict: bool) -> str:
 
 
 def reasons(folder: Path, prompts: Sequence[Prompt]) -> Counter[tuple[str, str]]:
-    """How often each (task, reason) occurs among a model's images."""
+    """Count each (task, reason) among a model's images."""
     rows = [json.loads(line) for file in sorted(folder.glob("scores-*.jsonl")) for line in file.open()]
     found: Counter[tuple[str, str]] = Counter()
     for begin in range(0, len(rows), 256):
@@ -69,7 +69,7 @@ def reasons(folder: Path, prompts: Sequence[Prompt]) -> Counter[tuple[str, str]]
 
 
 def draw(tables: dict[str, Counter[tuple[str, str]]], path: Path) -> None:
-    """A bar per task and model, in percent of its images."""
+    """Plot a bar per task and model, in percent of its images."""
     figure = Figure(figsize=(9, 0.7 + 0.24 * len(TAGS) * (len(tables) + 0.6)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

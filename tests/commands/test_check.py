@@ -56,7 +56,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_fault_is_counted_and_named(faulty, streaming):
+def test_every_error_is_counted_and_named(faulty, streaming):
     report = examine(CheckConfig(data=(str(faulty),), streaming=streaming))
     assert {key: report[key] for key in EXPECTED} == EXPECTED
     for kind, found in report["faults"].items():

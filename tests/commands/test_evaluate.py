@@ -203,7 +203,7 @@ def negative_run(model, tmp_path):
     return folder, model
 
 
-def test_a_trained_negative_prompt_is_what_its_run_guides_away_from(negative_run, tmp_path):
+def test_evaluation_guides_away_from_the_trained_negative_prompt(negative_run, tmp_path):
     folder, model = negative_run
     assert main(["eval", str(folder), "--images_per_prompt", "1", "--output_dir", str(tmp_path / "eval")]) == 0
     prompt = torch.arange(2)

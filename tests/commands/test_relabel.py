@@ -138,7 +138,7 @@ def test_an_interrupted_run_resumes_and_scores_nothing_twice(path, spied, monkey
     assert read_table(fresh) == read_table(labels_path(path, "ai"))
 
 
-def test_another_rule_judges_nothing_again_and_another_reward_everything(path, spied):
+def test_another_rule_scores_nothing_again_and_another_reward_everything(path, spied):
     relabel(path, config())
     before = sum(spied)
     relabel(path, config(rule="soft"))
@@ -148,16 +148,18 @@ def test_another_rule_judges_nothing_again_and_another_reward_everything(path, s
     assert sum(spied) == 2 * before
 
 
-def test_data_that_changed_are_noticed_and_only_what_changed_is_judged(tmp_path, path, spied):
+def test_only_pairs_that_changed_are_scored_again(tmp_path, path, spied):
     relabel(path, config())
     before = sum(spied)
     rows = [*ROWS[:4], pick_row(4, 1, jpg_0=encoded(50))]
     pick_a_pic(path, rows)
-    with pytest.raises(ValueError, match=r"ai\.parquet: .*row 4 is not what was judged: the data changed, relabel"):
+    with pytest.raises(
+        ValueError, match=r"ai\.parquet: .*row 4 differs from the labelled pair: the data changed, relabel"
+    ):
         load_pairs(path, settings=AI)
     unseen = load_pairs(path, settings=PreferenceDataConfig(labels="ai", ties="soft", scan=0))
     assert unseen.load(0)[0].prompt.text == "caption 0"
-    with pytest.raises(ValueError, match="row 4 is not what was judged"):
+    with pytest.raises(ValueError, match="row 4 differs from the labelled pair"):
         unseen.load(4)
     with pytest.raises(ValueError, match=r"has no label for .*row 4: the data changed"):
         stream_pairs(path, settings=AI)
@@ -227,7 +229,7 @@ def test_the_command(path, tmp_path, capsys):
     assert "different_size: 1" in printed
     pick_a_pic(path, [*ROWS[:4], pick_row(4, 1, jpg_0=encoded(50))])
     assert main(["check", str(path), "--labels", "both"]) == 2
-    assert "row 4 is not what was judged: the data changed" in capsys.readouterr().err
+    assert "row 4 differs from the labelled pair: the data changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_a_module_beside_the_run_is_found(folder, tmp_path, monkeypatch):
         (["FOLDER", "--prompt", "x", "--calibrations", "nowhere/base.json"], "there is no folder nowhere"),
         (["FOLDER", "--prompt", "x", "--rewards", ","], "rewards: no reward is named in"),
         (["FOLDER", "--prompt", "x", "--rewards", "shapes,"], "rewards: no name after a comma in"),
-        (["--serve", "70000"], "serve must be at least 0 and at most 65535, got 70000"),
+        (["--serve", "70000"], "serve must be at least 0 and at most 65535, got 70000: 0 takes a free port"),
         (["--serve", "0", "--token_env", "NOT_SET"], "set the environment variable NOT_SET"),
         (["FOLDER", "--prompt", "x", "--output_dir", "TWO"], "two.txt cannot be created (File exists)"),
     ],

@@ -35,7 +35,7 @@ def test_both_images_lose_the_same_pixels(size):
         assert torch.equal(pixels[1], torch.arange(top, top + 24)[:, None].expand(24, 24).to(torch.uint8))
 
 
-def test_every_place_is_drawn_equally_often_and_half_are_mirrored():
+def test_every_crop_position_is_equally_likely_and_half_are_mirrored():
     places, flips = [], 0
     for seed in range(4000):
         params = CropParams.drawn(drawn(seed))
@@ -83,7 +83,7 @@ def test_sdxl_is_conditioned_on_the_sizes_of_each_image():
     assert (wide.crop_top_left, tall.crop_top_left) == ((0, int(0.75 * 33)), (int(0.25 * 33), 0))
 
 
-def test_the_last_place_can_be_drawn_and_none_beyond():
+def test_the_last_crop_position_can_be_drawn_and_none_beyond():
     params = CropParams.drawn([DRAWS - 1, DRAWS - 1, 0])
     assert frame(numbered(30, 24), 24, params)[1].crop_top_left == (0, 6)
     assert not params.flip

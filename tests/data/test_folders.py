@@ -122,7 +122,7 @@ CLUTTER = [".DS_Store", "._1.jpg", ".hidden.jpg", "Thumbs.db", "desktop.ini", ".
 
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_systems_keep_is_left_out_and_counted(layout, streaming, tmp_path):
+def test_system_files_are_ignored_and_counted(layout, streaming, tmp_path):
     folder = layouts(tmp_path, ["1", "2"])[layout]
     inner = folder / ("chosen" if layout == 0 else "1")
     for name in CLUTTER:
@@ -173,7 +173,7 @@ def test_names_with_accents_in_two_spellings_are_one(tmp_path):
         (1, "1/deeper/chosen.jpg"),
     ],
 )
-def test_nothing_is_passed_over_without_a_word(layout, name, tmp_path):
+def test_every_file_that_is_not_read_is_reported(layout, name, tmp_path):
     folder = layouts(tmp_path, ["1", "2"])[layout]
     put(folder / name, 0)
     data, said = noted(folder)
@@ -190,7 +190,7 @@ def test_a_picture_of_a_kind_that_is_not_read_is_named_and_no_missing_partner(su
     assert f"chosen/1{suffix}: PostScript, a program, is not read" in said
 
 
-def test_lines_without_a_picture_are_said(tmp_path):
+def test_metadata_lines_without_an_image_are_reported(tmp_path):
     folder = layouts(tmp_path, ["1", "2"])[0]
     jsonl(folder / "metadata.jsonl", [{"file_name": "1.jpg", "text": "t"}, {"file_name": "3.jpg", "text": "t"}])
     assert "not read: 3.jpg (in the metadata)" in noted(folder)[1]

@@ -202,7 +202,7 @@ def test_columns_tell_the_format(columns, name):
 @pytest.mark.parametrize(
     ("columns", "asked", "message"),
     [
-        ("chosen rejected prompt path1 path2", "auto", "here: its columns fit hpdv3 and chosen_rejected; say which"),
+        ("chosen rejected prompt path1 path2", "auto", "here: its columns fit hpdv3 and chosen_rejected; choose one"),
         ("jpg_0 jpg_1 caption", "auto", "here: columns jpg_0, jpg_1, caption fit no format .*pick_a_pic lacks label_0"),
         ("jpg_0 jpg_1 label_0", "pick_a_pic", "needs the column prompt or caption or text; there are jpg_0, jpg_1"),
         ("chosen rejected", "hpdv4", "unknown format 'hpdv4'; known: auto, pick_a_pic"),

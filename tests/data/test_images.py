@@ -139,7 +139,7 @@ def pair(first, second, text="p"):
     return Pair("row 3", Prompt(text), images, 1.0)
 
 
-def test_what_is_odd_about_a_pair_is_said():
+def test_errors_of_a_pair_are_reported():
     images, odd = decode_sample(pair(encoded(1), encoded(2, (30, 20))), min_side=21)
     assert [image.size for image in images] == [(24, 20), (30, 20)]
     assert [(error.kind, str(error)) for error in odd] == [

@@ -229,7 +229,7 @@ def test_pick_a_pic_as_text_keeps_flags_and_empty_cells(images):
 
 @pytest.mark.parametrize("text", ["{'a': 1}", "[1]", "7", '"x"', "{", "[[1, 2]]"])
 @pytest.mark.parametrize("container", TEXTS)
-def test_metadata_that_cannot_be_read_are_a_fault_by_name(text, container, images):
+def test_unreadable_metadata_are_an_error_by_name(text, container, images):
     row = {**pairs(WANTED)[0], "metadata": text}
     report = examine(CheckConfig(data=(str(container(images, [row, *pairs(WANTED)[1:]])),)))
     assert "row 0, metadata" in next(iter(report["faults"]["bad_row"]["samples"]))

@@ -235,7 +235,7 @@ REFUSED = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("container", [table_writers.json_lines, table_writers.table])
-def test_what_is_no_image_is_refused_in_few_words(reader, kind, container, folder):
+def test_cells_without_an_image_are_refused_in_few_words(reader, kind, container, folder):
     value, message = REFUSED[kind]
     if reader is by_score and value is None:
         message = "no picture|no image"

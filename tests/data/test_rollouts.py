@@ -66,7 +66,7 @@ def test_soft_labels_are_the_sigmoid_of_the_scaled_gap():
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ({}, r"here has the rewards a, b: name those that count in rollouts.rewards"),
+        ({}, r"here has the rewards a, b: name those to use in rollouts.rewards"),
         ({"c": 1.0}, "here has no reward c; it has a, b"),
     ],
 )
@@ -97,7 +97,7 @@ def buffer(tmp_path):
     return tmp_path / "rollout"
 
 
-def test_what_a_run_saved_is_read(buffer):
+def test_a_saved_rollout_buffer_is_read(buffer):
     data = load_pairs(buffer)
     assert [data[i].prompt for i in range(2)] == [Prompt("a red circle", {"tag": "colors"}), Prompt("two squares")]
     shades = [[image.getpixel((0, 0))[0] for image in data.load(i)[1]] for i in range(2)]

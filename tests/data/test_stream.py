@@ -58,7 +58,7 @@ def test_without_a_permutation_rows_come_as_they_are(files):
     assert texts == [table[i].prompt.text for i in range(17)]
 
 
-def test_a_window_mixes_the_rows_of_a_file_and_shards_change_places(files):
+def test_a_window_shuffles_the_rows_of_a_file_and_shards_are_permuted(files):
     stream = stream_pairs(*files, permutation=shuffled, window=4)
     shards = shuffled(3, 0).tolist()
     start, size = ((0, 10), (10, 7), (17, 4))[shards[0]]
@@ -71,7 +71,7 @@ def test_a_window_mixes_the_rows_of_a_file_and_shards_change_places(files):
 
 
 @pytest.mark.parametrize("window", [1, 3, 256])
-def test_a_stream_goes_on_at_any_place(files, window):
+def test_a_stream_resumes_at_any_pair(files, window):
     stream = stream_pairs(*files, permutation=shuffled, window=window)
     whole = first(stream, 40)
     again = stream_pairs(*files, permutation=shuffled, window=window)
@@ -80,7 +80,7 @@ def test_a_stream_goes_on_at_any_place(files, window):
         assert first(again, 40 - done, cursor) == whole[done:]
 
 
-def test_a_stream_goes_on_between_the_pairs_of_a_row(tmp_path):
+def test_a_stream_resumes_between_the_pairs_of_a_row(tmp_path):
     (tmp_path / "p").mkdir()
     for number in range(8):
         (tmp_path / f"p/{number}.jpg").write_bytes(encoded(number))
@@ -113,7 +113,7 @@ def test_processes_share_the_files(files):
     assert not set(texts[0]) & set(texts[1])
     with pytest.raises(ValueError, match="3 files for 4 processes: split them"):
         stream_pairs(*files, world=4)
-    with pytest.raises(ValueError, match=r"rank 2 in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"rank in \[0, 2\), got 2"):
         stream_pairs(*files, rank=2, world=2)
 
 
@@ -139,9 +139,9 @@ def test_a_stream_that_turns_bad_stops(tmp_path, monkeypatch):
         list(islice(stream.load(), 11))
 
 
-def test_a_stream_of_nothing_is_an_error_and_not_endless(tmp_path):
+def test_a_stream_without_pairs_is_an_error_and_not_endless(tmp_path):
     path = pick_a_pic(tmp_path / "a.parquet", [pick_row(0, 0.5)])
-    with pytest.raises(ValueError, match="not one pair can be used"):
+    with pytest.raises(ValueError, match="no pair can be used"):
         next(stream_pairs(path).pairs())
 
 

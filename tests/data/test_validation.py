@@ -26,7 +26,7 @@ def rows_with(bad, count=100):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_each_fault_is_named_by_source_row_and_column(kind, tmp_path):
+def test_each_error_is_named_by_source_row_and_column(kind, tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({7: FAULTS[kind]}))
     with pytest.warns(DataWarning, match=rf"{kind}: 1 .*\n  .*pick\.parquet, row 7"):
         data = load_pairs(path)
@@ -49,7 +49,7 @@ def test_each_fault_is_named_by_source_row_and_column(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_each_fault_is_handled_as_configured(kind, tmp_path):
+def test_each_error_is_handled_as_configured(kind, tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({7: FAULTS[kind]}, 10))
     with pytest.raises(ValueError, match=rf"row 7.*\({kind}\): fix it, or set on_fault.{kind} to drop"):
         load_pairs(path, settings=PreferenceDataConfig(on_fault={kind: "error"}))
@@ -88,7 +88,7 @@ def test_a_label_that_is_no_number_is_a_bad_label(tmp_path):
     assert "row 2, label: 1.5 is not in [0, 1]" in str(caught.value)
 
 
-def test_a_bad_pair_gives_its_place_to_the_next_and_the_others_keep_theirs(tmp_path):
+def test_an_unusable_pair_is_replaced_by_the_next_and_the_others_keep_their_index(tmp_path):
     """Whether the images were looked at before or not: what a run sees does not depend on it."""
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with({3: pick_row(3, jpg_0=None), 4: FAULTS["unreadable"]}, 10))
     wanted = [f"caption {number}" for number in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9)]
@@ -113,7 +113,7 @@ def test_too_many_bad_images_stop_a_run_that_looked_at_none_before(tmp_path):
         data.load(3)
 
 
-def test_what_is_known_is_neither_read_nor_counted_again(tmp_path, monkeypatch):
+def test_known_errors_are_neither_read_nor_counted_again(tmp_path, monkeypatch):
     bad = {3: FAULTS["unreadable"], 7: FAULTS["different_size"]}
     path = pick_a_pic(tmp_path / "pick.parquet", rows_with(bad, 10))
     with pytest.warns(DataWarning):
@@ -141,9 +141,9 @@ def test_scan_limits_how_many_images_are_decoded(tmp_path, monkeypatch):
         load_pairs(path, settings=PreferenceDataConfig(scan=None))
 
 
-def test_nothing_usable_is_said_with_its_reasons(tmp_path):
+def test_data_without_a_usable_pair_are_refused_with_reasons(tmp_path):
     path = pick_a_pic(tmp_path / "pick.parquet", [pick_row(0, 0.5), pick_row(1, 0.5)])
-    with pytest.raises(ValueError, match=r"pick\.parquet: not one sample is left\nties: 2"):
+    with pytest.raises(ValueError, match=r"pick\.parquet: no sample is left\nties: 2"):
         load_pairs(path)
 
 
@@ -161,7 +161,7 @@ def test_impossible_settings_are_refused(settings, message):
         PreferenceDataConfig(**settings)
 
 
-def test_a_picture_in_another_mode_is_no_fault(tmp_path):
+def test_an_image_in_another_mode_is_no_error(tmp_path):
     file = io.BytesIO()
     Image.open(io.BytesIO(encoded(0))).convert("L").save(file, "PNG")
     path = pick_a_pic(tmp_path / "pick.parquet", [pick_row(0, jpg_0=file.getvalue())])

@@ -41,6 +41,22 @@ def test_options_override_the_preset():
     assert make_plan(PlanConfig("flow_grpo", 5, "ddim"), 0, 0).rows[0].noise_level == 1.0
 
 
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"ode"}))
+def test_branch_factors_go_to_the_stochastic_steps_in_order(preset):
+    for iteration in (0, 30, 999):
+        plan = make_plan(PlanConfig(preset, 10, branch=(2, 3)), iteration, seed=0, trees=True)
+        plan.validate(LEVELS)
+        chain = make_plan(PlanConfig(preset, 10), iteration, seed=0)
+        assert [row.branch for row in plan.rows if row.noise_level][:3] in ([2, 3, 1], [2, 3])
+        assert tuple(replace(row, branch=1) for row in plan.rows) == chain.rows
+    assert make_plan(PlanConfig(preset, 10, branch=(1, 1)), 0, 0) == make_plan(PlanConfig(preset, 10), 0, 0)
+
+
+def test_more_branch_factors_than_stochastic_steps_are_refused():
+    with pytest.raises(ValueError, match=r"plan\.branch has 3 factors, and the plan 2 stochastic steps"):
+        make_plan(PlanConfig("first_steps", 5, branch=(2, 2, 2)), 0, 0, trees=True)
+
+
 def starts(config, iterations, seed=0):
     windows = [make_plan(config, iteration, seed).trained_steps for iteration in iterations]
     for window in windows:
@@ -78,6 +94,8 @@ def test_sliding_window_is_always_full_and_rolls_back(stride, expected):
         (PlanConfig("flow_grpo_fast", shift_every=5), "does not read shift_every"),
         (PlanConfig("cps", ode_solver="dpmpp_2m"), "does not read ode_solver"),
         (PlanConfig("flow_grpo", solver="ode"), "must be stochastic"),
+        (PlanConfig("flow_grpo", branch=(2,)), "this trainer reads chains only: leave plan.branch out"),
+        (PlanConfig("ode", branch=(2,)), "does not read branch"),
         (PlanConfig("mix_grpo", ode_solver="cps"), "ode_solver must be"),
         (PlanConfig("mix_grpo", 4, window_size=4), "shrink it"),
         (PlanConfig("first_steps", 4, window_size=4), "last of 4 steps"),
@@ -95,6 +113,7 @@ def test_degenerate_settings_are_refused(config, message):
     [
         ({"preset": "mix_grpo", "shift_every": 0}, "shift_every must be at least 1"),
         ({"num_steps": 1}, "num_steps must be at least 2"),
+        ({"branch": (2, 0)}, r"branch\.1 must be at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused_at_once(options, message):

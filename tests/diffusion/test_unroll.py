@@ -36,7 +36,7 @@ def randn(seed, shape=SHAPE):
 
 
 def reward(x):
-    """Not linear, so that the value that is seen matters."""
+    """Not linear, so that the value of the reward's input matters."""
     return (torch.sin(x) + 0.1 * x.square()).flatten(1).sum(1)
 
 
@@ -80,29 +80,29 @@ STRAIGHT = {
 }
 
 
-def start_of(course, kind="flow"):
+def start_of(path, kind="flow"):
     # Epsilon at pure noise does not determine x0; these levels begin below it.
     return randn(1)
 
 
-def literal(model, course, levels, kind, start, noise, share=1.0):
-    """The recursion in plain words: what is seen, with nothing but autograd."""
-    x = levels[course.start].alpha * start + levels[course.start].sigma * noise if course.renoise else start
-    for move in course.moves:
+def literal(model, path, levels, kind, start, noise, share=1.0):
+    """Unroll a path in plain autograd and return the reward's input."""
+    x = levels[path.start].alpha * start + levels[path.start].sigma * noise if path.renoise else start
+    for move in path.moves:
         level, end = levels[move.start], clean(levels) if move.end is None else levels[move.end]
-        seen = x if share == 1 else x.detach() + share * (x - x.detach())
-        output = model(seen, level)
+        inputs = x if share == 1 else x.detach() + share * (x - x.detach())
+        output = model(inputs, level)
         x = literal_step(kind, x, output if move.gradient else output.detach(), level, end)
-    return (x - end.sigma * noise) / end.alpha if course.direct_align else x
+    return (x - end.sigma * noise) / end.alpha if path.direct_align else x
 
 
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("name", COURSES)
 def test_the_gradient_is_that_of_the_unrolled_reference(kind, name):
-    model, course, levels = Lora(), COURSES[name], LEVELS[kind]
-    start, noise = start_of(course), randn(2)
-    found = unroll(model, course, levels, start, parameterization=kind, noise=noise)
-    expected = literal(model, course, levels, kind, start, noise)
+    model, path, levels = Lora(), COURSES[name], LEVELS[kind]
+    start, noise = start_of(path), randn(2)
+    found = unroll(model, path, levels, start, parameterization=kind, noise=noise)
+    expected = literal(model, path, levels, kind, start, noise)
     torch.testing.assert_close(found.x, expected, rtol=1e-9, atol=1e-11)
     own, theirs = gradient(model, reward(found.x)), gradient(model, reward(expected))
     assert theirs.norm() > 1e-3
@@ -111,23 +111,23 @@ def test_the_gradient_is_that_of_the_unrolled_reference(kind, name):
 
 @pytest.mark.parametrize("name", COURSES)
 def test_the_gradient_is_that_of_finite_differences(name):
-    model, course = Lora(), COURSES[name]
-    start, noise = start_of(course), randn(2)
+    model, path = Lora(), COURSES[name]
+    start, noise = start_of(path), randn(2)
 
     def value():
-        return reward(unroll(model, course, FLOW, start, parameterization="flow", noise=noise).x).sum()
+        return reward(unroll(model, path, FLOW, start, parameterization="flow", noise=noise).x).sum()
 
     own = gradient(model, value())
     numbers, h = [], 1e-5
     with torch.no_grad():
         for parameter in (model.a, model.b):
-            for place in range(parameter.numel()):
-                kept = parameter.view(-1)[place].item()
+            for index in range(parameter.numel()):
+                kept = parameter.view(-1)[index].item()
                 sides = []
                 for sign in (1, -1):
-                    parameter.view(-1)[place] = kept + sign * h
+                    parameter.view(-1)[index] = kept + sign * h
                     sides.append(value().item())
-                parameter.view(-1)[place] = kept
+                parameter.view(-1)[index] = kept
                 numbers.append((sides[0] - sides[1]) / (2 * h))
     theirs = torch.tensor(numbers, dtype=torch.float64)
     assert (own - theirs).norm() < 1e-4 * theirs.norm()
@@ -135,19 +135,19 @@ def test_the_gradient_is_that_of_finite_differences(name):
 
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_straight_through_has_the_true_end_as_value_and_the_gradient_of_its_leaps(name):
-    model, course = Lora(), STRAIGHT[name]
-    truth = {place: randn(10 + place) for place in range(STEPS + 1)}
-    found = unroll(model, course, FLOW, truth[course.start], parameterization="flow", truth=truth)
+    model, path = Lora(), STRAIGHT[name]
+    truth = {index: randn(10 + index) for index in range(STEPS + 1)}
+    found = unroll(model, path, FLOW, truth[path.start], parameterization="flow", truth=truth)
     assert torch.equal(found.x, truth[STEPS])
     # By hand: d end / d theta is the sum over leaps, the later ones linearised at the true states.
     total, slope = 0.0, None
-    x = truth[course.start]
-    for move in course.moves:
+    x = truth[path.start]
+    for move in path.moves:
         x = x.detach() + (0 if slope is None else slope - slope.detach())
         level, end = FLOW[move.start], FLOW[move.end]
         slope = literal_step("flow", x, model(x, level), level, end)
         gap = (slope - truth[move.end]).abs().flatten(1).mean(1).detach()
-        torch.testing.assert_close(found.gaps[course.moves.index(move)], gap)
+        torch.testing.assert_close(found.gaps[path.moves.index(move)], gap)
         x = truth[move.end]
     total = (reward_slope(truth[STEPS]) * slope).sum()
     own, theirs = gradient(model, reward(found.x)), gradient(model, total)
@@ -163,10 +163,10 @@ def reward_slope(x):
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_detached_inputs_leave_out_the_denoisers_own_jacobians(share):
     model = Lora()
-    course = last(3, predicted=True, input_grad_scale=share)
-    start = start_of(course)
-    found = unroll(model, course, FLOW, start, parameterization="flow")
-    expected = literal(model, course, FLOW, "flow", start, None, share)
+    path = last(3, predicted=True, input_grad_scale=share)
+    start = start_of(path)
+    found = unroll(model, path, FLOW, start, parameterization="flow")
+    expected = literal(model, path, FLOW, "flow", start, None, share)
     plain = unroll(model, last(3, predicted=True), FLOW, start, parameterization="flow")
     assert torch.equal(found.x, plain.x)
     own, theirs = gradient(model, reward(found.x)), gradient(model, reward(expected))
@@ -176,13 +176,13 @@ def test_detached_inputs_leave_out_the_denoisers_own_jacobians(share):
 
 def test_detached_inputs_give_the_sum_over_steps_of_the_samplers_own_path():
     """With constant inputs x_N is linear in the outputs: dx_N/dv_i is the length of step i on flow levels."""
-    model, course = Lora(), last(3, input_grad_scale=0.0)
-    start = start_of(course)
-    found = unroll(model, course, FLOW, start, parameterization="flow")
+    model, path = Lora(), last(3, input_grad_scale=0.0)
+    start = start_of(path)
+    found = unroll(model, path, FLOW, start, parameterization="flow")
     slope, x, total = reward_slope(found.x), start, 0.0
-    for place in range(2, STEPS):
-        length = FLOW.sigma[place + 1] - FLOW.sigma[place]
-        output = model(x.detach(), FLOW[place])
+    for index in range(2, STEPS):
+        length = FLOW.sigma[index + 1] - FLOW.sigma[index]
+        output = model(x.detach(), FLOW[index])
         total = total + (slope * length * output).sum()
         x = x + length * output.detach()
     own, theirs = gradient(model, reward(found.x)), gradient(model, total)
@@ -192,18 +192,18 @@ def test_detached_inputs_give_the_sum_over_steps_of_the_samplers_own_path():
 def test_calls_without_a_gradient_are_constants_and_x_keeps_its_path():
     model = Lora()
     moves = (Segment(1, 2), Segment(2, 3, False), Segment(3, 4), Segment(4, 5, False))
-    course = GradientPath(moves, input_grad_scale=0.0)
-    start = start_of(course)
+    path = GradientPath(moves, input_grad_scale=0.0)
+    start = start_of(path)
     asked = []
 
     def denoise(x, level, recorded):
         asked.append((recorded, torch.is_grad_enabled()))
         return model(x, level)
 
-    found = unroll(denoise, course, FLOW, start, parameterization="flow")
+    found = unroll(denoise, path, FLOW, start, parameterization="flow")
     assert asked == [(True, True), (False, False), (True, True), (False, False)]
     assert len(found.calls) == 2
-    expected = literal(model, course, FLOW, "flow", start, None, 0.0)
+    expected = literal(model, path, FLOW, "flow", start, None, 0.0)
     own, theirs = gradient(model, reward(found.x)), gradient(model, reward(expected))
     assert (own - theirs).norm() < 1e-8 * theirs.norm()
     assert found.calls[0].output.requires_grad
@@ -211,21 +211,21 @@ def test_calls_without_a_gradient_are_constants_and_x_keeps_its_path():
 
 
 @pytest.mark.parametrize("kind", LEVELS)
-@pytest.mark.parametrize("place", range(1, STEPS))
-def test_direct_align_recovers_x0_exactly_with_the_true_noise(kind, place):
+@pytest.mark.parametrize("index", range(1, STEPS))
+def test_direct_align_recovers_x0_exactly_with_the_true_noise(kind, index):
     levels, x0, noise = LEVELS[kind], randn(1), randn(2)
-    torch.testing.assert_close(recover(add_noise(x0, noise, levels[place]), noise, levels[place]), x0)
+    torch.testing.assert_close(recover(add_noise(x0, noise, levels[index]), noise, levels[index]), x0)
     # And so after a step, if the denoiser is right.
-    truth = target(kind, x0, noise, levels[place])
-    course = GradientPath((Segment(place, place + 1),), renoise=True, direct_align=True)
-    found = unroll(lambda *_: truth, course, levels, x0, parameterization=kind, noise=noise)
+    truth = target(kind, x0, noise, levels[index])
+    path = GradientPath((Segment(index, index + 1),), renoise=True, direct_align=True)
+    found = unroll(lambda *_: truth, path, levels, x0, parameterization=kind, noise=noise)
     torch.testing.assert_close(found.x, x0, rtol=1e-9, atol=1e-9)
 
 
 def test_direct_align_is_the_papers_formula_on_flow_levels():
     model, x0, noise = Lora(), randn(1), randn(2)
-    course = GradientPath((Segment(2, 3),), renoise=True, direct_align=True)
-    found = unroll(model, course, FLOW, x0, parameterization="flow", noise=noise)
+    path = GradientPath((Segment(2, 3),), renoise=True, direct_align=True)
+    found = unroll(model, path, FLOW, x0, parameterization="flow", noise=noise)
     s, t = FLOW.sigma[2], FLOW.sigma[3]
     x = s * noise + (1 - s) * x0
     torch.testing.assert_close(found.x, (x + (t - s) * model(x, FLOW[2]) - t * noise) / (1 - t))
@@ -235,23 +235,21 @@ def test_a_step_up_has_the_opposite_slope():
     """d recovered / d output is negative going down and positive going up, which is what makes inversion a penalty."""
     for end, sign in ((3, -1), (1, 1)):
         output = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
-        course = GradientPath((Segment(2, end),), renoise=True, direct_align=True)
-        found = unroll(lambda *_, o=output: o, course, FLOW, randn(1), parameterization="flow", noise=randn(2))
+        path = GradientPath((Segment(2, end),), renoise=True, direct_align=True)
+        found = unroll(lambda *_, o=output: o, path, FLOW, randn(1), parameterization="flow", noise=randn(2))
         slope = torch.autograd.grad(found.x.sum(), output)[0]
         assert (slope * sign > 0).all()
-        assert course.inverted == (sign > 0)
+        assert path.inverted == (sign > 0)
 
 
 @pytest.mark.parametrize("name", COURSES)
 def test_checkpointed_and_plain_gradients_are_equal(name):
-    model, course = Lora(), COURSES[name]
-    start, noise = start_of(course), randn(2)
+    model, path = Lora(), COURSES[name]
+    start, noise = start_of(path), randn(2)
     found = [
         gradient(
             model,
-            reward(
-                unroll(model, course, FLOW, start, parameterization="flow", noise=noise, checkpointed=checkpointed).x
-            ),
+            reward(unroll(model, path, FLOW, start, parameterization="flow", noise=noise, checkpointed=checkpointed).x),
         )
         for checkpointed in (False, True)
     ]
@@ -260,19 +258,19 @@ def test_checkpointed_and_plain_gradients_are_equal(name):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_slices_give_the_exact_value_and_gradient(size):
-    model, course = Lora(), COURSES["sample, K = 2"]
+    model, path = Lora(), COURSES["sample, K = 2"]
     weights = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
-    x = unroll(model, course, FLOW, start_of(course), parameterization="flow").x
-    seen = []
+    x = unroll(model, path, FLOW, start_of(path), parameterization="flow").x
+    inputs = []
 
     def loss(piece, rows):
-        seen.append(rows)
+        inputs.append(rows)
         return (weights[rows] * reward(piece)).sum()
 
     value = in_slices(loss, x, size)
     whole = (weights * reward(x)).sum()
     torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
-    assert len(seen) == -(-3 // size)
+    assert len(inputs) == -(-3 // size)
     own, theirs = gradient(model, value), gradient(model, (weights * reward(x)).sum())
     assert (own - theirs).norm() < 1e-12 * theirs.norm()
 
@@ -289,10 +287,10 @@ def test_a_share_of_the_gradient_changes_no_value():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientPath((Segment(0, 1, False), Segment(1, 2))), "begins with a move that carries a gradient"),
-        (lambda: GradientPath((Segment(0, 1), Segment(2, 3))), "must begin where the one before ended"),
-        (lambda: GradientPath((Segment(0, 1),), input_grad_scale=1.5), r"a share in \[0, 1\]"),
-        (lambda: GradientPath((Segment(0, 1),), direct_align=True), "noise can be taken off where it is known"),
+        (lambda: GradientPath((Segment(0, 1, False), Segment(1, 2))), "the first segment must carry a gradient"),
+        (lambda: GradientPath((Segment(0, 1), Segment(2, 3))), "must start where the previous one ended"),
+        (lambda: GradientPath((Segment(0, 1),), input_grad_scale=1.5), r"must lie in \[0, 1\]"),
+        (lambda: GradientPath((Segment(0, 1),), direct_align=True), "direct_align needs known noise"),
         (
             lambda: unroll(
                 Lora(), GradientPath((Segment(0, 1),), renoise=True), FLOW, randn(1), parameterization="flow"
@@ -301,6 +299,6 @@ def test_a_share_of_the_gradient_changes_no_value():
         ),
     ],
 )
-def test_what_cannot_be_unrolled_is_refused(make, message):
+def test_invalid_gradient_paths_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -147,7 +147,7 @@ def test_a_run_of_refl_computes_what_was_forecast(tmp_path, train_prompts, prese
     ],
     ids=["recorded calls made again", "all weights, with evaluations", "a negative prompt, with evaluations"],
 )
-def test_what_a_run_of_refl_does_beside_its_courses_was_forecast(tmp_path, train_prompts, preset, recipe, changes):
+def test_work_of_refl_outside_its_gradient_paths_was_forecast(tmp_path, train_prompts, preset, recipe, changes):
     args = config(tmp_path, preset, recipe, **changes)
     held_out = [] if args.step_checkpointing else train_prompts[:3]
     trainer = trainer_of(args, train_prompts, eval_dataset=held_out)

@@ -24,7 +24,7 @@ SMALL = ["--rollout_batch_size", "8", "--train_batch_size", "4", "--lora.targets
 @pytest.mark.parametrize(
     "argv", [[*GRPO, *SMALL], [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"], [*RENEG, *SMALL]]
 )
-def test_a_dry_run_tells_all_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_the_forecast_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "assets").rglob("*")}
     assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
@@ -73,14 +73,14 @@ def test_weights_in_shards_are_counted_as_such(tmp_path, monkeypatch, capsys):
     assert "compile True does not go with FSDP2" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_not_loaded_and_gives_one(tmp_path, monkeypatch, capsys):
+def test_a_run_that_does_not_fit_is_not_loaded_and_exits_with_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(module, "free_memory", lambda: (10, "a small card"))
     assert main([*GRPO, "--output_dir", str(tmp_path)]) == 1
     assert "not measured: it does not fit" in capsys.readouterr().out
 
 
-def test_a_pass_that_does_not_fit_says_what_to_lower(monkeypatch, capsys, small):
+def test_a_pass_that_does_not_fit_names_the_option_to_lower(monkeypatch, capsys, small):
     def measure(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 

@@ -117,7 +117,7 @@ def test_pixels_become_latent_cells_by_their_mean():
         latent_mask(torch.ones(2, 24, 16), (3, 2))
 
 
-def test_what_does_not_fit_is_refused(make_denoised):
+def test_shapes_that_do_not_fit_are_refused(make_denoised):
     x = torch.zeros(2, 4, 8, 8)
     with pytest.raises(ValueError, match="unknown reduction 'max'; use one of mean, sum"):
         Denoised(x, x, reduction="max")

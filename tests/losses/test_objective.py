@@ -18,7 +18,7 @@ def test_an_objective_without_options_is_its_loss(make_pair, name):
     assert PairObjective(name).needs_reference == loss.reference
 
 
-def test_an_objective_adds_up_what_it_is_given(make_pair):
+def test_an_objective_sums_its_terms(make_pair):
     pair = make_pair()
     objective = PairObjective(
         "dpo", beta=3.0, max_margin=0.1, winner_mu=0.9, winner_weight=0.2, anchor_weight=0.7, options={"smoothing": 0.1}

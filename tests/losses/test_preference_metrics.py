@@ -27,7 +27,7 @@ def test_ties_count_half():
     assert float(metrics["margin"]) == pytest.approx(2 / 5, abs=1e-6)
 
 
-def test_figures_are_what_their_names_say(make_pair):
+def test_metrics_equal_their_definitions(make_pair):
     pair = make_pair()
     metrics = {name: float(value) for name, value in preference_metrics(pair, beta=3.0, position=POSITION).items()}
     logit = dpo_logit(pair, 3.0).detach().numpy()
@@ -78,7 +78,7 @@ def test_means_of_micro_batches_are_those_of_the_batch(make_pair):
         torch.testing.assert_close(mean, whole[name].double(), rtol=1e-6, atol=1e-12)
 
 
-def test_a_bound_of_the_margin_is_not_what_is_shown(make_pair):
+def test_metrics_ignore_the_bound_of_the_margin(make_pair):
     pair = make_pair()
     bounded = preference_metrics(clamp_margin(pair, 1e-3), beta=2.0, position=POSITION)
     for name, value in preference_metrics(pair, beta=2.0, position=POSITION).items():

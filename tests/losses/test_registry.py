@@ -141,7 +141,7 @@ def test_descent_lowers_the_winners_error_and_raises_the_losers(learned_pair, na
 
 
 @pytest.mark.parametrize("name", UNPAIRED)
-def test_descent_lowers_the_errors_of_what_is_liked_alone(make_denoised, name):
+def test_descent_lowers_the_errors_of_liked_images_alone(make_denoised, name):
     denoised, loss = make_denoised(), get_loss(name)
     loss.function(denoised, LIKED, **arguments(loss)).sum().backward()
     assert torch.equal((denoised.output.grad * denoised.error_gradient).flatten(1).sum(1) > 0, LIKED)
@@ -211,7 +211,7 @@ def test_the_registry_says_truly_whether_a_bound_of_the_margin_ends_the_gradient
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_nothing_waits_for_the_device(name):
+def test_losses_never_synchronise_with_the_device(name):
     """A tensor without data has nothing that could be read: what needs a value on the host raises."""
     x, loss = torch.zeros(4, 3, 4, 4, device="meta"), get_loss(name)
     side = Denoised(x.clone().requires_grad_(), x, x, mask=x[:, :1])

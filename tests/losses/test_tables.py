@@ -5,7 +5,7 @@ from diffalign.plugins import declared_names
 
 def test_the_readme_holds_the_tables_of_all_losses():
     text = README.read_text(encoding="utf-8")
-    assert text == updated(text), "call diffalign.losses.tables.write()"
+    assert text == updated(text), "run scripts/build/tables.py"
     for name in (*PREFERENCE_LOSSES, *REWARD_LOSSES, *POLICY_OBJECTIVES):
         assert f"| `{name}` |" in text
 

@@ -63,7 +63,7 @@ def test_a_function_of_rewards_is_a_loss(code):
     ("name", "message"),
     [("no_default", "give its parameter beta a number"), ("other", "write it as"), ("absent", "no function of that")],
 )
-def test_what_is_no_loss_is_refused(code, name, message):
+def test_code_that_is_no_loss_is_refused(code, name, message):
     with pytest.raises(ValueError, match=message):
         get_loss(code(name), allow_code=True)
 

@@ -247,8 +247,8 @@ def old_ratios(trainer):
     """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
     batch = collect(trainer, 0)
     buffer, steps = batch.buffer, batch.plan.plan.trained_steps
-    replays = [trainer.algorithm._replay(buffer, torch.arange(4), step) for step in steps]
-    return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
+    ends = [buffer.nodes(torch.arange(4), step + 1) for step in steps]
+    return torch.stack([(trainer.algorithm._replay(batch, n).log_prob - buffer.log_prob[n]).exp() for n in ends])
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def runs(wanted, family_pipelines, pairs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "trainer"), RUNS)
-def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, name, trainer):
+def test_exported_weights_sample_the_trainers_images_in_a_fresh_process(runs, name, trainer):
     run = runs[name, trainer]
     fresh = load_file(run.folder / "image.safetensors")
     assert (fresh["image"] - run.images).abs().max() < 1e-5
@@ -287,7 +287,7 @@ def test_what_a_run_exports_draws_the_trainers_images_in_a_fresh_process(runs, n
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_run_exports_loads_into_the_model(runs, family_pipelines, name):
+def test_exported_weights_load_into_the_model(runs, family_pipelines, name):
     run = runs[name, "flow_grpo"]
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
     noise = noise_of(model, len(TEXTS))

@@ -81,12 +81,10 @@ def test_a_unet_with_a_guidance_embedding_gets_the_scale():
 @pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("field", ["guidance_scale", "embedded_guidance"])
 @pytest.mark.parametrize("kind", [*CONFIGS, EvaluationConfig])
-def test_scales_without_a_meaning_are_refused(kind, field, scale, tmp_path):
+def test_scales_without_a_meaning_are_refused(kind, field, scale):
     given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
-    config = kind(model=str(PIPELINE), **given, **{field: scale})
-    check = config.validate if kind in CONFIGS else lambda: resolve(config, tmp_path, 1)
-    with pytest.raises(ValueError, match=rf"{field} must be .*, got {scale:g}"):
-        check()
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: {field} must be .*, got {scale:g}"):
+        kind(model=str(PIPELINE), **given, **{field: scale})
 
 
 def test_the_noun_itself_refuses_a_negative_scale():

@@ -12,7 +12,7 @@ from tests.conftest import PIPELINE
 
 
 @pytest.mark.parametrize("name", ["shapes", "sd15", "sdxl"])
-def test_a_model_on_meta_needs_what_the_loaded_one_needs(name, tiny_pipelines):
+def test_a_model_on_meta_needs_the_memory_of_the_loaded_one(name, tiny_pipelines):
     path = PIPELINE if name == "shapes" else tiny_pipelines[name]
     options = {"max_sequence_length": 16} if name == "shapes" else {}
     shapes, loaded = (load(path, **options) for load in (model_on_meta, load_model))
@@ -49,7 +49,7 @@ def test_parts_that_leave_count_where_they_are(lora):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_shards_are_shares_and_what_runs_is_gathered(lora, keep):
+def test_memory_counts_shards_and_the_gathered_unit(lora, keep):
     whole, shared = memory_needs(lora, 0), memory_needs(lora, 0, spread=Spread(4, keep))
     denoiser = lora.raw_denoiser
     weights = sum(map(size_of, denoiser.parameters()))

@@ -108,7 +108,7 @@ def test_a_card_says_how_a_plain_pipeline_draws_with_it(trained, plain, tmp_path
 
 
 @pytest.mark.parametrize("trained", ["sd3", "z_image"], indirect=True)  # all of it is saved, or its text alone
-def test_what_was_saved_comes_back(trained, family_pipelines, tmp_path):
+def test_a_saved_negative_prompt_is_restored(trained, family_pipelines, tmp_path):
     name, model, _ = trained
     file = model.save(tmp_path)
     again = load_model(family_pipelines[name], **FAMILIES[name].options)

@@ -33,7 +33,7 @@ def same(model, first, second):
     return all(torch.equal(encoded[0][name], encoded[1][name]) for name in encoded[0])
 
 
-def test_the_model_reads_all_of_what_is_not_cut_and_nothing_behind(frozen):
+def test_the_model_reads_every_token_up_to_the_limit_and_none_beyond(frozen):
     """frozen: reads 16 tokens of T5, and so do its CLIP encoders."""
     encoders, text = text_encoders(PIPELINE, 16), "a red circle"
     while cut(f"{text} red", encoders) is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffalign.models import FAMILIES, LoraConfig
+from diffalign.models import LoraConfig, get_family
 from diffalign.models.weight_memory import memory_needs, size_of
 from tests.models.published_configs import COUNTED, COUNTED_LORA, PIPELINES, on_meta
 
@@ -40,7 +40,7 @@ def wrapped(name, dtype=torch.float32):
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(torch.float32 if part is pipeline.vae else dtype)
-    return FAMILIES[type(pipeline).__name__](pipeline)
+    return get_family(type(pipeline).__name__)(pipeline)
 
 
 def materialise(module):

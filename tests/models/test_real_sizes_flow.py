@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffalign.models import FAMILIES, LoraConfig
+from diffalign.models import LoraConfig, get_family
 from diffalign.models.weight_memory import memory_needs
 from tests.models.published_flow_configs import FLOW_COUNTED, FLOW_PIPELINES
 from tests.models.test_real_sizes import materialise
@@ -45,7 +45,7 @@ def test_parts_and_lora_have_the_published_sizes_and_names(name, tmp_path):
     assert {part: found[part] for part in FLOW_COUNTED[name]} == FLOW_COUNTED[name]
     for part in found:
         getattr(pipeline, part).to(torch.float32 if part == "vae" else torch.bfloat16)
-    model = FAMILIES[type(pipeline).__name__](pipeline)
+    model = get_family(type(pipeline).__name__)(pipeline)
     assert model.default_resolution == (1024, 1024)
     own = {layer for layer, _ in model.raw_denoiser.named_modules()}
     model.train(LoraConfig(rank=RANK))

@@ -44,7 +44,7 @@ def near(one, two):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_in_shards_is_what_it_is_whole(family_pipelines, tmp_path, name):
+def test_a_sharded_family_gives_the_outputs_of_the_full_one(family_pipelines, tmp_path, name):
     folder = family_pipelines[name]
     model, said, gradients = trained(folder, name, None)
     other, again, others = trained(folder, name, FSDPConfig(torch.device("cpu"), keep=True))
@@ -69,7 +69,7 @@ def test_a_base_in_half_precision_carries_a_lora_in_full(family_pipelines):
     assert all(near(one, two) for one, two in zip(gradients, others, strict=True))
 
 
-def test_what_is_gathered_is_let_go_of_when_weights_change(family_pipelines):
+def test_gathered_weights_are_freed_when_weights_change(family_pipelines):
     model = load_model(family_pipelines["sd3"], **FAMILIES["sd3"].options)
     model.train(LoraConfig(rank=0), keep_reference=True, shards=FSDPConfig(torch.device("cpu"), keep=True))
     x, conditioning, level = noise_of(model, 1), model.encode(["a red circle"]), model.levels(5)[1]
@@ -87,7 +87,7 @@ def test_what_is_gathered_is_let_go_of_when_weights_change(family_pipelines):
     assert all(isinstance(p.grad, DTensor) for p in model.weights.trainable if p.grad is not None)
 
 
-def test_a_whole_tensor_is_spread_as_another_and_put_together(family_pipelines):
+def test_a_full_tensor_is_sharded_as_another_and_gathered(family_pipelines):
     mesh = distributed.init_device_mesh("cpu", (1,))
     tensor = torch.arange(12.0).reshape(4, 3)
     other = distributed.tensor.distribute_tensor(torch.zeros(4, 3), mesh, [distributed.tensor.Shard(0)])

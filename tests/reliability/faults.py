@@ -36,14 +36,14 @@ def guarded(folder: str, hook=None, **changes) -> None:
 def dies_at_every_call(target: str, keep: int) -> None:
     """For each call to the file system of the save at step 6, a folder in which a process died just before it.
 
-    The folder "begun" is as it was before, "done" as it is after.
+    The folder "before" holds the state before the save, "done" the state after it.
     """
     root, original = Path(target), checkpoint.save
 
     def save(folder, step, *args, **kwargs):
         if step < 6:
             return original(folder, step, *args, **kwargs)
-        shutil.copytree(folder, root / "begun")
+        shutil.copytree(folder, root / "before")
         for at in itertools.count(1):
             shutil.copytree(folder, root / str(at))
             if (pid := os.fork()) == 0:
@@ -126,7 +126,7 @@ def signalled(target: str, phase: str, number: int, second: float | None = None)
 
 
 def signals_one(target: str, number: int = signal.SIGTERM) -> None:
-    """Process 1 of two is told to stop in the midst of an update."""
+    """Stop process 1 of two in the middle of an update."""
     seen = 0
 
     def hook(name: str, task: NullTrainer) -> None:
@@ -190,7 +190,7 @@ def stops_slowly(target: str) -> None:
 
 
 def loads(number: int) -> None:
-    """The command line, told to stop while the model loads."""
+    """Stop the command line while the model loads."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def slow(*args: object, **options: object) -> None:

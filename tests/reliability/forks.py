@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 # A process that has used CUDA cannot fork: there, a server that has imported everything and done nothing does.
 CONTEXT = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")

@@ -1,4 +1,4 @@
-"""Trajectories to compare with later: ``python -m tests.reliability.golden`` writes them anew."""
+"""Trajectories to compare with later: ``python -m tests.reliability.golden`` rewrites them."""
 
 from __future__ import annotations
 

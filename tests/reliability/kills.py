@@ -31,17 +31,17 @@ Kill = dict[str, float]
 def kill(folder: Path, number: int, first_save: float = FIRST_SAVE) -> Kill:
     """One kill, after which the newest checkpoint must be sound, and no older than the last save that had returned.
 
-    number: of the kill, from 0; it decides the moment. first_save: the seconds from a start to a save. Returns what
-    the next one may be told, where it was timed, and the core-seconds that this one took.
+    number: of the kill, from 0; it decides the moment. first_save: the seconds from a start to a save. Returns
+    the measured time to the first save, to pass to the next kill, and the core-seconds that this one took.
     """
     rng, spent = random.Random(number), cpu()
-    before, begun = len(_saved(folder)), time.monotonic()
+    before, started = len(_saved(folder)), time.monotonic()
     child, found = Child(folder, faults.keeps_on, str(folder), 10**6), {}
     if before and number % 4 == 3:
         time.sleep(rng.uniform(0, first_save))
     else:
         child.until(lambda: len(_saved(folder)) > before)
-        found["first_save"] = time.monotonic() - begun
+        found["first_save"] = time.monotonic() - started
         time.sleep(rng.uniform(0, AFTER_SAVE))
     child.kill(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -42,14 +42,14 @@ def test_r28_a_reward_judges_each_image_by_itself_and_leaves_it_as_it_is(name):
     reward = get_reward(name)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     spec = {"include": [{"class": "circle", "count": 1, "color": "red"}], "tag": "colors", "text": "sign"}
-    before, texts, told = images.clone(), ["a red circle"] * 4, [spec] * 4
+    before, texts, specs = images.clone(), ["a red circle"] * 4, [spec] * 4
     groups = [torch.zeros(4, dtype=torch.long)] if needs_groups(reward) else []
-    found = reward(images, texts, told, *groups)
+    found = reward(images, texts, specs, *groups)
     values = found[0] if isinstance(found, tuple) else found
     assert torch.equal(images, before)
     assert values.isfinite().all()
     order = [2, 0, 3, 1]
-    swapped = reward(images[order], texts, told, *groups)
+    swapped = reward(images[order], texts, specs, *groups)
     swapped = swapped[0] if isinstance(swapped, tuple) else swapped
     torch.testing.assert_close(swapped, values[order], rtol=1e-5, atol=1e-5)
 

@@ -235,12 +235,12 @@ def test_r12_a_checkpoint_of_every_released_version_loads(tmp_path):
 def test_r13_two_runs_in_one_folder_are_refused_and_a_dead_owner_does_not_count(tmp_path):
     child = Child(tmp_path, faults.holds, str(tmp_path))
     child.until(lambda: "held" in child.text)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with pytest.raises(FolderBusy, match=rf"in use by process {child.process.pid} on .*choose another output_dir"):
         run(tmp_path)
     with pytest.raises(FolderBusy):
         refuse_busy(tmp_path)
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - started < 1
     child.kill(signal.SIGKILL)
     child.wait()
     refuse_busy(tmp_path)
@@ -251,7 +251,7 @@ def test_r13_two_runs_in_one_folder_are_refused_and_a_dead_owner_does_not_count(
 
 
 def worlds(name: str, folder: Path, counts: list[int], stops: list[int]) -> None:
-    """A run that is started with these numbers of processes, one after the other, and told to stop after a step."""
+    """Run with each of these numbers of processes in turn, stopping after a step."""
     for count, stop in zip(counts, stops, strict=True):
         program = [sys.executable] if count == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         program += [] if count == 1 else ["--nproc_per_node", str(count)]

@@ -35,9 +35,9 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_r15_a_signal_in_any_phase_saves_and_says_how_to_go_on(tmp_path, straight, phase, number):
     child = Child(tmp_path, faults.signalled, str(tmp_path), phase, number)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     code = child.wait()
-    assert time.perf_counter() - begun < 30
+    assert time.perf_counter() - started < 30
     if phase == "save":  # the second save is the last thing that this run does
         assert code == 0
     else:
@@ -80,21 +80,21 @@ def test_r15_a_hang_up_that_nohup_ignores_is_ignored():
 
 
 def test_r16_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_sound(tmp_path):
-    run(tmp_path / "begun", max_train_steps=4, lr_scheduler="constant")
+    run(tmp_path / "before", max_train_steps=4, lr_scheduler="constant")
     rng = random.Random(0)
     for attempt in range(20):
         folder = tmp_path / str(attempt)
         os.makedirs(folder)
-        os.system(f"cp -r {tmp_path}/begun/. {folder}")
+        os.system(f"cp -r {tmp_path}/before/. {folder}")
         child = Child(folder, faults.stops_slowly, str(folder))
         child.until(lambda child=child: "going" in child.text)
         child.kill(signal.SIGTERM)
         time.sleep(rng.uniform(0.0, 0.02))
         child.until(lambda child=child: "saving and stopping" in child.text)
         child.kill(signal.SIGTERM)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         assert child.wait() == 143
-        assert time.perf_counter() - begun < 3
+        assert time.perf_counter() - started < 3
         found = checkpoint.latest(folder)
         assert checkpoint.load(found)[1]["step"] in (4, 6)
 
@@ -102,10 +102,10 @@ def test_r16_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_sound(tm
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_r17_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, number):
-    begun = time.perf_counter()
+    started = time.perf_counter()
     children = several(2, tmp_path, faults.signals_one, str(tmp_path), number)
     assert sorted(child.wait() for child in children) == sorted([143, 128 + number])
-    assert time.perf_counter() - begun < 30
+    assert time.perf_counter() - started < 30
     newest = checkpoint.latest(tmp_path)
     assert checkpoint.load(newest)[1]["step"] == 3
     assert [child.wait() for child in several(2, tmp_path, faults.in_two, str(tmp_path))] == [0, 0]
@@ -137,10 +137,10 @@ def test_r18_a_lost_process_takes_the_others_along_and_a_restart_ends_as_if_noth
 
 
 def test_r19_a_reward_that_hangs_ends_the_run_with_all_stacks(tmp_path):
-    begun = time.perf_counter()
+    started = time.perf_counter()
     child = Child(tmp_path, faults.hangs, str(tmp_path), 2.0)
     assert child.wait() == 75
-    assert time.perf_counter() - begun < 30
+    assert time.perf_counter() - started < 30
     (file,) = tmp_path.glob("stacks-*.txt")
     for said in (child.text, file.read_text()):
         assert "a_reward_that_hangs" in said

@@ -38,7 +38,7 @@ def test_r1_a_crash_at_any_call_of_a_save_leaves_the_old_or_the_new(deaths, tmp_
     names = []
     for folder in each(root):
         found = checkpoint.latest(folder)
-        same_checkpoint(found, root / ("begun" if found.name == "checkpoint-4" else "done") / found.name)
+        same_checkpoint(found, root / ("before" if found.name == "checkpoint-4" else "done") / found.name)
         checkpoint.sweep(folder)
         assert not list(folder.glob(".diffalign-*"))
         names.append(found.name)
@@ -52,7 +52,7 @@ def test_r1_a_crash_at_any_call_of_a_save_leaves_the_old_or_the_new(deaths, tmp_
 
 def test_r6_no_crash_leaves_fewer_sound_checkpoints_than_there_were(deaths):
     root, keep = deaths
-    assert len(sound(root / "begun")) == 2
+    assert len(sound(root / "before")) == 2
     assert len(sound(root / "done")) == min(3, keep)
     for folder in each(root):
         assert len(sound(folder)) >= 2, folder.name
@@ -143,7 +143,7 @@ DAMAGES = {
 def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_property):
     args = short(name, tmp_path / "run", checkpointing_steps=1)
     TRAINERS[name].make(args).train()
-    (former, newest), accepted, tried = sorted(args.output_dir.glob("checkpoint-*")), 0, 0
+    (previous, newest), accepted, tried = sorted(args.output_dir.glob("checkpoint-*")), 0, 0
     for file in sorted(newest.iterdir()):
         content = file.read_bytes()
         for damage in DAMAGES.values():
@@ -151,9 +151,9 @@ def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_pro
             tried += 1
             accepted += not checkpoint.verify(newest)
             caplog.clear()
-            assert checkpoint.latest(args.output_dir) == former
+            assert checkpoint.latest(args.output_dir) == previous
             assert file.name in caplog.text
-            with pytest.raises(ValueError, match=f"cannot resume: .*{file.name}.*{former.name}"):
+            with pytest.raises(ValueError, match=f"cannot resume: .*{file.name}.*{previous.name}"):
                 checkpoint.resolve(args.output_dir, str(newest))
             file.write_bytes(content)
     record_property("damaged", tried)

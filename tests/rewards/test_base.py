@@ -77,7 +77,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_closest():
 
 
 @pytest.mark.parametrize("spec", [7, None, FunctionReward])
-def test_what_is_no_reward_is_refused(spec):
+def test_code_that_is_no_reward_is_refused(spec):
     with pytest.raises(ValueError, match="give a name, a function or an instance"):
         get_reward(spec)
 
@@ -169,7 +169,7 @@ def test_a_dataclass_in_a_file_and_its_wrong_options(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "cause"), [("def f(:\n", "SyntaxError"), ("f = nothing\n", "NameError")])
-def test_faults_of_a_file_are_told_in_a_line_and_can_be_mended(code, cause, tmp_path):
+def test_errors_of_a_file_are_one_line_and_can_be_fixed(code, cause, tmp_path):
     (tmp_path / "bad.py").write_text(code)
     with pytest.raises(ValueError, match=rf"bad\.py:f' cannot be loaded: {cause}: "):
         get_reward(f"{tmp_path}/bad.py:f", allow_code=True)
@@ -197,7 +197,7 @@ def test_plug_ins_of_other_packages_are_found_by_name(registry, tmp_path, monkey
     torch.testing.assert_close(reward(IMAGES, ["a", "b"], [{}, {}]), 3 * IMAGES.mean((1, 2, 3)))
 
 
-def test_every_registered_reward_says_what_it_is():
+def test_every_registered_reward_has_a_description():
     for name, registered in base.REWARDS.items():
         assert isinstance(registered.facts, RewardCard), name
         assert registered.facts.measures, name
@@ -223,7 +223,7 @@ def test_a_configuration_gives_weights_or_options():
         build_rewards({"mine": RewardConfig(reward="mine.py:half")})
 
 
-def test_what_a_reward_says_is_a_pair_whatever_its_kind():
+def test_rewards_may_return_scores_alone_or_with_extras():
     bare, pair = (lambda i, p, m: torch.ones(2)), (lambda i, p, m: (torch.ones(2), {"doubt": torch.zeros(2)}))
     for function, extras in ((bare, set()), (pair, {"doubt"})):
         values, more = ask(FunctionReward("f", function), IMAGES, ["a", "b"], [{}, {}])

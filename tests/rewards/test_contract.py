@@ -170,7 +170,7 @@ def test_a_gradient_of_part_of_the_image_is_noticed(seen):
         check_gradient(FunctionReward("part", lambda i, p, m: seen(i).square().mean((1, 2, 3)), differentiable=True))
 
 
-def test_a_plug_in_that_says_nothing_of_itself_is_held_to_the_contract(monkeypatch, tmp_path):
+def test_a_plug_in_without_a_card_is_held_to_the_contract(monkeypatch, tmp_path):
     (tmp_path / "glowing.py").write_text(
         "from diffalign.rewards import FunctionReward\n"
         "def glow(name):\n    return FunctionReward(name, lambda i, p, m: i.mean((1, 2, 3)), True, (0.0, 1.0))\n"

@@ -1,10 +1,13 @@
 """Pictures of any kind become the tensors that PIL's RGB conversion gives."""
 
+from collections import UserList
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffalign.commands.score import score_images
 from diffalign.rewards import as_image, as_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -40,6 +43,13 @@ def test_arrays_and_tensors():
     assert as_image(tensor.double() / 255).dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind", [list, tuple, UserList])
+def test_any_sequence_is_several_images(kind):
+    several = kind([RGB, Image.fromarray(RGB)])
+    assert as_images(several).shape == (2, 3, 5, 7)
+    assert score_images(several, "", kind(["brightness"]))["brightness"].shape == (2,)
+
+
 def test_batches():
     batch = as_images([RGB, Image.fromarray(RGB)])
     assert batch.shape == (2, 3, 5, 7)
@@ -62,7 +72,7 @@ def test_batches():
         (None, "is not an image"),
     ],
 )
-def test_what_is_no_picture_is_refused(picture, message):
+def test_objects_that_are_no_image_are_refused(picture, message):
     with pytest.raises(ValueError, match=message):
         as_image(picture)
 

@@ -288,6 +288,7 @@ CHANGES = {
     "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
     "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "fill of uninitialized memory": lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
     "cudnn": lambda: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
     "float32 precision": lambda: torch.set_float32_matmul_precision("medium"),
     "float32 precision by part": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),

@@ -131,7 +131,7 @@ def test_input_is_not_modified_and_precision_is_kept():
         (torch.rand(1, 3, 1, 8000), "crop it first"),
     ],
 )
-def test_what_is_no_image_is_refused(images, message):
+def test_input_that_is_no_image_is_refused(images, message):
     with pytest.raises(ValueError, match=message):
         pre.Preprocess()(images, quantize=True)
 

@@ -46,7 +46,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_with_a_reward_is_said_by_its_name(fault):
+def test_errors_of_a_reward_name_it(fault):
     function, message = FAULTS[fault]
     with pytest.raises(ValueError, match=f"reward 'mine' {message}") as caught:
         try_rewards({"mine": FunctionReward("mine", function)}, ASKED)
@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_reward_is_said_by_its_name(fault):
         lambda i: torch.ones(2, dtype=torch.bfloat16),
     ],
 )
-def test_what_a_run_can_use_is_let_pass(result):
+def test_usable_rewards_pass(result):
     try_rewards({"mine": FunctionReward("mine", lambda i, p, m: result(i))}, ASKED)
 
 
@@ -114,7 +114,7 @@ def test_no_model_is_loaded_for_a_reward_that_cannot_work(name, tmp_path, monkey
 
 
 @pytest.mark.parametrize("command", ["eval", "compare", "train"])
-def test_no_model_is_loaded_for_a_wrong_judge(command, tmp_path, monkeypatch, capsys):
+def test_no_model_is_loaded_for_an_invalid_reward(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def wrong(images, prompts, metadata):\n    return images.mean((2, 3))\n")
     for module in (base, evaluation, loading):

@@ -62,7 +62,7 @@ def record(spec):
     ids=["name", "names", "weights", "registered", "options", "function", "instance", "wrapped", "mixed", "code",
          "lambda", "partial", "object", "passed"],
 )  # fmt: skip
-def test_what_is_recorded_makes_the_same_rewards(spec, expected):
+def test_a_record_rebuilds_the_same_rewards(spec, expected):
     found = record(spec)
     assert found == expected
     if not passed_from_python(found):
@@ -73,7 +73,7 @@ def test_what_is_recorded_makes_the_same_rewards(spec, expected):
             assert (again[name].name, again[name].differentiable) == (first[name].name, first[name].differentiable)
 
 
-def test_a_local_function_is_no_ones_to_find():
+def test_a_local_function_cannot_be_recorded():
     def redness(images, prompts, metadata):  # of the same name as one that could be found
         return images.mean((1, 2, 3))
 
@@ -106,7 +106,7 @@ def run_as_script(path, monkeypatch):
     return module
 
 
-def test_what_a_script_defines_is_found_in_its_file(tmp_path, monkeypatch):
+def test_a_reward_of_a_script_is_found_in_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "REWARDS", dict(base.REWARDS))
     monkeypatch.setattr("diffalign.rewards.support.record.REWARDS", base.REWARDS)
     monkeypatch.chdir(tmp_path)

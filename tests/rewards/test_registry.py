@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from diffalign import preflight, rewards
+from diffalign import rewards
+from diffalign.plugins import declared_names
 from diffalign.rewards import base
 
 FOLDER = Path(rewards.__file__).parent
@@ -41,10 +42,8 @@ NAMES = [
 
 
 def test_the_rewards_of_the_package():
-    files = sorted(FOLDER.glob("*.py"))
-    names = {name for file in files for name in preflight.REGISTERED.findall(file.read_text(encoding="utf-8"))}
-    assert sorted(names) == NAMES
-    assert names <= base.REWARDS.keys()
+    assert declared_names("rewards", "register") == NAMES
+    assert set(NAMES) <= base.REWARDS.keys()
 
 
 def test_a_new_file_is_enough(monkeypatch, tmp_path):
@@ -60,5 +59,5 @@ def test_a_new_file_is_enough(monkeypatch, tmp_path):
 
 
 def test_support_is_not_imported_as_rewards():
-    registered = [file for file in (FOLDER / "support").glob("*.py") if preflight.REGISTERED.search(file.read_text())]
-    assert registered == []
+    assert list((FOLDER / "support").glob("*.py"))
+    assert declared_names("rewards/support", "register") == []

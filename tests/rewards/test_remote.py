@@ -173,10 +173,10 @@ def test_a_literal_nan_is_no_score():
 
 def test_a_slow_server_is_given_up():
     server, _ = scripted(("wait", 1.0))
-    begun = time.monotonic()
+    started = time.monotonic()
     with running(server) as address, pytest.warns(UserWarning, match="no answer in 2 attempts, last ReadTimeoutError"):
         assert ask(address, timeout=0.1, retries=1).isnan().all()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - started < 5
 
 
 def test_a_dead_server_is_given_up():
@@ -306,8 +306,8 @@ def test_a_server_may_ask_for_a_token(monkeypatch):
     offered = {"described": FunctionReward("described", described)}
     with running(RewardServer(offered, port=0, token="s3cret")) as address:
         options = {"url": address, "reward": "described", "retries": 0}
-        told = get_reward("remote", token_env="JUDGE_TOKEN", **options)(IMAGES, PROMPTS, METADATA)
-        torch.testing.assert_close(told, described(IMAGES, PROMPTS, METADATA))
+        scores = get_reward("remote", token_env="JUDGE_TOKEN", **options)(IMAGES, PROMPTS, METADATA)
+        torch.testing.assert_close(scores, described(IMAGES, PROMPTS, METADATA))
         with pytest.warns(UserWarning, match="status 401: .*asks for a token"):
             assert get_reward("remote", **options)(IMAGES, PROMPTS, METADATA).isnan().all()
         assert "401" in raw(address, b"GET / HTTP/1.0\r\n\r\n")
@@ -338,10 +338,10 @@ class Trying(BaseHTTPRequestHandler):
 def test_a_call_ends_in_bounded_time_and_size(kind, message):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Trying)
     server.daemon_threads, server.kind = True, kind
-    begun = time.monotonic()
+    started = time.monotonic()
     with running(server) as address, pytest.warns(UserWarning, match=message):
         assert ask(address, retries=1, deadline=5.0 if kind == "huge" else 0.5).isnan().all()
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - started < 4
 
 
 def test_a_wish_to_be_asked_later_is_kept_up_to_a_bound(monkeypatch):

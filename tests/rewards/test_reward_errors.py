@@ -100,13 +100,13 @@ def interrupting(swallow):
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_real_interrupt_ends_the_program(swallow):
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             score([interrupting(swallow)], images_of(), prompts_of())
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_real_interrupt_of_a_run_is_noted_and_costs_nothing(capfd):
@@ -116,7 +116,7 @@ def test_a_real_interrupt_of_a_run_is_noted_and_costs_nothing(capfd):
     assert found["mine"].isfinite().all()
 
 
-def test_isolated_gives_back_what_it_calls_returns_and_raises():
+def test_isolated_returns_and_raises_as_the_function_does():
     assert isolated(lambda: 3) == 3
     with pytest.raises(KeyError):
         isolated(lambda: {}["a"])
@@ -143,7 +143,7 @@ class Backward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), ValueError("no slope")])
-def test_what_a_rewards_backward_pass_raises_is_the_rewards(error):
+def test_a_backward_pass_that_raises_is_an_error_of_the_reward(error):
     reward = FunctionReward("mine", lambda i, p, m: Backward.apply(i, error), differentiable=True)
     with pytest.raises((RewardExit, ValueError), match=r"no slope|it raised"):
         ask(reward, images_of().requires_grad_(), TEXTS, [{}, {}])

@@ -171,7 +171,7 @@ def test_a_client_that_falls_silent_is_let_go(sent, monkeypatch):
             pass
 
 
-def test_clients_beyond_the_limit_are_told_to_come_back(bench):
+def test_clients_beyond_the_limit_get_a_retry_response(bench):
     with running(RewardServer(rewards(), port=0, limits=Limits(connections=2))) as address:
         with bench.clients(address, 2):
             time.sleep(0.05)
@@ -224,7 +224,7 @@ def test_a_reward_that_ends_its_thread_ends_one_request(error):
 
 
 @pytest.mark.parametrize("finishes", [True, False])
-def test_stopping_answers_what_is_under_way(finishes):
+def test_stopping_answers_requests_in_flight(finishes):
     started, go = threading.Event(), threading.Event()
 
     def slow(images, prompts, metadata):

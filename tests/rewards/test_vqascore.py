@@ -123,7 +123,7 @@ def test_a_long_prompt_is_cut_where_the_published_code_cuts_it(clip_t5_folder, m
     assert len(front) + 1 + len(back) > 2048
 
 
-def test_it_computes_in_bfloat16_as_published_unless_told_otherwise():
+def test_vqascore_computes_in_bfloat16_as_published_by_default():
     for name in ("vqascore", "vqascore_xl"):
         assert get_reward(name).weights.precision == "bf16"
         assert get_reward(name, precision="no").weights.precision == "no"

@@ -163,12 +163,12 @@ def test_a_caller_that_leaves_waits_for_what_is_under_way(interrupt):
             assert asked.wait(PATIENCE)
             fill(book, True, PARTS[1:2]) if interrupt else 1 / 0
 
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
     try:
         with pytest.raises(KeyboardInterrupt if interrupt else ZeroDivisionError):
             leaves()
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, previous)
     assert done == [2]
 
 

@@ -115,11 +115,6 @@ def test_rollouts_leave_the_global_generator_alone(frozen, train_prompts):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_branching_plan_is_refused(frozen):
-    with pytest.raises(ValueError, match="does not branch yet"):
-        SamplingPlan(Plan((Row("flow_sde", 0.7, True, branch=2), ODE)), frozen.levels(2))
-
-
 def test_generate_is_a_plain_ode(frozen, train_prompts):
     levels = frozen.levels(4)
     addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, GROUP, SAMPLE)

@@ -6,7 +6,7 @@ import torch
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.rollout import pinned_memory
-from diffalign.runtime import state
+from diffalign.runtime import checkpointer
 from diffalign.trainers.cost import Share
 from diffalign.trainers.registry import find_algorithm
 
@@ -50,10 +50,12 @@ class Together:
 
 @pytest.mark.parametrize("part", [1, 16, 1 << 26])
 def test_a_checkpoint_has_the_rows_of_all_processes_however_they_travel(monkeypatch, part):
-    monkeypatch.setattr(state, "PART", part)
+    monkeypatch.setattr(checkpointer, "PART", part)
     tensor = torch.arange(10.0).reshape(5, 2)
-    assert torch.equal(state.everyones(Together(), tensor), torch.cat([tensor, tensor + 100]))
-    assert torch.equal(state.everyones(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100]))
+    assert torch.equal(checkpointer.gather_rows(Together(), tensor), torch.cat([tensor, tensor + 100]))
+    assert torch.equal(
+        checkpointer.gather_rows(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100])
+    )
 
 
 def test_a_forecast_counts_what_a_card_holds(monkeypatch):

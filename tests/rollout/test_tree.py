@@ -11,7 +11,7 @@ from diffalign.data.rollouts import Pairing, rollout_pairs
 from diffalign.diffusion.plan import Plan, Row
 from diffalign.rollout.advantages import ADVANTAGE_RULES, advantage_rule, group_advantages
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed
-from diffalign.rollout.tree import path_table, paths
+from diffalign.rollout.tree import path_table, paths, trees_per_group
 from diffalign.structures import Prompt
 
 ODE = Row("ode", 0.0, False)
@@ -87,7 +87,7 @@ def test_a_shared_transition_is_one():
     plan = plan_of(1, 2, 1, 3)
     buffer = allocated(plan)
     assert len(buffer.transitions()) == 3 * (1 + 2 + 2 + 6) < len(buffer.leaves) * len(plan.trained_steps)
-    with pytest.raises(ValueError, match="use steps, nodes or leaves_under"):
+    with pytest.raises(ValueError, match="samples of a tree share nodes"):
         _ = buffer.nodes_per_sample
 
 
@@ -126,11 +126,15 @@ def by_hand(buffer, rule, rewards, advantages):
 def test_advantage_rules_equal_the_plain_loop(rule, plan, failed):
     buffer = allocated(plan)
     count = len(buffer.leaves)
+    if rule == "per_depth" and plan.rows == plan_of(1, 1).rows:
+        with pytest.raises(ValueError, match="the plan does not branch: use subtree_mean"):
+            buffer.set_advantages(torch.zeros(count), rule, rewards=torch.zeros(count))
+        return
     rewards = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if failed:
         rewards[:2] = math.nan
     advantages = group_advantages({"r": rewards}, buffer.group[buffer.leaves])
-    buffer.apply_rule(rule, rewards, advantages)
+    buffer.set_advantages(advantages, rule, rewards=rewards)
     expected = torch.tensor(by_hand(buffer, rule, rewards.numpy(), advantages.double().numpy()), dtype=torch.float64)
     torch.testing.assert_close(buffer.advantage.double(), expected, rtol=1e-6, atol=1e-7)
 
@@ -139,7 +143,7 @@ def test_on_chains_rules_of_leaves_are_flow_grpo_to_the_bit():
     advantages = torch.tensor([0.1, -1.3, 0.7])
     for rule in ("leaf", "subtree_mean"):
         buffer = allocated(plan_of(1, 1))
-        buffer.apply_rule(rule, torch.zeros(3), advantages)
+        buffer.set_advantages(advantages, rule)
         assert torch.equal(buffer.advantage, advantages.repeat_interleave(4))
         buffer.set_advantages(advantages)
         assert torch.equal(buffer.advantage, advantages.repeat_interleave(4))
@@ -148,7 +152,7 @@ def test_on_chains_rules_of_leaves_are_flow_grpo_to_the_bit():
 def test_advantages_of_a_depth_sum_to_zero():
     buffer = allocated(plan_of(2, 2, 1))
     rewards = torch.arange(12.0).square()
-    buffer.apply_rule("per_depth", rewards, rewards)
+    buffer.set_advantages(rewards, "per_depth", rewards=rewards)
     for group, sample in zip(GROUP.tolist(), SAMPLE.tolist(), strict=True):
         for step in buffer.steps:
             here = (buffer.group == group) & (buffer.sample == sample) & (buffer.step == step)
@@ -157,9 +161,58 @@ def test_advantages_of_a_depth_sum_to_zero():
 
 def test_rules_are_registered_once():
     with pytest.raises(ValueError, match="registered already"):
-        advantage_rule("leaf")(ADVANTAGE_RULES["leaf"])
+        advantage_rule("leaf")(ADVANTAGE_RULES["leaf"].compute)
     with pytest.raises(ValueError, match="unknown advantage rule 'best'; known: leaf"):
-        allocated(plan_of(2)).apply_rule("best", torch.zeros(6), torch.zeros(6))
+        allocated(plan_of(2)).set_advantages(torch.zeros(6), "best")
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "message"),
+    [
+        ("per_depth", {"advantages": torch.zeros(6)}, "normalises the rewards of leaves: pass rewards"),
+        ("leaf", {"advantages": torch.zeros(5)}, r"shape \(5,\) for 6 leaves"),
+        ("per_depth", {"advantages": torch.zeros(6), "rewards": torch.zeros(1)}, r"shape \(1,\) for 6 leaves"),
+    ],
+)
+def test_a_rule_reads_a_value_per_leaf(rule, given, message):
+    buffer = allocated(plan_of(2))
+    with pytest.raises(ValueError, match=message):
+        buffer.set_advantages(rule=rule, **given)
+
+
+def test_leaves_of_a_tree_do_not_move_alone():
+    with pytest.raises(ValueError, match="share ancestors and cannot move alone"):
+        allocated(plan_of(2)).moved(torch.arange(2), lambda column: column)
+
+
+def test_leaves_are_named_by_their_index_in_the_group():
+    named = allocated(plan_of(2, 2)).named(torch.tensor([0, 5, 11]))
+    assert [(leaf["group"], leaf["member"], leaf["prompt"]) for leaf in named] == [
+        (0, 0, "a red circle"),
+        (0, 5, "a red circle"),
+        (1, 3, "two squares"),
+    ]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", [(2, 3, 3), (2, 5), (2, 3, 4, 4)])
+def test_what_is_drawn_fills_a_new_buffer(plan, shape):
+    buffer, again = (allocated(plan, shape, means=True) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for column in (buffer.x, buffer.log_prob, buffer.mean):
+        column.normal_(generator=generator)
+    buffer.set_rewards({"shapes": torch.arange(float(len(buffer.leaves)))})
+    buffer.set_advantages(torch.arange(float(len(buffer.leaves))))
+    again.fill({name: tensor.clone() for name, tensor in buffer.drawn().items()})
+    assert all(torch.equal(t.nan_to_num(9), again.drawn()[name].nan_to_num(9)) for name, t in buffer.drawn().items())
+
+
+@pytest.mark.parametrize(("plan", "leaves"), [(plan_of(1, 2, 1, 3), 6), (plan_of(2, 2), 4), (plan_of(1, 1), 1)])
+def test_a_group_is_made_of_whole_trees(plan, leaves):
+    assert trees_per_group(plan, 2 * leaves) == 2
+    if leaves > 1:
+        with pytest.raises(ValueError, match=rf"has {leaves} images.*set group_size: {2 * leaves}$"):
+            trees_per_group(plan, leaves + 1)
 
 
 def test_the_disk_form_of_a_tree_comes_back_and_reads_as_pairs(tmp_path):

@@ -57,11 +57,11 @@ class Clock:
 def test_a_crash_before_any_call_leaves_the_old_or_the_new(tmp_path, step, error):
     """Step 3 is new, step 2 replaces a checkpoint; the save prunes step 1 only when it has succeeded."""
     outcomes, at, clock = [], 0, None
-    write(tmp_path / "begun", 1), write(tmp_path / "begun", 2)
+    write(tmp_path / "before", 1), write(tmp_path / "before", 2)
     while clock is None or clock.calls >= at:
         at += 1
         run = tmp_path / str(at)
-        shutil.copytree(tmp_path / "begun", run)
+        shutil.copytree(tmp_path / "before", run)
         with pytest.MonkeyPatch.context() as patch:
             clock = Clock(patch, at, error)
             with contextlib.suppress(error, CheckpointError):

@@ -33,10 +33,10 @@ def test_a_closed_pipe_drops_text_and_leads_nowhere_afterwards():
 
 def test_a_reader_that_has_stopped_costs_a_second_once():
     reader, stream = piped()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(2000):
         stream.write("x" * 99 + "\n")
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - started < 5
     os.read(reader, 1 << 20)
     stream.write("again\n")
     assert os.read(reader, 1 << 20).endswith(b"again\n")

@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from diffalign.cli import main
 from diffalign.config import save_yaml

@@ -26,7 +26,7 @@ def test_the_first_loss_is_ln_2_and_gradient_checkpointing_changes_nothing(dpo, 
     for on in (False, True):
         args = dpo(model=str(tmp_path / name), max_sequence_length=None, gradient_checkpointing=on)
         loss, metrics, gradient = gradients(DiffusionDPOTrainer(args=args))
-        # Between the policy's forward pass and its backward pass, which computes the activations anew, the reference
+        # Between the policy's forward pass and its backward pass, which recomputes the activations, the reference
         # runs on the same denoiser: the weights must be the policy's again.
         assert loss == pytest.approx(math.log(2), abs=1e-6)
         assert metrics["accuracy"].item() == 0.5

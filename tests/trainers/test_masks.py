@@ -70,7 +70,7 @@ def test_masks_are_mirrored_as_their_images_are(dpo, masked):
 
 
 def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
-    """Masks of 64 x 96 pixels beside images of that size: a crop is told of by the sizes of its image."""
+    """Masks of 64 x 96 pixels beside images of that size: size conditioning describes the crop of each image."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 96), dtype=np.uint8)
     pictures = [[encoded(np.repeat(grey[..., None], 3, -1)) for grey in row] for row in noise]
     rows = [dict(zip(("chosen", "rejected", "mask"), row, strict=True)) for row in pictures]
@@ -93,7 +93,7 @@ def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
 def test_only_what_they_show_counts(dpo, masked):
     trainer = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED))
     batch = collect(trainer, 0)
-    for side in trainer.algorithm.denoise(torch.arange(4), 0)[0]:
+    for side in trainer.algorithm.denoise(batch.ranked, torch.arange(4), 0)[0]:
         residual = (side.output - side.target).double().square().mean(1, keepdim=True)
         counts = batch.ranked.mask.double()
         expected = (counts * residual).sum((1, 2, 3)) / counts.sum((1, 2, 3))
@@ -113,18 +113,24 @@ def test_masks_that_show_everything_change_nothing_and_others_do(dpo, masked, tm
 
 
 def test_a_sample_without_one_among_others_counts_everywhere(dpo, masked):
-    source = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED)).source
+    source = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED)).algorithm.source
 
     def load(place):
         pair, images = source.data.load(place)
         return (replace(pair, mask=None) if place == 1 else pair), images
 
-    found = source.framer([partial(load, place) for place in range(4)], 0)
+    found = source.encoder([partial(load, place) for place in range(4)], 0)
     assert found.mask.shape == (4, 1, *found.latents.shape[-2:])
     assert [bool((mask == 1).all()) for mask in found.mask] == [False, True, False, False]
 
 
-@pytest.mark.parametrize("changes", [{"train_data": (), "rewards": {"shapes": 1.0}}, {"losers": "reference"}])
-def test_images_that_the_model_draws_have_none(dpo, changes):
-    with pytest.raises(ValueError, match=r"data\.mask: the model's own images have no masks"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": (), "rewards": {"shapes": 1.0}}, r"data\.mask.*: read only offline, .* leave"),
+        ({"losers": "reference"}, r"data\.mask: the model's own images have no masks: leave it out"),
+    ],
+)
+def test_images_that_the_model_draws_have_none(dpo, changes, message):
+    with pytest.raises(ValueError, match=message):
         dpo(**changes, data=MASKED).validate()

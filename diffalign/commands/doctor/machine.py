@@ -52,8 +52,9 @@ def packages() -> Iterator[Finding]:
     required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
     found = {one.name: _version(one.name) for one in required}
     for one in required:
-        if not (found[one.name] and one.specifier.contains(found[one.name], prereleases=True)):
-            text = f"{found[one.name] or 'missing'}, needs {one.specifier or 'any version'}"
+        have = found[one.name]
+        if have is None or not one.specifier.contains(have, prereleases=True):
+            text = f"{have or 'missing'}, needs {one.specifier or 'any version'}"
             yield Finding(one.name, "problem", text, f"{sys.executable} -m pip install '{one}'")
     if found:
         shown = ("torch", "diffusers", "transformers", "accelerate", "peft")

@@ -25,7 +25,8 @@ from diffalign import media
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.tokens import LONGEST_SAID, check_url, printable, redacted, token_for, token_from
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # transient
 MAX_WAIT = 30.0  # seconds before a retry, also if Retry-After is longer
 MAX_RESPONSE_BYTES = 1 << 24
@@ -76,14 +77,23 @@ class HTTPClient:
             )
 
     @classmethod
-    def for_url(cls, url: str, token_env: str | None = None, **options: float) -> HTTPClient:
+    def for_url(
+        cls,
+        url: str,
+        token_env: str | None = None,
+        *,
+        timeout: float = 60.0,
+        retries: int = 4,
+        concurrency: int = 8,
+    ) -> HTTPClient:
         """Build a client for ``url``, with the token of its host (``token_variable``) or of the variable ``token_env``.
 
         Only the command line and Python can set ``token_env``: a file must not choose which secret is sent where.
         """
         host = check_url(url)
         token = token_from(token_env, host) if token_env else token_for(url)
-        return cls(url, headers=(("Authorization", f"Bearer {token}"),) if token else (), **options)
+        headers = (("Authorization", f"Bearer {token}"),) if token else ()
+        return cls(url, timeout=timeout, retries=retries, concurrency=concurrency, headers=headers)
 
     def clean(self, text: str) -> str:
         """Prepare text of the server for messages: bounded, without tokens and terminal control characters."""

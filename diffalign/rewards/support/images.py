@@ -66,15 +66,21 @@ def from_pil(picture: Image.Image) -> Tensor:
     return pil_to_tensor(picture).float() / 255
 
 
+def separate(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    """List the images of a sequence, of a tensor or array with a batch dimension, or a single one."""
+    if isinstance(pictures, (Tensor, np.ndarray)) and pictures.ndim == 4:
+        return list(pictures)
+    if isinstance(pictures, (Image.Image, str, Path, Tensor, np.ndarray)) or not isinstance(pictures, Sequence):
+        return [pictures]
+    return list(pictures)
+
+
 def as_images(pictures: Picture | Sequence[Picture]) -> Tensor:
     """Convert images of one size to (B, 3, H, W), float, [0, 1]: see ``as_image``.
 
     Accepts a sequence, one image, or a tensor or array with a batch dimension. Raises ValueError if sizes differ.
     """
-    if isinstance(pictures, (Tensor, np.ndarray)) and pictures.ndim == 4:
-        pictures = list(pictures)
-    several = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-    images = [as_image(picture) for picture in several]
+    images = [as_image(picture) for picture in separate(pictures)]
     if not images:
         return torch.zeros(0, 3, 1, 1)
     if len(sizes := {tuple(image.shape[1:]) for image in images}) > 1:

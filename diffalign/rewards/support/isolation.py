@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 from diffalign.rewards.support import process_state
 
@@ -149,7 +150,7 @@ class _StateGuard:
                 _StateGuard._threads -= 1
             problems = [self._restore(name, setting) for name, setting in SETTINGS.items()]
         if self._filters != self._content:
-            self._filters[:] = self._content
+            self._filters[:] = self._content  # type: ignore[index]  # typeshed declares a Sequence; it is a list
             with warnings.catch_warnings():  # invalidates the module's cache of filters
                 pass
         # Only in the main thread: others may replace these concurrently, as catch_warnings and redirect_stdout do.
@@ -189,7 +190,7 @@ def _set_cuda_generators(states: tuple[bytes, ...]) -> None:
 
 
 def _numpy_generator() -> tuple[Any, ...]:
-    generator = np.random.get_bit_generator()  # the global bit generator can be replaced by another kind
+    generator = mtrand.get_bit_generator()  # the global bit generator can be replaced by another kind
     state: Any = np.random.get_state(legacy=False)
     return generator, _plain(dict(state))
 
@@ -208,7 +209,7 @@ def _arrays(value: Any) -> Any:
 
 
 def _set_numpy_generator(state: tuple[Any, ...]) -> None:
-    np.random.set_bit_generator(state[0])
+    mtrand.set_bit_generator(state[0])
     np.random.set_state(_arrays(state[1]))
 
 
@@ -237,9 +238,8 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def _set_deterministic(state: tuple[bool, bool, bool]) -> None:
+def _set_deterministic(state: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(state[0], warn_only=state[1])
-    torch.utils.deterministic.fill_uninitialized_memory = state[2]
 
 
 # Parents first: setting a parent also sets its children.
@@ -319,10 +319,10 @@ SETTINGS: dict[str, _Setting] = {
         lambda: (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
         ),
         _set_deterministic,
     ),
+    "fill of uninitialized memory": _attributes(torch.utils.deterministic, ("fill_uninitialized_memory",)),
     "cudnn": _attributes(torch.backends.cudnn, _CUDNN),
     "float32 precision": _Setting(_precisions, _set_precisions),
     "attention kernels": _Setting(_kernels, _set_kernels),

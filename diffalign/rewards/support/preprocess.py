@@ -135,7 +135,7 @@ class Preprocess:
         images = at_least_float32(images)
         if self.pad is not None:
             images = pad_square(images, self.pad)
-        height, width = size = self.fit(tuple(images.shape[-2:]), self.goal)
+        height, width = size = self.fit((images.shape[-2], images.shape[-1]), self.goal)
         if max(size) > MAX_SIDE:
             raise ValueError(
                 f"an image of {images.shape[-1]} x {images.shape[-2]} pixels would be resized to {width} x {height}: "

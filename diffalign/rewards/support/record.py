@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffalign.config.sections import PASSED
 from diffalign.plugins import entry_points
-from diffalign.rewards.base import PASSED, PLUGINS, RECIPE, REWARDS, FunctionReward, Reward
+from diffalign.rewards.base import PLUGINS, RECIPE, REWARDS, FunctionReward, Reward
 from diffalign.rewards.config import RewardConfig
 from diffalign.user_code import PREFIX
 

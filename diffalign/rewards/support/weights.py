@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.rewards.base import RewardUnavailable
 
+Network = TypeVar("Network", bound=nn.Module)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _LOADED: dict[tuple[Any, ...], Any] = {}
 _LOCK = threading.Lock()  # guards the two tables below
@@ -156,7 +157,7 @@ def check_report(report: Mapping[str, Any], path: str, kind: str) -> None:
         raise ValueError(f"{path} does not fit {kind}: {wrong}; check the path, or use other weights")
 
 
-def frozen(network: nn.Module, weights: Weights) -> nn.Module:
+def frozen(network: Network, weights: Weights) -> Network:
     """Freeze a network, in evaluation mode and in the dtype of ``weights``."""
     return network.requires_grad_(False).eval().to(weights.dtype)
 

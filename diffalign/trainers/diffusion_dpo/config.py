@@ -84,7 +84,8 @@ class DiffusionDPOConfig(RolloutConfig):
     )
     loss: str = option(
         "dpo",
-        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft",
+        "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft; "
+        "your own: file.py:function or module:function",
         section="loss",
     )
     beta: float | None = option(
@@ -157,6 +158,8 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        from diffalign.losses.registry import get_loss
+
         if self.online:
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
             names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
@@ -170,7 +173,11 @@ class DiffusionDPOConfig(RolloutConfig):
             names |= dict.fromkeys(("time_mean", "time_std"), "read only with time_sampling: logit_normal")
         if self.times:
             names["time_sampling"] = "replaced by times"
-        return names if self.auto_beta else names | {"auto_beta_range": "read only with auto_beta"}
+        if not self.auto_beta:
+            names["auto_beta_range"] = "read only with auto_beta"
+        if not get_loss(self.loss, self.allow_reward_code).paired:
+            names["bins"] = "read only by losses of pairs"
+        return names
 
     def objective(self) -> PairObjective:
         """The loss with its options. ValueError: one that does not go with another."""
@@ -188,9 +195,10 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
-        super().validate()
-        if self.online and self.train_data:
+        self.check()
+        if self.online and self.train_data:  # before what one of the two does not read is refused
             raise ValueError("train_data and train_prompts with rewards are two sources of pairs: give one")
+        super().validate()
         if self.data.mask is not None and (self.online or self.losers == "reference"):
             raise ValueError(
                 "data.mask: the model's own images have no masks: leave it out, or train on pairs of train_data"

@@ -111,10 +111,11 @@ class ReFLConfig(ScoredSamplesConfig):
 
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
+        self.check()
+        self._validate_recipe()  # says that train_images is missing, before what is read only with it is refused
         super().validate()
         if self.early_stopping and not self.eval_steps:
             raise ValueError("early_stopping needs evaluations on the way: give eval_steps")
-        self._validate_recipe()
         self.validate_batches(1)
 
     def _validate_recipe(self) -> None:

@@ -44,7 +44,7 @@ def run(build, monkeypatch, work, name, *arguments):
     return load_file(work / "fp32/unet/diffusion_pytorch_model.safetensors")
 
 
-def test_a_training_that_was_stopped_goes_on_with_the_very_same_steps(build, work, monkeypatch):
+def test_a_resumed_training_takes_the_very_same_steps(build, work, monkeypatch):
     whole = run(build, monkeypatch, work, "whole")
     (work / "state.pt").unlink()
     for _ in range(4):  # stopped after every step
@@ -53,7 +53,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_very_same_steps(build, wor
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def test_what_is_shipped_is_in_half_precision_and_loads_as_plain_diffusers_does(build, work, monkeypatch):
+def test_shipped_weights_are_half_precision_and_load_with_plain_diffusers(build, work, monkeypatch):
     run(build, monkeypatch, work, "out")
     files = list((work / "out").rglob("*.safetensors"))
     assert {t.dtype for file in files for t in load_file(file).values()} == {torch.float16}

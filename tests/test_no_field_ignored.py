@@ -1,0 +1,148 @@
+"""No field of a trainer's configuration is ignored: what a mode accepts, a run of that mode reads.
+
+Each mode trains two steps with an evaluation and an export, while reads of its configuration are recorded. Reads by
+validation and by what copies, compares or writes configurations do not count. A run that evaluates, saves and resumes
+must read every field that ``unread`` does not refuse.
+"""
+
+import dataclasses
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from diffalign import LoraConfig
+from diffalign.config.schema import arms_of, init_fields
+from diffalign.config.unread import covering, unread_names
+from diffalign.data.config import PreferenceDataConfig
+from diffalign.diffusion.plan_config import PlanConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
+from tests.conftest import PIPELINE, PROMPTS
+from tests.reliability.trainers import PAIRS, TRAINERS, held_out
+
+COMMON = {"model": str(PIPELINE), "max_sequence_length": 16, "lora": LoraConfig(rank=2), "max_train_steps": 2}
+COMMON |= {"eval_images_per_prompt": 1}
+ROLLOUTS = {"rewards": {"brightness": 1.0}, "num_groups": 2, "group_size": 2, "rollout_batch_size": 4}
+ROLLOUTS |= {"train_batch_size": 4, "train_prompts": PROMPTS / "shapes_train.jsonl", "eval_num_steps": 2}
+NOISY = {"plan": PlanConfig(preset="first_steps", num_steps=2, window_size=1)}
+ODE = {"plan": PlanConfig(preset="ode", num_steps=2), "shared_start": False}
+DATA = {"train_data": (PAIRS,), "data": PreferenceDataConfig(scan=2), "num_pairs": 2, "train_batch_size": 2}
+DATA |= {"cache": False, "plan": PlanConfig(num_steps=2)}
+REFL = {"rewards": {"brightness": 1.0}, "num_groups": 2, "rollout_batch_size": 2, "train_batch_size": 2}
+REFL |= {"eval_num_steps": 2, "recipe": RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1)}
+PRETRAINING = RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1, regulariser="pretraining")
+MODES = {
+    "flow_grpo": ("flow_grpo", ROLLOUTS | NOISY),
+    "flow_grpo kl": ("flow_grpo", ROLLOUTS | NOISY | {"kl_beta": 0.1}),
+    "diffusion_dpo pairs": ("diffusion_dpo", DATA | {"time_sampling": "logit_normal", "auto_beta": 0.2}),
+    "diffusion_dpo single images": ("diffusion_dpo", DATA | {"loss": "kto"}),
+    "diffusion_dpo reference": ("diffusion_dpo", DATA | {"losers": "reference", "plan": ODE["plan"]}),
+    "diffusion_dpo streaming": ("diffusion_dpo", DATA | {"streaming": True, "times": (500.0,)}),
+    "diffusion_dpo online": ("diffusion_dpo", ROLLOUTS | ODE),
+    "diffusion_dpo online single images": ("diffusion_dpo", ROLLOUTS | ODE | {"loss": "sft"}),
+    "refl": ("refl", REFL | {"train_prompts": PROMPTS / "shapes_train.jsonl"}),
+    "refl images": ("refl", REFL | {"train_prompts": PROMPTS / "shapes_train.jsonl", "train_images": (PAIRS,),
+                                    "recipe": PRETRAINING, "data": PreferenceDataConfig(scan=2)}),
+}  # fmt: skip
+
+# Callers whose reads are no use of a value: they check, copy, compare or write configurations.
+NO_USE = ("diffalign.config", "dataclasses", "copy", "diffalign.preflight", "diffalign.runtime.diagnosis", "tests")
+CHECKS = ("validate", "_validate", "unread", "check", "__post_init__")
+# Start of a mode's name -> field -> why no run here reads it.
+BUFFER = "read where train_data is a rollout buffer"
+SINGLE = {
+    **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
+}
+KNOWN = {
+    "": {
+        "auto_batch": "read when memory runs out",
+        "cache_dir": "read with cache: true, and refused by validate without",
+    },
+    "diffusion_dpo": {
+        "data.split": "read for folders and data sets of the hub",
+        "data.subset": "read for data sets of the hub",
+        "data.ties": "read at a label of 0.5",
+        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
+    },
+    "refl images": {
+        "data.split": "read for folders and data sets of the hub",
+        "data.subset": "read for data sets of the hub",
+        "data.ties": "read at a label of 0.5",
+        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
+    },
+    "diffusion_dpo single": SINGLE,
+    "diffusion_dpo online single": {**SINGLE, "losers": "refused unless it is data"},
+}
+
+
+def is_config(module: str) -> bool:
+    """Whether a module declares configurations, whose properties read fields on behalf of their caller."""
+    return module.rpartition(".")[2].endswith("config")
+
+
+def uses(frame) -> bool:
+    """Whether the code that reads a field uses its value."""
+    while frame is not None:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if function == "recording":  # below a property
+            frame = frame.f_back
+            continue
+        if module.startswith(NO_USE):
+            return False
+        if not is_config(module):
+            return not frame.f_code.co_filename.startswith("<")  # generated __eq__, __hash__, __repr__
+        if function.startswith(CHECKS):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def sections(cls, prefix=""):
+    """Yield (dotted prefix, class) of a configuration class and its sections."""
+    yield prefix, cls
+    for field, hint in init_fields(cls):
+        for arm in arms_of(hint):
+            if dataclasses.is_dataclass(arm):
+                yield from sections(arm, f"{prefix}{field.name}.")
+
+
+@contextmanager
+def recorded(cls):
+    """Yield the set of (class, field) that is read and used inside the context."""
+    found, classes = set(), {section for _, section in sections(cls)}
+    names = {section: {field.name for field, _ in init_fields(section)} for section in classes}
+
+    def recording(self, name):
+        if name in names.get(type(self), ()) and (type(self), name) not in found and uses(sys._getframe(1)):
+            found.add((type(self), name))
+        return object.__getattribute__(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for section in classes:
+            patch.setattr(section, "__getattribute__", recording, raising=False)
+        yield found
+
+
+def accepted(config):
+    """Yield (dotted path, class, field) of what a configuration accepts."""
+    refused = unread_names(config)
+    for prefix, cls in sections(type(config)):
+        for field, hint in init_fields(cls):
+            path = prefix + field.name
+            is_section = any(dataclasses.is_dataclass(arm) for arm in arms_of(hint))
+            if not is_section and covering(refused, path) is None:
+                yield path, cls, field.name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_reads_every_field_that_its_mode_accepts(mode, tmp_path):
+    name, settings = MODES[mode]
+    case = TRAINERS[name]
+    extra = {"output_dir": tmp_path / "run", "eval_prompts": held_out(tmp_path), "eval_rewards": ("brightness",)}
+    config = case.config(**(COMMON | settings | extra))
+    config.validate()
+    with recorded(case.config) as found:
+        case.trainer(args=config).train()
+    ignored = {path for path, cls, field in accepted(config) if (cls, field) not in found}
+    known = {path for start, paths in KNOWN.items() if mode.startswith(start) for path in paths}
+    assert sorted(ignored - known) == [], f"{mode}: accepted and not read"
