@@ -122,3 +122,8 @@ class AdvantageConfig:
     aggregate: Literal["rewards", "advantages"] = option(
         "rewards", "what to sum over several rewards", section="advantages"
     )
+
+    @property
+    def normalisation(self) -> Literal["group", "global", "none"]:
+        """What advantages are divided by."""
+        return self.advantage_std
