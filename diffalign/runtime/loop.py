@@ -234,7 +234,7 @@ class Loop(Generic[B]):
         if reason is not None:
             self._note_skipped(reason, row["grad_norm"], minibatch)
         self.state.step(reason, row["grad_norm"])
-        row["lr"] = self.state.schedule.get_last_lr()[0]
+        row["lr"] = float(self.state.schedule.get_last_lr()[0])
         if reason is not None:
             row["skipped"] = float(self.progress.skipped)
         return {**row, **minibatch.metrics, "time/update": time.perf_counter() - started}

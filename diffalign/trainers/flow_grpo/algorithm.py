@@ -6,7 +6,7 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rollout.collector import Collector, Rollout
+from diffalign.rollout.generate import replay
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.tree import paths
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch
@@ -103,9 +105,9 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     @torch.no_grad()
     def _recompute(self, batch: Rollout) -> None:
         buffer = batch.buffer
-        for samples, step in self._passes(batch, torch.arange(len(buffer.leaves))):
-            result, nodes = self._replay(batch, samples, step)
-            buffer.log_prob[nodes] = result.log_prob
+        for nodes, _ in self._passes(batch, torch.arange(trees(batch))):
+            result = self._replay(batch, nodes)
+            buffer.log_prob[nodes] = density(result)
             buffer.put_means(nodes, result.mean)
         buffer.settle()
 
@@ -116,22 +118,26 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     # Update ---------------------------------------------------------------------------------------------------------
 
     def minibatches(self, batch: Rollout, iteration: int) -> Iterator[MiniBatch]:
-        """Assign the iteration's samples to optimizer steps, and split each step into passes over (samples, step)."""
-        count = len(batch.buffer.leaves)
-        order = self.run.rng.permutation(count, "minibatches", iteration, self.run.rank)
-        update_of = self.collector.update_index(iteration)[order]
-        weights = step_weights(batch.plan.plan, self.levels, self.config.step_weights)
+        """Assign the iteration's trees to optimizer steps, and split each step into passes over transitions.
+
+        A tree of a plan that does not branch is one sample. Every transition trains once, also one that leaves share.
+        """
+        plan = batch.plan.plan
+        order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
+        update_of = self.collector.update_index(iteration, plan)[order]
+        weights = step_weights(plan, self.levels, self.config.step_weights)
+        per_tree = sum(paths(plan, step + 1) for step in plan.trained_steps)
 
         for update in range(self.config.updates_per_rollout):
             own = order[update_of == update]
-            rollout, samples = self.rebalanced(batch, own)
-            passes = self._passes(batch, samples)
-            scale = len(own) * len(weights)
+            rollout, kept = self.rebalanced(batch, own)
+            passes = self._passes(rollout, kept)
+            scale = len(own) * per_tree
             yield MiniBatch(
-                [MicroBatch(rows, weights[step] * len(rows) / scale, rollout, step) for rows, step in passes],
-                own,
+                [MicroBatch(nodes, weights[step] * len(nodes) / scale, rollout, step) for nodes, step in passes],
+                leaves_of(plan, own),
                 {
-                    "kept_fraction": len(samples) / len(own),
+                    "kept_fraction": len(kept) / len(own),
                     "passes_saved": float(len(self._passes(batch, own)) - len(passes)),
                 },
             )
@@ -148,21 +154,32 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         """
         return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
-    def _passes(self, batch: Rollout, samples: Tensor) -> Sequence[tuple[Tensor, int]]:
-        parts = [samples[rows] for rows in micro_batches(len(samples), self.config.train_batch_size)]
-        return [(part, step) for part in parts for step in batch.plan.plan.trained_steps]
+    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
+        """List (rows of transitions, step) of each pass over some trees."""
+        size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
+        parts = [chosen[rows] for rows in micro_batches(len(chosen), size)]
+        return [
+            (nodes, step)
+            for part in parts
+            for step in steps
+            for nodes in torch.split(self._transitions(rollout, part, step), size)
+        ]
+
+    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int) -> Tensor:
+        """Return the rows of the nodes that end step ``step`` of some trees, tree after tree."""
+        nodes = rollout.buffer.level(step + 1)
+        return nodes.view(-1, paths(rollout.plan.plan, step + 1))[chosen].flatten()
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one stored step of some samples, and metrics."""
+        """Return the mean loss of some transitions of one step, and metrics."""
         rollout, step, kl_beta = micro.data, micro.tag, self.config.kl_beta
         buffer = rollout.buffer
 
         # The reference first: its activations are freed before the policy's graph is built.
-        reference = self._reference_mean(rollout, micro.rows, step) if kl_beta > 0 else None
-        result, nodes = self._replay(rollout, micro.rows, step)
-        assert result.log_prob is not None
+        reference = self._reference_mean(rollout, micro.rows) if kl_beta > 0 else None
+        nodes, result = micro.rows, self._replay(rollout, micro.rows)
         replayed = PolicyStep(
-            result.log_prob,
+            density(result),
             buffer.log_prob[nodes],
             buffer.advantage[nodes],
             result.mean,
@@ -179,18 +196,14 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
             loss, metrics["kl"] = loss + kl_beta * kl, kl.detach()
         return loss, metrics
 
-    def _replay(self, rollout: Rollout, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
-        """Replay the stored transition of ``step`` under the current weights; return it and the nodes it ends in."""
-        buffer = rollout.buffer
-        nodes = buffer.nodes(samples, step + 1)
-        x, x_next = buffer.latents(buffer.parent[nodes]), buffer.latents(nodes)
-        conditioning = rollout.conditioning[buffer.group[nodes]]
-        return rollout.plan.replay(self.model, step, x, conditioning, x_next), nodes
+    def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
+        """Replay stored transitions under the current weights."""
+        return replay(self.model, rollout.plan, rollout.conditioning, rollout.buffer, nodes)
 
     @torch.no_grad()
-    def _reference_mean(self, rollout: Rollout, samples: Tensor, step: int) -> Tensor:
+    def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
         with self.model.using(REFERENCE):
-            return self._replay(rollout, samples, step)[0].mean
+            return self._replay(rollout, nodes).mean
 
     def _kl(self, rollout: Rollout, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.config.kl_kind == "published":
@@ -202,12 +215,10 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
 
     def on_first_batch(self, batch: Rollout) -> None:
         """Replay stored steps at unchanged weights: no log-ratio may exceed a tenth of the clip range."""
-        buffer = batch.buffer
-        samples = torch.arange(min(self.config.train_batch_size, len(buffer.leaves)))
         drift = {}
         for step in batch.plan.plan.trained_steps:
-            result, nodes = self._replay(batch, samples, step)
-            drift[step] = (result.log_prob - buffer.log_prob[nodes]).abs().max().item()
+            nodes = self._first_transitions(batch, step)
+            drift[step] = (density(self._replay(batch, nodes)) - batch.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
             raise CannotTrain(
@@ -218,8 +229,12 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
 
     def probe(self, batch: Rollout) -> list[Tensor]:
         """Return the log-probs of the first trained step."""
-        samples = torch.arange(min(self.config.train_batch_size, len(batch.buffer.leaves)))
-        return [self._replay(batch, samples, batch.plan.plan.trained_steps[0])[0].log_prob]
+        nodes = self._first_transitions(batch, batch.plan.plan.trained_steps[0])
+        return [density(self._replay(batch, nodes))]
+
+    def _first_transitions(self, batch: Rollout, step: int) -> Tensor:
+        size = self.config.train_batch_size
+        return self._transitions(batch, torch.arange(min(size, trees(batch))), step)[:size]
 
     @property
     def num_steps(self) -> int:
@@ -243,6 +258,24 @@ class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
     """
 
     algorithm_class = FlowGRPO
+
+
+def trees(rollout: Rollout) -> int:
+    """Return the number of trees of a rollout; samples, if its plan does not branch."""
+    plan = rollout.plan.plan
+    return len(rollout.buffer.leaves) // paths(plan, len(plan))
+
+
+def leaves_of(plan: Plan, chosen: Tensor) -> Tensor:
+    """Return the leaves of some trees, by their order in the buffer."""
+    count = paths(plan, len(plan))
+    return (chosen[:, None] * count + torch.arange(count)).flatten()
+
+
+def density(result: StepResult) -> Tensor:
+    """Return the log-prob of a stochastic step, (B,)."""
+    assert result.log_prob is not None
+    return result.log_prob
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:

@@ -162,7 +162,7 @@ class ForwardRL(Algorithm[ForwardRLConfig, Rollout]):
         order = self.run.rng.permutation(count, "minibatches", iteration, self.run.rank)
         if self.objective.statistic is not None:
             order = torch.arange(count)  # whole groups stay together
-        update_of = self.collector.update_index(iteration)[order]
+        update_of = self.collector.update_index(iteration, batch.plan.plan)[order]
         blocks = micro_batches(config.times_per_image, config.times_per_pass)
 
         for update in range(config.updates_per_rollout):
