@@ -6,8 +6,7 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,24 +18,22 @@ from diffalign.losses.policy import PolicyStep
 from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
-from diffalign.rewards.support.probe import try_rewards
-from diffalign.rollout.collector import Collector, Rollout
+from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.tree import paths
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch
-from diffalign.runtime.provenance import digest
+from diffalign.runtime.interfaces import MicroBatch, MiniBatch
 from diffalign.runtime.run import Run
 from diffalign.structures import Level, StepResult
-from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 from diffalign.trainers.flow_grpo.cost import COST
-from diffalign.trainers.inputs import Inputs, check_groups, dataset, evaluation_rewards, read_rewards
+from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import register_algorithm
+from diffalign.trainers.rollouts import RolloutAlgorithm
 
 TRIAL = {
     "num_groups": 2,
@@ -51,24 +48,8 @@ TRIAL = {
 
 
 @register_algorithm("flow_grpo", config=FlowGRPOConfig, cost=COST, trial=TRIAL)
-class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
+class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     """Policy gradients on the stored stochastic steps of rollouts, with advantages relative to the group."""
-
-    @classmethod
-    def read_inputs(cls, config: FlowGRPOConfig, reward_funcs: Any, train_dataset: Any) -> Inputs[FlowGRPOConfig]:
-        """Validate the configuration, and read rewards and prompts."""
-        config.validate()
-        config, rewards, weights = read_rewards(config, reward_funcs)
-        prompts = dataset(train_dataset, config.train_prompts, "train_prompts")
-        try_rewards(rewards, prompts, config.resolution)
-        judges = evaluation_rewards(config.eval_rewards, rewards, config.allow_reward_code)
-        return Inputs(config, prompts, rewards, weights, judges)
-
-    @classmethod
-    def check_processes(cls, inputs: Inputs[FlowGRPOConfig], processes: int) -> None:
-        """Raise ValueError where images or groups do not divide over the processes."""
-        inputs.config.validate_batches(processes)
-        check_groups(inputs.rewards, inputs.config.num_groups, processes)
 
     @classmethod
     def keeps_reference(cls, config: FlowGRPOConfig) -> bool:
@@ -78,10 +59,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     def __init__(self, run: Run[FlowGRPOConfig], inputs: Inputs[FlowGRPOConfig]) -> None:
         super().__init__(run, inputs)
         config = run.config
-        self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights)
-        self.data_digest = digest(self.collector.texts())
         self.levels = self.collector.levels
-        self.updates_per_iteration = config.updates_per_rollout
         self.objective = get_objective(config.loss)
         dimensions = torch.Size(self.model.latent_shape()).numel()
         self.clip = clip_range_per_dimension(config.clip_range, config.clip_unit, dimensions)
@@ -92,13 +70,9 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         """Sample the images of an iteration."""
         return self.collector.sample(iteration, means=self.objective.means)
 
-    def score(self, batch: Rollout) -> None:
-        """Score the images."""
-        self.collector.score(batch)
-
     def advantage(self, batch: Rollout) -> None:
         """Compute advantages within groups, and log-probs at training shapes with ``old_log_prob: recompute``."""
-        self.collector.advantage(batch)
+        super().advantage(batch)
         if self.config.old_log_prob == "recompute":
             self._recompute(batch)
 
@@ -110,10 +84,6 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
             buffer.log_prob[nodes] = density(result)
             buffer.put_means(nodes, result.mean)
         buffer.settle()
-
-    def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> Rollout:
-        """Rebuild the rollout."""
-        return self.collector.restored(iteration, tensors, metrics)
 
     # Update ---------------------------------------------------------------------------------------------------------
 
@@ -235,11 +205,6 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     def _first_transitions(self, batch: Rollout, step: int) -> Tensor:
         size = self.config.train_batch_size
         return self._transitions(batch, torch.arange(min(size, trees(batch))), step)[:size]
-
-    @property
-    def num_steps(self) -> int:
-        """Sampling steps of the plan."""
-        return self.config.plan.num_steps
 
 
 class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):

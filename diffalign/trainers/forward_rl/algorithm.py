@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +16,23 @@ from torch import Tensor
 from diffalign.losses.forward import ForwardStep, mean_square
 from diffalign.losses.registry import get_forward_objective
 from diffalign.models.weights import POLICY, REFERENCE
-from diffalign.rewards.support.probe import try_rewards
-from diffalign.rollout.collector import Collector, Rollout
+from diffalign.rollout.collector import Rollout
 from diffalign.rollout.forward_process import ForwardProcess, Noised, TimeSampling, noised
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch, State
-from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.structures import Conditioning
-from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.forward_rl.advantages import transformed
 from diffalign.trainers.forward_rl.config import ForwardRLConfig
 from diffalign.trainers.forward_rl.copies import LaggedCopies
 from diffalign.trainers.forward_rl.cost import COST, Needs, needs
 from diffalign.trainers.forward_rl.times import TrainingTimes
-from diffalign.trainers.inputs import Inputs, check_groups, dataset, evaluation_rewards, read_rewards
+from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import register_algorithm
+from diffalign.trainers.rollouts import RolloutAlgorithm
 
 TRIAL = {
     "num_groups": 2,
@@ -90,24 +87,10 @@ class Denoised:
 
 
 @register_algorithm("forward_rl", config=ForwardRLConfig, cost=COST, trial=TRIAL)
-class ForwardRL(Algorithm[ForwardRLConfig, Rollout]):
+class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
     """Denoising losses on final images of rollouts, with advantages relative to the group."""
 
-    @classmethod
-    def read_inputs(cls, config: ForwardRLConfig, reward_funcs: Any, train_dataset: Any) -> Inputs[ForwardRLConfig]:
-        """Validate the configuration, and read rewards and prompts."""
-        config.validate()
-        config, rewards, weights = read_rewards(config, reward_funcs)
-        prompts = dataset(train_dataset, config.train_prompts, "train_prompts")
-        try_rewards(rewards, prompts, config.resolution)
-        judges = evaluation_rewards(config.eval_rewards, rewards, config.allow_reward_code)
-        return Inputs(config, prompts, rewards, weights, judges)
-
-    @classmethod
-    def check_processes(cls, inputs: Inputs[ForwardRLConfig], processes: int) -> None:
-        """Raise ValueError where images or groups do not divide over the processes."""
-        inputs.config.validate_batches(processes)
-        check_groups(inputs.rewards, inputs.config.num_groups, processes)
+    leaves_only = True
 
     @classmethod
     def keeps_reference(cls, config: ForwardRLConfig) -> bool:
@@ -119,10 +102,7 @@ class ForwardRL(Algorithm[ForwardRLConfig, Rollout]):
         config, self.method = run.config, run.config.method
         self.objective = get_forward_objective(self.method.objective)
         self.options = self.objective.resolve(self.method.objective_options)
-        self.updates_per_iteration = config.updates_per_rollout
 
-        self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights, leaves_only=True)
-        self.data_digest = digest(self.collector.texts())
         levels = self.collector.levels
         self.times = TrainingTimes(self.method, config.times_per_image, config.grid_steps, levels, run.model)
         self.forward = ForwardProcess(run, TimeSampling())
@@ -140,19 +120,11 @@ class ForwardRL(Algorithm[ForwardRLConfig, Rollout]):
         with self.model.using(self.copies.sets["sample"]):
             return self.collector.sample(iteration)
 
-    def score(self, batch: Rollout) -> None:
-        """Score the images."""
-        self.collector.score(batch)
-
     def advantage(self, batch: Rollout) -> None:
         """Compute advantages within groups; keep those of one sign, or scale them, as the method says."""
         self.collector.advantage(batch)
         advantage = batch.buffer.advantage
         batch.buffer.advantage = transformed(advantage, self.method.advantage_mode, self.method.advantage_scale)
-
-    def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> Rollout:
-        """Rebuild the rollout."""
-        return self.collector.restored(iteration, tensors, metrics)
 
     # Update ---------------------------------------------------------------------------------------------------------
 
@@ -332,11 +304,6 @@ class ForwardRL(Algorithm[ForwardRLConfig, Rollout]):
     def _first(self, batch: Rollout) -> tuple[UpdateData, Tensor]:
         samples = torch.arange(min(self.config.train_batch_size, len(batch.buffer.leaves)))
         return UpdateData(batch, samples, 0, self._times(batch, 0)), samples
-
-    @property
-    def num_steps(self) -> int:
-        """Sampling steps of the plan."""
-        return self.config.plan.num_steps
 
 
 class ForwardRLTrainer(Trainer[ForwardRLConfig]):
