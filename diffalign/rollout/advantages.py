@@ -19,7 +19,7 @@ def group_advantages(
     groups: Tensor,
     *,
     weights: Mapping[str, float] | None = None,
-    std: Literal["group", "global", "none"] = "group",
+    std: Literal["group", "global", "unit"] = "group",
     aggregate: Literal["rewards", "advantages"] = "rewards",
     epsilon: float = 1e-4,
     clip: float | None = 5.0,
@@ -28,8 +28,8 @@ def group_advantages(
 
     rewards: named, each (N,), of the whole iteration (gathered over processes). groups: (N,) integers, any labels.
     weights: factor of each reward; 1 for those not named, and a reward of weight 0 plays no part.
-    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global"); "none"
-        divides by nothing, so that A = r - mean.
+    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global"); "unit"
+        divides by 1, so that A = r - mean.
     aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
     clip: None for no bound.
 
@@ -38,9 +38,9 @@ def group_advantages(
 
     ValueError: unknown option or weight, no reward of non-zero weight, lengths that differ.
     """
-    if std not in ("group", "global", "none") or aggregate not in ("rewards", "advantages"):
+    if std not in ("group", "global", "unit") or aggregate not in ("rewards", "advantages"):
         raise ValueError(
-            f"got std {std!r}, aggregate {aggregate!r}: use group, global or none, and rewards or advantages"
+            f"got std {std!r}, aggregate {aggregate!r}: use group, global or unit, and rewards or advantages"
         )
     if epsilon < 0 or (clip is not None and not clip > 0):
         raise ValueError(f"got epsilon {epsilon}, clip {clip}: epsilon must not be negative, clip positive or None")
@@ -230,7 +230,7 @@ class _Groups:
         return (self.count < 2) | (spread <= FLAT * self.max(magnitude))
 
     def normalise(
-        self, values: Tensor, magnitude: Tensor, std: Literal["group", "global", "none"], epsilon: float
+        self, values: Tensor, magnitude: Tensor, std: Literal["group", "global", "unit"], epsilon: float
     ) -> Tensor:
         """(N,) offsets over (standard deviation + epsilon), or as they are; exactly 0 in flat groups."""
         offsets = centred = self.centre(values)

@@ -133,6 +133,6 @@ class AdvantageConfig:
     )
 
     @property
-    def normalisation(self) -> Literal["group", "global", "none"]:
+    def normalisation(self) -> Literal["group", "global", "unit"]:
         """What advantages are divided by."""
         return self.advantage_std

@@ -70,7 +70,7 @@ MISTAKES = {
     "give 1 to 4, or raise time_fraction": {"num_times": 9},
     "has 1 of plan.num_steps 4 steps": {"times": "stratified", "num_times": 3, "time_fraction": 0.5},
     "give at least 1": {"times": "uniform", "num_times": 0},
-    "anchors nothing": {"ema_weight": 0.1, "ema_lag": LagConfig("none")},
+    "anchors nothing": {"ema_weight": 0.1, "ema_lag": LagConfig("current")},
     "plan.branch": {"plan": PlanConfig("flow_grpo", num_steps=4, branch=(2,))},
 }
 

@@ -69,7 +69,7 @@ def test_a_run_of_variants_computes_what_was_forecast(variant, tmp_path):
 PASSES = {
     "nft with its anchor": ("nft", {}, 2),
     "nft without an anchor": ("nft", {"reference_weight": 0.0}, 1),
-    "on-policy nft": ("nft", {"reference_weight": 0.0, "old_lag": LagConfig("none")}, 0),
+    "on-policy nft": ("nft", {"reference_weight": 0.0, "old_lag": LagConfig("current")}, 0),
     "awm with both anchors": ("awm", {}, 2),
     "awm without anchors": ("awm", {"reference_weight": 0.0, "ema_weight": 0.0}, 0),
     "dgpo without clipping": ("dgpo", {"objective_options": {"clip_range": float("inf")}}, 1),

@@ -85,17 +85,17 @@ def test_every_preset_draws_levels_of_both_families(preset, frozen, tmp_path):
         assert ((level.sigma > 0) & (level.sigma <= 1)).all()
 
 
-@pytest.mark.parametrize("share", ["none", "group", "iteration"])
+@pytest.mark.parametrize("share", ["image", "group", "iteration"])
 def test_times_are_shared_as_asked(share, tmp_path):
     trainer = trainer_of(config(tmp_path, share_times=share, num_groups=6, plan=PlanConfig("ode", num_steps=8)))
     batch = collect(trainer)
     found = trainer.algorithm._times(batch, 0)
-    distinct = {"none": 12, "group": 6, "iteration": 1}[share]
+    distinct = {"image": 12, "group": 6, "iteration": 1}[share]
     assert len(torch.unique(found, dim=0)) == distinct
     assert not torch.equal(found, trainer.algorithm._times(batch, 1))
 
 
-@pytest.mark.parametrize("share", ["none", "group"])
+@pytest.mark.parametrize("share", ["image", "group"])
 def test_noise_is_shared_as_asked_and_fresh_at_each_time(share, tmp_path):
     trainer = trainer_of(config(tmp_path, share_noise=share, times_per_pass=2))
     batch = collect(trainer)
@@ -122,10 +122,10 @@ def test_lags_are_the_published_functions_of_the_step():
     for name, function in closed.items():
         for step in (0, 1, 9, 10, 60, 74, 75, 76, 209, 300, 5000):
             assert LAGS[name].decay(step) == pytest.approx(function(step)), (name, step)
-    assert LagConfig("type1", slope=0.01).resolve("none").decay(20) == pytest.approx(0.2)
+    assert LagConfig("type1", slope=0.01).resolve("current").decay(20) == pytest.approx(0.2)
     assert LagConfig().resolve("type1") == LAGS["type1"]
     with pytest.raises(ValueError, match="unknown lag 'type9'"):
-        LagConfig("type9").resolve("none")
+        LagConfig("type9").resolve("current")
 
 
 def test_a_copy_that_never_lags_is_the_policy():

@@ -10,7 +10,7 @@ from diffalign.config import option
 from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
 from diffalign.trainers.forward_rl.lag import LagConfig
-from diffalign.trainers.forward_rl.presets import Method, resolve
+from diffalign.trainers.forward_rl.presets import LAG_FIELDS, Method, changeable, resolve
 
 GRIDS = ("grid", "stratified", "stratified_with_first")
 
@@ -76,10 +76,12 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
     time_shift: float | None = option(
         None, "shift of continuous times towards noise; 1: none", section="loss", gt=0, le=1000
     )
-    share_times: Literal["none", "group", "iteration"] | None = option(
-        None, "which images of an iteration share their times", section="loss"
+    share_times: Literal["image", "group", "iteration"] | None = option(
+        None, "share times within: each image alone, its group, or the iteration", section="loss"
     )
-    share_noise: Literal["none", "group"] | None = option(None, "which images share their noise", section="loss")
+    share_noise: Literal["image", "group"] | None = option(
+        None, "share noise within: each image alone, or its group", section="loss"
+    )
     reference_weight: float | None = option(
         None, "weight of the squared distance from the base model's output; 0: no such pass", section="loss", ge=0
     )
@@ -90,9 +92,9 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         None, "weight of the squared distance from a lagged copy's output; 0: no such copy", section="loss", ge=0
     )
     ema_lag: LagConfig = option(LagConfig(), "lag of the copy that ema_weight anchors to", section="loss")
-    advantage_std: Literal["group", "global", "none"] | None = option(  # type: ignore[assignment]
+    advantage_std: Literal["group", "global", "unit"] | None = option(  # type: ignore[assignment]
         None,
-        "standard deviation to divide advantages by: of each group, of the iteration, or none; default: the preset's",
+        "standard deviation to divide advantages by: of each group, the iteration, or 1 (unit); default: the preset's",
         section="advantages",
     )
     advantage_mode: Literal["all", "positive", "negative", "one", "binary"] | None = option(
@@ -108,10 +110,12 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
     @property
     def method(self) -> Method:
         """The preset with the fields that are set."""
-        return resolve(self)
+        changes = {name: value for name in changeable() if (value := getattr(self, name)) is not None}
+        lags = {name: getattr(self, name) for name in LAG_FIELDS}
+        return resolve(self.preset, changes, self.objective_options, lags)
 
     @property
-    def normalisation(self) -> Literal["group", "global", "none"]:
+    def normalisation(self) -> Literal["group", "global", "unit"]:
         """What advantages are divided by."""
         return self.method.advantage_std  # type: ignore[return-value]
 
@@ -153,7 +157,7 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
             names["ema_lag"] = "read only with an ema_weight above 0"
         if not method.reference_weight:
             names["reference_guidance"] = "read only with a reference_weight above 0"
-        if method.advantage_std == "none":
+        if method.advantage_std == "unit":
             names["advantage_epsilon"] = "read only where advantages are divided by a standard deviation"
         return names
 
@@ -195,4 +199,6 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
             if getattr(method, name).maximum >= 1:
                 raise ValueError(f"{name}.maximum must be below 1: the copy would never move")
         if method.ema_weight and method.ema_lag.follows(self.updates_per_rollout):  # type: ignore[union-attr]
-            raise ValueError("ema_lag none is the policy itself, which anchors nothing: give a lag, or ema_weight: 0")
+            raise ValueError(
+                "ema_lag current is the policy itself, which anchors nothing: give a lag, or ema_weight: 0"
+            )

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from diffalign.config import Checked, Given, option
 
-NAMES = "none, type0, type1, type2, type3, linear, crd_old, dgpo, dgpo_sampling or constant"
+NAMES = "current, type0, type1, type2, type3, linear, crd_old, dgpo, dgpo_sampling or constant"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Lag:
 
 # NFT's types 0 to 2, and type 3 of the code that follows it; the others are named after the method.
 LAGS: dict[str, Lag] = {
-    "none": Lag(),
+    "current": Lag(),  # the policy itself
     "type0": Lag(),
     "type1": Lag(slope=0.001, maximum=0.5),
     "type2": Lag(start=75, slope=0.0075, maximum=0.999),

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffalign.trainers.forward_rl.lag import Lag
-
-if TYPE_CHECKING:
-    from diffalign.trainers.forward_rl.config import ForwardRLConfig
+from diffalign.trainers.forward_rl.lag import Lag, LagConfig
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Method:
         time_std: Its standard deviation.
         time_min: Smallest continuous time.
         time_shift: Shift s of continuous times, s t / (1 + (s - 1) t).
-        share_times: Whose times are equal: "none", "group" or "iteration".
-        share_noise: Whose noise is equal: "none" or "group".
+        share_times: Whose times are equal: "image" (none are), "group" or "iteration".
+        share_noise: Whose noise is equal: "image" (none is) or "group".
         sample_lag: Lag of the weights that sample.
         old_lag: Lag of the weights that the objective compares with.
         ema_lag: Lag of the weights that anchor the policy.
@@ -39,7 +36,7 @@ class Method:
         reference_guidance: Guidance scale of v_ref, which the policy then learns; None: no guidance.
         advantage_mode: "all", "positive", "negative", "one" (1 where positive, else 0) or "binary" (the sign).
         advantage_scale: Factor of advantages.
-        advantage_std: What advantages are divided by: "group", "global" or "none".
+        advantage_std: What advantages are divided by: "group", "global" or "unit" (by 1).
     """
 
     objective: str = "nft"
@@ -52,10 +49,10 @@ class Method:
     time_std: float = 1.0
     time_min: float = 0.01
     time_shift: float = 1.0
-    share_times: str = "none"
-    share_noise: str = "none"
-    sample_lag: str | Lag = "none"
-    old_lag: str | Lag = "none"
+    share_times: str = "image"
+    share_noise: str = "image"
+    sample_lag: str | Lag = "current"
+    old_lag: str | Lag = "current"
     ema_lag: str | Lag = "linear"
     ema_weight: float = 0.0
     reference_weight: float = 0.0
@@ -67,7 +64,7 @@ class Method:
 
 _LAGGED = {"sample_lag": "type1", "old_lag": "type1"}
 # The authors' ELBO methods: A = 0.1 (R - mean), the ratio of their alpha and beta.
-_ELBO = Method(**_LAGGED, reference_weight=1e-4, advantage_scale=0.1, advantage_std="none")  # type: ignore[arg-type]
+_ELBO = Method(**_LAGGED, reference_weight=1e-4, advantage_scale=0.1, advantage_std="unit")  # type: ignore[arg-type]
 
 PRESETS: dict[str, Method] = {
     "nft": Method(**_LAGGED, reference_weight=1e-4),  # type: ignore[arg-type]
@@ -96,15 +93,29 @@ PRESETS: dict[str, Method] = {
 LAG_FIELDS = ("sample_lag", "old_lag", "ema_lag")
 
 
-def resolve(config: ForwardRLConfig) -> Method:
-    """Merge the preset with the fields that are set. ValueError: an unknown preset or lag."""
-    if config.preset not in PRESETS:
-        raise ValueError(f"unknown preset {config.preset!r}; use one of {', '.join(PRESETS)}")
-    preset = PRESETS[config.preset]
-    names = [one.name for one in fields(Method) if one.name not in (*LAG_FIELDS, "objective_options")]
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(config, name)) is not None}
+def changeable() -> list[str]:
+    """List the fields of ``Method`` that a configuration has by the same name, None for the preset's value."""
+    return [one.name for one in fields(Method) if one.name not in (*LAG_FIELDS, "objective_options")]
 
-    same = given.get("objective", preset.objective) == preset.objective
-    options = {**(preset.objective_options if same else {}), **config.objective_options}
-    lags = {name: getattr(config, name).resolve(getattr(preset, name)) for name in LAG_FIELDS}
-    return replace(preset, **given, **lags, objective_options=options)
+
+def resolve(
+    preset: str, changes: Mapping[str, Any], options: Mapping[str, float], lags: Mapping[str, LagConfig]
+) -> Method:
+    """Merge a preset with what is set.
+
+    Args:
+        preset: A key of ``PRESETS``.
+        changes: Values of ``changeable`` fields.
+        options: Options of the objective; they add to the preset's, unless the objective is another one.
+        lags: Each of ``LAG_FIELDS``.
+
+    Raises:
+        ValueError: An unknown preset or lag.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+    base = PRESETS[preset]
+    same = changes.get("objective", base.objective) == base.objective
+    resolved: dict[str, Any] = {name: lag.resolve(getattr(base, name)) for name, lag in lags.items()}
+    merged = {**(base.objective_options if same else {}), **options}
+    return replace(base, **changes, **resolved, objective_options=merged)
