@@ -173,7 +173,8 @@ def test_a_preset_fits_on_the_card_that_it_names(path, monkeypatch):
     assert HUB[args.model] == type(published(args.model, args.base_dtype, args.lora.rank).pipeline).__name__
 
 
-@pytest.mark.parametrize("trainer", algorithm_names())
+# Forward-process RL has a file per model, for no card in particular.
+@pytest.mark.parametrize("trainer", [name for name in algorithm_names() if name != "forward_rl"])
 def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
     found = {path.stem for path in PRESETS if path.parent.name == trainer}
     assert found == {f"{model}_{vram}gb" for model, sizes in SIZES.items() for vram in sizes}

@@ -6,6 +6,7 @@ What a loss takes and returns is the same for every loss of a kind, so that trai
                         loss(denoised, liked, *, beta, **options) -> (B,)   with ``paired=False``
     reward loss         loss(reward, **options) -> (B,)                     ``@reward_loss``
     policy objective    loss(step, *, clip_range) -> (B,), metrics          ``@policy_objective``
+    forward objective   loss(step, **options) -> (B,), metrics              ``@forward_objective``
 
 A loss is per sample, float32 or wider; means over samples, weights of samples and sums over processes are the
 trainer's. Options are keyword-only parameters. A loss that has no use for beta does not take it. Metrics are detached

@@ -78,9 +78,49 @@ class PolicyObjective(Loss):
     means: bool = False
 
 
+Options = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ForwardObjective(Loss):
+    """A loss of noised final images, (step, **options) -> (B,) and metrics.
+
+    old, reference: whether it needs the outputs of the lagged weights, and of the base model; may depend on options.
+    estimator: whether it reads ``ForwardStep.log_p``. linear: whether an advantage of 0 gives no loss and no gradient.
+    statistic: function (step, **options) -> (B, S), whose mean over each group the objective needs; None: no groups.
+    statistic_old, statistic_reference: outputs that the statistic needs besides the policy's.
+    """
+
+    old: bool | Callable[[Options], bool] = False
+    reference: bool = False
+    estimator: bool = True
+    linear: bool = False
+    statistic: Callable[..., Tensor] | None = None
+    statistic_old: bool = False
+    statistic_reference: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the function's options: all of its parameters but the first."""
+        return tuple(signature(self.function).parameters)[1:]
+
+    def resolve(self, given: Options) -> dict[str, float]:
+        """Return all options with their values. ValueError: an option that the objective does not have."""
+        parameters = signature(self.function).parameters
+        if unknown := sorted(given.keys() - set(self.options)):
+            known = ", ".join(self.options) or "no options"
+            raise ValueError(f"objective_options: unknown {', '.join(unknown)}; this objective has {known}")
+        return {name: given.get(name, parameters[name].default) for name in self.options}
+
+    def needs_old(self, options: Options) -> bool:
+        """Whether the loss needs the output of the lagged weights."""
+        return self.old(options) if callable(self.old) else self.old
+
+
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
 REWARD_LOSSES: dict[str, RewardLoss] = {}
 POLICY_OBJECTIVES: dict[str, PolicyObjective] = {}
+FORWARD_OBJECTIVES: dict[str, ForwardObjective] = {}
 # Losses by code, by what they were asked for as: loading them once takes consent, using them does not.
 _LOADED: dict[tuple[type[Loss], str], Any] = {}
 
@@ -116,6 +156,28 @@ def policy_objective(name: str, *, idea: str, source: str, means: bool = False) 
     return lambda function: _add(POLICY_OBJECTIVES, name, PolicyObjective(function, idea, source, means), function)
 
 
+def forward_objective(
+    name: str,
+    *,
+    idea: str,
+    source: str,
+    old: bool | Callable[[Options], bool] = False,
+    reference: bool = False,
+    estimator: bool = True,
+    linear: bool = False,
+    statistic: Callable[..., Tensor] | None = None,
+    statistic_old: bool = False,
+    statistic_reference: bool = False,
+) -> Callable[[F], F]:
+    """Register a forward objective; arguments as the fields of ``ForwardObjective``. ValueError: the name is taken."""
+
+    def add(function: F) -> F:
+        needs = (old, reference, estimator, linear, statistic, statistic_old, statistic_reference)
+        return _add(FORWARD_OBJECTIVES, name, ForwardObjective(function, idea, source, *needs), function)
+
+    return add
+
+
 def _add(registry: dict[str, Any], name: str, entry: Loss, function: F) -> F:
     if name in registry:
         raise ValueError(f"a loss named {name!r} is registered already: choose another name")
@@ -147,6 +209,14 @@ def get_reward_loss(name: str, allow_code: bool = False) -> RewardLoss:
 def get_objective(name: str, allow_code: bool = False) -> PolicyObjective:
     """Find a policy objective as ``get_loss`` does; code is a function of ``(step, *, clip_range)``."""
     return _find("policy objective", POLICY_OBJECTIVES, PolicyObjective, name, allow_code, _plain_objective)
+
+
+def get_forward_objective(name: str, allow_code: bool = False) -> ForwardObjective:
+    """Find a forward objective as ``get_loss`` does; code is a function of ``(step, **options)``, options of numbers.
+
+    Code without the decorator gets the outputs of the policy, the lagged weights and the base model.
+    """
+    return _find("forward objective", FORWARD_OBJECTIVES, ForwardObjective, name, allow_code, _plain_forward)
 
 
 L = TypeVar("L", bound=Loss)
@@ -209,3 +279,10 @@ def _plain_objective(function: Callable[..., Any], name: str, parameters: tuple[
     if parameters != ("step", "clip_range"):
         raise ValueError("write it as (step, *, clip_range), returning losses (B,) and metrics")
     return PolicyObjective(function, "the user's own", name, means=True)
+
+
+def _plain_forward(function: Callable[..., Any], name: str, parameters: tuple[str, ...]) -> ForwardObjective:
+    defaults = [parameter.default for parameter in signature(function).parameters.values()][1:]
+    if parameters[:1] != ("step",) or not all(isinstance(default, (int, float)) for default in defaults):
+        raise ValueError("write it as (step, *, option: float = ...), returning losses (B,) and metrics")
+    return ForwardObjective(function, "the user's own", name, old=True, reference=True)

@@ -6,7 +6,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffalign.losses.registry import POLICY_OBJECTIVES, PREFERENCE_LOSSES, REWARD_LOSSES
+from diffalign.losses.registry import (
+    FORWARD_OBJECTIVES,
+    POLICY_OBJECTIVES,
+    PREFERENCE_LOSSES,
+    REWARD_LOSSES,
+    ForwardObjective,
+)
 
 README = Path(__file__).with_name("README.md")
 
@@ -47,7 +53,34 @@ def policy_table() -> str:
     return _table(("objective", "idea", "paper", "stores means"), rows)
 
 
-TABLES = {"preference": preference_table, "reward": reward_table, "policy": policy_table}
+def forward_table() -> str:
+    """List the forward objectives by name."""
+    rows = (
+        (
+            f"`{name}`",
+            loss.idea,
+            _paper(loss.source),
+            ", ".join(_outputs(loss)),
+            "yes" if loss.statistic else "no",
+            ", ".join(f"`{option}` {value:g}" for option, value in loss.resolve({}).items()),
+        )
+        for name, loss in sorted(FORWARD_OBJECTIVES.items())
+    )
+    return _table(("objective", "idea", "paper", "compares with", "group means", "options"), rows)
+
+
+def _outputs(loss: ForwardObjective) -> list[str]:
+    old = loss.needs_old(loss.resolve({})) or loss.statistic_old
+    found = {"old": old, "reference": loss.reference or loss.statistic_reference}
+    return [name for name, needed in found.items() if needed]
+
+
+TABLES = {
+    "preference": preference_table,
+    "reward": reward_table,
+    "policy": policy_table,
+    "forward": forward_table,
+}
 
 
 def updated(text: str) -> str:

@@ -19,7 +19,7 @@ def group_advantages(
     groups: Tensor,
     *,
     weights: Mapping[str, float] | None = None,
-    std: Literal["group", "global"] = "group",
+    std: Literal["group", "global", "unit"] = "group",
     aggregate: Literal["rewards", "advantages"] = "rewards",
     epsilon: float = 1e-4,
     clip: float | None = 5.0,
@@ -28,7 +28,8 @@ def group_advantages(
 
     rewards: named, each (N,), of the whole iteration (gathered over processes). groups: (N,) integers, any labels.
     weights: factor of each reward; 1 for those not named, and a reward of weight 0 plays no part.
-    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global").
+    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global"); "unit"
+        divides by 1, so that A = r - mean.
     aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
     clip: None for no bound.
 
@@ -37,8 +38,10 @@ def group_advantages(
 
     ValueError: unknown option or weight, no reward of non-zero weight, lengths that differ.
     """
-    if std not in ("group", "global") or aggregate not in ("rewards", "advantages"):
-        raise ValueError(f"got std {std!r}, aggregate {aggregate!r}: use group or global, and rewards or advantages")
+    if std not in ("group", "global", "unit") or aggregate not in ("rewards", "advantages"):
+        raise ValueError(
+            f"got std {std!r}, aggregate {aggregate!r}: use group, global or unit, and rewards or advantages"
+        )
     if epsilon < 0 or (clip is not None and not clip > 0):
         raise ValueError(f"got epsilon {epsilon}, clip {clip}: epsilon must not be negative, clip positive or None")
     terms, finite = _terms(rewards, groups, weights)
@@ -46,7 +49,7 @@ def group_advantages(
     if aggregate == "rewards":
         terms = [(1.0, sum((w * r for w, r, _ in terms), zero), sum((abs(w) * m for w, _, m in terms), zero))]
     members = _Groups(groups, finite)
-    total = sum((w * members.normalise(r, m, std == "global", epsilon) for w, r, m in terms), zero)
+    total = sum((w * members.normalise(r, m, std, epsilon) for w, r, m in terms), zero)
     return (total if clip is None else total.clamp(-clip, clip)).float()
 
 
@@ -174,7 +177,7 @@ def per_depth_advantages(tree: Tree, rewards: Tensor) -> Tensor:
     usable = means.isfinite()
     clean = torch.where(usable, means, 0.0)
     labels = torch.unique(torch.stack([tree.tree, tree.depth], 1), dim=0, return_inverse=True)[1]
-    return _Groups(labels, usable).normalise(clean, clean.abs(), over_all=False, epsilon=1e-8)
+    return _Groups(labels, usable).normalise(clean, clean.abs(), std="group", epsilon=1e-8)
 
 
 Term = tuple[float, Tensor, Tensor]
@@ -226,12 +229,15 @@ class _Groups:
         spread = self.max(values) + self.max(-values)
         return (self.count < 2) | (spread <= FLAT * self.max(magnitude))
 
-    def normalise(self, values: Tensor, magnitude: Tensor, over_all: bool, epsilon: float) -> Tensor:
-        """(N,) offsets over (standard deviation + epsilon), exactly 0 in flat groups."""
-        centred = self.centre(values)
-        if over_all:
+    def normalise(
+        self, values: Tensor, magnitude: Tensor, std: Literal["group", "global", "unit"], epsilon: float
+    ) -> Tensor:
+        """(N,) offsets over (standard deviation + epsilon), or as they are; exactly 0 in flat groups."""
+        offsets = centred = self.centre(values)
+        if std == "global":
             chosen = values[self.finite]
-            std = (chosen - chosen.mean()).square().mean().sqrt()
-        else:
-            std = (self.sum(centred.square()) / self.count.clamp(min=1)).sqrt()[self.index]
-        return torch.where(self.flat(values, magnitude)[self.index], 0.0, centred / (std + epsilon))
+            offsets = centred / ((chosen - chosen.mean()).square().mean().sqrt() + epsilon)
+        elif std == "group":
+            deviation = (self.sum(centred.square()) / self.count.clamp(min=1)).sqrt()[self.index]
+            offsets = centred / (deviation + epsilon)
+        return torch.where(self.flat(values, magnitude)[self.index], 0.0, offsets)

@@ -64,16 +64,24 @@ def stored_steps(plan: Plan) -> tuple[int, ...]:
 
 
 def bytes_needed(
-    plan: Plan, samples: int, latent_shape: Sequence[int], dtype: torch.dtype, *, means: bool = False
+    plan: Plan,
+    samples: int,
+    latent_shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    means: bool = False,
+    steps: Sequence[int] | None = None,
 ) -> int:
     """Compute the size of the latents that a rollout stores.
 
     Args:
         samples: the number of trees, each with a start of its own; a chain is a tree with one leaf.
         means: whether trained nodes store the mean that they were drawn around, in float32.
+        steps: the level indices at which nodes are stored; default: ``stored_steps``.
     """
     latent = torch.Size(latent_shape).numel()
-    stored = sum(paths(plan, step) for step in stored_steps(plan)) * latent * dtype.itemsize
+    steps = stored_steps(plan) if steps is None else steps
+    stored = sum(paths(plan, step) for step in steps) * latent * dtype.itemsize
     trained = sum(paths(plan, step + 1) for step in plan.trained_steps) * latent * 4
     return samples * (stored + (trained if means else 0))
 

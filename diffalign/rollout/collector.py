@@ -16,7 +16,7 @@ from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rollout.advantages import flat_share, group_advantages
-from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer
+from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
 from diffalign.rollout.generate import NoiseKeys, rollouts
 from diffalign.rollout.pinned_memory import pinned
@@ -64,6 +64,7 @@ class Collector:
         prompts: Training prompts.
         rewards: Rewards by name.
         weights: Weight of each reward.
+        leaves_only: Whether to store final latents only, whatever the plan.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class Collector:
         prompts: Sequence[Prompt],
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float],
+        leaves_only: bool = False,
     ) -> None:
         self.run, self.config, self.model = run, run.config, run.model
+        self.leaves_only = leaves_only
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
         # All plans now: a moving window may reach a step that cannot be trained only after an hour.
@@ -168,8 +171,11 @@ class Collector:
         plan = make_plan(config.plan, iteration, config.seed, trees=True)
         shape, device = model.latent_shape(), self.run.accelerator.device
         group, sample = self._own_trees(plan)
-        outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means), device)
-        buffer = RolloutBuffer.allocate(plan, group, sample, prompts, shape, device=device, means=means, pinned=outside)
+        steps = (len(plan),) if self.leaves_only else stored_steps(plan)
+        outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means, steps=steps), device)
+        buffer = RolloutBuffer.allocate(
+            plan, group, sample, prompts, shape, device=device, means=means, steps=steps, pinned=outside
+        )
         conditioning = self.run.prompts([p.text for p in prompts])
         return Rollout(buffer, SamplingPlan(plan, self.levels, self.run.guidance), conditioning)
 
@@ -221,7 +227,7 @@ class Collector:
                 rewards,
                 groups,
                 weights=self.weights,
-                std=config.advantage_std,
+                std=config.normalisation,
                 aggregate=config.aggregate,
                 epsilon=config.advantage_epsilon,
                 clip=config.advantage_clip,

@@ -131,3 +131,8 @@ class AdvantageConfig:
         "per_depth (BranchGRPO)",
         section="advantages",
     )
+
+    @property
+    def normalisation(self) -> Literal["group", "global", "unit"]:
+        """What advantages are divided by."""
+        return self.advantage_std

@@ -27,9 +27,14 @@ class EMA:
         # copy=True: .float() of a float32 CPU parameter is the parameter itself.
         self.shadow = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
 
-    def update(self) -> None:
-        """Move the shadow towards the parameters; call it once after each optimizer step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+    def update(self, decay: float | None = None) -> None:
+        """Move the shadow towards the parameters; call it once after each optimizer step.
+
+        Args:
+            decay: Of this update; default: see the class.
+        """
+        if decay is None:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         targets = [p.detach().to(s) for p, s in zip(self.parameters, self.shadow, strict=True)]
         torch._foreach_lerp_(self.shadow, targets, 1 - decay)
         self.updates += 1

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
     from diffalign.trainers.flow_grpo.algorithm import FlowGRPOTrainer
     from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
+    from diffalign.trainers.forward_rl.algorithm import ForwardRLTrainer
+    from diffalign.trainers.forward_rl.config import ForwardRLConfig
     from diffalign.trainers.refl.algorithm import ReFLTrainer
     from diffalign.trainers.refl.config import ReFLConfig
 
@@ -17,6 +19,8 @@ __all__ = [
     "DiffusionDPOTrainer",
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
+    "ForwardRLConfig",
+    "ForwardRLTrainer",
     "ReFLConfig",
     "ReFLTrainer",
 ]
@@ -26,6 +30,8 @@ _HOMES = {
     "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo.algorithm",
     "FlowGRPOConfig": "diffalign.trainers.flow_grpo.config",
     "FlowGRPOTrainer": "diffalign.trainers.flow_grpo.algorithm",
+    "ForwardRLConfig": "diffalign.trainers.forward_rl.config",
+    "ForwardRLTrainer": "diffalign.trainers.forward_rl.algorithm",
     "ReFLConfig": "diffalign.trainers.refl.config",
     "ReFLTrainer": "diffalign.trainers.refl.algorithm",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -20,7 +20,13 @@ R = TypeVar("R", bound=RolloutConfig)
 
 
 class RolloutAlgorithm(Algorithm[R, Rollout]):
-    """Sample images of prompts along ``config.plan`` and score them. A subclass says how to train on them."""
+    """Sample images of prompts along ``config.plan`` and score them. A subclass says how to train on them.
+
+    Attributes:
+        leaves_only: Whether rollouts keep final latents only, whatever the plan.
+    """
+
+    leaves_only: ClassVar[bool] = False
 
     @classmethod
     def read_inputs(cls, config: R, reward_funcs: Any, train_dataset: Any) -> Inputs[R]:
@@ -40,7 +46,7 @@ class RolloutAlgorithm(Algorithm[R, Rollout]):
 
     def __init__(self, run: Run[R], inputs: Inputs[R]) -> None:
         super().__init__(run, inputs)
-        self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights)
+        self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights, self.leaves_only)
         self.data_digest = digest(self.collector.texts())
         self.updates_per_iteration = run.config.updates_per_rollout
 

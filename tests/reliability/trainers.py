@@ -11,6 +11,8 @@ from diffalign import (
     DiffusionDPOTrainer,
     FlowGRPOConfig,
     FlowGRPOTrainer,
+    ForwardRLConfig,
+    ForwardRLTrainer,
     LoraConfig,
     ReFLConfig,
     ReFLTrainer,
@@ -52,6 +54,7 @@ TRAINERS = {
     "flow_grpo": Case(FlowGRPOTrainer, FlowGRPOConfig, ROLLOUTS | FLOW),
     "diffusion_dpo": Case(DiffusionDPOTrainer, DiffusionDPOConfig, DATA),
     "online_dpo": Case(DiffusionDPOTrainer, DiffusionDPOConfig, ROLLOUTS | ONLINE),
+    "forward_rl": Case(ForwardRLTrainer, ForwardRLConfig, ROLLOUTS | {"plan": ONLINE["plan"]}),
     "refl": Case(ReFLTrainer, ReFLConfig, REFL),
 }
 

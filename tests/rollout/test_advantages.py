@@ -6,7 +6,7 @@ import torch
 
 from diffalign.rollout.advantages import flat_share, group_advantages
 
-OPTIONS = [(std, aggregate) for std in ("group", "global") for aggregate in ("rewards", "advantages")]
+OPTIONS = [(std, aggregate) for std in ("group", "global", "unit") for aggregate in ("rewards", "advantages")]
 WEIGHTS = {"a": 0.7, "b": -1.3}
 
 
@@ -29,7 +29,7 @@ def by_loop(rewards, groups, weights, std, aggregate, epsilon=1e-4, clip=5.0):
         for i in good:
             own = values[[j for j in good if ids[j] == ids[i]]]
             spread = np.std(own if std == "group" else values[good])
-            result[i] = (values[i] - own.mean()) / (spread + epsilon)
+            result[i] = (values[i] - own.mean()) / (1 if std == "unit" else spread + epsilon)
         return result
 
     if aggregate == "rewards":
@@ -165,7 +165,7 @@ def test_flat_share_counts_groups_that_teach_nothing():
     [
         ({"weights": {"c": 1.0}}, "unknown rewards c; known: a, b"),
         ({"weights": {"a": 0.0, "b": 0.0}}, "non-zero weight"),
-        ({"std": "batch"}, "use group or global"),
+        ({"std": "batch"}, "use group, global or unit"),
         ({"aggregate": "ranks"}, "rewards or advantages"),
         ({"clip": 0.0}, "clip positive or None"),
         ({"epsilon": -1.0}, "must not be negative"),

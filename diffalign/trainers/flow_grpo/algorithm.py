@@ -7,8 +7,6 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay
-from diffalign.rollout.load_balancing import at_home, deal, exchange
+from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.tree import paths
 from diffalign.runtime.diagnosis import extremes
@@ -117,24 +115,14 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     def rebalanced(self, rollout: Rollout, samples: Tensor) -> tuple[Rollout, Tensor]:
         """Return the samples that this process trains on in an optimizer step: a rollout and rows of it.
 
-        With ``filter_zero_advantage``, samples without an advantage are left out, and the others are spread evenly over
-        the processes; the rollout holds those of other processes too. The loss stays the mean over all samples: those
-        without an advantage have neither loss nor gradient, so gradients agree up to rounding. The KL has a gradient on
-        every sample, so none is left out where ``kl_beta`` is not 0.
+        With ``filter_zero_advantage``, samples without an advantage are left out, unless a KL acts on every sample: see
+        ``rollout.rebalance``.
 
         Args:
             rollout: This process's rollout.
             samples: (n,), this process's samples in the step.
         """
-        if not self.config.filters:
-            return rollout, samples
-        buffer, rank, own = rollout.buffer, self.run.rank, len(samples)
-        trained = buffer.advantage[buffer.leaves[samples]] != 0
-        assigned = deal(self.run.gather(trained.long()).view(-1, own) > 0)
-        if at_home(assigned, own):
-            return rollout, samples[assigned[rank] - rank * own]
-        move = partial(exchange, dealt=assigned, rank=rank, device=self.run.accelerator.device)
-        return replace(rollout, buffer=buffer.moved(samples, move)), torch.arange(assigned.shape[1])
+        return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
     def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
         """List (rows of transitions, step) of each pass over some trees."""

@@ -1,0 +1,1 @@
+"""Forward-process RL: denoising losses on final images, weighted by advantages."""
