@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
 
 from diffalign.atomic import replacing, write_text
+from diffalign.device import float64_device
 from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
 from diffalign.rewards.support.preprocess import to_bytes
@@ -86,8 +87,9 @@ class RolloutBuffer:
     parent: (N,) int64, a row, -1 for a node without a stored ancestor. depth: (N,) int64, its stored ancestors.
     step: (N,) int64, the index of its level. path: (N, D) int64, see ``path_table``. leaf: (N,) bool, final latents.
     trained: (N,) bool. x: (N, C, *spatial), in the dtype that the sampler computed with.
-    log_prob: (N,) float64, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
-    mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
+    log_prob: (N,) float64, of the transition from the parent, NaN where not trained; see ``float64_device``.
+    advantage: (N,) float32. mean: per trained node, in their order, the mean it was drawn around, float32; only for
+    losses that need it.
     rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
 
     x, log_prob, advantage and mean lie on the device that samples, but x and mean may wait beside it, in pinned memory:
@@ -143,6 +145,7 @@ class RolloutBuffer:
 
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
+        wide = float64_device(torch.device(device))
         return cls(
             group=group.repeat_interleave(size),
             sample=sample.repeat_interleave(size),
@@ -153,7 +156,7 @@ class RolloutBuffer:
             leaf=(step == steps[-1]).repeat(count),
             trained=trained,
             x=latents,
-            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=device),
+            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=wide),
             advantage=torch.zeros(count * size, device=device),
             prompts=prompts,
             mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
@@ -162,7 +165,7 @@ class RolloutBuffer:
     @property
     def device(self) -> torch.device:
         """The device that samples and trains."""
-        return self.log_prob.device
+        return self.advantage.device
 
     def latents(self, rows: Tensor) -> Tensor:
         """Copy the latents of nodes (n,) to the device: (n, C, *spatial)."""
