@@ -91,9 +91,9 @@ def computes_float64(kind: str) -> bool:
         return False
 
 
-def float64_device(device: torch.device) -> torch.device:
+def float64_device(device: torch.device | str) -> torch.device:
     """Return where float64 numbers of a device's tensors live: there, or on the CPU if it has no float64."""
-    return device if has_float64(device) else CPU
+    return torch.device(device) if has_float64(torch.device(device)) else CPU
 
 
 def to_float64(x: Tensor) -> Tensor:

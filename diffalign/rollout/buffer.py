@@ -87,9 +87,8 @@ class RolloutBuffer:
     parent: (N,) int64, a row, -1 for a node without a stored ancestor. depth: (N,) int64, its stored ancestors.
     step: (N,) int64, the index of its level. path: (N, D) int64, see ``path_table``. leaf: (N,) bool, final latents.
     trained: (N,) bool. x: (N, C, *spatial), in the dtype that the sampler computed with.
-    log_prob: (N,) float64, of the transition from the parent, NaN where not trained; see ``float64_device``.
-    advantage: (N,) float32. mean: per trained node, in their order, the mean it was drawn around, float32; only for
-    losses that need it.
+    log_prob: (N,) float64, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
+    mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
     rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
 
     x, log_prob, advantage and mean lie on the device that samples, but x and mean may wait beside it, in pinned memory:
@@ -145,7 +144,6 @@ class RolloutBuffer:
 
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
-        wide = float64_device(torch.device(device))
         return cls(
             group=group.repeat_interleave(size),
             sample=sample.repeat_interleave(size),
@@ -156,7 +154,7 @@ class RolloutBuffer:
             leaf=(step == steps[-1]).repeat(count),
             trained=trained,
             x=latents,
-            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=wide),
+            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=float64_device(device)),
             advantage=torch.zeros(count * size, device=device),
             prompts=prompts,
             mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
@@ -391,10 +389,9 @@ class RolloutBuffer:
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
         prompts = _read_prompts(directory / "prompts.json")
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
-        path = columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64))
         return cls(
             **{name: columns[name] for name in COLUMNS},
-            path=path,
+            path=columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64)),
             depth=depths(columns["parent"]),
             leaf=columns["step"] == columns["step"].max(),
             prompts=prompts,

@@ -188,7 +188,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
 
         if reference is not None:
             kl = self._kl(rollout, result, reference, step).mean()
-            loss, metrics["kl"] = loss + (kl_beta * kl).to(loss), kl.detach()
+            loss, metrics["kl"] = loss + (kl_beta * kl).to(loss.device), kl.detach()
         return loss, metrics
 
     def _replay(self, rollout: Rollout, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
