@@ -9,21 +9,21 @@ import pytest
 import torch
 import yaml
 
-from diffalign.cli import TRAINERS
 from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.forecast.cost import Share
 from diffalign.forecast.memory import GIB, memory_of
 from diffalign.models import LoraConfig, family_names, get_family
 from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
+from diffalign.trainers.cost import Share
+from diffalign.trainers.registry import algorithm_names, config_class, find_algorithm
 from tests.models.published_configs import PIPELINES
 from tests.models.published_flow_configs import FLOW_PIPELINES
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).glob("*.yaml"))
+FILES = sorted(path for name in algorithm_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
 
 
 # The pipelines of the hub's models, which cannot be asked for here: model_index.json, "_class_name".
@@ -50,7 +50,7 @@ def training_texts(args):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_training_config_resolves(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
+    args = parse(config_class(path.parent.name), ["--config", str(path)])
     args.validate()
     assert pipeline_class(args.model) in family_names()
     build_rewards(args.rewards)
@@ -94,7 +94,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_of_flow_grpo_are_the_authors(name):
-    args = parse(TRAINERS["flow_grpo"][0], ["--config", str(ROOT / f"configs/flow_grpo/{name}.yaml")])
+    args = parse(config_class("flow_grpo"), ["--config", str(ROOT / f"configs/flow_grpo/{name}.yaml")])
     wanted = FLOW_GRPO | PUBLISHED[name]
     shape = (args.lora.rank, args.lora.alpha, args.plan.num_steps, args.plan.noise_level)
     assert {key: shape if key == "lora" else getattr(args, key) for key in wanted} == wanted
@@ -153,7 +153,7 @@ def shares(trainer, args, vram):
     """Of a card of ``vram`` GB, that of each phase, without activations and rewards."""
     model = published(args.model, args.base_dtype, args.lora.rank)
     model.resolution = args.resolution
-    phases = memory_of(model, METHODS[trainer], args, Share()).phases
+    phases = memory_of(model, find_algorithm(trainer).cost, args, Share()).phases
     return {phase: size / GIB / vram for phase, size in phases.items()}
 
 
@@ -163,7 +163,7 @@ def fits(found):
 
 def preset(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    return parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
+    return parse(config_class(path.parent.name), ["--config", str(path)])
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -173,7 +173,7 @@ def test_a_preset_fits_on_the_card_that_it_names(path, monkeypatch):
     assert HUB[args.model] == type(published(args.model, args.base_dtype, args.lora.rank).pipeline).__name__
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
     found = {path.stem for path in PRESETS if path.parent.name == trainer}
     assert found == {f"{model}_{vram}gb" for model, sizes in SIZES.items() for vram in sizes}

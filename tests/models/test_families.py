@@ -25,7 +25,7 @@ from diffalign import (
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
-from diffalign.diffusion.reward_gradient_presets import RecipeConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
@@ -247,8 +247,8 @@ def old_ratios(trainer):
     """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
     batch = collect(trainer, 0)
     buffer, steps = batch.buffer, batch.plan.plan.trained_steps
-    replays = [trainer.algorithm._replay(buffer, torch.arange(4), step) for step in steps]
-    return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
+    ends = [buffer.nodes(torch.arange(4), step + 1) for step in steps]
+    return torch.stack([(trainer.algorithm._replay(batch, n).log_prob - buffer.log_prob[n]).exp() for n in ends])
 
 
 @pytest.fixture(scope="module")
