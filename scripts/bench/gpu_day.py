@@ -65,8 +65,11 @@ PARTS: dict[str, Part] = {
     "trainers": Part("does every trainer learn as on a CPU, on policy, and resume bit for bit?", own("trainers"), 100),
     "tests": Part("do the tests that need a card pass?", ("-m", "pytest", "-m", "gpu", "-q", "-x", "tests"), 90),
     "flow_grpo_sd35": Part(
-        "Flow-GRPO on SD3.5-medium, 512 px",
-        bench("--models", "sd35_medium_512", "--settings", "plain", "attention", "compile", "checkpointing"),
+        "Flow-GRPO on SD3.5-medium, 512 px, beside the same work in plain diffusers",
+        bench(
+            *("--models", "sd35_medium_512", "--settings", "plain", "attention", "compile", "checkpointing"),
+            *("--against", "scripts/bench", "--adapter", "scripts/bench/diffusers_loop.py:prepare"),
+        ),
         130,
     ),
     "dpo_sdxl": Part("Diffusion-DPO on SDXL, 1024 px", own("dpo_sdxl"), 60),
@@ -226,6 +229,8 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=("published", "tiny"), default="published")
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/gpu.json")
+    parser.add_argument("--against", type=Path, help="a checkout of another trainer, for a part of its own")
+    parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench/against.py")
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)  # what a part's process does
     args = parser.parse_args()
     if args.size == "published" and not CUDA:
@@ -233,7 +238,12 @@ def main() -> None:
     if args.measure is not None:
         args.write.write_text(json.dumps(MEASURES[args.measure](args.size)))
         return
-    run_all({name: PARTS[name] for name in args.parts}, args.size, args.write)
+    parts = {name: PARTS[name] for name in args.parts}
+    if args.against is not None and args.adapter is not None:
+        other = ("--against", str(args.against.resolve()), "--adapter", args.adapter)
+        command = bench("--models", "sd35_medium_512", "--settings", "plain", *other)
+        parts["against"] = Part(f"the same work in {args.against}", command, 120)
+    run_all(parts, args.size, args.write)
 
 
 if __name__ == "__main__":

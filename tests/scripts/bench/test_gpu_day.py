@@ -78,3 +78,14 @@ def test_published_sizes_ask_for_a_gpu(day, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         day.main()
     assert "need a CUDA device" in capsys.readouterr().err
+
+
+def test_the_loop_in_plain_diffusers_does_the_same_work(day, tmp_path):
+    gpu, loop = (importlib.import_module(f"scripts.bench.{name}") for name in ("gpu", "diffusers_loop"))
+    case = gpu.CASES["sd35_medium_512"]
+    row = gpu.measure(case, "tiny", "plain", {False: None}, 1.0, 1)
+    found = gpu.against(case, "tiny", tmp_path, loop.prepare, {"plain": row}, 1)
+    assert found.get("same_work"), found
+    other = gpu.job_of(gpu.CASES["sdxl_1024"], "tiny", tmp_path)
+    with pytest.raises(NotImplementedError, match="StableDiffusionXL"):
+        loop.prepare(other)
