@@ -21,10 +21,18 @@ from tests.rewards.conftest import (  # noqa: F401
 )
 from tests.rewards.test_contract import IMAGES, call, make
 
+SLOW = {"hpsv3", "ocr"}  # 15 and 7 s; Qwen-VL's code is run by the VQAScores too
+
+
+def quick(rewards):
+    """Parameters of which the slow ones are marked."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in rewards]
+
+
 NETWORKS = [name for name in names() if registered(name).facts.weights]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", quick(NETWORKS))
 def test_a_network_scores_as_on_the_cpu_with_a_gradient(name, small):  # noqa: F811
     reward = make(name, small)
     with torch.no_grad():
@@ -46,7 +54,7 @@ REMOTE = {"remote", "combined", "vlm_rating", "vlm_checklist", "vlm_pairwise"}
 OTHERS = sorted(set(names()) - set(NETWORKS) - REMOTE)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "ocr" else n for n in OTHERS])
+@pytest.mark.parametrize("name", quick(OTHERS))
 def test_the_others_take_images_of_the_device(name, small):  # noqa: F811
     reward = make(name, small)
     torch.testing.assert_close(call(reward, IMAGES.to(strict.NAME)).cpu(), call(reward, IMAGES))

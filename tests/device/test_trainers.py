@@ -94,9 +94,8 @@ def test_a_run_that_changes_devices_ends_where_one_that_stays_does(name, finishe
 
 # Wrong devices --------------------------------------------------------------------------------------------------------
 
-# A loss without thresholds, whose reward is the test's own.
+# Settings of a run with a reward of the test: ReFL then has no threshold for it.
 RELATIVE = {"refl": {"rewards": {}, "recipe": {"preset": "draft_1", "num_steps": 4, "reward_loss": "negative"}}}
-RELATIVE["flow_grpo"] = {"rewards": {}}
 
 
 @contextmanager
@@ -164,7 +163,7 @@ def test_rewards_get_images_of_the_device(name, tmp_path, monkeypatch):
         return images.mean((1, 2, 3))
 
     reward = FunctionReward("brightness", brightness, differentiable=True)
-    trainer = make(name, tmp_path / "run", reward_funcs=reward, **RELATIVE.get(name, {}))
+    trainer = make(name, tmp_path / "run", reward_funcs=reward, **RELATIVE.get(name, {"rewards": {}}))
     batch = collect(trainer)
     (minibatch, *_) = trainer.algorithm.minibatches(batch, 0)
     loss, _ = trainer.algorithm.loss(minibatch.micros[0])
