@@ -62,22 +62,27 @@ def own(name: str) -> tuple[str, ...]:
 
 
 PARTS: dict[str, Part] = {
-    "trainers": Part("does every trainer learn as on a CPU, on policy, and resume bit for bit?", own("trainers"), 100),
-    "tests": Part("do the tests that need a card pass?", ("-m", "pytest", "-m", "gpu", "-q", "-x", "tests"), 90),
+    "trainers": Part("does every trainer learn as on a CPU, on policy, and resume bit for bit?", own("trainers"), 90),
+    "tests": Part("do the tests that need a card pass?", ("-m", "pytest", "-m", "gpu", "-q", "-x", "tests"), 70),
     "flow_grpo_sd35": Part(
-        "Flow-GRPO on SD3.5-medium, 512 px, beside the same work in plain diffusers",
-        bench(
-            *("--models", "sd35_medium_512", "--settings", "plain", "attention", "compile", "checkpointing"),
-            *("--against", "scripts/bench", "--adapter", "scripts/bench/diffusers_loop.py:prepare"),
-        ),
-        130,
+        "Flow-GRPO on SD3.5-medium, 512 px",
+        bench("--models", "sd35_medium_512", "--settings", "plain", "attention", "checkpointing", "compile"),
+        120,
     ),
     "dpo_sdxl": Part("Diffusion-DPO on SDXL, 1024 px", own("dpo_sdxl"), 60),
-    "refl_sd35": Part("ReFL on SD3.5-medium, 512 px", own("refl_sd35"), 60),
+    "refl_sd35": Part("ReFL on SD3.5-medium, 512 px", own("refl_sd35"), 50),
     "flow_grpo_flux": Part(
         "Flow-GRPO on FLUX.1-dev, 512 px, in bf16 and in 4 bits",
         bench("--models", "flux1_dev_512", "--settings", "plain", "base_4bit"),
-        100,
+        90,
+    ),
+    "plain_diffusers": Part(
+        "the work of Flow-GRPO on SD3.5-medium in plain diffusers",
+        bench(
+            *("--models", "sd35_medium_512", "--settings", "plain"),
+            *("--against", "scripts/bench", "--adapter", "scripts/bench/diffusers_loop.py:prepare"),
+        ),
+        60,
     ),
 }
 
