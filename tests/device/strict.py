@@ -73,6 +73,11 @@ def set_float64(value: bool) -> None:
 
 def _module() -> types.ModuleType:
     module = types.ModuleType(NAME)
+    state = {"generator": torch.zeros(8, dtype=torch.uint8)}
+
+    def seed(value: int) -> None:
+        state["generator"] = torch.full((8,), value % 256, dtype=torch.uint8)
+
     functions = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -80,14 +85,14 @@ def _module() -> types.ModuleType:
         "current_device": lambda: 0,
         "_is_in_bad_fork": lambda: False,
         "_lazy_init": lambda: None,
-        "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
+        "manual_seed": seed,
+        "manual_seed_all": seed,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16, torch.float32],
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: None,
+        "get_rng_state": lambda device=None: state["generator"].clone(),
+        "set_rng_state": lambda value, device=None: state.update(generator=value.clone()),
     }
     for name, function in functions.items():
         setattr(module, name, function)

@@ -13,6 +13,7 @@ from diffalign.evaluation.diversity import embedding_distance, pairwise_distance
 from diffalign.forecast.memory import free_memory
 from diffalign.rewards import FunctionReward
 from diffalign.rewards.remote import RewardServer
+from diffalign.rewards.support.isolation import isolated
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.runtime.oom import make_room
 from diffalign.runtime.provenance import machine as origin
@@ -65,6 +66,14 @@ def test_checks_and_forecasts_see_the_device():
     assert all(finding.status != "problem" for finding in probes.lora_round_trip(ROOT / "assets/shapes-sd3"))
     assert free_memory()[0] > 0
     assert origin(1, strict.NAME)["processor"] == strict.NAME
+
+
+def test_a_reward_that_seeds_does_not_seed_the_device():
+    before = torch.strict.get_rng_state()
+    isolated(lambda: torch.manual_seed(7))
+    assert torch.equal(torch.strict.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert not torch.equal(torch.strict.get_rng_state(), before)
 
 
 def test_memory_is_emptied_when_a_batch_did_not_fit():
