@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION = {"device", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
 ALLOWED = {
+    "device": set(),
     "files": set(),
     "atomic": set(),
     "media": {"files"},
@@ -25,8 +26,8 @@ ALLOWED = {
     "log": set(),
     "fsdp": set(),
     "rng": set(),
-    "diffusion": {"structures"},
-    "losses": {"structures", "diffusion", "plugins", "user_code"},
+    "diffusion": {"device", "structures"},
+    "losses": {"device", "structures", "diffusion", "plugins", "user_code"},
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
     "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},

@@ -20,6 +20,7 @@ from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.pairs import open_part, usable_images
 from diffalign.data.stream import open_stream_part
 from diffalign.data.validation import Quarantine, SampleError
+from diffalign.device import default_device
 from diffalign.files import bounded, shorten
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.config import RewardConfig, build_rewards
@@ -119,7 +120,7 @@ def judge(rewards: Mapping[str, Reward], batch: Sequence[Pending]) -> list[Score
 
     Rewards that need groups get each pair as a group, if its images have equal size; otherwise they score None.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     prompts = [entry.pair.prompt for entry in batch]
     sides = [torch.stack([entry.images[side] for entry in batch]).to(device).float() / 255 for side in (0, 1)]
     if sides[0].shape == sides[1].shape:

@@ -17,6 +17,7 @@ from diffalign.commands.image_sources import Item
 from diffalign.commands.resume import drop_partial_line, read_rows, write_or_check_settings
 from diffalign.commands.score_config import ScoreConfig, check_pointwise
 from diffalign.config import to_dict
+from diffalign.device import default_device
 from diffalign.report.score_report import scores_of, write
 from diffalign.rewards.base import Reward, get_reward, names, registered
 from diffalign.rewards.combine import calibrate, save_calibrations
@@ -108,7 +109,7 @@ def batches(items: Iterator[Item], size: int) -> Iterator[tuple[list[Item], list
 
 
 def _score(rewards: Mapping[str, Reward], batch: Sequence[Item], images: Sequence[Tensor]) -> dict[str, list[float]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     scores = score(rewards, torch.stack(list(images)).to(device), [item.asked for item in batch])
     return {name: scores[name].tolist() for name in scores}
 

@@ -91,7 +91,8 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """
     if coefficient.ndim == 0:
         return coefficient
-    return coefficient.to(x.device, x.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+    cast = coefficient.to(x.dtype)  # first: the device may have no float64
+    return cast.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

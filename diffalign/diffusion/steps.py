@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffalign.device import mean_float64
 from diffalign.diffusion.parameterization import combine, expand, inverse, to_x0, widen
 from diffalign.structures import Level, StepResult
 
@@ -137,10 +138,10 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Training uses differences of log-probs, which at 1024 pixels are clipped at 4e-6 while a log-prob is about 1:
     float32 would keep one digit of them. Squares, float32 or wider, are therefore summed in float64, and only their
     mean is divided by std^2: values of a sample lie on the grid of its dtype, and dividing each of them would round
-    all to the same side.
+    all to the same side. A device without float64 returns a CPU tensor: see ``mean_float64``.
     """
     mean = widen(mean)
-    squared_error = (x_next.detach() - mean).square().reshape(len(mean), -1).mean(1, dtype=torch.float64)
+    squared_error = mean_float64((x_next.detach() - mean).square().reshape(len(mean), -1))
     return -0.5 * squared_error * expand(std**-2, squared_error) - expand(
         std.log() + 0.5 * math.log(2 * math.pi), squared_error
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffalign.config import to_yaml
+from diffalign.device import default_device, separate_memory
 from diffalign.forecast.cost import run_work
 from diffalign.forecast.memory import free_memory, memory_lines, memory_of
 from diffalign.forecast.timing import Pace, measure
@@ -72,7 +73,7 @@ def dry_run(entry: Entry, config: Any) -> int:
 
     cost.train(config, model)
     # In main memory, offloading frees nothing.
-    there = config if torch.cuda.is_available() else replace(config, offload=())
+    there = config if separate_memory(default_device()) else replace(config, offload=())
     forecast = memory_of(model, cost, there, share, spread)
     free, place = free_memory()
     show(f"\nmemory of a process\n{_indented(memory_lines(forecast, free, place))}")

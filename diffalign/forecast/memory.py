@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
+from diffalign import device
 from diffalign.models import DiffusionModel
 from diffalign.models.quantise import saved_bytes
 from diffalign.models.weight_memory import MemoryNeeds, Spread, memory_needs
@@ -66,6 +66,4 @@ def memory_lines(found: Forecast, free: int, place: str) -> list[str]:
 
 def free_memory() -> tuple[int, str]:
     """(bytes, of what) where the model would go."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    return psutil.virtual_memory().available, "main memory"
+    return device.free_memory(device.default_device())

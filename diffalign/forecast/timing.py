@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffalign.device import synchronize
 from diffalign.models.offload import VAE
 from diffalign.rollout.generate import decode
 from diffalign.runtime.run import Run
@@ -99,6 +100,5 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter()

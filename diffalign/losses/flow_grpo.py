@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffalign.device import to_float64
 from diffalign.diffusion.parameterization import expand, widen
 from diffalign.losses.policy import PolicyStep
 from diffalign.losses.registry import policy_objective
@@ -25,7 +26,8 @@ def clipped_surrogate(
 
     log_prob, old_log_prob: (B,), nats per dimension. advantage: (B,). clip_range: e > 0, on the per-dimension ratio;
     see ``clip_range_per_dimension``. Only ``log_prob`` receives a gradient, on-policy -A grad log_prob.
-    Computed in float64, because 1 +- e, with e of 1e-6 to 1e-4, has a digit or two in float32.
+    Computed in float64, because 1 +- e, with e of 1e-6 to 1e-4, has a digit or two in float32; on the CPU where the
+    device has no float64.
 
     Metrics, detached and 0-dim: ratio_mean; log_ratio_max, the largest |log r|; clip_share, the share of samples whose
     gradient the clip removes; approx_kl = mean (log r)^2 / 2.
@@ -34,8 +36,9 @@ def clipped_surrogate(
     1. clip_share counts A > 0, r > 1 + e and A < 0, r < 1 - e; a ratio off range on the other side is not clipped.
     2. log r is held within +-40, far beyond any clip range, so that a diverged sample cannot make the loss NaN.
     """
-    old_log_prob, advantage = old_log_prob.detach(), advantage.detach()
-    log_ratio = (log_prob.double() - old_log_prob.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = to_float64(log_prob) - to_float64(old_log_prob.detach())
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    advantage = advantage.detach().to(log_ratio.device)
     ratio = log_ratio.exp()
     loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, _metrics(log_ratio.detach(), advantage, clip_range)

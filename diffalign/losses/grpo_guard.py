@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffalign.device import to_float64
 from diffalign.diffusion.parameterization import expand
 from diffalign.losses.flow_grpo import clipped_surrogate, gaussian_kl
 from diffalign.losses.policy import PolicyStep
@@ -18,7 +19,8 @@ def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_
     as the clip range of 2e-6 is close to the rounding of float32 at 1.
     log_prob, old_log_prob: (B,). mean, old_mean: (B, ...). std: () or (B,), positive, the true one of the step.
     """
-    log_ratio = log_prob.double() - old_log_prob.detach().double() + gaussian_kl(mean, old_mean, std)
+    change = to_float64(log_prob) - to_float64(old_log_prob.detach())
+    log_ratio = change + gaussian_kl(mean, old_mean, std).to(change.device)
     return log_ratio * expand(std, log_ratio)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from diffalign.device import to_float64
 from diffalign.diffusion.parameterization import widen
 from diffalign.losses.errors import Denoised, DenoisedPair
 
@@ -44,7 +45,7 @@ def preference_metrics(
         **{f"{name}_error": side.error.mean() for name, side in sides.items()},
         **gains,
         "logit_size": logit.abs().mean(),
-        "logit_std": logit.double().std(correction=0).to(logit),
+        "logit_std": to_float64(logit).std(correction=0).to(logit),
         **_by_bin(margin, position, bins),
     }
 

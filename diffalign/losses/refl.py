@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.device import to_float64
 from diffalign.diffusion.parameterization import widen
 from diffalign.losses.registry import reward_loss
 
@@ -41,9 +42,9 @@ def group_advantage(reward: Tensor, *, groups: Tensor) -> Tensor:
     """
     reward = widen(reward)
     scored = reward.detach().isfinite()
-    same = ((groups[:, None] == groups[None]) & scored).double()
+    same = to_float64((groups[:, None] == groups[None]) & scored)
     share = same / same.sum(1, keepdim=True).clamp(min=1)
-    fixed = torch.where(scored, reward.detach(), 0).double()
+    fixed = to_float64(torch.where(scored, reward.detach(), 0))
 
     mean = share @ fixed
     std = (share * (fixed - mean[:, None]).square()).sum(1).sqrt()

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from diffalign.device import to_float64
+
 NATIVE = "native"
 # Tried by "auto", fastest first. Not xformers: its wheels lag behind torch releases.
 AUTO = ("_flash_3", "flash", NATIVE)
@@ -71,13 +73,13 @@ def _difference(output: Tensor, gradient: Tensor | None, drawn: list[Tensor], to
     """Describe the error of a backend's result for inputs (B, L, heads, d); None if within tolerance."""
     if gradient is None:
         return "it has no backward pass"
-    query, key, value = (x.detach().double().transpose(1, 2) for x in drawn)
+    query, key, value = (to_float64(x.detach()).transpose(1, 2) for x in drawn)
     query.requires_grad_()
     expected = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
     expected.sum().backward()
     assert query.grad is not None
     for found, right in ((output, expected), (gradient, query.grad)):
-        error = (found.detach().double().cpu().transpose(1, 2) - right.detach()).abs().max().item()
+        error = (to_float64(found.detach()).cpu().transpose(1, 2) - right.detach().cpu()).abs().max().item()
         if not error <= tolerance:
             return f"its result is wrong by {error:.1e}"
     return None

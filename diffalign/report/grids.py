@@ -157,7 +157,7 @@ def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: OverallMeans | No
 
 
 def _mean(values: Tensor) -> str:
-    scored = values[values.isfinite()].double()
+    scored = values[values.isfinite()].cpu().double()
     if not len(scored):
         return "–"
     return f"{scored.mean().item():.3g}" + (f" ({len(scored)} scored)" if len(scored) < len(values) else "")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from diffalign.atomic import write_text
 from diffalign.config import from_dict
+from diffalign.device import to_float64
 from diffalign.files import read_text
 from diffalign.rewards.base import Metadata, Reward, RewardCard, ask, needs_groups, register
 from diffalign.rewards.config import RewardConfig, build_rewards
@@ -56,7 +57,7 @@ def calibrate(values: Tensor) -> Calibration:
 
     Raises ValueError for fewer than two finite scores, or if all are equal up to float32 rounding.
     """
-    values = values[values.isfinite()].double()
+    values = values[values.isfinite()].cpu().double()
     rounding = TIED * torch.finfo(torch.float32).eps
     if len(values) < 2 or values.max() - values.min() <= rounding * values.abs().max():
         raise ValueError(
@@ -101,8 +102,7 @@ def pessimistic(scores: Tensor, weights: Tensor, k: float) -> Tensor:
 
     The deviation of scores that are equal up to rounding is 0, with zero gradient.
     """
-    share = (weights / weights.sum()).double()[:, None]
-    wide = scores.double()
+    share, wide = to_float64(weights / weights.sum())[:, None], to_float64(scores)
     mean = (share * wide).sum(0)
     variance = (share * (wide - mean).square()).sum(0)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from diffalign.atomic import replacing, write_text
+from diffalign.device import float64_device
 from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
 from diffalign.rewards.support.preprocess import to_bytes
@@ -161,7 +162,7 @@ class RolloutBuffer:
             leaf=(step == steps[-1]).repeat(count),
             trained=trained,
             x=latents,
-            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=device),
+            log_prob=torch.full((count * size,), torch.nan, dtype=torch.float64, device=float64_device(device)),
             advantage=torch.zeros(count * size, device=device),
             prompts=prompts,
             mean=torch.empty(int(trained.sum()), *latent_shape, **place) if means else None,
@@ -170,7 +171,7 @@ class RolloutBuffer:
     @property
     def device(self) -> torch.device:
         """The device that samples and trains."""
-        return self.log_prob.device
+        return self.advantage.device
 
     def latents(self, rows: Tensor) -> Tensor:
         """Copy the latents of nodes (n,) to the device: (n, C, *spatial)."""
@@ -388,10 +389,9 @@ class RolloutBuffer:
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
         prompts = _read_prompts(directory / "prompts.json")
         rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
-        path = columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64))
         return cls(
             **{name: columns[name] for name in COLUMNS},
-            path=path,
+            path=columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64)),
             depth=depths(columns["parent"]),
             leaf=columns["step"] == columns["step"].max(),
             prompts=prompts,

@@ -172,7 +172,7 @@ class _TreeSampler:
         pinned_memory.put(self.buffer.x, rows, x)
         if result is not None and self.buffer.trained[rows[0]]:
             assert result.log_prob is not None
-            self.buffer.log_prob[rows] = result.log_prob.to(self.buffer.device)
+            self.buffer.log_prob[rows] = result.log_prob.to(self.buffer.log_prob.device)
             self.buffer.put_means(rows, result.mean)
 
 

@@ -246,10 +246,10 @@ class Loop(Generic[B]):
 
     def _reduced(self, passes: Sequence[dict[str, Tensor]]) -> tuple[Metrics, str | None]:
         """Clip the gradient; return the metrics of the step over all processes, and why to skip it."""
-        guard = self.state.guard
+        guard, device = self.state.guard, self.accelerator.device  # metrics may be numbers of the CPU
         clipped = self.accelerator.clip_grad_norm_(self.state.parameters, self.config.max_grad_norm)
         norm = full_tensor(torch.as_tensor(clipped))
-        found = {name: torch.stack([one[name].float() for one in passes]) for name in passes[0]}
+        found = {name: torch.stack([one[name].float().to(device) for one in passes]) for name in passes[0]}
         # `mean` for the loss, so NaN reaches the guard; `nanmean` for metrics that some micro-batches do not report.
         means = torch.stack([x.mean() if name == "loss" else x.nanmean() for name, x in found.items()])
         stopping = torch.tensor([float(self.run.heartbeat.signals.received is not None)])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffalign.config import to_dict
+from diffalign.device import empty_cache
 from diffalign.runtime.errors import OutOfMemory
 
 # The first that a configuration has.
@@ -112,8 +113,7 @@ def make_room(config: Any, phase: str, step: int, world: int, error: torch.OutOf
         hint = "" if config.auto_batch else "; or auto_batch: true, which halves batches by itself"
         raise OutOfMemory(f"out of memory in step {step + 1} ({phase}): try {advice(config, phase)}{hint}") from error
     setattr(config, name, size // 2)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
     return f"out of memory ({phase}): {name} is {size // 2} from now on"
 
 

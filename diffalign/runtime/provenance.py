@@ -16,6 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from diffalign.config import free_fields, to_dict
 from diffalign.config.unread import accepts
+from diffalign.device import device_name
 from diffalign.runtime.config import TrainingConfig
 
 REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
@@ -40,7 +41,7 @@ def machine(processes: int, device: str) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processor": _processor() if device == "cpu" else device_name(torch.device(device)),
         "processes": processes,
     }
 

@@ -297,7 +297,7 @@ CHANGES = {
     "float32 precision everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
     "attention kernels": lambda: torch.backends.cuda.enable_math_sdp(not torch.backends.cuda.math_sdp_enabled()),
     "autocast": lambda: torch.set_autocast_enabled("cpu", True),
-    "autocast on CUDA": lambda: torch.set_autocast_dtype("cuda", torch.bfloat16),
+    "autocast on the accelerator": lambda: torch.set_autocast_dtype("cuda", torch.bfloat16),
     "torch's generator": lambda: torch.manual_seed(5),
     "numpy's generator": lambda: np.random.seed(5),
     "numpy's errors": lambda: np.seterr(all="ignore"),
@@ -350,7 +350,7 @@ def test_what_a_reward_changes_in_the_process_is_put_back(change, raises, aside)
 def test_every_setting_has_a_change():
     assert {name.partition(",")[0].removesuffix(" by part").removesuffix(" everywhere") for name in CHANGES} == {
         *SETTINGS
-    } - {"CUDA's generators"}
+    } - {"the accelerator's generators"}
 
 
 def test_a_setting_that_cannot_be_put_back_keeps_no_other_from_it(monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from diffalign.commands.doctor.findings import Finding
+from diffalign.device import default_device, device_name, free_memory, supports_bf16
 
 GIB = 2**30
 # minimum for the checkpoints of a small run or a first download
@@ -77,6 +78,11 @@ def devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             yield _card(index)
         return
+    device = default_device()
+    if device.type != "cpu":
+        free, place = free_memory(device)
+        yield _multiplied("GPU", device, f"{device_name(device)} ({device.type}), {free / GIB:.1f} GiB free of {place}")
+        return
     if shutil.which("nvidia-smi") and Path("/dev/nvidia0").exists():
         yield Finding(
             "GPU",
@@ -89,12 +95,16 @@ def devices() -> Iterator[Finding]:
 
 
 def _card(index: int) -> Finding:
-    name = f"GPU {index}"
     free, total = torch.cuda.mem_get_info(index)
     text = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return _multiplied(f"GPU {index}", torch.device("cuda", index), text)
+
+
+def _multiplied(name: str, device: torch.device, text: str) -> Finding:
+    """Multiply two matrices on a device. text: its description."""
+    dtype = torch.bfloat16 if supports_bf16(device) else torch.float16
     try:
-        ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=dtype)
+        ones = torch.ones(64, 64, device=device, dtype=dtype)
         right = bool(((ones @ ones) == 64).all())
     except RuntimeError as error:
         fix = "this torch build does not support the GPU: install one that does"

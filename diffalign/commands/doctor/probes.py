@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.commands.doctor.findings import Finding
+from diffalign.device import default_device, supports_bf16
 from diffalign.models import DiffusionModel, LoraConfig, load_model, with_tuned_weights
 from diffalign.models.attention import LISTED, NATIVE, choose_attention, refusal
 from diffalign.models.compiling import compile_refusal
@@ -22,9 +23,10 @@ LORA_TOLERANCE = 1e-4
 
 def training_device() -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype that training would use."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
-    return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    device = default_device()
+    if device.type == "cpu":
+        return device, torch.float32
+    return device, torch.bfloat16 if supports_bf16(device) else torch.float16
 
 
 def attention() -> Iterator[Finding]:

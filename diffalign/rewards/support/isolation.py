@@ -178,15 +178,31 @@ def _set_generator(state: bytes) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
-def _cuda_generators() -> tuple[bytes, ...]:
-    if not torch.cuda.is_initialized():
+def _accelerator() -> Any:
+    """Return torch's module of the accelerator that this process uses; None before it is initialised."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    return module if getattr(module, "is_initialized", module.is_available)() else None
+
+
+def _device_generators() -> tuple[bytes, ...]:
+    module = _accelerator()
+    if module is None:
         return ()
-    return tuple(state.numpy().tobytes() for state in torch.cuda.get_rng_state_all())
+    states = module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else [module.get_rng_state()]
+    return tuple(state.numpy().tobytes() for state in states)
 
 
-def _set_cuda_generators(states: tuple[bytes, ...]) -> None:
-    for device, state in enumerate(states):
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), device)
+def _set_device_generators(states: tuple[bytes, ...]) -> None:
+    restored = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
+    module = _accelerator()
+    if hasattr(module, "get_rng_state_all"):
+        for device, state in enumerate(restored):
+            module.set_rng_state(state, device)
+    elif restored:  # mps has one device, and no index
+        module.set_rng_state(restored[0])
 
 
 def _numpy_generator() -> tuple[Any, ...]:
@@ -306,6 +322,9 @@ def _autocast(device: str) -> _Setting:
     return _Setting(lambda: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)), write)
 
 
+# Without one, CUDA's setting exists all the same.
+ACCELERATOR = (torch.accelerator.current_accelerator() or torch.device("cuda")).type
+
 SETTINGS: dict[str, _Setting] = {
     "default device": _Setting(torch.get_default_device, _set_default_device),  # first: other settings create tensors
     "default dtype": _Setting(torch.get_default_dtype, torch.set_default_dtype),
@@ -327,9 +346,9 @@ SETTINGS: dict[str, _Setting] = {
     "float32 precision": _Setting(_precisions, _set_precisions),
     "attention kernels": _Setting(_kernels, _set_kernels),
     "autocast": _autocast("cpu"),
-    "autocast on CUDA": _autocast("cuda"),
+    "autocast on the accelerator": _autocast(ACCELERATOR),
     "torch's generator": _Setting(_state_of_generator, _set_generator),
-    "CUDA's generators": _Setting(_cuda_generators, _set_cuda_generators),
+    "the accelerator's generators": _Setting(_device_generators, _set_device_generators),
     "numpy's generator": _Setting(_numpy_generator, _set_numpy_generator),
     "numpy's errors": _Setting(np.geterr, lambda state: np.seterr(**state)),
     "Python's generator": _Setting(random.getstate, random.setstate),
@@ -351,7 +370,7 @@ PER_THREAD = (
     "grad mode",
     "threads",
     "autocast",
-    "autocast on CUDA",
+    "autocast on the accelerator",
     "numpy's errors",
     "blocked signals",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.device import default_device
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups
 from diffalign.rewards.support.isolation import copy_metadata, isolated, said
 from diffalign.structures import Prompt
@@ -80,8 +80,7 @@ def _check_signature(name: str, reward: Reward) -> None:
 
 @torch.no_grad()
 def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, side: int) -> None:
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0)).to(default_device())
     errors: list[BaseException] = []
     for rows in ([0, 1], [0], [1]):  # a reward may support only single images
         try:

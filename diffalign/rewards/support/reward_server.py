@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.device import default_device
 from diffalign.rewards.base import Reward, RewardUnavailable, needs_groups
 from diffalign.rewards.support.asyncio_http import HTTPError, HTTPServer, Limits, Request
 from diffalign.rewards.support.fault_isolation import Batch, guarded
@@ -79,7 +80,7 @@ class RewardServer(HTTPServer):
             )
         super().__init__(host, port, self._answer, limits or Limits())
         self.rewards, self.batch_size, self.token, self.time_limit = dict(rewards), batch_size, token, time_limit
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.lanes = {name: Lane(name) for name in rewards}
         # Parsing large JSON requests takes long and needs no reward.
         self.readers = concurrent.futures.ThreadPoolExecutor(2, "requests")

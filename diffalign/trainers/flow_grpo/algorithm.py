@@ -163,7 +163,7 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
         if reference is not None:
             kl = self._kl(rollout, result, reference, step).mean()
-            loss, metrics["kl"] = loss + kl_beta * kl, kl.detach()
+            loss, metrics["kl"] = loss + (kl_beta * kl).to(loss.device), kl.detach()
         return loss, metrics
 
     def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
