@@ -52,7 +52,6 @@ CHECKS = ("validate", "_validate", "unread", "check", "__post_init__")
 BUFFER = "read where train_data is a rollout buffer"
 SINGLE = {
     **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
-    "bins": "not read with single images, and not refused yet",
 }
 KNOWN = {
     "": {

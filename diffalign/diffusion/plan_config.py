@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import ClassVar
 
@@ -40,3 +41,8 @@ class PlanConfig(Checked):
     )
     _: KW_ONLY
     given: InitVar[Given] = None
+
+    @property
+    def leaves(self) -> int:
+        """Images of a tree: the product of the branch factors, 1 for chains."""
+        return math.prod(self.branch or ())

@@ -32,7 +32,7 @@ class PairObjective:
     winner_mu: float | None = None
     winner_weight: float = 0.0
     anchor_weight: float = 0.0
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         loss = get_loss(self.name)

@@ -43,4 +43,4 @@ def _on_own_stream(call: Callable[[Tensor], T], images: Tensor, ready: torch.cud
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One per device for good: each new one would have its own cache of memory."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
+from torchvision.transforms.functional import to_pil_image
 
 from diffalign.atomic import replacing, write_text
 from diffalign.diffusion.plan import Plan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.epoch_order import take
-from diffalign.diffusion.plan import make_plan, possible_plans
+from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward
 from diffalign.rollout.advantages import flat_share, group_advantages
@@ -22,6 +22,7 @@ from diffalign.rollout.generate import NoiseKeys, rollouts
 from diffalign.rollout.pinned_memory import pinned
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import ScoreBook, check_unscored
+from diffalign.rollout.tree import trees_per_group
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics
 from diffalign.runtime.run import Run
@@ -76,7 +77,7 @@ class Collector:
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
         # All plans now: a moving window may reach a step that cannot be trained only after an hour.
-        for plan in possible_plans(self.config.plan):
+        for plan in possible_plans(self.config.plan, trees=True):
             if plan.trained_steps:
                 plan.validate(self.levels)
         self._scored = False
@@ -89,12 +90,12 @@ class Collector:
             means: Whether trained nodes store the means of their steps.
         """
         rollout, config = self._allocate(iteration, means), self.config
-        buffer, (group, sample) = rollout.buffer, self._own_samples()
+        buffer, (group, sample) = rollout.buffer, self._own_trees(rollout.plan.plan)
         keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
         parts = rollouts(
             self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size, config.decode_dtype
         )
-        overlap = self._may_overlap()
+        overlap, leaf_groups = self._may_overlap(), buffer.group[buffer.leaves].tolist()
 
         book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
         try:
@@ -102,8 +103,8 @@ class Collector:
                 for rows, images in parts:
                     self.run.heartbeat(collective=True)
                     # No sampling is left to overlap with the last batch.
-                    in_background = overlap and rows.stop < len(group)
-                    book.add(images, [buffer.prompts[g] for g in group[rows].tolist()], in_background)
+                    in_background = overlap and rows.stop < len(leaf_groups)
+                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background)
                     self.run.heartbeat(collective=True)
         except BaseException:
             book.close()
@@ -164,9 +165,9 @@ class Collector:
         """Allocate the rollout of an iteration."""
         config, model = self.config, self.model
         prompts = self.prompts_of(iteration)
-        plan = make_plan(config.plan, iteration, config.seed)
+        plan = make_plan(config.plan, iteration, config.seed, trees=True)
         shape, device = model.latent_shape(), self.run.accelerator.device
-        group, sample = self._own_samples()
+        group, sample = self._own_trees(plan)
         outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means), device)
         buffer = RolloutBuffer.allocate(plan, group, sample, prompts, shape, device=device, means=means, pinned=outside)
         conditioning = self.run.prompts([p.text for p in prompts])
@@ -189,21 +190,23 @@ class Collector:
         order = take(count, self.config.num_groups, iteration, lambda epoch: rng.permutation(count, "prompts", epoch))
         return [self.prompts[i] for i in order]
 
-    def update_index(self, iteration: int) -> Tensor:
-        """Return the optimizer step of the iteration, from 0, that trains on each sample of this process: (B,) int64.
+    def update_index(self, iteration: int, plan: Plan) -> Tensor:
+        """Return the optimizer step of the iteration, from 0, that trains on each tree of this process: (B,) int64.
 
-        Every ``updates_per_rollout`` consecutive samples of the whole iteration go to different steps, at random. The
-        assignment does not depend on the number of processes, and gives each of them the same amount of work.
+        Every ``updates_per_rollout`` consecutive trees (samples, if the plan does not branch) of the whole iteration go
+        to different steps, at random. The assignment does not depend on the number of processes, and gives each of them
+        the same amount of work.
         """
-        updates, total = self.config.updates_per_rollout, self.config.num_groups * self.config.group_size
-        lots = self.run.rng.normal((total // updates, updates), "updates", iteration)
-        group, sample = self._own_samples()
-        return lots.argsort(1).flatten()[group * self.config.group_size + sample]
+        updates, per_group = self.config.updates_per_rollout, trees_per_group(plan, self.config.group_size)
+        lots = self.run.rng.normal((self.config.num_groups * per_group // updates, updates), "updates", iteration)
+        group, sample = self._own_trees(plan)
+        return lots.argsort(1).flatten()[group * per_group + sample]
 
-    def _own_samples(self) -> tuple[Tensor, Tensor]:
-        """Return (group, sample index) of this process's samples: a consecutive share of them all."""
-        own = torch.tensor(self.run.share(self.config.num_groups * self.config.group_size))
-        return own // self.config.group_size, own % self.config.group_size
+    def _own_trees(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Return (group, index in the group) of this process's trees: a consecutive share of them all."""
+        per_group = trees_per_group(plan, self.config.group_size)
+        own = torch.tensor(self.run.share(self.config.num_groups * per_group))
+        return own // per_group, own % per_group
 
     def _advantages(self, buffer: RolloutBuffer) -> Metrics:
         """Store advantages from the rewards of all processes; return statistics of the rewards."""
@@ -224,7 +227,8 @@ class Collector:
                 clip=config.advantage_clip,
             )
             share = self.run.share(len(advantages))
-            buffer.set_advantages(advantages[share.start : share.stop])
+            own_total = sum((self.weights[name] * own[name] for name in own), torch.zeros(len(group)))
+            buffer.set_advantages(advantages[share.start : share.stop], config.advantage_rule, rewards=own_total)
 
         zero = torch.zeros(len(groups), dtype=torch.float64)
         total = sum((self.weights[name] * rewards[name].double() for name in rewards), zero)

@@ -89,6 +89,7 @@ class RolloutConfig(ScoredSamplesConfig):
 
     def _validate_rollouts(self) -> None:
         from diffalign.diffusion.plan import make_plan
+        from diffalign.rollout.tree import trees_per_group
 
         if self.group_size < 2:
             raise ValueError(
@@ -96,15 +97,17 @@ class RolloutConfig(ScoredSamplesConfig):
                 "4 or more are usual"
             )
         self.validate_batches(1)
-        make_plan(self.plan, 0, self.seed)
+        trees_per_group(make_plan(self.plan, 0, self.seed, trees=True), self.group_size)
 
     def validate_batches(self, processes: int) -> None:
         """Check that images divide evenly over processes and updates. Raises ValueError with a suggested fix."""
         images, parts = self.num_groups * self.group_size, processes * self.updates_per_rollout
-        if images % parts:
+        leaves = self.plan.leaves
+        if images % (parts * leaves):
+            trees = f" in trees of {leaves}" if leaves > 1 else ""
             raise ValueError(
-                f"num_groups * group_size = {images} images do not divide by {processes} process(es) times "
-                f"updates_per_rollout = {self.updates_per_rollout}: make the product a multiple of {parts}"
+                f"num_groups * group_size = {images} images{trees} do not divide by {processes} process(es) times "
+                f"updates_per_rollout = {self.updates_per_rollout}: make the product a multiple of {parts * leaves}"
             )
 
 
@@ -121,4 +124,10 @@ class AdvantageConfig:
     )
     aggregate: Literal["rewards", "advantages"] = option(
         "rewards", "what to sum over several rewards", section="advantages"
+    )
+    advantage_rule: Literal["leaf", "subtree_mean", "per_depth"] = option(
+        "subtree_mean",
+        "advantage of a tree's nodes: leaf (nothing above the last branching), subtree_mean of the leaves below, or "
+        "per_depth (BranchGRPO)",
+        section="advantages",
     )

@@ -232,9 +232,9 @@ class Loop(Generic[B]):
         row, reason = self._reduced(passes)
         self.applying = True
         if reason is not None:
-            self._note_skipped(reason, row["grad_norm"], minibatch)
+            self._note_skipped(reason, row["grad_norm"], batch.ids(minibatch.rows))
         self.state.step(reason, row["grad_norm"])
-        row["lr"] = self.state.schedule.get_last_lr()[0]
+        row["lr"] = float(self.state.schedule.get_last_lr()[0])
         if reason is not None:
             row["skipped"] = float(self.progress.skipped)
         return {**row, **minibatch.metrics, "time/update": time.perf_counter() - started}
@@ -294,10 +294,8 @@ class Loop(Generic[B]):
         if self.stop_agreed:
             raise StopRequested
 
-    def _note_skipped(self, reason: str, norm: float, minibatch: MiniBatch) -> None:
-        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``."""
-        assert self.batch is not None
-        own = self.batch.ids(minibatch.rows)
+    def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
+        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``. own: this process's samples."""
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
             step = self.progress

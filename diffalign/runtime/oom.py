@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ def batch_name(config: Any, phase: str) -> str:
 def advice(config: Any, phase: str) -> str:
     """The settings that a phase can save memory with, three at most, with numbers."""
     given = to_dict(config)
-    wanted = [
+    wanted: list[tuple[str, Callable[[Any], Any]]] = [
         (batch_name(config, phase), half),
         ("gradient_checkpointing", on),
         ("offload", leaving),

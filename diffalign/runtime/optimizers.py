@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.runtime.config import TrainingConfig
 
 
-def _eight_bit() -> type[torch.optim.Optimizer]:
+def _eight_bit() -> type[torch.optim.AdamW]:
     try:
         return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError as error:
@@ -20,16 +20,14 @@ def _eight_bit() -> type[torch.optim.Optimizer]:
         raise ValueError(f"optimizer adamw_8bit needs bitsandbytes ({error}): {hint}") from error
 
 
-KINDS: dict[str, Callable[[], type[torch.optim.Optimizer]]] = {
+KINDS: dict[str, Callable[[], type[torch.optim.AdamW]]] = {
     "adamw": lambda: torch.optim.AdamW,
     "adamw_8bit": _eight_bit,
 }
 
 
 def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.optim.Optimizer:
-    """ValueError: an unknown optimizer, or one that needs a package that is not there."""
-    if args.optimizer not in KINDS:
-        raise ValueError(f"unknown optimizer {args.optimizer!r}; known: {', '.join(KINDS)}")
+    """Build the optimizer of a configuration. Raises ValueError if it needs a package that is missing."""
     return KINDS[args.optimizer]()(
         parameters,
         lr=args.learning_rate,

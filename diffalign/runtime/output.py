@@ -84,11 +84,12 @@ def steady_output() -> Iterator[None]:
     for stream in before:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    sys.stdout, sys.stderr = (s if isinstance(s, SteadyStream) else SteadyStream(s) for s in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (s if isinstance(s, SteadyStream) else SteadyStream(s) for s in before)
     try:
         yield
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 

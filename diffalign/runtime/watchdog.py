@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 
@@ -75,21 +76,21 @@ class Watchdog:
                 faulthandler.unregister(DUMP)
             self._guardian.kill()
             self._guardian.wait()
-            self._guardian.stdin.close()
+            _pipe(self._guardian).close()
             self._guardian = None
 
     def _start_guardian(self) -> None:
         """Start the process that watches the thread; where none can be started, hangs that hold the GIL go unseen."""
-        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(DUMP or 0)]
-        command += [repr(self.limit), repr(self.tick), os.fsencode(self.file)]
+        numbers = [str(os.getpid()), str(DUMP or 0), repr(self.limit), repr(self.tick)]
+        command: list[str | bytes] = [sys.executable, "-I", "-S", guardian.__file__, *numbers, os.fsencode(self.file)]
         with contextlib.suppress(OSError):
             # Unbuffered: a tick must leave at once. In a session of its own, so that no terminal stops it.
             self._guardian = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
             )
-            os.set_blocking(self._guardian.stdin.fileno(), False)
+            os.set_blocking(_pipe(self._guardian).fileno(), False)
             if DUMP is not None:
-                faulthandler.register(DUMP, self._guardian.stdin, all_threads=True, chain=False)
+                faulthandler.register(DUMP, _pipe(self._guardian).fileno(), all_threads=True, chain=False)
 
     def _watch(self) -> None:
         traffic = _traffic() if self.loading else None
@@ -100,7 +101,7 @@ class Watchdog:
                 self.idle, done = 0, now
             if self._guardian is not None:
                 with contextlib.suppress(OSError):  # it is gone
-                    self._guardian.stdin.write(b".")
+                    _pipe(self._guardian).write(b".")
             if self.idle * self.tick > self.limit:
                 self._end()
 
@@ -111,10 +112,16 @@ class Watchdog:
             )
             with contextlib.suppress(Exception), self.file.open("w") as copy:
                 faulthandler.dump_traceback(copy, all_threads=True)
-            with contextlib.suppress(Exception):
-                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(Exception):
+                    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         finally:
             os._exit(HANG)  # the main thread hangs, so that nobody would handle an exception
+
+
+def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
 
 
 def _traffic() -> Callable[[], int] | None:

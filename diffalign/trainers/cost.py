@@ -15,6 +15,7 @@ from diffalign.rollout.config import RolloutConfig
 from diffalign.rollout.generate import shared_steps
 from diffalign.rollout.pinned_memory import pinned
 from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.tree import paths, trees_per_group
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,32 @@ def own_images(config: RolloutConfig, share: Share) -> int:
     return config.num_groups * config.group_size // share.world
 
 
+def own_trees(config: RolloutConfig, share: Share) -> int:
+    """Return this process's trees per iteration; images, if the plan does not branch."""
+    return own_images(config, share) // config.plan.leaves
+
+
 @lru_cache
-def _steps_of_a_rollout(count: int, first: int, group_size: int, batch: int, steps: int, shared: int) -> int:
-    """Return images times steps; a group takes the steps that it shares once per micro-batch."""
+def _nodes_of_a_rollout(trees: int, first: int, per_group: int, batch: int, shared: int, after: int) -> int:
+    """Count sampled nodes; a group takes its ``shared`` first steps once per micro-batch.
+
+    after: nodes per tree after the shared steps, one per step in a chain.
+    """
     total = 0
-    for rows in micro_batches(count, batch):
-        own = range(first, first + count)[rows]
-        total += shared * len({row // group_size for row in own}) + (steps - shared) * len(own)
+    for rows in micro_batches(trees, batch):
+        own = range(first, first + trees)[rows]
+        total += shared * len({row // per_group for row in own}) + after * len(own)
     return total
 
 
 def rollout_work(config: RolloutConfig, share: Share, iteration: int) -> Work:
-    """Return the work of sampling a rollout."""
-    count, plan = own_images(config, share), make_plan(config.plan, iteration, config.seed)
+    """Return the work of sampling a rollout: each node of each tree once."""
+    trees, plan = own_trees(config, share), make_plan(config.plan, iteration, config.seed, trees=True)
     shared = shared_steps(plan) if config.shared_start else 0
-    first = share.rank * count
-    steps = _steps_of_a_rollout(count, first, config.group_size, config.rollout_batch_size, len(plan), shared)
-    return Work(generated=count, sampling=steps * guided(config))
+    after = sum(paths(plan, step) for step in range(shared, len(plan)))
+    per_group, first = trees_per_group(plan, config.group_size), share.rank * trees
+    nodes = _nodes_of_a_rollout(trees, first, per_group, config.rollout_batch_size, shared, after)
+    return Work(generated=own_images(config, share), sampling=nodes * guided(config))
 
 
 def on_device(buffer: int, more: int) -> int:

@@ -247,8 +247,8 @@ def old_ratios(trainer):
     """Return ratios of the unchanged policy to itself, (trained steps, samples)."""
     batch = collect(trainer, 0)
     buffer, steps = batch.buffer, batch.plan.plan.trained_steps
-    replays = [trainer.algorithm._replay(buffer, torch.arange(4), step) for step in steps]
-    return torch.stack([(result.log_prob - buffer.log_prob[nodes]).exp() for result, nodes in replays])
+    ends = [buffer.nodes(torch.arange(4), step + 1) for step in steps]
+    return torch.stack([(trainer.algorithm._replay(batch, n).log_prob - buffer.log_prob[n]).exp() for n in ends])
 
 
 @pytest.fixture(scope="module")

@@ -87,13 +87,13 @@ def kill_at(trainer: Any, number: int) -> None:
 
 def crash_before(trainer: Any, iteration: int) -> None:
     """Trains until the data of an iteration are asked for; then the run ends as by a fault in it."""
-    collect = trainer.collect
+    sample = trainer.algorithm.sample
 
     def crash(number: int) -> Any:
         if number == iteration:
             raise Killed
-        return collect(number)
+        return sample(number)
 
-    trainer.collect = crash
+    trainer.algorithm.sample = crash
     with pytest.raises(Killed):
         trainer.train()

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.forecast.cost import Share
 from diffalign.rollout import pinned_memory
-from diffalign.runtime import state
+from diffalign.runtime import checkpointer
+from diffalign.trainers.cost import Share
+from diffalign.trainers.registry import find_algorithm
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,12 @@ class Together:
 
 @pytest.mark.parametrize("part", [1, 16, 1 << 26])
 def test_a_checkpoint_has_the_rows_of_all_processes_however_they_travel(monkeypatch, part):
-    monkeypatch.setattr(state, "PART", part)
+    monkeypatch.setattr(checkpointer, "PART", part)
     tensor = torch.arange(10.0).reshape(5, 2)
-    assert torch.equal(state.everyones(Together(), tensor), torch.cat([tensor, tensor + 100]))
-    assert torch.equal(state.everyones(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100]))
+    assert torch.equal(checkpointer.gather_rows(Together(), tensor), torch.cat([tensor, tensor + 100]))
+    assert torch.equal(
+        checkpointer.gather_rows(Together(), tensor[:, 0]), torch.cat([tensor[:, 0], tensor[:, 0] + 100])
+    )
 
 
 def test_a_forecast_counts_what_a_card_holds(monkeypatch):
@@ -64,7 +66,7 @@ def test_a_forecast_counts_what_a_card_holds(monkeypatch):
     }
 
     def stored():
-        return [METHODS[name].stored(args, (4, 8, 8), Share()) for name, args in cases.items()]
+        return [find_algorithm(name).cost.stored(args, (4, 8, 8), Share()) for name, args in cases.items()]
 
     whole = stored()
     size = 256 * 4 * 4 * 8 * 8 * 4

@@ -10,6 +10,7 @@ from diffalign import LoraConfig, ReFLConfig, ReFLTrainer
 from diffalign.diffusion.reward_gradient_presets import RecipeConfig
 from diffalign.rewards.base import FunctionReward
 from tests.conftest import PIPELINE, ROOT
+from tests.phases import collect
 
 IMAGES = str(ROOT / "assets/preferences/shapes.parquet")
 
@@ -73,9 +74,14 @@ def moved(trainer):
     return trainer
 
 
-def gradients(trainer, iteration=0):
-    moved(trainer).collect(iteration)
-    (minibatch,) = trainer.algorithm.minibatches(batch, iteration)
+def gradients(trainer):
+    """Return the gradient of a first iteration, away from the start."""
+    return gradients_of(trainer, collect(moved(trainer)))
+
+
+def gradients_of(trainer, batch):
+    """Return the gradient of the update on an iteration's data, without taking it."""
+    (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
         trainer.run.accelerator.backward(trainer.algorithm.loss(micro)[0] * micro.weight)
     found = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffalign import FlowGRPOConfig, FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.rewards.support.probe import untried
+from diffalign.rollout.collector import Rollout
 from tests.conftest import PIPELINE, PROMPTS
 from tests.phases import collect
 
@@ -47,7 +48,7 @@ def trainer_of(folder: Path, scores: list[Tensor]) -> FlowGRPOTrainer:
     return trainer
 
 
-def gradients(trainer: FlowGRPOTrainer, filtering: bool) -> dict[str, Tensor]:
+def gradients(trainer: FlowGRPOTrainer, batch: Rollout, filtering: bool) -> dict[str, Tensor]:
     """Those of the update of a first iteration, the mean over processes, and the images of each of its passes."""
     trainer.args.filter_zero_advantage = filtering
     (minibatch,) = trainer.algorithm.minibatches(batch, 0)
@@ -68,7 +69,9 @@ def seen(folder: Path) -> dict[str, Tensor]:
     """Gradients of all and of few samples; then the weights after two iterations, the first of which is flat."""
     trainer = trainer_of(folder, [SCORES, FLAT, SCORES])
     batch = collect(trainer, 0)
-    found = {f"{name}/{key}": t for name in ("all", "few") for key, t in gradients(trainer, name == "few").items()}
+    found = {
+        f"{name}/{key}": t for name in ("all", "few") for key, t in gradients(trainer, batch, name == "few").items()
+    }
     found["before"] = torch.cat([p.detach().flatten() for p in trainer.loop.state.parameters])
     trainer.train()
     found["after"] = torch.cat([p.detach().flatten() for p in trainer.loop.state.parameters])

@@ -31,7 +31,7 @@ def write(folder: Path, loss: str) -> None:
     trainer = DiffusionDPOTrainer(args=args)
     accelerator = trainer.run.accelerator
     batch = collect(trainer, 0)
-    first, _ = trainer.algorithm.denoise(torch.arange(len(batch.ranked.texts)), 0)
+    first, _ = trainer.algorithm.denoise(batch.ranked, torch.arange(len(batch.ranked.texts)), 0)
     target, texts = first[0].target.clone(), list(batch.ranked.texts)
     trainer.train()
     found = {f"weight/{name}": t for name, t in indexed(trainer.loop.state.parameters).items()}

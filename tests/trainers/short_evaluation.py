@@ -6,30 +6,37 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffalign import load_model
+from diffalign import FlowGRPOConfig, load_model
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.heldout import Evaluation, Shown
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards import get_reward
+from diffalign.rng import KeyedRNG
+from diffalign.rollout.sampler import SamplingPlan, ode_plan
+from diffalign.runtime.run import Heartbeat, Progress, Run
+from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
 
 
 def evaluated(model: DiffusionModel, even: bool) -> tuple[dict[str, float], Shown]:
     """Two images of one prompt."""
-    evaluation = Evaluation(
+    config, accelerator = FlowGRPOConfig(eval_images_per_prompt=2), Accelerator()
+    run = Run(
+        config,
         model,
-        load_prompts(PROMPTS / "shapes_held_out.jsonl", 1),
-        {"shapes": get_reward("shapes")},
+        model.raw_denoiser,
+        accelerator,
+        KeyedRNG(0),
         PromptEmbeddingCache(model),
-        Accelerator(),
-        images_per_prompt=2,
-        batch_size=2,
-        pulse=lambda: None,
-        even=even,
+        Progress(),
+        Heartbeat(accelerator, Watchdog(config.hang_timeout, config.output_dir)),
     )
-    return evaluation.run(model.levels(2), Guidance())
+    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl", 1)
+    evaluation = Evaluation(run, prompts, {"shapes": get_reward("shapes")}, even=even)
+    evaluation.batch_size = 2
+    return evaluation.run(SamplingPlan(ode_plan(2), model.levels(2), Guidance()))
 
 
 def write(folder: Path) -> None:

@@ -49,9 +49,8 @@ def write(folder: Path) -> None:
     found = {}
     for loss in ("kto", "bco"):
         trainer = train(folder, loss)
-        found |= {
-            f"{loss}/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.state.parameters).items()
-        }
+        weights = indexed(trainer.loop.state.parameters)
+        found |= {f"{loss}/{name}": t.detach().contiguous() for name, t in weights.items()}
         if loss == "bco":
             found |= {"shift/bco": trainer.algorithm.single.context.value.reshape(())}
     found |= {"world": torch.tensor(trainer.run.accelerator.num_processes)}

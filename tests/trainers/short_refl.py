@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from diffalign.data.prompts import load_prompts
 from diffalign.runtime.state import indexed
 from tests.conftest import PROMPTS
+from tests.phases import collect
 from tests.trainers.made_refl import config, trainer_of
 
 
@@ -19,6 +20,6 @@ def write(folder: Path, preset: str) -> None:
     accelerator = trainer.run.accelerator
     found = {f"weight/{name}": t for name, t in indexed(trainer.loop.state.parameters).items()}
     found |= {"world": torch.tensor(accelerator.num_processes)}
-    found |= {"courses": torch.tensor([len(batch.courses[0].moves) for batch in batch.parts])}
+    found |= {"courses": torch.tensor([len(batch.courses[0].moves) for batch in collect(trainer, 2).parts])}
     rank = accelerator.process_index
     save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / f"{rank}.safetensors")

@@ -25,6 +25,7 @@ from diffalign.models.weights import REFERENCE
 from diffalign.runtime.state import indexed
 from diffalign.trainers.base import Trainer
 from tests.conftest import PIPELINE, PROMPTS, ROOT
+from tests.phases import collect
 from tests.trainers.made_refl import config, trainer_of
 
 KINDS = {"lora": LoraConfig(rank=4), "full": LoraConfig(rank=0)}
@@ -144,14 +145,14 @@ def others(folder: Path, _: Path) -> None:
     """The other trainers, whose processes would go ways of their own."""
     for make in (flat_group, courses):
         trainer = make(folder / make.__name__)
+        batch = collect(trainer, 1)  # the last iteration's, again
         found = {f"weight/{name}": full_tensor(t) for name, t in indexed(trainer.loop.state.parameters).items()}
         if make is courses:
             assert {p.dtype for p in trainer.model.raw_denoiser.parameters()} == {torch.bfloat16, torch.float32}
-            found["courses"] = torch.tensor([len(batch.courses[0].moves) for batch in batch.parts])
+            found["courses"] = torch.tensor([len(part.courses[0].moves) for part in batch.parts])
         else:
-            found["passes"] = torch.tensor(
-                [len(minibatch.micros) for minibatch in trainer.algorithm.minibatches(batch, 1)]
-            )
+            minibatches = trainer.algorithm.minibatches(batch, 1)
+            found["passes"] = torch.tensor([len(minibatch.micros) for minibatch in minibatches])
         write(trainer, found, folder, make.__name__)
 
 

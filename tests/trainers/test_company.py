@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffalign.trainers.diffusion_dpo.unpaired import SingleObjective
 from safetensors.torch import load_file
 
 from diffalign.data.rollouts import Pairing
@@ -23,15 +22,15 @@ from tests.trainers.short_online import write
 
 def examples_of(scores, counts, loss="kto"):
     """Those of one group on a process, where the processes have so many."""
-    accelerator = SimpleNamespace(device="cpu", gather=lambda own: torch.tensor([[n, n] for n in counts]))
-    args = SimpleNamespace(num_groups=len(counts), group_size=len(scores))
-    collector = SimpleNamespace(args=args, weights={"r": 1.0})
+    data = SimpleNamespace(rollouts=Pairing(rule="all"))
+    config = SimpleNamespace(num_groups=len(counts), group_size=len(scores), data=data)
+    run = SimpleNamespace(config=config, gather=lambda own: torch.tensor([[n, n] for n in counts]))
     group, sample = torch.zeros(len(scores), dtype=torch.long), torch.arange(len(scores))
     buffer = RolloutBuffer.allocate(ode_plan(2), group, sample, [Prompt("a")], (1, 1, 1))
     buffer.x = torch.arange(len(buffer.step)).float().reshape(-1, 1, 1, 1)
     buffer.set_rewards({"r": torch.tensor(scores)})
-    source = RolloutSource(collector, Pairing(rule="all"), get_loss(loss), accelerator)
-    return source.examples(Rollout(buffer, None, None, {}))[0]
+    source = RolloutSource(run, SimpleNamespace(weights={"r": 1.0}), get_loss(loss))
+    return source.examples(Rollout(buffer, None, None))[0]
 
 
 @pytest.mark.parametrize(("loss", "own", "most"), [("kto", 3, 5), ("dpo", 3, 5)])

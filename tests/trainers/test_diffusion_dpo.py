@@ -63,23 +63,29 @@ def test_both_images_of_a_pair_have_one_noise_and_level_and_steps_have_others(dp
     trainer = DiffusionDPOTrainer(args=dpo(prompt_dropout=0.0))
     batch = collect(trainer, 0)
     rows = torch.arange(4)
-    (winner, loser), level = trainer.algorithm.denoise(rows, 0)
+    (winner, loser), noised = trainer.algorithm.denoise(batch.ranked, rows, 0)
     # The flow's target is noise - x0, so targets differ by the latents alone.
     latents = batch.ranked.latents
     torch.testing.assert_close(winner.target - loser.target, latents[:, 1] - latents[:, 0])
-    assert len(level.sigma.unique()) == 4
-    _, other = trainer.algorithm.denoise(rows, 1)
-    assert not (other.sigma == level.sigma).any()
+    assert torch.equal(*noised.level.sigma.chunk(2))
+    assert torch.equal(*noised.noise.chunk(2))
+    assert len(noised.level.sigma.unique()) == 4
+    _, other = trainer.algorithm.denoise(batch.ranked, rows, 1)
+    assert not (other.level.sigma == noised.level.sigma).any()
+    assert not (other.noise == noised.noise).any()
 
 
-def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo):
+@torch.no_grad()
+def test_some_prompts_are_left_out_for_both_images_of_a_pair(dpo, monkeypatch):
     trainer = DiffusionDPOTrainer(args=dpo(num_pairs=12, prompt_dropout=0.25))
     batch = collect(trainer, 0)
     examples, rows = batch.ranked, torch.arange(12)
     full, empty = trainer.run.prompts(examples.texts).tensors, trainer.run.prompts.empty.tensors
-    counts = []
+    counts, seen, predict = [], [], trainer.algorithm.forward.predict
+    monkeypatch.setattr(trainer.algorithm.forward, "predict", lambda *args: seen.append(args[1]) or predict(*args))
     for step in range(4):
-        found = trainer.algorithm.denoising._conditioning(examples, rows, examples.number, step).tensors
+        trainer.algorithm.denoise(examples, rows, step)
+        found = seen[step].tensors
         kept = [torch.equal(found["embeds"][i], full["embeds"][i]) for i in range(12)]
         for name, values in found.items():
             side = torch.stack([full[name][i] if kept[i] else empty[name][0] for i in range(12)])

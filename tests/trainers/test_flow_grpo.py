@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer, LoraConfig, Prompt
-from diffalign.diffusion.plan import PlanConfig
+from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.rewards.base import FunctionReward
 from diffalign.runtime import checkpoint
 from diffalign.runtime.tracking import MetricsLog
@@ -22,11 +22,10 @@ from tests.reliability.stops import crash_before
 
 def collected(args, prompts, **kwargs):
     trainer = FlowGRPOTrainer(args=args, train_dataset=prompts, **kwargs)
-    batch = collect(trainer, 0)
-    return trainer
+    return trainer, collect(trainer)
 
 
-def gradients(trainer):
+def gradients(trainer, batch):
     """The gradient of the first update, without taking it."""
     (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
@@ -40,7 +39,7 @@ def gradients(trainer):
 @pytest.mark.parametrize("preset", ["flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "cps", "first_steps"])
 def test_the_first_ratio_is_exactly_one(small, train_prompts, preset):
     window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
-    trainer = collected(small(plan=PlanConfig(preset=preset, num_steps=5, **window)), train_prompts)
+    trainer, batch = collected(small(plan=PlanConfig(preset=preset, num_steps=5, **window)), train_prompts)
     batch.buffer.advantage.fill_(1.0)  # a flat group would be left out, and another batch shape rounds differently
     (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     for micro in minibatch.micros:
@@ -51,13 +50,14 @@ def test_the_first_ratio_is_exactly_one(small, train_prompts, preset):
 
 def test_gradient_is_minus_advantage_times_score(small, train_prompts):
     """On-policy, the gradient of the loss is that of -A log p, averaged over samples and trained steps."""
-    trainer = collected(small(), train_prompts)
-    found = gradients(trainer)
+    trainer, batch = collected(small(), train_prompts)
+    found = gradients(trainer, batch)
     samples = torch.arange(8)
     for parameter in trainer.loop.state.parameters:
         parameter.grad = None
     for step in batch.plan.plan.trained_steps:
-        result, nodes = trainer.algorithm._replay(batch.buffer, samples, step)
+        nodes = batch.buffer.nodes(samples, step + 1)
+        result = trainer.algorithm._replay(batch, nodes)
         (-(batch.buffer.advantage[nodes] * result.log_prob).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.loop.state.parameters])
     assert expected.norm() > 0
@@ -66,15 +66,15 @@ def test_gradient_is_minus_advantage_times_score(small, train_prompts):
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_micro_batch_size_does_not_change_gradients(small, train_prompts, size):
-    plain = gradients(collected(small(rollout_batch_size=8, train_batch_size=4), train_prompts))
-    other = gradients(collected(small(rollout_batch_size=8, train_batch_size=size), train_prompts))
+    plain = gradients(*collected(small(rollout_batch_size=8, train_batch_size=4), train_prompts))
+    other = gradients(*collected(small(rollout_batch_size=8, train_batch_size=size), train_prompts))
     assert plain.norm() > 0
     assert (plain - other).norm() < 1e-5 * plain.norm()
 
 
 def test_a_flat_group_gives_zero_gradient(small, train_prompts):
     flat = collected(small(), train_prompts, reward_funcs=lambda images, prompts, metadata: torch.ones(len(images)))
-    assert not gradients(flat).any()
+    assert not gradients(*flat).any()
 
 
 def evaluations(monkeypatch, model):
@@ -100,12 +100,12 @@ def test_samples_without_advantage_are_not_trained_on(small, train_prompts, monk
     second = trainer.algorithm.collector.prompts_of(0)[1].text
     batch = collect(trainer, 0)
     rows = evaluations(monkeypatch, trainer.model)
-    sparse = gradients(trainer)
+    sparse = gradients(trainer, batch)
     assert sum(rows) == 4 * 2
     for parameter in trainer.loop.state.parameters:
         parameter.grad = None
     trainer.args.filter_zero_advantage = False
-    whole = gradients(trainer)
+    whole = gradients(trainer, batch)
     assert sum(rows) == 4 * 2 + 8 * 2
     assert whole.norm() > 0
     assert (whole - sparse).norm() < 1e-5 * whole.norm()
@@ -120,7 +120,8 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
         return torch.where(here == 0, 0.5, (here.cumsum(0) - 1).float())
 
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=judge)
-    update_of, first = trainer.algorithm.collector.update_index(0), trainer.algorithm.collector.prompts_of(0)[0].text
+    collector, plan = trainer.algorithm.collector, make_plan(args.plan, 0, args.seed)
+    update_of, first = collector.update_index(0, plan), collector.prompts_of(0)[0].text
     trainer.train()
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "loss" in row]
     assert [row["grad_norm"] > 0 for row in rows[:2]] == [False, True]
@@ -130,9 +131,9 @@ def test_updates_without_a_gradient_are_skipped_and_do_not_sound_the_canary(smal
 
 
 def test_a_kl_is_paid_for_every_sample(small, train_prompts, monkeypatch):
-    flat = collected(small(kl_beta=0.1), train_prompts, reward_funcs=lambda images, *_: torch.ones(len(images)))
+    flat, batch = collected(small(kl_beta=0.1), train_prompts, reward_funcs=lambda images, *_: torch.ones(len(images)))
     rows = evaluations(monkeypatch, flat.model)
-    gradients(flat)
+    gradients(flat, batch)
     assert sum(rows) == 2 * 8 * 2  # policy and reference
 
 
@@ -142,7 +143,7 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = collected(small(max_unscored=0.3), train_prompts, reward_funcs=nearly)
+        _, batch = collected(small(max_unscored=0.3), train_prompts, reward_funcs=nearly)
     advantage = batch.buffer.advantage[batch.buffer.leaves].view(2, 4)
     assert (advantage[:, 0] == 0).all()
     assert advantage[:, 1:].sum(1).abs().max() < 1e-4
@@ -150,26 +151,27 @@ def test_a_failed_sample_changes_no_other(small, train_prompts):
 
 
 def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_prompts):
-    trainer = collected(small(kl_beta=0.1), train_prompts)
-    samples, step = torch.arange(4), batch.plan.plan.trained_steps[0]
-    result, _ = trainer.algorithm._replay(batch.buffer, samples, step)
-    assert (
-        trainer.algorithm._kl(result, trainer.algorithm._reference_mean(batch.buffer, samples, step), step).abs().max()
-        == 0
-    )
+    trainer, batch = collected(small(kl_beta=0.1), train_prompts)
+    algorithm = trainer.algorithm
+    step = batch.plan.plan.trained_steps[0]
+    nodes = batch.buffer.nodes(torch.arange(4), step + 1)
+    result = algorithm._replay(batch, nodes)
+    reference = algorithm._reference_mean(batch, nodes)
+    assert algorithm._kl(batch, result, reference, step).abs().max() == 0
     with torch.no_grad():
         for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
-    moved, _ = trainer.algorithm._replay(batch.buffer, samples, step)
-    reference = trainer.algorithm._reference_mean(batch.buffer, samples, step)
+    moved = algorithm._replay(batch, nodes)
+    reference = algorithm._reference_mean(batch, nodes)
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
-    assert torch.allclose(trainer.algorithm._kl(moved, reference, step), expected.float(), rtol=1e-4)
-    trainer.algorithm._kl(moved, reference, step).mean().backward()
+    assert torch.allclose(algorithm._kl(batch, moved, reference, step), expected.float(), rtol=1e-4)
+    algorithm._kl(batch, moved, reference, step).mean().backward()
     assert any(p.grad is not None and p.grad.any() for p in trainer.loop.state.parameters)
 
 
 def test_tempflow_weights_follow_the_schedule(small, train_prompts):
-    trainer = collected(small(plan=PlanConfig(preset="flow_grpo", num_steps=6), step_weights="tempflow"), train_prompts)
+    args = small(plan=PlanConfig(preset="flow_grpo", num_steps=6), step_weights="tempflow")
+    trainer, batch = collected(args, train_prompts)
     weights = step_weights(batch.plan.plan, trainer.algorithm.levels, "tempflow")
     assert list(weights) == [0, 1, 2, 3, 4]
     assert abs(sum(weights.values()) / 5 - 1) < 1e-9
@@ -244,22 +246,23 @@ def test_training_consumes_no_global_generator(small, train_prompts):
 
 
 def test_drift_before_the_first_update_stops_the_run(small, train_prompts):
-    trainer = collected(small(), train_prompts)
-    trainer.before_first_update()
+    trainer, batch = collected(small(), train_prompts)
+    trainer.loop._before_first_update(batch)
     batch.buffer.log_prob += trainer.algorithm.clip
     with pytest.raises(RuntimeError, match=r"drift by more than a tenth of the clip range .*step 0: .*recompute"):
-        trainer.before_first_update()
+        trainer.loop._before_first_update(batch)
 
 
 def test_an_update_that_changes_nothing_stops_the_run(small, train_prompts):
-    trainer = collected(small(), train_prompts)
-    trainer.before_first_update()
+    trainer, batch = collected(small(), train_prompts)
+    trainer.loop._before_first_update(batch)
     with pytest.raises(RuntimeError, match="changed nothing in the denoiser's output"):
-        trainer.after_first_update()
+        trainer.loop._after_first_update(batch)
+    trainer.loop._before_first_update(batch)
     with torch.no_grad():
         for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
-    trainer.after_first_update()
+    trainer.loop._after_first_update(batch)
 
 
 REFUSED = [
@@ -370,7 +373,7 @@ def test_arguments_as_users_of_other_trainers_write_them(small, model):
         train_dataset=[Prompt("a circle", {"include": [{"class": "circle", "count": 1}]})],
     )
     assert trainer.algorithm.collector.weights == {"shapes": 1.0, "jpeg_compressibility": 1.0}
-    metrics = collect(trainer, 0)
+    metrics = collect(trainer).metrics
     assert {"reward/shapes", "reward/jpeg_compressibility", "zero_std_groups"} <= metrics.keys()
     other = FlowGRPOTrainer(PIPELINE, small(model="", train_prompts=PROMPTS / "shapes_train.jsonl"), "shapes")
     assert other.args.model == str(PIPELINE)

@@ -75,13 +75,11 @@ def test_latents_in_pinned_memory_train_the_same(small, train_prompts, monkeypat
         assert buffer.x.is_pinned() == (limit == 0)
         assert buffer.mean is None or buffer.mean.is_pinned() == buffer.x.is_pinned()
         assert buffer.device.type == "cuda"
-        losses = [
-            trainer.algorithm.loss(micro)[0] * micro.weight
-            for minibatch in trainer.algorithm.minibatches(batch, 0)
-            for micro in minibatch.micros
-        ]
+        minibatches = trainer.algorithm.minibatches(batch, 0)
+        micros = [micro for minibatch in minibatches for micro in minibatch.micros]
+        losses = [trainer.algorithm.loss(micro)[0] * micro.weight for micro in micros]
         found.append([torch.stack(losses).cpu(), *(tensor.cpu().nan_to_num(9) for tensor in buffer.drawn().values())])
-        again = trainer.algorithm.collector.restored(0, buffer.drawn())
+        again = trainer.algorithm.collector.restored(0, buffer.drawn(), {})
         assert torch.equal(again.buffer.x, buffer.x)
     assert all(torch.equal(card, pinned) for card, pinned in zip(*found, strict=True))
 

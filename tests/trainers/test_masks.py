@@ -93,7 +93,7 @@ def test_masks_are_cropped_where_their_images_are(dpo, tmp_path):
 def test_only_what_they_show_counts(dpo, masked):
     trainer = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED))
     batch = collect(trainer, 0)
-    for side in trainer.algorithm.denoise(torch.arange(4), 0)[0]:
+    for side in trainer.algorithm.denoise(batch.ranked, torch.arange(4), 0)[0]:
         residual = (side.output - side.target).double().square().mean(1, keepdim=True)
         counts = batch.ranked.mask.double()
         expected = (counts * residual).sum((1, 2, 3)) / counts.sum((1, 2, 3))
@@ -113,13 +113,13 @@ def test_masks_that_show_everything_change_nothing_and_others_do(dpo, masked, tm
 
 
 def test_a_sample_without_one_among_others_counts_everywhere(dpo, masked):
-    source = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED)).source
+    source = DiffusionDPOTrainer(args=dpo(train_data=masked(blot), data=MASKED)).algorithm.source
 
     def load(place):
         pair, images = source.data.load(place)
         return (replace(pair, mask=None) if place == 1 else pair), images
 
-    found = source.framer([partial(load, place) for place in range(4)], 0)
+    found = source.encoder([partial(load, place) for place in range(4)], 0)
     assert found.mask.shape == (4, 1, *found.latents.shape[-2:])
     assert [bool((mask == 1).all()) for mask in found.mask] == [False, True, False, False]
 

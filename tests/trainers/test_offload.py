@@ -47,6 +47,13 @@ def reward_gradient(small, dpo, refl, prompts, **changes):
     return trainer_of(refl("refl", num_groups=2, rollout_batch_size=1, **changes), prompts)
 
 
+def update(loop, batch):
+    """Take the optimizer steps of a first iteration, as the loop takes them."""
+    loop.batch = batch
+    for minibatch in loop.algorithm.minibatches(batch, 0):
+        loop._update(batch, minibatch)
+
+
 # What comes in the first iteration: while it collects, and while it trains.
 PHASES = {
     flow_grpo: ([TEXT_ENCODERS, TEXT_ENCODERS, VAE], []),  # prompts, the empty prompt
@@ -68,8 +75,7 @@ def test_parts_come_once_a_phase_and_change_nothing(make, small, dpo, refl, trai
         seen = []
         batch = collect(trainer, 0)
         seen.append(visits[:])
-        for minibatch in trainer.algorithm.minibatches(batch, 0):
-            trainer.loop._update(minibatch)
+        update(trainer.loop, batch)
         seen.append(visits[len(seen[0]) :])
         weights.append([p.detach().clone() for p in trainer.loop.state.parameters])
         if changes:
@@ -86,7 +92,7 @@ def test_an_evaluation_decodes_in_one_visit_and_a_fault_sends_everything_home(sm
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts)
     assert trainer.outputs.evaluate(0)
     assert visits == [VAE]  # 12 images, 4 at a time
-    trainer.outputs.evaluation.pulse = lambda: 1 / 0
+    trainer.outputs.evaluation.heartbeat = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.outputs.evaluate(0)
     assert visits == [VAE] * 2
@@ -101,8 +107,7 @@ def test_on_cuda_an_update_has_the_memory_of_what_left(small, train_prompts):
         trainer = FlowGRPOTrainer(args=small(**changes), train_dataset=train_prompts)
         batch = collect(trainer, 0)
         torch.cuda.reset_peak_memory_stats()
-        for minibatch in trainer.algorithm.minibatches(batch, 0):
-            trainer.loop._update(minibatch)
+        update(trainer.loop, batch)
         peaks.append(torch.cuda.max_memory_allocated())
         weights.append([p.detach().clone().cpu() for p in trainer.loop.state.parameters])
         pipeline = trainer.model.pipeline

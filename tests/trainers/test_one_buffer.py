@@ -1,10 +1,10 @@
 """One buffer on disk, written by a Flow-GRPO run, trains Flow-GRPO's update, online DPO and best-of-n."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.data.rollouts import Pairing
@@ -22,19 +22,18 @@ def brightness(images, prompts, metadata):
 
 @pytest.fixture
 def run(small, tmp_path, train_prompts):
-    """A Flow-GRPO trainer that has collected its first iteration, 2 groups of 4, and written it to disk."""
+    """A Flow-GRPO trainer and the rollout of its first iteration, 2 groups of 4, which is on disk too."""
     args = small(output_dir=tmp_path / "grpo", save_rollouts=True)
     trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts, reward_funcs=brightness)
-    batch = collect(trainer, 0)
-    return trainer
+    return trainer, collect(trainer)
 
 
 @pytest.fixture
 def folder(run):
-    return run.args.output_dir / "rollouts"
+    return run[0].args.output_dir / "rollouts"
 
 
-def gradient(trainer):
+def gradient(trainer, batch):
     for parameter in trainer.loop.state.parameters:
         parameter.grad = None
     for minibatch in trainer.algorithm.minibatches(batch, 0):
@@ -54,9 +53,26 @@ def ranked(buffer):
 
 
 def examples_of(trainer):
-    batch = collect(trainer, 0)
-    order = sorted(range(len(batch.ranked.texts)), key=lambda i: batch.ranked.texts[i])
-    return [(batch.ranked.texts[i], batch.ranked.latents[i]) for i in order]
+    """Return (text, latents, label) of each example of a first iteration, sorted by text."""
+    found = collect(trainer).ranked
+    order = sorted(range(len(found.texts)), key=lambda i: found.texts[i])
+    return [(found.texts[i], found.latents[i], found.label[i].item()) for i in order]
+
+
+class Recalled:
+    """Stands for the collector: a rollout from disk, with its rewards."""
+
+    def __init__(self, buffer):
+        self.buffer, self.weights = buffer, {"brightness": 1.0}
+
+    def sample(self, iteration):
+        return Rollout(self.buffer, None, None)
+
+    def score(self, rollout):
+        pass
+
+    def advantage(self, rollout):
+        pass
 
 
 def learns(trainer):
@@ -66,13 +82,13 @@ def learns(trainer):
 
 
 def test_it_trains_flow_grpo(run, folder):
-    buffer = RolloutBuffer.load(folder)
-    expected = gradient(run)
-    # The update reads everything from disk: the levels come from the plan, and prompts are encoded again.
-    route = SamplingPlan(run.rollout.route.plan, run.levels, run.guidance)
-    run.rollout = Rollout(buffer, route, run.encoded([p.text for p in buffer.prompts]), {})
+    buffer, (trainer, rollout) = RolloutBuffer.load(folder), run
+    expected = gradient(trainer, rollout)
+    # All that the update sees comes from disk: the plan's levels are the model's, and prompts are encoded again.
+    plan = SamplingPlan(rollout.plan.plan, trainer.algorithm.levels, trainer.run.guidance)
+    loaded = Rollout(buffer, plan, trainer.run.prompts([p.text for p in buffer.prompts]))
     assert expected.norm() > 0
-    assert torch.equal(gradient(run), expected)
+    assert torch.equal(gradient(trainer, loaded), expected)
 
 
 @pytest.mark.parametrize("rule", ["best_worst", "all"])
@@ -84,9 +100,10 @@ def test_it_trains_dpo_on_pairs_of_its_images(run, folder, dpo, rule):
     found = examples_of(trainer)
     assert len(found) == (2 if rule == "best_worst" else 12)
     if rule == "best_worst":
-        latents = run.buffer.x[run.buffer.leaves]
-        places = sorted(zip((p.text for p in run.buffer.prompts), ranked(run.buffer), strict=True))
-        for (text, pair), (prompt, order) in zip(found, places, strict=True):
+        buffer = run[1].buffer
+        latents = buffer.x[buffer.leaves]
+        places = sorted(zip((p.text for p in buffer.prompts), ranked(buffer), strict=True))
+        for (text, pair, _), (prompt, order) in zip(found, places, strict=True):
             assert text == prompt
             for side, sample in enumerate((order[0], order[-1])):
                 # Decoded, rounded to 8 bits and encoded again: nearer to its own latents than to any others.
@@ -98,15 +115,9 @@ def test_it_trains_dpo_on_pairs_of_its_images(run, folder, dpo, rule):
 def test_it_trains_online_dpo_from_its_latents(folder, dpo):
     buffer = RolloutBuffer.load(folder)
     trainer = DiffusionDPOTrainer(args=dpo(train_data=(str(folder),), num_pairs=2, max_train_steps=1))
-
-    class Recalled:
-        args, weights = dataclasses.replace(trainer.args, num_groups=2, group_size=4), {"brightness": 1.0}
-
-        def __call__(self, iteration):
-            return Rollout(buffer, None, None, {})
-
-    trainer.algorithm.source = RolloutSource(Recalled(), Pairing(), trainer.algorithm.kind, trainer.run.accelerator)
-    batch = collect(trainer, 0)
+    online = dataclasses.replace(trainer.run, config=dataclasses.replace(trainer.args, num_groups=2, group_size=4))
+    trainer.algorithm.source = RolloutSource(online, Recalled(buffer), trainer.algorithm.kind)
+    batch = collect(trainer)
     for pair, order in zip(batch.ranked.latents, ranked(buffer), strict=True):
         assert torch.equal(pair, buffer.x[buffer.leaves[[order[0], order[-1]]]])
     assert learns(trainer)
@@ -116,27 +127,27 @@ def test_it_trains_on_the_best_of_each_group(run, folder, dpo):
     args = dpo(train_data=(str(folder),), loss="sft", beta=None, num_pairs=2, train_batch_size=2, max_train_steps=1)
     trainer = DiffusionDPOTrainer(args=args)
     found = examples_of(trainer)
-    places = sorted(zip((p.text for p in run.buffer.prompts), ranked(run.buffer), strict=True))
-    latents = run.buffer.x[run.buffer.leaves]
-    assert batch.ranked.label.tolist() == [1, 1]
-    for (text, single), (prompt, order) in zip(found, places, strict=True):
+    buffer = run[1].buffer
+    places = sorted(zip((p.text for p in buffer.prompts), ranked(buffer), strict=True))
+    latents = buffer.x[buffer.leaves]
+    assert [label for _, _, label in found] == [1, 1]
+    for (text, single, _), (prompt, order) in zip(found, places, strict=True):
         assert (text, len(single)) == (prompt, 1)
         assert (latents - single[0]).flatten(1).norm(dim=1).argmin() == order[0]
     assert learns(trainer)
 
 
 def test_an_image_of_many_pairs_is_one_single_image(folder, dpo):
-    buffer = RolloutBuffer.load(folder)
-
-    class Recalled:
-        args, weights = dataclasses.replace(dpo(), num_groups=2, group_size=4), {"brightness": 1.0}
-
-        def __call__(self, iteration):
-            return Rollout(buffer, None, None, {})
-
+    buffer, args = RolloutBuffer.load(folder), dpo()
+    data = dataclasses.replace(args.data, rollouts=Pairing(rule="all"))
+    args = dataclasses.replace(args, data=data, num_groups=2, group_size=4)
+    run = SimpleNamespace(config=args, gather=lambda own: own)
     liked = {order[k] for order in ranked(buffer) for k in range(3)}
     for name, places in (("kto", set(range(8))), ("sft", liked)):
-        examples, _ = RolloutSource(Recalled(), Pairing(rule="all"), get_loss(name), Accelerator())(0)
+        source = RolloutSource(run, Recalled(buffer), get_loss(name))
+        batch = source.sample(0)
+        source.rank(batch)
+        examples = batch.ranked
         # Of four images in a ranking, all but the last have won once.
         rows = [(buffer.x[buffer.leaves] == x).flatten(1).all(1).nonzero().item() for (x,) in examples.latents]
         assert sorted(rows) == sorted(places)

@@ -10,6 +10,7 @@ import torch
 from diffalign import FlowGRPOTrainer
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.runtime.errors import StopRequested
+from tests.phases import collect
 
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
 
@@ -50,8 +51,8 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
     trainer = FlowGRPOTrainer(args=args, reward_funcs=reward, train_dataset=train_prompts)
     reward.watch(trainer.model)
 
-    def collect(**changes):
-        trainer.algorithm.collector.args = dataclasses.replace(trainer.args, **changes)
+    def asked_while_collecting(**changes):
+        trainer.algorithm.collector.config = dataclasses.replace(trainer.args, **changes)
         reward.asked.clear()
         reward.sampled.clear()
         torch.manual_seed(0)
@@ -60,15 +61,15 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
         return reward.asked.copy(), batch.buffer.drawn()
 
     in_turn = ["in turn"] * 3
-    assert collect()[0] == in_turn, "rewards load when they are first asked"
-    asked, beside = collect()
+    assert asked_while_collecting()[0] == in_turn, "rewards load when they are first asked"
+    asked, beside = asked_while_collecting()
     assert asked == ["aside", "aside", "in turn"], "beside the last images there is nothing to do"
-    asked, plain = collect(overlap_rewards=False)
+    asked, plain = asked_while_collecting(overlap_rewards=False)
     assert asked == in_turn
     assert all(torch.equal(plain[name].nan_to_num(9), beside[name].nan_to_num(9)) for name in plain)
-    assert collect(attention="_native_math")[0] == in_turn, "which kernels may be used is the process's"
+    assert asked_while_collecting(attention="_native_math")[0] == in_turn, "which kernels may be used is the process's"
     trainer.model.plain_attention = True
-    assert collect()[0] == in_turn
+    assert asked_while_collecting()[0] == in_turn
     trainer.model.plain_attention = False
 
     def stop():
@@ -77,6 +78,6 @@ def test_images_are_scored_while_the_next_ones_are_sampled(small, train_prompts)
 
     reward.on_ask = stop
     with pytest.raises(StopRequested):
-        collect()
+        asked_while_collecting()
     assert reward.asked == ["aside"]
     assert not left()

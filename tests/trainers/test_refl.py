@@ -11,7 +11,7 @@ from diffalign.rewards.base import get_reward
 from diffalign.runtime.tracking import MetricsLog
 from tests.models import tiny_unet_pipelines as tiny
 from tests.phases import collect
-from tests.trainers.made_refl import IMAGES, close, gradients, moved, redness, trainer_of
+from tests.trainers.made_refl import IMAGES, close, gradients, gradients_of, moved, redness, trainer_of
 
 # Exactness ----------------------------------------------------------------------------------------------------------
 
@@ -20,8 +20,9 @@ from tests.trainers.made_refl import IMAGES, close, gradients, moved, redness, t
 def test_the_gradient_of_draft_k_is_that_of_plain_autograd_through_the_pipeline(refl, train_prompts, guidance):
     args = refl("draft_k", guidance_scale=guidance, rollout_batch_size=4, train_batch_size=4)
     trainer = trainer_of(args, train_prompts)
-    own = gradients(trainer)
-    model, levels, batch = trainer.model, trainer.algorithm.levels, batch.parts[0]
+    iteration = collect(moved(trainer))
+    own = gradients_of(trainer, iteration)
+    model, levels, (batch,) = trainer.model, trainer.algorithm.levels, iteration.parts
     x = trainer.run.rng.normal_batch(model.latent_shape(), "refl/start", [(0, *sample) for sample in batch.samples])
     empty = trainer.run.prompts.empty[torch.zeros(4, dtype=torch.long)]
     for i in range(4):
@@ -39,16 +40,13 @@ def test_the_gradient_of_draft_k_is_that_of_plain_autograd_through_the_pipeline(
 
 def test_a_step_against_the_gradient_lowers_the_loss_as_much_as_it_says(refl, train_prompts):
     trainer = trainer_of(refl("draft_k", thresholds={}), train_prompts)
-    direction = gradients(trainer)
+    batch = collect(moved(trainer))
+    direction = gradients_of(trainer, batch)
     (minibatch,) = trainer.algorithm.minibatches(batch, 0)
-    values, size = [], 0.02 / direction.norm()
+    values, size, parameters = [], 0.02 / direction.norm(), trainer.loop.state.parameters
     with torch.no_grad():
         for sign in (1, -2):
-            for part, p in zip(
-                direction.split([p.numel() for p in trainer.loop.state.parameters]),
-                trainer.loop.state.parameters,
-                strict=True,
-            ):
+            for part, p in zip(direction.split([p.numel() for p in parameters]), parameters, strict=True):
                 p += sign * size * part.reshape(p.shape)
             values.append(sum((trainer.algorithm.loss(micro)[0] * micro.weight).item() for micro in minibatch.micros))
     assert (values[0] - values[1]) / (2 * size * direction.norm() ** 2) == pytest.approx(1.0, rel=0.02)
@@ -79,9 +77,8 @@ def test_a_detached_negative_is_full_guidance_less_the_negatives_gradient(refl, 
     close(3 * gradients(trainer_of(halves, train_prompts)), found["detached"], 1e-5)
     # At the last step v = n + g (c - n), so that the slopes by c and by n are g and 1 - g of the same thing.
     trainer = moved(trainer_of(refl("draft_1", guidance_scale=3.0), train_prompts))
-    batch = collect(trainer, 0)
     total = 0.0
-    for batch in batch.parts:
+    for batch in collect(trainer).parts:
         rows, level = torch.arange(2), trainer.algorithm.levels[3]
         x, time = batch.state(rows, 3), trainer.algorithm.levels.time[3].float().expand(2)
         empty = trainer.run.prompts.empty[torch.zeros(2, dtype=torch.long)]
@@ -97,14 +94,11 @@ def test_a_detached_negative_is_full_guidance_less_the_negatives_gradient(refl, 
 
 def test_a_pass_of_its_own_for_each_image_draws_the_same_course_for_a_batch(refl, train_prompts):
     trainer = trainer_of(refl("alignprop", rollout_batch_size=2), train_prompts)
-    batch = collect(trainer, 3)
-    found = [batch.courses for batch in batch.parts]
-    batch = collect(trainer, 3)
-    assert found == [batch.courses for batch in batch.parts]
+    found = [part.courses for part in collect(trainer, 3).parts]
+    assert found == [part.courses for part in collect(trainer, 3).parts]
     drawn = set()
     for iteration in range(20):
-        batch = collect(trainer, iteration)
-        drawn |= {len(batch.courses[0].moves) for batch in batch.parts}
+        drawn |= {len(part.courses[0].moves) for part in collect(trainer, iteration).parts}
     assert drawn == {1, 2, 3, 4}
 
 

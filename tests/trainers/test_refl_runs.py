@@ -13,7 +13,8 @@ from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, 
 from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
-from diffalign.trainers.refl.hacking_monitor import Watch
+from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.refl.hacking_monitor import HackingMonitor
 from tests.conftest import PIPELINE
 from tests.phases import collect
 from tests.reliability.compare import same_checkpoint
@@ -26,10 +27,9 @@ from tests.trainers.made_refl import redness, trainer_of
 def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_prompts):
     """One buffer, written by Flow-GRPO: it replays there, makes pairs for DPO, and starts ReFL."""
     writer = FlowGRPOTrainer(args=small(save_rollouts=True, max_train_steps=1), train_dataset=train_prompts)
-    writer.collect(0)
+    rollout = collect(writer)
     folder = small().output_dir / "rollouts"
-    writer.rollout = dataclasses.replace(writer.rollout, buffer=RolloutBuffer.load(folder))
-    writer.before_first_update()
+    writer.loop._before_first_update(dataclasses.replace(rollout, buffer=RolloutBuffer.load(folder)))
     dpo = DiffusionDPOConfig(
         model=str(PIPELINE),
         max_sequence_length=16,
@@ -41,9 +41,9 @@ def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_pr
     DiffusionDPOTrainer(args=dpo).train()
     args = refl("draft_1", train_rollouts=folder, num_groups=2, group_size=2, output_dir=folder.parent / "refl")
     trainer = trainer_of(args, None)
-    batch = collect(trainer, 0)
+    parts = collect(trainer).parts
     stored, levels = trainer.algorithm.starts.buffer, trainer.algorithm.levels
-    for batch in batch.parts:
+    for batch in parts:
         (course,) = batch.courses
         assert course.start == 3
         texts = [prompt.text for prompt in stored.prompts]
@@ -109,23 +109,23 @@ def test_combined_generation_samples_with_the_base_first(refl, train_prompts):
     with torch.no_grad():
         for p in trainer.loop.state.parameters:
             p += 0.05
-    assert trainer.eval_base_steps == 2
-    levels, guidance = trainer.eval_levels, trainer.run.guidance
-    images = {n: trainer.outputs.evaluation.run(levels, guidance, n)[1].images for n in (0, 2, 4)}
+    plan, evaluation = trainer.algorithm.eval_plan(), trainer.outputs.evaluation
+    assert plan.base_steps == 2
+    images = {n: evaluation.run(dataclasses.replace(plan, base_steps=n))[1].images for n in (0, 2, 4)}
     with trainer.model.using("reference"):
-        base = trainer.outputs.evaluation.run(levels, guidance)[1].images
+        base = evaluation.run(dataclasses.replace(plan, base_steps=0))[1].images
     assert torch.equal(images[4], base)
     assert not torch.equal(images[2], base)
     assert not torch.equal(images[2], images[0])
 
 
 def test_figures_that_nothing_was_measured_of_are_kept_in_a_checkpoint():
-    args = SimpleNamespace(watched="accuracy", early_stopping=0)
-    trainer = SimpleNamespace(args=args, evaluation=SimpleNamespace(rewards={}), eval_prompts=[Prompt("a circle")])
-    watch, again = Watch(trainer, {}, []), Watch(trainer, {}, [])
-    watch.base = {"accuracy": math.nan, "diversity": 0.25}
-    tensors, plain = watch.state()
-    again.restore(tensors, json.loads(json.dumps(plain, allow_nan=False)))
+    config = SimpleNamespace(watched="accuracy", early_stopping=0)
+    run, inputs = SimpleNamespace(config=config, model=None), Inputs(config, eval_prompts=[Prompt("a circle")])
+    monitor, again = HackingMonitor(run, inputs), HackingMonitor(run, inputs)
+    monitor.base = {"accuracy": math.nan, "diversity": 0.25}
+    tensors, plain = monitor.state_dict()
+    again.load_state_dict((tensors, json.loads(json.dumps(plain, allow_nan=False))))
     assert math.isnan(again.base.pop("accuracy"))
     assert again.base == {"diversity": 0.25}
 
@@ -190,6 +190,6 @@ def test_a_trained_negative_prompt_is_an_argument_of_the_pipeline(refl, train_pr
     x, conditioning = noise, trainer.run.prompts([train_prompts[0].text])
     with torch.no_grad():
         for i in range(4):
-            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning, trainer.run.guidance)
+            v = trainer.model.predict(x, trainer.algorithm.levels[i], conditioning, trainer.algorithm.guidance.plain)
             x = x + (trainer.algorithm.levels.sigma[i + 1] - trainer.algorithm.levels.sigma[i]).float() * v
     torch.testing.assert_close(theirs, x, rtol=1e-4, atol=1e-4)

@@ -18,13 +18,13 @@ def at_last_step(tmp_path, **changes):
 @pytest.mark.parametrize("size", [1, 4])
 def test_samplings_draw_noise_by_its_address(tmp_path, train_prompts, size):
     trainer = trainer_of(at_last_step(tmp_path, rollout_batch_size=size, train_batch_size=1), train_prompts[:4])
-    batch = collect(trainer, 3)
-    for batch in batch.parts:
+    levels = trainer.algorithm.levels
+    for batch in collect(trainer, 3).parts:
         x = trainer.algorithm.starts(3, batch.samples, 3).x
         for index in range(3):
-            output = trainer.model.predict(x, trainer.algorithm.levels[index], batch.conditioning)
+            output = trainer.model.predict(x, levels[index], batch.conditioning)
             noise = trainer.run.rng.normal_batch(x.shape[1:], "refl/step", [(3, *own, index) for own in batch.samples])
-            x = step("ddim", x, output, trainer.algorithm.levels[index], trainer.algorithm.levels[index + 1],
+            x = step("ddim", x, output, levels[index], levels[index + 1],
                      parameterization="flow", noise_level=1.0, noise=noise).x_next  # fmt: skip
         torch.testing.assert_close(batch.state(torch.arange(len(batch.samples)), 3), x, rtol=0, atol=1e-5)
 
@@ -32,19 +32,11 @@ def test_samplings_draw_noise_by_its_address(tmp_path, train_prompts, size):
 def test_without_eta_samplings_follow_the_ode(tmp_path, train_prompts):
     args = config(tmp_path, recipe={"window": (0.75, 1.0), "eta": 0.0})
     trainer = trainer_of(args, train_prompts[:4])
-    batch = collect(trainer, 0)
-    batch = batch.parts[0]
+    batch, levels = collect(trainer).parts[0], trainer.algorithm.levels
     x = trainer.algorithm.starts(0, batch.samples, 3).x
     for index in range(3):
-        output = trainer.model.predict(x, trainer.algorithm.levels[index], batch.conditioning)
-        x = step(
-            "ode",
-            x,
-            output,
-            trainer.algorithm.levels[index],
-            trainer.algorithm.levels[index + 1],
-            parameterization="flow",
-        ).x_next
+        output = trainer.model.predict(x, levels[index], batch.conditioning)
+        x = step("ode", x, output, levels[index], levels[index + 1], parameterization="flow").x_next
     torch.testing.assert_close(batch.state(torch.arange(len(batch.samples)), 3), x, rtol=0, atol=1e-5)
 
 

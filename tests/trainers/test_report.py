@@ -22,7 +22,7 @@ def test_any_prompt_model_and_folder_stand_in_the_card_as_they_are(tmp_path, has
         negative=None, has_adapter=has_adapter, denoiser_name="transformer", raw_denoiser=nn.Linear(1, 1)
     )
     args = FlowGRPOConfig(model=name, revision="v1", output_dir=folder)
-    report = Report(model, args, "flow_grpo", POLICY)
+    report = Report(model, args, "flow_grpo", "accelerate launch", POLICY)
     report.shown = SimpleNamespace(texts=[prompt])
     card = report._card("", [])
     said = [node.value for node in ast.walk(ast.parse(card.load_snippet)) if isinstance(node, ast.Constant)]
@@ -34,7 +34,7 @@ def test_any_prompt_model_and_folder_stand_in_the_card_as_they_are(tmp_path, has
 @pytest.mark.parametrize(("about", "rewards"), [("other prompts", ("a", "b")), ("these", ("a",))])
 def test_a_base_of_other_prompts_or_rewards_is_not_compared_with(tmp_path, about, rewards):
     args = FlowGRPOConfig(model="m", output_dir=tmp_path)
-    report = Report(SimpleNamespace(), args, "flow_grpo", POLICY)
+    report = Report(SimpleNamespace(), args, "flow_grpo", "accelerate launch", POLICY)
     shown = {
         name: Shown(["p"], torch.zeros(1, 3, 2, 2), {n: torch.zeros(1) for n in names}, torch.zeros(1).long(), ["all"],
                     {n: torch.zeros(1) for n in names}, None, said)

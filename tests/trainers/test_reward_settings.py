@@ -33,7 +33,8 @@ def test_a_group_reward_sees_whole_groups_whatever_the_micro_batch(small, train_
         ranks = Ranks()
         args = small(rollout_batch_size=size, num_groups=2, group_size=4)
         trainer = FlowGRPOTrainer(args=args, reward_funcs=[ranks, "brightness"], train_dataset=train_prompts[:2])
-        metrics = collect(trainer, 0)
+        batch = collect(trainer)
+        metrics = batch.metrics
         assert ranks.seen == [[0, 0, 0, 0, 1, 1, 1, 1]]
         assert metrics["reward/ranks"] == 1.5
         assert metrics["reward/ranks/light"] == pytest.approx(metrics["reward/brightness"], abs=0.1)
@@ -71,5 +72,5 @@ def test_images_have_the_resolution_asked_for(small, train_prompts):
         return images.mean((1, 2, 3))
 
     args = small(resolution=32, num_groups=2, group_size=2)
-    FlowGRPOTrainer(args=args, reward_funcs=spy, train_dataset=train_prompts[:2]).collect(0)
+    collect(FlowGRPOTrainer(args=args, reward_funcs=spy, train_dataset=train_prompts[:2]))
     assert set(seen) == {(32, 32)}

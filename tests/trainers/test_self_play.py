@@ -49,10 +49,12 @@ def test_losers_follow_the_refreshed_reference(spin):
         parameter.data += 0.01
     batch = collect(trainer, 0)
     assert torch.equal(batch.ranked.latents, before), "the policy draws none of them"
-    trainer.after_update(1, {"accuracy": 0.5})
+    trainer.run.progress.step = 1
+    trainer.algorithm.on_step(batch, {"accuracy": 0.5})
     batch = collect(trainer, 0)
     assert torch.equal(batch.ranked.latents, before), "a refresh every two steps"
-    trainer.after_update(2, {"accuracy": 0.5})
+    trainer.run.progress.step = 2
+    trainer.algorithm.on_step(batch, {"accuracy": 0.5})
     batch = collect(trainer, 0)
     assert torch.equal(batch.ranked.latents[:, 0], before[:, 0])
     assert not torch.isclose(batch.ranked.latents[:, 1], before[:, 1]).all(-1).any()

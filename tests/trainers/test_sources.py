@@ -18,16 +18,15 @@ from tests.phases import collect
 
 @dataclass
 class Process:
-    """What a source knows of accelerate, in a thread that stands for a process."""
+    """What a source knows of a run, in a thread that stands for a process."""
 
-    process_index: int
+    rank: int
     everyone: list
     barrier: threading.Barrier
-    num_processes: int = 2
-    device: str = "cpu"
+    world: int = 2
 
     def gather(self, own):
-        self.everyone[self.process_index] = own
+        self.everyone[self.rank] = own
         self.barrier.wait(60)
         together = torch.cat(self.everyone)
         self.barrier.wait(60)
@@ -47,7 +46,7 @@ def files(pairs, tmp_path):
 
 
 class Keys:
-    """Stands for the framer."""
+    """Stands for the encoder."""
 
     share = range(2)
 
@@ -62,10 +61,10 @@ def take(files, first, last, cursors=None):
     def one(rank):
         process = Process(rank, everyone, barrier)
         data = stream_pairs(*files, settings=PreferenceDataConfig(scan=0), rank=rank, world=2)
-        source = StreamSource(data, Keys(), process)
+        source = StreamSource(process, data, Keys())
         if cursors is not None:
-            source.resume(cursors)
-        return [source(i)[0] for i in range(first, last)], source.cursors
+            source.load_state_dict({"cursors": cursors})
+        return [source.sample(i).ranked for i in range(first, last)], source.state_dict()["cursors"]
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, (0, 1)))
@@ -115,8 +114,6 @@ def test_memory_keeps_no_more_than_its_share(dpo, monkeypatch):
     size = batch.ranked.latents[0].nbytes
     monkeypatch.setattr("diffalign.trainers.diffusion_dpo.latents.KEPT", 5 * size)
     small = DiffusionDPOTrainer(args=dpo(num_pairs=12, output_dir=trainer.args.output_dir / "small"))
-    small.collect(0)
-    assert len(small.source.framer._rows) == 5
-    small.collect(1)
-    batch = collect(trainer, 1)
-    assert torch.equal(small.examples.latents, batch.ranked.latents)
+    collect(small, 0)
+    assert len(small.algorithm.source.encoder._rows) == 5
+    assert torch.equal(collect(small, 1).ranked.latents, collect(trainer, 1).ranked.latents)

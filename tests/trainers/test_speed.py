@@ -22,9 +22,10 @@ def test_a_run_with_another_attention_is_on_policy(small, train_prompts, monkeyp
     layers = [layer for layer in trainer.model.raw_denoiser.modules() if hasattr(layer, "processor")]
     assert all(isinstance(layer.processor, Dispatched) for layer in layers)
     batch = collect(trainer, 0)
-    trainer.before_first_update()
-    samples = torch.arange(len(trainer.first_outputs[0]))
-    assert torch.equal(trainer.first_outputs[0], batch.buffer.log_prob[batch.buffer.nodes(samples, 1)])
+    trainer.loop._before_first_update(batch)
+    (output,) = trainer.loop.first_outputs
+    samples = torch.arange(len(output))
+    assert torch.equal(output, batch.buffer.log_prob[batch.buffer.nodes(samples, 1)])
 
 
 def test_attention_that_does_not_run_is_refused_before_training(small, train_prompts):

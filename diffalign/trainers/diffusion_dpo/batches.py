@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.data.epoch_order import take
@@ -22,7 +23,7 @@ from diffalign.rollout.collector import Collector, Rollout
 from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Prompt
+from diffalign.structures import Pair, Prompt
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 
@@ -156,6 +157,8 @@ class StreamSource(Source):
 
     def __init__(self, run: Run[DiffusionDPOConfig], data: PairStream, encoder: LatentEncoder) -> None:
         self.run, self.data, self.encoder = run, data, encoder
+        self._here = Cursor()
+        self._pairs: Iterator[tuple[Pair, tuple[Image.Image, ...], Cursor]] = iter(())
         self.load_state_dict({"cursors": [Cursor().state()] * run.world})
 
     def sample(self, iteration: int) -> PreferenceBatch:

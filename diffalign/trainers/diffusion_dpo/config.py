@@ -158,6 +158,8 @@ class DiffusionDPOConfig(RolloutConfig):
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        from diffalign.losses.registry import get_loss
+
         if self.online:
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
             names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
@@ -171,7 +173,11 @@ class DiffusionDPOConfig(RolloutConfig):
             names |= dict.fromkeys(("time_mean", "time_std"), "read only with time_sampling: logit_normal")
         if self.times:
             names["time_sampling"] = "replaced by times"
-        return names if self.auto_beta else names | {"auto_beta_range": "read only with auto_beta"}
+        if not self.auto_beta:
+            names["auto_beta_range"] = "read only with auto_beta"
+        if not get_loss(self.loss, self.allow_reward_code).paired:
+            names["bins"] = "read only by losses of pairs"
+        return names
 
     def objective(self) -> PairObjective:
         """The loss with its options. ValueError: one that does not go with another."""

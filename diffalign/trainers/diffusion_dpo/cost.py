@@ -15,7 +15,7 @@ from diffalign.trainers.cost import (
     Work,
     guided,
     on_device,
-    own_images,
+    own_trees,
     rollout_batches,
     rollout_eval_steps,
     rollout_work,
@@ -85,8 +85,8 @@ def _stored(config: DiffusionDPOConfig, latent: tuple[int, ...], share: Share) -
     pairs = _examples(config, share) * _sides(config) * torch.Size(latent).numel() * torch.float32.itemsize
     if not config.online:
         return pairs
-    plan = make_plan(config.plan, 0, config.seed)
-    return on_device(bytes_needed(plan, own_images(config, share), latent, torch.float32), pairs)
+    plan = make_plan(config.plan, 0, config.seed, trees=True)
+    return on_device(bytes_needed(plan, own_trees(config, share), latent, torch.float32), pairs)
 
 
 def _copies(config: DiffusionDPOConfig) -> int:

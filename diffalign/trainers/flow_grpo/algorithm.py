@@ -6,10 +6,9 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,22 +20,22 @@ from diffalign.losses.policy import PolicyStep
 from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
-from diffalign.rewards.support.probe import try_rewards
-from diffalign.rollout.collector import Collector, Rollout
+from diffalign.rollout.collector import Rollout
+from diffalign.rollout.generate import replay
 from diffalign.rollout.load_balancing import at_home, deal, exchange
 from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.tree import paths
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
-from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch
-from diffalign.runtime.provenance import digest
+from diffalign.runtime.interfaces import MicroBatch, MiniBatch
 from diffalign.runtime.run import Run
 from diffalign.structures import Level, StepResult
-from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 from diffalign.trainers.flow_grpo.cost import COST
-from diffalign.trainers.inputs import Inputs, check_groups, dataset, evaluation_rewards, read_rewards
+from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import register_algorithm
+from diffalign.trainers.rollouts import RolloutAlgorithm
 
 TRIAL = {
     "num_groups": 2,
@@ -51,24 +50,8 @@ TRIAL = {
 
 
 @register_algorithm("flow_grpo", config=FlowGRPOConfig, cost=COST, trial=TRIAL)
-class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
+class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     """Policy gradients on the stored stochastic steps of rollouts, with advantages relative to the group."""
-
-    @classmethod
-    def read_inputs(cls, config: FlowGRPOConfig, reward_funcs: Any, train_dataset: Any) -> Inputs[FlowGRPOConfig]:
-        """Validate the configuration, and read rewards and prompts."""
-        config.validate()
-        config, rewards, weights = read_rewards(config, reward_funcs)
-        prompts = dataset(train_dataset, config.train_prompts, "train_prompts")
-        try_rewards(rewards, prompts, config.resolution)
-        judges = evaluation_rewards(config.eval_rewards, rewards, config.allow_reward_code)
-        return Inputs(config, prompts, rewards, weights, judges)
-
-    @classmethod
-    def check_processes(cls, inputs: Inputs[FlowGRPOConfig], processes: int) -> None:
-        """Raise ValueError where images or groups do not divide over the processes."""
-        inputs.config.validate_batches(processes)
-        check_groups(inputs.rewards, inputs.config.num_groups, processes)
 
     @classmethod
     def keeps_reference(cls, config: FlowGRPOConfig) -> bool:
@@ -78,10 +61,7 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
     def __init__(self, run: Run[FlowGRPOConfig], inputs: Inputs[FlowGRPOConfig]) -> None:
         super().__init__(run, inputs)
         config = run.config
-        self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights)
-        self.data_digest = digest(self.collector.texts())
         self.levels = self.collector.levels
-        self.updates_per_iteration = config.updates_per_rollout
         self.objective = get_objective(config.loss)
         dimensions = torch.Size(self.model.latent_shape()).numel()
         self.clip = clip_range_per_dimension(config.clip_range, config.clip_unit, dimensions)
@@ -92,48 +72,44 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         """Sample the images of an iteration."""
         return self.collector.sample(iteration, means=self.objective.means)
 
-    def score(self, batch: Rollout) -> None:
-        """Score the images."""
-        self.collector.score(batch)
-
     def advantage(self, batch: Rollout) -> None:
         """Compute advantages within groups, and log-probs at training shapes with ``old_log_prob: recompute``."""
-        self.collector.advantage(batch)
+        super().advantage(batch)
         if self.config.old_log_prob == "recompute":
             self._recompute(batch)
 
     @torch.no_grad()
     def _recompute(self, batch: Rollout) -> None:
         buffer = batch.buffer
-        for samples, step in self._passes(batch, torch.arange(len(buffer.leaves))):
-            result, nodes = self._replay(batch, samples, step)
-            buffer.log_prob[nodes] = result.log_prob
+        for nodes, _ in self._passes(batch, torch.arange(trees(batch))):
+            result = self._replay(batch, nodes)
+            buffer.log_prob[nodes] = density(result)
             buffer.put_means(nodes, result.mean)
         buffer.settle()
-
-    def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> Rollout:
-        """Rebuild the rollout."""
-        return self.collector.restored(iteration, tensors, metrics)
 
     # Update ---------------------------------------------------------------------------------------------------------
 
     def minibatches(self, batch: Rollout, iteration: int) -> Iterator[MiniBatch]:
-        """Assign the iteration's samples to optimizer steps, and split each step into passes over (samples, step)."""
-        count = len(batch.buffer.leaves)
-        order = self.run.rng.permutation(count, "minibatches", iteration, self.run.rank)
-        update_of = self.collector.update_index(iteration)[order]
-        weights = step_weights(batch.plan.plan, self.levels, self.config.step_weights)
+        """Assign the iteration's trees to optimizer steps, and split each step into passes over transitions.
+
+        A tree of a plan that does not branch is one sample. Every transition trains once, also one that leaves share.
+        """
+        plan = batch.plan.plan
+        order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
+        update_of = self.collector.update_index(iteration, plan)[order]
+        weights = step_weights(plan, self.levels, self.config.step_weights)
+        per_tree = sum(paths(plan, step + 1) for step in plan.trained_steps)
 
         for update in range(self.config.updates_per_rollout):
             own = order[update_of == update]
-            rollout, samples = self.rebalanced(batch, own)
-            passes = self._passes(batch, samples)
-            scale = len(own) * len(weights)
+            rollout, kept = self.rebalanced(batch, own)
+            passes = self._passes(rollout, kept)
+            scale = len(own) * per_tree
             yield MiniBatch(
-                [MicroBatch(rows, weights[step] * len(rows) / scale, rollout, step) for rows, step in passes],
-                own,
+                [MicroBatch(nodes, weights[step] * len(nodes) / scale, rollout, step) for nodes, step in passes],
+                leaves_of(plan, own),
                 {
-                    "kept_fraction": len(samples) / len(own),
+                    "kept_fraction": len(kept) / len(own),
                     "passes_saved": float(len(self._passes(batch, own)) - len(passes)),
                 },
             )
@@ -160,21 +136,32 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
         move = partial(exchange, dealt=assigned, rank=rank, device=self.run.accelerator.device)
         return replace(rollout, buffer=buffer.moved(samples, move)), torch.arange(assigned.shape[1])
 
-    def _passes(self, batch: Rollout, samples: Tensor) -> Sequence[tuple[Tensor, int]]:
-        parts = [samples[rows] for rows in micro_batches(len(samples), self.config.train_batch_size)]
-        return [(part, step) for part in parts for step in batch.plan.plan.trained_steps]
+    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
+        """List (rows of transitions, step) of each pass over some trees."""
+        size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
+        parts = [chosen[rows] for rows in micro_batches(len(chosen), size)]
+        return [
+            (nodes, step)
+            for part in parts
+            for step in steps
+            for nodes in torch.split(self._transitions(rollout, part, step), size)
+        ]
+
+    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int) -> Tensor:
+        """Return the rows of the nodes that end step ``step`` of some trees, tree after tree."""
+        nodes = rollout.buffer.level(step + 1)
+        return nodes.view(-1, paths(rollout.plan.plan, step + 1))[chosen].flatten()
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one stored step of some samples, and metrics."""
+        """Return the mean loss of some transitions of one step, and metrics."""
         rollout, step, kl_beta = micro.data, micro.tag, self.config.kl_beta
         buffer = rollout.buffer
 
         # The reference first: its activations are freed before the policy's graph is built.
-        reference = self._reference_mean(rollout, micro.rows, step) if kl_beta > 0 else None
-        result, nodes = self._replay(rollout, micro.rows, step)
-        assert result.log_prob is not None
+        reference = self._reference_mean(rollout, micro.rows) if kl_beta > 0 else None
+        nodes, result = micro.rows, self._replay(rollout, micro.rows)
         replayed = PolicyStep(
-            result.log_prob,
+            density(result),
             buffer.log_prob[nodes],
             buffer.advantage[nodes],
             result.mean,
@@ -191,18 +178,14 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
             loss, metrics["kl"] = loss + kl_beta * kl, kl.detach()
         return loss, metrics
 
-    def _replay(self, rollout: Rollout, samples: Tensor, step: int) -> tuple[StepResult, Tensor]:
-        """Replay the stored transition of ``step`` under the current weights; return it and the nodes it ends in."""
-        buffer = rollout.buffer
-        nodes = buffer.nodes(samples, step + 1)
-        x, x_next = buffer.latents(buffer.parent[nodes]), buffer.latents(nodes)
-        conditioning = rollout.conditioning[buffer.group[nodes]]
-        return rollout.plan.replay(self.model, step, x, conditioning, x_next), nodes
+    def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
+        """Replay stored transitions under the current weights."""
+        return replay(self.model, rollout.plan, rollout.conditioning, rollout.buffer, nodes)
 
     @torch.no_grad()
-    def _reference_mean(self, rollout: Rollout, samples: Tensor, step: int) -> Tensor:
+    def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
         with self.model.using(REFERENCE):
-            return self._replay(rollout, samples, step)[0].mean
+            return self._replay(rollout, nodes).mean
 
     def _kl(self, rollout: Rollout, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.config.kl_kind == "published":
@@ -214,12 +197,10 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
 
     def on_first_batch(self, batch: Rollout) -> None:
         """Replay stored steps at unchanged weights: no log-ratio may exceed a tenth of the clip range."""
-        buffer = batch.buffer
-        samples = torch.arange(min(self.config.train_batch_size, len(buffer.leaves)))
         drift = {}
         for step in batch.plan.plan.trained_steps:
-            result, nodes = self._replay(batch, samples, step)
-            drift[step] = (result.log_prob - buffer.log_prob[nodes]).abs().max().item()
+            nodes = self._first_transitions(batch, step)
+            drift[step] = (density(self._replay(batch, nodes)) - batch.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
             raise CannotTrain(
@@ -230,13 +211,12 @@ class FlowGRPO(Algorithm[FlowGRPOConfig, Rollout]):
 
     def probe(self, batch: Rollout) -> list[Tensor]:
         """Return the log-probs of the first trained step."""
-        samples = torch.arange(min(self.config.train_batch_size, len(batch.buffer.leaves)))
-        return [self._replay(batch, samples, batch.plan.plan.trained_steps[0])[0].log_prob]
+        nodes = self._first_transitions(batch, batch.plan.plan.trained_steps[0])
+        return [density(self._replay(batch, nodes))]
 
-    @property
-    def num_steps(self) -> int:
-        """Sampling steps of the plan."""
-        return self.config.plan.num_steps
+    def _first_transitions(self, batch: Rollout, step: int) -> Tensor:
+        size = self.config.train_batch_size
+        return self._transitions(batch, torch.arange(min(size, trees(batch))), step)[:size]
 
 
 class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
@@ -255,6 +235,24 @@ class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
     """
 
     algorithm_class = FlowGRPO
+
+
+def trees(rollout: Rollout) -> int:
+    """Return the number of trees of a rollout; samples, if its plan does not branch."""
+    plan = rollout.plan.plan
+    return len(rollout.buffer.leaves) // paths(plan, len(plan))
+
+
+def leaves_of(plan: Plan, chosen: Tensor) -> Tensor:
+    """Return the leaves of some trees, by their order in the buffer."""
+    count = paths(plan, len(plan))
+    return (chosen[:, None] * count + torch.arange(count)).flatten()
+
+
+def density(result: StepResult) -> Tensor:
+    """Return the log-prob of a stochastic step, (B,)."""
+    assert result.log_prob is not None
+    return result.log_prob
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:

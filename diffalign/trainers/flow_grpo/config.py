@@ -57,12 +57,15 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
 
     @property
     def filters(self) -> bool:
-        """Whether updates skip images with zero advantage: not where a KL acts on every image."""
-        return self.filter_zero_advantage and self.kl_beta == 0
+        """Whether updates skip images with zero advantage: not where a KL acts on every image, and not of trees."""
+        return self.filter_zero_advantage and self.kl_beta == 0 and self.plan.leaves == 1
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
-        return {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
+        names = {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
+        if self.plan.leaves == 1:
+            return names | {"advantage_rule": "read only with plan.branch"}
+        return names | {"filter_zero_advantage": "read only without plan.branch"}
 
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
@@ -73,5 +76,5 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
 
         get_objective(self.loss, self.allow_reward_code)
         clip_range_per_dimension(self.clip_range, self.clip_unit, 1)
-        if not make_plan(self.plan, 0, self.seed).trained_steps:
+        if not make_plan(self.plan, 0, self.seed, trees=True).trained_steps:
             raise ValueError(f"plan.preset {self.plan.preset!r} draws no noise, so that it has no density to train")

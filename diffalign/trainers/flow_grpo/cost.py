@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from diffalign.diffusion.plan import make_plan
+from diffalign.diffusion.plan import Plan, make_plan
 from diffalign.losses.registry import get_objective
 from diffalign.rollout.buffer import bytes_needed
+from diffalign.rollout.sampler import micro_batches
+from diffalign.rollout.tree import paths
 from diffalign.trainers.cost import (
     Cost,
     Share,
@@ -14,6 +16,7 @@ from diffalign.trainers.cost import (
     guided,
     on_device,
     own_images,
+    own_trees,
     rollout_batches,
     rollout_eval_steps,
     rollout_updates,
@@ -22,29 +25,50 @@ from diffalign.trainers.cost import (
 from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 
+def _evaluations(config: FlowGRPOConfig, plan: Plan, trees: int) -> int:
+    """Return the evaluations that replay every transition of some trees once; children of one parent share one."""
+    size = config.train_batch_size
+    total = 0
+    for part in micro_batches(trees, size):
+        count = len(range(trees)[part])
+        for step in plan.trained_steps:
+            branch, nodes = plan.rows[step].branch, count * paths(plan, step + 1)
+            total += sum(-(-rows.stop // branch) - rows.start // branch for rows in micro_batches(nodes, size))
+    return total * guided(config)
+
+
 def _iteration(config: FlowGRPOConfig, share: Share, iteration: int, updates: int) -> Work:
-    count, trained = own_images(config, share), len(make_plan(config.plan, iteration, config.seed).trained_steps)
-    training = count * updates // config.updates_per_rollout * trained * guided(config)
+    plan, trees = make_plan(config.plan, iteration, config.seed, trees=True), own_trees(config, share)
+    training = updates * _evaluations(config, plan, trees // config.updates_per_rollout)
     comparing = training if config.kl_beta > 0 else 0
-    comparing += count * trained * guided(config) if config.old_log_prob == "recompute" else 0
+    comparing += _evaluations(config, plan, trees) if config.old_log_prob == "recompute" else 0
     return rollout_work(config, share, iteration) + Work(training=training, comparing=comparing)
 
 
 def _checks(config: FlowGRPOConfig, share: Share) -> Work:
     """Return the work of replaying all trained steps of a batch, and one of them before and after the first update."""
-    trained = len(make_plan(config.plan, 0, config.seed).trained_steps)
-    return Work(comparing=min(config.train_batch_size, own_images(config, share)) * (trained + 2) * guided(config))
+    plan, size = make_plan(config.plan, 0, config.seed, trees=True), config.train_batch_size
+    trees = min(size, own_trees(config, share))
+    nodes = {step: min(size, trees * paths(plan, step + 1)) for step in plan.trained_steps}
+    evaluations = {step: -(-count // plan.rows[step].branch) for step, count in nodes.items()}
+    return Work(comparing=(sum(evaluations.values()) + 2 * evaluations[plan.trained_steps[0]]) * guided(config))
 
 
 def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
-    count = own_images(config, share) // config.updates_per_rollout
-    batch, trained = min(config.train_batch_size, count), len(make_plan(config.plan, 0, config.seed).trained_steps)
+    plan, images = make_plan(config.plan, 0, config.seed, trees=True), own_images(config, share)
+    count, trees = images // config.updates_per_rollout, own_trees(config, share) // config.updates_per_rollout
+    batch, trained = min(config.train_batch_size, count), len(plan.trained_steps)
     most = "at most " if config.filters else ""
     left_out = ["images without an advantage are left out, and the others dealt evenly"] if config.filters else []
+    head = (
+        f"training: {config.updates_per_rollout} optimizer step(s) per iteration, {most}{count} images each and process"
+    )
+    if config.plan.leaves > 1:
+        transitions = trees * sum(paths(plan, step + 1) for step in plan.trained_steps)
+        return [*rollout_batches(config, share), head, f"each trains {transitions} transitions of {trees} trees"]
     return [
         *rollout_batches(config, share),
-        f"training: {config.updates_per_rollout} optimizer step(s) per iteration, {most}{count} images each and "
-        "process",
+        head,
         f"each accumulates {most}{-(-count // batch) * trained} passes: {-(-count // batch)} micro-batch(es) of "
         f"{batch} images x {trained} trained steps",
         *left_out,
@@ -53,13 +77,10 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
 
 def _stored(config: FlowGRPOConfig, latent: tuple[int, ...], share: Share) -> int:
     """Return the bytes of the buffer, and of the rows that other processes send for an update."""
-    plan, means, count = (
-        make_plan(config.plan, 0, config.seed),
-        get_objective(config.loss).means,
-        own_images(config, share),
-    )
-    received = count // config.updates_per_rollout if config.filters and share.world > 1 else 0
-    own, more = (bytes_needed(plan, n, latent, torch.float32, means=means) for n in (count, received))
+    plan, means = make_plan(config.plan, 0, config.seed, trees=True), get_objective(config.loss).means
+    trees = own_trees(config, share)
+    received = trees // config.updates_per_rollout if config.filters and share.world > 1 else 0
+    own, more = (bytes_needed(plan, n, latent, torch.float32, means=means) for n in (trees, received))
     return on_device(own, more)
 
 
