@@ -61,18 +61,18 @@ class Counter(TorchDispatchMode):
         live: Bytes that are alive.
         phase: What peaks and operations are counted for.
         part: What of a phase operations are counted for.
-        peaks: Phase -> the most bytes alive at a time.
+        peaks: (phase, part) -> the most bytes alive at a time.
         flops: (phase, part) -> floating-point operations.
         traffic: (phase, part) -> bytes that operations read and write, each by itself.
         calls: (phase, part) -> images, or prompts, that the part was called for.
     """
 
     def __init__(self, block: int = BLOCK) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.block, self.live, self.high = block, 0, 0
         self.phase, self.part = "", "other"
-        self.peaks: dict[str, int] = {}
+        self.peaks: dict[tuple[str, str], int] = {}
         self.flops: Tally[tuple[str, str]] = Tally()
         self.traffic: Tally[tuple[str, str]] = Tally()
         self.calls: Tally[tuple[str, str]] = Tally()
@@ -82,6 +82,10 @@ class Counter(TorchDispatchMode):
         """Count tensors from before the mode was active, such as weights."""
         for tensor in tensors:
             self._count(tensor)
+
+    def add(self, size: int) -> None:
+        """Count bytes, or fewer, that no tensor here stands for, to the end."""
+        self.live += size
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count tensors, because they are in main memory."""
@@ -107,7 +111,8 @@ class Counter(TorchDispatchMode):
 
     def _raise_to(self, size: int) -> None:
         self.high = max(self.high, size)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), size)
+        where = self.phase, self.part
+        self.peaks[where] = max(self.peaks.get(where, 0), size)
 
     def touch(self, extra: int) -> None:
         """Note that ``extra`` bytes more than are alive were alive for a moment."""

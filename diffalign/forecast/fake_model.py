@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import BatchEncoding
+from transformers import AutoTokenizer, BatchEncoding
 
 from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
@@ -49,7 +50,9 @@ def fake_model(
         if isinstance(part, nn.Module):
             make_fake(part, fake)
         elif part is None and name.startswith("tokenizer"):
-            setattr(model.pipeline, name, BlankTokenizer())
+            setattr(model.pipeline, name, _tokenizer(config.model, name))
+    if hasattr(model.pipeline, "tokenizer_max_length"):  # set when the pipeline was made
+        model.pipeline.tokenizer_max_length = model.pipeline.tokenizer.model_max_length
     if trained is None:
         return model, make_trainable(model)
     copies = model.weights.copies
@@ -57,6 +60,13 @@ def fake_model(
     for name in copies:
         model.weights.keep_copy(name)
     return model, trained
+
+
+def _tokenizer(path: str, name: str) -> Any:
+    """Load a tokenizer of a local model; another model's has no vocabulary here."""
+    if not (Path(path) / name).is_dir():
+        return BlankTokenizer()
+    return AutoTokenizer.from_pretrained(Path(path) / name, trust_remote_code=False)
 
 
 def make_fake(module: nn.Module, fake: FakeTensorMode) -> None:

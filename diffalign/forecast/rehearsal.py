@@ -33,6 +33,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import tensors_of
 from diffalign.models.quiet import quiet_libraries
+from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
 from diffalign.rewards.base import needs_groups
 from diffalign.rewards.support.probe import untried
 from diffalign.runtime.interfaces import MicroBatch
@@ -53,43 +54,52 @@ class Rehearsed:
     """What one process holds and does in an iteration.
 
     Attributes:
-        peaks: Phase -> the most bytes at a time, of everything that is on the device.
+        peaks: (phase, part) -> the most bytes at a time, of everything that is on the device.
         flops: (phase, part) -> floating-point operations; of the phase "train" those of one optimizer step.
         traffic: (phase, part) -> bytes read and written.
         calls: (phase, part) -> images, or prompts, that the part was called for.
         updates: Optimizer steps of an iteration.
+        latent_numbers: Numbers of an image's latents.
         notes: What was not rehearsed.
     """
 
-    peaks: Mapping[str, int]
+    peaks: Mapping[tuple[str, str], int]
     flops: Mapping[tuple[str, str], int]
     traffic: Mapping[tuple[str, str], int]
     calls: Mapping[tuple[str, str], int]
     updates: int
+    latent_numbers: int
     notes: Sequence[str] = ()
 
     @property
     def peak(self) -> int:
-        """The most bytes of any phase."""
+        """The most bytes at a time."""
         return max(self.peaks.values())
 
     @property
-    def peak_phase(self) -> str:
-        """The phase that needs the most."""
-        return max(self.peaks, key=lambda phase: self.peaks[phase])
+    def peak_at(self) -> tuple[str, str]:
+        """The phase and part that need the most."""
+        return max(self.peaks, key=lambda where: self.peaks[where])
+
+    def peak_of(self, phase: str) -> int:
+        """The most bytes of a phase."""
+        return max((size for (where, _), size in self.peaks.items() if where == phase), default=0)
 
     def total(self, table: Mapping[tuple[str, str], int], phase: str) -> int:
         """Sum a table over the parts of a phase."""
         return sum(count for (where, _), count in table.items() if where == phase)
 
 
-def rehearse(entry: Entry, config: Any, world: int = 1, *, block: int = BLOCK, cpu: bool = False) -> Rehearsed:
+def rehearse(
+    entry: Entry, config: Any, world: int = 1, spread: Spread | None = None, *, block: int = BLOCK, cpu: bool = False
+) -> Rehearsed:
     """Rehearse an iteration of a run, not its first one: the optimizer has its moments.
 
     Args:
         entry: The algorithm.
         config: Its validated configuration.
         world: Number of processes, of which this is one.
+        spread: Sharding of the denoiser, whose savings are computed from its sizes; None without.
         block: Bytes to which the allocator rounds up.
         cpu: Whether the run is on a CPU, which chooses other precisions and offloads nothing.
 
@@ -109,7 +119,9 @@ def rehearse(entry: Entry, config: Any, world: int = 1, *, block: int = BLOCK, c
         stack.enter_context(counter)
         with counter.during(WEIGHTS):
             algorithm, state = _algorithm(entry, setting, model, trained, counter, folder)
-            _warm_up(state)
+            _warm_up(state, counter, config)
+            if spread is not None:
+                _shard(model, state, spread, counter)
         with counter.during(SAMPLING):
             batch = algorithm.sample(0)
         with counter.during(SCORING):
@@ -117,9 +129,12 @@ def rehearse(entry: Entry, config: Any, world: int = 1, *, block: int = BLOCK, c
             algorithm.advantage(batch)
         _update(algorithm, state, batch, counter)
         updates = algorithm.updates_per_iteration
-    counter.peaks.pop("", None)
-    tables = (dict(table) for table in (counter.peaks, counter.flops, counter.traffic, counter.calls))
-    return Rehearsed(*tables, updates, setting.notes)
+    peaks, flops, traffic, calls = (
+        {key: value for key, value in table.items() if key[0]}
+        for table in (counter.peaks, counter.flops, counter.traffic, counter.calls)
+    )
+    numbers = torch.Size(model.latent_shape()).numel()
+    return Rehearsed(peaks, flops, traffic, calls, updates, numbers, setting.notes)
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     """Read the inputs of a run; data are replaced by one pair of images, and prompts by as many as are needed."""
     kind, shape = entry.algorithm, model_on_meta(config.model, resolution=config.resolution)
     config = replace(config, output_dir=folder, cache=False, compile=False, attention="native", report_to="none")
+    config = replace(config, optimizer="adamw")  # bitsandbytes needs a GPU
     if config.guidance_scale is None:
         config = replace(config, guidance_scale=shape.unguided_scale)
     for name in ("train_data", "train_images"):
@@ -180,27 +196,42 @@ def _algorithm(
     entry: Entry, setting: _Setting, model: DiffusionModel, trained: nn.Module, counter: Counter, folder: Path
 ) -> tuple[Algorithm[Any, Any], LoopState]:
     config, accelerator = setting.inputs.config, setting.accelerator
-    state = LoopState(trained, config, accelerator)  # type: ignore[arg-type]
+    state = LoopState(trained, config, accelerator)
     model.denoiser = state.module if trained is model.raw_denoiser else accelerator.prepare_model(model.raw_denoiser)
     run = Run(
         config,
         model,
         state.module,
-        accelerator,  # type: ignore[arg-type]
+        accelerator,
         FakeNoise(config.seed, counter),
         FakePrompts(model),
         state.progress,
-        Heartbeat(accelerator, Watchdog(0, folder)),  # type: ignore[arg-type]
+        Heartbeat(accelerator, Watchdog(0, folder)),
     )
     return entry.algorithm(run, setting.inputs), state
 
 
-def _warm_up(state: LoopState) -> None:
-    """Let the optimizer make its moments."""
+def _warm_up(state: LoopState, counter: Counter, config: Any) -> None:
+    """Let the optimizer make its moments; in 8 bits they take a quarter."""
     for parameter in state.parameters:
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    if config.optimizer == "adamw_8bit":
+        counter.add(-_moments(state) * 3 // 4)
+
+
+def _moments(state: LoopState) -> int:
+    return sum(size_of(p) for p in state.parameters) * ADAMW_MOMENTS
+
+
+def _shard(model: DiffusionModel, state: LoopState, spread: Spread, counter: Counter) -> None:
+    """Leave a share of the denoiser's weights and moments, and add the units that are gathered at a time."""
+    held = sum(size_of(p) for p in model.raw_denoiser.parameters()) + _moments(state)
+    gathered = gathered_bytes(model.raw_denoiser)
+    if spread.keep:
+        gathered = sum(size_of(p) for p in model.raw_denoiser.parameters())
+    counter.add(spread.share(held) - held + gathered)
 
 
 def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter) -> None:

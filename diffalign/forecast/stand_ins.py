@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -48,7 +47,7 @@ class FakeNoise(KeyedRNG):
 class FakePrompts(PromptEmbeddingCache):
     """A prompt cache whose model has no values to be identified by."""
 
-    identity = "rehearsed"  # type: ignore[assignment]
+    identity = "rehearsed"
 
 
 @dataclass
@@ -74,7 +73,7 @@ class OneOfMany:
                 with torch.autocast("cpu", dtype):
                     return plain(*args, **kwargs)
 
-            module.forward = convert_outputs_to_fp32(forward)  # type: ignore[method-assign]
+            module.forward = convert_outputs_to_fp32(forward)
         return module
 
     def prepare(self, item: Any) -> Any:
@@ -174,7 +173,7 @@ def one_pair(folder: Path, side: int) -> Path:
         Image.new("RGB", (side, side), colour).save(buffer, "PNG")
         images[name] = [buffer.getvalue()]
     columns = {"caption": ["a prompt"], **images, "label_0": [1.0], "label_1": [0.0]}
-    pq.write_table(pa.table(columns), folder / "pair.parquet")
+    Dataset.from_dict(columns).to_parquet(folder / "pair.parquet")
     return folder / "pair.parquet"
 
 
@@ -210,7 +209,8 @@ class Remembered:
             self.known[key] = (_shape(found), seen)
             return found
         make, seen = self.known[key]
-        counter.touch(seen.extra)
+        with counter.within(self.part):
+            counter.touch(seen.extra)
         counter.flops[counter.phase, self.part] += seen.flops
         counter.traffic[counter.phase, self.part] += seen.traffic
         return make()
