@@ -5,12 +5,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.cli import COMMANDS, TRAINERS, Command
+from diffalign.cli import COMMANDS, Command
 from diffalign.config.schema import arms_of, leaves
 from diffalign.lazy import load
+from diffalign.trainers.registry import algorithm_names, config_class
 
-TRAINER_CLASSES = {name: config for name, (config, _) in TRAINERS.entries.items()}  # as module:class
-CLASSES = {f"train {name}": load(config) for name, config in TRAINER_CLASSES.items()}
+CLASSES = {f"train {name}": config_class(name) for name in algorithm_names()}
 CLASSES |= {name: load(command.config) for name, command in COMMANDS.items() if isinstance(command, Command)}
 
 

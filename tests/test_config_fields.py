@@ -17,8 +17,8 @@ from diffalign.config.renamed import REMOVED, RENAMED
 from diffalign.config.schema import arms_of, config_arm, init_fields, leaves
 from diffalign.config.sections import RewardConfig
 from diffalign.config.unread import refuse_unread
-from diffalign.lazy import load
-from tests.config_classes import CLASSES, TRAINER_CLASSES
+from diffalign.trainers.registry import algorithm_names, config_class
+from tests.config_classes import CLASSES
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,14 +73,14 @@ def test_help_has_usage_examples_the_options_that_matter_and_sections(command, w
     assert all(len(line) <= width or " " not in line.strip() for line in lines)
 
 
-@pytest.mark.parametrize("trainer", TRAINER_CLASSES)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_the_examples_of_help_are_valid_options(trainer, monkeypatch):
     import shlex
 
     from diffalign.config import parse
 
     monkeypatch.chdir(ROOT)
-    cls = load(TRAINER_CLASSES[trainer])
+    cls = config_class(trainer)
     for example in cls.examples:
         words = shlex.split(example)
         assert words[:3] == ["diffalign", "train", trainer]
@@ -90,10 +90,10 @@ def test_the_examples_of_help_are_valid_options(trainer, monkeypatch):
 # JSON Schema --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainer", TRAINER_CLASSES)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_the_committed_schema_is_up_to_date(trainer, capsys):
     text = (ROOT / f"configs/schema/{trainer}.json").read_text(encoding="utf-8")
-    assert text == schema_text(load(TRAINER_CLASSES[trainer])), f"run: diffalign schema {trainer} > configs/schema/..."
+    assert text == schema_text(config_class(trainer)), f"run: diffalign schema {trainer} > configs/schema/..."
     assert main(["schema", trainer]) == 0
     assert capsys.readouterr().out == text
 
@@ -103,9 +103,9 @@ def test_a_schema_of_no_trainer_names_those_there_are(capsys):
     assert "diffusion_dpo, flow_grpo, refl, not 'flow'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("trainer", TRAINER_CLASSES)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_a_schema_says_what_the_fields_say(trainer):
-    cls = load(TRAINER_CLASSES[trainer])
+    cls = config_class(trainer)
     properties = json_schema(cls)["properties"]
     assert "allow_reward_code" not in properties, "a file may not set it"
     assert set(properties) == {field.name for field, _ in init_fields(cls)} - {"allow_reward_code"}
@@ -117,7 +117,7 @@ def test_a_schema_says_what_the_fields_say(trainer):
     json.dumps(properties, allow_nan=False)
 
 
-SHIPPED = sorted(path for name in TRAINER_CLASSES for path in (ROOT / "configs" / name).glob("*.yaml"))
+SHIPPED = sorted(path for name in algorithm_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -126,7 +126,7 @@ def test_a_shipped_file_names_its_schema_and_sets_nothing_that_is_unread(path):
     assert first.startswith("# yaml-language-server: $schema=")
     schema = path.parent / first.partition("$schema=")[2]
     assert schema.resolve() == ROOT / f"configs/schema/{path.parent.name}.json"
-    refuse_unread(from_dict(load(TRAINER_CLASSES[path.parent.name]), load_yaml(path), str(path)))
+    refuse_unread(from_dict(config_class(path.parent.name), load_yaml(path), str(path)))
 
 
 # Modes --------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ REFUSED = [
 @pytest.mark.parametrize(("mode", "changes"), REFUSED, ids=lambda value: "_".join(value))
 @pytest.mark.parametrize("route", ["python", "replace", "file"])
 def test_diffusion_dpo_refuses_what_its_mode_does_not_read_even_at_the_default(mode, changes, route):
-    cls = load(TRAINER_CLASSES["diffusion_dpo"])
+    cls = config_class("diffusion_dpo")
     (name,) = changes
     if route == "python":
         config = cls(**mode, **changes)
@@ -163,7 +163,7 @@ def test_diffusion_dpo_refuses_what_its_mode_does_not_read_even_at_the_default(m
 
 @pytest.mark.parametrize("mode", [OFFLINE, ONLINE])
 def test_a_written_configuration_is_accepted_again(mode):
-    cls = load(TRAINER_CLASSES["diffusion_dpo"])
+    cls = config_class("diffusion_dpo")
     config = cls(**mode)
     config.validate()
     again = from_dict(cls, to_dict(config))
@@ -174,7 +174,7 @@ def test_a_written_configuration_is_accepted_again(mode):
 
 
 def test_a_section_that_is_replaced_in_part_is_not_given_as_a_whole():
-    config = load(TRAINER_CLASSES["diffusion_dpo"])(**OFFLINE)
+    config = config_class("diffusion_dpo")(**OFFLINE)
     config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, num_steps=20))
     assert "plan.preset" not in list(given_names(config))
     config.validate()
@@ -194,9 +194,9 @@ def test_fields_of_earlier_versions_are_answered_by_name():
                 assert "known keys" not in str(caught.value)
 
 
-@pytest.mark.parametrize("trainer", TRAINER_CLASSES)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_fields_that_decide_the_weights_may_not_change_on_resume(trainer):
-    free = free_fields(load(TRAINER_CLASSES[trainer]))
+    free = free_fields(config_class(trainer))
     assert {"output_dir", "eval_steps", "resume_from_checkpoint", "train_batch_size", "rollout_batch_size"} <= free
     assert not free & {"seed", "learning_rate", "model", "lora", "rewards", "num_groups", "loss", "data"}
 

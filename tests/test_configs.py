@@ -1,29 +1,20 @@
 """Every configuration that the repository ships resolves, and fits on the card that it names."""
 
-import re
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from diffalign.cli import TRAINERS
 from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.forecast.cost import Share
-from diffalign.forecast.memory import GIB, memory_of
-from diffalign.models import LoraConfig, family_names, get_family
-from diffalign.models.weight_memory import DRAWING, ENCODING, TRAINING
+from diffalign.models import family_names
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
-from tests.models.published_configs import PIPELINES
-from tests.models.published_flow_configs import FLOW_PIPELINES
+from diffalign.trainers.registry import algorithm_names, config_class
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for name in TRAINERS for path in (ROOT / "configs" / name).glob("*.yaml"))
+FILES = sorted(path for name in algorithm_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
 
 
 # The pipelines of the hub's models, which cannot be asked for here: model_index.json, "_class_name".
@@ -50,7 +41,7 @@ def training_texts(args):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_training_config_resolves(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
+    args = parse(config_class(path.parent.name), ["--config", str(path)])
     args.validate()
     assert pipeline_class(args.model) in family_names()
     build_rewards(args.rewards)
@@ -94,7 +85,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_of_flow_grpo_are_the_authors(name):
-    args = parse(TRAINERS["flow_grpo"][0], ["--config", str(ROOT / f"configs/flow_grpo/{name}.yaml")])
+    args = parse(config_class("flow_grpo"), ["--config", str(ROOT / f"configs/flow_grpo/{name}.yaml")])
     wanted = FLOW_GRPO | PUBLISHED[name]
     shape = (args.lora.rank, args.lora.alpha, args.plan.num_steps, args.plan.noise_level)
     assert {key: shape if key == "lora" else getattr(args, key) for key in wanted} == wanted
@@ -123,69 +114,14 @@ def test_no_message_or_default_names_data_that_are_gone():
 
 # Presets for one card: configs/<trainer>/<model>_<vram>gb.yaml ------------------------------------------------------
 
-# What a forecast leaves out must fit as well: activations, rewards, the CUDA context; a prompt has no activations to
-# speak of.
-ROOM = {ENCODING: 0.8, DRAWING: 0.75, TRAINING: 0.75}
 SIZES = {"sd15": (16, 24, 80), "sdxl": (16, 24, 80), "sd35_medium": (16, 24, 80), "flux1_dev": (24, 80)}
 PRESETS = [path for path in FILES if path.stem.endswith("gb")]
-MAKERS = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": PIPELINES["sd15"],
-    "stabilityai/stable-diffusion-xl-base-1.0": PIPELINES["sdxl"],
-    "stabilityai/stable-diffusion-3.5-medium": PIPELINES["sd35_medium"],
-    "black-forest-labs/FLUX.1-dev": FLOW_PIPELINES["flux_dev"],
-}
 
 
-@lru_cache
-def published(model, dtype, rank):
-    """The model at its published size, on the meta device, made trainable."""
-    with torch.device("meta"):
-        pipeline = MAKERS[model]()
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            part.to(torch.float32 if name == "vae" else dtype)
-    found = get_family(type(pipeline).__name__)(pipeline)
-    found.train(LoraConfig(rank=rank))
-    return found
-
-
-def shares(trainer, args, vram):
-    """Of a card of ``vram`` GB, that of each phase, without activations and rewards."""
-    model = published(args.model, args.base_dtype, args.lora.rank)
-    model.resolution = args.resolution
-    phases = memory_of(model, METHODS[trainer], args, Share()).phases
-    return {phase: size / GIB / vram for phase, size in phases.items()}
-
-
-def fits(found):
-    return all(share < ROOM[phase] for phase, share in found.items())
-
-
-def preset(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return parse(TRAINERS[path.parent.name][0], ["--config", str(path)])
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_preset_fits_on_the_card_that_it_names(path, monkeypatch):
-    args, vram = preset(path, monkeypatch), int(re.fullmatch(r".*_(\d+)gb", path.stem)[1])
-    assert fits(found := shares(path.parent.name, args, vram)), found
-    assert HUB[args.model] == type(published(args.model, args.base_dtype, args.lora.rank).pipeline).__name__
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", algorithm_names())
 def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
     found = {path.stem for path in PRESETS if path.parent.name == trainer}
     assert found == {f"{model}_{vram}gb" for model, sizes in SIZES.items() for vram in sizes}
-
-
-@pytest.mark.parametrize(
-    ("model", "change"), [("flux1_dev", {}), ("sd35_medium", {"offload": ()}), ("sd35_medium", {"quantise": "no"})]
-)
-def test_large_presets_do_not_fit_on_16_gb(model, change, monkeypatch):
-    """On 16 GB: text encoders are not quantised, and beside them there is little room for a denoiser."""
-    args = preset(ROOT / f"configs/diffusion_dpo/{model}_24gb.yaml", monkeypatch)
-    assert not fits(shares("diffusion_dpo", replace(args, **{"quantise": "4bit", **change}), 16))
 
 
 def test_there_is_a_quickstart():

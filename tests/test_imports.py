@@ -64,6 +64,45 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph(root: Path) -> dict[str, set[str]]:
+    """Module -> modules that it imports, at its top, in functions or for types."""
+    modules = {module_name(path): path for path in root.rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        known = found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                known |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                known |= {one if one in modules else str(node.module) for one in full}
+        found[name] = (known & set(modules)) - {name}
+    return found
+
+
+def a_circle(imported: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a circle, or none."""
+    done: set[str] = set()
+
+    def follow(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imported[name]):
+            if circle := follow(other, [*above, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(imported) if (circle := follow(name, []))), [])
+
+
 FILES = [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
@@ -102,3 +141,17 @@ def test_the_maths_sees_tensors_only():
                 "typing",
             }
             assert tops <= standard | {"torch", "diffalign"}, path
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert a_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    imported = graph(PACKAGE)
+    assert len(imported) > 100
+    assert not a_circle(imported)
+
+
+@pytest.mark.parametrize("below", ["runtime", "rollout"])
+def test_what_trainers_use_knows_no_trainer(below):
+    found = {name for path in (PACKAGE / below).rglob("*.py") for name in imports(path)}
+    assert found
+    assert not {name for name in found if name.startswith("diffalign.trainers")}

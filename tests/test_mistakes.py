@@ -5,8 +5,7 @@ import re
 import pytest
 
 from diffalign.config import from_dict, parse, yaml_dialect
-from diffalign.lazy import load
-from tests.config_classes import TRAINER_CLASSES
+from diffalign.trainers.registry import config_class
 
 # (trainer, dotted key, value as YAML text, the answer: a pattern that begins with the key).
 MISTAKES = [
@@ -106,7 +105,7 @@ def test_there_are_sixty():
 @pytest.mark.parametrize("route", [from_file, from_options, from_python])
 @pytest.mark.parametrize(("trainer", "path", "text", "answer"), MISTAKES, ids=lambda value: str(value)[:30])
 def test_a_mistake_is_answered_in_a_sentence(trainer, path, text, answer, route, tmp_path):
-    cls = load(TRAINER_CLASSES[trainer])
+    cls = config_class(trainer)
     # A class that gets a keyword that it lacks answers as any Python function does.
     unknown = "." not in path and ("unknown key" in answer or "leave it out" in answer)
     error, wanted = (TypeError, path) if route is from_python and unknown else (ValueError, answer)
@@ -122,7 +121,7 @@ def test_a_mistake_is_answered_in_a_sentence(trainer, path, text, answer, route,
 def test_replace_is_checked_like_a_construction():
     from dataclasses import replace
 
-    config = load(TRAINER_CLASSES["flow_grpo"])()
+    config = config_class("flow_grpo")()
     with pytest.raises(ValueError, match="num_groups: expected int, got 'x'"):
         replace(config, num_groups="x")
     with pytest.raises(ValueError, match=r"lora\.rank must be at least 0"):
@@ -134,5 +133,5 @@ def test_replace_is_checked_like_a_construction():
 
 def test_all_mistakes_of_one_configuration_come_together():
     with pytest.raises(ValueError, match="3 problems") as caught:
-        from_dict(load(TRAINER_CLASSES["refl"]), {"num_groups": "x", "seed": 1.5, "base_share": 3}, "run.yaml")
+        from_dict(config_class("refl"), {"num_groups": "x", "seed": 1.5, "base_share": 3}, "run.yaml")
     assert str(caught.value).count("run.yaml: ") == 3

@@ -27,6 +27,7 @@ import yaml
 from diffalign.atomic import write_text
 from diffalign.config import yaml_dialect
 from diffalign.config.consent import CONSENT, check_file, without
+from diffalign.config.conversion import build
 from diffalign.config.fields import Checked, Given, free_fields, given_names, option
 from diffalign.config.help import describe
 from diffalign.config.schema import (
@@ -34,7 +35,6 @@ from diffalign.config.schema import (
     Place,
     arms_of,
     bare_field,
-    build,
     config_arm,
     default_of,
     init_fields,

@@ -15,9 +15,10 @@ from dataclasses import MISSING
 from typing import Any, ClassVar, Literal, Self
 
 from diffalign.config.consent import FieldGuard
+from diffalign.config.conversion import convert, named
 from diffalign.config.ranges import problems as range_problems
 from diffalign.config.ranges import range_metadata, range_of
-from diffalign.config.schema import ConfigError, Place, convert, default_of, init_fields, named, problems_of
+from diffalign.config.schema import ConfigError, Place, default_of, init_fields, problems_of
 
 
 @dataclasses.dataclass(frozen=True)

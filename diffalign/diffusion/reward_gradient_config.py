@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.config import Checked, option
@@ -65,4 +65,5 @@ class RecipeConfig(Checked):
         """Return the recipe. ValueError: an unknown preset, or options that do not go together."""
         from diffalign.diffusion.reward_gradient_presets import resolve
 
-        return resolve(self)
+        given = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return resolve(self.preset, {name: value for name, value in given.items() if value is not None})

@@ -7,12 +7,11 @@ into gradient paths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffalign.diffusion.plan import MAX_STEPS
-from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.diffusion.trajectory import GradientPath, Segment
 
 MAX_COPIES = 1000
@@ -233,11 +232,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve(config: RecipeConfig) -> Recipe:
-    """Return the recipe of a configuration. ValueError: an unknown preset, or options that do not go together."""
-    _one_of("recipe.preset", config.preset, tuple(PRESETS))
-    given = {option.name: getattr(config, option.name) for option in fields(config)[1:]}
-    return Recipe(**{**PRESETS[config.preset], **{n: value for n, value in given.items() if value is not None}})
+def resolve(preset: str, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a preset with changes. ValueError: an unknown preset, or options that do not go together."""
+    _one_of("recipe.preset", preset, tuple(PRESETS))
+    return Recipe(**{**PRESETS[preset], **changes})
 
 
 def draw(recipe: Recipe, iteration: int, integers: Integers) -> tuple[GradientPath, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 from diffalign.models.offload import VAE
 from diffalign.rollout.generate import decode
@@ -40,7 +39,7 @@ class Pace:
 
 
 def measure(
-    run: Run[Any], optimizer: AcceleratedOptimizer, sampling: int, training: int, *, judging: bool = False
+    run: Run[Any], optimizer: torch.optim.Optimizer, sampling: int, training: int, *, judging: bool = False
 ) -> Pace:
     """Time passes of ``sampling`` and ``training`` images.
 

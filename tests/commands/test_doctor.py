@@ -3,17 +3,20 @@
 import contextlib
 import logging
 import tempfile
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
-from diffalign.cli import TRAINERS, main
+from diffalign.cli import main
 from diffalign.commands.doctor import command, machine, probes
 from diffalign.commands.doctor.command import DoctorConfig
 from diffalign.commands.doctor.findings import Finding, run_check, verdict
-from diffalign.commands.doctor.trials import TRIALS, settings, trials
+from diffalign.commands.doctor.trials import settings, trials
 from diffalign.config import from_dict
+from diffalign.trainers import registry
+from diffalign.trainers.registry import algorithm_names, find_algorithm
 from tests.conftest import PIPELINE, ROOT
 
 ASSETS = ROOT / "assets"
@@ -101,22 +104,25 @@ def test_a_lora_that_loads_with_other_output_is_a_problem(monkeypatch):
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "problem"}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", algorithm_names())
 def test_every_trainer_has_a_trial_that_is_valid(name, tmp_path):
-    assert name in TRIALS
-    args = from_dict(TRAINERS[name][0], settings(name, ASSETS, tmp_path), "trial")
+    entry = find_algorithm(name)
+    assert entry.trial
+    args = from_dict(entry.config, settings(entry, ASSETS, tmp_path), "trial")
     args.validate()
     assert args.max_train_steps == 2
     assert args.output_dir == tmp_path
 
 
-def test_a_failing_trainer_is_a_problem_and_the_next_one_runs():
-    class Broken:
-        def __init__(self, args):
+def test_a_failing_trainer_is_a_problem_and_the_next_one_runs(monkeypatch):
+    entry = find_algorithm("diffusion_dpo")
+
+    class Broken(entry.algorithm):
+        def __init__(self, *args):
             raise RuntimeError("out of ink")
 
-    trainers = {"diffusion_dpo": (TRAINERS["diffusion_dpo"][0], Broken), "flow_grpo": TRAINERS["flow_grpo"]}
-    first, second = trials(trainers, ASSETS)
+    monkeypatch.setitem(registry._ENTRIES, "diffusion_dpo", replace(entry, algorithm=Broken))
+    first, second = trials(["diffusion_dpo", "flow_grpo"], ASSETS)
     assert (first.status, first.text) == ("problem", "RuntimeError: out of ink")
     assert second.status == "ok", second.text
 
@@ -124,13 +130,13 @@ def test_a_failing_trainer_is_a_problem_and_the_next_one_runs():
 @pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
 def test_the_exit_code_is_1_if_there_is_a_problem(broken, code, monkeypatch, capsys):
     found = [Finding("disk", "problem" if broken else "ok", "so much", "free some")]
-    monkeypatch.setattr(command, "checks", lambda config, trainers: {"disk": lambda: found})
+    monkeypatch.setattr(command, "checks", lambda config: {"disk": lambda: found})
     assert main(["doctor"]) == code
     assert capsys.readouterr().out.splitlines()[1:3] == ["disk", f"  {found[0]}"]
 
 
 def test_a_missing_embedded_world_is_a_problem(tmp_path):
-    checks = command.checks(DoctorConfig(assets=tmp_path), TRAINERS)
+    checks = command.checks(DoctorConfig(assets=tmp_path))
     assert [finding.status for finding in checks["embedded world"]()] == ["problem"]
 
 
@@ -139,4 +145,4 @@ def test_this_machine_passes(capsys):
     assert main(["doctor", "--output_dir", "nowhere/yet"]) == 0
     text = capsys.readouterr().out
     assert text.endswith("verdict: this machine can train.\n")
-    assert all(f"ok trainer {name}" in text for name in TRAINERS)
+    assert all(f"ok trainer {name}" in text for name in algorithm_names())

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from diffalign.diffusion.reward_gradient_presets import PRESETS, Recipe, RecipeConfig, draw, spaced
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
+from diffalign.diffusion.reward_gradient_presets import PRESETS, Recipe, draw, spaced
 
 
 def drawn(number=200, seed=0, **options):

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffalign.forecast.per_trainer import METHODS
 
 from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer, LoraConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.rollouts import Pairing
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_presets import PRESETS
-from diffalign.forecast.cost import Share, Work, evaluations, iterations, run_work
+from diffalign.forecast.cost import evaluations, iterations, run_work
+from diffalign.trainers.cost import Share, Work
+from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
 from tests.trainers.made_refl import config, trainer_of
 
@@ -42,7 +43,7 @@ def counted(trainer):
 
 
 def expected(name, args, held_out=0):
-    work = run_work(METHODS[name], args, ALONE, held_out)
+    work = run_work(find_algorithm(name).cost, args, ALONE, held_out)
     return work.training, work.evaluations - work.training
 
 
@@ -125,7 +126,7 @@ def test_a_run_against_an_earlier_self_computes_what_was_forecast(tmp_path):
 
 def refl_expected(args, held_out=0):
     """Calls that are made again on the way back have gradients as well."""
-    work = run_work(METHODS["refl"], args, ALONE, held_out)
+    work = run_work(find_algorithm("refl").cost, args, ALONE, held_out)
     return work.evaluations if args.step_checkpointing else (work.training, work.evaluations - work.training)
 
 
@@ -175,8 +176,8 @@ def test_evaluations_are_those_of_the_loop(small, steps, every):
 
 def test_processes_share_the_work(small):
     args = small(num_groups=4, group_size=2, rollout_batch_size=2, max_train_steps=4)
-    one = run_work(METHODS["flow_grpo"], args, ALONE, 5)
-    parts = [run_work(METHODS["flow_grpo"], args, Share(rank, 2), 5) for rank in (0, 1)]
+    one = run_work(find_algorithm("flow_grpo").cost, args, ALONE, 5)
+    parts = [run_work(find_algorithm("flow_grpo").cost, args, Share(rank, 2), 5) for rank in (0, 1)]
     both = parts[0] + parts[1]
     # The first step's checks are made by each process.
     assert replace(both, comparing=0) == replace(one, comparing=0)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -131,10 +132,11 @@ def test_a_pass_that_does_not_fit_names_the_option_to_lower(monkeypatch, capsys,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
     class Stub:
-        args = small()
+        args, run = small(), None
+        loop = SimpleNamespace(state=SimpleNamespace(optimizer=None))
 
     monkeypatch.setattr(module, "measure", measure)
-    assert module._timed(Stub, (8, 8), Work(), print) == 1
+    assert module._timed(Stub, (4, 4), Work(), print) == 1
     assert "(CUDA out of memory. Tried to allocate 9 GiB.): lower train_batch_size" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from diffalign import (
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.config import save_yaml
 from diffalign.diffusion.plan import Plan, PlanConfig, Row
-from diffalign.diffusion.reward_gradient_presets import RecipeConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
-from diffalign.diffusion.reward_gradient_presets import RecipeConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel

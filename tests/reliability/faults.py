@@ -17,7 +17,8 @@ import torch
 from diffalign import cli
 from diffalign.runtime import checkpoint, lock
 from diffalign.runtime.errors import NotFinite, SaveFailed
-from tests.reliability.null import NullTask, run
+from diffalign.trainers import base
+from tests.reliability.null import NullTrainer, run
 
 CALLS = [(os, name) for name in ("mkdir", "rename", "fsync", "open", "unlink", "rmdir", "chmod")]
 CALLS += [(Path, "open"), (checkpoint, "save_file")]
@@ -93,7 +94,7 @@ def small_disk(target: str, limit: int, steps: int) -> None:
     """No file can be larger than ``limit`` bytes from the first save on."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def hook(phase: str, task: NullTask) -> None:
+    def hook(phase: str, task: NullTrainer) -> None:
         if phase == "save" and task.loop.progress.step >= 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
@@ -111,7 +112,7 @@ def signalled(target: str, phase: str, number: int, second: float | None = None)
     """Sends itself a real signal at the second time that a phase begins, and a ``second`` one so much later."""
     seen = 0
 
-    def hook(name: str, task: NullTask) -> None:
+    def hook(name: str, task: NullTrainer) -> None:
         nonlocal seen
         seen += name == phase
         if name == phase and seen == 2:
@@ -128,7 +129,7 @@ def signals_one(target: str, number: int = signal.SIGTERM) -> None:
     """Stop process 1 of two in the middle of an update."""
     seen = 0
 
-    def hook(name: str, task: NullTask) -> None:
+    def hook(name: str, task: NullTrainer) -> None:
         nonlocal seen
         seen += name == "backward"
         if name == "backward" and seen == 6 and task.loop.run.accelerator.process_index == 1:
@@ -140,8 +141,8 @@ def signals_one(target: str, number: int = signal.SIGTERM) -> None:
 def hangs(target: str, limit: float) -> None:
     """A reward that never answers."""
 
-    def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.progress.step == 4:
+    def hook(phase: str, task: NullTrainer) -> None:
+        if phase == "score" and task.loop.progress.step == 4:
             a_reward_that_hangs()
 
     run(Path(target), hook, hang_timeout=limit)
@@ -154,7 +155,7 @@ def a_reward_that_hangs() -> None:
 def bad_on_one(target: str, bad_steps: list[int]) -> None:
     """The gradient of process 1 (of the only one, if it is alone) is infinite at some steps."""
 
-    def hook(phase: str, task: NullTask) -> None:
+    def hook(phase: str, task: NullTrainer) -> None:
         task.loop.state.parameters[0].register_hook(poison) if not hasattr(task, "poisoned") else None
         task.poisoned = True
         if phase == "backward":
@@ -178,7 +179,7 @@ def in_two(target: str) -> None:
 def stops_slowly(target: str) -> None:
     """A run whose save takes long enough to be hit."""
 
-    def hook(phase: str, task: NullTask) -> None:
+    def hook(phase: str, task: NullTrainer) -> None:
         if phase == "backward" and task.loop.progress.step == 4:
             print("going", flush=True)
             time.sleep(0.3)
@@ -192,12 +193,11 @@ def loads(number: int) -> None:
     """Stop the command line while the model loads."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    class Slow:
-        def __init__(self, args: object) -> None:
-            os.kill(os.getpid(), number)
-            time.sleep(20)
+    def slow(*args: object, **options: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(20)
 
-    cli.TRAINERS["flow_grpo"] = (cli.TRAINERS["flow_grpo"][0], Slow)
+    base.Trainer.__init__ = slow
     sys.exit(cli.main(["train", "flow_grpo"]))
 
 
@@ -229,8 +229,8 @@ def to_nobody(target: str, reader: str) -> None:
 def holds_the_lock_of_python(target: str, limit: float) -> None:
     """A reward that hangs in C code and lets no other thread run."""
 
-    def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.progress.step == 4:
+    def hook(phase: str, task: NullTrainer) -> None:
+        if phase == "score" and task.loop.progress.step == 4:
             ctypes.PyDLL(None).sleep(1000)
 
     run(Path(target), hook, hang_timeout=limit)
@@ -239,8 +239,8 @@ def holds_the_lock_of_python(target: str, limit: float) -> None:
 def waits(target: str, limit: float) -> None:
     """A run that says when it waits, for less than its limit."""
 
-    def hook(phase: str, task: NullTask) -> None:
-        if phase == "reward" and task.loop.progress.step == 4:
+    def hook(phase: str, task: NullTrainer) -> None:
+        if phase == "score" and task.loop.progress.step == 4:
             Path(target, "waiting").touch()
             time.sleep(0.3)
 

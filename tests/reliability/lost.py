@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tests.reliability.null import NullTask, run
+from tests.reliability.null import NullTrainer, run
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
 
-    def hook(phase: str, task: NullTask) -> None:
+    def hook(phase: str, task: NullTrainer) -> None:
         mark = folder / "killed"
         if phase == "backward" and task.loop.progress.step == 6 and os.environ["RANK"] == "1" and not mark.exists():
             mark.touch()

@@ -1,114 +1,161 @@
-"""A task that learns a matrix: everything that the loop asks for, a millisecond a step."""
+"""A run that learns a matrix: everything that the loop asks for, a millisecond a step."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.config import TrainingConfig
-from diffalign.runtime.interfaces import MicroBatch, MiniBatch
+from diffalign.runtime.interfaces import IterationBatch, MicroBatch, MiniBatch
+from diffalign.runtime.loop import Loop
+from diffalign.runtime.provenance import origin
+from diffalign.runtime.run import Heartbeat, Run
+from diffalign.runtime.state import LoopState
+from diffalign.runtime.watchdog import Watchdog
 
-Hook = Callable[[str, "NullTask"], None]
+ROWS = 8
+Hook = Callable[[str, "NullTrainer"], None]
 
 
-class NullTask:
-    """Two updates per iteration, each of two micro-batches, on data that the weights of its beginning made.
+class NullTrainer:
+    """A loop with the null algorithm.
 
-    hook: called with the name of each phase, "collect", "reward", "backward", "evaluate", "save" and "finish", before
-    it begins; what it does is the fault.
+    Attributes:
+        hook: Called with the name of each phase, "sample", "score", "backward", "evaluate", "save" and "finish",
+            before it begins; what it does is the fault.
     """
 
-    updates_per_iteration, done, data_digest, resume_command = 2, False, "null", "python null.py"
-    world_size_invariant, commits, contents = False, MappingProxyType({}), MappingProxyType({})
-
-    def __init__(self, args: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
-        self.hook = hook or (lambda phase, task: None)
-        self.noise, self.width, self.args = KeyedRNG(args.seed), width, args
+    def __init__(self, config: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
+        self.hook = hook or (lambda phase, trainer: None)
+        config = replace(config, output_dir=config.output_dir.absolute())  # as every trainer does
         module = nn.Linear(width, width, bias=False)
         nn.init.eye_(module.weight)
-        self.loop = Loop(self, module, args, Accelerator(cpu=True))
-        self.total = 0.0
+        accelerator = Accelerator(cpu=True)
+        state = LoopState(module, config, accelerator)
+        heartbeat = Heartbeat(accelerator, Watchdog(config.hang_timeout, config.output_dir))
+        rng, unused = KeyedRNG(config.seed), None
+        self.run: Run[Any] = Run(config, unused, state.module, accelerator, rng, unused, state.progress, heartbeat)
+        self.algorithm = NullAlgorithm(self.run, self._enter, width)
+        self.outputs = NullOutputs(self.run, state, self._enter)
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs)
 
-    @property
-    def share(self) -> slice:
-        """The rows of this process."""
-        rank, world = self.loop.run.accelerator.process_index, self.loop.run.accelerator.num_processes
-        return slice(8 * rank // world, 8 * (rank + 1) // world)
+    def _enter(self, phase: str) -> None:
+        self.hook(phase, self)
 
-    def collect(self, iteration: int) -> dict[str, float]:
-        x = self.noise.normal((8, self.width), "x", iteration)[self.share]
-        made = []
-        for part in x.split(2):
-            self.hook("collect", self)
-            self.loop.run.heartbeat(together=True)
-            with torch.no_grad():
-                made.append(self.loop.state.module(part).tanh())
-            self.hook("reward", self)
-            self.loop.run.heartbeat(together=True)
-        self.x, self.y = x, torch.cat(made)
-        return {"reward/mean": self.y.mean().item()}
 
-    def minibatches(self, iteration: int):
-        order = self.noise.permutation(len(self.x), "order", iteration)
-        for part in order.chunk(2):
-            yield MiniBatch([MicroBatch(rows, 1 / 2) for rows in part.chunk(2)], part)
+@dataclass
+class NullBatch(IterationBatch):
+    """This process's inputs, and what the weights of the start of the iteration made of them."""
 
-    def loss(self, micro):
-        self.hook("backward", self)
-        error = self.loop.state.module(self.x[micro.rows]) - self.y[micro.rows] - 0.1
-        return error.square().mean(), {"error": error.detach().abs().mean()}
+    x: Tensor
+    y: Tensor
+    rank: int
 
-    def updating(self):
-        return contextlib.nullcontext()
-
-    def ids(self, minibatch):
-        return [{"rank": self.loop.run.accelerator.process_index}]
-
-    def collected(self):
+    def state_dict(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
 
-    def recollect(self, iteration, tensors):
-        self.x, self.y = tensors["x"][self.share].clone(), tensors["y"][self.share].clone()
+    def ids(self, rows: Tensor) -> list[dict[str, Any]]:
+        return [{"rank": self.rank}]
 
-    def evaluate(self, step):
-        self.hook("evaluate", self)
-        self.loop.run.heartbeat()
-        return {"accuracy": self.loop.state.parameters[0].sum().item()}
 
-    def before_first_update(self):
-        assert self.loop.progress.taken == 0
+class NullAlgorithm:
+    """Two optimizer steps per iteration, each of two micro-batches, on data that the weights of its start made."""
 
-    def after_first_update(self):
-        assert self.loop.progress.taken == 1
+    updates_per_iteration, world_size_invariant, done = 2, False, False
 
-    def after_update(self, step, metrics):
+    def __init__(self, run: Run[Any], enter: Callable[[str], None], width: int) -> None:
+        self.run, self.enter, self.width = run, enter, width
+        self.total = 0.0
+
+    def sample(self, iteration: int) -> NullBatch:
+        share = self.run.share(ROWS)
+        x, made = self.run.rng.normal((ROWS, self.width), "x", iteration)[share.start : share.stop], []
+        for part in x.split(2):
+            self.enter("sample")
+            self.run.heartbeat(collective=True)
+            with torch.no_grad():
+                made.append(self.run.module(part).tanh())
+        return NullBatch(x, torch.cat(made), self.run.rank)
+
+    def score(self, batch: NullBatch) -> None:
+        for _ in batch.x.split(2):
+            self.enter("score")
+            self.run.heartbeat(collective=True)
+
+    def advantage(self, batch: NullBatch) -> None:
+        batch.metrics["reward/mean"] = batch.y.mean().item()
+
+    def minibatches(self, batch: NullBatch, iteration: int) -> Iterator[MiniBatch]:
+        order = self.run.rng.permutation(len(batch.x), "order", iteration)
+        for part in order.chunk(2):
+            yield MiniBatch([MicroBatch(rows, 1 / 2, batch) for rows in part.chunk(2)], part)
+
+    def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.enter("backward")
+        error = self.run.module(micro.data.x[micro.rows]) - micro.data.y[micro.rows] - 0.1
+        return error.square().mean(), {"error": error.detach().abs().mean()}
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def probe(self, batch: NullBatch) -> list[Tensor]:
+        return [self.run.module(batch.x[:1])]
+
+    def on_first_batch(self, batch: NullBatch) -> None:
+        assert self.run.progress.taken == 0
+
+    def on_step(self, batch: NullBatch, metrics: dict[str, float]) -> None:
         self.total += metrics["loss"]
 
-    def state(self):
+    def restored(self, iteration: int, tensors: dict[str, Tensor], metrics: dict[str, float]) -> NullBatch:
+        share = self.run.share(ROWS)
+        x, y = (tensors[name][share.start : share.stop].clone() for name in ("x", "y"))
+        return NullBatch(x, y, self.run.rank, metrics=metrics)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"total": self.total if self.total == self.total else None}
 
-    def restore(self, tensors, plain):
-        self.total = plain["total"]
+    def load_state_dict(self, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        self.total = state[1]["total"]
 
-    def exporter(self):
+
+class NullOutputs:
+    """An evaluation of one number, and a file of weights."""
+
+    resume_command = "python null.py"
+
+    def __init__(self, run: Run[Any], state: LoopState, enter: Callable[[str], None]) -> None:
+        self.run, self.state, self.enter = run, state, enter
+
+    def origin(self) -> dict[str, Any]:
+        return origin(self.run.config, "null", self.run.world, "cpu", {}, {})
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.enter("evaluate")
+        self.run.heartbeat()
+        return {"accuracy": self.state.parameters[0].sum().item()}
+
+    def exporter(self) -> Callable[[Path], object]:
         return self._export
 
     def _export(self, folder: Path) -> None:
-        self.hook("save", self)
-        save_file({"w": self.loop.state.parameters[0].detach().clone()}, folder / "product.safetensors")
+        self.enter("save")
+        save_file({"w": self.state.parameters[0].detach().clone()}, folder / "product.safetensors")
 
-    def finish(self):
-        self.hook("finish", self)
-        (self.args.output_dir / "done.txt").write_text(f"{self.loop.progress.step}")
-        return [self.args.output_dir / "done.txt"]
+    def finish(self) -> list[Path]:
+        self.enter("finish")
+        path = self.run.config.output_dir / "done.txt"
+        path.write_text(f"{self.run.progress.step}")
+        return [path]
 
 
 def settings(folder: Path, **changes) -> TrainingConfig:
@@ -118,8 +165,8 @@ def settings(folder: Path, **changes) -> TrainingConfig:
     return TrainingConfig(output_dir=Path(folder), **(common | changes))
 
 
-def run(folder: Path, hook: Hook | None = None, width: int = 8, **changes) -> NullTask:
-    """Runs it to its end, or to its fault."""
-    task = NullTask(settings(folder, **changes), hook, width)
-    task.loop.train()
-    return task
+def run(folder: Path, hook: Hook | None = None, width: int = 8, **changes) -> NullTrainer:
+    """Train to the end, or to the fault."""
+    trainer = NullTrainer(settings(folder, **changes), hook, width)
+    trainer.loop.train()
+    return trainer

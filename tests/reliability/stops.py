@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from diffalign.runtime.errors import Interrupted
+from diffalign.runtime.run import Heartbeat
 
 PHASES = {
-    "_collect": "between iterations",
-    "collect": "rollout",
+    "_iterate": "between iterations",
+    "sample": "rollout",
     "_images": "evaluation",
 }
 BEFORE_REWARD, ROLLOUT = "before reward", "rollout"
@@ -41,22 +42,20 @@ def watched(trainer: Any, act: Callable[[int], None]) -> list[Place]:
 
     def phase(caller: FrameType) -> str:
         name = caller.f_code.co_name
-        if name == "__call__":  # a collector's: before it scores a batch, and before it draws the next one
+        if name == "sample" and "book" in caller.f_locals:  # a collector's: before it scores a batch, and after that
             return ROLLOUT if places[-1].phase == BEFORE_REWARD else BEFORE_REWARD
-        if name == "_passes":
+        if name == "_update":
             first = BETWEEN_UPDATES if trainer.loop.progress.update else BEFORE_UPDATES
-            return ACCUMULATION if caller.f_locals["index"] else first
+            return first if caller.f_locals["micro"] is caller.f_locals["minibatch"].micros[0] else ACCUMULATION
         return PHASES[name]
 
-    pulse = trainer.run.heartbeat
+    class Noted(Heartbeat):
+        def __call__(self, collective: bool = False) -> None:
+            places.append(Place(len(places), trainer.loop.progress.step, phase(sys._getframe(1))))
+            act(len(places) - 1)
+            super().__call__(collective)
 
-    def wrapped(together: bool = False) -> None:
-        places.append(Place(len(places), trainer.loop.progress.step, phase(sys._getframe(1))))
-        act(len(places) - 1)
-        pulse(together)
-
-    trainer.run.heartbeat = wrapped
-    trainer.outputs.evaluation.pulse = wrapped
+    trainer.run.heartbeat.__class__ = Noted
     return places
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.cli import TRAINERS, main
+from diffalign.cli import main
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.commands.relabel import RelabelConfig
 from diffalign.commands.score import ScoreConfig
@@ -17,6 +17,7 @@ from diffalign.config import from_dict, load_yaml, parse
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.models.load import pipeline_class
 from diffalign.rewards.base import PLUGINS, get_reward, names
+from diffalign.trainers.registry import algorithm_names, config_class
 from tests.conftest import PIPELINE, PROMPTS
 
 SECRET = "s3cr3t-of-another-service"
@@ -180,9 +181,9 @@ def of_run(name, within="run"):
     return command
 
 
-COMMANDS = {f"train {name}": train(name) for name in TRAINERS}
-COMMANDS |= {f"dry_run {name}": train(name, "--dry_run") for name in TRAINERS}
-COMMANDS |= {f"self_consent {name}": train(name, allow_reward_code=True) for name in TRAINERS}
+COMMANDS = {f"train {name}": train(name) for name in algorithm_names()}
+COMMANDS |= {f"dry_run {name}": train(name, "--dry_run") for name in algorithm_names()}
+COMMANDS |= {f"self_consent {name}": train(name, allow_reward_code=True) for name in algorithm_names()}
 COMMANDS |= {"held_out": held_out, "eval_rewards": eval_rewards, "resume": resume}
 COMMANDS |= {"score": judged("score", "pictures"), "relabel": judged("relabel", "pairs.parquet")}
 COMMANDS |= {"eval": judged("eval"), "compare": judged("compare")}
@@ -223,7 +224,7 @@ def test_the_message_says_what_to_type(place, listener, capsys):
 
 def test_the_canary_sings_where_consent_was_typed(place):
     write(place / "a.yaml", training(place, {"evil:judge": 1.0}))
-    args = parse(TRAINERS["flow_grpo"][0], ["--config", str(place / "a.yaml"), "--allow_reward_code"])
+    args = parse(config_class("flow_grpo"), ["--config", str(place / "a.yaml"), "--allow_reward_code"])
     assert args.allow_reward_code
     assert not (place / "canary").exists()
     get_reward("evil.py:judge", allow_code=args.allow_reward_code)
@@ -242,7 +243,7 @@ def test_what_is_typed_needs_no_consent_but_code(place, listener):
     assert found.reward_options["remote"].options["url"] == listener.url
     write(place / "a.yaml", training(place, remote(place, listener.url)))
     typed = ["--config", str(place / "a.yaml"), "--rewards.x", json.dumps(remote(place, listener.url)["x"])]
-    assert parse(TRAINERS["flow_grpo"][0], typed).rewards["x"].options["url"] == listener.url
+    assert parse(config_class("flow_grpo"), typed).rewards["x"].options["url"] == listener.url
     assert main(["score", "pictures", "--prompt", "x", "--rewards", "evil:judge"]) == 2
     assert not (place / "canary").exists()
 
@@ -250,9 +251,9 @@ def test_what_is_typed_needs_no_consent_but_code(place, listener):
 def test_python_that_hands_a_file_on_is_no_consent(place):
     write(place / "a.yaml", training(place, {"evil:judge": 1.0}, allow_reward_code=True))
     values = load_yaml(place / "a.yaml")
-    for kind in TRAINERS:
+    for kind in algorithm_names():
         with pytest.raises(ValueError, match="a file cannot"):
-            from_dict(TRAINERS[kind][0], values)
+            from_dict(config_class(kind), values)
     assert not (place / "canary").exists()
 
 
@@ -438,7 +439,7 @@ def test_trackers_are_a_list_of_names(place, capsys):
 
 def test_every_option_that_configures_rewards_is_guarded():
     """A new configuration with rewards must say so, or a file could slip code through it."""
-    for cls in (*(config for config, _ in TRAINERS.values()), EvaluationConfig, ScoreConfig, RelabelConfig):
+    for cls in (*map(config_class, algorithm_names()), EvaluationConfig, ScoreConfig, RelabelConfig):
         for field in dataclasses.fields(cls):
             if field.name in ("rewards", "eval_rewards", "held_out", "reward_options"):
                 assert field.metadata["guard"], f"{cls.__name__}.{field.name}"

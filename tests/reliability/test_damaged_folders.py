@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ def stopped(tmp_path_factory):
     root = tmp_path_factory.mktemp("stopped")
 
     def crash(phase, task):
-        if phase == "collect" and task.loop.progress.step == 6:
+        if phase == "sample" and task.loop.progress.step == 6:
             raise KeyboardInterrupt
 
     changes = {"checkpointing_steps": 2, "checkpoints_total_limit": 3, "hang_timeout": 0.0}
@@ -218,7 +219,7 @@ def test_the_run_stays_in_its_folder_where_a_reward_changes_directory(tmp_path, 
     (tmp_path / "other").mkdir()
 
     def wander(phase, task):
-        if phase in ("reward", "evaluate", "finish"):
+        if phase in ("score", "evaluate", "finish"):
             os.chdir(tmp_path / "other")
 
     run("run", wander)
@@ -227,6 +228,13 @@ def test_the_run_stays_in_its_folder_where_a_reward_changes_directory(tmp_path, 
     assert is_exported(tmp_path / "run", 8)
     assert "the working folder" in capsys.readouterr().out
     assert settings("run").output_dir.name == "run"
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_makes_its_folder_absolute(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = TRAINERS[name].make(short(name, Path("run")))
+    assert trainer.args.output_dir == trainer.loop.config.output_dir == tmp_path / "run"
 
 
 def test_config_yaml_keeps_a_folder_that_can_be_moved(tmp_path, monkeypatch):

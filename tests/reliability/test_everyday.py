@@ -11,7 +11,7 @@ from diffalign.runtime.errors import OutOfMemory
 from diffalign.runtime.oom import advice
 from diffalign.runtime.tracking import SAVE, MetricsLog
 from tests.reliability.compare import rows
-from tests.reliability.null import NullTask, run, settings
+from tests.reliability.null import NullTrainer, run, settings
 from tests.reliability.trainers import TRAINERS, short
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -32,7 +32,7 @@ def runs_out(trainer, limit, gradient, error=CUDA):
     return tried
 
 
-PHASES = [("flow_grpo", "collect", "rollout_batch_size"), *((name, "update", "train_batch_size") for name in TRAINERS)]
+PHASES = [("flow_grpo", "sample", "rollout_batch_size"), *((name, "update", "train_batch_size") for name in TRAINERS)]
 
 
 @pytest.mark.parametrize(("name", "phase", "batch"), PHASES)
@@ -130,7 +130,7 @@ class Down(GeneralTracker):
 @pytest.mark.parametrize("when", ["start", "log", "finish"])
 def test_r40_a_tracker_that_is_down_changes_nothing(tmp_path, when):
     run(tmp_path / "without")
-    task = NullTask(settings(tmp_path / "with"))
+    task = NullTrainer(settings(tmp_path / "with"))
     task.loop.run.accelerator.log_with = [Down(when)]
     with pytest.warns(UserWarning, match="tracker down failed and is switched off"):
         task.loop.train()
@@ -149,7 +149,7 @@ def test_r41_ten_thousand_steps_leave_memory_files_and_logs_as_they_should_be(tm
     process, seen = psutil.Process(), {}
 
     def hook(phase, task):
-        if phase == "collect" and task.loop.progress.step in (2000, 9998):
+        if phase == "sample" and task.loop.progress.step in (2000, 9998):
             seen[task.loop.progress.step] = (process.memory_info().rss, process.num_fds())
 
     run(tmp_path, hook, max_train_steps=10_000, checkpointing_steps=1000, eval_steps=1000)

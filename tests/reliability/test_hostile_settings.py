@@ -57,7 +57,9 @@ def test_a_number_is_refused_by_name_or_comes_back_from_every_file(name, tmp_pat
         args, message = attempt(name, tmp_path / "run", path, value)
         if args is None:
             refused += 1
-            assert is_named(path, message), (path, label, message)
+            # Rewards, whatever their weights, mean another mode; the trainer of that mode is a case of its own.
+            other_mode = (name, path) == ("diffusion_dpo", "rewards") and "read only offline" in message
+            assert is_named(path, message) or other_mode, (path, label, message)
             assert len(message) < LONGEST
             continue
         legal += 1
@@ -147,7 +149,7 @@ def test_a_wild_run_ends_by_its_cause(name, changes, kind, message, tmp_path):
 
 def test_weights_that_are_not_finite_are_named_whatever_fails_on_them(tmp_path):
     def hook(phase, task):
-        if phase == "collect" and task.loop.progress.step == 4:
+        if phase == "sample" and task.loop.progress.step == 4:
             with torch.no_grad():
                 task.loop.state.parameters[0].fill_(math.nan)
             raise ValueError("rewards failed on 100% of the images")

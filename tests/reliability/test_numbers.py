@@ -51,15 +51,15 @@ def poisoned(trainer, steps, where):
 
     if where == "gradient":
         loop.state.parameters[0].register_hook(lambda g: g * bad if loop.progress.step in steps else g)
-    trainer.algorithm.loss, apply = spoilt, loop._apply
+    trainer.algorithm.loss, take_step = spoilt, loop.state.step
 
-    def watched(reason, norm, minibatch):
+    def watched(reason, norm):
         before, step = everything(loop), loop.progress.step
-        apply(reason, norm, minibatch)
+        take_step(reason, norm)
         if everything(loop) == before:
             unmoved.append(step)
 
-    loop._apply = watched
+    loop.state.step = watched
     return unmoved
 
 
@@ -168,7 +168,7 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
                 assert metrics["ratio_mean"].item() == 1.0
         whole = torch.arange(4)
         for step in batch.plan.plan.trained_steps:
-            result, nodes = trainer.algorithm._replay(batch.buffer, whole, step)
+            result, nodes = trainer.algorithm._replay(batch, whole, step)
             stored = batch.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
             assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5
@@ -213,9 +213,8 @@ def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(name, tmp_pat
     before = everything(trainer.loop)
     with pytest.warns(UserWarning, match=f"{FLAT_ALARM} updates in a row had no gradient"):
         trainer.train()
-    assert (
-        everything(trainer.loop)[: len(trainer.loop.state.parameters)] == before[: len(trainer.loop.state.parameters)]
-    )
+    count = len(trainer.loop.state.parameters)
+    assert everything(trainer.loop)[:count] == before[:count]
     assert [row["skipped"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 

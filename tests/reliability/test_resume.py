@@ -17,15 +17,15 @@ import torch
 
 from diffalign.cli import main
 from diffalign.config import free_fields, save_yaml
-from diffalign.runtime import checkpoint, state
+from diffalign.runtime import checkpoint
 from diffalign.runtime.lock import FolderBusy, claimed, refuse_busy
-from diffalign.runtime.loop import Loop
 from diffalign.runtime.provenance import check_origin, origin
+from diffalign.runtime.run import Heartbeat
 from tests.conftest import ROOT
 from tests.reliability import faults
 from tests.reliability.compare import same_run, tree
 from tests.reliability.forks import Child
-from tests.reliability.null import NullTask, run, settings
+from tests.reliability.null import NullTrainer, run, settings
 from tests.reliability.stops import (
     ACCUMULATION,
     BEFORE_REWARD,
@@ -110,14 +110,14 @@ def test_r8_every_micro_step_of_a_null_run_can_be_its_last(tmp_path, record_prop
     for number in range(200):
         folder, count = tmp_path / str(number), 0
 
-        def act(task, number=number):
+        def act(heartbeat, number=number):
             nonlocal count
             count += 1
             if count == number + 1:
-                task.loop.run.heartbeat.signals.received = signal.SIGTERM
+                heartbeat.signals.received = signal.SIGTERM
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Loop, "pulse", pulse_that(act))
+            patch.setattr(Heartbeat, "__call__", heartbeat_that(act))
             with contextlib.suppress(SystemExit):
                 run(folder, max_train_steps=5, checkpointing_steps=3)
                 break
@@ -127,14 +127,14 @@ def test_r8_every_micro_step_of_a_null_run_can_be_its_last(tmp_path, record_prop
     record_property("null_points", number)
 
 
-def pulse_that(act):
-    original = Loop.pulse
+def heartbeat_that(act):
+    original = Heartbeat.__call__
 
-    def pulse(loop, together=False):
-        act(loop.task)
-        original(loop, together)
+    def call(heartbeat, collective=False):
+        act(heartbeat)
+        original(heartbeat, collective)
 
-    return pulse
+    return call
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -303,7 +303,8 @@ def test_r14_updates_get_the_same_samples_whatever_the_processes(tmp_path, updat
     assert updates == 1 or not torch.equal(alone, trainer.algorithm.collector.update_index(2))
     parts = []
     for rank in range(processes):
-        trainer.run.accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
+        accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
+        trainer.algorithm.collector.run = dataclasses.replace(trainer.run, accelerator=accelerator)
         parts.append(trainer.algorithm.collector.update_index(1))
         assert parts[-1].bincount().tolist() == [24 // updates // processes] * updates
     assert torch.equal(torch.cat(parts), alone)
@@ -312,11 +313,12 @@ def test_r14_updates_get_the_same_samples_whatever_the_processes(tmp_path, updat
 def test_what_the_loop_saves_is_what_it_puts_back(tmp_path):
     """A guard against forgetting: every counter that a save lists is one that a fresh loop takes over."""
     task = run(tmp_path, max_train_steps=4)
-    other = NullTask(settings(tmp_path, max_train_steps=4))
-    state.put_back(other.loop, checkpoint.latest(tmp_path))
-    other.loop.log = task.loop.log
-    other.loop.whole = other.state()
-    tensors, plain = state.contents(other.loop)
+    other = NullTrainer(settings(tmp_path, max_train_steps=4))
+    checkpointer = other.loop.checkpointer
+    batch, rows = checkpointer.restore(checkpoint.latest(tmp_path))
+    checkpointer.take_snapshot()
+    tensors, plain = checkpointer._contents(batch, rows)
+    assert rows == task.loop.log.rows
     kept, known = checkpoint.load(checkpoint.latest(tmp_path))
     assert known == json.loads(json.dumps(plain))
     assert kept.keys() == tensors.keys()

@@ -21,7 +21,7 @@ from tests.reliability.compare import same_run
 from tests.reliability.forks import Child, several
 from tests.reliability.null import run
 
-PHASES = ["collect", "reward", "backward", "save", "evaluate", "finish"]
+PHASES = ["sample", "score", "backward", "save", "evaluate", "finish"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from diffalign import (
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.diffusion.reward_gradient_presets import RecipeConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from tests.conftest import PIPELINE, PROMPTS, ROOT
 
 PAIRS = str(ROOT / "assets/preferences/shapes.parquet")

@@ -25,14 +25,14 @@ def main(name: str, folder: Path, stop: int) -> None:
     args = short(name, folder, max_train_steps=6, lr_scheduler="constant", max_grad_norm=1e9, **changes)
     args.resume_from_checkpoint = "latest"
     trainer = TRAINERS[name].make(args)
-    after_update = trainer.after_update
+    on_step = trainer.algorithm.on_step
 
-    def watched(step, metrics):
-        after_update(step, metrics)
-        if step == stop < 6:
+    def watched(batch, metrics):
+        on_step(batch, metrics)
+        if trainer.run.progress.step == stop < 6:
             trainer.run.heartbeat.signals.received = signal.SIGTERM
 
-    trainer.after_update = watched
+    trainer.algorithm.on_step = watched
     try:
         trainer.train()
     finally:

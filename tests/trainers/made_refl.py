@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from diffalign import LoraConfig, ReFLConfig, ReFLTrainer
-from diffalign.diffusion.reward_gradient_presets import RecipeConfig
+from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.rewards.base import FunctionReward
 from tests.conftest import PIPELINE, ROOT
 from tests.phases import collect
