@@ -114,6 +114,13 @@ class Counter(TorchDispatchMode):
         where = self.phase, self.part
         self.peaks[where] = max(self.peaks.get(where, 0), size)
 
+    def restart(self) -> None:
+        """Forget peaks and operations, and keep what is alive."""
+        self.peaks, self.high = {}, self.live
+        for table in (self.flops, self.traffic, self.calls):
+            table.clear()
+        self._raise_to(self.live)
+
     def touch(self, extra: int) -> None:
         """Note that ``extra`` bytes more than are alive were alive for a moment."""
         self._raise_to(self.live + extra)
@@ -165,6 +172,8 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number(func, args[0])
+        if func is aten.index.Tensor:
+            args = args[0], [place for index in args[1] for place in _places(index)]
         if not types and _large(kwargs, args):
             with self.fake:
                 found = func(*args, **kwargs)
@@ -204,3 +213,11 @@ def _flops(formula: Any, args: Any, kwargs: Any, found: Any) -> int:
     if formula in (_attention, _attention_backward):
         return formula(*args, **kwargs)
     return int(formula(*args, **kwargs, out_val=found))
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """Return where a mask is true, as indices by dimension; of a fake mask, everywhere."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    known = torch.ones(index.shape, dtype=torch.bool) if isinstance(index, FakeTensor) else index
+    return list(known.nonzero().unbind(1))

@@ -18,6 +18,7 @@ from diffalign.models.quantise import BYTES
 from diffalign.models.weights import WeightSets
 from diffalign.runtime.trainer_config import TrainerConfig
 
+UNBOUNDED = 10**6  # tokenizers without a limit of their own have a huge one
 TOKENS = 77  # of a prompt, where the caller does not pad to a length
 
 
@@ -51,8 +52,8 @@ def fake_model(
             make_fake(part, fake)
         elif part is None and name.startswith("tokenizer"):
             setattr(model.pipeline, name, _tokenizer(config.model, name))
-    if hasattr(model.pipeline, "tokenizer_max_length"):  # set when the pipeline was made
-        model.pipeline.tokenizer_max_length = model.pipeline.tokenizer.model_max_length
+    if hasattr(model.pipeline, "tokenizer_max_length") and model.pipeline.tokenizer.model_max_length < UNBOUNDED:
+        model.pipeline.tokenizer_max_length = model.pipeline.tokenizer.model_max_length  # unknown to the constructor
     if trained is None:
         return model, make_trainable(model)
     copies = model.weights.copies

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diffalign.config.fields import given_names
-from diffalign.forecast.dry_run import free_memory
+from diffalign.forecast.dry_run import Place, free_memory, place_of
 from diffalign.forecast.rehearsal import rehearse
 from diffalign.trainers.cost import Share
 from diffalign.trainers.registry import Entry
@@ -62,12 +62,14 @@ class Fitter:
     Attributes:
         entry: The algorithm.
         config: The configuration, whose given fields stay as they are.
-        world: Number of processes.
+        place: Processes and sharding.
+        cpu: Whether the memory is that of a machine without an accelerator.
     """
 
     entry: Entry
     config: Any
-    world: int = 1
+    place: Place = field(default_factory=lambda: Place(Share()))
+    cpu: bool = False
     _peaks: dict[str, int] = field(default_factory=dict)
 
     def fit(self, budget: int) -> Fit | None:
@@ -89,6 +91,10 @@ class Fitter:
             new = {name: value for name, value in saving.items() if hasattr(self.config, name) and name not in given}
             if self.config.lora.rank == 0:
                 new = {name: value for name, value in new.items() if name not in ("base_precision", "quantise")}
+            if self.cpu:  # main memory is where offloading moves to, and bitsandbytes needs a GPU
+                new = {name: value for name, value in new.items() if name not in ("offload", "quantise")}
+            if self.place.spread is not None:
+                new.pop("quantise", None)
             if ladder and not new:
                 continue
             settings = settings | new
@@ -116,13 +122,11 @@ class Fitter:
         if key not in self._peaks:
             config = replace(self.config, memory=None, **settings)
             short = brief(config)
+            found = rehearse(self.entry, short, self.place.share.world, self.place.spread, cpu=self.cpu)
             stored = 0
             if (cost := self.entry.cost) is not None:
-                latent = (1, 1, 1)
-                stored = cost.stored(config, latent, Share(0, self.world)) - cost.stored(
-                    short, latent, Share(0, self.world)
-                )
-            found = rehearse(self.entry, short, self.world)
+                whole, part = (cost.stored(one, (1, 1, 1), self.place.share) for one in (config, short))
+                stored = whole - part
             self._peaks[key] = found.peak + stored * found.latent_numbers
         return self._peaks[key]
 
@@ -147,8 +151,11 @@ def fit_memory(entry: Entry, config: Any) -> tuple[Any, str]:
     Raises:
         ValueError: Nothing fits.
     """
-    budget = parse_memory(config.memory)
-    found = Fitter(entry, config).fit(budget)
+    budget, place = parse_memory(config.memory), place_of()
+    here = config.memory.strip().lower() == "auto"
+    if here and place.share.world > 1:
+        raise ValueError("memory auto: processes may find different sizes free: write memory: 24GB, of one card")
+    found = Fitter(entry, config, place, cpu=here and place.cpu).fit(budget)
     if found is None:
         raise ValueError(
             f"memory {config.memory}: no settings fit; lower resolution or lora.rank, take a smaller model, or leave "
@@ -171,7 +178,7 @@ def _shown(value: Any) -> str:
 
 def table(entry: Entry, config: Any, sizes: Sequence[int] = SIZES) -> list[str]:
     """A line per size of memory: what would be chosen."""
-    fitter, lines = Fitter(entry, config), []
+    fitter, lines = Fitter(entry, config, place_of()), []
     for size in sizes:
         found = fitter.fit(size * 10**9)
         lines.append(f"{size:3} GB  {'does not fit' if found is None else described(found)}")

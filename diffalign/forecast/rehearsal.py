@@ -7,6 +7,7 @@ are run once.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from diffalign.forecast.stand_ins import (
     FiniteValues,
     OneOfMany,
     cuda_autocast,
+    network_bytes,
     one_pair,
     remember,
 )
@@ -34,7 +36,7 @@ from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import tensors_of
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
-from diffalign.rewards.base import needs_groups
+from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.support.probe import untried
 from diffalign.runtime.interfaces import MicroBatch
 from diffalign.runtime.run import Heartbeat, Run
@@ -111,6 +113,8 @@ def rehearse(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(untried())
         stack.enter_context(quiet_libraries())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # weight sets compare addresses
         if not cpu:
             stack.enter_context(cuda_autocast())
         stack.enter_context(FiniteValues())
@@ -122,6 +126,7 @@ def rehearse(
             _warm_up(state, counter, config)
             if spread is not None:
                 _shard(model, state, spread, counter)
+            counter.restart()
         with counter.during(SAMPLING):
             batch = algorithm.sample(0)
         with counter.during(SCORING):
@@ -165,9 +170,17 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
 
     inputs = kind.read_inputs(config, None, prompts)
     kind.check_processes(inputs, world)
-    notes = tuple(f"reward {name}: its network is not rehearsed" for name in inputs.rewards)
-    fakes = {name: FakeReward(name, needs_groups=needs_groups(reward)) for name, reward in inputs.rewards.items()}
+    fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
+    notes = tuple(
+        f"reward {name}: {fake.size / 2**30:.2f} GiB of weights are counted, what its network computes is not"
+        for name, fake in fakes.items()
+    )
     return _Setting(replace(inputs, rewards=fakes), OneOfMany(config.mixed_precision, world), notes)
+
+
+def _fake(name: str, reward: Reward) -> FakeReward:
+    offloads = bool(getattr(getattr(reward, "weights", None), "offload", False))
+    return FakeReward(name, network_bytes(reward), offloads, needs_groups(reward))
 
 
 def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tuple[DiffusionModel, nn.Module]:

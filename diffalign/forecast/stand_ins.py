@@ -6,13 +6,14 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from datasets import Dataset
 from PIL import Image
+from pyarrow import parquet, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -22,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 from diffalign.forecast.counter import Counter, Seen
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
+from diffalign.rewards.base import RECIPE, Reward, names, registered
+from diffalign.rewards.support.weights import Weights
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
 
@@ -151,18 +154,45 @@ def cuda_autocast() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FakeReward:
-    """A reward without its network: scores are drawn, or follow from the images where gradients are recorded."""
+    """A reward whose network holds memory and computes nothing.
+
+    Scores are drawn, or follow from the images where gradients are recorded.
+
+    Attributes:
+        name: Of the reward.
+        size: Bytes of its network's weights.
+        offload: Whether the network leaves the device after each use without gradients.
+        needs_groups: Whether it judges whole groups.
+    """
 
     name: str
+    size: int = 0
+    offload: bool = False
+    needs_groups: bool = False
     differentiable: bool = True
     range: tuple[float, float] = (-100.0, 100.0)
-    needs_groups: bool = False
+    network: list[Tensor] = field(default_factory=list, compare=False)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Any, groups: Any = None) -> Tensor:
         """Score images."""
-        if torch.is_grad_enabled() and images.requires_grad:
-            return images.mean((1, 2, 3))
-        return torch.rand(len(images))
+        if not self.network and self.size:
+            self.network.append(images.new_empty(self.size, dtype=torch.uint8))
+        recorded = torch.is_grad_enabled() and images.requires_grad
+        if self.offload and not recorded:
+            self.network.clear()
+        return images.mean((1, 2, 3)) if recorded else torch.rand(len(images))
+
+
+def network_bytes(reward: Reward) -> int:
+    """Return the bytes of a reward's weights: of a folder's files, else from the card of the registered reward."""
+    name, _ = getattr(reward, RECIPE, ("", {}))
+    weights = getattr(reward, "weights", None)
+    if isinstance(weights, Weights) and Path(weights.path).exists():
+        return sum(file.stat().st_size for file in Path(weights.path).rglob("*.safetensors"))
+    if not name or name not in names():
+        return 0
+    dtype = weights.dtype if isinstance(weights, Weights) else torch.float32
+    return int(registered(name).facts.millions * 1e6) * dtype.itemsize
 
 
 def one_pair(folder: Path, side: int) -> Path:
@@ -173,7 +203,7 @@ def one_pair(folder: Path, side: int) -> Path:
         Image.new("RGB", (side, side), colour).save(buffer, "PNG")
         images[name] = [buffer.getvalue()]
     columns = {"caption": ["a prompt"], **images, "label_0": [1.0], "label_1": [0.0]}
-    Dataset.from_dict(columns).to_parquet(folder / "pair.parquet")
+    parquet.write_table(table(columns), folder / "pair.parquet")
     return folder / "pair.parquet"
 
 
@@ -192,6 +222,12 @@ class Remembered:
     def __init__(self, method: Callable[..., Any], part: str, model: DiffusionModel, counter: Counter) -> None:
         self.method, self.part, self.model, self.counter = method, part, model, counter
         self.known: dict[Any, tuple[Callable[[], Any], Seen]] = {}
+
+    @cached_property
+    def adapter(self) -> nn.Module | None:
+        """A layer that knows whether adapters are off."""
+        layers = self.model.raw_denoiser.modules()
+        return next((m for m in layers if isinstance(getattr(m, "disable_adapters", None), bool)), None)
 
     def __call__(self, *args: Any) -> Any:
         """Run the method, or repeat what is known of it."""
@@ -216,11 +252,10 @@ class Remembered:
         return make()
 
     def _key(self, args: Any) -> Any:
-        adapters = [getattr(m, "disable_adapters", None) for m in self.model.raw_denoiser.modules()]
         # Offloaded parts are loaded within the call: what they take at first counts once.
         loads = self.part != "evaluate"
         resident = tuple(part.resident for part in self.model.offloaded.values()) if loads else ()
-        return repr((_signature(args), next((a for a in adapters if a is not None), None), resident))
+        return repr((_signature(args), getattr(self.adapter, "disable_adapters", None), resident))
 
 
 def _signature(value: Any) -> Any:
