@@ -92,12 +92,10 @@ def test_the_rehearsed_peak_of_100_million_parameters_is_within_8_percent(traine
     assert rehearsed == pytest.approx(found, rel=0.08)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_shards_hold_a_share_of_the_denoiser(rank, tmp_path):
-    entry, config = settings("flow_grpo", PIPELINE, tmp_path, lora={"rank": rank})
+def test_shards_hold_a_share_of_the_denoiser(tmp_path):
+    entry, config = settings("flow_grpo", PIPELINE, tmp_path, lora={"rank": 0})
     one, two = (rehearse(entry, config, 2, spread) for spread in (None, Spread(2)))
-    for phase in ("weights", "sample", "step"):
-        assert (two.peak_of(phase) < one.peak_of(phase)) == (rank == 0)  # beside a LoRA, the units in use are more
+    assert all(two.peak_of(phase) < one.peak_of(phase) for phase in ("weights", "sample", "step"))
     assert two.calls == one.calls
 
 
