@@ -24,7 +24,12 @@ SMALL = ["--rollout_batch_size", "8", "--train_batch_size", "4", "--lora.targets
 
 
 @pytest.mark.parametrize(
-    "argv", [[*GRPO, *SMALL], [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"], [*RENEG, *SMALL]]
+    "argv",
+    [
+        [*GRPO, *SMALL, "--num_groups", "2"],
+        [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"],
+        [*RENEG, *SMALL, "--num_groups", "8"],
+    ],
 )
 def test_a_dry_run_prints_the_forecast_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -79,9 +84,7 @@ def test_a_number_of_processes_and_a_card_are_forecast_without_loading_weights(t
     assert "over 8 process(es): 32 each" in text
     assert "free: 22.4 GiB, GeForce RTX 4090" in text
     # 10^15 operations at 40 % of 165.2 10^12 a second, twice an iteration.
-    assert re.search(r"GeForce RTX 4090: 0.0 s to sample, or read, and 30.3 s per optimizer step; 60.5 s", text) or (
-        "15.1 s per optimizer step" in text
-    )
+    assert "GeForce RTX 4090: 0.0 s to sample, or read, and 15.1 s per optimizer step; 30.3 s an iteration" in text
     assert "assumed: 40% of the peak rate" in text
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main([*GRPO, "--output_dir", str(tmp_path), "--world", "2"]) == 0
