@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from PIL import Image
 from pyarrow import parquet, table
 from torch import Tensor, nn
@@ -74,9 +73,10 @@ class OneOfMany:
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 with torch.autocast("cpu", dtype):
-                    return plain(*args, **kwargs)
+                    outputs = plain(*args, **kwargs)
+                return tree_map_only(Tensor, _widened, outputs)
 
-            module.forward = convert_outputs_to_fp32(forward)
+            module.forward = forward
         return module
 
     def prepare(self, item: Any) -> Any:
@@ -125,14 +125,15 @@ class FiniteValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    def widened(x: Tensor) -> Tensor:
-        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, widened, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 
