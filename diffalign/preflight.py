@@ -183,7 +183,6 @@ CHECKS: dict[str, Check] = {
     "eval_rewards": reward_problem,
     "held_out": reward_problem,
 }
-OUTPUTS = frozenset({"output_dir", "cache_dir", "calibrations"})
 
 
 def known_rewards() -> list[str]:

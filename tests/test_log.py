@@ -7,7 +7,7 @@ import pytest
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from diffalign.log import LOG_FILE, get_logger, log_to_file
+from diffalign.log import LOG_FILE, FileHandler, TerminalHandler, get_logger, log_to_file
 
 
 @pytest.fixture(params=[True, False], ids=["with accelerate's state", "before it"])
@@ -79,8 +79,17 @@ def test_what_cannot_be_a_log_file_does_not_stop_or_block_a_run(tmp_path, capsys
 
 def test_a_folder_that_disappears_costs_lines_only(tmp_path, capsys):
     with log_to_file(tmp_path / "gone"):
-        get_logger("diffalign.a").info("\udcff on it goes")
+        get_logger("diffalign.a").info("on it goes")
     assert "on it goes" in capsys.readouterr().out
+
+
+def test_text_that_no_encoding_holds_is_printed_and_kept(tmp_path, capsys):
+    # Handlers alone: what captures the records of loggers may not hold such text.
+    record = logging.makeLogRecord({"msg": "\udcff on it goes", "levelno": logging.INFO})
+    TerminalHandler().emit(record)
+    FileHandler(tmp_path / LOG_FILE).emit(record)
+    assert "on it goes" in capsys.readouterr().out
+    assert "on it goes" in (tmp_path / LOG_FILE).read_text()
 
 
 def test_a_line_does_not_cut_a_progress_bar(capsys):

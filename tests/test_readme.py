@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.cli import COMMANDS, DRY_RUN, TRAINERS, main, take_switch
+from diffalign.cli import COMMANDS, DRY_RUN, main, take_switch
 from diffalign.config import parse
 from diffalign.diffusion import plan
 from diffalign.diffusion.reward_gradient_presets import PRESETS as RECIPES
 from diffalign.lazy import load
 from diffalign.losses.registry import PREFERENCE_LOSSES
-from diffalign.models.load import FAMILIES
+from diffalign.models.registry import family_names
 from diffalign.rewards import base, get_reward
+from diffalign.trainers.registry import algorithm_names, config_class
 from scripts.build import hero, tables
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def check_command(words):
     if words[:2] == ["diffalign", "train"]:
         trainer = words[2], take_switch(words[3:], DRY_RUN)[1]
     if trainer:
-        parse(load(TRAINERS.entries[trainer[0]][0]), trainer[1])
+        parse(config_class(trainer[0]), trainer[1])
     elif words[0] == "diffalign":
         command = COMMANDS[words[1]]
         parse(load(command.config), words[2:], command.positional)
@@ -105,7 +106,7 @@ def test_every_command_on_the_embedded_world_trains(words, tmp_path, monkeypatch
 
 
 def test_all_three_trainers_are_shown_on_the_cpu():
-    assert {launched(words)[0] for words in commands(README) if trains_on_the_cpu(words)} == set(TRAINERS.entries)
+    assert {launched(words)[0] for words in commands(README) if trains_on_the_cpu(words)} == set(algorithm_names())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -195,11 +196,12 @@ def test_the_counts_of_the_readme_are_those_of_the_registries():
     plans = len(plan.PRESETS) - 1  # "ode" trains no step
     rewards = len(tables.reward_table().splitlines()) - 2
     counted = (
-        f"{len(TRAINERS.entries)} trainers, **{len(PREFERENCE_LOSSES)}** preference losses, {len(RECIPES)} "
-        f"reward-gradient recipes, {plans} policy-gradient plans, {rewards} rewards, {len(FAMILIES)} model families"
+        f"{len(algorithm_names())} trainers, **{len(PREFERENCE_LOSSES)}** preference losses, {len(RECIPES)} "
+        f"reward-gradient recipes, {plans} policy-gradient plans, {rewards} rewards, "
+        f"{len(family_names())} model families"
     )
     assert counted in PROSE
-    assert all(f"`{name}`" in PROSE for name in FAMILIES)
+    assert all(f"`{name}`" in PROSE for name in family_names())
 
 
 def test_every_plan_and_recipe_is_described():

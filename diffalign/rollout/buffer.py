@@ -207,14 +207,6 @@ class RolloutBuffer:
         chosen = self.trained if step is None else self.trained & (self.step == step + 1)
         return chosen.nonzero().flatten()
 
-    def leaves_under(self, node: int) -> Tensor:
-        """Return the rows of the leaves in the subtree of ``node``, itself included."""
-        rows = leaves = self.leaves
-        inside = rows == node
-        while (rows >= 0).any():
-            inside, rows = inside | (rows == node), torch.where(rows < 0, -1, self.parent[rows])
-        return leaves[inside]
-
     def named(self, samples: Tensor) -> list[dict[str, Any]]:
         """Describe leaves, by their order in the buffer: group, index in the group and prompt of each."""
         rows = self.leaves[samples].tolist()

@@ -104,7 +104,7 @@ class RolloutConfig(ScoredSamplesConfig):
         images, parts = self.num_groups * self.group_size, processes * self.updates_per_rollout
         leaves = self.plan.leaves
         if images % (parts * leaves):
-            trees = f" in trees of {leaves}" if leaves > 1 else ""
+            trees = f" in trees of {leaves} (plan.branch)" if leaves > 1 else ""
             raise ValueError(
                 f"num_groups * group_size = {images} images{trees} do not divide by {processes} process(es) times "
                 f"updates_per_rollout = {self.updates_per_rollout}: make the product a multiple of {parts * leaves}"

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from diffalign.fsdp import full_tensor
+from diffalign.log import get_logger
 from diffalign.runtime import checkpoint
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import NotFinite, SaveFailed
@@ -21,6 +22,8 @@ from diffalign.runtime.oom import is_out_of_memory
 from diffalign.runtime.provenance import check_origin
 from diffalign.runtime.run import Run, last_good
 from diffalign.runtime.state import LoopState, Tensors
+
+logger = get_logger(__name__)
 
 FAILED_SAVES = 3  # in a row before the run ends
 # Groups that may contain NaN (untrained nodes have no log-prob).
@@ -117,7 +120,7 @@ class Checkpointer(Generic[B]):
         if last or self._failed >= FAILED_SAVES:
             good = last_good(self.run.config)
             raise SaveFailed(f"{text}: free space on the disk; last good checkpoint: {good}") from error
-        self.run.say(f"warning: {text}: the run goes on")
+        logger.warning(f"{text}: the run goes on")
 
     # Restore --------------------------------------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ class Checkpointer(Generic[B]):
     def _restore(self, path: Path, tensors: Tensors, plain: dict[str, Any]) -> B | None:
         self._check_world(path, plain)
         for line in check_origin(plain["origin"], self.outputs.origin(), self.run.config):
-            self.run.say(f"warning: last bits may differ from an uninterrupted run: {line}")
+            logger.warning(f"last bits may differ from an uninterrupted run: {line}")
 
         self.state.load_state_dict(tensors, plain)
         self.algorithm.load_state_dict((tensors.get("task", {}), self._own_values(plain["tasks"])))

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffalign.config import to_dict
 from diffalign.fsdp import full_tensor
+from diffalign.log import get_logger, log_to_file
 from diffalign.runtime import checkpoint
 from diffalign.runtime.checkpointer import Checkpointer
 from diffalign.runtime.diagnosis import extremes
@@ -37,6 +38,8 @@ from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
 from diffalign.runtime.run import Run, last_good
 from diffalign.runtime.state import LoopState, indexed
 from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
+
+logger = get_logger(__name__)
 
 SCALER_STREAK = 20  # fp16 overflows in a row before the run ends; a few are normal while GradScaler calibrates
 B = TypeVar("B", bound=IterationBatch)
@@ -57,6 +60,7 @@ class Loop(Generic[B]):
         self.batch: B | None = None
         self.phase = "evaluate"
         self.time_left = TimeLeft()
+        self._log_file = contextlib.ExitStack()  # opened once the run folder is prepared
         self.stop_agreed = False  # all processes know of a signal
         self.applying = False  # a step is taken, but not logged and counted: no checkpoint may be written
         self.first_outputs: list[Tensor] = []  # of the denoiser, from before the first update
@@ -73,7 +77,7 @@ class Loop(Generic[B]):
             ValueError: The folder is in use or cannot be written, or the checkpoint belongs to another run.
         """
         lock = claimed(self.config.output_dir) if self.accelerator.is_main_process else contextlib.nullcontext()
-        with steady_output(), lock, self.run.heartbeat:
+        with steady_output(), lock, self.run.heartbeat, self._log_file:
             try:
                 if not self._begin():
                     return
@@ -111,7 +115,7 @@ class Loop(Generic[B]):
 
         self._next_iteration()
         if text := self.time_left.line(self.config, before, self.progress.step, time.perf_counter() - started):
-            self.run.say(text)
+            logger.info(text)
 
     def _remaining_minibatches(self, batch: B) -> Iterator[MiniBatch]:
         """Yield the iteration's minibatches that have no optimizer step yet, up to ``max_train_steps``."""
@@ -141,19 +145,20 @@ class Loop(Generic[B]):
 
         evaluated = self.over and step.evaluated == step.step
         if path is not None and evaluated and all_exported(self.accelerator, config, step.step):
-            self.run.say(f"nothing to do: this run has had its {step.step} steps")
+            logger.info(f"nothing to do: this run has had its {step.step} steps")
             return False
         self.trackers = Trackers(self.accelerator)
         if self.accelerator.is_main_process:
-            prepare_folder(config, self.run.say, resumed=path is not None)
+            prepare_folder(config, resumed=path is not None)
+            self._log_file.enter_context(log_to_file(config.output_dir))
             noted = None if path is None else self.state.guard.noted
             self.log = MetricsLog(config.output_dir / "metrics.jsonl", rows, step.step, step.evaluated == step.step)
             self.skips = MetricsLog(config.output_dir / "skipped.jsonl", noted, step.step)
             self.trackers.start("diffalign", to_dict(config))
         if path is not None:
-            self.run.say(f"resumed from {path} at step {step.step}")
+            logger.info(f"resumed from {path} at step {step.step}")
         elif config.resume_from_checkpoint:
-            self.run.say(f"no checkpoint in {config.output_dir}: a fresh start")
+            logger.info(f"no checkpoint in {config.output_dir}: a fresh start")
         return True
 
     def _bar(self) -> tqdm:
@@ -198,7 +203,7 @@ class Loop(Generic[B]):
             with memory_errors():
                 yield
         except torch.OutOfMemoryError as error:
-            self.run.say(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
+            logger.info(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
             self.state.optimizer.zero_grad(set_to_none=True)
             if self.phase == "sample":
                 self.algorithm.load_state_dict(self.checkpointer.snapshot)
@@ -302,7 +307,7 @@ class Loop(Generic[B]):
             where = {"iteration": step.iteration, "update": step.update, "seed": self.config.seed}
             row = {"reason": reason, "grad_norm": norm, **where, "samples": samples}
             self.skips.write(step.step + 1, row)
-            self.run.say(f"step {step.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
+            logger.info(f"step {step.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
 
     # What it writes -------------------------------------------------------------------------------------------------
 
@@ -354,7 +359,7 @@ class Loop(Generic[B]):
         self.state.optimizer.zero_grad(set_to_none=True)
         if not self.checkpointer.is_current or not self.progress.step:
             self.save(last=True)
-        self.run.say(f"stopped at step {self.progress.step}; go on with:\n  {self.outputs.resume_command}")
+        logger.info(f"stopped at step {self.progress.step}; go on with:\n  {self.outputs.resume_command}")
         self.trackers.finish()
         raise Interrupted(self.run.heartbeat.signals.received or signal.SIGTERM)
 
@@ -375,7 +380,7 @@ class Loop(Generic[B]):
             return
         with contextlib.suppress(Exception):  # must not hide the error that ends the run
             self.state.optimizer.zero_grad(set_to_none=True)
-            self.run.say(f"step {step} is saved before the run ends: {self.save()}")
+            logger.info(f"step {step} is saved before the run ends: {self.save()}")
 
     def _stop_on_streak(self) -> None:
         """Save and raise NotFinite after too many non-finite steps in a row."""

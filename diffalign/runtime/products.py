@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from accelerate.utils import broadcast_object_list
 
 from diffalign.atomic import keep_aside, write_text
 from diffalign.config import from_dict, load_yaml, save_yaml, to_yaml
+from diffalign.log import get_logger
 from diffalign.runtime.checkpoint import has_checkpoints, put_aside, sweep
 from diffalign.runtime.manifest import checked, manifest_text
+
+logger = get_logger(__name__)
 
 EXPORTS = "exports.json"
 CONFIG, CARD = "config.yaml", "README.md"
@@ -80,14 +83,14 @@ def save_config(args: Any) -> None:
     save_yaml(portable(args), args.output_dir / CONFIG)
 
 
-def prepare_folder(args: Any, say: Callable[[str], None], resumed: bool) -> None:
+def prepare_folder(args: Any, resumed: bool) -> None:
     """Clear the run folder for a run that starts or resumes: rename what others wrote, and write the configuration."""
     folder = args.output_dir
     sweep(folder)
     if not resumed and (aside := put_aside(folder)):
-        say(f"checkpoints of an earlier run are in {aside}")
+        logger.info(f"checkpoints of an earlier run are in {aside}")
     for name, kept in keep_others(args).items():
-        say(f"{name} in {folder} was not written by this run: it is now {kept.name}")
+        logger.info(f"{name} in {folder} was not written by this run: it is now {kept.name}")
     (folder / EXPORTS).unlink(missing_ok=True)  # the run is not finished any more
     save_config(args)
 

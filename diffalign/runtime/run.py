@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
@@ -85,7 +84,7 @@ class Heartbeat:
             collective: Whether all processes make this call equally often. Several processes can stop only there.
         """
         self.watchdog.beat()
-        return_to(self.working_folder, tqdm.write)
+        return_to(self.working_folder)
         stop = self.signals.received is not None
         if self.accelerator.num_processes > 1:
             mine = torch.tensor(float(stop), device=self.accelerator.device)
@@ -157,10 +156,6 @@ class Run(Generic[C]):
         """Guidance of every sampling."""
         return self.prompts.guidance(self.guidance_scale)
 
-    def say(self, text: str) -> None:
-        """Print a line on the main process."""
-        say(self.accelerator, text)
-
     def diverged(self, what: str) -> NotFinite:
         """Return the error for images or losses that are not finite although no step was skipped."""
         taken = self.progress.taken
@@ -169,12 +164,6 @@ class Run(Generic[C]):
         else:
             text = f"{what} after {taken} updates: the model has diverged; lower learning_rate"
         return NotFinite(f"{text}; last good checkpoint: {last_good(self.config)}{extremes(self.config)}")
-
-
-def say(accelerator: Accelerator, text: str) -> None:
-    """Print a line above the progress bar, on the main process."""
-    if accelerator.is_main_process:
-        tqdm.write(text)
 
 
 def last_good(config: Any) -> str:

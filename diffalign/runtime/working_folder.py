@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+
+from diffalign.log import get_logger
+
+logger = get_logger(__name__)
 
 
-def return_to(folder: str, say: Callable[[str], None]) -> None:
-    """Undo a change of the working folder by user code, and report it through ``say``."""
+def return_to(folder: str) -> None:
+    """Undo a change of the working folder by user code, with a warning."""
     try:
         now = os.getcwd()
     except OSError:
         now = "a folder that is gone"
     if now != folder:
         os.chdir(folder)
-        say(f"warning: a reward changed the working folder to {now}; the run stays in {folder}")
+        logger.warning(f"a reward changed the working folder to {now}; the run stays in {folder}")

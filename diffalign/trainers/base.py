@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
 from diffalign.fsdp import FSDPConfig
+from diffalign.log import get_logger
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
 from diffalign.models.performance import set_performance
@@ -33,6 +34,7 @@ from diffalign.trainers.announce import closing, opening
 from diffalign.trainers.inputs import Inputs, load_optional
 from diffalign.trainers.outputs import Outputs
 
+logger = get_logger(__name__)
 C = TypeVar("C", bound=TrainerConfig)
 
 
@@ -139,10 +141,10 @@ class Trainer(Generic[C]):
     def train(self) -> None:
         """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid."""
         self.model.about = self.outputs.about()
-        self.run.say(opening(self.run, self.inputs, self.loop.state.parameters))
+        logger.info(opening(self.run, self.inputs, self.loop.state.parameters))
         self.loop.train()
         if self.outputs.report.paths:
-            self.run.say(closing(self.outputs.report))
+            logger.info(closing(self.outputs.report))
 
 
 def with_model_name(config: C, model: str | Path | DiffusionModel | None) -> C:

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from diffalign.diffusion.plan import PRESETS, Plan, PlanConfig, Row, make_plan
-from diffalign.diffusion.schedule import flow_levels, flow_match_euler_sigmas, vp_levels
+from diffalign.diffusion.schedule import flow_levels, vp_levels
+from tests.diffusion.grids import flow_match_euler_sigmas
 
 LEVELS = flow_levels(flow_match_euler_sigmas(10, 3.0))
 SDE, ODE = Row("flow_sde", 0.7, True), Row("ode", 0.0, False)

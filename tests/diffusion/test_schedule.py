@@ -2,15 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffalign.diffusion.schedule import (
-    flow_level_at,
-    flow_levels,
-    flow_match_euler_sigmas,
-    shift_sigmas,
-    uniform_sigmas,
-    vp_level_at,
-    vp_levels,
-)
+from diffalign.diffusion.schedule import flow_level_at, flow_levels, shift_sigmas, vp_level_at, vp_levels
+from tests.diffusion.grids import flow_match_euler_sigmas, uniform_sigmas
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -8,9 +8,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffalign.diffusion.parameterization import to_x0
-from diffalign.diffusion.schedule import flow_levels, shift_sigmas, uniform_sigmas
+from diffalign.diffusion.schedule import flow_levels, shift_sigmas
 from diffalign.diffusion.steps import dpmpp_2m, step
 from diffalign.structures import Level
+from tests.diffusion.grids import uniform_sigmas
 
 LEVELS = flow_levels(shift_sigmas(uniform_sigmas(8), 2.0))
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from diffalign.diffusion.schedule import flow_levels, flow_match_euler_sigmas, shift_sigmas, uniform_sigmas
+from diffalign.diffusion.schedule import flow_levels, shift_sigmas
 from diffalign.diffusion.steps import log_prob, step
+from tests.diffusion.grids import flow_match_euler_sigmas, uniform_sigmas
 
 LEVELS = flow_levels(shift_sigmas(uniform_sigmas(8), 2.0))
 SDE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 0.6}

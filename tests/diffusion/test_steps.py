@@ -7,14 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffalign.diffusion.parameterization import target, to_x0
-from diffalign.diffusion.schedule import (
-    flow_levels,
-    flow_match_euler_sigmas,
-    shift_sigmas,
-    uniform_sigmas,
-    vp_levels,
-)
+from diffalign.diffusion.schedule import flow_levels, shift_sigmas, vp_levels
 from diffalign.diffusion.steps import TRANSITIONS, step, transition
+from tests.diffusion.grids import flow_match_euler_sigmas, uniform_sigmas
 
 LEVELS = flow_levels(shift_sigmas(uniform_sigmas(8), 2.0))
 SDE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 0.6}

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from diffalign.diffusion.schedule import flow_levels, uniform_sigmas
+from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import step, transition
 from diffalign.losses.flow_grpo import clip_range_per_dimension, clipped_surrogate, gaussian_kl, published_kl
+from tests.diffusion.grids import uniform_sigmas
 
 LEVELS = flow_levels(uniform_sigmas(5))
 

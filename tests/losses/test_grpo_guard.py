@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from diffalign.diffusion.schedule import flow_levels, uniform_sigmas
+from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import log_prob, transition
 from diffalign.losses.grpo_guard import grpo_guard, guarded_log_ratio
+from tests.diffusion.grids import uniform_sigmas
 
 LEVELS = flow_levels(uniform_sigmas(5))
 SHAPE = (3, 2, 4, 4)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from diffalign.diffusion.schedule import flow_levels, flow_match_euler_sigmas
+from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import transition
 from diffalign.losses.tempflow_grpo import noise_aware_weights
+from tests.diffusion.grids import flow_match_euler_sigmas
 
 LEVELS = flow_levels(flow_match_euler_sigmas(10, 3.0))
 

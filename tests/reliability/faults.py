@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from diffalign import cli
+from diffalign.log import get_logger
 from diffalign.runtime import checkpoint, lock
 from diffalign.runtime.errors import NotFinite, SaveFailed
 from diffalign.trainers import base
@@ -223,7 +224,7 @@ def to_nobody(target: str, reader: str) -> None:
             setattr(sys, name, None), setattr(sys, f"__{name}__", None)
         else:
             os.dup2(make(), number)
-    run(Path(target), lambda phase, task: task.loop.run.say(phase * 500))
+    run(Path(target), lambda phase, task: get_logger("diffalign.faults").info(phase * 500))
 
 
 def holds_the_lock_of_python(target: str, limit: float) -> None:

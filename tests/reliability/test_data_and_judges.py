@@ -129,7 +129,7 @@ def test_r29_such_a_sample_gives_refl_no_gradient_and_changes_no_other(tmp_path,
     ]
     found, expected = map(gradients, made)
     close(found, expected, 1e-6)
-    assert "failed on 1 of 4 samples" in made[0].judge.failures(some=True)
+    assert "failed on 1 of 4 samples" in made[0].algorithm.judge.failures(some=True)
 
 
 @pytest.mark.parametrize(("limit", "stops"), [(0.3, False), (0.2, True)])

@@ -166,9 +166,9 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
                 _, metrics = trainer.algorithm.loss(micro)
                 assert metrics["log_ratio_max"].item() == 0.0
                 assert metrics["ratio_mean"].item() == 1.0
-        whole = torch.arange(4)
         for step in batch.plan.plan.trained_steps:
-            result, nodes = trainer.algorithm._replay(batch, whole, step)
+            nodes = batch.buffer.transitions(step)
+            result = trainer.algorithm._replay(batch, nodes)
             stored = batch.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
             assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5

@@ -17,6 +17,7 @@ import torch
 
 from diffalign.cli import main
 from diffalign.config import free_fields, save_yaml
+from diffalign.diffusion.plan import make_plan
 from diffalign.runtime import checkpoint
 from diffalign.runtime.lock import FolderBusy, claimed, refuse_busy
 from diffalign.runtime.provenance import check_origin, origin
@@ -298,14 +299,15 @@ def test_r14_an_iteration_that_others_would_split_otherwise_is_refused(tmp_path)
 def test_r14_updates_get_the_same_samples_whatever_the_processes(tmp_path, updates, processes):
     changes = {"updates_per_rollout": updates, "num_groups": 6}
     trainer = TRAINERS["flow_grpo"].make(short("flow_grpo", tmp_path, **changes))
-    alone = trainer.algorithm.collector.update_index(1)
+    plan = make_plan(trainer.args.plan, 1, trainer.args.seed)
+    alone = trainer.algorithm.collector.update_index(1, plan)
     assert alone.bincount().tolist() == [24 // updates] * updates
-    assert updates == 1 or not torch.equal(alone, trainer.algorithm.collector.update_index(2))
+    assert updates == 1 or not torch.equal(alone, trainer.algorithm.collector.update_index(2, plan))
     parts = []
     for rank in range(processes):
         accelerator = SimpleNamespace(num_processes=processes, process_index=rank)
         trainer.algorithm.collector.run = dataclasses.replace(trainer.run, accelerator=accelerator)
-        parts.append(trainer.algorithm.collector.update_index(1))
+        parts.append(trainer.algorithm.collector.update_index(1, plan))
         assert parts[-1].bincount().tolist() == [24 // updates // processes] * updates
     assert torch.equal(torch.cat(parts), alone)
 

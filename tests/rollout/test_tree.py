@@ -64,8 +64,6 @@ def test_columns_describe_the_tree(plan, shape):
             assert torch.equal(buffer.path[old][known], buffer.path[row][known])
         if buffer.trained[row]:
             assert buffer.step[above[1]] == buffer.step[row] - 1
-        under = [leaf for leaf in buffer.leaves.tolist() if row in ancestors(buffer, leaf)]
-        assert buffer.leaves_under(row).tolist() == under
     assert len(seen) == len(buffer.step), "no two nodes share an address"
 
 
