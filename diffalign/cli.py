@@ -69,7 +69,7 @@ def train(argv: Sequence[str]) -> int | None:
     dry, options = take_switch(argv[1:], DRY_RUN)
     world, card, options = _take_place(options) if dry else (None, None, options)
     args = parse(config_class, options)
-    inspect(args, weights=not dry)
+    inspect(args, weights=not dry, skip=_known_shapes(args) if dry else ())
     use_all_cores()
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
@@ -107,6 +107,11 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
             raise ValueError(f"command line: {name}: expected bool, got {text!r}: write --{name}, or --{name} false")
         found = value
     return found, rest
+
+
+def _known_shapes(config: Any) -> tuple[str, ...]:
+    """Return ("model",) if forecasts read nothing of the model but its configurations, which the package holds."""
+    return ("model",) if load("diffalign.models.published_configs:published_folder")(config.model) else ()
 
 
 def _take_place(options: Sequence[str]) -> tuple[int | None, str | None, list[str]]:
@@ -155,7 +160,7 @@ def fit(argv: Sequence[str]) -> None:
         print(describe(config_class))
         return
     args = parse(config_class, argv[1:])
-    inspect(args, weights=False)
+    inspect(args, skip=_known_shapes(args))
     use_all_cores()
     one_line_logs()
     load("diffalign.forecast.fit:show_table")(registry.find_algorithm(argv[0], allow_code=True), args)

@@ -81,7 +81,22 @@ def test_several_processes_need_a_size(fitted, monkeypatch):
 def test_fit_prints_a_line_per_size(monkeypatch, capsys):
     monkeypatch.setattr(module, "rehearse", rehearse)
     monkeypatch.chdir(ROOT)
-    assert main(["fit", "flow_grpo", *ARGV, "--quantise", "no", "--lora.rank", "4"]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "flow_grpo",
+                *ARGV,
+                "--train_prompts",
+                "assets/prompts/shapes_train.jsonl",
+                "--quantise",
+                "no",
+                "--lora.rank",
+                "4",
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [int(line.split()[0]) for line in lines] == list(module.SIZES)
     assert all("rehearsed peak" in line for line in lines)
