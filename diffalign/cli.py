@@ -40,6 +40,7 @@ SUMMARIES = {
     "score": ("IMAGES ... --rewards NAME [--field VALUE ...]", "score images; --serve PORT serves rewards over HTTP"),
     "check": ("DATA ... [--field VALUE ...]", "check pairs or prompts; exit with 1 if a run would stop"),
     "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
+    "fit": ("TRAINER --config FILE.yaml [--field VALUE ...]", "print settings that fit into 12 to 80 GB of memory"),
     "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
     "schema": ("TRAINER", "print the JSON Schema of a trainer's configuration"),
 }
@@ -59,18 +60,25 @@ def train(argv: Sequence[str]) -> int | None:
         raise ValueError(unknown())
     config_class = registry.config_class(argv[0], allow_code=True)  # code is typed here, which is consent
     if _asks_for_help(argv):
-        switch = "print configuration, batches, model evaluations, memory and time; write nothing"
+        switch = (
+            "print configuration, batches, model evaluations, memory and time, without weights; write nothing; "
+            "--world N and --card NAME (h100, a100, 4090 ...) forecast N processes on that card"
+        )
         print(describe(config_class, {DRY_RUN: switch}))
         return None
     dry, options = take_switch(argv[1:], DRY_RUN)
+    world, card, options = _take_place(options) if dry else (None, None, options)
     args = parse(config_class, options)
-    inspect(args, weights=not dry)
+    inspect(args, weights=not dry, skip=_known_shapes(args) if dry else ())
     use_all_cores()
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
+    if args.memory:
+        args, chosen = load("diffalign.forecast.fit:fit_memory")(entry, args)
+        print(chosen, file=sys.stderr)
     if dry:
         with closing_pipes():
-            return load("diffalign.forecast.dry_run:dry_run")(entry, args)
+            return load("diffalign.forecast.dry_run:dry_run")(entry, args, world, card)
     # While a model loads there is nothing to save; the run has handlers of its own.
     load("diffalign.runtime.signals:exit_on_signals")()
     with load("diffalign.runtime.watchdog:Watchdog")(args.hang_timeout, args.output_dir, loading=True):
@@ -101,6 +109,27 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
     return found, rest
 
 
+def _known_shapes(config: Any) -> tuple[str, ...]:
+    """Return ("model",) if forecasts read nothing of the model but its configurations, which the package holds."""
+    return ("model",) if load("diffalign.models.published_configs:published_folder")(config.model) else ()
+
+
+def _take_place(options: Sequence[str]) -> tuple[int | None, str | None, list[str]]:
+    """Take ``--world N`` and ``--card NAME`` of a dry run out of the options. ValueError: N is no positive number."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--world")
+    parser.add_argument("--card")
+    try:
+        found, rest = parser.parse_known_args(list(options))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"command line: {error}: write --dry_run --world 8 --card h100") from error
+    if found.world is None:
+        return None, found.card, rest
+    if not found.world.isdecimal() or not 0 < int(found.world) <= 100_000:
+        raise ValueError(f"command line: --world {found.world[:40]!r} is no number of processes: write --world 8")
+    return int(found.world), found.card, rest
+
+
 @dataclass(frozen=True)
 class Command:
     """A command besides ``train``. positional: the field that receives what belongs to no option."""
@@ -122,6 +151,21 @@ class Command:
         return load(self.run)(config)
 
 
+def fit(argv: Sequence[str]) -> None:
+    """``diffalign fit TRAINER ...``: print which settings fit a run into the memory of several cards."""
+    if not argv:
+        raise ValueError(unknown())
+    config_class = registry.config_class(argv[0], allow_code=True)
+    if _asks_for_help(argv):
+        print(describe(config_class))
+        return
+    args = parse(config_class, argv[1:])
+    inspect(args, skip=_known_shapes(args))
+    use_all_cores()
+    one_line_logs()
+    load("diffalign.forecast.fit:show_table")(registry.find_algorithm(argv[0], allow_code=True), args)
+
+
 def schema(argv: Sequence[str]) -> None:
     """``diffalign schema TRAINER``: print the JSON Schema of its configuration."""
     if len(argv) != 1:
@@ -137,12 +181,13 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "score": Command("diffalign.commands.score_config:ScoreConfig", "diffalign.commands.score:run", "images"),
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
+    "fit": fit,
     "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.commands.doctor.command:run"),
     "schema": schema,
 }
 
 
-DESCRIBED_HERE = ("train", "schema")  # without a trainer they have no options to list
+DESCRIBED_HERE = ("train", "fit", "schema")  # without a trainer they have no options to list
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,25 @@ FILE_SUFFIXES = frozenset({".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tx
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-def inspect(config: Any, weights: bool = False) -> None:
+def inspect(config: Any, weights: bool = False, skip: Collection[str] = ()) -> None:
     """Raise ConfigError with everything that a configuration names and that does not exist.
 
     Reads no file and loads no model; queries the hub for whether a repository can be read. weights: also look for the
-    weights of rewards, which imports the rewards.
+    weights of rewards, which imports the rewards. skip: names of fields that nothing will be read from.
     """
-    problems = list(dict.fromkeys(_problems(config, "")))
+    problems = list(dict.fromkeys(_problems(config, "", skip)))
     if weights and not problems:
         problems = list(weights_problems(config))
     if problems:
         raise ConfigError(problems)
 
 
-def _problems(config: Any, prefix: str) -> Iterator[str]:
+def _problems(config: Any, prefix: str, skip: Collection[str] = ()) -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _problems(value, f"{prefix}{field.name}.")
-        elif field.name in CHECKS and value is not None and not isinstance(value, bool):
+        elif field.name in CHECKS and field.name not in skip and value is not None and not isinstance(value, bool):
             yield from CHECKS[field.name](f"{prefix}{field.name}", value, config)
     if (own := getattr(config, "problems", None)) is not None:
         yield from own()

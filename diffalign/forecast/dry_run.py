@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffalign import device
 from diffalign.config import to_yaml
-from diffalign.device import default_device, separate_memory
+from diffalign.forecast.cards import Card, find_card
 from diffalign.forecast.cost import run_work
-from diffalign.forecast.memory import free_memory, memory_lines, memory_of
+from diffalign.forecast.rehearsal import rehearse
+from diffalign.forecast.report import GIB, peak_line, phase_lines, time_lines
 from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.weight_memory import Spread
 from diffalign.rewards.support.probe import untried
-from diffalign.runtime.processes import wants_shards
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.cost import Share, Work
 from diffalign.trainers.inputs import load_optional
@@ -30,10 +32,47 @@ MEANING = {
     "comparing": "reference, recomputed calls, checks",
     "evaluating": "to make held-out images, and to watch them",
 }
+Show = Callable[[str], None]
 
 
-def dry_run(entry: Entry, config: Any) -> int:
+@dataclass(frozen=True)
+class Place:
+    """Where a run would take place.
+
+    Attributes:
+        share: This process.
+        spread: Sharding of the denoiser; None without.
+        card: A named card; None for this machine.
+    """
+
+    share: Share
+    spread: Spread | None = None
+    card: Card | None = None
+
+    @property
+    def cpu(self) -> bool:
+        """Whether this is a machine without an accelerator."""
+        return self.card is None and not torch.accelerator.is_available()
+
+
+def place_of(world: int | None = None, card: str | None = None) -> Place:
+    """Read rank, number of processes and sharding from the launcher; ``world`` and ``card`` override."""
+    share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if world is not None:
+        share = Share(0, world)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and share.world > 1
+    keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return Place(share, Spread(share.world, keep) if sharded else None, find_card(card) if card else None)
+
+
+def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | None = None) -> int:
     """Print what a run of an algorithm will do.
+
+    Args:
+        entry: The algorithm.
+        config: Its configuration.
+        world: Number of processes; default: that of the launcher.
+        card: Name of a card to forecast for; default: this machine.
 
     Returns:
         0, or 1 if it does not fit into memory.
@@ -42,52 +81,69 @@ def dry_run(entry: Entry, config: Any) -> int:
         ValueError: It cannot run at all.
     """
     config.validate()
-    share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    spread = None
-    if (shards := wants_shards(torch.device("cpu"))) is not None:
+    place = place_of(world, card)
+    if place.spread is not None:
         config.validate_shards()
-        spread = Spread(share.world, shards.keep)
-    show: Callable[[str], None] = print if share.rank == 0 else lambda text: None
+    show: Show = print if place.share.rank == 0 else lambda text: None
     show(f"configuration\n{_indented(to_yaml(config).splitlines())}")
-    if entry.cost is None:
-        show(f"\nbatches, evaluations, memory and time\n{_indented([UNKNOWN.format(name=entry.name)])}")
-        with untried():
-            entry.trainer(args=config)
-        return 0
-    cost = entry.cost
-    show(f"\nbatches\n{_indented(cost.batches(config, share))}")
+    work = _count(entry, config, place.share, show)
 
+    try:
+        found = rehearse(entry, config, place.share.world, place.spread, cpu=place.cpu)
+    except (NotImplementedError, RuntimeError, AssertionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:300]}"
+        show(f"\nmemory of a process\n{_indented([f'not forecast: its code does not run on fake tensors ({why})'])}")
+    else:
+        free, where = free_memory() if place.card is None else (place.card.memory * 10**9, place.card.title)
+        lines = [*phase_lines(found), peak_line(found, config), f"free: {free / GIB:.1f} GiB, {where}", *found.notes]
+        show(f"\nmemory of a process, and what it computes in an iteration\n{_indented(lines)}")
+        if place.card is not None:
+            show(f"\ntime\n{_indented(time_lines(found, config, place.card))}")
+        if found.peak > free:
+            show(_indented(["it does not fit"]))
+            return 1
+    if place.card is not None or world is not None:
+        return 0
+    return _measured(entry, config, work, show)
+
+
+def _count(entry: Entry, config: Any, share: Share, show: Show) -> Work | None:
+    """Print batches and model evaluations; return the work of this process."""
+    cost = entry.cost
+    if cost is None:
+        show(f"\nbatches and evaluations\n{_indented([UNKNOWN.format(name=entry.name)])}")
+        return None
+    show(f"\nbatches\n{_indented(cost.batches(config, share))}")
     held_out = len(load_optional(config.eval_prompts))
-    model = model_on_meta(
-        config.model,
-        revision=config.revision,
-        dtype=config.base_dtype,
-        max_sequence_length=config.max_sequence_length,
-        resolution=config.resolution,
-        embedded_guidance=config.embedded_guidance,
-    )
-    # Families define guidance scales differently; the weight of the positive output means one thing in all of them.
-    counted = replace(config, guidance_scale=model.guidance_factor(config.guidance_scale))
+    counted = counted_config(config)
     total = sum((run_work(cost, counted, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
     show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, config))}")
+    return run_work(cost, counted, share, held_out)
 
-    cost.train(config, model)
-    # In main memory, offloading frees nothing.
-    there = config if separate_memory(default_device()) else replace(config, offload=())
-    forecast = memory_of(model, cost, there, share, spread)
-    free, place = free_memory()
-    show(f"\nmemory of a process\n{_indented(memory_lines(forecast, free, place))}")
+
+def counted_config(config: Any) -> Any:
+    """Return a configuration whose guidance scale is the weight of the positive output, in every family."""
+    model = model_on_meta(config.model, revision=config.revision, resolution=config.resolution)
+    return replace(config, guidance_scale=model.guidance_factor(config.guidance_scale))
+
+
+def _measured(entry: Entry, config: Any, work: Work | None, show: Show) -> int:
+    """Load the model of a folder, and time passes on this machine."""
     show("\ntime")
-    if forecast.peak > free:
-        advice = "set offload: [text_encoders, vae], shard it (configs/accelerate), or take a smaller model"
-        show(_indented([f"not measured: it does not fit. Where it is not done yet, {advice}"]))
-        return 1
+    if not Path(config.model).exists():
+        show(
+            _indented(["not measured, because weights are not fetched: name a card, e.g. --card h100, for a forecast"])
+        )
+        return 0
     with untried():
         trainer = entry.trainer(args=config)
-    return _timed(trainer, cost.passes(counted), run_work(cost, counted, share, held_out), show)
+    if entry.cost is None or work is None:
+        show(_indented([UNKNOWN.format(name=entry.name)]))
+        return 0
+    return _timed(trainer, entry.cost.passes(counted_config(config)), work, show)
 
 
-def _timed(trainer: Trainer[Any], passes: tuple[int, int], work: Work, show: Callable[[str], None]) -> int:
+def _timed(trainer: Trainer[Any], passes: tuple[int, int], work: Work, show: Show) -> int:
     """Time passes of a trainer. passes: images per pass (while sampling, while training)."""
     try:
         pace = measure(trainer.run, trainer.loop.state.optimizer, *passes, judging=work.judged > 0)
@@ -95,7 +151,7 @@ def _timed(trainer: Trainer[Any], passes: tuple[int, int], work: Work, show: Cal
         batches = "train_batch_size or rollout_batch_size, or set gradient_checkpointing: true"
         show(_indented([f"a pass does not fit ({str(error).splitlines()[0]}): lower {batches}"]))
         return 1
-    show(_indented(time_lines(pace, work, trainer.args.max_train_steps)))
+    show(_indented(pace_lines(pace, work, trainer.args.max_train_steps)))
     return 0
 
 
@@ -111,7 +167,7 @@ def evaluation_lines(work: Work, args: Any) -> list[str]:
     return [*lines, f"{'in all':10} {work.evaluations:>15,}  {work.evaluations / per:10.2f} per {noun}", *generated]
 
 
-def time_lines(pace: Pace, work: Work, steps: int) -> list[str]:
+def pace_lines(pace: Pace, work: Work, steps: int) -> list[str]:
     """Seconds per image as measured, and what follows for the run."""
     seconds = pace.seconds(work)
     each = (
@@ -128,6 +184,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def free_memory() -> tuple[int, str]:
+    """Return the free bytes of the device that a run would use, and its name."""
+    return device.free_memory(device.default_device())
 
 
 def _indented(lines: Sequence[str]) -> str:

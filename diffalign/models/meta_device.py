@@ -14,6 +14,7 @@ from torch import nn
 
 from diffalign.models.base import DiffusionModel
 from diffalign.models.load import pipeline_class
+from diffalign.models.published_configs import published_folder
 from diffalign.models.registry import get_family
 
 
@@ -24,6 +25,8 @@ def model_on_meta(
 
     Arguments and errors are those of ``load_model``; only configuration files of a hub id are fetched.
     """
+    if not Path(path).exists() and (known := published_folder(path)) is not None:
+        path, revision = known, None
     name = pipeline_class(path, revision)
     family, kind = get_family(name), getattr(diffusers, name)
     index = DiffusionPipeline.load_config(path, revision=revision)

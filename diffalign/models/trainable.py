@@ -90,7 +90,7 @@ class TrainableModel(ABC):
 
     def train_negative(self) -> NegativePrompt:
         """Train a negative prompt only, initialised from ``unconditional``, which is also the reference."""
-        self.negative = NegativePrompt(self.unconditional()).to(self.device)
+        self.negative = NegativePrompt(self.unconditional().to(self.device))
         self.weights = WeightSets(self.negative, has_adapter=False)
         self.weights.keep_copy(REFERENCE)
         return self.negative

@@ -6,7 +6,7 @@ the same tensors and ``requires_grad`` flags. Shards are copied in and back, bec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,11 @@ class WeightSets:
         if [t.shape for t in tensors] != [p.shape for p in self.trainable]:
             raise ValueError(f"weight set {name!r} does not match the trainable parameters in number and shape")
         self._sets[name] = tensors
+
+    @property
+    def copies(self) -> Mapping[str, Sequence[Tensor]]:
+        """Tensors of the weight sets that are kept beside the policy."""
+        return self._sets
 
     @property
     def names(self) -> list[str]:

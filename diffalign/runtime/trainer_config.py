@@ -91,6 +91,12 @@ class TrainerConfig(TrainingConfig):
     offload: tuple[Literal["text_encoders", "vae"], ...] = option(
         (), "keep these parts on the CPU while a phase does not use them", section="performance", resume="free"
     )
+    memory: str | None = option(
+        None,
+        "memory of the GPU, as 24GB, or auto for what is free: chooses batch sizes and savings that are not set",
+        section="performance",
+        resume="free",
+    )
     cache: bool = option(False, "keep prompt embeddings on disk", section="performance", resume="free")
     cache_dir: Path | None = option(
         None,

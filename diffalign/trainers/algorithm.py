@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,10 @@ class Algorithm(ABC, Generic[C, B]):
     @abstractmethod
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of a micro-batch, without its weight, and metrics."""
+
+    def pass_kind(self, micro: MicroBatch) -> Hashable:
+        """Return what passes have in common that cost the same per row; forecasts run one of each kind."""
+        return None
 
     def updating(self) -> AbstractContextManager[None]:
         """Return a context for the passes of an optimizer step."""

@@ -71,6 +71,11 @@ class Trainer(Generic[C]):
     ) -> None:
         kind = self.algorithm_class
         config = with_model_name(args or kind.config_class(), model)
+        if config.memory:
+            raise ValueError(
+                f"memory {config.memory}: `diffalign train` chooses settings for it; in Python, first call "
+                "args, _ = diffalign.forecast.fit.fit_memory(find_algorithm(NAME), args)"
+            )
         self.inputs: Inputs[C] = with_evaluation(kind.read_inputs(config, reward_funcs, train_dataset), eval_dataset)
         accelerator, shards = self._connect(self.inputs)
         loaded = model if isinstance(model, DiffusionModel) else load(self.inputs.config)

@@ -10,7 +10,7 @@ from diffalign import device, score_images
 from diffalign.commands.doctor import machine, probes
 from diffalign.commands.relabel import Pending, judge
 from diffalign.evaluation.diversity import embedding_distance, pairwise_distance
-from diffalign.forecast.memory import free_memory
+from diffalign.forecast.dry_run import free_memory
 from diffalign.rewards import FunctionReward
 from diffalign.rewards.remote import RewardServer
 from diffalign.rewards.support.isolation import isolated

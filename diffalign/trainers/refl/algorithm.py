@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,11 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some samples on one gradient path, and metrics."""
         return self.gradient(micro.data, micro.rows, micro.tag)
+
+    def pass_kind(self, micro: MicroBatch) -> Hashable:
+        """Return the calls along the gradient path, recorded and not."""
+        moves = micro.data.courses[micro.tag].moves
+        return len(moves), sum(move.gradient for move in moves)
 
     def on_step(self, batch: PathBatches, metrics: Metrics) -> None:
         """Warn about rewards that failed. Raises ValueError if they failed on too many images."""

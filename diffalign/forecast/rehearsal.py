@@ -1,0 +1,277 @@
+"""Rehearse an iteration of a run on fake tensors: memory by phase, evaluations and operations, without weights.
+
+The run's own algorithm samples, decodes, computes losses and gradients and steps its optimizer. Passes that are alike
+are run once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.forecast.counter import BLOCK, Counter
+from diffalign.forecast.fake_model import fake_model, offload
+from diffalign.forecast.stand_ins import (
+    FakeNoise,
+    FakePrompts,
+    FakeReward,
+    FiniteValues,
+    OneOfMany,
+    cuda_autocast,
+    network_bytes,
+    one_pair,
+    remember,
+)
+from diffalign.models import DiffusionModel
+from diffalign.models.meta_device import model_on_meta
+from diffalign.models.offload import tensors_of
+from diffalign.models.quiet import quiet_libraries
+from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
+from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.support.probe import untried
+from diffalign.runtime.interfaces import MicroBatch
+from diffalign.runtime.run import Heartbeat, Run
+from diffalign.runtime.state import LoopState
+from diffalign.runtime.watchdog import Watchdog
+from diffalign.structures import Prompt
+from diffalign.trainers.algorithm import Algorithm
+from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.registry import Entry
+
+WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
+ENCODE, DECODE, EVALUATE, BACKWARD = "encode", "decode", "evaluate", "backward"
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one process holds and does in an iteration.
+
+    Attributes:
+        peaks: (phase, part) -> the most bytes at a time, of everything that is on the device.
+        flops: (phase, part) -> floating-point operations; of the phase "train" those of one optimizer step.
+        traffic: (phase, part) -> bytes read and written.
+        calls: (phase, part) -> images, or prompts, that the part was called for.
+        updates: Optimizer steps of an iteration.
+        latent_numbers: Numbers of an image's latents.
+        notes: What was not rehearsed.
+    """
+
+    peaks: Mapping[tuple[str, str], int]
+    flops: Mapping[tuple[str, str], int]
+    traffic: Mapping[tuple[str, str], int]
+    calls: Mapping[tuple[str, str], int]
+    updates: int
+    latent_numbers: int
+    notes: Sequence[str] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at a time."""
+        return max(self.peaks.values())
+
+    @property
+    def peak_at(self) -> tuple[str, str]:
+        """The phase and part that need the most."""
+        return max(self.peaks, key=lambda where: self.peaks[where])
+
+    def peak_of(self, phase: str) -> int:
+        """The most bytes of a phase."""
+        return max((size for (where, _), size in self.peaks.items() if where == phase), default=0)
+
+    def total(self, table: Mapping[tuple[str, str], int], phase: str) -> int:
+        """Sum a table over the parts of a phase."""
+        return sum(count for (where, _), count in table.items() if where == phase)
+
+
+def rehearse(
+    entry: Entry, config: Any, world: int = 1, spread: Spread | None = None, *, block: int = BLOCK, cpu: bool = False
+) -> Rehearsed:
+    """Rehearse an iteration of a run, not its first one: the optimizer has its moments.
+
+    Args:
+        entry: The algorithm.
+        config: Its validated configuration.
+        world: Number of processes, of which this is one.
+        spread: Sharding of the denoiser, whose savings are computed from its sizes; None without.
+        block: Bytes to which the allocator rounds up.
+        cpu: Whether the run is on a CPU, which chooses other precisions and offloads nothing.
+
+    Raises:
+        ValueError: The run is refused, as it would be.
+    """
+    counter = Counter(block)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(untried())
+        stack.enter_context(quiet_libraries())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # weight sets compare addresses
+        if not cpu:
+            stack.enter_context(cuda_autocast())
+        stack.enter_context(FiniteValues())
+        setting = _setting(entry, config, world, folder)
+        model, trained = _model(entry, setting, counter, cpu)
+        stack.enter_context(counter)
+        with counter.during(WEIGHTS):
+            algorithm, state = _algorithm(entry, setting, model, trained, counter, folder)
+            _warm_up(state, counter, config)
+            if spread is not None:
+                _shard(model, state, spread, counter)
+            counter.restart()
+        with counter.during(SAMPLING):
+            batch = algorithm.sample(0)
+        with counter.during(SCORING):
+            algorithm.score(batch)
+            algorithm.advantage(batch)
+        _update(algorithm, state, batch, counter)
+        updates = algorithm.updates_per_iteration
+    peaks, flops, traffic, calls = (
+        {key: value for key, value in table.items() if key[0]}
+        for table in (counter.peaks, counter.flops, counter.traffic, counter.calls)
+    )
+    numbers = torch.Size(model.latent_shape()).numel()
+    return Rehearsed(peaks, flops, traffic, calls, updates, numbers, setting.notes)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Inputs of a rehearsal, with what stands in for missing data, and notes on it."""
+
+    inputs: Inputs[Any]
+    accelerator: OneOfMany
+    notes: tuple[str, ...]
+
+
+def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
+    """Read the inputs of a run; data are replaced by one pair of images, and prompts by as many as are needed."""
+    kind, shape = entry.algorithm, model_on_meta(config.model, resolution=config.resolution)
+    config = replace(config, output_dir=folder, cache=False, compile=False, attention="native", report_to="none")
+    config = replace(config, optimizer="adamw")  # bitsandbytes needs a GPU
+    if config.guidance_scale is None:
+        config = replace(config, guidance_scale=shape.unguided_scale)
+    for name in ("train_data", "train_images"):
+        if getattr(config, name, ()):
+            pair = (str(one_pair(folder, shape.default_resolution[0])),)
+            config = replace(config, **{name: pair, "data": type(config.data)()})
+    if getattr(config, "streaming", False):
+        config = replace(config, streaming=False)
+    prompts = None
+    if getattr(config, "train_prompts", None):
+        prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
+
+    inputs = kind.read_inputs(config, None, prompts)
+    kind.check_processes(inputs, world)
+    fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
+    notes = tuple(
+        f"reward {name}: {fake.size / 2**30:.2f} GiB of weights are counted, what its network computes is not"
+        for name, fake in fakes.items()
+    )
+    return _Setting(replace(inputs, rewards=fakes), OneOfMany(config.mixed_precision, world), notes)
+
+
+def _fake(name: str, reward: Reward) -> FakeReward:
+    offloads = bool(getattr(getattr(reward, "weights", None), "offload", False))
+    return FakeReward(name, network_bytes(reward), offloads, needs_groups(reward))
+
+
+def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tuple[DiffusionModel, nn.Module]:
+    config = setting.inputs.config
+    recipe = getattr(config, "recipe", None)
+    late = recipe is not None and recipe.resolve().negative
+    make = partial(entry.algorithm.make_trainable, config=config, shards=None)
+    model, trained = fake_model(config, counter.fake, make, late)
+    if config.gradient_checkpointing:
+        model.raw_denoiser.enable_gradient_checkpointing()
+    model.plain_attention = cpu and config.mixed_precision == "bf16" and not config.gradient_checkpointing
+    if not cpu:
+        offload(model, config.offload)
+
+    away = [t for part in model.offloaded.values() for t in tensors_of(part.networks)]
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+    counter.leave_out(away)
+    with counter.during(WEIGHTS):
+        counter.hold(tensors_of(parts))
+        counter.hold(tensor for kept in model.weights.copies.values() for tensor in kept)
+    remember(model, counter)
+    return model, trained
+
+
+def _algorithm(
+    entry: Entry, setting: _Setting, model: DiffusionModel, trained: nn.Module, counter: Counter, folder: Path
+) -> tuple[Algorithm[Any, Any], LoopState]:
+    config, accelerator = setting.inputs.config, setting.accelerator
+    state = LoopState(trained, config, accelerator)
+    model.denoiser = state.module if trained is model.raw_denoiser else accelerator.prepare_model(model.raw_denoiser)
+    run = Run(
+        config,
+        model,
+        state.module,
+        accelerator,
+        FakeNoise(config.seed, counter),
+        FakePrompts(model),
+        state.progress,
+        Heartbeat(accelerator, Watchdog(0, folder)),
+    )
+    return entry.algorithm(run, setting.inputs), state
+
+
+def _warm_up(state: LoopState, counter: Counter, config: Any) -> None:
+    """Let the optimizer make its moments; in 8 bits they take a quarter."""
+    for parameter in state.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if config.optimizer == "adamw_8bit":
+        counter.add(-_moments(state) * 3 // 4)
+
+
+def _moments(state: LoopState) -> int:
+    return sum(size_of(p) for p in state.parameters) * ADAMW_MOMENTS
+
+
+def _shard(model: DiffusionModel, state: LoopState, spread: Spread, counter: Counter) -> None:
+    """Leave a share of the denoiser's weights and moments, and add the units that are gathered at a time."""
+    held = sum(size_of(p) for p in model.raw_denoiser.parameters()) + _moments(state)
+    gathered = gathered_bytes(model.raw_denoiser)
+    if spread.keep:
+        gathered = sum(size_of(p) for p in model.raw_denoiser.parameters())
+    counter.add(spread.share(held) - held + gathered)
+
+
+def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter) -> None:
+    """Take an optimizer step; of passes that are alike one is run, and adds to gradients if there are several.
+
+    The operations of the others are those of the one that was run, per row.
+    """
+    minibatch = next(algorithm.minibatches(batch, 0))
+    rows: dict[Hashable, list[int]] = {}
+    chosen: dict[Hashable, MicroBatch] = {}
+    for micro in minibatch.micros:
+        key = algorithm.pass_kind(micro)
+        rows.setdefault(key, []).append(len(micro.rows))
+        if key not in chosen or len(micro.rows) > len(chosen[key].rows):
+            chosen[key] = micro
+
+    with counter.during(TRAINING):
+        if len(minibatch.micros) > 1:
+            for parameter in state.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        with algorithm.updating():
+            for key, micro in chosen.items():
+                with counter.repeated(sum(rows[key]) / len(micro.rows)):
+                    loss, _ = algorithm.loss(micro)
+                    with counter.within(BACKWARD):
+                        (loss * micro.weight).backward()
+                    del loss
+        torch.nn.utils.clip_grad_norm_(state.parameters, algorithm.config.max_grad_norm)
+    with counter.during(STEPPING):
+        state.step(None, torch.nan)

@@ -1,0 +1,282 @@
+"""What a rehearsal cannot have without weights, data, other processes or a card, and what stands in for it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pyarrow import parquet, table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from diffalign.forecast.counter import Counter, Seen
+from diffalign.models import DiffusionModel
+from diffalign.models.prompt_cache import PromptEmbeddingCache
+from diffalign.rewards.base import RECIPE, Reward, names, registered
+from diffalign.rewards.support.weights import Weights
+from diffalign.rng import KeyedRNG
+from diffalign.structures import Conditioning
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NOISE = 4096  # numbers of a draw from which their values matter to nothing but the images
+
+
+class FakeNoise(KeyedRNG):
+    """Draw indices and times as a run does, and noise without values."""
+
+    def __init__(self, seed: int, counter: Counter) -> None:
+        super().__init__(seed)
+        self.counter = counter
+
+    def normal_batch(self, shape: Sequence[int], stream: str, addresses: Sequence[tuple[int, ...]]) -> Tensor:
+        """Draw (B, *shape)."""
+        if torch.Size(shape).numel() < NOISE:
+            return super().normal_batch(shape, stream, addresses)
+        with self.counter.fake:
+            return torch.empty(len(addresses), *shape)
+
+
+class FakePrompts(PromptEmbeddingCache):
+    """A prompt cache whose model has no values to be identified by."""
+
+    identity = "rehearsed"
+
+
+@dataclass
+class OneOfMany:
+    """An accelerator of one process among ``num_processes``: what others would send is like its own.
+
+    Implements what trainers use of ``accelerate.Accelerator``.
+    """
+
+    mixed_precision: str = "no"
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    scaler: None = None
+
+    def prepare_model(self, module: nn.Module, evaluation_mode: bool = False) -> nn.Module:
+        """Run the module in mixed precision, and return its outputs in float32."""
+        if (dtype := PRECISIONS.get(self.mixed_precision)) is not None:
+            plain = module.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with torch.autocast("cpu", dtype):
+                    outputs = plain(*args, **kwargs)
+                return tree_map_only(Tensor, _widened, outputs)
+
+            module.forward = forward
+        return module
+
+    def prepare(self, item: Any) -> Any:
+        """Prepare a module; an optimizer stays as it is, behind the attribute of accelerate's wrapper."""
+        if isinstance(item, nn.Module):
+            return self.prepare_model(item)
+        item.optimizer = item
+        return item
+
+    def backward(self, loss: Tensor) -> None:
+        """Propagate gradients."""
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Sequence[Tensor], norm: float) -> Tensor:
+        """Clip gradients."""
+        return nn.utils.clip_grad_norm_(parameters, norm)
+
+    def no_sync(self, module: nn.Module) -> Any:
+        """Return a context without effect."""
+        return nullcontext()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Repeat the rows of this process for all."""
+        return torch.cat([tensor] * self.num_processes)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the mean, or the sum, over processes."""
+        return tensor if reduction == "mean" else tensor * self.num_processes
+
+    def wait_for_everyone(self) -> None:
+        """Do nothing."""
+
+
+# What autocast runs in float32 on CUDA, and not on CPUs.
+FLOAT32 = ("layer_norm", "group_norm", "softmax", "mse_loss")
+FINITE = {torch.isfinite: torch.ones, torch.isnan: torch.zeros, Tensor.isfinite: torch.ones, Tensor.isnan: torch.zeros}
+
+
+class FiniteValues(TorchFunctionMode):
+    """Answer that fake values are finite."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function."""
+        if func in FINITE and isinstance(args[0], FakeTensor):
+            return FINITE[func]((), dtype=torch.bool).expand(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Choose precisions under autocast as on CUDA; the backward pass of checkpointed blocks included."""
+    kept = {name: getattr(F, name) for name in FLOAT32}
+    for name, function in kept.items():
+        setattr(F, name, _in_float32(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(F, name, function)
+
+
+@dataclass(frozen=True)
+class FakeReward:
+    """A reward whose network holds memory and computes nothing.
+
+    Scores are drawn, or follow from the images where gradients are recorded.
+
+    Attributes:
+        name: Of the reward.
+        size: Bytes of its network's weights.
+        offload: Whether the network leaves the device after each use without gradients.
+        needs_groups: Whether it judges whole groups.
+    """
+
+    name: str
+    size: int = 0
+    offload: bool = False
+    needs_groups: bool = False
+    differentiable: bool = True
+    range: tuple[float, float] = (-100.0, 100.0)
+    network: list[Tensor] = field(default_factory=list, compare=False)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Any, groups: Any = None) -> Tensor:
+        """Score images."""
+        if not self.network and self.size:
+            self.network.append(images.new_empty(self.size, dtype=torch.uint8))
+        recorded = torch.is_grad_enabled() and images.requires_grad
+        if self.offload and not recorded:
+            self.network.clear()
+        return images.mean((1, 2, 3)) if recorded else torch.rand(len(images))
+
+
+def network_bytes(reward: Reward) -> int:
+    """Return the bytes of a reward's weights: of a folder's files, else from the card of the registered reward."""
+    name, _ = getattr(reward, RECIPE, ("", {}))
+    weights = getattr(reward, "weights", None)
+    if isinstance(weights, Weights) and Path(weights.path).exists():
+        return sum(file.stat().st_size for file in Path(weights.path).rglob("*.safetensors"))
+    if not name or name not in names():
+        return 0
+    dtype = weights.dtype if isinstance(weights, Weights) else torch.float32
+    return int(registered(name).facts.millions * 1e6) * dtype.itemsize
+
+
+def one_pair(folder: Path, side: int) -> Path:
+    """Write a data set of one pair of images, as a parquet file."""
+    images = {}
+    for name, colour in (("jpg_0", "black"), ("jpg_1", "white")):
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+        images[name] = [buffer.getvalue()]
+    columns = {"caption": ["a prompt"], **images, "label_0": [1.0], "label_1": [0.0]}
+    parquet.write_table(table(columns), folder / "pair.parquet")
+    return folder / "pair.parquet"
+
+
+def remember(model: DiffusionModel, counter: Counter) -> None:
+    """Run each forward pass without gradients once per shape; later calls repeat its operations and its peak.
+
+    ``counter.calls`` counts the images of each part and phase.
+    """
+    for name in ("evaluate", "decode", "encode", "encode_images"):
+        setattr(model, name, Remembered(getattr(model, name), name, model, counter))
+
+
+class Remembered:
+    """A method of a model that is run once for each shape of its arguments."""
+
+    def __init__(self, method: Callable[..., Any], part: str, model: DiffusionModel, counter: Counter) -> None:
+        self.method, self.part, self.model, self.counter = method, part, model, counter
+        self.known: dict[Any, tuple[Callable[[], Any], Seen]] = {}
+
+    @cached_property
+    def adapter(self) -> nn.Module | None:
+        """A layer that knows whether adapters are off."""
+        layers = self.model.raw_denoiser.modules()
+        return next((m for m in layers if isinstance(getattr(m, "disable_adapters", None), bool)), None)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the method, or repeat what is known of it."""
+        counter = self.counter
+        counter.calls[counter.phase, self.part] += len(args[0])
+        recorded = torch.is_grad_enabled() and self.part != "encode"
+        if recorded:
+            with counter.within(self.part):
+                return self.method(*args)
+
+        key = self._key(args)
+        if key not in self.known:
+            with counter.watched() as seen, counter.within(self.part):
+                found = self.method(*args)
+            self.known[key] = (_shape(found), seen)
+            return found
+        make, seen = self.known[key]
+        with counter.within(self.part):
+            counter.touch(seen.extra)
+        counter.flops[counter.phase, self.part] += seen.flops
+        counter.traffic[counter.phase, self.part] += seen.traffic
+        return make()
+
+    def _key(self, args: Any) -> Any:
+        # Offloaded parts are loaded within the call: what they take at first counts once.
+        loads = self.part != "evaluate"
+        resident = tuple(part.resident for part in self.model.offloaded.values()) if loads else ()
+        return repr((_signature(args), getattr(self.adapter, "disable_adapters", None), resident))
+
+
+def _signature(value: Any) -> Any:
+    """Return shapes and dtypes of arguments."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, Conditioning):
+        return {name: _signature(tensor) for name, tensor in value.tensors.items()}
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, (list, tuple)):
+        return [_signature(one) for one in value]
+    return type(value).__name__
+
+
+def _shape(value: Any) -> Callable[[], Any]:
+    """Return a function that makes the like of a result."""
+    if isinstance(value, Conditioning):
+        made = {name: _shape(tensor) for name, tensor in value.tensors.items()}
+        return lambda: Conditioning({name: make() for name, make in made.items()}, value.shared)
+    empty = value.new_empty(0)
+    size, stride, dtype = value.size(), value.stride(), value.dtype
+    return lambda: empty.new_empty_strided(size, stride, dtype=dtype)

@@ -1,0 +1,106 @@
+"""A rehearsal on fake tensors forecasts what a run allocates and computes."""
+
+import dataclasses
+
+import pytest
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+
+from diffalign.config import from_dict
+from diffalign.forecast.rehearsal import rehearse
+from diffalign.models.weight_memory import Spread
+from diffalign.rewards.base import FunctionReward
+from diffalign.trainers.registry import find_algorithm
+from tests.conftest import PIPELINE, ROOT
+from tests.forecast.measured import measure
+from tests.models import tiny_unet_pipelines as tiny
+from tests.models.families import FAMILIES
+
+JUDGE = {"options": {name: str(ROOT / "assets/judges/pickscore") for name in ("path", "tokenizer")}}
+PLAN = {"preset": "first_steps", "num_steps": 2, "window_size": 1}
+ONLINE = {"train_prompts": str(ROOT / "assets/prompts/shapes_train.jsonl"), "num_groups": 2, "group_size": 4}
+BATCHES = {"rollout_batch_size": 8, "train_batch_size": 8}
+TRIALS = {
+    "flow_grpo": ONLINE | BATCHES | {"plan": PLAN, "updates_per_rollout": 1},
+    "diffusion_dpo": {
+        "train_data": [str(ROOT / "assets/preferences/shapes.parquet")],
+        "data": {"scan": 4},
+        "num_pairs": 4,
+        "train_batch_size": 4,
+    },
+    "refl": ONLINE | BATCHES | {"recipe": {"preset": "draft_1", "num_steps": 2}},
+}
+
+
+def brightness():
+    return FunctionReward("brightness", lambda images, prompts, metadata: images.mean((1, 2, 3)), differentiable=True)
+
+
+def settings(trainer, model, tmp_path, **more):
+    entry = find_algorithm(trainer)
+    known = {field.name for field in dataclasses.fields(entry.config)}
+    table = {"model": str(model), "output_dir": str(tmp_path), "lora": {"rank": 4}, **TRIALS[trainer], **more}
+    if trainer != "diffusion_dpo":
+        table |= {"rewards": {"jpeg_compressibility": 1.0} if trainer == "flow_grpo" else {"pickscore": JUDGE}}
+    return entry, from_dict(entry.config, {key: value for key, value in table.items() if key in known})
+
+
+def both(trainer, model, tmp_path, **more):
+    """The measured and the rehearsed peaks of an iteration on this CPU."""
+    entry, config = settings(trainer, model, tmp_path, **more)
+    reward = None if trainer == "diffusion_dpo" else brightness()
+    found = measure(entry.trainer(args=config, reward_funcs=reward))
+    rehearsed = rehearse(entry, config, block=64, cpu=True)
+    return found, {
+        "sample": max(rehearsed.peak_of("sample"), rehearsed.peak_of("score")),
+        "train": rehearsed.peak_of("train"),
+    }
+
+
+@pytest.mark.parametrize("trainer", TRIALS)
+def test_the_rehearsed_peak_is_the_measured_one(trainer, tmp_path):
+    found, rehearsed = both(trainer, ROOT / "assets/shapes-sd3", tmp_path)
+    assert rehearsed == pytest.approx(found, rel=0.2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rehearsed_peak_of_every_family_is_the_measured_one(name, tmp_path):
+    family, folder = FAMILIES[name], PIPELINE
+    if family.build is not None:
+        tiny.write(family.build, folder := tmp_path / "model")
+    found, rehearsed = both(
+        "diffusion_dpo", folder, tmp_path / "run", num_pairs=16, train_batch_size=16, **family.options
+    )
+    assert rehearsed["train"] == pytest.approx(found["train"], rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def of_100_million(tmp_path_factory):
+    """The embedded pipeline with a transformer of about 100 million parameters."""
+    folder = tmp_path_factory.mktemp("large")
+    pipeline = DiffusionPipeline.from_pretrained(PIPELINE)
+    size = {"num_layers": 11, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512}
+    pipeline.transformer = SD3Transformer2DModel.from_config({**pipeline.transformer.config, **size})
+    assert 80e6 < sum(p.numel() for p in pipeline.transformer.parameters()) < 130e6
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRIALS)
+def test_the_rehearsed_peak_of_100_million_parameters_is_within_8_percent(trainer, of_100_million, tmp_path):
+    found, rehearsed = both(trainer, of_100_million, tmp_path)
+    assert rehearsed == pytest.approx(found, rel=0.08)
+
+
+def test_shards_hold_a_share_of_the_denoiser(tmp_path):
+    entry, config = settings("flow_grpo", PIPELINE, tmp_path, lora={"rank": 0})
+    one, two = (rehearse(entry, config, 2, spread) for spread in (None, Spread(2)))
+    assert all(two.peak_of(phase) < one.peak_of(phase) for phase in ("weights", "sample", "step"))
+    assert two.calls == one.calls
+
+
+def test_a_process_of_several_has_its_share_of_the_work(tmp_path):
+    entry, config = settings("flow_grpo", PIPELINE, tmp_path)
+    one, two = (rehearse(entry, config, world) for world in (1, 2))
+    assert two.calls["sample", "evaluate"] * 2 == one.calls["sample", "evaluate"]
+    assert two.peak < one.peak
