@@ -226,7 +226,7 @@ def test_the_run_stays_in_its_folder_where_a_reward_changes_directory(tmp_path, 
     assert not list((tmp_path / "other").iterdir())
     assert checkpoint.latest(tmp_path / "run").name == "checkpoint-8"
     assert is_exported(tmp_path / "run", 8)
-    assert "the working folder" in capsys.readouterr().out
+    assert "warning: a reward changed the working folder" in capsys.readouterr().err
     assert settings("run").output_dir.name == "run"
 
 

@@ -209,7 +209,7 @@ def test_r11_another_machine_is_a_warning(tmp_path, capsys):
         run(tmp_path, max_train_steps=6, lr_scheduler="constant")
     finally:
         torch.set_num_threads(torch.get_num_threads() - 1)
-    assert "warning: last bits may differ from an uninterrupted run: threads:" in capsys.readouterr().out
+    assert "warning: last bits may differ from an uninterrupted run: threads:" in capsys.readouterr().err
 
 
 def test_r11_a_changed_setting_stops_a_run_before_it_writes_anything(tmp_path):

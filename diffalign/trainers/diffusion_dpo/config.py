@@ -177,6 +177,9 @@ class DiffusionDPOConfig(RolloutConfig):
             names["auto_beta_range"] = "read only with auto_beta"
         if not get_loss(self.loss, self.allow_reward_code).paired:
             names["bins"] = "read only by losses of pairs"
+        if not self.compares:
+            moves = ("reference_decay", "reference_steps")
+            names |= dict.fromkeys(moves, f"read only by losses with a reference, unlike {self.loss!r}")
         return names
 
     def objective(self) -> PairObjective:
