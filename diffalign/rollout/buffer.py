@@ -206,12 +206,9 @@ class RolloutBuffer:
         return (self.step == step).nonzero().flatten()
 
     def transitions(self, step: int | None = None) -> Tensor:
-        """Return the rows of trained nodes (T,), each the end of one stored transition from its parent.
+        """Return the rows of trained nodes (T,), the ends of stored transitions, of one step of the plan or of all.
 
         They are the unit of a policy gradient: an ancestor that leaves share is one transition and trains once.
-
-        Args:
-            step: Only transitions of this step of the plan; default: of all.
         """
         chosen = self.trained if step is None else self.trained & (self.step == step + 1)
         return chosen.nonzero().flatten()
@@ -302,14 +299,11 @@ class RolloutBuffer:
         self.advantage = ADVANTAGE_RULES[rule].compute(tree, values.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
-        """Exchange the samples of chains between processes, without their rewards.
+        """Exchange the samples of chains between processes, without their rewards. Raises ValueError for trees.
 
         Args:
             samples: Leaves, by their order in the buffer.
             move: Maps a column of these samples, (b, ...), to that of at most as many.
-
-        Raises:
-            ValueError: The plan branches: a leaf cannot move without the ancestors that it shares.
         """
         if self.path.shape[1]:
             raise ValueError("leaves of a tree share ancestors and cannot move alone: do not filter or rebalance trees")
