@@ -50,7 +50,8 @@ class Loop(Generic[B]):
 
     Attributes:
         batch: Data of the iteration in progress; None between two iterations.
-        phase: "evaluate", "sample" or "update": whose batch size to halve when memory runs out.
+        phase: "evaluate", "sample" or "update": whose batch size to halve when memory runs out; "close" after an
+            optimizer step, which is not repeated.
     """
 
     def __init__(self, run: Run, state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
@@ -203,6 +204,8 @@ class Loop(Generic[B]):
             with memory_errors():
                 yield
         except torch.OutOfMemoryError as error:
+            if self.phase == "close":
+                raise
             logger.info(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
             self.state.optimizer.zero_grad(set_to_none=True)
             if self.phase == "sample":
@@ -277,7 +280,7 @@ class Loop(Generic[B]):
 
     def _close_update(self, batch: B, metrics: Metrics, bar: tqdm) -> None:
         """Log, checkpoint state and stop checks after an optimizer step."""
-        failed = None
+        failed, self.phase = None, "close"
         try:
             self.algorithm.on_step(batch, metrics)
             if self.progress.taken == 1 and "skipped" not in metrics:
@@ -298,6 +301,7 @@ class Loop(Generic[B]):
         self._stop_on_streak()
         if self.stop_agreed:
             raise StopRequested
+        self.phase = "update"
 
     def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
         """Write what it takes to reproduce a skipped step to ``skipped.jsonl``. own: this process's samples."""
