@@ -148,7 +148,9 @@ class RolloutBuffer:
         count, size = len(group), len(step)
         parent = tree_parents([len(table) for table in tables])
         first = torch.arange(count).repeat_interleave(size) * size
-        trained = torch.isin(step - 1, torch.tensor(plan.trained_steps)).repeat(count)
+        # A node whose parent is not stored, as where only leaves are, has no transition to replay.
+        stored = torch.isin(step - 1, torch.tensor(steps))
+        trained = (stored & torch.isin(step - 1, torch.tensor(plan.trained_steps))).repeat(count)
 
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
