@@ -14,7 +14,7 @@ from diffalign import device
 from diffalign.config import to_yaml
 from diffalign.forecast.cards import Card, find_card
 from diffalign.forecast.cost import run_work
-from diffalign.forecast.rehearsal import rehearse
+from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
 from diffalign.forecast.report import GIB, peak_line, phase_lines, time_lines
 from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
@@ -90,7 +90,7 @@ def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | Non
 
     try:
         found = rehearse(entry, config, place.share.world, place.spread, cpu=place.cpu)
-    except (NotImplementedError, RuntimeError, AssertionError) as error:
+    except NOT_FAKE as error:
         why = f"{type(error).__name__}: {str(error)[:300]}"
         show(f"\nmemory of a process\n{_indented([f'not forecast: its code does not run on fake tensors ({why})'])}")
     else:

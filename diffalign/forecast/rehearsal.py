@@ -49,6 +49,7 @@ from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
 ENCODE, DECODE, EVALUATE, BACKWARD = "encode", "decode", "evaluate", "backward"
+NOT_FAKE = (NotImplementedError, RuntimeError, AssertionError)  # errors of code that does not run on fake tensors
 
 
 @dataclass(frozen=True)
