@@ -14,7 +14,7 @@ from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
 from diffalign.trainers.cost import Share
 from diffalign.trainers.registry import Entry
 
-SPARE = 0.08  # of the memory, which kernels, fragments and the context of CUDA take
+SPARE = 0.08  # share of the memory for kernels, fragmentation and the CUDA context
 SIZES = (12, 16, 24, 40, 48, 80)  # GB of the table of ``diffalign fit``
 ENOUGH = 4  # images of a pass, below which the next saving is tried first
 UNITS = {"gb": 10**9, "gib": 2**30, "": 10**9}
@@ -205,7 +205,7 @@ def _shown(value: Any) -> str:
 
 
 def table(entry: Entry, config: Any, sizes: Sequence[int] = SIZES) -> list[str]:
-    """A line per size of memory: what would be chosen."""
+    """Format a line per size of memory with the settings for it."""
     fitter, lines = Fitter(entry, config, place_of()), []
     for size in sizes:
         found = fitter.fit(size * 10**9)

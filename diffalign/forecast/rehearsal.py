@@ -54,16 +54,16 @@ NOT_FAKE = (NotImplementedError, RuntimeError, AssertionError)  # errors of code
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What one process holds and does in an iteration.
+    """Memory and operations of one process in an iteration.
 
     Attributes:
-        peaks: (phase, part) -> the most bytes at a time, of everything that is on the device.
-        flops: (phase, part) -> floating-point operations; of the phase "train" those of one optimizer step.
+        peaks: (phase, part) -> largest number of bytes on the device at a time.
+        flops: (phase, part) -> floating-point operations; for the phase "train" those of one optimizer step.
         traffic: (phase, part) -> bytes read and written.
-        calls: (phase, part) -> images, or prompts, that the part was called for.
+        calls: (phase, part) -> number of images, or prompts, that the part was called with.
         updates: Optimizer steps of an iteration.
-        latent_numbers: Numbers of an image's latents.
-        notes: What was not rehearsed.
+        latent_numbers: Number of elements of an image's latents.
+        notes: Lines about what was not rehearsed.
     """
 
     peaks: Mapping[tuple[str, str], int]
@@ -76,16 +76,16 @@ class Rehearsed:
 
     @property
     def peak(self) -> int:
-        """The most bytes at a time."""
+        """Largest number of bytes at a time."""
         return max(self.peaks.values())
 
     @property
     def peak_at(self) -> tuple[str, str]:
-        """The phase and part that need the most."""
+        """Phase and part with the peak."""
         return max(self.peaks, key=lambda where: self.peaks[where])
 
     def peak_of(self, phase: str) -> int:
-        """The most bytes of a phase."""
+        """Return the largest number of bytes of a phase."""
         return max((size for (where, _), size in self.peaks.items() if where == phase), default=0)
 
     def total(self, table: Mapping[tuple[str, str], int], phase: str) -> int:
@@ -145,7 +145,7 @@ def rehearse(
 
 @dataclass(frozen=True)
 class _Setting:
-    """Inputs of a rehearsal, with what stands in for missing data, and notes on it."""
+    """Inputs of a rehearsal, with replacements of data and rewards, and notes about these."""
 
     inputs: Inputs[Any]
     accelerator: OneOfMany

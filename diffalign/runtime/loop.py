@@ -180,7 +180,7 @@ class Loop(Generic[B]):
         return self.over
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and save, including what an interrupted run left to do."""
+        """Evaluate and save if due, also if an interrupted run has not done so."""
         step = self.progress
         if step.update:
             return
@@ -304,7 +304,13 @@ class Loop(Generic[B]):
         self.phase = "update"
 
     def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
-        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``. own: this process's samples."""
+        """Write the data to reproduce a skipped step to ``skipped.jsonl``.
+
+        Args:
+            reason: Why it is skipped.
+            norm: Gradient norm.
+            own: This process's samples.
+        """
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
             step = self.progress
@@ -313,7 +319,7 @@ class Loop(Generic[B]):
             self.skips.write(step.step + 1, row)
             logger.info(f"step {step.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
 
-    # What it writes -------------------------------------------------------------------------------------------------
+    # Outputs --------------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         started, found = time.perf_counter(), None
@@ -341,7 +347,7 @@ class Loop(Generic[B]):
             self.log.sync()
         return path
 
-    # How it ends ----------------------------------------------------------------------------------------------------
+    # End of the run -------------------------------------------------------------------------------------------------
 
     def _export(self) -> None:
         """Write the exports of the run, and last the manifest with their checksums."""
@@ -368,7 +374,7 @@ class Loop(Generic[B]):
         raise Interrupted(self.run.heartbeat.signals.received or signal.SIGTERM)
 
     def _blame_weights(self, error: Exception) -> None:
-        """Raise NotFinite if the weights are not finite: they caused whatever failed afterwards."""
+        """Raise NotFinite if the weights are not finite, which explains any later error."""
         step, config = self.progress.step, self.config
         if step and first_bad(indexed(self.state.parameters)) is not None:
             raise NotFinite(
