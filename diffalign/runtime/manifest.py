@@ -58,6 +58,7 @@ def checked(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a manifest; return its content without its checksum, and a line per problem."""
     text = read_regular(path).decode("utf-8")
     manifest = json.loads(text)
     content = {name: manifest[name] for name in ("format", "step", "files")}

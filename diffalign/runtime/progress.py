@@ -44,7 +44,7 @@ class TimeLeft:
         self.evaluation, self.printed = 0.0, False
 
     def line(self, args: Any, before: int, step: int, seconds: float) -> str | None:
-        """Return the estimate after the first iteration, or None later.
+        """Format the estimate after the first iteration with optimizer steps; return None later or at the end.
 
         Args:
             args: The configuration.

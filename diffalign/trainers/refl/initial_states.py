@@ -118,6 +118,13 @@ class BufferStarts:
 class Pictures:
     """Real images with captions: centre-cropped, read once per iteration, and encoded to latents on each call.
 
+    Args:
+        paths: Data files; only liked images are used.
+        settings: How to read them.
+        model: Encodes, and gives the resolution.
+        noise: Random numbers, which order the images.
+        count: Images per iteration.
+
     Raises:
         ValueError: The data have no liked image.
     """
