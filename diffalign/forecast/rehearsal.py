@@ -44,7 +44,7 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, load_optional
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
@@ -156,7 +156,9 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     """Read the inputs of a run; data are replaced by one pair of images, and prompts by as many as are needed."""
     kind, shape = entry.algorithm, model_on_meta(config.model, resolution=config.resolution)
     config = replace(config, output_dir=folder, cache=False, compile=False, attention="native", report_to="none")
-    config = replace(config, optimizer="adamw")  # bitsandbytes needs a GPU
+    config = replace(config, optimizer="adamw", cache_dir=None)  # bitsandbytes needs a GPU
+    if getattr(config, "save_rollouts", False):
+        config = replace(config, save_rollouts=False)
     if config.guidance_scale is None:
         config = replace(config, guidance_scale=shape.unguided_scale)
     for name in ("train_data", "train_images"):
@@ -169,7 +171,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     if getattr(config, "train_prompts", None):
         prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
 
-    inputs = kind.read_inputs(config, None, prompts)
+    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=load_optional(config.eval_prompts))
     kind.check_processes(inputs, world)
     fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
     notes = tuple(
