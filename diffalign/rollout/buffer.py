@@ -95,14 +95,10 @@ class RolloutBuffer:
     ``latents`` and ``means`` copy rows of them to the device.
 
     Attributes:
-        group: (N,) int64, index of the prompt in the iteration.
-        sample: (N,) int64, index of the tree in its group.
-        parent: (N,) int64, row of the parent, -1 without a stored ancestor.
-        depth: (N,) int64, number of stored ancestors.
-        step: (N,) int64, index of the level.
-        path: (N, D) int64, see ``path_table``.
-        leaf: (N,) bool, final latents.
-        trained: (N,) bool.
+        group, sample: (N,) int64, index of the prompt in the iteration, and of the tree in its group.
+        parent, depth: (N,) int64, row of the parent, -1 without a stored ancestor, and number of stored ancestors.
+        step, path: (N,) and (N, D) int64, index of the level, and indices of children, see ``path_table``.
+        leaf, trained: (N,) bool; leaves are final latents.
         x: (N, C, *spatial), in the dtype that the sampler computed with.
         log_prob: (N,) float64, of the transition from the parent; NaN if not trained.
         advantage: (N,) float32.
@@ -156,9 +152,8 @@ class RolloutBuffer:
         count, size = len(group), len(step)
         parent = tree_parents([len(table) for table in tables])
         first = torch.arange(count).repeat_interleave(size) * size
-        # A node whose parent is not stored, as where only leaves are, has no transition to replay.
-        stored = torch.isin(step - 1, torch.tensor(steps))
-        trained = (stored & torch.isin(step - 1, torch.tensor(plan.trained_steps))).repeat(count)
+        # a transition can be replayed only if both of its ends are stored
+        trained = torch.isin(step - 1, torch.tensor([s for s in plan.trained_steps if s in steps])).repeat(count)
 
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
@@ -216,12 +211,9 @@ class RolloutBuffer:
         return (self.step == step).nonzero().flatten()
 
     def transitions(self, step: int | None = None) -> Tensor:
-        """Return the rows of trained nodes (T,), each the end of one stored transition from its parent.
+        """Return the rows of trained nodes (T,), the ends of stored transitions, of one step of the plan or of all.
 
         They are the unit of a policy gradient: an ancestor that leaves share is one transition and trains once.
-
-        Args:
-            step: Only transitions of this step of the plan; default: of all.
         """
         chosen = self.trained if step is None else self.trained & (self.step == step + 1)
         return chosen.nonzero().flatten()
@@ -262,10 +254,7 @@ class RolloutBuffer:
         return len(self.step) // len(self.leaves)
 
     def nodes(self, samples: Tensor | slice, step: int) -> Tensor:
-        """Return the ancestors of leaves (by their order in the buffer) that are stored at level ``step``, a row each.
-
-        ValueError: nothing is stored at that level.
-        """
+        """Return the ancestor of each leaf (by order in the buffer) at level ``step``. ValueError: it is not stored."""
         rows = self.leaves[samples]
         while len(rows) and (above := self.step[rows] > step).any():
             if (self.parent[rows[above]] < 0).any():
@@ -312,14 +301,11 @@ class RolloutBuffer:
         self.advantage = ADVANTAGE_RULES[rule].compute(tree, values.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
-        """Exchange the samples of chains between processes, without their rewards.
+        """Exchange the samples of chains between processes, without their rewards. Raises ValueError for trees.
 
         Args:
             samples: Leaves, by their order in the buffer.
             move: Maps a column of these samples, (b, ...), to that of at most as many.
-
-        Raises:
-            ValueError: The plan branches: a leaf cannot move without the ancestors that it shares.
         """
         if self.path.shape[1]:
             raise ValueError("leaves of a tree share ancestors and cannot move alone: do not filter or rebalance trees")
@@ -352,10 +338,8 @@ class RolloutBuffer:
         rewards, metadata, model, seed) can be read by ``datasets.load_dataset("imagefolder", ...)``.
 
         Args:
-            directory: The folder.
             images: (L, 3, H, W), [0, 1], images of the leaves.
-            model: Name of the model, for the metadata.
-            seed: Seed of the run, for the metadata.
+            model, seed: Entries of the metadata.
             share: Index of this part of the buffer, of which each process has one. Part 0 also writes prompts and
                 metadata; the columns of other parts are in ``nodes-SHARE.safetensors``.
             gather: Concatenates the lines of all parts in their order; every part calls it once.

@@ -304,13 +304,7 @@ class Loop(Generic[B]):
         self.phase = "update"
 
     def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
-        """Write the data to reproduce a skipped step to ``skipped.jsonl``.
-
-        Args:
-            reason: Why it is skipped.
-            norm: Gradient norm.
-            own: This process's samples.
-        """
+        """Write the data to reproduce a skipped step to ``skipped.jsonl``; ``own`` are this process's samples."""
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
             step = self.progress
