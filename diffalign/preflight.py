@@ -77,7 +77,7 @@ def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 
 
 def not_needed_to_forecast(config: Any) -> tuple[str, ...]:
-    """List the fields that name prompts on the hub which a forecast does not read."""
+    """List the fields that name data on the hub which a forecast does not read: it makes up its own."""
     from diffalign.data.prompt_source import HUB, parse_source
 
     found = []
@@ -87,6 +87,10 @@ def not_needed_to_forecast(config: Any) -> tuple[str, ...]:
         except ValueError:
             continue
         if source.kind == HUB and (name == "train_prompts" or source.count is not None):
+            found.append(name)
+    for name in ("train_data", "train_images"):
+        sources = getattr(config, name, ())
+        if sources and not any(Path(source).exists() or _is_local(str(source)) for source in sources):
             found.append(name)
     return tuple(found)
 
@@ -115,11 +119,17 @@ def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
             continue
         if path.exists():
             continue
-        local = path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or not HUB_ID.fullmatch(str(source))
-        if local or path.parent.is_dir():
+        if _is_local(str(source)):
             yield f"{name}: no preference data at {source}{_near(path)}: check the path (relative to {Path.cwd()})"
         elif problem := hub_problem(str(source), getattr(config, "revision", None), "dataset"):
             yield f"{name}: {problem}"
+
+
+def _is_local(source: str) -> bool:
+    """Return whether a source can only be a path, whether it exists or not."""
+    path = Path(source)
+    named = path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or not HUB_ID.fullmatch(source)
+    return named or path.parent.is_dir()
 
 
 def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
-import huggingface_hub.constants
 import pytest
 from datasets import Dataset
 
@@ -16,6 +14,7 @@ from diffalign.preflight import prompts_problem
 from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.ocr import target_of
 from diffalign.structures import Prompt
+from tests.hub_stand_in import LAYOUTS, stand_in
 
 ROWS = [
     {"caption": "a cat, asleep", "tag": "x", "score": "7"},
@@ -39,32 +38,7 @@ def write(folder, suffix, rows=ROWS):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A function that puts rows on a stand-in of the hub, as sharded parquet of a split or as files by name."""
-    here, cache = tmp_path / "hub", tmp_path / "cache"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
-    loads = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda source, **k: loads(str(here / source) if "/" in source else source, **k)
-    )
-
-    def put(repository, rows=None, split="train", files=None):
-        if rows is not None:
-            data = here / repository / "data"
-            data.mkdir(parents=True, exist_ok=True)
-            for shard, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
-                Dataset.from_list(part).to_parquet(data / f"{split}-{shard:05d}-of-00002-0a1b2c3d4e5f6071.parquet")
-        kept = cache / f"datasets--{repository.replace('/', '--')}"
-        for name, content in (files or {}).items():
-            path = kept / "snapshots" / ("a" * 40) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-        (kept / "refs").mkdir(parents=True, exist_ok=True)
-        (kept / "refs/main").write_text("a" * 40)
-        (kept / "snapshots" / ("a" * 40)).mkdir(parents=True, exist_ok=True)
-        (kept / "snapshots" / ("a" * 40) / "README.md").write_text("---\nlicense: mit\n---\n")
-
-    return put
+    return stand_in(tmp_path, monkeypatch)
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -163,17 +137,6 @@ def test_a_file_of_a_hub_data_set_is_read_alone(hub):
     assert [p.text for p in load_prompts("owner/name?file=more/a.json,b.json")] == ["one", "two", "three"]
     with pytest.raises(ValueError, match=r"c\.json of owner/name cannot be read"):
         load_prompts("owner/name?file=c.json")
-
-
-# The columns of the hub's sets, in its own layout: rows of a split, or files.
-LAYOUTS = {
-    "pickapic": {"rows": [{"caption": f"a cat {n // 2}", "ranking_id": n, "label_0": 0.5} for n in range(400)]},
-    "hpdv2": {"files": {"train.json": [{"prompt": "a", "image_path": ["1.jpg", "2.jpg"], "human_preference": [1, 0]}]}},
-    "hpdv2_benchmark": {"files": {name: [f"in {name}"] for name in LISTED["hpdv2_benchmark"].splits["test"]["files"]}},
-    "parti": {"rows": [{"Prompt": p, "Category": "Abstract", "Challenge": "Basic", "Note": ""} for p in ("a", "b")]},
-    "drawbench": {"rows": [{"Prompts": p, "Category": "Colors"} for p in ("a", "b")]},
-    "open_image_preferences": {"rows": [{"prompt": p, "category": "c", "chosen": None} for p in ("a", "b")]},
-}
 
 
 @pytest.mark.parametrize("name", [name for name in LISTED if LISTED[name].splits is not OWN])
