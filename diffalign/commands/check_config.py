@@ -45,6 +45,13 @@ class CheckConfig(PreferenceDataConfig):
         """Whether the data are prompts instead of preferences."""
         return self.prompts or (bool(self.data) and all(_names_prompts(source) for source in self.data))
 
+    def unread(self) -> dict[str, str]:
+        """Return the fields that prompts have no use for, with the reason."""
+        if not self.of_prompts:
+            return {}
+        reason = "not read of prompts, which have options of their own, e.g. 'owner/name?split=test&limit=100'"
+        return dict.fromkeys((*(field.name for field in fields(PreferenceDataConfig)), "unpaired", "streaming"), reason)
+
     def encoders(self) -> list[Encoder] | None:
         """Load the text encoders of ``model``; None without a model. FileNotFoundError, ValueError: no such model."""
         from diffalign.models.prompt_length import text_encoders

@@ -225,3 +225,9 @@ def test_prompt_source_asks_for_the_file_alone(tmp_path):
     assert prompt_source("owner/name").path is None
     with pytest.raises(FileNotFoundError):
         prompt_source(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("option", [["--split", "test"], ["--streaming", "true"], ["--subset", "a"]])
+def test_check_refuses_options_that_prompts_do_not_read(option, capsys):
+    assert main(["check", "geneval", *option]) == 2
+    assert f"{option[0][2:]}: not read of prompts" in capsys.readouterr().err
