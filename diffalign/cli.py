@@ -1,4 +1,4 @@
-"""The ``diffalign`` command: dispatch only. What a command needs is imported when it runs."""
+"""The ``diffalign`` command: parse the command line and dispatch; commands import their code when they run."""
 
 from __future__ import annotations
 
@@ -133,14 +133,20 @@ def _take_place(options: Sequence[str]) -> tuple[int | None, str | None, list[st
 
 @dataclass(frozen=True)
 class Command:
-    """A command besides ``train``. positional: the field that receives what belongs to no option."""
+    """A command besides ``train``.
+
+    Attributes:
+        config: Import path of its configuration class.
+        run: Import path of its function.
+        positional: Field for arguments that belong to no option.
+    """
 
     config: str
     run: str
     positional: str | None = None
 
     def __call__(self, argv: Sequence[str]) -> object:
-        """Read the options, check what they name, and run."""
+        """Read the options, check the files and names in them, and run."""
         config_class = load(self.config)
         if _asks_for_help(argv):
             print(describe(config_class))

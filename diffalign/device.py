@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:
-    """Return the free bytes of a device, and what they are part of; mps has its share of main memory."""
+    """Return the free bytes of a device, and the name of the memory; mps shares main memory."""
     found = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
     if found is None:
         return psutil.virtual_memory().available, "main memory"
@@ -51,7 +51,7 @@ def free_memory(device: torch.device) -> tuple[int, str]:
 
 
 def separate_memory(device: torch.device) -> bool:
-    """Whether a device has memory of its own, beside main memory: else offloading to main memory frees nothing."""
+    """Return whether a device has memory apart from main memory, so that offloading to main memory frees some."""
     return device.type not in ("cpu", "mps")
 
 
@@ -68,7 +68,7 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def empty_cache() -> None:
-    """Give memory that torch holds without use back to the accelerator."""
+    """Release the accelerator memory that torch caches without use."""
     release = getattr(torch.get_device_module(), "empty_cache", None)
     if torch.accelerator.is_available() and release is not None:
         release()

@@ -23,7 +23,7 @@ FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Logger(MultiProcessAdapter):  # type: ignore[misc]  # accelerate has no types
-    """Accelerate's logger, which also works before an ``Accelerator`` exists, and adds the rank only where it differs.
+    """Accelerate's logger, but usable before an ``Accelerator`` exists, and without the rank of the main process.
 
     Messages are those of the main process unless ``main_process_only=False``.
     """
@@ -122,7 +122,7 @@ def _copied_warnings(handler: logging.Handler) -> Iterator[None]:
 
 
 def _is_appendable(path: Path) -> bool:
-    """Whether a path is a regular file or free: a pipe would block, and a link could lead anywhere."""
+    """Return whether a path is a regular file or does not exist: a pipe would block, a link could lead anywhere."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except FileNotFoundError:

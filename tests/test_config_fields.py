@@ -100,7 +100,7 @@ def test_the_committed_schema_is_up_to_date(trainer, capsys):
 
 def test_a_schema_of_no_trainer_names_those_there_are(capsys):
     assert main(["schema", "flow"]) == 2
-    assert "diffusion_dpo, flow_grpo, refl, not 'flow'" in capsys.readouterr().err
+    assert "diffusion_dpo, flow_grpo, forward_rl, refl, not 'flow'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", algorithm_names())

@@ -43,7 +43,7 @@ def storage_bytes(tensor: Tensor, block: int) -> int:
 
 @dataclass
 class Seen:
-    """What a context did: operations, and the most bytes beyond those that were alive at its start."""
+    """Operations of a context, and its largest number of bytes beyond those alive at its start."""
 
     extra: int = 0
     flops: int = 0

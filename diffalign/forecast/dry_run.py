@@ -15,7 +15,7 @@ from diffalign.config import to_yaml
 from diffalign.data.prompts import count_prompts
 from diffalign.forecast.cards import Card, find_card
 from diffalign.forecast.cost import run_work
-from diffalign.forecast.rehearsal import rehearse
+from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
 from diffalign.forecast.report import GIB, peak_line, phase_lines, time_lines
 from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
@@ -37,7 +37,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run would take place.
+    """Processes and device of a run.
 
     Attributes:
         share: This process.
@@ -90,7 +90,7 @@ def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | Non
 
     try:
         found = rehearse(entry, config, place.share.world, place.spread, cpu=place.cpu)
-    except (NotImplementedError, RuntimeError, AssertionError) as error:
+    except NOT_FAKE as error:
         why = f"{type(error).__name__}: {str(error)[:300]}"
         show(f"\nmemory of a process\n{_indented([f'not forecast: its code does not run on fake tensors ({why})'])}")
     else:
@@ -156,7 +156,7 @@ def _timed(trainer: Trainer[Any], passes: tuple[int, int], work: Work, show: Sho
 
 
 def evaluation_lines(work: Work, args: Any) -> list[str]:
-    """A line per kind: of the whole run, and per image that is made or, where none is, per optimizer step."""
+    """Format a line per kind of evaluations: for the whole run, and per generated image or else optimizer step."""
     per, noun = (work.generated, "image") if work.generated else (args.max_train_steps, "optimizer step")
     counts = asdict(work)
     lines = [
@@ -168,7 +168,7 @@ def evaluation_lines(work: Work, args: Any) -> list[str]:
 
 
 def pace_lines(pace: Pace, work: Work, steps: int) -> list[str]:
-    """Seconds per image as measured, and what follows for the run."""
+    """Format the measured seconds per image, and the time of the run computed from them."""
     seconds = pace.seconds(work)
     each = (
         f"{1000 * pace.forward:.2f} ms per evaluation, {1000 * pace.training:.2f} ms with its backward pass, "
@@ -180,7 +180,7 @@ def pace_lines(pace: Pace, work: Work, steps: int) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,11 @@ from typing import Any
 
 from diffalign.config.fields import given_names
 from diffalign.forecast.dry_run import Place, free_memory, place_of
-from diffalign.forecast.rehearsal import rehearse
+from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
 from diffalign.trainers.cost import Share
 from diffalign.trainers.registry import Entry
 
-SPARE = 0.08  # of the memory, which kernels, fragments and the context of CUDA take
+SPARE = 0.08  # share of the memory for kernels, fragmentation and the CUDA context
 SIZES = (12, 16, 24, 40, 48, 80)  # GB of the table of ``diffalign fit``
 ENOUGH = 4  # images of a pass, below which the next saving is tried first
 UNITS = {"gb": 10**9, "gib": 2**30, "": 10**9}
@@ -70,16 +71,23 @@ class Fitter:
     config: Any
     place: Place = field(default_factory=lambda: Place(Share()))
     cpu: bool = False
-    _peaks: dict[str, int] = field(default_factory=dict)
+    _peaks: dict[str, float] = field(default_factory=dict)
+    _refusal: ValueError | None = None
 
     def fit(self, budget: int) -> Fit | None:
-        """Return the cheapest settings whose peak leaves ``SPARE`` of ``budget`` bytes; None where nothing fits."""
+        """Return the cheapest settings whose peak leaves ``SPARE`` of ``budget`` bytes; None if nothing fits.
+
+        Raises:
+            ValueError: The run is refused with any settings, or its code does not run on fake tensors.
+        """
         room = int(budget * (1 - SPARE))
         ladder = self._ladder()
         for least in (ENOUGH, 1):
             for settings in ladder:
                 if (found := self._largest(settings, room, least)) is not None:
                     return found
+        if self._refusal is not None and not any(map(math.isfinite, self._peaks.values())):
+            raise self._refusal
         return None
 
     def _ladder(self) -> list[dict[str, Any]]:
@@ -107,6 +115,9 @@ class Fitter:
         free = [name for name in BATCHES if hasattr(self.config, name) and name not in given]
         most = {name: getattr(self.config, name) for name in free}
         batches = {name: min(least, size) for name, size in most.items()}
+        # Some methods need whole groups in a batch, and refuse smaller ones.
+        while math.isinf(self._peak({**settings, **batches})) and batches != most:
+            batches = {name: min(2 * size, most[name]) for name, size in batches.items()}
         if self._peak({**settings, **batches}) > room:
             return None
         for name in free:
@@ -115,29 +126,46 @@ class Fitter:
                     break
                 batches[name] = larger
         chosen = {**settings, **batches}
-        return Fit(replace(self.config, memory=None, **chosen), chosen, self._peak(chosen))
+        return Fit(replace(self.config, memory=None, **chosen), chosen, int(self._peak(chosen)))
 
-    def _peak(self, settings: Mapping[str, Any]) -> int:
+    def _peak(self, settings: Mapping[str, Any]) -> float:
+        """Return the peak with some settings, in bytes; infinity if the run is refused with them."""
         key = repr(sorted(settings.items()))
         if key not in self._peaks:
-            config = replace(self.config, memory=None, **settings)
-            short = brief(config)
-            found = rehearse(self.entry, short, self.place.share.world, self.place.spread, cpu=self.cpu)
-            stored = 0
-            if (cost := self.entry.cost) is not None:
-                whole, part = (cost.stored(one, (1, 1, 1), self.place.share) for one in (config, short))
-                stored = whole - part
-            self._peaks[key] = found.peak + stored * found.latent_numbers
+            try:
+                self._peaks[key] = self._rehearsed_peak(replace(self.config, memory=None, **settings))
+            except ValueError as error:
+                self._peaks[key], self._refusal = math.inf, error
         return self._peaks[key]
 
+    def _rehearsed_peak(self, config: Any) -> int:
+        share = self.place.share
+        short = brief(config, share.world)
+        try:
+            found = rehearse(self.entry, short, share.world, self.place.spread, cpu=self.cpu)
+        except NOT_FAKE as error:
+            why = f"{type(error).__name__}: {str(error)[:300]}"
+            raise ValueError(
+                f"memory is not forecast, because code of this run does not run on fake tensors ({why}): set batch "
+                "sizes, offload and base_precision yourself, and leave out memory"
+            ) from error
+        stored = 0
+        if (cost := self.entry.cost) is not None:
+            whole, part = (cost.stored(one, (1, 1, 1), share) for one in (config, short))
+            stored = whole - part
+        return found.peak + stored * found.latent_numbers
 
-def brief(config: Any) -> Any:
-    """Shorten an iteration to two passes at least, which have its peak but for stored latents."""
+
+def brief(config: Any, world: int = 1) -> Any:
+    """Shorten an iteration to at least two passes per process, which have its peak apart from stored latents."""
     if getattr(config, "train_data", ()) or not hasattr(config, "num_groups"):
-        return replace(config, num_pairs=min(config.num_pairs, 2 * config.train_batch_size))
-    batch, updates = max(config.rollout_batch_size, config.train_batch_size), getattr(config, "updates_per_rollout", 1)
-    for groups in range(1, config.num_groups):
-        if groups * config.group_size >= 2 * batch * updates and groups * config.group_size % updates == 0:
+        return replace(config, num_pairs=min(config.num_pairs, 2 * config.train_batch_size * world))
+    parts = world * getattr(config, "updates_per_rollout", 1)
+    least = 2 * max(config.rollout_batch_size, config.train_batch_size) * parts
+    unit = parts * (config.plan.leaves if hasattr(config, "plan") else 1)
+    every = 1 if config.num_groups % world else world  # some methods need whole groups in a process
+    for groups in range(every, config.num_groups, every):
+        if (images := groups * config.group_size) >= least and images % unit == 0:
             return replace(config, num_groups=groups)
     return config
 
@@ -177,7 +205,7 @@ def _shown(value: Any) -> str:
 
 
 def table(entry: Entry, config: Any, sizes: Sequence[int] = SIZES) -> list[str]:
-    """A line per size of memory: what would be chosen."""
+    """Format a line per size of memory with the settings for it."""
     fitter, lines = Fitter(entry, config, place_of()), []
     for size in sizes:
         found = fitter.fit(size * 10**9)

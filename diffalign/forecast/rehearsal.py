@@ -44,25 +44,26 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, load_optional
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
 ENCODE, DECODE, EVALUATE, BACKWARD = "encode", "decode", "evaluate", "backward"
+NOT_FAKE = (NotImplementedError, RuntimeError, AssertionError)  # errors of code that does not run on fake tensors
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What one process holds and does in an iteration.
+    """Memory and operations of one process in an iteration.
 
     Attributes:
-        peaks: (phase, part) -> the most bytes at a time, of everything that is on the device.
-        flops: (phase, part) -> floating-point operations; of the phase "train" those of one optimizer step.
+        peaks: (phase, part) -> largest number of bytes on the device at a time.
+        flops: (phase, part) -> floating-point operations; for the phase "train" those of one optimizer step.
         traffic: (phase, part) -> bytes read and written.
-        calls: (phase, part) -> images, or prompts, that the part was called for.
+        calls: (phase, part) -> number of images, or prompts, that the part was called with.
         updates: Optimizer steps of an iteration.
-        latent_numbers: Numbers of an image's latents.
-        notes: What was not rehearsed.
+        latent_numbers: Number of elements of an image's latents.
+        notes: Lines about what was not rehearsed.
     """
 
     peaks: Mapping[tuple[str, str], int]
@@ -75,16 +76,16 @@ class Rehearsed:
 
     @property
     def peak(self) -> int:
-        """The most bytes at a time."""
+        """Largest number of bytes at a time."""
         return max(self.peaks.values())
 
     @property
     def peak_at(self) -> tuple[str, str]:
-        """The phase and part that need the most."""
+        """Phase and part with the peak."""
         return max(self.peaks, key=lambda where: self.peaks[where])
 
     def peak_of(self, phase: str) -> int:
-        """The most bytes of a phase."""
+        """Return the largest number of bytes of a phase."""
         return max((size for (where, _), size in self.peaks.items() if where == phase), default=0)
 
     def total(self, table: Mapping[tuple[str, str], int], phase: str) -> int:
@@ -144,7 +145,7 @@ def rehearse(
 
 @dataclass(frozen=True)
 class _Setting:
-    """Inputs of a rehearsal, with what stands in for missing data, and notes on it."""
+    """Inputs of a rehearsal, with replacements of data and rewards, and notes about these."""
 
     inputs: Inputs[Any]
     accelerator: OneOfMany
@@ -155,7 +156,9 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     """Read the inputs of a run; data are replaced by one pair of images, and prompts by as many as are needed."""
     kind, shape = entry.algorithm, model_on_meta(config.model, resolution=config.resolution)
     config = replace(config, output_dir=folder, cache=False, compile=False, attention="native", report_to="none")
-    config = replace(config, optimizer="adamw")  # bitsandbytes needs a GPU
+    config = replace(config, optimizer="adamw", cache_dir=None)  # bitsandbytes needs a GPU
+    if getattr(config, "save_rollouts", False):
+        config = replace(config, save_rollouts=False)
     if config.guidance_scale is None:
         config = replace(config, guidance_scale=shape.unguided_scale)
     for name in ("train_data", "train_images"):
@@ -168,7 +171,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     if getattr(config, "train_prompts", None):
         prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
 
-    inputs = kind.read_inputs(config, None, prompts)
+    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=load_optional(config.eval_prompts))
     kind.check_processes(inputs, world)
     fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
     notes = tuple(

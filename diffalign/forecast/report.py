@@ -62,7 +62,7 @@ OTHERWISE: tuple[Lowering, ...] = (
 
 
 def phase_lines(found: Rehearsed) -> list[str]:
-    """A line per phase, then which part of which phase needs the most."""
+    """Format a line per phase, and one that names the phase and part with the peak."""
     lines = []
     for phase, title in PHASES.items():
         flops, calls = found.total(found.flops, phase), found.calls.get((phase, EVALUATE), 0)

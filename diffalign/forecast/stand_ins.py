@@ -1,4 +1,4 @@
-"""What a rehearsal cannot have without weights, data, other processes or a card, and what stands in for it."""
+"""Replacements for weights, data, other processes and a GPU in rehearsals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NOISE = 4096  # numbers of a draw from which their values matter to nothing but the images
+NOISE = 4096  # elements of a draw from which it has no values: these matter only to images
 
 
 class FakeNoise(KeyedRNG):
@@ -54,7 +54,7 @@ class FakePrompts(PromptEmbeddingCache):
 
 @dataclass
 class OneOfMany:
-    """An accelerator of one process among ``num_processes``: what others would send is like its own.
+    """An accelerator of one process among ``num_processes``; gathered data of the others equal its own.
 
     Implements what trainers use of ``accelerate.Accelerator``.
     """
@@ -163,7 +163,7 @@ class FakeReward:
         name: Of the reward.
         size: Bytes of its network's weights.
         offload: Whether the network leaves the device after each use without gradients.
-        needs_groups: Whether it judges whole groups.
+        needs_groups: Whether it scores whole groups.
     """
 
     name: str

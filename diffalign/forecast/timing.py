@@ -21,9 +21,14 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per image: an evaluation without gradients, one with its backward pass, decoding, and that with its own.
+    """Seconds per image.
 
-    peak: GiB that a training pass took at most on a GPU, activations included; None on a CPU.
+    Attributes:
+        forward: Evaluation without gradients.
+        training: Evaluation with its backward pass.
+        decoding: Decoding without gradients.
+        peak: Peak of a training pass on a GPU in GiB, activations included; None on a CPU.
+        judging: Decoding with its backward pass.
     """
 
     forward: float
@@ -33,7 +38,7 @@ class Pace:
     judging: float = 0.0
 
     def seconds(self, work: Work) -> float:
-        """What ``work`` takes, its images decoded; without rewards."""
+        """Return the seconds of ``work`` with decoding, without rewards."""
         forward = work.sampling + work.comparing + work.evaluating
         passes = forward * self.forward + work.training * self.training
         return passes + (work.judged * self.judging if work.judged else work.generated * self.decoding)
@@ -89,7 +94,7 @@ def measure(
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few calls, after one that warms up: what else the machine does belongs to no run."""
+    """Return the seconds of the fastest of a few calls, after a first one to warm up."""
     call()
     found = []
     for _ in range(REPEATS):

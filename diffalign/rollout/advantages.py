@@ -24,19 +24,23 @@ def group_advantages(
     epsilon: float = 1e-4,
     clip: float | None = 5.0,
 ) -> Tensor:
-    """A = (r - mean of its group) / (std + epsilon), held within +-clip: (N,), float32.
+    """Compute advantages A = (r - mean of its group) / (std + epsilon), clipped to +-clip: (N,), float32.
 
-    rewards: named, each (N,), of the whole iteration (gathered over processes). groups: (N,) integers, any labels.
-    weights: factor of each reward; 1 for those not named, and a reward of weight 0 plays no part.
-    std: population standard deviation of the sample's "group", or of all rewards of the iteration ("global"); "unit"
-        divides by 1, so that A = r - mean.
-    aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
-    clip: None for no bound.
+    A sample with a non-finite reward gets 0 and is left out of every mean and deviation. A group whose rewards are all
+    equal, or that has one sample left, gets exactly 0.
 
-    A sample with a reward that is not finite gets 0 and is left out of every mean and deviation. A group whose rewards
-    are all equal, or that has one sample left, gets exactly 0.
+    Args:
+        rewards: Rewards by name, each (N,), of the whole iteration (gathered over processes).
+        groups: (N,), integer labels.
+        weights: Factor of each reward, 1 by default; rewards of weight 0 are ignored.
+        std: Population standard deviation to divide by: that of the sample's "group", or of the iteration ("global");
+            "unit" divides by 1, so that A = r - mean.
+        aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
+        epsilon: Added to the standard deviation.
+        clip: Largest absolute value; None for no bound.
 
-    ValueError: unknown option or weight, no reward of non-zero weight, lengths that differ.
+    Raises:
+        ValueError: An unknown option or weight, no reward of non-zero weight, or lengths that differ.
     """
     if std not in ("group", "global", "unit") or aggregate not in ("rewards", "advantages"):
         raise ValueError(
@@ -54,9 +58,9 @@ def group_advantages(
 
 
 def flat_share(rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[str, float] | None = None) -> float:
-    """The share of groups, in [0, 1], in which no reward of non-zero weight tells two samples apart.
+    """Return the share of groups, in [0, 1], whose rewards are equal up to rounding, so that they have no gradient.
 
-    Such groups teach nothing. Arguments and errors as in ``group_advantages``.
+    Arguments and errors as in ``group_advantages``.
     """
     terms, finite = _terms(rewards, groups, weights)
     members = _Groups(groups, finite)
@@ -96,7 +100,11 @@ def _subtree_sums(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> tuple[Te
 class Tree:
     """The columns of a buffer that advantage rules read.
 
-    parent, depth: (N,) int64. tree: (N,) int64, equal for the nodes of one tree. leaf: (N,) bool.
+    Attributes:
+        tree: (N,) int64, equal for the nodes of one tree.
+        parent: (N,) int64, row of the parent, -1 for a root.
+        depth: (N,) int64.
+        leaf: (N,) bool.
     """
 
     tree: Tensor
@@ -186,7 +194,7 @@ Term = tuple[float, Tensor, Tensor]
 def _terms(
     rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[str, float] | None
 ) -> tuple[list[Term], Tensor]:
-    """(weight, reward, magnitude) of the rewards that count, in float64 with 0 where unusable; usable samples (N,)."""
+    """Return (weight, reward, magnitude) of rewards of non-zero weight, float64, 0 if unusable; usable samples (N,)."""
     weights = {} if weights is None else weights
     if unknown := sorted(weights.keys() - rewards.keys()):
         raise ValueError(f"weights for unknown rewards {', '.join(unknown)}; known: {', '.join(rewards)}")
@@ -202,7 +210,7 @@ def _terms(
 
 
 class _Groups:
-    """Sums and extremes over groups, of usable samples only."""
+    """Sums and extremes of the usable samples of each group."""
 
     def __init__(self, groups: Tensor, finite: Tensor) -> None:
         labels, self.index = torch.unique(groups, return_inverse=True)
@@ -211,28 +219,28 @@ class _Groups:
         self.count = self.sum(finite.double())
 
     def sum(self, values: Tensor) -> Tensor:
-        """(G,) sums of values (N,) that are 0 where unusable."""
+        """Sum values (N,), which are 0 where unusable, over groups: (G,)."""
         return values.new_zeros(self.num).index_add(0, self.index, values)
 
     def max(self, values: Tensor) -> Tensor:
-        """(G,) largest usable values; -inf for a group without one."""
+        """Return the largest usable value of each group, (G,); -inf for a group without one."""
         usable = torch.where(self.finite, values, -math.inf)
         return values.new_full((self.num,), -math.inf).scatter_reduce(0, self.index, usable, "amax")
 
     def centre(self, values: Tensor) -> Tensor:
-        """(N,) offsets from the group's mean; 0 where unusable."""
+        """Subtract the mean of the group, (N,); 0 where unusable."""
         mean = self.sum(values) / self.count.clamp(min=1)
         return torch.where(self.finite, values - mean[self.index], 0.0)
 
     def flat(self, values: Tensor, magnitude: Tensor) -> Tensor:
-        """(G,) bool: the usable values of the group are equal up to rounding, or fewer than two."""
+        """Return whether the usable values of each group are equal up to rounding or fewer than two: (G,) bool."""
         spread = self.max(values) + self.max(-values)
         return (self.count < 2) | (spread <= FLAT * self.max(magnitude))
 
     def normalise(
         self, values: Tensor, magnitude: Tensor, std: Literal["group", "global", "unit"], epsilon: float
     ) -> Tensor:
-        """(N,) offsets over (standard deviation + epsilon), or as they are; exactly 0 in flat groups."""
+        """Divide offsets from the group's mean by (std + epsilon), (N,); exactly 0 in flat groups."""
         offsets = centred = self.centre(values)
         if std == "global":
             chosen = values[self.finite]

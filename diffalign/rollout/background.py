@@ -1,4 +1,4 @@
-"""Work in a thread of its own, while the caller's goes on; on CUDA also on a stream of its own."""
+"""Run work in a background thread, on CUDA on a separate stream."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ T = TypeVar("T")
 
 
 def one_thread(name: str) -> ThreadPoolExecutor:
-    """An executor that does one thing after the other, as torch would in the main thread. It starts when it is used."""
-    # A thread has as many of OpenMP's as the environment says, until torch is asked; and sums depend on their number.
+    """Return an executor of one thread with as many threads of torch as the main thread; it starts on first use."""
+    # A new thread uses OMP_NUM_THREADS threads until torch sets their number, and sums depend on it.
     return ThreadPoolExecutor(1, name, initializer=torch.get_num_threads)
 
 
 def start(pool: Executor, call: Callable[[Tensor], T], images: Tensor) -> Future[T]:
-    """Starts ``call(images)`` in ``pool``.
+    """Start ``call(images)`` in ``pool``.
 
-    On CUDA its kernels run beside the caller's, after those that make ``images``, and are done when the future is.
+    On CUDA its kernels run concurrently with the caller's, after those that compute ``images``, and have finished when
+    the future has.
     """
     if images.device.type != "cuda":
         return pool.submit(call, images)
@@ -36,11 +37,11 @@ def _on_own_stream(call: Callable[[Tensor], T], images: Tensor, ready: torch.cud
         try:
             return call(images)
         finally:
-            # Until then ``images`` are held here, so that the caller's stream cannot be given their memory.
+            # Holds ``images`` until the kernels end, so that their memory is not reused by the caller's stream.
             stream.synchronize()
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device for good: each new one would have its own cache of memory."""
+    """Return the stream of a device, always the same: each stream has a memory cache of its own."""
     return torch.cuda.Stream(device)

@@ -77,7 +77,7 @@ def bytes_needed(
 
     Args:
         samples: the number of trees, each with a start of its own; a chain is a tree with one leaf.
-        means: whether trained nodes store the mean that they were drawn around, in float32.
+        means: whether trained nodes store the means of their steps, in float32.
         steps: the level indices at which nodes are stored; default: ``stored_steps``.
     """
     latent = torch.Size(latent_shape).numel()
@@ -89,18 +89,22 @@ def bytes_needed(
 
 @dataclass
 class RolloutBuffer:
-    """N nodes of B trees; a tree's nodes lie together, ordered by step and within a step by path.
+    """N nodes of B trees; the nodes of a tree are consecutive, ordered by step and within a step by path.
 
-    group, sample: (N,) int64, the prompt's index in the iteration and the tree's index in its group.
-    parent: (N,) int64, a row, -1 for a node without a stored ancestor. depth: (N,) int64, its stored ancestors.
-    step: (N,) int64, the index of its level. path: (N, D) int64, see ``path_table``. leaf: (N,) bool, final latents.
-    trained: (N,) bool. x: (N, C, *spatial), in the dtype that the sampler computed with.
-    log_prob: (N,) float64, of the transition from the parent, NaN where not trained. advantage: (N,) float32.
-    mean: per trained node, in their order, the mean it was drawn around, float32; only for losses that need it.
-    rewards: by name (N,) float32, NaN except at leaves. prompts: by group.
+    x, log_prob, advantage and mean are on the device that samples, but x and mean may be in pinned main memory:
+    ``latents`` and ``means`` copy rows of them to the device.
 
-    x, log_prob, advantage and mean lie on the device that samples, but x and mean may wait beside it, in pinned memory:
-    ``latents`` and ``means`` bring rows of them to the device.
+    Attributes:
+        group, sample: (N,) int64, index of the prompt in the iteration, and of the tree in its group.
+        parent, depth: (N,) int64, row of the parent, -1 without a stored ancestor, and number of stored ancestors.
+        step, path: (N,) and (N, D) int64, index of the level, and indices of children, see ``path_table``.
+        leaf, trained: (N,) bool; leaves are final latents.
+        x: (N, C, *spatial), in the dtype that the sampler computed with.
+        log_prob: (N,) float64, of the transition from the parent; NaN if not trained.
+        advantage: (N,) float32.
+        prompts: A prompt per group.
+        mean: Means of the steps that end in trained nodes, in their order, float32; None if the loss needs none.
+        rewards: Name -> (N,) float32, NaN except at leaves.
     """
 
     group: Tensor
@@ -138,9 +142,9 @@ class RolloutBuffer:
         Args:
             group, sample: (B,) int64, on the CPU.
             latent_shape: (C, *spatial).
-            means: whether trained nodes store the mean that they were drawn around.
+            means: whether trained nodes store the means of their steps.
             steps: the level indices at which nodes are stored, ascending; default: ``stored_steps``.
-            pinned: whether latents wait in pinned main memory.
+            pinned: whether latents are stored in pinned main memory.
         """
         steps = list(stored_steps(plan) if steps is None else steps)
         tables = [path_table(plan, step) for step in steps]
@@ -148,7 +152,8 @@ class RolloutBuffer:
         count, size = len(group), len(step)
         parent = tree_parents([len(table) for table in tables])
         first = torch.arange(count).repeat_interleave(size) * size
-        trained = torch.isin(step - 1, torch.tensor(plan.trained_steps)).repeat(count)
+        # a transition can be replayed only if both of its ends are stored
+        trained = torch.isin(step - 1, torch.tensor([s for s in plan.trained_steps if s in steps])).repeat(count)
 
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if pinned else {"device": device}
         latents = torch.empty(count * size, *latent_shape, dtype=dtype, **place)
@@ -178,7 +183,7 @@ class RolloutBuffer:
         return pinned_memory.take(self.x, rows, self.device)
 
     def means(self, rows: Tensor) -> Tensor:
-        """Copy the means that trained nodes (n,) were drawn around to the device: (n, C, *spatial)."""
+        """Copy the means of the steps to trained nodes (n,) to the device: (n, C, *spatial)."""
         assert self.mean is not None
         return pinned_memory.take(self.mean, self.trained_rank(rows), self.device)
 
@@ -206,12 +211,9 @@ class RolloutBuffer:
         return (self.step == step).nonzero().flatten()
 
     def transitions(self, step: int | None = None) -> Tensor:
-        """Return the rows of trained nodes (T,), each the end of one stored transition from its parent.
+        """Return the rows of trained nodes (T,), the ends of stored transitions, of one step of the plan or of all.
 
         They are the unit of a policy gradient: an ancestor that leaves share is one transition and trains once.
-
-        Args:
-            step: Only transitions of this step of the plan; default: of all.
         """
         chosen = self.trained if step is None else self.trained & (self.step == step + 1)
         return chosen.nonzero().flatten()
@@ -252,10 +254,7 @@ class RolloutBuffer:
         return len(self.step) // len(self.leaves)
 
     def nodes(self, samples: Tensor | slice, step: int) -> Tensor:
-        """Return the ancestors of leaves (by their order in the buffer) that are stored at level ``step``, a row each.
-
-        ValueError: nothing is stored at that level.
-        """
+        """Return the ancestor of each leaf (by order in the buffer) at level ``step``. ValueError: it is not stored."""
         rows = self.leaves[samples]
         while len(rows) and (above := self.step[rows] > step).any():
             if (self.parent[rows[above]] < 0).any():
@@ -302,14 +301,11 @@ class RolloutBuffer:
         self.advantage = ADVANTAGE_RULES[rule].compute(tree, values.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:
-        """Exchange the samples of chains between processes, without their rewards.
+        """Exchange the samples of chains between processes, without their rewards. Raises ValueError for trees.
 
         Args:
             samples: Leaves, by their order in the buffer.
             move: Maps a column of these samples, (b, ...), to that of at most as many.
-
-        Raises:
-            ValueError: The plan branches: a leaf cannot move without the ancestors that it shares.
         """
         if self.path.shape[1]:
             raise ValueError("leaves of a tree share ancestors and cannot move alone: do not filter or rebalance trees")
@@ -336,14 +332,17 @@ class RolloutBuffer:
         share: int = 0,
         gather: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
     ) -> None:
-        """Writes the buffer as a preference data set.
+        """Write the buffer as a preference data set.
 
         ``nodes.safetensors`` holds the columns; ``images/`` and ``metadata.jsonl`` (file_name, prompt, group, sample,
-        rewards, metadata, model, seed) are what ``datasets.load_dataset("imagefolder", ...)`` reads.
+        rewards, metadata, model, seed) can be read by ``datasets.load_dataset("imagefolder", ...)``.
 
-        images: (B, 3, H, W), [0, 1]. share: which part of a buffer this is, where several processes have one each:
-        parts but the first have ``nodes-SHARE.safetensors``, and the first writes what is of all. gather: from the
-        lines of this part to those of all parts, in their order; called once by each.
+        Args:
+            images: (L, 3, H, W), [0, 1], images of the leaves.
+            model, seed: Entries of the metadata.
+            share: Index of this part of the buffer, of which each process has one. Part 0 also writes prompts and
+                metadata; the columns of other parts are in ``nodes-SHARE.safetensors``.
+            gather: Concatenates the lines of all parts in their order; every part calls it once.
         """
         (directory / "images").mkdir(parents=True, exist_ok=True)
         columns = {name: getattr(self, name).contiguous().cpu() for name in COLUMNS}
@@ -379,7 +378,7 @@ class RolloutBuffer:
 
     @classmethod
     def load(cls, directory: Path) -> RolloutBuffer:
-        """Reads what ``save`` wrote, all parts as one. FileNotFoundError where a file of it is missing."""
+        """Read all parts that ``save`` wrote as one buffer. Raises FileNotFoundError if a file is missing."""
         parts = [load_file(file) for file in (directory / NODES, *sorted(directory.glob("nodes-*.safetensors")))]
         begin = 0
         for part in parts:

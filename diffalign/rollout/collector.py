@@ -38,7 +38,7 @@ class Rollout(IterationBatch):
         plan: How the samples were made.
         conditioning: A row per group.
         scores: Rewards that are still being computed.
-        started: Time at which sampling began.
+        started: Time at which the iteration began, its prompts not yet encoded.
     """
 
     buffer: RolloutBuffer
@@ -92,7 +92,9 @@ class Collector:
             iteration: Index of the iteration.
             means: Whether trained nodes store the means of their steps.
         """
-        rollout, config = self._allocate(iteration, means), self.config
+        started, config = time.perf_counter(), self.config
+        rollout = self._allocate(iteration, means)
+        rollout.started = started
         buffer, (group, sample) = rollout.buffer, self._own_trees(rollout.plan.plan)
         keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
         parts = rollouts(

@@ -1,6 +1,7 @@
-"""Deals the samples that an update learns from: every process makes as many passes, of the same sizes.
+"""Balance the samples of an optimizer step that have a gradient: all processes make equally many passes of equal size.
 
-Groups are of consecutive samples, so that one process may have all of those that teach, and the others would wait.
+The samples of a group are consecutive, so that without it one process could have most samples with a gradient, and the
+others would wait for it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from torch.distributed import all_to_all_single
 
 
 def deal(teaches: Tensor) -> Tensor:
-    """The samples that each of P processes goes through: (P, c), ascending places in the flattened ``teaches``.
+    """Assign samples to P processes.
 
-    teaches: (P, B) bool, of the samples that each process has. Each of those that teach is dealt once, and of the
-    others as few as make equal shares of at least one. A process keeps its own up to its share; so are the others.
+    Each sample with a gradient is assigned once, and of the others as few as make equal shares of at least one. A
+    process keeps samples of its own up to its share.
+
+    Args:
+        teaches: (P, B) bool, whether each sample of each process has a gradient.
+
+    Returns:
+        (P, c), ascending indices into the flattened ``teaches``.
     """
     processes, own = teaches.shape
     count = max(1, -(-int(teaches.sum()) // processes))
@@ -33,14 +40,21 @@ def deal(teaches: Tensor) -> Tensor:
 
 
 def at_home(dealt: Tensor, own: int) -> bool:
-    """Whether every process goes through samples that it has, ``own`` of them each."""
+    """Return whether every process was assigned samples of its own only; each has ``own`` of them."""
     return bool((dealt // own == torch.arange(len(dealt))[:, None]).all())
 
 
 def exchange(column: Tensor, dealt: Tensor, rank: int, device: torch.device) -> Tensor:
-    """This process's rows of ``column`` (B, ...) for those (c, ...) that are dealt to it; all processes must ask.
+    """Send rows of ``column`` to the processes they are assigned to, and receive this process's. Collective.
 
-    dealt: (P, c), of ``deal``. rank: of this process. device: where processes talk to each other.
+    Args:
+        column: (B, ...), rows of this process.
+        dealt: (P, c), see ``deal``.
+        rank: Rank of this process.
+        device: Device of the communication.
+
+    Returns:
+        (c, ...), the rows of the assigned samples.
     """
     own = len(column)
     given = [row[row // own == rank] % own for row in dealt]

@@ -1,4 +1,4 @@
-"""Scores images with every reward; one bad sample never costs the batch."""
+"""Score images with rewards; a sample on which a reward fails gets NaN, and the others keep their scores."""
 
 from __future__ import annotations
 
@@ -29,17 +29,25 @@ def score(
     prompts: Sequence[Prompt],
     groups: Tensor | None = None,
 ) -> Scores:
-    """Every reward on images (B, 3, H, W), float, [0, 1], one per prompt: named scores, each (B,) float32 on the CPU.
+    """Score images with every reward, without gradients.
 
-    Names are the mapping's keys, or the rewards' own; what else a reward says of each image, a number each, is named
-    "reward/extra". groups: (B,), whole groups, for rewards that need them; None: images of one prompt are a group.
+    A reward that raises, ``SystemExit`` and the like included, is called again sample by sample (group by group if it
+    needs groups). Samples on which it raises again or returns no finite number get NaN, with a ``RewardWarning`` that
+    names them, and so do images that are not finite.
 
-    A reward that raises, ``SystemExit`` and the like included, is asked again sample by sample (group by group if it
-    needs groups); the samples on which it raises again, or returns no finite number, get NaN, with a ``RewardWarning``
-    that names them. So do images that are not finite. No gradient is kept.
+    Args:
+        rewards: Rewards by name, or rewards that have names.
+        images: (B, 3, H, W), float, [0, 1].
+        prompts: B prompts.
+        groups: (B,), labels of whole groups, for rewards that need them; default: images of one prompt are a group.
 
-    ValueError: images and prompts differ in number, or two rewards share a name. RewardUnavailable, one too: a reward
-    can score nothing, because weights or a package are missing or its result is no list of numbers.
+    Returns:
+        Scores by name, each (B,) float32 on the CPU; further numbers that a reward returns are named "reward/extra".
+
+    Raises:
+        ValueError: Images and prompts differ in number, or two rewards share a name.
+        RewardUnavailable: A ValueError too: a reward can score nothing, because weights or a package are missing or
+            its result is no list of numbers.
     """
     problems: list[str] = []
     try:
@@ -60,7 +68,7 @@ def _score(
     groups: Tensor | None,
     problems: list[str],
 ) -> Scores:
-    """``score``; what to warn of goes into ``problems``, because warning is for the caller's thread."""
+    """Score as ``score`` does, and collect warnings in ``problems``, for the caller's thread to raise."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
     named = rewards.items() if isinstance(rewards, Mapping) else [(reward.name, reward) for reward in rewards]
@@ -77,7 +85,13 @@ def _score(
 
 
 def check_unscored(share: float, limit: float, hint: str = "") -> None:
-    """ValueError where rewards failed on a larger share of the images than ``limit``. hint: ends its message."""
+    """Raise ValueError if rewards failed on a larger share of the images than ``limit``.
+
+    Args:
+        share: Share of the images without a score.
+        limit: Largest share to accept.
+        hint: Text to append to the message.
+    """
     if share > limit:
         raise ValueError(
             f"rewards failed on {share:.0%} of the images, more than max_unscored {limit:.0%}: "
@@ -86,12 +100,17 @@ def check_unscored(share: float, limit: float, hint: str = "") -> None:
 
 
 class ScoreBook:
-    """Scores of a rollout, as its micro-batches come; rewards that need whole groups wait for the last of them.
+    """Score the micro-batches of a rollout; rewards that need whole groups are computed after the last one.
 
-    A micro-batch may be scored aside, in a thread that ends when the book, a context, is left. Rewards are still asked
-    by one thread at a time, in the order of the micro-batches, and no more than one of these is under way.
+    A micro-batch may be scored in a background thread, which ends with the context. Rewards are called by one thread at
+    a time, in the order of the micro-batches, and at most one micro-batch is being scored.
 
-    images: those that were added, where ``keep_images`` says so or a reward waits for them.
+    Args:
+        rewards: Rewards by name.
+        keep_images: Whether to keep the images.
+
+    Attributes:
+        images: The images added so far, on the CPU, if kept or needed by a reward of whole groups.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], keep_images: bool = False) -> None:
@@ -116,9 +135,14 @@ class ScoreBook:
         self._thread.shutdown()
 
     def add(self, images: Tensor, prompts: Sequence[Prompt], aside: bool = False) -> None:
-        """Scores a micro-batch, once the one before it is scored. aside: while the caller goes on.
+        """Score a micro-batch, after waiting for the previous one.
 
-        What rewards raise and warn of aside comes with the next ``add``, or with ``scores``.
+        Errors and warnings of rewards in the background are raised by the next ``add``, or by ``scores``.
+
+        Args:
+            images: (b, 3, H, W).
+            prompts: b prompts.
+            aside: Whether to score in the background.
         """
         self._wait()
         if aside:
@@ -141,7 +165,14 @@ class ScoreBook:
             self._problems = []
 
     def scores(self, groups: Tensor) -> Scores:
-        """Of everything that was added; groups: (B,), its group ids. Extras that no sample of a part has are NaN."""
+        """Return the scores of all images that were added.
+
+        Args:
+            groups: (B,), group of each image.
+
+        Returns:
+            Scores by name, (B,); an extra is NaN for the micro-batches without it.
+        """
         self._wait()
         late = score(self.waiting, torch.cat(self.images), self.prompts, groups) if self.waiting else Scores({})
         sizes = [len(next(iter(part.values.values()), ())) for part in self.parts]

@@ -46,7 +46,11 @@ def path_table(plan: Plan, step: int) -> Tensor:
 
 
 def tree_parents(widths: Sequence[int]) -> Tensor:
-    """Return the parents of a tree's nodes, stored level by level; ``widths``: how many nodes each level has."""
+    """Return the parent of each node of a tree that is stored level by level.
+
+    Args:
+        widths: Number of nodes of each level.
+    """
     parents, begin = [torch.full((widths[0],), -1)], 0
     for width, following in itertools.pairwise(widths):
         parents.append(begin + torch.arange(following) // (following // width))

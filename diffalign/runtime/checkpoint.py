@@ -54,13 +54,22 @@ def save(
     keep: int | None,
     export: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes ``checkpoint-<step>/`` and then removes the oldest ones beyond the ``keep`` newest sound ones.
+    """Write ``checkpoint-<step>/``, then remove all but the ``keep`` newest valid checkpoints.
 
-    tensors: group -> name -> tensor, a file per group; any dtype, layout or shared memory. state: JSON values; floats
-    come back exactly. export: writes files for other programs into the folder, none in subfolders. keep: at least 2, so
-    that a checkpoint that turns out damaged has a predecessor; None keeps all.
-    ValueError: keep, a group name, a state that JSON cannot hold exactly. CheckpointError: what was written does not
-    verify. OSError: the disk. After any of them the older checkpoints are as they were.
+    After an error the older checkpoints are unchanged.
+
+    Args:
+        output_dir: The run folder.
+        step: Optimizer step.
+        tensors: Group -> name -> tensor, a file per group; any dtype, layout or shared memory.
+        state: JSON values; floats are restored exactly.
+        keep: At least 2, so that a damaged checkpoint has a predecessor; None keeps all.
+        export: Writes files for other programs into the folder, none in subfolders.
+
+    Raises:
+        ValueError: ``keep`` or a group name is invalid, or JSON cannot hold ``state`` exactly.
+        CheckpointError: The files written do not verify.
+        OSError: The disk refused them.
     """
     if keep is not None and keep < 2:
         raise ValueError(f"checkpoints_total_limit must be at least 2, got {keep}; leave it out to keep all")
@@ -188,7 +197,7 @@ def _publish(staged: Path, final: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this module wrote a folder: a link is its owner's, and other programs call theirs checkpoint-N too."""
+    """Return whether this module wrote a folder: not links, nor checkpoint-N of other programs."""
     if path.is_symlink() or not path.is_dir():
         return False
     return (path / MANIFEST).exists() or (path / STATE).exists() or not any(path.iterdir())
@@ -215,7 +224,7 @@ def _prune(saved: Path, keep: int) -> None:
 
 
 def _newest_first(output_dir: Path) -> Iterator[Path]:
-    """Checkpoint folders, sound or not; of the same step, the one put aside comes last."""
+    """Yield checkpoint folders, valid or not; of two of the same step, the replaced one comes last."""
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
     found = [(path, match) for path in folders if (match := _FOLDER.fullmatch(path.name))]
     for path, _ in sorted(found, key=lambda item: (int(item[1][1]), item[1][2] is None), reverse=True):
@@ -223,18 +232,22 @@ def _newest_first(output_dir: Path) -> Iterator[Path]:
 
 
 def has_checkpoints(output_dir: Path) -> bool:
-    """Whether a folder holds checkpoints of this package, sound or not."""
+    """Return whether a folder holds checkpoints of this package, valid or not."""
     return any(map(_is_ours, _newest_first(Path(output_dir))))
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors, state) as they were given to ``save``, on the CPU. CheckpointError: missing or damaged."""
+    """Return the (tensors, state) that were passed to ``save``, on the CPU.
+
+    Raises:
+        CheckpointError: The checkpoint is missing or damaged.
+    """
     if problems := verify(path):
         raise CheckpointError(f"{_joined(problems)}. Resume from another checkpoint, or pass 'latest'")
     try:
         state = json.loads(read_regular(Path(path) / STATE), object_hook=_decoded)
         groups = {name: load_file(Path(path) / f"{name}.safetensors") for name in state.pop(GROUPS)}
-    except Exception as error:  # its bytes are as signed: whoever wrote them wrote no checkpoint
+    except Exception as error:  # the checksums are right, so this never was a checkpoint
         problem = f"{type(error).__name__}: {str(error)[:200]}"
         raise CheckpointError(f"{path} is no checkpoint ({problem}). Resume from another one, or 'latest'") from error
     return groups, state
@@ -247,7 +260,7 @@ def _joined(problems: Sequence[str]) -> str:
 
 
 def latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies; a warning names each damaged one that is passed over."""
+    """Return the newest checkpoint that verifies, or None; a warning names each damaged one that is skipped."""
     for path in _newest_first(Path(output_dir)):
         if not (problems := verify(path)):
             return path
@@ -256,10 +269,17 @@ def latest(output_dir: Path) -> Path | None:
 
 
 def resolve(output_dir: Path, resume: str | None) -> Path | None:
-    """What ``--resume_from_checkpoint`` means: None, ``latest``, a path, or the name of a folder in ``output_dir``.
+    """Find the checkpoint that ``--resume_from_checkpoint`` names.
 
-    None: a fresh start, also where ``latest`` finds nothing; the caller says so. CheckpointError: a path that is
-    missing or damaged; the message lists what exists.
+    Args:
+        output_dir: The run folder.
+        resume: None, ``latest``, a path, or the name of a folder in ``output_dir``.
+
+    Returns:
+        Its path; None for a fresh start, as when ``latest`` finds none.
+
+    Raises:
+        CheckpointError: The path is missing or damaged; the message lists the valid checkpoints.
     """
     if resume is None:
         return None
@@ -276,9 +296,10 @@ def resolve(output_dir: Path, resume: str | None) -> Path | None:
 
 
 def put_aside(output_dir: Path) -> Path | None:
-    """Move all checkpoints to a new folder, so that ``latest`` is never one of another run; None: there are none.
+    """Move all checkpoints to a new folder, so that ``latest`` is never one of another run.
 
-    The folder is ``earlier``, or ``earlier-2`` and so on where earlier runs have their checkpoints.
+    Returns:
+        The folder, ``earlier`` or the first free one of ``earlier-2`` and so on; None without checkpoints.
     """
     found = [path for path in _newest_first(Path(output_dir)) if (path / MANIFEST).exists() or (path / STATE).exists()]
     if not found:

@@ -55,7 +55,7 @@ class Checkpointer(Generic[B]):
 
     @property
     def is_current(self) -> bool:
-        """Whether the last checkpoint holds the present state."""
+        """Whether the last checkpoint has the current state."""
         return self.saved == self.state.progress.position
 
     # Save -----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def gather_rows(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def check_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise NotFinite, naming the tensor, where one that must be finite is not."""
+    """Raise NotFinite with the name of the tensor if one that must be finite is not."""
     for group, named in tensors.items():
         if group not in MAY_HOLD_NAN and (name := first_bad(dict(named))) is not None:
             raise NotFinite(f"{group}/{name} is not finite, so that no checkpoint is written: lower learning_rate")

@@ -9,11 +9,18 @@ from torch import Tensor
 
 
 class EMA:
-    """shadow <- decay_t * shadow + (1 - decay_t) * parameters, in float32 whatever the dtype of the parameters.
+    """Moving average shadow <- decay_t * shadow + (1 - decay_t) * parameters, in float32 for any dtype of parameters.
 
-    decay: in [0, 1). With ``warmup``, decay_t = min(decay, (1 + k) / (10 + k)) after k updates, so that a short run is
-    not dominated by its start. The shadow starts at the parameters and never shares memory with them.
-    ValueError: a decay outside the range, no parameters.
+    The shadow starts at the parameters and never shares memory with them.
+
+    Args:
+        parameters: The parameters to average.
+        decay: In [0, 1).
+        warmup: Whether decay_t = min(decay, (1 + k) / (10 + k)) after k updates, so that the initial weights do not
+            dominate the average of a short run.
+
+    Raises:
+        ValueError: A decay outside the range, or no parameters.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float, warmup: bool = True) -> None:
@@ -31,7 +38,7 @@ class EMA:
         """Move the shadow towards the parameters; call it once after each optimizer step.
 
         Args:
-            decay: Of this update; default: see the class.
+            decay: decay_t of this update; default: see the class.
         """
         if decay is None:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay

@@ -1,8 +1,8 @@
-"""Watch a run from a process of its own: end it where the watchdog's thread falls silent.
+"""Watch a run from a separate process, and end it if the watchdog's thread stops sending ticks.
 
     python guardian.py PID DUMP_SIGNAL LIMIT TICK FILE     a tick of the run arrives as a byte on standard input
 
-It imports nothing but the standard library, so that it starts at once and takes little memory. It ends with the run.
+It imports the standard library only, to start fast and take little memory. It ends with the run.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import select
 import signal
 import sys
 
-GRACE = 1.0  # seconds beyond the limit: the thread inside the run has the first word, because its exit code says more
+GRACE = 1.0  # seconds beyond the limit, so that the watchdog's own thread can exit first, with its exit code
 
 
 def suspended(pid: int) -> bool:
-    """Whether a process is stopped (SIGSTOP, SIGTSTP, a debugger)."""
+    """Return whether a process is stopped (SIGSTOP, SIGTSTP, a debugger)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
@@ -25,7 +25,7 @@ def suspended(pid: int) -> bool:
 
 
 def watch(pid: int, limit: float, tick: float) -> bool:
-    """Count ticks without a byte; True where there were too many, False where the run is over."""
+    """Count ticks without a byte; return True after too many, False when the run is over."""
     silent = 0
     while silent * tick <= limit + GRACE:
         if select.select([0], [], [], tick)[0]:
@@ -40,7 +40,7 @@ def watch(pid: int, limit: float, tick: float) -> bool:
 
 
 def stacks(pid: int, dump: int, tick: float) -> bytes:
-    """Ask the run for the stacks of its threads, which its C code writes without the GIL."""
+    """Read the stacks of the run's threads, which its C code writes on a signal, without the GIL."""
     if not dump:
         return b""
     os.kill(pid, dump)

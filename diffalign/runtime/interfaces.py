@@ -1,4 +1,4 @@
-"""Interfaces of the training loop: what it asks of an algorithm, and of the outputs of a run."""
+"""Interfaces of the training loop to algorithms and to the outputs of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MiniBatch:
     Attributes:
         micros: The passes, in order.
         rows: (n,) int64, all samples of this process in the step, those that need no pass included.
-        metrics: Figures of the split itself, logged with the step.
+        metrics: Metrics of the split itself, logged with the step.
     """
 
     micros: Sequence[MicroBatch]
@@ -48,10 +48,10 @@ class MiniBatch:
 
 @dataclass
 class IterationBatch:
-    """The data of an iteration, which algorithms extend.
+    """Base class of the data of an iteration.
 
     Attributes:
-        metrics: Figures of the data, logged with its optimizer steps.
+        metrics: Metrics of the data, logged with its optimizer steps.
     """
 
     metrics: Metrics = field(default_factory=dict, kw_only=True)

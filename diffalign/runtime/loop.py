@@ -50,7 +50,8 @@ class Loop(Generic[B]):
 
     Attributes:
         batch: Data of the iteration in progress; None between two iterations.
-        phase: "evaluate", "sample" or "update": whose batch size to halve when memory runs out.
+        phase: "evaluate", "sample" or "update": whose batch size to halve when memory runs out; "close" after an
+            optimizer step, which is not repeated.
     """
 
     def __init__(self, run: Run, state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
@@ -179,7 +180,7 @@ class Loop(Generic[B]):
         return self.over
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and save, including what an interrupted run left to do."""
+        """Evaluate and save if due, also if an interrupted run has not done so."""
         step = self.progress
         if step.update:
             return
@@ -203,6 +204,8 @@ class Loop(Generic[B]):
             with memory_errors():
                 yield
         except torch.OutOfMemoryError as error:
+            if self.phase == "close":
+                raise
             logger.info(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
             self.state.optimizer.zero_grad(set_to_none=True)
             if self.phase == "sample":
@@ -277,7 +280,7 @@ class Loop(Generic[B]):
 
     def _close_update(self, batch: B, metrics: Metrics, bar: tqdm) -> None:
         """Log, checkpoint state and stop checks after an optimizer step."""
-        failed = None
+        failed, self.phase = None, "close"
         try:
             self.algorithm.on_step(batch, metrics)
             if self.progress.taken == 1 and "skipped" not in metrics:
@@ -298,9 +301,10 @@ class Loop(Generic[B]):
         self._stop_on_streak()
         if self.stop_agreed:
             raise StopRequested
+        self.phase = "update"
 
     def _note_skipped(self, reason: str, norm: float, own: list[dict[str, object]]) -> None:
-        """Write what it takes to reproduce a skipped step to ``skipped.jsonl``. own: this process's samples."""
+        """Write the data to reproduce a skipped step to ``skipped.jsonl``; ``own`` are this process's samples."""
         samples = gather_object(own) if self.accelerator.num_processes > 1 else own
         if self.accelerator.is_main_process and reason != "no gradient":
             step = self.progress
@@ -309,7 +313,7 @@ class Loop(Generic[B]):
             self.skips.write(step.step + 1, row)
             logger.info(f"step {step.step + 1} is not taken: {reason} (norm {norm:.3g}); samples are in skipped.jsonl")
 
-    # What it writes -------------------------------------------------------------------------------------------------
+    # Outputs --------------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         started, found = time.perf_counter(), None
@@ -337,7 +341,7 @@ class Loop(Generic[B]):
             self.log.sync()
         return path
 
-    # How it ends ----------------------------------------------------------------------------------------------------
+    # End of the run -------------------------------------------------------------------------------------------------
 
     def _export(self) -> None:
         """Write the exports of the run, and last the manifest with their checksums."""
@@ -364,7 +368,7 @@ class Loop(Generic[B]):
         raise Interrupted(self.run.heartbeat.signals.received or signal.SIGTERM)
 
     def _blame_weights(self, error: Exception) -> None:
-        """Raise NotFinite if the weights are not finite: they caused whatever failed afterwards."""
+        """Raise NotFinite if the weights are not finite, which explains any later error."""
         step, config = self.progress.step, self.config
         if step and first_bad(indexed(self.state.parameters)) is not None:
             raise NotFinite(

@@ -1,7 +1,7 @@
-"""Manifests: size and SHA-256 of files in a folder, signed, so that a wrong byte anywhere is noticed.
+"""Manifests: size and SHA-256 of files in a folder, with a checksum of their own, to detect any damage.
 
 A checkpoint has one (``manifest.json``), and so have the exports of a finished run (``exports.json``). Both are written
-last. Whatever lies in a folder, ``verify`` returns and does not raise: folders come from crashes, copies and strangers.
+last. ``verify`` never raises, whatever a folder holds: it may come from a crash, a copy or a stranger.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 GROUPS = "tensor_groups"  # the key of STATE that lists the groups of tensors; other files are exports
-LARGEST_JSON = 64 << 20  # bytes of a manifest or a state that is read
-HOLLOW = 1000  # a file of more than a gigabyte that takes so many times less on disk was never written
+LARGEST_JSON = 64 << 20  # largest manifest or state to read, in bytes
+HOLLOW = 1000  # a file above 1 GiB whose size exceeds its disk usage by this factor was never written
 
 
 def manifest_text(folder: Path, step: int, names: Iterable[str] | None = None) -> str:
@@ -29,7 +29,7 @@ def manifest_text(folder: Path, step: int, names: Iterable[str] | None = None) -
 
 
 def _signed(content: Mapping[str, Any]) -> str:
-    """Add the manifest's own digest: nothing else would notice a byte that flipped in it."""
+    """Add the digest of the manifest itself, which detects damage to it."""
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1)
 
@@ -40,24 +40,25 @@ def _digest(path: Path) -> str:
 
 
 def verify(path: Path) -> list[str]:
-    """List what is wrong with a checkpoint, a line per file; empty if every byte is as written."""
+    """List the problems of a checkpoint, a line per file; empty if every byte is as written."""
     found, problems = checked(Path(path) / MANIFEST)
     return problems or _uncovered(Path(path), found["files"])
 
 
 def checked(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read a manifest and compare the files beside it: its content, and a line per problem; never raises."""
+    """Read a manifest and check its files; return its content and a line per problem. Never raises."""
     try:
         content, problems = _read(path)
         checks = (_check_file(path.parent / name, entry) for name, entry in content.get("files", {}).items())
         return content, problems or [problem for problem in checks if problem]
     except FileNotFoundError:
         return {}, [f"{path} is missing"]
-    except Exception as error:  # whatever a forged file brings about, deep nesting included
+    except Exception as error:  # a forged file may cause any error, e.g. by deep nesting
         return {}, [f"{path} is unreadable ({type(error).__name__}: {str(error)[:200]})"]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a manifest; return its content without its checksum, and a line per problem."""
     text = read_regular(path).decode("utf-8")
     manifest = json.loads(text)
     content = {name: manifest[name] for name in ("format", "step", "files")}
@@ -102,10 +103,10 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> str | None:
 
 
 def _uncovered(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    """List files that ``checkpoint.load`` would read and the manifest does not have."""
+    """List files that ``checkpoint.load`` would read and that are not in the manifest."""
     try:
         groups = json.loads(read_regular(folder / STATE))[GROUPS] if STATE in files else []
         loaded = [STATE, *(f"{name}.safetensors" for name in groups)]
-    except Exception:  # its bytes are as signed; ``load`` says why they are no state
+    except Exception:  # the checksum is right; ``load`` reports why this is no state
         return []
     return [f"{folder / name} is not in {MANIFEST}" for name in loaded if name not in files]

@@ -1,4 +1,4 @@
-"""What to change when a batch does not fit into memory."""
+"""Recognise out-of-memory errors, halve batch sizes, and suggest settings that save memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from diffalign.config import to_dict
 from diffalign.device import empty_cache
 from diffalign.runtime.errors import OutOfMemory
 
-# The first that a configuration has.
+# Batch sizes of each phase; the first one that a configuration has applies.
 BATCHES = {
     "sample": ("rollout_batch_size",),
     "evaluate": ("eval_batch_size", "rollout_batch_size"),
     "update": ("train_batch_size",),
 }
-# What saves nothing there.
+# Settings that save no memory in a phase.
 USELESS = {
     "sample": {"gradient_checkpointing", "lora.rank"},
     "evaluate": {"gradient_checkpointing", "lora.rank", "overlap_rewards"},
@@ -27,12 +27,12 @@ USELESS = {
 
 
 def batch_name(config: Any, phase: str) -> str:
-    """The setting that says how many images a phase ("sample", "evaluate", "update") takes at once."""
+    """Return the name of the batch size of a phase ("sample", "evaluate", "update")."""
     return next((name for name in BATCHES[phase] if hasattr(config, name)), BATCHES[phase][-1])
 
 
 def advice(config: Any, phase: str) -> str:
-    """The settings that a phase can save memory with, three at most, with numbers."""
+    """List at most three settings that save memory in a phase, with their values."""
     given = to_dict(config)
     wanted: list[tuple[str, Callable[[Any], Any]]] = [
         (batch_name(config, phase), half),
@@ -54,41 +54,41 @@ def advice(config: Any, phase: str) -> str:
 
 
 def half(value: int) -> int | None:
-    """Of a size; None where there is nothing to halve."""
+    """Halve a size; None if it is 1."""
     return value // 2 if value > 1 else None
 
 
 def on(value: bool) -> bool | None:
-    """A switch, where it is off."""
+    """Turn a switch on; None if it is."""
     return None if value else True
 
 
 def off(value: bool) -> bool | None:
-    """A switch, where it is on."""
+    """Turn a switch off; None if it is."""
     return False if value else None
 
 
 def leaving(value: list[str]) -> str | None:
-    """Parts that leave the device, where none does."""
+    """Return the parts to offload; None if some are."""
     return None if value else "[text_encoders, vae]"
 
 
 def bf16(value: str) -> str | None:
-    """Half precision, where it is not used."""
+    """Return bf16; None if half precision is in use."""
     return "bf16" if value == "no" else None
 
 
 def smaller(value: int) -> int | None:
-    """Three quarters of a resolution, in steps of 64 pixels."""
+    """Return three quarters of a resolution, in steps of 64 pixels."""
     return value * 3 // 4 // 64 * 64 or None
 
 
-# What torch's CPU allocator, cuBLAS and the like say, who raise a plain RuntimeError.
+# Texts of a plain RuntimeError of torch's CPU allocator, cuBLAS and others.
 EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "unable to allocate")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory ran out, on any device."""
+    """Return whether an exception means that memory ran out, on any device."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     text = str(error).lower()
     return known or (isinstance(error, RuntimeError) and any(words in text for words in EXHAUSTED))
@@ -119,7 +119,7 @@ def make_room(config: Any, phase: str, step: int, world: int, error: torch.OutOf
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise ``torch.OutOfMemoryError`` for whatever says that memory ran out within the context."""
+    """Raise ``torch.OutOfMemoryError`` for any error that means that memory ran out within the context."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON values, and back bit for bit."""
+"""Convert an optimizer's state to named tensors and JSON values, and restore it bit for bit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON) for a checkpoint; the tensors are the live ones, not copies.
+    """Return (tensors, JSON values) for a checkpoint; the tensors are the live ones, not copies.
 
-    Parameters are known by their position, so names are "<parameter>.<entry>" and "group<number>.<option>".
+    Parameters are identified by their index, so that names are "<parameter>.<entry>" and "group<number>.<option>".
     """
     saved = optimizer.state_dict()
     entries = {f"{index}.{name}": value for index, state in saved["state"].items() for name, value in state.items()}
@@ -32,7 +32,11 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
 ) -> None:
-    """Puts a flattened state back; shares no memory with ``tensors``. ValueError: parameters of other shapes."""
+    """Restore a flattened state; it shares no memory with ``tensors``.
+
+    Raises:
+        ValueError: The parameters have other shapes.
+    """
     if _shapes(optimizer) != saved["shapes"]:
         raise ValueError("the optimizer state is of other parameters: resume with the rank and targets of its run")
     groups = optimizer.state_dict()["param_groups"]
@@ -54,7 +58,7 @@ def restore_optimizer(
 
 
 def _undo_casts(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """torch casts moments to the dtype of their parameter; float32 moments of bfloat16 weights would lose bits."""
+    """Restore the dtype of moments, which torch casts to that of their parameter: bfloat16 would lose bits."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, named in state.items():
         current = optimizer.state[parameters[index]]

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW (arXiv 1711.05101), or the same with its moments in 8 bits (arXiv 2110.02861)."""
+"""Optimizer and learning rate schedule: AdamW (arXiv 1711.05101), optionally with 8-bit moments (arXiv 2110.02861)."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def make_optimizer(parameters: Sequence[Tensor], args: TrainingConfig) -> torch.
 
 
 def lr_factor(name: str, step: int, warmup: int, total: int) -> float:
-    """The share of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
+    """Return the factor of the peak learning rate for optimizer step ``step`` (from 0) of ``total``.
 
-    Rises over ``warmup`` steps, never from 0, because an update that moves nothing is wasted (and looks like a broken
-    adapter); then stays ("constant"), or falls to 0 after the last step ("linear", "cosine").
+    It rises over ``warmup`` steps, from above 0, because an update that changes nothing would be wasted; then it is
+    constant, or falls to 0 after the last step ("linear", "cosine").
     """
     done = max(0, step - warmup) / max(1, total - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end or block a run: nobody has to read them, or keep them open."""
+"""Standard output and error that neither end nor block a run if they are closed or not read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-CHUNK = 4096  # bytes; a pipe that is ready takes so many without blocking
-PATIENCE = 1.0  # seconds that a reader may take before lines are dropped
+CHUNK = 4096  # bytes that a writable pipe accepts without blocking
+PATIENCE = 1.0  # seconds to wait for a reader before text is dropped
 
 
 class SteadyStream:
     """A text stream whose ``write`` and ``flush`` never raise OSError and never wait for a reader for long.
 
-    Text that a closed pipe, a lost terminal or a full disk refuses is dropped, and so is text for a reader that has
-    stopped reading. Once the other end is gone, the descriptor leads to the null device, so that what libraries write
-    to it does no harm either.
+    Text is dropped if the pipe or terminal is closed, the disk is full, or the reader has stopped reading. After such
+    an error the descriptor leads to the null device, so that writes of libraries cannot fail either.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -94,7 +93,7 @@ def steady_output() -> Iterator[None]:
 
 
 def _open_standard_descriptors() -> None:
-    """Give 0, 1 and 2 the null device where they are closed: the next file would get the number, and lines of a log."""
+    """Open the null device for 0, 1 and 2 if they are closed: the next file opened would receive the output."""
     for number in range(3):
         try:
             os.fstat(number)

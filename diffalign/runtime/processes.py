@@ -1,4 +1,4 @@
-"""Check that a run has the processes and the sharding that its launcher was asked for."""
+"""Check that a run has the number of processes and the sharding that its launcher was given."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = {
 def connect() -> None:
     """Let several processes without an accelerator train together on CPUs; call it before ``Accelerator()``.
 
-    Without the variable set here, each process would start a group of its own.
+    Without the variable set here, each process would form a group of one.
 
     Raises:
         ValueError: The launcher asks for an engine or option that is not supported.
@@ -59,7 +59,7 @@ def shortfall(passes: int) -> int:
 
 
 def check_world(num_processes: int) -> None:
-    """Raise RuntimeError where the launcher was asked for another number of processes than there are."""
+    """Raise RuntimeError if the launcher was given another number of processes than there are."""
     wanted = asked_for(os.environ, _parent())
     if wanted is not None and wanted != num_processes:
         raise RuntimeError(

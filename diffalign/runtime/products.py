@@ -1,4 +1,4 @@
-"""The files that a run leaves in its folder: whose they are, and the manifest that proves them whole."""
+"""Files that a run writes into its folder: protect files of others, and write the manifest of the exports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DENOISERS = ("unet", "transformer")
 
 
 def check_products(folder: Path) -> None:
-    """Raise ValueError where something in the folder is in the way of what the run will write."""
+    """Raise ValueError if something in the folder conflicts with what the run will write."""
     for name in (*FILES, *WEIGHTS):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise ValueError(f"{folder / name} is not a regular file: move it away, or choose another output_dir")
@@ -43,10 +43,10 @@ def check_products(folder: Path) -> None:
 
 
 def keep_others(args: Any) -> dict[str, Path]:
-    """Rename files that this package did not write and the run would replace: name -> where it is now.
+    """Rename files that this package did not write and the run would replace; return name -> new path.
 
-    In a folder without a trace of a run every file is somebody else's; in the folder of a run, the card that was edited
-    since, and a configuration with comments, or written by hand.
+    In a folder without a run these are all files; in the folder of a run, a model card that was edited, and a
+    configuration that has comments or was written by hand.
     """
     folder = args.output_dir
     manifest, _ = checked(folder / EXPORTS)
@@ -64,7 +64,7 @@ def _is_changed(folder: Path, name: str) -> bool:
 
 
 def is_generated(args: Any, path: Path) -> bool:
-    """Whether a configuration file is, byte for byte, what ``save_config`` writes for this trainer."""
+    """Return whether a configuration file is, byte for byte, what ``save_config`` writes for this trainer."""
     try:
         return to_yaml(from_dict(type(args), load_yaml(path))) == path.read_text(encoding="utf-8")
     except (ValueError, OSError):
@@ -72,7 +72,7 @@ def is_generated(args: Any, path: Path) -> bool:
 
 
 def portable(args: Any) -> Any:
-    """Return a configuration whose ``output_dir`` is relative to the working folder where it lies in it."""
+    """Return the configuration, with an ``output_dir`` within the working folder made relative to it."""
     here = Path.cwd()
     inside = args.output_dir.is_relative_to(here) and args.output_dir != here
     return dataclasses.replace(args, output_dir=args.output_dir.relative_to(here)) if inside else args
@@ -96,20 +96,20 @@ def prepare_folder(args: Any, resumed: bool) -> None:
 
 
 def write_exports(folder: Path, step: int, written: Iterable[Path]) -> None:
-    """Write the manifest of what a finished run has exported; folders stand for all files in them."""
+    """Write the manifest of the exports of a finished run; a folder stands for all files in it."""
     files = {file for path in written for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
     names = [file.relative_to(folder).as_posix() for file in files]
     write_text(folder / EXPORTS, manifest_text(folder, step, names))
 
 
 def is_exported(folder: Path, step: int) -> bool:
-    """Whether the exports of this step are in the folder, byte for byte as they were written."""
+    """Return whether the exports of a step are in the folder, byte for byte as they were written."""
     manifest, problems = checked(folder / EXPORTS)
     return not problems and manifest["step"] == step
 
 
 def all_exported(accelerator: Accelerator, args: Any, step: int) -> bool:
-    """Whether the exports of ``step`` are complete; the main process checks for all."""
+    """Return whether the exports of ``step`` are complete; the main process checks for all."""
     found = [is_exported(args.output_dir, step)]
     if accelerator.num_processes > 1:
         broadcast_object_list(found)

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: the bar, and an estimate of the time that is left."""
+"""The progress bar's figures, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SHOWN = {"reward": "reward/mean", "acc": "accuracy", "clip": "clip_share", "kl":
 
 
 def progress(metrics: Mapping[str, float]) -> str:
-    """The figures worth a place beside the progress bar."""
+    """Format the metrics to show beside the progress bar."""
     return " ".join(f"{label} {metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics)
 
 
 @contextmanager
 def paused(bar: Any) -> Iterator[None]:
-    """Keep what happens within out of the bar's rate and of its estimate."""
+    """Exclude the time within the context from the bar's rate and estimate."""
     started = time.time()
     try:
         yield
@@ -28,18 +28,30 @@ def paused(bar: Any) -> Iterator[None]:
 
 
 def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, after]; never for 0."""
+    """Return whether a multiple of ``every`` lies in (before, after]; never for 0."""
     return every > 0 and after // every > before // every
 
 
 class TimeLeft:
-    """The time that a run still takes, printed once. evaluation: seconds that the last one took, 0 without any."""
+    """Estimate the remaining time of a run, once.
+
+    Attributes:
+        evaluation: Seconds of the last evaluation; 0 without evaluations.
+        printed: Whether the estimate was returned.
+    """
 
     def __init__(self) -> None:
         self.evaluation, self.printed = 0.0, False
 
     def line(self, args: Any, before: int, step: int, seconds: float) -> str | None:
-        """A line after the first iteration, which took steps ``before`` to ``step``; None if it was printed before."""
+        """Format the estimate after the first iteration with optimizer steps; return None later or at the end.
+
+        Args:
+            args: The configuration.
+            before: Optimizer step at the start of the iteration.
+            step: Optimizer step at its end.
+            seconds: Seconds that the iteration took.
+        """
         left = args.max_train_steps - step
         if self.printed or step == before or left <= 0:
             return None
@@ -49,14 +61,14 @@ class TimeLeft:
 
 
 def evaluations_left(step: int, total: int, every: int) -> int:
-    """How many evaluations follow optimizer step ``step``, the last one at ``total`` among them."""
+    """Count the evaluations after optimizer step ``step``, including the last one at ``total``."""
     if step >= total:
         return 0
     return (total // every - step // every if every else 0) + (not every or total % every > 0)
 
 
 def estimate(steps: int, per_step: float, evaluations: int, per_evaluation: float) -> str:
-    """A line about the time that is left; evaluations are counted apart from steps."""
+    """Format the remaining time, with evaluations apart from steps."""
     rest = duration(steps * per_step + evaluations * per_evaluation)
     parts = [f"{steps} step{'s' * (steps > 1)} at {_short(per_step)}"]
     if evaluations and per_evaluation:
@@ -69,7 +81,7 @@ def _short(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

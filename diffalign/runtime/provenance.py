@@ -37,7 +37,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def machine(processes: int, device: str) -> dict[str, Any]:
-    """Describe what the last bits of a training depend on besides its configuration."""
+    """Describe the hardware and software that the last bits of results depend on."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -86,7 +86,7 @@ def origin(
 
     Args:
         args: Configuration of the run.
-        data: Digest of the training data; empty where there is none.
+        data: Digest of the training data; empty without data.
         processes: Number of processes.
         device: Device type.
         commits: Commit of each hub repository that was loaded.
@@ -109,7 +109,15 @@ def plain(args: TrainingConfig) -> dict[str, Any]:
 
 
 def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: TrainingConfig) -> list[str]:
-    """List differences to the machine that saved a checkpoint that may change last bits, a line each.
+    """Compare the origin of a checkpoint with that of this run.
+
+    Args:
+        then: ``origin`` of the checkpoint.
+        now: ``origin`` of this run.
+        args: Configuration of this run.
+
+    Returns:
+        A line per difference that may change the last bits of results.
 
     Raises:
         ValueError: The data, or a setting that must not change on resume, differ.
@@ -149,10 +157,13 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
 
 
 def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Compare local files with those that a checkpoint was trained with.
+    """Compare local files with those that a checkpoint was trained with; files that only one of them has are ignored.
 
-    Returns a line per file of which only samples were compared, which are the same, but whose time is not. ValueError:
-    contents differ. What only one of the two knows (an older checkpoint, another evaluation) is not compared.
+    Returns:
+        A line per file whose modification time differs, while its size and the samples that were compared agree.
+
+    Raises:
+        ValueError: Contents differ.
     """
     both = [name for name in now if name in then]
     if changed := [name for name in both if then[name]["content"] != now[name]["content"]]:

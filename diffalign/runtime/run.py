@@ -1,4 +1,4 @@
-"""What a training shares: configuration, model, processes, random numbers, prompt embeddings and progress."""
+"""Shared objects of a training: configuration, model, processes, random numbers, prompt embeddings, progress."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Progress:
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """Return what tells one checkpoint from another: (step, update, evaluated)."""
+        """Return (step, update, evaluated), which differs between any two checkpoints."""
         return self.step, self.update, self.evaluated
 
 
@@ -95,7 +95,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Run(Generic[C]):
-    """What a training shares. Passed down; it knows neither the algorithm nor the loop.
+    """Shared objects of a training, passed to algorithm, loop and outputs, none of which it refers to.
 
     Attributes:
         config: The validated configuration.

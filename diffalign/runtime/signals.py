@@ -22,12 +22,12 @@ FORCING = (signal.SIGTERM, signal.SIGINT)
 
 
 def _ignored(number: int) -> bool:
-    """Whether the parent asked to ignore SIGHUP, as nohup does."""
+    """Return whether the parent process set SIGHUP to be ignored, as nohup does."""
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def exit_on_signals() -> None:
-    """Exit with 128 + the signal's number on any of ``STOPPING``; for the time before a run, with nothing to save."""
+    """Exit with 128 + the signal's number on any of ``STOPPING``; for the time before a run, which saves nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in STOPPING:
             if not _ignored(number) and number != signal.SIGINT:  # Ctrl-C raises KeyboardInterrupt already
@@ -39,10 +39,13 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 class Signals:
-    """A context in which the first signal is only noted, as ``received``, for the run to stop where it is whole.
+    """Context that records the first signal, so that the run can stop after a whole optimizer step.
 
-    A second one of ``FORCING`` exits at once with 128 + its number; what was saved before stays valid, because
-    checkpoints appear by one rename. Outside the main thread Python delivers no signals, and the context does nothing.
+    A second one of ``FORCING`` exits at once with 128 + its number; saved checkpoints stay valid, because they appear
+    by one rename. Outside the main thread Python delivers no signals, and the context does nothing.
+
+    Attributes:
+        received: The first signal; None without.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl`` always, and accelerate's trackers where the user asks for them."""
+"""Log metrics to ``metrics.jsonl``, and to accelerate's trackers if the configuration names some."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffalign.atomic import keep_aside, write_text
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SAVE = "time/save"  # the seconds that a checkpoint took, in a row of its own, which no checkpoint counts
+SAVE = "time/save"  # seconds to write a checkpoint; such rows are not among those that a checkpoint counts
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _strict(value: Any) -> Any:
-    """A value of strict JSON: NaN becomes null and infinity text, because neither is a JSON number."""
+    """Convert to strict JSON: NaN becomes null and infinity text, because neither is a JSON number."""
     if hasattr(value, "tolist"):  # A number or an array of torch or numpy.
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -35,7 +35,7 @@ def _strict(value: Any) -> Any:
 
 
 def _valid_rows(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
-    """Return (step, line, row) of each line that is one; a warning counts the others, but for a torn last line."""
+    """Return (step, line, row) of each valid line; warn of broken ones, except for an incomplete last line."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows, broken = [], []
     for number, line in enumerate(lines, 1):
@@ -53,23 +53,23 @@ def _valid_rows(path: Path) -> list[tuple[int, str, dict[str, Any]]]:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    """Tell apart the rows that a step may have: one each of its update, its evaluation and its checkpoint."""
+    """Return the kind of a row: a step may have one each of "update", "eval" and ``SAVE``."""
     return SAVE if SAVE in row else "eval" if any(name.startswith("eval/") for name in row) else "update"
 
 
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, with ``step``.
 
-    A row that the disk refuses is written with a later one.
+    A row that cannot be written is written with a later one.
 
     Args:
-        path: the file.
-        rows: for a run that resumes, how many rows there were, without those of ``SAVE``, when its checkpoint was
-            written. Later rows are dropped, repeated ones once, broken ones with a warning, and the others are brought
-            in the order of their steps: the file ends up equal to that of an uninterrupted run. None starts a new file
-            and keeps an existing one as ``metrics.jsonl.old``.
-        step: of that checkpoint; without it, that of the last row that counts.
-        evaluated: whether the evaluation of ``step`` was in the file by then.
+        path: The file.
+        rows: For a run that resumes, the number of rows, without those of ``SAVE``, when its checkpoint was written.
+            Later rows, duplicates and broken rows are removed, and the others sorted by step, so that the file ends up
+            equal to that of an uninterrupted run. None starts a new file and keeps an existing one as
+            ``metrics.jsonl.old``.
+        step: Step of the checkpoint; default: that of the last row that is kept.
+        evaluated: Whether the file had the evaluation of ``step`` when the checkpoint was written.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MetricsLog:
             write_text(self.path, text)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends a row. Values: numbers, text, lists, dicts, tensors; NaN is written as null, infinity as "inf"."""
+        """Append a row of numbers, text, lists, dicts and tensors; NaN is written as null, infinity as "inf"."""
         assert "step" not in metrics, "the step is an argument of its own"
         line = json.dumps({"step": int(step), **_strict(metrics)}, allow_nan=False) + "\n"
         self.rows += SAVE not in metrics
@@ -110,7 +110,7 @@ class MetricsLog:
             warnings.warn(f"{self.path}: {error}; the row waits for the next one", stacklevel=2)
 
     def _append(self, file: RawIOBase) -> None:
-        """All that waits, or nothing: half a line in the middle would make the file unreadable."""
+        """Write all waiting rows or none: an incomplete line in the middle would make the file unreadable."""
         before = file.tell()
         try:
             if file.write(self.waiting) != len(self.waiting):
@@ -121,21 +121,22 @@ class MetricsLog:
         self.waiting = b""
 
     def sync(self) -> None:
-        """On the disk, and not in its cache only."""
+        """Flush the file to the disk."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
-        """Return the rows, without a torn last line; broken lines before it are left out with a warning."""
+        """Return the rows; broken lines are left out, with a warning unless it is an incomplete last line."""
         return [row for _, _, row in _valid_rows(Path(path))]
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """``none`` or a comma list of ``TRACKERS`` -> what ``Accelerator(log_with=...)`` takes.
+    """Parse ``none`` or a comma-separated list of ``TRACKERS`` for ``Accelerator(log_with=...)``.
 
-    ValueError: an unknown name, or one that is not installed (accelerate would leave it out without a word).
+    Raises:
+        ValueError: An unknown tracker, or one that is not installed (accelerate would ignore it silently).
     """
     names = [name.strip() for name in report_to.split(",")]
     if names == ["none"]:
@@ -148,7 +149,7 @@ def tracker_names(report_to: str) -> list[str]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names and plain scalars, the only thing that every tracker takes as hyperparameters."""
+    """Flatten to dotted names and plain scalars, which every tracker accepts as hyperparameters."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -159,16 +160,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Trackers:
-    """accelerate's trackers, made harmless: one that raises is switched off with one warning, and training goes on.
+    """Log to accelerate's trackers; one that raises is switched off with a warning, and training continues.
 
-    accelerator: built with ``log_with=tracker_names(report_to)``.
+    Args:
+        accelerator: Built with ``log_with=tracker_names(report_to)``.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
     def start(self, project: str, config: Mapping[str, Any]) -> None:
-        """Starts each tracker with the run's configuration, nested or flat."""
+        """Start each tracker with the run's configuration, nested or flat."""
         chosen, running = list(self.accelerator.log_with), []
         for tracker in chosen:
             # One at a time: a failing one must not take the others along.
@@ -178,7 +180,7 @@ class Trackers:
         self.accelerator.log_with, self.accelerator.trackers = chosen, running
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Sends the numbers of a step from the main process; other values stay in ``metrics.jsonl``."""
+        """Log the numbers of a step on the main process; other values are in ``metrics.jsonl`` only."""
         if not self.accelerator.is_main_process:
             return
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -187,7 +189,7 @@ class Trackers:
                 self.accelerator.trackers.remove(tracker)
 
     def finish(self) -> None:
-        """Closes every tracker."""
+        """Close all trackers."""
         while self.accelerator.trackers:
             tracker = self.accelerator.trackers.pop()
             _survives(tracker, tracker.finish)

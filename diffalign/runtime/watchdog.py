@@ -1,9 +1,8 @@
-"""End a run that hangs, and say where it hung.
+"""End a run that hangs, and print the stacks of its threads.
 
-A thread counts ticks without progress, which costs nothing and sees every hang that lets other threads run. A process
-beside the run watches that thread: where it falls silent too, something holds Python's lock (the GIL). Both count ticks
-and not the time of a clock, and leave out ticks in which the run was suspended: a laptop that slept, a job that was
-stopped by SIGSTOP, is not a hang.
+A thread counts ticks without progress, which detects every hang that lets other threads run. A second process watches
+that thread: if it stops too, something holds Python's lock (the GIL). Both count ticks instead of clock time, without
+those in which the run was suspended: a laptop that slept, or a job that was stopped by SIGSTOP, does not hang.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from diffalign.runtime import guardian
 from diffalign.runtime.errors import HANG
 from diffalign.runtime.output import emit
 
-DUMP = getattr(signal, "SIGRTMIN", 0) + 11 if hasattr(signal, "SIGRTMIN") else None  # asks for all stacks
-READING = 1 << 20  # bytes that a run which loads reads or writes, at least, from one sign of life to the next
+DUMP = getattr(signal, "SIGRTMIN", 0) + 11 if hasattr(signal, "SIGRTMIN") else None  # signal that dumps all stacks
+READING = 1 << 20  # bytes that must be read or written for loading to count as progress
 
 
 class Watchdog:
-    """A context that ends the process when ``beat`` was not called for ``limit`` seconds in which it ran.
+    """Context that ends the process if ``beat`` is not called for ``limit`` seconds, without times of suspension.
 
-    The stacks of all threads go to standard error and to ``stacks-<pid>.txt`` in ``folder``. The exit code is 75; where
-    the GIL is held, nothing in the process can exit any more, and it is killed (SIGKILL).
+    The stacks of all threads are written to standard error and to ``stacks-<pid>.txt`` in ``folder``. The exit code is
+    75; if the GIL is held, the process cannot exit by itself and is killed (SIGKILL).
 
     Args:
-        limit: seconds; 0 and infinity: never.
-        folder: the run folder.
-        loading: whether reading and writing files counts as progress: downloads and large models have no steps.
+        limit: Seconds; 0 and infinity: never.
+        folder: The run folder.
+        loading: Whether reading and writing files counts as progress, as during downloads.
     """
 
     def __init__(self, limit: float, folder: Path, loading: bool = False) -> None:
@@ -56,7 +55,7 @@ class Watchdog:
 
     @property
     def file(self) -> Path:
-        """Where the stacks go."""
+        """Path of the file with the stacks."""
         return self.folder / f"stacks-{os.getpid()}.txt"
 
     def __enter__(self) -> Watchdog:
@@ -80,11 +79,11 @@ class Watchdog:
             self._guardian = None
 
     def _start_guardian(self) -> None:
-        """Start the process that watches the thread; where none can be started, hangs that hold the GIL go unseen."""
+        """Start the process that watches the thread; without it, hangs that hold the GIL are not detected."""
         numbers = [str(os.getpid()), str(DUMP or 0), repr(self.limit), repr(self.tick)]
         command: list[str | bytes] = [sys.executable, "-I", "-S", guardian.__file__, *numbers, os.fsencode(self.file)]
         with contextlib.suppress(OSError):
-            # Unbuffered: a tick must leave at once. In a session of its own, so that no terminal stops it.
+            # Unbuffered, because ticks must be sent at once; a new session, so that no terminal stops it.
             self._guardian = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
             )
@@ -116,7 +115,7 @@ class Watchdog:
                 with contextlib.suppress(Exception):
                     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         finally:
-            os._exit(HANG)  # the main thread hangs, so that nobody would handle an exception
+            os._exit(HANG)  # the main thread hangs and cannot handle an exception
 
 
 def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:
@@ -125,7 +124,7 @@ def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:
 
 
 def _traffic() -> Callable[[], int] | None:
-    """Return a function that counts the bytes this process has read and written, where the system counts them."""
+    """Return a function that counts the bytes this process has read and written; None if the system does not."""
     process = psutil.Process()
 
     def count() -> int:

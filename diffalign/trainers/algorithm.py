@@ -1,4 +1,4 @@
-"""The base of all algorithms: what one must say, and what it may."""
+"""Base class of algorithms: the methods that one must define, and those that it may override."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Algorithm(ABC, Generic[C, B]):
 
     Attributes:
         name: Registered name.
-        command: What to type after ``diffalign train``; differs from the name for code.
-        launch_command: What trains with several processes.
+        command: Argument of ``diffalign train``; differs from the name for code.
+        launch_command: Command that trains with several processes, without options.
         config_class: Configuration, with defaults that can train.
         grad_through: Parts of the model besides the denoiser that gradients pass through.
         updates_per_iteration: Optimizer steps on the data of an iteration.
@@ -119,7 +119,7 @@ class Algorithm(ABC, Generic[C, B]):
         """Return the mean loss of a micro-batch, without its weight, and metrics."""
 
     def pass_kind(self, micro: MicroBatch) -> Hashable:
-        """Return what passes have in common that cost the same per row; forecasts run one of each kind."""
+        """Return a key that is equal for passes of equal cost per row; forecasts run one pass of each kind."""
         return None
 
     def updating(self) -> AbstractContextManager[None]:
@@ -132,7 +132,7 @@ class Algorithm(ABC, Generic[C, B]):
     # Checks and evaluations -----------------------------------------------------------------------------------------
 
     def on_first_batch(self, batch: B) -> None:
-        """Raise CannotTrain where unchanged weights do not reproduce what the iteration stored."""
+        """Raise CannotTrain if the unchanged weights do not reproduce what the iteration stored."""
 
     @abstractmethod
     def probe(self, batch: B) -> list[Tensor]:
@@ -158,7 +158,7 @@ class Algorithm(ABC, Generic[C, B]):
         return False
 
     def best_weights(self) -> tuple[int, str] | None:
-        """Return (step, weight set) of what to export in place of the last weights, or None."""
+        """Return (step, weight set) of the weights to export instead of the last ones, or None."""
         return None
 
     def plot(self, folder: Path) -> list[Path]:

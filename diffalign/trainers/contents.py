@@ -1,4 +1,4 @@
-"""What of local files a run depends on: its model, data, prompts and judges, each with a fingerprint."""
+"""Fingerprints of the local files that a run depends on: model, data, prompts and rewards."""
 
 from __future__ import annotations
 

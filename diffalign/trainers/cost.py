@@ -1,4 +1,4 @@
-"""What algorithms cost: images through the denoiser and bytes that are stored, counted from a configuration."""
+"""Costs of algorithms: images through the denoiser and bytes stored, computed from a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffalign.rollout.tree import paths, trees_per_group
 
 @dataclass(frozen=True)
 class Work:
-    """Images through the denoiser; guidance that takes two evaluations counts both.
+    """Number of images through the denoiser; guidance that takes two evaluations counts as two.
 
     Attributes:
         generated: Images that are sampled to train on.
@@ -28,7 +28,7 @@ class Work:
         training: Evaluations with a backward pass.
         comparing: Forward passes of the reference, of recomputed calls and of the checks at the first step.
         evaluating: Evaluations that sample held-out images and monitor the training.
-        judged: Images decoded with a gradient, which is no evaluation of the denoiser.
+        judged: Images decoded and scored with a gradient; no evaluations of the denoiser.
     """
 
     generated: int = 0
@@ -46,13 +46,13 @@ class Work:
 
     @property
     def evaluations(self) -> int:
-        """All evaluations of the denoiser."""
+        """Total number of evaluations of the denoiser."""
         return self.sampling + self.training + self.comparing + self.evaluating
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of ``world`` processes: its rank."""
+    """Rank of a process among ``world`` processes."""
 
     rank: int = 0
     world: int = 1
@@ -60,17 +60,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run of an algorithm costs. ``config`` is its validated configuration.
+    """Cost functions of an algorithm. ``config`` is a validated configuration.
 
     Attributes:
         updates: ``updates(config)``: optimizer steps per iteration.
-        iteration: ``iteration(config, share, iteration, updates)``: work of so many updates of an iteration, at most:
-            images without an advantage and groups without a pair cost less.
+        iteration: ``iteration(config, share, iteration, updates)``: upper bound on the work of so many updates of an
+            iteration; images without an advantage and groups without a pair cost less.
         checks: ``checks(config, share)``: work of the checks around the first step.
         eval_steps: ``eval_steps(config)``: sampling steps of an evaluation.
         batches: ``batches(config, share)``: lines that describe how an iteration is split.
         passes: ``passes(config)``: images per pass (while sampling, while training).
-        stored: ``stored(config, latent shape, share)``: bytes that an iteration keeps on the device.
+        stored: ``stored(config, latent shape, share)``: bytes of an iteration's data on the device.
         copies: ``copies(config)``: number of copies of the trained weights.
         watched: ``watched(config, held_out)``: evaluations besides the images of so many held-out prompts.
         grad_through: Parts of the model besides the denoiser that gradients pass through.
@@ -129,7 +129,7 @@ def rollout_work(config: RolloutConfig, share: Share, iteration: int) -> Work:
 
 
 def on_device(buffer: int, more: int) -> int:
-    """Return the bytes on the device of a buffer and of what is computed from it; 0 if both are in pinned memory."""
+    """Return the bytes on the device of a buffer and the data derived from it; 0 if both are in pinned memory."""
     outside = torch.cuda.is_available() and pinned(buffer, torch.device("cuda"))
     return 0 if outside else buffer + more
 

@@ -23,15 +23,15 @@ RESERVED = frozenset({"mean", "std", "accuracy", "diversity"})  # of ``reward/..
 
 @dataclass(frozen=True)
 class Inputs(Generic[C]):
-    """What an algorithm trains on and is evaluated by.
+    """Data and rewards of a training and its evaluations.
 
     Attributes:
         config: The validated configuration, which records the rewards.
-        data: Prompts, pairs or images; None where the algorithm opens them itself.
-        rewards: Rewards that train, by name.
-        weights: Their weights.
+        data: Prompts, pairs or images; None if the algorithm opens them itself.
+        rewards: Rewards to train on, by name.
+        weights: Weight of each of ``rewards``.
         eval_rewards: Rewards that evaluations report, the first as accuracy.
-        held_out: Names of those among ``eval_rewards`` that only watch the training.
+        held_out: Names of those among ``eval_rewards`` that only monitor the training.
         eval_prompts: Held-out prompts.
     """
 

@@ -1,4 +1,4 @@
-"""Outputs of a run: evaluations, the LoRA, the model card, and what a checkpoint says of its origin."""
+"""Outputs of a run: evaluations, exported weights, the model card, and the provenance of checkpoints."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Outputs:
         return [*written, *(self.algorithm.plot(self.run.config.output_dir) if self.inputs.eval_prompts else [])]
 
     def _picture_again(self, step: int) -> None:
-        """Evaluate the exported weights, so that the card describes them."""
+        """Sample images with the exported weights, so that the model card shows these."""
         with self.run.model.using(self.report.weight_set):
             _, shown = self.evaluation.run(self.algorithm.eval_plan())
         if self.run.is_main:

@@ -1,4 +1,4 @@
-"""The base of algorithms that learn from rollouts: rewards, prompts and the collector are ready."""
+"""Base class of algorithms that train on rollouts: it reads rewards and prompts, and samples and scores images."""
 
 from __future__ import annotations
 

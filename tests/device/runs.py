@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "bco": {"loss": "bco", "mixed_precision": "bf16"},
         "online": ONLINE,
     },
+    # A reward that is smooth: rounding moves JPEG sizes by whole bytes, and advantages with them.
+    "forward_rl": {"nft": {"rewards": JUDGE}},
     "refl": {
         "group": {
             "recipe": {"preset": "draft_k", "num_steps": 4, "gradient_steps": 2, **GROUP},

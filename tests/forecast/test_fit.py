@@ -5,9 +5,10 @@ import re
 import pytest
 
 from diffalign.cli import main
-from diffalign.config import parse
+from diffalign.config import from_dict, parse
 from diffalign.forecast import fit as module
 from diffalign.forecast.rehearsal import Rehearsed
+from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import find_algorithm
 from tests.conftest import ROOT
 
@@ -70,6 +71,50 @@ def test_what_is_set_is_kept(fitted):
     assert "quantise" not in line
     with pytest.raises(ValueError, match="memory 10GB: no settings fit"):
         fitted("10GB", "--offload", "[]")
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("flow_grpo", {"num_groups": 64, "group_size": 4, "updates_per_rollout": 2}),
+        ("flow_grpo", {"num_groups": 64, "group_size": 4, "updates_per_rollout": 2, "plan": {"branch": [2, 2]}}),
+        ("refl", {"num_groups": 64, "group_size": 4}),
+        ("diffusion_dpo", {"num_pairs": 64, "train_data": ["pairs.parquet"]}),
+    ],
+)
+def test_a_short_iteration_gives_every_process_two_passes(name, settings, world):
+    entry = find_algorithm(name)
+    config = from_dict(entry.config, {**settings, "train_batch_size": 2, "rollout_batch_size": 2})
+    short = module.brief(config, world)
+    entry.algorithm.check_processes(Inputs(short), world)
+    count = short.num_pairs if settings.get("num_pairs") else short.num_groups * short.group_size
+    assert count // world // getattr(short, "updates_per_rollout", 1) >= 4
+    assert short != config
+
+
+def test_batches_that_the_run_refuses_are_not_chosen(fitted, monkeypatch):
+    def whole_groups(entry, config, *args, **kwargs):
+        if config.train_batch_size % 16:
+            raise ValueError("needs whole groups")
+        return rehearse(entry, config, *args, **kwargs)
+
+    monkeypatch.setattr(module, "rehearse", whole_groups)
+    assert fitted("40GB")[0].train_batch_size == 16
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(module, "rehearse", refuse)
+    with pytest.raises(ValueError, match="no such thing"):
+        fitted("40GB")
+
+    def unknown(*args, **kwargs):
+        raise NotImplementedError("aten::custom")
+
+    monkeypatch.setattr(module, "rehearse", unknown)
+    with pytest.raises(ValueError, match=r"aten::custom.*leave out memory"):
+        fitted("40GB")
 
 
 def test_several_processes_need_a_size(fitted, monkeypatch):

@@ -62,6 +62,20 @@ def test_the_rehearsed_peak_is_the_measured_one(trainer, tmp_path):
     assert rehearsed == pytest.approx(found, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "more"),
+    [
+        ("flow_grpo", {"save_rollouts": True}),
+        ("flow_grpo", {"cache_dir": "cache"}),
+        ("refl", {"early_stopping": 2, "eval_steps": 5, "eval_prompts": ONLINE["train_prompts"]}),
+    ],
+)
+def test_settings_of_files_and_evaluations_do_not_stop_a_rehearsal(trainer, more, tmp_path):
+    entry, config = settings(trainer, ROOT / "assets/shapes-sd3", tmp_path, **more)
+    assert rehearse(entry, config, block=64, cpu=True).peak > 0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_rehearsed_peak_of_every_family_is_the_measured_one(name, tmp_path):
     family, folder = FAMILIES[name], PIPELINE

@@ -95,6 +95,20 @@ def test_r39_auto_batch_halves_until_it_fits_and_gradients_are_the_same(tmp_path
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
+def test_r39_a_step_that_was_taken_is_not_repeated(tmp_path, monkeypatch):
+    trainer = TRAINERS["flow_grpo"].make(short("flow_grpo", tmp_path, train_batch_size=4, auto_batch=True))
+
+    def full(batch, metrics):
+        raise CUDA
+
+    monkeypatch.setattr(trainer.algorithm, "on_step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert trainer.args.train_batch_size == 4
+    assert trainer.run.progress.step == 1
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1]
+
+
 def test_r39_auto_batch_ends_where_nothing_is_left_to_halve(tmp_path):
     trainer = TRAINERS["flow_grpo"].make(short("flow_grpo", tmp_path, auto_batch=True))
     runs_out(trainer, 0, gradient=True)

@@ -82,6 +82,7 @@ KINDS = {
     "diffusion_dpo": DATA,
     "refl": DATA | {ROLLOUT},
     "flow_grpo": DATA | {ROLLOUT, BEFORE_REWARD, BETWEEN_UPDATES},
+    "forward_rl": DATA | {ROLLOUT, BEFORE_REWARD, BETWEEN_UPDATES},
     "online_dpo": (DATA | {ROLLOUT, BEFORE_REWARD, BETWEEN_UPDATES}) - {ACCUMULATION},  # a pair per update
 }
 

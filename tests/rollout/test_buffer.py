@@ -39,6 +39,13 @@ def test_only_ends_of_trained_steps_and_final_latents_are_stored(rows, expected)
     assert stored_steps(Plan(rows)) == expected
 
 
+def test_a_leaf_whose_parent_is_not_stored_is_not_trained():
+    plan = Plan((ODE, SDE))
+    buffer = RolloutBuffer.allocate(plan, torch.tensor([0]), torch.tensor([0]), PROMPTS, SHAPE, steps=(2,))
+    assert not buffer.trained.any()
+    assert len(buffer.transitions()) == 0
+
+
 def test_every_trained_node_has_its_true_parent():
     plan = Plan((ODE, SDE, SDE, ODE, ODE))
     buffer = filled(plan)

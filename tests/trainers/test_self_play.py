@@ -70,7 +70,7 @@ def test_it_trains(spin):
     ("setting", "message"),
     [
         ({"loss": "kto", "reference_steps": 0}, "'kto' has none: use a loss of pairs with one"),
-        ({"loss": "mapo", "reference_steps": 0}, "'mapo' has none"),
+        ({"loss": "mapo", "reference_steps": 0}, "read only by losses with a reference, unlike 'mapo'"),
         ({"streaming": True}, "losers: reference learns from single images, which are not streamed"),
         ({"train_data": (), "train_prompts": "x.txt", "rewards": {"shapes": 1.0}, "shared_start": False}, "give train"),
     ],

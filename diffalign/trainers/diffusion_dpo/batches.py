@@ -59,7 +59,7 @@ class PreferenceBatch(IterationBatch):
 
 
 class Source(ABC):
-    """Where examples come from. An iteration is ``sample``, ``score`` and ``rank``."""
+    """Source of examples. An iteration is ``sample``, ``score`` and ``rank``."""
 
     @abstractmethod
     def sample(self, iteration: int) -> PreferenceBatch:
@@ -247,10 +247,13 @@ class RolloutSource(Source):
         return examples, everyone
 
     def _weight(self, own: int, pairs: int) -> tuple[Tensor, int]:
-        """Return the weight of each example, (n,), and the number of pairs of all processes.
+        """Return the weights of examples, (n,), and the number of pairs of all processes.
+
+        n is the largest number of examples of any process, at least 1. Weights from index ``own`` on, of repeated
+        examples, are 0; the mean of weighted losses over processes is their mean over all examples.
 
         Args:
-            own: Number of examples of this process; n is the largest of any process, at least one.
+            own: Number of examples of this process.
             pairs: Number of pairs of this process.
         """
         counts, everyone = self.run.gather(torch.tensor([[own, pairs]])).T

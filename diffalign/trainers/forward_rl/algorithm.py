@@ -50,7 +50,7 @@ NOISE = "forward_rl/noise"
 
 @dataclass
 class UpdateData:
-    """What the passes of one optimizer step index.
+    """Data that the passes of one optimizer step index.
 
     Attributes:
         rollout: Samples of the step, and possibly others.
@@ -69,12 +69,12 @@ class UpdateData:
 
 @dataclass(frozen=True)
 class Denoised:
-    """Noised latents of a pass with the outputs of all weight sets, (image, time) pairs, time after time.
+    """Noised latents of a pass and the outputs of all weight sets; rows are (image, time) pairs, sorted by time.
 
     Attributes:
         step: Input of the objective.
         outputs: Weight set -> output; without gradients but for the policy's.
-        guided_reference: Guided output of the base model, if anchored to.
+        guided_reference: Guided output of the base model; None unless an anchor needs it.
         group: (B,), group of each pair.
         slot: (B,), index of its time.
     """
@@ -154,7 +154,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         return self.times.draw(self.run.rng, keys)
 
     def _keys(self, rollout: Rollout, samples: Tensor, share: str, iteration: int) -> list[tuple[int, ...]]:
-        """Return the address of the random numbers of samples; those that share them have one address."""
+        """Return the key of each sample's random numbers; samples with equal keys share them."""
         buffer = rollout.buffer
         rows = buffer.leaves[samples]
         if share == "iteration":
@@ -215,7 +215,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         return Denoised(step, outputs, guided, buffer.group[rows.cpu()], slot)
 
     def _noise(self, data: UpdateData, samples: Tensor, tag: int) -> tuple[Noised, Conditioning, Tensor, Tensor]:
-        """Return noised latents, their conditioning, time slots and buffer rows: pairs, time after time."""
+        """Return noised latents, conditioning, time indices and buffer rows of (image, time) pairs, sorted by time."""
         per_pass, rollout = self.config.times_per_pass, data.rollout
         block = torch.arange(self.config.times_per_image)[tag * per_pass : (tag + 1) * per_pass]
         pairs, slot = samples.repeat(len(block)), block.repeat_interleave(len(samples))
@@ -285,7 +285,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
     # Checks and evaluations -----------------------------------------------------------------------------------------
 
     def on_first_batch(self, batch: Rollout) -> None:
-        """Check that the lagged copies, which are still the policy's weights, predict exactly what it predicts."""
+        """Check that the lagged copies, which still equal the policy, predict exactly the same."""
         roles = frozenset(self.copies.sets) - {"sample"} if self.copies.lags else frozenset[str]()
         if not any(self.copies.sets[role] != POLICY for role in roles):
             return

@@ -1,4 +1,4 @@
-"""Where the samplings of direct reward gradients begin: at noise, at real images, or in a rollout buffer on disk."""
+"""Initial states of sampling for direct reward gradients: noise, noised real images, or states of a rollout buffer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Draw, SamplingPlan, sample
 from diffalign.structures import Conditioning, Level, Prompt, StepResult
 
-Samples = Sequence[tuple[int, int]]  # (group, member) of each sample of an iteration
+Samples = Sequence[tuple[int, int]]  # (group, index in the group) of each sample of an iteration
 
 
 @dataclass(frozen=True)
 class Start:
-    """B samples at one place of their samplings. x: (B, C, h, w). prompts: one each."""
+    """B samples at one sampling step.
+
+    Attributes:
+        x: (B, C, h, w).
+        place: Index of the level.
+        prompts: B prompts.
+    """
 
     x: Tensor
     place: int
@@ -37,36 +43,37 @@ class Start:
 
 
 class Starts(Protocol):
-    """A source of starts."""
+    """A source of initial states."""
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
-        """Those of some samples of an iteration, at place ``latest`` or before it."""
+        """Return initial states of some samples of an iteration, at level ``latest`` or an earlier one."""
 
     def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """The prompts of these samples, as they will be in their ``Start``."""
+        """Return the prompts that the ``Start`` of these samples will have."""
 
 
 class NoiseStarts:
-    """Start noise, with a prompt per group; each epoch goes through all prompts in a new order."""
+    """Start from noise, with a prompt per group; each epoch takes all prompts in a new order."""
 
     def __init__(self, prompts: Sequence[Prompt], num_groups: int, noise: KeyedRNG, shape: Sequence[int]) -> None:
         self.prompts, self.num_groups, self.noise, self.shape = prompts, num_groups, noise, shape
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
-        """Noise."""
+        """Draw the initial noise of samples."""
         x = self.noise.normal_batch(self.shape, "refl/start", [(iteration, *own) for own in samples])
         return Start(x, 0, self.prompts_of(iteration, samples))
 
     def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """One for each group."""
+        """Return the prompt of each sample's group."""
         order = _order(len(self.prompts), self.num_groups, iteration, self.noise, "prompts")
         return [self.prompts[order[group]] for group, _ in samples]
 
 
 class BufferStarts:
-    """Stored states of a rollout buffer that any trainer wrote, and its prompts.
+    """Start from stored states of a rollout buffer that any trainer saved, with its prompts.
 
-    ValueError: a buffer of another latent shape or number of steps.
+    Raises:
+        ValueError: The buffer has another latent shape or number of steps, or too few images in a group.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class BufferStarts:
             raise ValueError(f"{folder}: group {small[0]} has {len(self.members[small[0]])} images: lower group_size")
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
-        """The last stored states that are not after ``latest``. ValueError where there are none."""
+        """Return the last stored states that are not after ``latest``. Raises ValueError if none are stored."""
         stored = self.buffer.step[: self.buffer.nodes_per_sample].tolist()
         if not (usable := [step for step in stored if step <= latest]):
             raise ValueError(
@@ -98,20 +105,28 @@ class BufferStarts:
         return Start(self.buffer.x[nodes], usable[-1], self.prompts_of(iteration, samples))
 
     def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """Those of the buffer."""
+        """Return the prompts of samples, from the buffer."""
         return [self.buffer.prompts[group] for group in self._groups(iteration, samples)]
 
     def _groups(self, iteration: int, samples: Samples) -> list[int]:
-        """The buffer's group of each sample."""
+        """Return the index of each sample's group in the buffer."""
         groups = list(self.members)
         order = _order(len(groups), self.num_groups, iteration, self.noise, "prompts")
         return [groups[order[group]] for group, _ in samples]
 
 
 class Pictures:
-    """Real images with captions, as latents: framed in the middle, read once an iteration, encoded when asked for.
+    """Real images with captions: centre-cropped, read once per iteration, and encoded to latents on each call.
 
-    ValueError: none that is liked.
+    Args:
+        paths: Data files; only liked images are used.
+        settings: How to read them.
+        model: Encodes, and gives the resolution.
+        noise: Random numbers, which order the images.
+        count: Images per iteration.
+
+    Raises:
+        ValueError: The data have no liked image.
     """
 
     def __init__(
@@ -126,18 +141,18 @@ class Pictures:
 
     @torch.no_grad()
     def __call__(self, iteration: int, numbers: Sequence[int]) -> tuple[Tensor, list[Prompt], list[SizeConditioning]]:
-        """Latents (B, C, h, w), prompts and sizes of images ``numbers`` among the ``count`` of an iteration."""
+        """Return latents (B, C, h, w), prompts and sizes of the images ``numbers`` of the ``count`` of an iteration."""
         framed, sizes, prompts = zip(*self._framed(iteration, numbers), strict=True)
         pixels = torch.stack(framed).float() / 255
         latents = self.model.encode_images(pixels.to(self.model.device)).float().cpu()
         return latents, list(prompts), list(sizes)
 
     def prompts_of(self, iteration: int, numbers: Sequence[int]) -> list[Prompt]:
-        """The captions of these images."""
+        """Return the captions of images."""
         return [prompt for _, _, prompt in self._framed(iteration, numbers)]
 
     def _framed(self, iteration: int, numbers: Sequence[int]) -> list[tuple[Tensor, SizeConditioning, Prompt]]:
-        """Pixels, sizes and prompt of each image; those of one iteration are kept."""
+        """Return pixels, size conditioning and prompt of each image; images of the current iteration are cached."""
         if iteration != self._iteration:
             self._iteration, self._read = iteration, {}
         order = _order(len(self.liked), self.count, iteration, self.noise, "images")
@@ -149,13 +164,13 @@ class Pictures:
 
 
 class ImageStarts:
-    """Real images, noised to a level: ImageReFL (arXiv 2505.22569)."""
+    """Start from real images, noised to a level: ImageReFL (arXiv 2505.22569)."""
 
     def __init__(self, pictures: Pictures, levels: Level, place: int) -> None:
         self.pictures, self.levels, self.place = pictures, levels, place
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
-        """An image per group, a noise per sample."""
+        """Noise the image of each sample's group, with noise of its own per sample."""
         latents, prompts, _ = self.pictures(iteration, [group for group, _ in samples])
         noise = self.pictures.noise.normal_batch(
             latents.shape[1:], "refl/start", [(iteration, *own) for own in samples]
@@ -163,7 +178,7 @@ class ImageStarts:
         return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts)
 
     def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """The captions of the images."""
+        """Return the captions of the images."""
         return self.pictures.prompts_of(iteration, [group for group, _ in samples])
 
 
@@ -193,18 +208,18 @@ class Batch:
     iteration: int = 0
 
     def state(self, rows: Tensor, place: int) -> Tensor:
-        """The samples ``rows`` at a place that is kept: (b, C, h, w)."""
+        """Return the latents of samples at a stored step: (b, C, h, w)."""
         return self.buffer.x[self.buffer.nodes(rows, place)]
 
 
 def draw_courses(recipe: Recipe, noise: KeyedRNG, iteration: int, first: tuple[int, int]) -> tuple[GradientPath, ...]:
-    """The courses of the samples that are sampled together with ``first``, (group, member), the first of them."""
+    """Draw the gradient paths of a batch, keyed by the (group, index) of its first sample."""
     generator = noise.generator("refl/course", iteration, *first)
     return draw(recipe, iteration, lambda low, high: int(generator.integers(low, high)))
 
 
 def places(courses: Sequence[GradientPath], num_steps: int) -> list[int]:
-    """The places at which samplings must be kept, ascending."""
+    """Return the steps at which latents must be stored for some gradient paths, ascending."""
     kept = {place for course in courses for place in course.states}
     return sorted(kept | {num_steps for course in courses if course.renoise})
 
@@ -223,9 +238,15 @@ def advance(
     buffer: RolloutBuffer,
     draw_noise: Draw | None = None,
 ) -> None:
-    """Sample from ``start`` to the last place that ``buffer`` keeps, and fill it. No gradients.
+    """Sample from ``start`` to the last step that ``buffer`` stores, and fill it, without gradients.
 
-    draw_noise(i): the noise of step i, for a route with noise.
+    Args:
+        model: The model.
+        route: How to sample.
+        conditioning: A row per sample.
+        start: Initial states.
+        buffer: Receives the latents of its stored steps.
+        draw_noise: Maps the index of a stochastic step to its noise.
     """
     kept = buffer.step[: buffer.nodes_per_sample].tolist()
 

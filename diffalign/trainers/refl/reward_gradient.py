@@ -41,13 +41,13 @@ class RecipeGuidance:
 
 
 class RewardGradient:
-    """The mean loss of samples on a gradient path, scored by ``judge``, with the recipe's regulariser.
+    """Compute the mean loss of samples on a gradient path: rewards, and the recipe's regulariser.
 
     Args:
         run: The training.
-        judge: Decodes and scores.
-        recipe: Which calls carry the gradient, and what is added.
-        guidance: Of plain and recorded calls.
+        judge: Decodes latents and computes the loss of their rewards.
+        recipe: Which calls carry the gradient, and the regulariser.
+        guidance: Guidance of calls with and without gradient.
         levels: The recipe's noise levels.
         pictures: Real images, for the regulariser "pretraining".
     """

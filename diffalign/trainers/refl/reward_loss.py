@@ -23,9 +23,15 @@ from diffalign.structures import Prompt
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """What the rewards are to judge. latents: (B, C, h, w). group: (B,), the prompt's. weight: (B,), of each loss.
+    """Samples to score, with the weights of their losses.
 
-    words, word_weight: SRPO's control words and k, as in a ``GradientPath``.
+    Attributes:
+        latents: (B, C, h, w), final latents, which carry the gradient.
+        prompts: B prompts.
+        group: (B,), index of each sample's prompt.
+        weight: (B,), factor of each sample's loss.
+        words: SRPO's control words, wanted and unwanted; None without.
+        word_weight: SRPO's k, as in a ``GradientPath``.
     """
 
     latents: Tensor
@@ -37,9 +43,16 @@ class RewardInputs:
 
 
 class Judge:
-    """Decode and score. weights, thresholds: of ``rewards``, by name.
+    """Decode latents, score the images, and compute the loss of the rewards.
 
-    slice_size: images decoded and scored at once, 0 for the whole batch; the gradient is the same.
+    Args:
+        model: Decodes.
+        rewards: Differentiable rewards by name.
+        weights: Weight of each reward.
+        thresholds: Threshold of each reward; empty for a loss without thresholds.
+        recipe: Names the loss.
+        slice_size: Images decoded and scored at once, 0 for the whole batch; the gradient is the same.
+        decode_dtype: Dtype in which the VAE may compute.
     """
 
     def __init__(
@@ -59,9 +72,9 @@ class Judge:
         self._error: Exception | None = None
 
     def __call__(self, seen: RewardInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss, the mean of each reward over the samples that have one, and the share that has not.
+        """Return the mean loss and metrics: the mean of each reward over scored samples, and the share of the others.
 
-        A sample that a reward fails on, by raising or by no finite number, counts in nothing else.
+        A sample for which a reward raises or returns no finite number has no loss and no part in any mean.
         """
         count = len(seen.latents)
         results: list[dict[str, Tensor]] = []
@@ -81,7 +94,11 @@ class Judge:
         return total, {**figures, "reward/mean": weighted, "unscored": found["unscored"].float().mean()}
 
     def failures(self, some: bool) -> str | None:
-        """What to say of the samples without a score since the last call. some: False where it is known of none."""
+        """Return a warning about the samples without a score since the last call, or None.
+
+        Args:
+            some: False if no process has such samples, which saves reading the flags from the device.
+        """
         asked, error = self._asked, self._error
         self._asked, self._error = [], None
         if not some:
@@ -95,9 +112,9 @@ class Judge:
         return f"rewards failed on {len(failed)} of {len(texts)} samples ({cause}); they train nothing: {named(failed)}"
 
     def _losses(self, latents: Tensor, seen: RewardInputs, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the rewards' losses for some rows, (b,), and each reward, (b,), a constant.
+        """Return the weighted sum of the rewards' losses of some rows, (b,), and rewards by name, (b,), detached.
 
-        "unscored", beside them, says which samples have none.
+        The entry "unscored" of the rewards flags the samples without a score.
         """
         dtype = self.decode_dtype
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
@@ -118,7 +135,7 @@ class Judge:
         return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
 
     def _reward(self, reward: Reward, images: Tensor, seen: RewardInputs, prompts: Sequence[Prompt]) -> Tensor:
-        """What a reward says, relative to control words where the recipe has some: (b,)."""
+        """Score images with a reward, relative to control words if the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
         if seen.words is None:
             return self._ask(reward, images, texts, metadata)
@@ -142,9 +159,10 @@ class Judge:
 
 
 def thresholds(recipe: Recipe, rewards: Mapping[str, Reward], given: Mapping[str, float]) -> dict[str, float]:
-    """That of each reward, as given, else as published; empty where the recipe's loss has none.
+    """Return the threshold of each reward, as given, else as published; empty if the recipe's loss has none.
 
-    ValueError where one is missing, or given for no reward.
+    Raises:
+        ValueError: A threshold is missing, or names none of the rewards.
     """
     if not get_reward_loss(recipe.reward_loss).threshold:
         return {}
