@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from diffalign.cli import main
-from diffalign.data.prompt_sets import CLASSES, COLORS, SETS, generate, is_official
+from diffalign.data.prompt_sets import CLASSES, COLORS, SETS, generate, held_out, is_official
 from diffalign.data.prompt_source import HUB, LISTED, OWN, parse_source
 from diffalign.data.prompts import count_prompts, load_prompts, prompt_source
 from diffalign.preflight import prompts_problem
@@ -231,3 +231,9 @@ def test_prompt_source_asks_for_the_file_alone(tmp_path):
 def test_check_refuses_options_that_prompts_do_not_read(option, capsys):
     assert main(["check", "geneval", *option]) == 2
     assert f"{option[0][2:]}: not read of prompts" in capsys.readouterr().err
+
+
+def test_a_scene_is_on_one_side_whichever_object_is_named_first():
+    for a in CLASSES:
+        assert held_out(f"a {a} left of a bowl") == held_out(f"a bowl right of a {a}")
+        assert held_out(f"a {a} and a bowl") == held_out(f"a bowl and a {a}")
