@@ -16,7 +16,7 @@ from diffalign.config import describe, parse
 from diffalign.console import closing_pipes, one_line_logs, one_line_warnings
 from diffalign.lazy import load
 from diffalign.messages import bounded, explain
-from diffalign.preflight import inspect
+from diffalign.preflight import inspect, not_needed_to_forecast
 from diffalign.runtime.output import steady_output
 from diffalign.trainers import registry
 from diffalign.trainers.registry import unknown
@@ -69,7 +69,7 @@ def train(argv: Sequence[str]) -> int | None:
     dry, options = take_switch(argv[1:], DRY_RUN)
     world, card, options = _take_place(options) if dry else (None, None, options)
     args = parse(config_class, options)
-    inspect(args, weights=not dry, skip=_known_shapes(args) if dry else ())
+    inspect(args, weights=not dry, skip=_not_read(args) if dry else ())
     use_all_cores()
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
@@ -109,9 +109,10 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
     return found, rest
 
 
-def _known_shapes(config: Any) -> tuple[str, ...]:
-    """Return ("model",) if forecasts read nothing of the model but its configurations, which the package holds."""
-    return ("model",) if load("diffalign.models.published_configs:published_folder")(config.model) else ()
+def _not_read(config: Any) -> tuple[str, ...]:
+    """Return the fields of which a forecast reads nothing: prompts, and the model if the package has its configs."""
+    known = load("diffalign.models.published_configs:published_folder")(config.model)
+    return (*(("model",) if known else ()), *not_needed_to_forecast(config))
 
 
 def _take_place(options: Sequence[str]) -> tuple[int | None, str | None, list[str]]:
@@ -166,7 +167,7 @@ def fit(argv: Sequence[str]) -> None:
         print(describe(config_class))
         return
     args = parse(config_class, argv[1:])
-    inspect(args, skip=_known_shapes(args))
+    inspect(args, skip=_not_read(args))
     use_all_cores()
     one_line_logs()
     load("diffalign.forecast.fit:show_table")(registry.find_algorithm(argv[0], allow_code=True), args)

@@ -54,12 +54,45 @@ def path_problem(name: str, value: Any, config: Any) -> Iterator[str]:
 
 
 def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
-    """Check that a prompt file exists and is no folder."""
+    """Check the name of prompts: a file that exists, a hub data set that can be read, or a known word."""
+    from diffalign.data.prompt_source import HUB, parse_source
+
     path = Path(value)
     if path.is_dir():
-        yield f"{name}: {path} is a folder; name a file of prompts in it, .txt or .jsonl"
-    else:
-        yield from path_problem(name, value, config)
+        yield f"{name}: {path} is a folder; name a file of prompts in it, e.g. .txt, .jsonl, .csv or .parquet"
+        return
+    try:
+        source = parse_source(value)
+    except ValueError as error:
+        # The name of a file that does not exist may well be misspelt in its suffix.
+        yield from [f"{name}: {error}"] if path.exists() or not path.suffix else path_problem(name, path, config)
+        return
+    if source.path is not None:
+        yield from path_problem(name, source.path, config)
+    elif source.kind == HUB:
+        for file in source.files or (None,):
+            if problem := hub_problem(source.name, source.revision, "dataset", file):
+                yield f"{name}: {problem}"
+                return
+
+
+def not_needed_to_forecast(config: Any) -> tuple[str, ...]:
+    """List the fields that name data on the hub which a forecast does not read: it makes up its own."""
+    from diffalign.data.prompt_source import HUB, parse_source
+
+    found = []
+    for name in ("train_prompts", "eval_prompts"):
+        try:
+            source = parse_source(getattr(config, name, None) or "")
+        except ValueError:
+            continue
+        if source.kind == HUB and (name == "train_prompts" or source.count is not None):
+            found.append(name)
+    for name in ("train_data", "train_images"):
+        sources = getattr(config, name, ())
+        if sources and not any(Path(source).exists() or _is_local(str(source)) for source in sources):
+            found.append(name)
+    return tuple(found)
 
 
 def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
@@ -81,14 +114,22 @@ def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check data sources: files, folders or hub ids."""
     for source in [value] if isinstance(value, (str, Path)) else value:
         path = Path(source)
+        if getattr(config, "of_prompts", False):
+            yield from prompts_problem(name, source, config)
+            continue
         if path.exists():
             continue
-        local = path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or not HUB_ID.fullmatch(str(source))
-        if local or path.parent.is_dir():
-            what = "file" if getattr(config, "of_prompts", False) else "preference data"
-            yield f"{name}: no {what} at {source}{_near(path)}: check the path (relative to {Path.cwd()})"
+        if _is_local(str(source)):
+            yield f"{name}: no preference data at {source}{_near(path)}: check the path (relative to {Path.cwd()})"
         elif problem := hub_problem(str(source), getattr(config, "revision", None), "dataset"):
             yield f"{name}: {problem}"
+
+
+def _is_local(source: str) -> bool:
+    """Return whether a source can only be a path, whether it exists or not."""
+    path = Path(source)
+    named = path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or not HUB_ID.fullmatch(source)
+    return named or path.parent.is_dir()
 
 
 def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:

@@ -7,11 +7,14 @@ import yaml
 
 from diffalign.config import parse
 from diffalign.data.pairs import load_pairs
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompt_source import LISTED
+from diffalign.data.prompts import count_prompts, load_prompts
 from diffalign.models import family_names
+from diffalign.preflight import inspect, not_needed_to_forecast
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
 from diffalign.trainers.registry import algorithm_names, config_class
+from tests.hub_stand_in import LAYOUTS, stand_in
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in algorithm_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
@@ -48,8 +51,43 @@ def test_training_config_resolves(path, monkeypatch):
     build_rewards(getattr(args, "held_out", {}))
     assert all(get_reward(name) for name in args.eval_rewards)
     if args.model in HUB:
-        return  # the prompts of real models are the user's own
+        return  # see below
     assert not training_texts(args) & {p.text for p in load_prompts(args.eval_prompts)}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        put = stand_in(tmp_path_factory.mktemp("hub"), patch)
+        put(LISTED["pickapic"].source, **LAYOUTS["pickapic"])
+        yield
+
+
+REAL = [path for path in FILES if not path.stem.startswith("shapes")]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_prompts_of_a_real_model_s_preset_resolve_without_a_file_beside_it(path, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = parse(config_class(path.parent.name), ["--config", str(path)])
+    test = load_prompts(args.eval_prompts)
+    assert test
+    if path.parent.name != "diffusion_dpo":
+        train = {prompt.text for prompt in load_prompts(args.train_prompts)}
+        assert len(train) > len(test)
+        assert not train & {prompt.text for prompt in test}
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_forecast_of_a_real_model_s_preset_needs_no_network(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    args = parse(config_class(path.parent.name), ["--config", str(path)])
+    inspect(args, skip=("model", *not_needed_to_forecast(args)))
+    assert count_prompts(args.eval_prompts)
 
 
 # What a header promises --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ ALLOWED = {
     "lazy": set(),
     "messages": set(),
     "config": {"files", "atomic", "tokens"},
-    "preflight": {"config", "messages", "plugins", "rewards"},
+    "preflight": {"config", "messages", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),
     "fsdp": set(),

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from diffalign.commands.check_config import CheckConfig
 from diffalign.commands.check_prompts import examine_prompts, prompts_text, too_long
+from diffalign.config.unread import refuse_unread
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import digest, fetched
 from diffalign.data.pairs import PairData, usable_images
@@ -163,6 +164,7 @@ def text(report: dict[str, Any]) -> str:
 
 def run(config: CheckConfig) -> int:
     """Print the report; return 1 if training with these settings would stop, else 0."""
+    refuse_unread(config)
     report = examine_prompts(config.data, config.encoders()) if config.of_prompts else examine(config)
     to_text = prompts_text if config.of_prompts else text
     print(json.dumps(report, indent=1) if config.json else to_text(report))

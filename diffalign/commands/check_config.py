@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
+from diffalign.data.prompt_source import LISTED
 
 if TYPE_CHECKING:
     from diffalign.data.pairs import PairData
@@ -27,7 +28,7 @@ class CheckConfig(PreferenceDataConfig):
     essential: ClassVar[tuple[str, ...]] = ("data", "prompts", "model", "scan", "unpaired", "streaming", "json")
 
     data: tuple[str, ...] = option((), "preference data or prompts: files, folders or hub ids", section="data")
-    prompts: bool = option(False, "read the data as prompts, one per line; .txt files always are", section="data")
+    prompts: bool = option(False, "read the data as prompts; .txt files and named sets always are", section="data")
     scan: int | None = option(None, "number of samples to check, from the first; null: all", section="data", ge=0)
     model: str | None = option(
         None, "folder or hub id of a model whose tokenizers measure prompts that are too long", section="model"
@@ -42,7 +43,14 @@ class CheckConfig(PreferenceDataConfig):
     @property
     def of_prompts(self) -> bool:
         """Whether the data are prompts instead of preferences."""
-        return self.prompts or (bool(self.data) and all(source.lower().endswith(".txt") for source in self.data))
+        return self.prompts or (bool(self.data) and all(_names_prompts(source) for source in self.data))
+
+    def unread(self) -> dict[str, str]:
+        """Return the fields that prompts have no use for, with the reason."""
+        if not self.of_prompts:
+            return {}
+        reason = "not read of prompts, which have options of their own, e.g. 'owner/name?split=test&limit=100'"
+        return dict.fromkeys((*(field.name for field in fields(PreferenceDataConfig)), "unpaired", "streaming"), reason)
 
     def encoders(self) -> list[Encoder] | None:
         """Load the text encoders of ``model``; None without a model. FileNotFoundError, ValueError: no such model."""
@@ -68,3 +76,8 @@ class CheckConfig(PreferenceDataConfig):
         if self.unpaired:
             raise ValueError("single images cannot be streamed: leave out streaming or unpaired")
         return PairStream([open_stream_part(source, self.settings()) for source in self.data], self.settings())
+
+
+def _names_prompts(source: str) -> bool:
+    name = source.partition("?")[0]
+    return name in LISTED or name.lower().endswith(".txt")

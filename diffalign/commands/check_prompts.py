@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.prompts import LINE_ERRORS, LineError, prompt_file, read_lines
+from diffalign.data.prompt_source import PromptSource
+from diffalign.data.prompts import LINE_ERRORS, LineError, prompt_source, read_entries
 from diffalign.data.validation import EXAMPLES
 from diffalign.files import open_regular, raw_lines, shorten, some
 from diffalign.models.prompt_length import Encoder, cut
@@ -21,6 +22,8 @@ ODD = {
     "long": "more tokens than a text encoder reads, the rest is truncated; --model MODEL counts with its tokenizers",
     "control": "invisible characters: control characters or text direction marks",
 }
+LINES = (".txt", ".jsonl", ".csv")  # read line by line
+NO_LAYOUT = {"byte_order_mark": False, "line_ends": None}
 INVISIBLE = ("Cc", "Cf")  # Unicode categories
 JOINERS = "\u200c\u200d"  # used within words of some scripts and within emoji
 TAGS = range(0xE0020, 0xE0080)  # used within flag emoji
@@ -38,10 +41,10 @@ def too_long(text: str, encoders: Sequence[Encoder] | None) -> str | None:
 
 
 def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] | None = None) -> dict[str, Any]:
-    """Read prompt files and return the report that ``prompts_text`` formats.
+    """Read prompts and return the report that ``prompts_text`` formats.
 
     Args:
-        sources: Files, .txt or .jsonl.
+        sources: Files, hub ids, or sets by one word, with options.
         encoders: Text encoders of the model; None if unknown.
 
     Raises:
@@ -50,28 +53,32 @@ def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] |
     """
     found: dict[str, list[str]] = {kind: [] for kind in (*LINE_ERRORS, *ODD)}
     seen: dict[str, str] = {}
-    files = [_examine_file(prompt_file(source), found, seen, encoders) for source in sources]
+    files = [_examine_source(prompt_source(source), found, seen, encoders) for source in sources]
     faults = {kind: {"count": len(lines), "samples": lines} for kind, lines in found.items()}
     stops = [f"{shorten(file['path'])} has no prompts: write one per line" for file in files if not file["prompts"]]
     stops = [lines[0] for kind, lines in found.items() if kind in LINE_ERRORS and lines] + stops
     return {"files": files, "different": len(seen), "faults": faults, "verdict": stops}
 
 
-def _examine_file(
-    path: Path, found: dict[str, list[str]], seen: dict[str, str], encoders: Sequence[Encoder] | None
+def _examine_source(
+    source: PromptSource, found: dict[str, list[str]], seen: dict[str, str], encoders: Sequence[Encoder] | None
 ) -> dict[str, Any]:
-    """Summarize a file; add faults of its lines to ``found`` and its prompts to ``seen``."""
+    """Summarize a source; add faults of its lines to ``found`` and its prompts to ``seen``."""
     counts: dict[str, int] = defaultdict(int)
-    for number, line in enumerate(read_lines(path), start=1):
-        where = f"{shorten(path)}, line {number}"
+    own = set[str]()
+    for where, line in read_entries(source):
+        if counts["prompts"] == source.limit:
+            break
         counts["blank"] += line is None
         if isinstance(line, LineError):
             found[line.kind].append(str(line))
-        elif line is not None:
+        elif line is not None and not (source.unique and line.text in own):
+            own.add(line.text)
             counts["prompts"] += 1
             for kind, detail in _odd(line, where, seen, encoders):
                 found[kind].append(f"{where}: {detail}")
-    return {"path": str(path), "prompts": counts["prompts"], "blank": counts["blank"], **_layout(path)}
+    layout = _layout(source.path) if source.path and source.path.suffix.lower() in LINES else NO_LAYOUT
+    return {"path": source.text, "prompts": counts["prompts"], "blank": counts["blank"], **layout}
 
 
 def _layout(path: Path) -> dict[str, Any]:
@@ -105,7 +112,8 @@ def prompts_text(report: dict[str, Any]) -> str:
     for file in report["files"]:
         mark = ", a byte order mark" if file["byte_order_mark"] else ""
         counts = f"{file['prompts']} prompts, {file['blank']} blank lines"
-        lines.append(f"{shorten(file['path'])}: {counts}, line ends {file['line_ends']}{mark}")
+        ends = f", line ends {file['line_ends']}" if file["line_ends"] else ""
+        lines.append(f"{shorten(file['path'])}: {counts}{ends}{mark}")
     for kind, faults in report["faults"].items():
         meaning = LINE_ERRORS.get(kind) or ODD[kind]
         lines.append(f"{kind}: {faults['count']} ({meaning})")

@@ -51,7 +51,7 @@ class EvaluationConfig(Checked):
     resolution: int | None = option(
         None, "side length of the square images, in pixels", section="model", ge=1, le=100_000
     )
-    prompts: Path | None = option(None, ".txt or .jsonl of prompts; default: the run's eval_prompts", section="data")
+    prompts: Path | None = option(None, "file, hub id or named set; default: the run's eval_prompts", section="data")
     limit: int | None = option(
         None, "largest number of prompts, spread evenly over the file", section="data", infinite=False
     )

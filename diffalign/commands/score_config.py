@@ -40,7 +40,11 @@ class ScoreConfig(Checked):
         False, "read images outside the folder of their table, also through links", section="data"
     )
     prompt: str | None = option(None, "one prompt for all images; '' for rewards that read none", section="data")
-    prompts: Path | None = option(None, ".txt or .jsonl, one prompt per image in their order", section="data")
+    prompts: Path | None = option(
+        None,
+        "file of one prompt per image, in their order",
+        section="data",
+    )
     rewards: tuple[str, ...] = option((), "reward names", section="rewards", guard=guard_rewards)
     reward_options: dict[str, float | RewardConfig] = option(
         {},

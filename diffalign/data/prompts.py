@@ -1,68 +1,89 @@
-"""Read prompt files: plain text, or JSON lines with metadata for rewards."""
+"""Read prompts of files, of data sets on the hub and of generated sets, with metadata for rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.records import parse_object
-from diffalign.data.row import MAX_PROMPT, as_metadata
-from diffalign.files import decode_line, open_regular, raw_lines, shorten, some
+from diffalign.data.prompt_sets import generate, held_out
+from diffalign.data.prompt_source import GENERATED, HUB, PromptSource, parse_source
+from diffalign.data.records import parse_object, read_chunks
+from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed
+from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.structures import Prompt, without_nulls
 
 TEXT_KEYS = ("prompt", "text")
 
 
-def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of a file in order; duplicates are kept.
+def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Read prompts in order; duplicates are kept.
 
     ``.txt``: a prompt per line. ``.jsonl``: an object per line with "prompt" (or "text"); its other members become
     ``Prompt.metadata``, e.g. GenEval's ``{"tag", "include", "exclude", "prompt"}``; so do the members of a mapping
     "metadata", as in pairs and rollout buffers. Nulls count as absent, as in tables. Files are UTF-8, with or without a
-    byte order mark, with any line ends. Blank lines are skipped, and spaces around a prompt are removed.
+    byte order mark, with any line ends. Blank lines are skipped, and spaces around a prompt are removed. Rows of
+    ``.csv``, ``.parquet``, ``.json`` and of data sets on the hub likewise, from "prompt", "caption" or "text".
 
     Args:
-        path: The file.
-        limit: Largest number of prompts; later lines are not read.
+        source: A file, a hub id, or a set by one word, with options: see ``prompt_source``.
+        limit: Largest number of prompts; later ones are not read.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: An unknown suffix, an invalid line, or no prompt.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}: leave it out to read every prompt of {shorten(path)}")
-    path = prompt_file(path)
-    prompts = list(islice(_usable(path), limit))
+        raise ValueError(
+            f"limit must be at least 1, got {limit}: leave it out to read every prompt of {shorten(source)}"
+        )
+    asked = prompt_source(source)
+    prompts = list(islice(_usable(asked), limit))
     if not prompts:
-        raise ValueError(f"{shorten(path)} holds no prompt: write one per line")
+        raise ValueError(f"{shorten(source)} holds no prompt: write one per line")
     return prompts
 
 
-def prompt_file(path: str | Path) -> Path:
-    """Check that ``path`` is a prompt file. FileNotFoundError: it does not exist. ValueError: an unknown suffix."""
-    path = Path(path)
-    if path.suffix.lower() not in PARSERS:
-        raise ValueError(
-            f"{shorten(path)}: unknown suffix {shorten(path.suffix, 40)!r}; rename it to one of {', '.join(PARSERS)}"
-        )
+def count_prompts(source: str | Path | None) -> int:
+    """Return the number of prompts, of a hub data set as far as it is known without it, else by reading them."""
+    if source is None:
+        return 0
+    asked = parse_source(source)
+    return asked.count if asked.kind == HUB and asked.count is not None else len(load_prompts(source))
+
+
+def prompt_source(source: str | Path) -> PromptSource:
+    """Parse the name of prompts. FileNotFoundError: no such file. ValueError: an unknown suffix, word or option."""
+    asked = parse_source(source)
+    if asked.path is None:
+        return asked
     try:
-        open_regular(path).close()
+        open_regular(asked.path).close()
     except FileNotFoundError:
-        where = f"no prompt file at {shorten(path)}: check the path (relative to {Path.cwd()})"
+        where = f"no prompt file at {shorten(asked.path)}: check the path (relative to {Path.cwd()})"
         raise FileNotFoundError(where) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{shorten(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return path
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{shorten(asked.path)} cannot be read: {reason}") from error
+    return asked
 
 
-def _usable(path: Path) -> Iterator[Prompt]:
-    for found in read_lines(path):
+def _usable(asked: PromptSource) -> Iterator[Prompt]:
+    return islice(_different(asked), asked.limit)
+
+
+def _different(asked: PromptSource) -> Iterator[Prompt]:
+    seen = set[str]()
+    for _, found in read_entries(asked):
         if isinstance(found, LineError):
             raise found
-        if found is not None:
-            yield found
+        if found is None or (asked.unique and found.text in seen):
+            continue
+        seen.add(found.text)
+        yield found
 
 
 class LineError(ValueError):
@@ -80,24 +101,114 @@ LINE_ERRORS = {
     "bad_json": "no JSON object",
     "no_prompt": 'an object without "prompt" or "text"',
     "empty_prompt": "a prompt that is empty, or no text",
+    "no_metadata": "no column of metadata that was asked for",
+    "bad_row": "a row that cannot be read; those after it are not",
     "too_long": f"a prompt of more than {MAX_PROMPT:,} characters",
 }
 
 
-def read_lines(path: Path) -> Iterator[Prompt | LineError | None]:
-    """Yield a prompt, an error, or None (a blank line) for each line of a file."""
-    parse = PARSERS[path.suffix.lower()]
+Entry = tuple[str, Prompt | LineError | None]
+
+
+def read_entries(asked: PromptSource) -> Iterator[Entry]:
+    """Yield where each line or row is, and its prompt, its error, or None for a blank line.
+
+    Every entry of the source is read; ``limit`` and ``unique`` are for the caller.
+    """
+    if asked.kind == GENERATED:
+        drawn = enumerate(generate(asked.name, asked.split, asked.seed), start=1)
+        return ((f"{asked.name}, prompt {n}", Prompt(text, metadata)) for n, (text, metadata) in drawn)
+    entries = _hub_entries(asked) if asked.kind == HUB else _file_entries(Path(asked.name), asked)
+    if asked.held_out is None:
+        return entries
+    return ((w, e) for w, e in entries if not isinstance(e, Prompt) or held_out(e.text) == asked.held_out)
+
+
+def _file_entries(path: Path, asked: PromptSource) -> Iterator[Entry]:
+    return READERS[path.suffix.lower()](path, asked)
+
+
+def _hub_entries(asked: PromptSource) -> Iterator[Entry]:
+    if not asked.files:
+        yield from _table_entries(asked.name, asked)
+    for name in asked.files:
+        yield from _file_entries(_download(asked, name), asked)
+
+
+def _download(asked: PromptSource, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if Path(name).suffix.lower() not in READERS:
+        raise ValueError(f"{shorten(asked.text)}: {shorten(name)} must be one of {', '.join(READERS)}")
+    try:
+        return Path(hf_hub_download(asked.name, name, repo_type="dataset", revision=asked.revision))
+    except (OSError, ValueError) as error:  # also of the hub's client
+        raise ValueError(
+            f"{name} of {asked.name} cannot be read: {shorten(error, 400)}; check name and access"
+        ) from error
+
+
+def _line_entries(parse: Callable[[str, PromptSource], Prompt], path: Path, asked: PromptSource) -> Iterator[Entry]:
     for number, content in enumerate(raw_lines(path), start=1):
         where = f"{shorten(path)}, line {number}"
         try:
             line = decode_line(content, where).strip()
         except ValueError as error:
-            yield LineError("not_utf8", where, str(error).removeprefix(f"{where}: "))
+            yield where, LineError("not_utf8", where, str(error).removeprefix(f"{where}: "))
             continue
-        try:
-            yield _checked(parse(line)) if line else None
-        except _Unusable as error:
-            yield LineError(error.kind, where, str(error))
+        yield where, _entry(where, partial(parse, line, asked)) if line else None
+
+
+def _csv_entries(path: Path, asked: PromptSource) -> Iterator[Entry]:
+    try:
+        for (line, _, _), row in read_chunks(path):
+            where, cells = f"{shorten(path)}, line {line}", {name: _cell(name, row[name], asked) for name in row}
+            yield where, _entry(where, partial(_from_row, cells, asked, PROMPTS))
+    except ValueError as error:  # names file and line
+        yield shorten(path), _row_error(shorten(path), error)
+
+
+def _cell(name: str, cell: str, asked: PromptSource) -> Any:
+    return cell if name in ((asked.column,) if asked.column else PROMPTS) else typed(cell)
+
+
+def _json_entries(path: Path, asked: PromptSource) -> Iterator[Entry]:
+    try:
+        rows = json.loads(read_bytes(path).decode("utf-8-sig"))
+        if not isinstance(rows, list):
+            raise ValueError("expected a list of texts or of objects; rename JSON lines to .jsonl")
+    except (ValueError, RecursionError) as error:
+        yield shorten(path), _row_error(shorten(path), error)
+        return
+    for number, row in enumerate(rows):
+        where = f"{shorten(path)}, row {number}"
+        cells = row if isinstance(row, dict) else {asked.column or PROMPTS[0]: row}
+        yield where, _entry(where, partial(_from_row, cells, asked, PROMPTS))
+
+
+def _table_entries(source: str | Path, asked: PromptSource) -> Iterator[Entry]:
+    from diffalign.data.config import PreferenceDataConfig
+    from diffalign.data.tables import open_stream, open_table
+
+    settings = PreferenceDataConfig(split=asked.split, subset=asked.subset, revision=asked.revision)
+    if asked.streaming:
+        stream = open_stream(source, settings)
+        rows: Iterator[Row] = (row for shard in range(stream.shards) for row in stream.rows(shard))
+    else:
+        rows = open_table(source, settings).rows()
+    for row in rows:
+        yield row.name, _entry(row.name, partial(_from_row, row.values, asked, PROMPTS))
+
+
+def _entry(where: str, parse: Callable[[], Prompt]) -> Prompt | LineError:
+    try:
+        return _checked(parse())
+    except _Unusable as error:
+        return LineError(error.kind, where, str(error))
+
+
+def _row_error(where: str, error: Exception) -> LineError:
+    return LineError("bad_row", where, str(error).removeprefix(where).lstrip(":, "))
 
 
 def _checked(prompt: Prompt) -> Prompt:
@@ -113,23 +224,44 @@ class _Unusable(ValueError):
         self.kind = kind
 
 
-def _parse_json(line: str) -> Prompt:
+def _parse_text(line: str, asked: PromptSource) -> Prompt:
+    return Prompt(line)
+
+
+def _parse_json(line: str, asked: PromptSource) -> Prompt:
     try:
         entry = parse_object(line, "")
     except ValueError as error:
         raise _Unusable("bad_json", str(error).removeprefix(": ")) from error
-    key = next((key for key in TEXT_KEYS if key in entry), None)
+    return _from_row(entry, asked, TEXT_KEYS)
+
+
+def _from_row(row: Mapping[str, Any], asked: PromptSource, keys: tuple[str, ...]) -> Prompt:
+    """Make a prompt of the first of ``keys`` in a row, or of the column asked for, and metadata of the rest."""
+    entry, keys = dict(row), (asked.column,) if asked.column else keys
+    key = next((key for key in keys if key in entry), None)
     if key is None:
-        raise _Unusable("no_prompt", f'no "prompt" among {some(entry, 10, 40) or "no keys"}; add "prompt": "..."')
+        add = f'add "{keys[0]}": "..."' + ("" if asked.column else ", or name the column: SOURCE?column=NAME")
+        raise _Unusable("no_prompt", f'no "{keys[0]}" among {some(entry, 10, 40) or "no keys"}; {add}')
     text = entry.pop(key)
     if not isinstance(text, str) or not text.strip():
         detail = f'"{key}" must be a text that is not empty, got {shorten(repr(text), 60)}; fill it or delete the line'
         raise _Unusable("empty_prompt", detail)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise _Unusable("bad_json", f'"{key}" holds half of a surrogate pair; write the letter itself')
+    if asked.metadata is not None:
+        if absent := [name for name in asked.metadata if name not in entry]:
+            raise _Unusable("no_metadata", f"no {some(absent)} among {some(entry, 10, 40)}; name others as metadata")
+        entry = {name: entry[name] for name in asked.metadata}
+    entry = {name: value for name, value in entry.items() if not _is_image(value)}
     nested = entry.get("metadata")
     nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).lstrip().startswith("{") else {}
     return Prompt(text.strip(), {**without_nulls(entry), **nested})
+
+
+def _is_image(value: Any) -> bool:
+    """Return whether a cell holds an encoded image, or is read on demand, as images are."""
+    return callable(value) or isinstance(value, bytes) or (isinstance(value, Mapping) and "bytes" in value)
 
 
 def _nested(value: Any) -> dict[str, Any]:
@@ -139,4 +271,11 @@ def _nested(value: Any) -> dict[str, Any]:
         raise _Unusable("bad_json", f'"metadata": {error}') from error
 
 
-PARSERS: dict[str, Callable[[str], Prompt]] = {".txt": Prompt, ".jsonl": _parse_json}
+Reader = Callable[[Path, PromptSource], Iterator[Entry]]
+READERS: dict[str, Reader] = {
+    ".txt": partial(_line_entries, _parse_text),
+    ".jsonl": partial(_line_entries, _parse_json),
+    ".csv": _csv_entries,
+    ".json": _json_entries,
+    ".parquet": _table_entries,
+}

@@ -158,7 +158,7 @@ class Row:
         except ValueError as error:
             raise self.error("bad_row", "metadata", str(error)) from error
         cells = {name: self.values[name] for name in others}
-        beside: dict[str, Any] = without_nulls({n: _typed(cell) for n, cell in cells.items()} if typeless else cells)
+        beside: dict[str, Any] = without_nulls({n: typed(cell) for n, cell in cells.items()} if typeless else cells)
         return {**beside, **own}
 
     def image(self, column: str, identity: Any = None, index: int | None = None) -> ImageSource:
@@ -218,7 +218,7 @@ class Row:
         return value
 
 
-def _typed(cell: str) -> Any:
+def typed(cell: str) -> Any:
     """Parse a CSV cell: None if blank, a JSON list or mapping, or its text."""
     if not cell.strip():
         return None

@@ -12,6 +12,7 @@ import torch
 
 from diffalign import device
 from diffalign.config import to_yaml
+from diffalign.data.prompts import count_prompts
 from diffalign.forecast.cards import Card, find_card
 from diffalign.forecast.cost import run_work
 from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
@@ -22,7 +23,6 @@ from diffalign.models.weight_memory import Spread
 from diffalign.rewards.support.probe import untried
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.cost import Share, Work
-from diffalign.trainers.inputs import load_optional
 from diffalign.trainers.registry import Entry
 
 UNKNOWN = "not estimated: algorithm {name} registers no cost"
@@ -114,7 +114,7 @@ def _count(entry: Entry, config: Any, share: Share, show: Show) -> Work | None:
         show(f"\nbatches and evaluations\n{_indented([UNKNOWN.format(name=entry.name)])}")
         return None
     show(f"\nbatches\n{_indented(cost.batches(config, share))}")
-    held_out = len(load_optional(config.eval_prompts))
+    held_out = count_prompts(config.eval_prompts)
     counted = counted_config(config)
     total = sum((run_work(cost, counted, Share(rank, share.world), held_out) for rank in range(share.world)), Work())
     show(f"\nmodel evaluations, over all processes\n{_indented(evaluation_lines(total, config))}")

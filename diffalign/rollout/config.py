@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 class ScoredSamplesConfig(TrainerConfig):
     """Configuration of a trainer that samples images of prompts and scores them with rewards."""
 
-    train_prompts: Path | None = option(None, ".txt or .jsonl of training prompts", section="data")
+    train_prompts: Path | None = option(
+        None,
+        "training prompts: file, hub id or named set, e.g. geneval",
+        section="data",
+    )
     rewards: dict[str, float | RewardConfig] = option(
         {},
         "rewards to train on and their weights, or {weight, reward, options}; a name alone weighs 1",

@@ -112,7 +112,10 @@ class TrainerConfig(TrainingConfig):
         typed_only=True,
     )
     eval_prompts: Path | None = option(
-        None, ".txt or .jsonl of held-out prompts; default: no evaluation", section="evaluation", resume="free"
+        None,
+        "held-out prompts: file, hub id or named set, e.g. geneval?split=test; default: no evaluation",
+        section="evaluation",
+        resume="free",
     )
     eval_rewards: tuple[str, ...] = option(
         (),

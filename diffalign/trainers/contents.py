@@ -12,6 +12,7 @@ from typing import Any
 
 from diffalign.data.ai_labels import labels_path
 from diffalign.data.pairs import Samples
+from diffalign.data.prompt_source import parse_source
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
@@ -30,9 +31,11 @@ def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
     Repositories of the hub are known by their commits, and are not among them.
     """
     found = {f"model {args.model}": fingerprint(args.model, MODEL_FILES)}
-    for name in ("train_prompts", "eval_prompts", "train_rollouts"):
-        if path := getattr(args, name, None):
-            found[f"{name} {path}"] = fingerprint(path)
+    for name in ("train_prompts", "eval_prompts"):
+        if (source := getattr(args, name, None)) and (file := parse_source(source).path):
+            found[f"{name} {file}"] = fingerprint(file)
+    if rollouts := getattr(args, "train_rollouts", None):
+        found[f"train_rollouts {rollouts}"] = fingerprint(rollouts)
     for name in ("train_data", "train_images"):
         for source in getattr(args, name, ()):
             found[f"{name} {source}"] = fingerprint(source)

@@ -63,7 +63,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     [
         ("a.txt", b"\xef\xbb\xbf\r\n \n", "holds no prompt"),
         ("a.jsonl", b"", "holds no prompt"),
-        ("a.csv", b"prompt\na", r"unknown suffix '\.csv'; rename it to one of \.txt, \.jsonl"),
+        ("a.tsv", b"prompt\na", r"unknown suffix '\.tsv'; rename it to one of \.txt, \.jsonl, \.csv, \.parquet"),
         ("a.txt", "é".encode("utf-16"), "not UTF-8"),
     ],
 )

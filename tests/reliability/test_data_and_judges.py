@@ -263,7 +263,7 @@ def test_r31_check_compares_files_and_says_which_holds_nothing(tmp_path, capsys)
     assert main(["check", str(train), str(empty), "--json"]) == 1
     assert "empty.TXT has no prompts: write one per line" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "nowhere.txt")]) == 2
-    assert "no file at" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_r31_a_run_takes_prompts_of_any_length_and_script(tmp_path):
