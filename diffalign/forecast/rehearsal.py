@@ -44,7 +44,7 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs, load_optional
+from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
@@ -171,7 +171,9 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
     if getattr(config, "train_prompts", None):
         prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
 
-    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=load_optional(config.eval_prompts))
+    # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
+    held_out = [Prompt("held-out prompt")] if config.eval_prompts else []
+    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
     notes = tuple(
