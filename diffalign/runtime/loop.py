@@ -204,7 +204,7 @@ class Loop(Generic[B]):
             with memory_errors():
                 yield
         except torch.OutOfMemoryError as error:
-            if self.phase == "close":
+            if self.applying or self.phase == "close":  # the step is taken, or its moments are half made
                 raise
             logger.info(make_room(self.config, self.phase, self.progress.step, self.run.world, error))
             self.state.optimizer.zero_grad(set_to_none=True)
