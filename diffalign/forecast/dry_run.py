@@ -21,6 +21,7 @@ from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.weight_memory import Spread
 from diffalign.rewards.support.probe import untried
+from diffalign.runtime.progress import duration
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.cost import Share, Work
 from diffalign.trainers.registry import Entry
@@ -177,13 +178,6 @@ def pace_lines(pace: Pace, work: Work, steps: int) -> list[str]:
     total = f"{duration(seconds)} in all, {seconds / steps:.2f} s per optimizer step, without rewards"
     peak = [] if pace.peak is None else [f"a training pass peaks at {pace.peak:.1f} GiB"]
     return [each, total, *peak]
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def free_memory() -> tuple[int, str]:

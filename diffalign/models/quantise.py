@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
-from torch import nn
 
 PACKAGE = "bitsandbytes"
 KINDS: dict[str, Mapping[str, Any]] = {
@@ -18,17 +17,6 @@ KINDS: dict[str, Mapping[str, Any]] = {
 
 # Bytes per weight, including a float32 scale per block of 64.
 BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-
-
-def saved_bytes(module: nn.Module, kind: str) -> int:
-    """Return the bytes saved by quantising the frozen linear layers of ``module``; 0 for "no".
-
-    Other layers are not quantised.
-    """
-    if kind == "no":
-        return 0
-    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return sum(int(w.numel() * (w.element_size() - BYTES[kind])) for w in weights if not w.requires_grad)
 
 
 def quantisation(kind: str, component: str) -> PipelineQuantizationConfig:

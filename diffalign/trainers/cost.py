@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from diffalign.diffusion.plan import make_plan
-from diffalign.models import DiffusionModel
 from diffalign.rollout.config import RolloutConfig
 from diffalign.rollout.generate import shared_steps
 from diffalign.rollout.pinned_memory import pinned
@@ -71,10 +70,7 @@ class Cost:
         batches: ``batches(config, share)``: lines that describe how an iteration is split.
         passes: ``passes(config)``: images per pass (while sampling, while training).
         stored: ``stored(config, latent shape, share)``: bytes of an iteration's data on the device.
-        copies: ``copies(config)``: number of copies of the trained weights.
         watched: ``watched(config, held_out)``: evaluations besides the images of so many held-out prompts.
-        grad_through: Parts of the model besides the denoiser that gradients pass through.
-        train: ``train(config, model)``: make a model trainable.
     """
 
     updates: Callable[[Any], int]
@@ -84,10 +80,7 @@ class Cost:
     batches: Callable[[Any, Share], list[str]]
     passes: Callable[[Any], tuple[int, int]]
     stored: Callable[[Any, tuple[int, ...], Share], int]
-    copies: Callable[[Any], int]
     watched: Callable[[Any, int], int] = lambda config, held_out: 0
-    grad_through: tuple[str, ...] = ()
-    train: Callable[[Any, DiffusionModel], None] = lambda config, model: model.train(config.lora)
 
 
 def guided(config: Any) -> int:

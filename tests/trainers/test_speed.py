@@ -11,7 +11,7 @@ from diffalign import FlowGRPOConfig, FlowGRPOTrainer
 from diffalign.config import parse
 from diffalign.models import LoraConfig, load_model, performance, quantise
 from diffalign.models.attention import Dispatched
-from diffalign.models.quantise import quantisation, saved_bytes
+from diffalign.models.quantise import quantisation
 from diffalign.runtime.optimizers import make_optimizer
 from tests.conftest import PIPELINE
 from tests.phases import collect
@@ -85,14 +85,6 @@ def test_settings_of_parts_that_leave_and_of_the_cache_say_no_in_time(small, tmp
     assert parse(FlowGRPOConfig, ["--offload", "[vae]"]).offload == ("vae",)
     with pytest.raises(ValueError, match=r"offload.*text_encoders\|vae"):
         parse(FlowGRPOConfig, ["--offload", "[text]"])
-
-
-def test_bytes_that_quantisation_saves():
-    layers = torch.nn.ModuleList([torch.nn.Linear(64, 32), torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 8)])
-    layers.requires_grad_(False)[2].requires_grad_(True)
-    assert saved_bytes(layers, "no") == 0
-    assert saved_bytes(layers, "8bit") == 64 * 32 * 3
-    assert saved_bytes(layers, "4bit") == 64 * 32 * 4 - 64 * 32 // 2 - 64 * 32 // 64 * 4
 
 
 def test_the_optimizer_is_adamw_or_the_one_in_8_bits(small, monkeypatch):

@@ -89,10 +89,6 @@ def _stored(config: DiffusionDPOConfig, latent: tuple[int, ...], share: Share) -
     return on_device(bytes_needed(plan, own_trees(config, share), latent, torch.float32), pairs)
 
 
-def _copies(config: DiffusionDPOConfig) -> int:
-    return (config.ema_decay > 0) + (config.compares and (config.reference_moves or config.lora.rank == 0))
-
-
 COST = Cost(
     updates=_updates,
     iteration=_iteration,
@@ -101,5 +97,4 @@ COST = Cost(
     batches=_batches,
     passes=lambda config: (config.rollout_batch_size, config.train_batch_size * _sides(config)),
     stored=_stored,
-    copies=_copies,
 )

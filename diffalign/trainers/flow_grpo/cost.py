@@ -84,10 +84,6 @@ def _stored(config: FlowGRPOConfig, latent: tuple[int, ...], share: Share) -> in
     return on_device(own, more)
 
 
-def _copies(config: FlowGRPOConfig) -> int:
-    return (config.ema_decay > 0) + (config.lora.rank == 0 and config.kl_beta > 0)
-
-
 COST = Cost(
     updates=rollout_updates,
     iteration=_iteration,
@@ -96,5 +92,4 @@ COST = Cost(
     batches=_batches,
     passes=lambda config: (config.rollout_batch_size, config.train_batch_size * guided(config)),
     stored=_stored,
-    copies=_copies,
 )

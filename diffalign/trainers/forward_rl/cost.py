@@ -134,12 +134,6 @@ def _stored(config: ForwardRLConfig, latent: tuple[int, ...], share: Share) -> i
     return on_device(own, more)
 
 
-def _copies(config: ForwardRLConfig) -> int:
-    required = needs(config, 1)
-    lagged = {*weight_sets(required.lags, config.updates_per_rollout).values()} - {POLICY}
-    return (config.ema_decay > 0) + len(lagged) + (config.lora.rank == 0 and required.reference)
-
-
 COST = Cost(
     updates=rollout_updates,
     iteration=_iteration,
@@ -151,5 +145,4 @@ COST = Cost(
         config.train_batch_size * min(config.times_per_pass, config.times_per_image),
     ),
     stored=_stored,
-    copies=_copies,
 )

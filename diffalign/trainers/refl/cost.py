@@ -9,8 +9,6 @@ import torch
 
 from diffalign.diffusion.reward_gradient_presets import Recipe
 from diffalign.diffusion.trajectory import GradientPath
-from diffalign.models import DiffusionModel
-from diffalign.models.offload import VAE
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import micro_batches
@@ -130,17 +128,6 @@ def _latents(config: ReFLConfig, latent: tuple[int, ...], share: Share) -> int:
     return nodes * torch.Size(latent).numel() * torch.float32.itemsize
 
 
-def _copies(config: ReFLConfig) -> int:
-    reference = config.lora.rank == 0 and (config.recipe.resolve().regulariser == "reference" or config.base_share > 0)
-    return (config.ema_decay > 0) + reference + (config.early_stopping > 0)
-
-
-def _train(config: ReFLConfig, model: DiffusionModel) -> None:
-    # A negative prompt is a few kilobytes, and starts at the text encoders' output.
-    if not config.recipe.resolve().negative:
-        model.train(config.lora)
-
-
 def _passes(config: ReFLConfig) -> tuple[int, int]:
     recipe = config.recipe.resolve()
     return config.rollout_batch_size, config.train_batch_size * (1 if recipe.guidance == "off" else guided(config))
@@ -154,8 +141,5 @@ COST = Cost(
     batches=_lines,
     passes=_passes,
     stored=_latents,
-    copies=_copies,
     watched=_watched,
-    grad_through=(VAE,),
-    train=_train,
 )
