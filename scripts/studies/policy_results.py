@@ -171,7 +171,8 @@ def chosen(rows: Sequence[Row], budget: str) -> dict[str, list[Row]]:
     """Return method -> test rows of all seeds at the learning rate that won on validation, for current settings."""
     found: dict[str, list[Row]] = {}
     for name, method in METHODS.items():
-        own = [r for r in rows if (r["method"], r["budget"], r["settings"]) == (name, budget, method.digest(budget))]
+        wanted = (name, budget, method.digest(budget))
+        own = [row for row in rows if (row["method"], row["budget"], row["settings"]) == wanted]
         tuning = [r for r in own if r["split"] == "validation" and r["seed"] == "0"]
         if tuning:
             best = max(tuning, key=lambda r: float(r["accuracy"]))["learning_rate"]
