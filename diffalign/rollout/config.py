@@ -10,6 +10,7 @@ from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.diffusion.plan_config import PlanConfig
+from diffalign.rollout.collapse_config import CollapseConfig
 from diffalign.runtime.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class ScoredSamplesConfig(TrainerConfig):
     group_size: int = option(16, "images per prompt", section="sampling", ge=1, le=1_000_000)
     rollout_batch_size: int = option(
         64, "images per forward pass while sampling, also in evaluations", section="sampling", resume="free", ge=1
+    )
+    collapse: CollapseConfig = option(
+        CollapseConfig(), "alarm for a reward or diversity that collapses", section="run", resume="free"
     )
     decode_precision: Literal["no", "bf16"] = option(
         "no", "precision of the VAE while sampling; evaluations decode in float32", section="performance"

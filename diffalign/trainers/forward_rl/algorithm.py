@@ -91,6 +91,10 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
     """Denoising losses on final images of rollouts, with advantages relative to the group."""
 
     leaves_only = True
+    collapse_remedy = (
+        "Go on from an earlier checkpoint with an anchor to the base (reference_weight: 0.1), half the learning_rate, "
+        "or copies that lag more (a higher slope and maximum of old_lag and sample_lag)."
+    )
 
     @classmethod
     def keeps_reference(cls, config: ForwardRLConfig) -> bool:
