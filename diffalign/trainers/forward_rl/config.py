@@ -140,7 +140,7 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         method = self.method
         objective = get_forward_objective(method.objective, self.allow_reward_code)
         chains = "read only by trainers that sample trees, and this one samples chains"
-        names = {"plan.branch": chains, "advantage_rule": chains}
+        names = {**super().unread(), "plan.branch": chains, "advantage_rule": chains}
         if not objective.estimator:
             names["estimator"] = f"objective {method.objective!r} weighs errors itself"
         if not (objective.needs_old(objective.resolve(method.objective_options)) or objective.statistic_old):
