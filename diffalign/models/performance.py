@@ -1,8 +1,15 @@
-"""Choose the attention backend of the denoiser and compile its blocks."""
+"""Choose the attention backend of the denoiser and compile its blocks; checkpoint the VAE's decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.models import DiffusionModel
 from diffalign.models.attention import NATIVE, choose_attention, set_attention
@@ -30,3 +37,23 @@ def set_performance(model: DiffusionModel, attention: str, mixed_precision: str,
         set_attention(model.raw_denoiser, backend)
     if compile:
         compile_blocks(model.raw_denoiser)
+
+
+def checkpoint_decoder(vae: Any) -> None:
+    """Recompute the decoder's activations in the backward pass, layer by layer where its layers are known.
+
+    diffusers recomputes whole blocks, of which the last has all of its layers at the size of the image: at 1024 pixels
+    that takes three times the memory.
+    """
+    layers = [layer for layer in vae.decoder.modules() if isinstance(layer, (ResnetBlock2D, Upsample2D))]
+    if not layers:
+        vae.enable_gradient_checkpointing()
+    for layer in layers:
+        if not isinstance(layer.forward, partial):
+            layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from diffalign.fsdp import FSDPConfig, is_sharded
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
+from diffalign.models.performance import checkpoint_decoder
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.probe import try_rewards
+from diffalign.rewards.support.weights import unload
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, ode_plan
@@ -141,7 +143,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         super().__init__(run, inputs)
         config, recipe = run.config, run.config.recipe.resolve()
         if config.vae_checkpointing:
-            self.model.pipeline.vae.enable_gradient_checkpointing()
+            checkpoint_decoder(self.model.pipeline.vae)
         bounds = thresholds(recipe, inputs.rewards, config.thresholds)
         size, dtype = config.decode_slice, config.decode_dtype
         self.judge = Judge(self.model, inputs.rewards, inputs.weights, bounds, recipe, size, dtype)
@@ -181,6 +183,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         started, config, run = time.perf_counter(), self.config, self.run
         total = config.num_groups * config.group_size
         own = [divmod(index, config.group_size) for index in run.share(total)]
+        unload()  # the rewards' networks, which the last update used
         batch, sharded = PathBatches(), is_sharded(self.model.raw_denoiser)
         run.prompts.prepare(self._texts(iteration, own))
 
