@@ -27,6 +27,7 @@ from diffalign.forecast.stand_ins import (
     FiniteValues,
     OneOfMany,
     cuda_autocast,
+    first_slices,
     one_pair,
     remember,
 )
@@ -119,6 +120,7 @@ def rehearse(
         if not cpu:
             stack.enter_context(cuda_autocast())
         stack.enter_context(FiniteValues())
+        stack.enter_context(first_slices(counter))
         setting = _setting(entry, config, world, folder, counter)
         model, trained = _model(entry, setting, counter, cpu)
         stack.enter_context(counter)

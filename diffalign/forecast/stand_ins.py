@@ -24,6 +24,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
+from diffalign.trainers.refl import reward_loss
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOISE = 4096  # elements of a draw from which it has no values: these matter only to images
@@ -136,6 +137,27 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def first_slices(counter: Counter) -> Iterator[None]:
+    """Run the first slice of images that are decoded and scored one after the other; the others are like it."""
+
+    def in_slices(loss: Callable[[Tensor, slice], Tensor], x: Tensor, size: int) -> Tensor:
+        rows = slice(0, min(size, len(x)))
+        with counter.repeated(len(x) / size), torch.enable_grad():
+            piece = x[rows].detach().requires_grad_()
+            part = loss(piece, rows)
+            (gradient,) = torch.autograd.grad(part, piece)
+        total = part.detach() * (len(x) / size)
+        product = (x * torch.cat([gradient] * -(-len(x) // size))[: len(x)]).sum()
+        return total + (product - product.detach())
+
+    kept, reward_loss.in_slices = reward_loss.in_slices, in_slices
+    try:
+        yield
+    finally:
+        reward_loss.in_slices = kept
 
 
 @contextmanager
