@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoTokenizer, BlipVisionConfig, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BatchEncoding,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPModel,
+)
 
 from diffalign.forecast.counter import Counter, Seen
-from diffalign.forecast.fake_model import BlankTokenizer, make_fake
+from diffalign.forecast.fake_model import TOKENS, BlankTokenizer, make_fake
 from diffalign.models.offload import tensors_of
 from diffalign.models.published_configs import published_reward_folder
 from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, vqascore
 from diffalign.rewards.base import RECIPE, Metadata, Reward, names, needs_groups, registered
+from diffalign.rewards.support import qwen_vl
+from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import PRECISIONS, Weights, frozen, loading_with, quiet, split
 
 JUDGING = "reward"  # the part of a phase in which rewards score
@@ -106,6 +116,45 @@ def _vqascore(weights: Weights, tokenizer: str, tower: str | None) -> tuple[Any,
     return frozen(model, weights), words
 
 
+class ChatTokenizer(BlankTokenizer):
+    """A tokenizer of Qwen's chats: an image token per patch, and as many of text as a question has at most."""
+
+    def __init__(self, image_token: int) -> None:
+        self.image_token = image_token
+
+    def __call__(self, text: str | Sequence[str], *_: Any, **options: Any) -> BatchEncoding:
+        """Return token ids and masks, (B, L)."""
+        texts = [text] if isinstance(text, str) else text
+        rows = [[self.image_token] * one.count(qwen_vl.IMAGE) + [0] * TOKENS for one in texts]
+        ids = torch.tensor(rows)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return no tokens."""
+        return {}
+
+    def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:
+        """Return an image."""
+        return qwen_vl.IMAGE
+
+
+def _qwen(weights: Weights) -> tuple[Any, ...]:
+    found = _config(weights.path)
+    config = AutoConfig.for_model(found["model_type"], **found)
+    model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    patches = qwen_vl.Patches(
+        qwen_vl.MIN_TOKENS * side**2,
+        qwen_vl.MAX_TOKENS * side**2,
+        config.vision_config.patch_size,
+        config.vision_config.spatial_merge_size,
+        config.vision_config.temporal_patch_size,
+        CLIP_MEAN,
+        CLIP_STD,
+    )
+    return frozen(model, weights), ChatTokenizer(config.image_token_id), patches
+
+
 # Loader of a reward's weights -> the like of what it returns, without weights.
 BUILDERS: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     clip._load: _clip,
@@ -116,6 +165,7 @@ BUILDERS: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     ict_hp._load_hp: _hp,
     image_reward._load: _image_reward,
     vqascore._load: _vqascore,
+    qwen_vl.load: _qwen,
 }
 
 

@@ -49,6 +49,7 @@ from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING, EVALUATING = "weights", "sample", "score", "train", "step", "held out"
+HELD_OUT = "held-out prompt"
 ENCODE, DECODE, EVALUATE, BACKWARD = "encode", "decode", "evaluate", "backward"
 NOT_FAKE = (NotImplementedError, RuntimeError, AssertionError)  # errors of code that does not run on fake tensors
 
@@ -132,6 +133,9 @@ def rehearse(
             for reward in setting.rewards:
                 reward.prepare(model.default_resolution[0])
             counter.restart()
+        if setting.inputs.eval_prompts:  # which are encoded once, by the evaluation before the first iteration
+            with counter.during(EVALUATING):
+                algorithm.run.prompts.rows([HELD_OUT])
         with counter.during(SAMPLING):
             batch = algorithm.sample(0)
         for reward in setting.rewards:
@@ -183,7 +187,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
         prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
-    held_out = [Prompt("held-out prompt")] if config.eval_prompts else []
+    held_out = [Prompt(HELD_OUT)] if config.eval_prompts else []
     inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     overlaps = getattr(config, "overlap_rewards", False)
@@ -291,7 +295,7 @@ def _evaluate(algorithm: Algorithm[Any, Any], config: Any) -> None:
     size = getattr(config, batch_name(config, "evaluate"))
     own = torch.zeros(size, dtype=torch.long)
     keys = NoiseKeys(run.rng, "evaluation", 0, own, torch.arange(size))
-    conditioning = run.prompts.rows(["held-out prompt"])
+    conditioning = run.prompts.rows([HELD_OUT])
     with torch.no_grad(), model.keeping(VAE):
         for _ in generate(model, algorithm.eval_plan(), conditioning, own, keys, size):
             pass

@@ -274,7 +274,7 @@ def density(result: StepResult) -> Tensor:
 
 def averaged(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the weighted mean of scalars."""
-    total = sum(weights)
+    total = sum(weights) or 1.0  # steps without weight train nothing
     return torch.stack([weight / total * value for weight, value in zip(weights, values, strict=True)]).sum()
 
 
