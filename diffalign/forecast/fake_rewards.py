@@ -140,7 +140,7 @@ class ChatTokenizer(BlankTokenizer):
 
 def _qwen(weights: Weights) -> tuple[Any, ...]:
     found = _config(weights.path)
-    config = AutoConfig.for_model(found["model_type"], **found)
+    config = AutoConfig.for_model(found.pop("model_type"), **found)
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     patches = qwen_vl.Patches(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.attention import NATIVE, choose_attention, set_attention
 from diffalign.models.compiling import compile_blocks
 
+LAYERS = (ResnetBlock2D, Upsample2D, ResBlock, EfficientViTBlock, DCUpBlock2d)
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,18 +41,20 @@ def set_performance(model: DiffusionModel, attention: str, mixed_precision: str,
         compile_blocks(model.raw_denoiser)
 
 
-def checkpoint_decoder(vae: Any) -> None:
-    """Recompute the decoder's activations in the backward pass, layer by layer where its layers are known.
+def checkpoint_decoder(vae: Any) -> bool:
+    """Recompute the activations of the decoder in the backward pass, layer by layer.
 
-    diffusers recomputes whole blocks, of which the last has all of its layers at the size of the image: at 1024 pixels
-    that takes three times the memory.
+    diffusers recomputes whole blocks, of which the last has all of its layers at the size of the image, and not in
+    every VAE.
+
+    Returns:
+        Whether the decoder has layers that can be recomputed: those of Qwen-Image keep a state between calls.
     """
-    layers = [layer for layer in vae.decoder.modules() if isinstance(layer, (ResnetBlock2D, Upsample2D))]
-    if not layers:
-        vae.enable_gradient_checkpointing()
+    layers = [layer for layer in vae.decoder.modules() if isinstance(layer, LAYERS)]
     for layer in layers:
         if not isinstance(layer.forward, partial):
             layer.forward = partial(_checkpointed, layer.forward)
+    return bool(layers)
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

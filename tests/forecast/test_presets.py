@@ -63,6 +63,7 @@ def test_a_preset_of_a_task_fits_80_gb(path, monkeypatch):
     assert Fitter(entry, config).fit(80 * 10**9) is not None
 
 
+@pytest.mark.slow
 def test_a_small_preset_fits_with_its_reward_rehearsed(monkeypatch):
     """SD 1.5 of full size: PickScore's network scores beside the denoiser."""
     entry, config = preset("flow_grpo/sd15", monkeypatch, **SMALL)

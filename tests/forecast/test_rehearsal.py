@@ -63,14 +63,13 @@ def test_the_rehearsed_peak_is_the_measured_one(trainer, tmp_path):
 
 
 def test_images_that_are_decoded_one_by_one_are_rehearsed_once(tmp_path):
-    """The others are like the first: the same peak as a run's, and as many operations as all."""
+    """The others are like the first: as many operations as all at once, in less memory."""
     folder = ROOT / "assets/shapes-sd3"
-    found, rehearsed = both("refl", folder, tmp_path, decode_slice=1, vae_checkpointing=True)
-    assert rehearsed["train"] == pytest.approx(found["train"], rel=0.2)
     whole, sliced = (
         rehearse(*settings("refl", folder, tmp_path, vae_checkpointing=True, decode_slice=size)) for size in (0, 1)
     )
     assert sliced.calls == whole.calls
+    assert sliced.peak_of("train") < whole.peak_of("train")
     assert sliced.flops["train", "decode"] == pytest.approx(whole.flops["train", "decode"], rel=0.01)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.fsdp import FSDPConfig, is_sharded
+from diffalign.log import get_logger
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
 from diffalign.models.performance import checkpoint_decoder
@@ -62,6 +63,8 @@ from diffalign.trainers.refl.initial_states import (
 from diffalign.trainers.refl.reward_gradient import RecipeGuidance, RewardGradient
 from diffalign.trainers.refl.reward_loss import Judge, thresholds
 from diffalign.trainers.registry import register_algorithm
+
+logger = get_logger(__name__)
 
 TRIAL = {
     "train_prompts": "{assets}/prompts/shapes_train.jsonl",
@@ -142,8 +145,8 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
     def __init__(self, run: Run[ReFLConfig], inputs: Inputs[ReFLConfig]) -> None:
         super().__init__(run, inputs)
         config, recipe = run.config, run.config.recipe.resolve()
-        if config.vae_checkpointing:
-            checkpoint_decoder(self.model.pipeline.vae)
+        if config.vae_checkpointing and not checkpoint_decoder(vae := self.model.pipeline.vae):
+            logger.warning(f"vae_checkpointing has no effect: the layers of {type(vae).__name__} cannot be recomputed")
         bounds = thresholds(recipe, inputs.rewards, config.thresholds)
         size, dtype = config.decode_slice, config.decode_dtype
         self.judge = Judge(self.model, inputs.rewards, inputs.weights, bounds, recipe, size, dtype)
