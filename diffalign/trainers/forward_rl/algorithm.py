@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffalign.losses.forward import ForwardStep, mean_square
+from diffalign.losses.forward import ForwardStep, anchor_weight, mean_square
 from diffalign.losses.registry import get_forward_objective
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.collector import Rollout
@@ -179,8 +179,9 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         losses, metrics = self.objective.function(step, **self.options)
         loss = losses.mean()
         for name, weight, anchor in self._anchors(found):
-            distance = mean_square(step.output.float() - anchor.float()).mean()
-            loss, metrics[name] = loss + weight * distance, distance.detach()
+            distance = mean_square(step.output.float() - anchor.float())
+            scaled = distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
+            loss, metrics[name] = loss + weight * scaled.mean(), distance.mean().detach()
         return loss, metrics
 
     def _anchors(self, found: Denoised) -> Iterator[tuple[str, float, Tensor]]:
