@@ -36,7 +36,7 @@ from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import tensors_of
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
-from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.base import IMAGES, Reward, needs_groups
 from diffalign.rewards.support.probe import untried
 from diffalign.runtime.interfaces import MicroBatch
 from diffalign.runtime.run import Heartbeat, Run
@@ -185,7 +185,8 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
 
 def _fake(name: str, reward: Reward) -> FakeReward:
     offloads = bool(getattr(getattr(reward, "weights", None), "offload", False))
-    return FakeReward(name, network_bytes(reward), offloads, needs_groups(reward))
+    seen = getattr(reward, "wants", IMAGES)
+    return FakeReward(name, network_bytes(reward), offloads, needs_groups(reward), seen)
 
 
 def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tuple[DiffusionModel, nn.Module]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from diffalign.forecast.counter import Counter, Seen
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
-from diffalign.rewards.base import RECIPE, Reward, names, registered
+from diffalign.rewards.base import IMAGES, RECIPE, Reward, names, registered
 from diffalign.rewards.support.weights import Weights
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
@@ -164,12 +164,14 @@ class FakeReward:
         size: Bytes of its network's weights.
         offload: Whether the network leaves the device after each use without gradients.
         needs_groups: Whether it scores whole groups.
+        wants: Whether it scores images or latents.
     """
 
     name: str
     size: int = 0
     offload: bool = False
     needs_groups: bool = False
+    wants: str = IMAGES
     differentiable: bool = True
     range: tuple[float, float] = (-100.0, 100.0)
     network: list[Tensor] = field(default_factory=list, compare=False)
@@ -181,7 +183,7 @@ class FakeReward:
         recorded = torch.is_grad_enabled() and images.requires_grad
         if self.offload and not recorded:
             self.network.clear()
-        return images.mean((1, 2, 3)) if recorded else torch.rand(len(images))
+        return images.flatten(1).mean(1) if recorded else torch.rand(len(images))
 
 
 def network_bytes(reward: Reward) -> int:

@@ -42,6 +42,8 @@ SOURCES = {
     "aesthetic": "christophschuhmann/improved-aesthetic-predictor @ 6934dd81792f086e613a121dbce43082cb8be85e, "
     "simple_inference.py, MLP",
     "hp_scorer": "BarretBa/ICTHP @ e2aa72859e8a0a52afc95e693d40cae852ff8855, trainer/eval/eval.py, MLP",
+    "dina_lrm_head": "HKUST-C4G/diffusion-rm @ af485b40312610d6b7e6a70efb8853248ff64b85, "
+    "diffusion_rm/models/reward_head.py, RewardHead of config/sd3m/thurstone-12layer.yaml",
     "clip_flant5_xl": f"linzhiqiu/t2v_metrics @ {T2V}, CLIPT5ForConditionalGeneration of FlanT5-XL",
     "clip_flant5_xxl": f"linzhiqiu/t2v_metrics @ {T2V}, CLIPT5ForConditionalGeneration of FlanT5-XXL",
 }
@@ -161,6 +163,12 @@ def clip_flant5(size: str) -> Callable[[Path], nn.Module]:
     return build
 
 
+def dina_lrm_head(root: Path) -> nn.Module:
+    module = module_of(root, "diffusion_rm.models.reward_head")
+    sizes = {"token_dim": 1536, "t_embed_dim": 1536, "n_visual_heads": 3, "n_text_heads": 3}
+    return module.RewardHead(**sizes, num_queries=4, num_attn_heads=8, use_proj_in=False)
+
+
 BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
     "pickscore": pickscore,
     "hpsv2": hpsv2,
@@ -168,6 +176,7 @@ BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
     "image_reward": image_reward,
     "aesthetic": mlp("simple_inference.py", 768),
     "hp_scorer": mlp("trainer/eval/eval.py", 1024),
+    "dina_lrm_head": dina_lrm_head,
     "clip_flant5_xl": clip_flant5("xl"),
     "clip_flant5_xxl": clip_flant5("xxl"),
 }

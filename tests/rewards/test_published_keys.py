@@ -16,6 +16,7 @@ from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.hpsv3 import build as build_hpsv3
 from diffalign.rewards.image_reward import Network as ImageRewardNetwork
 from diffalign.rewards.image_reward import renamed, text_config, vision_config
+from diffalign.rewards.support.reward_head import RewardHead
 from diffalign.rewards.support.weights import Weights
 from diffalign.rewards.vqascore import ClipT5Config
 from diffalign.rewards.vqascore import build as build_clip_t5
@@ -87,6 +88,11 @@ def on_meta():
 def test_pickscore_ict_and_hp():
     check(CLIPModel(CLIPConfig(**VIT_H)), published("pickscore"))
     check(Head(1024), published("hp_scorer"))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_the_head_of_dina_lrm():
+    check(RewardHead(1536, 3, 3, 4, 8), published("dina_lrm_head"))
 
 
 @pytest.mark.usefixtures("on_meta")

@@ -12,6 +12,7 @@ NAMES = [
     "brightness",
     "clipscore",
     "combined",
+    "dina_lrm",
     "f_clipscore",
     "geneval",
     "geneval_graded",

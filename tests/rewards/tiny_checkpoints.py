@@ -6,6 +6,8 @@ from pathlib import Path
 
 import open_clip
 import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 from diffalign.rewards.aesthetic import Head
+from diffalign.rewards.dina_lrm import Network
 from diffalign.rewards.hpsv3 import FILE as HPSV3_FILE
 from diffalign.rewards.hpsv3 import TOKEN as REWARD_TOKEN
 from diffalign.rewards.ict_hp import HEAD_FILE, HP_FILE, ICT_FILE
@@ -290,4 +293,25 @@ def detector(folder):
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def dina(folder):
+    """DiNa-LRM's files for the embedded SD3 pipeline: an adapter as PEFT saves it, a head, and a configuration."""
+    torch.manual_seed(8)
+    transformer = SD3Transformer2DModel.from_pretrained(PIPELINE, subfolder="transformer")
+    head = {"use_proj_in": False, "width": -1, "out_dim": 1, "num_queries": 4, "num_attn_heads": 8, "dropout": 0.0}
+    config = {"num_transformer_layers": 2, "visual_head_idx": [1, 2], "text_head_idx": [1, 2], "use_lora": True}
+    config |= {"use_logistic": False, "reward_head": head}
+    (folder / "config.json").write_text(json.dumps({"model": config}))
+    network = Network(transformer, config)
+    for parameter in network.reward_head.parameters():
+        parameter.data.normal_(0, 0.3)
+    adapter = folder / "checkpoint/backbone_lora"
+    adapter.mkdir(parents=True)
+    torch.save(network.reward_head.state_dict(), folder / "checkpoint/rm_head.pt")
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
+    backbone = torch.nn.ModuleDict({"transformer_blocks": network.transformer_blocks})
+    get_peft_model(backbone, lora).save_pretrained(adapter)
     return folder
