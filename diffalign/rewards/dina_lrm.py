@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.config import load_yaml
 from diffalign.rewards.base import LATENTS, Metadata, RewardCard, register
 from diffalign.rewards.support.lora_merge import merge_lora
 from diffalign.rewards.support.preprocess import at_least_float32, check_images, on_samples
@@ -120,9 +120,9 @@ def folder_of(weights: Weights) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Read the table ``model`` of the published configuration. Raises ValueError for a network of another kind."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        config = load_yaml(path)["model"]
         kind = config["use_lora"], bool(config.get("use_logistic")), config["reward_head"]["use_proj_in"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no configuration of DiNa-LRM ({error!r}): copy the published one") from error
     if kind != (True, False, False):
         raise ValueError(f"{path} describes another kind of network (LoRA, logistic, projection: {kind})")
