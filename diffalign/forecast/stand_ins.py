@@ -192,7 +192,7 @@ def network_bytes(reward: Reward) -> int:
     weights = getattr(reward, "weights", None)
     if isinstance(weights, Weights) and Path(weights.path).exists():
         return sum(file.stat().st_size for file in Path(weights.path).rglob("*.safetensors"))
-    if not name or name not in names():
+    if not name or name not in names() or registered(name).facts.served:
         return 0
     dtype = weights.dtype if isinstance(weights, Weights) else torch.float32
     return int(registered(name).facts.millions * 1e6) * dtype.itemsize

@@ -106,6 +106,7 @@ class RewardCard:
         licence: of the weights; empty without weights.
         millions: parameters of the weights, in millions.
         extra: pip extra of diffalign that the reward needs; empty if none.
+        served: whether the weights are on a server, and take no memory here.
     """
 
     measures: str
@@ -115,6 +116,7 @@ class RewardCard:
     licence: str = ""
     millions: float = 0.0
     extra: str = ""
+    served: bool = False
 
 
 DEFAULT_CARD = RewardCard("what its author says", 1.0)

@@ -37,11 +37,18 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         *pictures, words = body["messages"][0]["content"]
-        images = decode_images([p["image_url"]["url"].partition(",")[2] for p in pictures])
+        images = decode_images([p["image_url"]["url"].partition(",")[2] for p in pictures])  # PNG or JPEG
         light = [image.float().mean().item() / 255 for image in images]
+        axes = [f"{axis} score: {light[0]}" for axis in ("Semantic alignment", "Aesthetic", "Plausibility")]
+        stars = [f"{axis} Score (1-5): {1 + 4 * light[0]}" for axis in ("Alignment", "Coherence", "Style")]
         said = {"JSON": json.dumps({"score": 10 * light[0]}), "yes": "yes" if light[0] > 0.5 else "no"}
+        said |= {"Plausibility": "\n".join([*axes, f"Overall impression score: {light[0]}"])}
+        said |= {"Coherence": "\n".join(stars), "the": "yes" if light[0] > 0.5 else "no"}
         if len(light) == 2:
-            said = {"digit": str(1 + (light[1] > light[0]))}
+            best, share = 1 + (light[1] > light[0]), light[0] / sum(light)
+            said = {"digit": str(best), "<answer>": f"<answer>Image {best} is better</answer>"}
+            pair = f"Score:\n Image 1: {share}\n Image 2: {1 - share}"
+            said |= {"Coherence": "\n".join(f"{axis} {pair}" for axis in ("Alignment", "Coherence", "Style"))}
         text = next(answer for word, answer in said.items() if word in words["text"])
         self.send_response(200)
         self.end_headers()
@@ -68,11 +75,14 @@ def options(small):
     """Options of every registered reward, with servers for those that ask one."""
     served = RewardServer({"brightness": get_reward("brightness")}, port=0)
     with running(served) as far, running(ThreadingHTTPServer(("127.0.0.1", 0), Judge)) as judge:
-        vlm = {"url": judge, "model": "light", "logprobs": False}
+        url = {"url": judge}
+        vlm = {**url, "model": "light", "logprobs": False}
         yield {
             **small,
             "remote": {"url": far, "reward": "brightness", "batch_size": 3},
             **dict.fromkeys(("vlm_rating", "vlm_checklist", "vlm_pairwise"), vlm),
+            **dict.fromkeys(("image_doctor", *(f"unified_reward{kind}" for kind in ("", "_pairs", "_think"))), url),
+            "vision_reward": {**url, "alignment": None},
             "combined": {"rewards": {"brightness": 1.0, "sharpness": {"weight": 2.0}}, "rule": "soft_and"},
         }
 
