@@ -87,6 +87,8 @@ def small(
         "vqascore": t5,
         "vqascore_xl": t5,
         "vqascore_qwen2.5": {"path": str(qwen_folders["qwen2_5_vl"])},
+        **{key: {"path": str(qwen_folders["qwen3_vl"])} for key in ("soft_tifa", "soft_tifa_gm", "prompt_echo")},
+        **{key: {"path": str(qwen_folders["qwen2_vl"])} for key in ("q_eval_alignment", "q_eval_quality")},
         "vqascore_qwen3": {"path": str(qwen_folders["qwen3_vl"])},
         "image_reward": {"path": str(image_reward_folder), "tokenizer": str(image_reward_folder)},
         "ict": {"ict": ict_hp_folders["ict"], **base},

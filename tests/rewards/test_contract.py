@@ -24,11 +24,13 @@ PROMPTS = ['a red circle and the word "sign"', "two squares", 'a red circle and 
 # Levels of 8 bits, of which nothing is lost on the way to PIL, and no pixel at 0 or 1.
 IMAGES = torch.randint(50, 206, (4, 3, 45, 61), generator=torch.Generator().manual_seed(0)).float() / 255
 SHAPES = {"include": [{"class": "circle", "count": 1, "color": "red"}], "tag": "colors", "text": "sign"}
+SHAPES |= {"vqa_list": [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]}
 METADATA = [dict(SHAPES) for _ in PROMPTS]
 GROUPS = torch.tensor([0, 1, 0, 1])
 # Networks that compute norms or attention in float32 whatever their weights are need wider steps.
 STEPS = {"vqascore": (1e-3, 1e-2), "vqascore_xl": (1e-3, 1e-2), "f_clipscore": (1e-3, 1e-3)}
-STEPS |= dict.fromkeys(("hpsv3", "vqascore_qwen2.5", "vqascore_qwen3"), (1e-2, 1e-2))
+STEPS |= dict.fromkeys(("hpsv3", "vqascore_qwen2.5", "vqascore_qwen3", "soft_tifa", "soft_tifa_gm"), (1e-2, 1e-2))
+STEPS |= dict.fromkeys(("prompt_echo", "q_eval_alignment", "q_eval_quality"), (1e-2, 1e-2))
 
 
 class Judge(BaseHTTPRequestHandler):
