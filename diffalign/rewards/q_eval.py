@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
+from diffalign.rewards.support.levels import expected_level
+from diffalign.rewards.support.preprocess import on_images, should_quantize
 from diffalign.rewards.support.prompts import fill, published_template
 from diffalign.rewards.support.qwen_vl import answer_logits, load
 from diffalign.rewards.support.weights import Weights, load_once
@@ -48,12 +48,6 @@ class QEvalScore:
         quantize = should_quantize(self.quantize, images)
         logits = answer_logits(loaded, self.weights, images, questions, quantize=quantize)[:, -1]
         return expected_level(logits, [loaded[1].encode(level)[0] for level in LEVELS], list(LEVELS.values()))
-
-
-def expected_level(logits: Tensor, tokens: Sequence[int], values: Sequence[float]) -> Tensor:
-    """Average values under the softmax of some tokens' logits, (B, vocabulary): (B,), float32 or wider."""
-    found = at_least_float32(logits[:, list(tokens)]).softmax(-1)
-    return found @ torch.tensor(values, dtype=found.dtype, device=found.device)
 
 
 WEIGHTS = "AGI-Eval-Official/Q-Eval-Score"

@@ -69,9 +69,14 @@ def dina_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def deqa_folder(tmp_path_factory):
+    return tiny_checkpoints.deqa(tmp_path_factory.mktemp("deqa"))
+
+
+@pytest.fixture(scope="session")
 def small(
     clip_folder, aesthetic_file, hps_folder, clip_t5_folder, qwen_folders, hpsv3_parts, image_reward_folder,
-    ict_hp_folders, detector_folder, dina_folder,
+    ict_hp_folders, detector_folder, dina_folder, deqa_folder,
 ):  # fmt: skip
     """Registered name -> the options that make it of small weights; a reward without weights needs none."""
     clip = {"path": str(clip_folder), "tokenizer": str(clip_folder)}
@@ -95,6 +100,7 @@ def small(
         "hp": {"hp": ict_hp_folders["hp"], **base},
         "ict_hp": {**ict_hp_folders, **base},
         "f_clipscore": {"path": str(clip_folder)},
+        "deqa": {"path": str(deqa_folder)},
         "dina_lrm": {"path": str(dina_folder), "base": str(tiny_checkpoints.PIPELINE)},
         "geneval": {"path": str(detector_folder), **base},
         "geneval_graded": {"path": str(detector_folder), **base},

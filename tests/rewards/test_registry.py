@@ -12,6 +12,7 @@ NAMES = [
     "brightness",
     "clipscore",
     "combined",
+    "deqa",
     "dina_lrm",
     "f_clipscore",
     "geneval",

@@ -32,6 +32,7 @@ from diffalign.rewards.hpsv3 import TOKEN as REWARD_TOKEN
 from diffalign.rewards.ict_hp import HEAD_FILE, HP_FILE, ICT_FILE
 from diffalign.rewards.image_reward import FILE as IMAGE_REWARD_FILE
 from diffalign.rewards.image_reward import TEXT_CONFIG
+from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from diffalign.rewards.vqascore import ClipT5, ClipT5Config
 
 PIPELINE = Path(__file__).parents[2] / "assets/shapes-sd3"
@@ -314,4 +315,38 @@ def dina(folder):
     lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
     backbone = torch.nn.ModuleDict({"transformer_blocks": network.transformer_blocks})
     get_peft_model(backbone, lora).save_pretrained(adapter)
+    return folder
+
+
+DEQA_WORDS = ["<s>", "</s>", "<unk>", "USER", "ASSISTANT", ":", "The", "quality", "of", "the", "image", "is", "How"]
+DEQA_WORDS += ["would", "you", "rate", "this", "?", "excellent", "good", "fair", "poor", "bad"]
+DEQA = {
+    "model_type": "mplug_owl2", "vocab_size": len(DEQA_WORDS), "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+    "visual_config": {
+        "visual_model": {
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-6,
+        },
+        "visual_abstractor": {
+            "num_learnable_queries": 5, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "intermediate_size": 20, "encoder_hidden_size": 24, "grid_size": 4, "layer_norm_eps": 1e-6,
+        },
+    },
+}  # fmt: skip
+
+
+def deqa(folder):
+    """mPLUG-Owl2's files, small, with a tokenizer that begins with <s> as Llama's does."""
+    torch.manual_seed(9)
+    model = MplugOwl2(OwlConfig(**DEQA))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(DEQA))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(DEQA_WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder

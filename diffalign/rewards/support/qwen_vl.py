@@ -99,7 +99,11 @@ def load(weights: Weights) -> Loaded:
 def load_with_own_limits(weights: Weights) -> Loaded:
     """Load as ``load`` does; images are resized by the limits of the model's own processor."""
     model, report = AutoModelForImageTextToText.from_pretrained(
-        weights.path, revision=weights.revision, trust_remote_code=False, output_loading_info=True
+        weights.path,
+        revision=weights.revision,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the report names them
     )
     check_report(report, weights.path, type(model).__name__)
     tokenizer = AutoTokenizer.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
