@@ -45,6 +45,8 @@ SOURCES = {
     "hp_scorer": "BarretBa/ICTHP @ e2aa72859e8a0a52afc95e693d40cae852ff8855, trainer/eval/eval.py, MLP",
     "dina_lrm_head": "HKUST-C4G/diffusion-rm @ af485b40312610d6b7e6a70efb8853248ff64b85, "
     "diffusion_rm/models/reward_head.py, RewardHead of config/sd3m/thurstone-12layer.yaml",
+    "mps": "Kwai-Kolors/MPS @ be9027f3e9097a4a8b1e0be5991d0096aa8abc4b, trainer/models: clip_model.py, CLIPModel on "
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, and cross_modeling.py",
     "deqa": "zhiyuanyou/DeQA-Score @ 8e4abc826ed84a15f7c0bc3ac119e8b9245c7b2f, src/model: visual_encoder.py, and "
     "modeling_llama2.py on Llama-2-7B",
     "clip_flant5_xl": f"linzhiqiu/t2v_metrics @ {T2V}, CLIPT5ForConditionalGeneration of FlanT5-XL",
@@ -208,6 +210,19 @@ def deqa(root: Path) -> nn.Module:
     return nn.ModuleDict({"model": nn.ModuleDict(model), "lm_head": nn.Linear(4096, 32000, bias=False)})
 
 
+def mps(root: Path) -> nn.Module:
+    """CLIP, as loaded, and the authors' layers; einops, which they import, is not used by constructors."""
+    from transformers import CLIPConfig, CLIPModel
+
+    names = {"nn": nn, "torch": torch, "einsum": torch.einsum}
+    tree = ast.parse((root / "trainer/models/cross_modeling.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    exec(compile(tree, "cross_modeling.py", "exec", flags=annotations.compiler_flag), names)
+    layers: Any = names["Cross_model"]
+    parts = {"model": CLIPModel(CLIPConfig(**VIT_H)), "cross_model": layers(dim=1024, layer_num=4, heads=16)}
+    return nn.ModuleDict(parts)
+
+
 def plain_init(self: nn.Module, config: Any) -> None:
     nn.Module.__init__(self)
 
@@ -221,6 +236,7 @@ BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
     "hp_scorer": mlp("trainer/eval/eval.py", 1024),
     "dina_lrm_head": dina_lrm_head,
     "deqa": deqa,
+    "mps": mps,
     "clip_flant5_xl": clip_flant5("xl"),
     "clip_flant5_xxl": clip_flant5("xxl"),
 }

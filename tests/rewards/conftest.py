@@ -74,9 +74,19 @@ def deqa_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mps_folder(tmp_path_factory):
+    return tiny_checkpoints.mps(tmp_path_factory.mktemp("mps"))
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory):
+    return tiny_checkpoints.aesthetic_v25(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="session")
 def small(
     clip_folder, aesthetic_file, hps_folder, clip_t5_folder, qwen_folders, hpsv3_parts, image_reward_folder,
-    ict_hp_folders, detector_folder, dina_folder, deqa_folder,
+    ict_hp_folders, detector_folder, dina_folder, deqa_folder, mps_folder, siglip_folder,
 ):  # fmt: skip
     """Registered name -> the options that make it of small weights; a reward without weights needs none."""
     clip = {"path": str(clip_folder), "tokenizer": str(clip_folder)}
@@ -101,6 +111,8 @@ def small(
         "ict_hp": {**ict_hp_folders, **base},
         "f_clipscore": {"path": str(clip_folder)},
         "deqa": {"path": str(deqa_folder)},
+        "mps": {"path": str(mps_folder / "MPS_overall_checkpoint.pth"), "clip": str(mps_folder)},
+        "aesthetic_v2.5": {"path": str(siglip_folder / "head.pth"), "encoder": str(siglip_folder)},
         "dina_lrm": {"path": str(dina_folder), "base": str(tiny_checkpoints.PIPELINE)},
         "geneval": {"path": str(detector_folder), **base},
         "geneval_graded": {"path": str(detector_folder), **base},

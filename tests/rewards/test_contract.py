@@ -30,7 +30,7 @@ GROUPS = torch.tensor([0, 1, 0, 1])
 # Networks that compute norms or attention in float32 whatever their weights are need wider steps.
 STEPS = {"vqascore": (1e-3, 1e-2), "vqascore_xl": (1e-3, 1e-2), "f_clipscore": (1e-3, 1e-3)}
 STEPS |= dict.fromkeys(("hpsv3", "vqascore_qwen2.5", "vqascore_qwen3", "soft_tifa", "soft_tifa_gm"), (1e-2, 1e-2))
-STEPS |= dict.fromkeys(("prompt_echo", "q_eval_alignment", "q_eval_quality"), (1e-2, 1e-2))
+STEPS |= dict.fromkeys(("prompt_echo", "q_eval_alignment", "q_eval_quality", "deqa"), (1e-2, 1e-2))
 
 
 class Judge(BaseHTTPRequestHandler):

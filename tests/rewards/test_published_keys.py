@@ -16,6 +16,7 @@ from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.hpsv3 import build as build_hpsv3
 from diffalign.rewards.image_reward import Network as ImageRewardNetwork
 from diffalign.rewards.image_reward import renamed, text_config, vision_config
+from diffalign.rewards.mps import Network as MpsNetwork
 from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from diffalign.rewards.support.reward_head import RewardHead
 from diffalign.rewards.support.weights import Weights
@@ -68,6 +69,7 @@ UNCOUNTED = ("embed_tokens.weight", "position_ids", "lm_head.weight", "blip.visi
         ("hpsv3", "hpsv3"),
         ("image_reward", "image_reward"),
         ("deqa", "deqa"),
+        ("mps", "mps"),
         ("vqascore", "clip_flant5_xxl"),
         ("vqascore_xl", "clip_flant5_xl"),
     ],
@@ -96,6 +98,11 @@ def test_pickscore_ict_and_hp():
 @pytest.mark.usefixtures("on_meta")
 def test_the_head_of_dina_lrm():
     check(RewardHead(1536, 3, 3, 4, 8), published("dina_lrm_head"))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_mps():
+    check(MpsNetwork(CLIPConfig(**VIT_H)), published("mps"))
 
 
 @pytest.mark.usefixtures("on_meta")

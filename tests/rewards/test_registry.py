@@ -9,6 +9,7 @@ from diffalign.rewards import base
 FOLDER = Path(rewards.__file__).parent
 NAMES = [
     "aesthetic",
+    "aesthetic_v2.5",
     "brightness",
     "clipscore",
     "combined",
@@ -27,6 +28,7 @@ NAMES = [
     "image_reward",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "mps",
     "ocr",
     "pickscore",
     "prompt_echo",

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import open_clip
@@ -22,16 +24,20 @@ from transformers import (
     Mask2FormerImageProcessor,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SwinConfig,
 )
 
 from diffalign.rewards.aesthetic import Head
+from diffalign.rewards.aesthetic_v25 import Head as HeadV25
 from diffalign.rewards.dina_lrm import Network
 from diffalign.rewards.hpsv3 import FILE as HPSV3_FILE
 from diffalign.rewards.hpsv3 import TOKEN as REWARD_TOKEN
 from diffalign.rewards.ict_hp import HEAD_FILE, HP_FILE, ICT_FILE
 from diffalign.rewards.image_reward import FILE as IMAGE_REWARD_FILE
 from diffalign.rewards.image_reward import TEXT_CONFIG
+from diffalign.rewards.mps import Network as MpsNetwork
 from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from diffalign.rewards.vqascore import ClipT5, ClipT5Config
 
@@ -43,14 +49,14 @@ OPEN_CLIP = {
 }
 
 
-def clip(folder, seed=0):
+def clip(folder, seed=0, width=16):
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
     vision = {**sizes, "image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -349,4 +355,38 @@ def deqa(folder):
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def mps(folder):
+    """MPS's file: a module pickled whole, of classes that cannot be imported where it is read."""
+    clip(folder, seed=10, width=128)
+    network = MpsNetwork(CLIPConfig.from_pretrained(folder))
+    network.model.load_state_dict(CLIPModel.from_pretrained(folder).state_dict())
+    for parameter in network.cross_model.parameters():
+        parameter.data.normal_(0, 0.15)
+    module = types.ModuleType("trainer_of_mps")
+    kinds: dict[type, type] = {}
+    for part in network.modules():
+        kind = type(part)
+        if not kind.__module__.startswith("torch.") and kind not in kinds:
+            kinds[kind] = type(f"{kind.__name__}Published", (torch.nn.Module,), {"__module__": module.__name__})
+            setattr(module, kinds[kind].__name__, kinds[kind])
+    sys.modules[module.__name__] = module
+    try:
+        for part in network.modules():
+            part.__class__ = kinds.get(type(part), type(part))
+        torch.save(network, folder / "MPS_overall_checkpoint.pth")
+    finally:
+        del sys.modules[module.__name__]
+    return folder
+
+
+def aesthetic_v25(folder):
+    torch.manual_seed(11)
+    config = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=7
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    torch.save(HeadV25(24).state_dict(), folder / "head.pth")
     return folder
