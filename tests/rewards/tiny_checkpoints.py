@@ -310,12 +310,18 @@ def dina(folder):
     head = {"use_proj_in": False, "width": -1, "out_dim": 1, "num_queries": 4, "num_attn_heads": 8, "dropout": 0.0}
     config = {"num_transformer_layers": 2, "visual_head_idx": [1, 2], "text_head_idx": [1, 2], "use_lora": True}
     config |= {"use_logistic": False, "reward_head": head}
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model": config}))
     network = Network(transformer, config)
     for parameter in network.reward_head.parameters():
         parameter.data.normal_(0, 0.3)
+    return save_dina(folder, network)
+
+
+def save_dina(folder, network):
+    """The head, and an adapter of the blocks, which get PEFT's layers."""
     adapter = folder / "checkpoint/backbone_lora"
-    adapter.mkdir(parents=True)
+    adapter.mkdir(parents=True, exist_ok=True)
     torch.save(network.reward_head.state_dict(), folder / "checkpoint/rm_head.pt")
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
@@ -345,6 +351,7 @@ DEQA = {
 def deqa(folder):
     """mPLUG-Owl2's files, small, with a tokenizer that begins with <s> as Llama's does."""
     torch.manual_seed(9)
+    folder.mkdir(exist_ok=True)
     model = MplugOwl2(OwlConfig(**DEQA))
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.normal_(0, 0.3)
