@@ -84,9 +84,14 @@ def siglip_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def evalmuse_folder(tmp_path_factory):
+    return tiny_checkpoints.evalmuse(tmp_path_factory.mktemp("evalmuse"))
+
+
+@pytest.fixture(scope="session")
 def small(
     clip_folder, aesthetic_file, hps_folder, clip_t5_folder, qwen_folders, hpsv3_parts, image_reward_folder,
-    ict_hp_folders, detector_folder, dina_folder, deqa_folder, mps_folder, siglip_folder,
+    ict_hp_folders, detector_folder, dina_folder, deqa_folder, mps_folder, siglip_folder, evalmuse_folder,
 ):  # fmt: skip
     """Registered name -> the options that make it of small weights; a reward without weights needs none."""
     clip = {"path": str(clip_folder), "tokenizer": str(clip_folder)}
@@ -111,6 +116,7 @@ def small(
         "ict_hp": {**ict_hp_folders, **base},
         "f_clipscore": {"path": str(clip_folder)},
         "deqa": {"path": str(deqa_folder)},
+        "evalmuse": {"path": str(evalmuse_folder), "tokenizer": str(image_reward_folder)},
         "mps": {"path": str(mps_folder / "MPS_overall_checkpoint.pth"), "clip": str(mps_folder)},
         "aesthetic_v2.5": {"path": str(siglip_folder / "head.pth"), "encoder": str(siglip_folder)},
         "dina_lrm": {"path": str(dina_folder), "base": str(tiny_checkpoints.PIPELINE)},

@@ -15,6 +15,7 @@ NAMES = [
     "combined",
     "deqa",
     "dina_lrm",
+    "evalmuse",
     "f_clipscore",
     "geneval",
     "geneval_graded",

@@ -32,6 +32,7 @@ from transformers import (
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.aesthetic_v25 import Head as HeadV25
 from diffalign.rewards.dina_lrm import Network
+from diffalign.rewards.evalmuse import FILE as EVALMUSE_FILE
 from diffalign.rewards.hpsv3 import FILE as HPSV3_FILE
 from diffalign.rewards.hpsv3 import TOKEN as REWARD_TOKEN
 from diffalign.rewards.ict_hp import HEAD_FILE, HP_FILE, ICT_FILE
@@ -396,4 +397,48 @@ def aesthetic_v25(folder):
     )
     SiglipVisionModel(config).save_pretrained(folder)
     torch.save(HeadV25(24).state_dict(), folder / "head.pth")
+    return folder
+
+
+EVA = {"width": 176, "depth": 2, "patch": 7, "side": 28, "inner": 96}
+QFORMER = {"width": 128, "depth": 3, "inner": 64, "queries": 4, "positions": 24}
+
+
+def evalmuse(folder):
+    """FGA-BLIP2's file, small: LAVIS's names, the parts that its score does not use included."""
+    torch.manual_seed(12)
+    w, width, wide = {}, QFORMER["width"], EVA["width"]
+    eyes, bert = "visual_encoder.", "Qformer.bert."
+    w["query_tokens"] = torch.randn(1, QFORMER["queries"], width)
+    w[f"{eyes}cls_token"] = torch.randn(1, 1, wide)
+    w[f"{eyes}pos_embed"] = torch.randn(1, (EVA["side"] // EVA["patch"]) ** 2 + 1, wide)
+    w[f"{eyes}patch_embed.proj.weight"] = torch.randn(wide, 3, EVA["patch"], EVA["patch"]) / 12
+    w[f"{eyes}patch_embed.proj.bias"] = torch.randn(wide)
+    for i in range(EVA["depth"]):
+        block = f"{eyes}blocks.{i}."
+        norm(w, f"{block}norm1", wide), norm(w, f"{block}norm2", wide)
+        w[f"{block}attn.q_bias"], w[f"{block}attn.v_bias"] = torch.randn(2, wide)
+        w[f"{block}attn.qkv.weight"] = torch.randn(3 * wide, wide) / math.sqrt(wide)
+        linear(w, f"{block}attn.proj", wide, wide)
+        linear(w, f"{block}mlp.fc1", EVA["inner"], wide), linear(w, f"{block}mlp.fc2", wide, EVA["inner"])
+    norm(w, "ln_vision", wide)
+    w[f"{bert}embeddings.word_embeddings.weight"] = torch.randn(len(WORDS) + 1, width)
+    w[f"{bert}embeddings.position_embeddings.weight"] = torch.randn(QFORMER["positions"], width)
+    w[f"{bert}embeddings.position_ids"] = torch.arange(QFORMER["positions"])[None]
+    norm(w, f"{bert}embeddings.LayerNorm", width)
+    for i in range(QFORMER["depth"]):
+        layer = f"{bert}encoder.layer.{i}."
+        for part, source in (("attention", width), ("crossattention", wide))[: 1 + (i % 2 == 0)]:
+            linear(w, f"{layer}{part}.self.query", width, width)
+            linear(w, f"{layer}{part}.self.key", width, source), linear(w, f"{layer}{part}.self.value", width, source)
+            linear(w, f"{layer}{part}.output.dense", width, width), norm(w, f"{layer}{part}.output.LayerNorm", width)
+        for kind in ("", "_query"):
+            linear(w, f"{layer}intermediate{kind}.dense", QFORMER["inner"], width)
+            linear(w, f"{layer}output{kind}.dense", width, QFORMER["inner"])
+            norm(w, f"{layer}output{kind}.LayerNorm", width)
+    linear(w, "itm_head", 2, width), linear(w, "vision_proj", 8, width), linear(w, "text_proj", 8, width)
+    linear(w, "mask_proj.layers.0", 256, width)
+    linear(w, "Qformer.cls.predictions.transform.dense", width, width)
+    w["temp"] = torch.ones(())
+    torch.save({"model": w}, folder / EVALMUSE_FILE)
     return folder
