@@ -39,7 +39,7 @@ from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from diffalign.rewards.support.preprocess import Preprocess, stretch
 from diffalign.rewards.support.qwen_vl import Patches, chat, load_with_own_limits
 from diffalign.rewards.support.weights import Weights, load_once
-from tests.rewards import tiny_checkpoints
+from tests.rewards import tiny_checkpoints, tiny_judges
 
 Made = tuple[Reward, Callable[[], Tensor]]
 DATA = MappingProxyType({"vqa_list": [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]})
@@ -47,12 +47,12 @@ DATA = MappingProxyType({"vqa_list": [["How many circles are in the image?", "on
 
 def owl(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Made]:
     """Build DeQA-Score."""
-    place = tiny_checkpoints.deqa(folder / "deqa")
+    place = tiny_judges.deqa(folder / "deqa")
     width, heads = args.width, max(1, args.width // 64)
     both = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
     eyes = {**both, "num_hidden_layers": args.layers, "image_size": 448, "patch_size": 28}
     queries = {**both, "encoder_hidden_size": width, "num_hidden_layers": 2, "grid_size": 16}
-    config = {**tiny_checkpoints.DEQA, **both, "num_hidden_layers": args.layers, "num_key_value_heads": heads}
+    config = {**tiny_judges.DEQA, **both, "num_hidden_layers": args.layers, "num_key_value_heads": heads}
     config["visual_config"] = {"visual_model": eyes, "visual_abstractor": queries}
     model = MplugOwl2(OwlConfig(**config)).eval()
     model.save_pretrained(place)
@@ -151,7 +151,7 @@ def _direct(loaded: Any, images: Tensor, texts: list[str], rows: list[int], answ
 
 def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Made]:
     """Build DiNa-LRM on latents; prompts are encoded before, as they repeat within a group."""
-    place = tiny_checkpoints.dina(folder / "dina")
+    place = tiny_judges.dina(folder / "dina")
     base = folder / "base"
     base.mkdir()
     for part in tiny_checkpoints.PIPELINE.iterdir():
@@ -167,7 +167,7 @@ def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: l
     config["model"] |= {"num_transformer_layers": args.layers, "visual_head_idx": [2, 4], "text_head_idx": [2, 4]}
     (place / "config.json").write_text(json.dumps(config))
     network = DiNaNetwork(transformer, config["model"]).eval()
-    tiny_checkpoints.save_dina(place, network)
+    tiny_judges.save_dina(place, network)
     reward = get_reward("dina_lrm", path=str(place), base=str(base), precision="no")
     latents = torch.randn(len(images), old["in_channels"], 32, 32)
     embeds = torch.randn(len(images), 333, old["joint_attention_dim"])

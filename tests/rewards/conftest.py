@@ -5,7 +5,7 @@ import torch
 
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.support import weights
-from tests.rewards import tiny_checkpoints
+from tests.rewards import tiny_checkpoints, tiny_judges
 
 
 @pytest.fixture(autouse=True)
@@ -65,27 +65,27 @@ def detector_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dina_folder(tmp_path_factory):
-    return tiny_checkpoints.dina(tmp_path_factory.mktemp("dina"))
+    return tiny_judges.dina(tmp_path_factory.mktemp("dina"))
 
 
 @pytest.fixture(scope="session")
 def deqa_folder(tmp_path_factory):
-    return tiny_checkpoints.deqa(tmp_path_factory.mktemp("deqa"))
+    return tiny_judges.deqa(tmp_path_factory.mktemp("deqa"))
 
 
 @pytest.fixture(scope="session")
 def mps_folder(tmp_path_factory):
-    return tiny_checkpoints.mps(tmp_path_factory.mktemp("mps"))
+    return tiny_judges.mps(tmp_path_factory.mktemp("mps"))
 
 
 @pytest.fixture(scope="session")
 def siglip_folder(tmp_path_factory):
-    return tiny_checkpoints.aesthetic_v25(tmp_path_factory.mktemp("siglip"))
+    return tiny_judges.aesthetic_v25(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="session")
 def evalmuse_folder(tmp_path_factory):
-    return tiny_checkpoints.evalmuse(tmp_path_factory.mktemp("evalmuse"))
+    return tiny_judges.evalmuse(tmp_path_factory.mktemp("evalmuse"))
 
 
 @pytest.fixture(scope="session")

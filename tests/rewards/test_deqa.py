@@ -15,7 +15,7 @@ from diffalign.rewards import get_reward
 from diffalign.rewards.base import RewardUnavailable
 from diffalign.rewards.deqa import AFTER, BEFORE, LEVELS
 from diffalign.rewards.support.preprocess import CLIP_MEAN
-from tests.rewards.tiny_checkpoints import DEQA
+from tests.rewards.tiny_judges import DEQA
 
 IMAGES = torch.randint(0, 256, (3, 3, 22, 17), generator=torch.Generator().manual_seed(0)).double() / 255
 VISION, QUERIES = DEQA["visual_config"]["visual_model"], DEQA["visual_config"]["visual_abstractor"]

@@ -16,7 +16,7 @@ from diffalign.rewards.base import RewardUnavailable
 from diffalign.rewards.evalmuse import FILE, caption
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from tests.rewards.test_mps import IMAGES
-from tests.rewards.tiny_checkpoints import EVA, QFORMER
+from tests.rewards.tiny_judges import EVA, QFORMER
 
 PROMPTS = ["A red circle!", "two squares (and a circle)", ""]
 DATA = [{}] * 3
