@@ -32,6 +32,7 @@ from diffalign.rewards.aesthetic_v25 import Head as HeadV25
 from diffalign.rewards.base import Reward
 from diffalign.rewards.deqa import LEVELS
 from diffalign.rewards.dina_lrm import Network as DiNaNetwork
+from diffalign.rewards.dina_lrm import _load as load_dina
 from diffalign.rewards.mps import FILE as MPS_FILE
 from diffalign.rewards.mps import Network as MpsNetwork
 from diffalign.rewards.prompt_echo import QUESTION
@@ -50,8 +51,8 @@ def owl(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[st
     place = tiny_judges.deqa(folder / "deqa")
     width, heads = args.width, max(1, args.width // 64)
     both = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
-    eyes = {**both, "num_hidden_layers": args.layers, "image_size": 448, "patch_size": 28}
-    queries = {**both, "encoder_hidden_size": width, "num_hidden_layers": 2, "grid_size": 16}
+    eyes = {**both, "num_hidden_layers": args.layers, "image_size": 448, "patch_size": args.patch}
+    queries = {**both, "encoder_hidden_size": width, "num_hidden_layers": 2, "grid_size": 448 // args.patch}
     config = {**tiny_judges.DEQA, **both, "num_hidden_layers": args.layers, "num_key_value_heads": heads}
     config["visual_config"] = {"visual_model": eyes, "visual_abstractor": queries}
     model = MplugOwl2(OwlConfig(**config)).eval()
@@ -69,7 +70,7 @@ def clip_layers(args: argparse.Namespace, folder: Path, images: Tensor, prompts:
     size["num_attention_heads"] = max(1, args.width // 64)
     text = CLIPModel.from_pretrained(place).config.text_config.to_dict()
     config = CLIPConfig(
-        vision_config={**size, "patch_size": 16},
+        vision_config={**size, "patch_size": args.patch},
         text_config={**text, **size, "max_position_embeddings": 77},
         projection_dim=args.width,
     )
@@ -90,7 +91,7 @@ def siglip(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list
     """Build the aesthetic predictor v2.5."""
     size = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.layers}
     heads = max(1, args.width // 64)
-    config = SiglipVisionConfig(**size, num_attention_heads=heads, image_size=384, patch_size=32)
+    config = SiglipVisionConfig(**size, num_attention_heads=heads, image_size=384, patch_size=args.patch)
     model, head = SiglipVisionModel(config).eval(), HeadV25(args.width).eval()
     model.save_pretrained(folder / "siglip")
     torch.save(head.state_dict(), folder / "head.pth")
@@ -166,9 +167,9 @@ def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: l
     config = json.loads((place / "config.json").read_text())
     config["model"] |= {"num_transformer_layers": args.layers, "visual_head_idx": [2, 4], "text_head_idx": [2, 4]}
     (place / "config.json").write_text(json.dumps(config))
-    network = DiNaNetwork(transformer, config["model"]).eval()
-    tiny_judges.save_dina(place, network)
-    reward = get_reward("dina_lrm", path=str(place), base=str(base), precision="no")
+    tiny_judges.save_dina(place, DiNaNetwork(transformer, config["model"]))
+    reward: Any = get_reward("dina_lrm", path=str(place), base=str(base), precision="no")
+    network = load_once(load_dina, reward.weights, str(base))[0]  # its LoRA is merged
     latents = torch.randn(len(images), old["in_channels"], 32, 32)
     embeds = torch.randn(len(images), 333, old["joint_attention_dim"])
     pooled, time = torch.randn(len(images), old["pooled_projection_dim"]), torch.full((len(images),), 400.0)
