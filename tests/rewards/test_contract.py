@@ -36,6 +36,8 @@ STEPS |= dict.fromkeys(("prompt_echo", "q_eval_alignment", "q_eval_quality", "de
 class Judge(BaseHTTPRequestHandler):
     """A vision-language model that likes light images."""
 
+    protocol_version = "HTTP/1.1"  # keeps connections
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         *pictures, words = body["messages"][0]["content"]
@@ -52,9 +54,11 @@ class Judge(BaseHTTPRequestHandler):
             pair = f"Score:\n Image 1: {share}\n Image 2: {1 - share}"
             said |= {"Coherence": "\n".join(f"{axis} {pair}" for axis in ("Alignment", "Coherence", "Style"))}
         text = next(answer for word, answer in said.items() if word in words["text"])
+        reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+        self.wfile.write(reply)
 
     def log_message(self, *args):
         pass

@@ -109,7 +109,6 @@ OPTIONS = {
     "unified_reward_pairs": {},
     "unified_reward_think": {},
     "image_doctor": {},
-    "vision_reward": {"alignment": None},
 }
 
 
