@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from diffalign.diffusion import trajectory
 from diffalign.forecast.counter import Counter, Seen
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
-from diffalign.trainers.refl import reward_loss
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOISE = 4096  # elements of a draw from which it has no values: these matter only to images
@@ -153,11 +153,11 @@ def first_slices(counter: Counter) -> Iterator[None]:
         product = (x * torch.cat([gradient] * -(-len(x) // size))[: len(x)]).sum()
         return total + (product - product.detach())
 
-    kept, reward_loss.in_slices = reward_loss.in_slices, in_slices
+    kept, trajectory.in_slices = trajectory.in_slices, in_slices
     try:
         yield
     finally:
-        reward_loss.in_slices = kept
+        trajectory.in_slices = kept
 
 
 @contextmanager
