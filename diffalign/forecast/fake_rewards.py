@@ -332,7 +332,7 @@ def network_bytes(reward: Reward) -> int:
     """Return the bytes of a reward's weights: of a folder's files, else from the card of the registered reward."""
     name, _ = getattr(reward, RECIPE, ("", {}))
     weights = getattr(reward, "weights", None)
-    if isinstance(weights, Weights) and Path(weights.path).exists():
+    if isinstance(weights, Weights) and weights.path and Path(weights.path).is_dir():  # a file may be a head alone
         return sum(file.stat().st_size for file in Path(weights.path).rglob("*") if file.suffix in WEIGHTS)
     if not name or name not in names() or registered(name).facts.served:
         return 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.forecast.stand_ins import network_bytes
+from diffalign.forecast.fake_rewards import network_bytes
 from diffalign.rewards import FunctionReward, get_reward
 from diffalign.rewards.base import registered
 from diffalign.rewards.image_doctor import AXES
