@@ -33,6 +33,8 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.deqa import LEVELS
 from diffalign.rewards.dina_lrm import Network as DiNaNetwork
 from diffalign.rewards.dina_lrm import _load as load_dina
+from diffalign.rewards.dina_lrm import _load_text as load_text
+from diffalign.rewards.evalmuse import _load as load_evalmuse
 from diffalign.rewards.mps import FILE as MPS_FILE
 from diffalign.rewards.mps import Network as MpsNetwork
 from diffalign.rewards.prompt_echo import QUESTION
@@ -171,8 +173,9 @@ def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: l
     reward: Any = get_reward("dina_lrm", path=str(place), base=str(base), precision="no")
     network = load_once(load_dina, reward.weights, str(base))[0]  # its LoRA is merged
     latents = torch.randn(len(images), old["in_channels"], 32, 32)
-    embeds = torch.randn(len(images), 333, old["joint_attention_dim"])
-    pooled, time = torch.randn(len(images), old["pooled_projection_dim"]), torch.full((len(images),), 400.0)
+    text = load_once(load_text, reward.weights, str(base), reward.max_sequence_length)
+    embeds, pooled = text.encode(prompts, reward.weights, images.device)
+    time = torch.full((len(images),), 400.0)
 
     class OnLatents:
         name = "dina_lrm"
@@ -184,4 +187,17 @@ def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: l
     return {"dina_lrm": (made, lambda: network(latents, time, embeds, pooled))}
 
 
-MAKERS = (owl, clip_layers, siglip, qwen, diffusion)
+def blip2(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Made]:
+    """Build EvalMuse's FGA-BLIP2."""
+    width, side = 88 * max(1, args.width // 88), 22 * args.patch
+    tiny_judges.EVA.update(width=width, inner=4 * width, depth=args.layers, patch=args.patch, side=side)
+    words = tiny_checkpoints.image_reward(folder)
+    place = tiny_judges.evalmuse(folder)
+    reward: Any = get_reward("evalmuse", path=str(place), tokenizer=str(words))
+    network, tokenizer = load_once(load_evalmuse, reward.weights, str(words))
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    pixels = Preprocess(goal=side, fit=stretch)(images, quantize=True)
+    return {"evalmuse": (reward, lambda: network(pixels, tokens.input_ids, tokens.attention_mask))}
+
+
+MAKERS = (owl, clip_layers, siglip, qwen, diffusion, blip2)

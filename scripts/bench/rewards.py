@@ -1,6 +1,6 @@
 """Benchmark rewards against direct calls of their networks, in images per second.
 
-    python scripts/bench/rewards.py
+    python scripts/bench/rewards.py --only clip
     python scripts/bench/rewards.py --images 32 --side 1024 --layers 24 --width 1024
 
 The networks are random, in the published layouts, as wide and deep as asked. A direct call gets pixels and tokens that
