@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffalign.data.epoch_order import take
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
+from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
 from diffalign.rewards.base import Reward, wants_latents
 from diffalign.rollout.advantages import flat_share, group_advantages
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
@@ -27,6 +29,14 @@ from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics
 from diffalign.runtime.run import Run
 from diffalign.structures import Conditioning, Prompt
+
+
+def sampling_cache(config: RolloutConfig) -> object:
+    """Return diffusers' configuration of the rollout's cache; None for none."""
+    cache = config.rollout_cache
+    if cache.kind == "first_block":
+        return first_block(cache.threshold)
+    return taylorseer(cache.interval, cache.warmup, cache.order) if cache.kind == "taylorseer" else None
 
 
 @dataclass
@@ -88,6 +98,9 @@ class Collector:
             if plan.trained_steps:
                 plan.validate(self.levels)
         self._scored = False
+        self.cache = sampling_cache(self.config)
+        if self.cache is not None:
+            check_supported(run.model.raw_denoiser)
 
     def sample(self, iteration: int, *, means: bool = False) -> Rollout:
         """Sample this process's images; rewards may score them in the background meanwhile.
@@ -106,7 +119,7 @@ class Collector:
 
         book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
         try:
-            with self.model.keeping(VAE):
+            with self.model.keeping(VAE), self._caching(rollout):
                 for rows, latents in parts:
                     images = decode(self.model, latents, config.decode_dtype) if self.decodes else None
                     self.run.heartbeat(collective=True)
@@ -118,6 +131,17 @@ class Collector:
             book.close()
             raise
         return rollout
+
+    @contextmanager
+    def _caching(self, rollout: Rollout) -> Iterator[None]:
+        """Reuse activations between sampling steps if the configuration says so; log the computed share."""
+        if self.cache is None:
+            yield
+            return
+        with cached(self.model.raw_denoiser, self.cache) as count:
+            yield
+        seen = self.run.gather(torch.tensor([[count.computed, count.calls]])).sum(0)
+        rollout.metrics["cache/computed_share"] = (seen[0] / seen[1]).item()
 
     def score(self, rollout: Rollout) -> None:
         """Wait for the rewards of this process's images, and store them in the buffer."""

@@ -66,6 +66,7 @@ def closing(report: Report) -> str:
         ]
         names = " -> ".join(found)
         lines["achieved"] = f"{', '.join(means)} ({names}, over all {images} images, after {report.step} steps)"
+    lines["alarm"] = report.alarm
     lines["weights"] = ", ".join(str(path) for path in report.paths)
     lines["card"] = str(report.folder / "README.md")
     pictures = [report.folder / name for name in ("compare.png", "curves.png") if (report.folder / name).is_file()]

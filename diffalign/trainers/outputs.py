@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.unread import accepts
+from diffalign.evaluation.collapse import COLLAPSE, WATCHED, CollapseMonitor
 from diffalign.evaluation.heldout import Evaluation
 from diffalign.evaluation.runs import HELD_OUT
 from diffalign.report.run_report import Report, consent_option, keep_prompts
 from diffalign.rewards.support.weights import repositories
+from diffalign.rollout.config import ScoredSamplesConfig
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.interfaces import Metrics
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.products import portable
 from diffalign.runtime.provenance import commit, origin
 from diffalign.runtime.run import Run
+from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.contents import contents
 from diffalign.trainers.inputs import Inputs
@@ -111,6 +116,26 @@ class Outputs:
             keep_prompts(config.output_dir / HELD_OUT, prompts)
             self.report.picture(step, shown)
         return {**figures, **self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))}
+
+    def watch(self, step: int, row: Mapping[str, Any]) -> Metrics:
+        """Return an alarm to add to a row of metrics, if the training collapses; say it once, in words."""
+        if self.collapse is None:
+            return {}
+        if message := self.collapse(step, row):
+            self.report.alarm = message
+            warnings.warn(message, stacklevel=2)
+        return {COLLAPSE: 1.0} if self.collapse.active and any(name in row for name in WATCHED) else {}
+
+    @cached_property
+    def collapse(self) -> CollapseMonitor | None:
+        """The alarm of online training, with the rows that a resumed run has; None for other training."""
+        config, file = self.run.config, self.run.config.output_dir / "metrics.jsonl"
+        if not isinstance(config, ScoredSamplesConfig) or not accepts(config, "collapse"):
+            return None
+        rows = MetricsLog.read(file) if file.is_file() else []
+        monitor = CollapseMonitor(config.collapse, self.algorithm.collapse_remedy, rows)
+        self.report.alarm = monitor.message
+        return monitor
 
     def exporter(self) -> Callable[[Path], object] | None:
         """Return a function that writes the LoRA (of the EMA if there is one); None for full weights."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 ONLINE_ONLY = ("num_groups", "group_size", "shared_start", "decode_precision", "updates_per_rollout", "max_unscored",
-               "overlap_rewards", "save_rollouts")  # fmt: skip
+               "overlap_rewards", "save_rollouts", "collapse",
+               "rollout_cache")  # fmt: skip
 OFFLINE = "read only online, where train_prompts and rewards make the pairs"
 ONLINE = "read only offline, where pairs come from train_data"
 
@@ -164,6 +165,7 @@ class DiffusionDPOConfig(RolloutConfig):
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
             names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
             names |= dict.fromkeys((f"data.{name}" for name in data), ONLINE)
+            names |= super().unread()
         else:
             names = dict.fromkeys(ONLINE_ONLY, OFFLINE)
             if self.losers == "data":

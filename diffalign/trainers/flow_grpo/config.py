@@ -70,7 +70,8 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
-        names = {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
+        names = {"rollout_cache": "a rollout that is not the model's own has no density to train"}
+        names |= {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
         if self.plan.leaves == 1:
             return names | {"advantage_rule": "read only with plan.branch"}
         return names | {"filter_zero_advantage": "read only without plan.branch"}

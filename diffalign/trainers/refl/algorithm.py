@@ -98,6 +98,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
     """Gradients of differentiable rewards through a few recorded calls of the denoiser."""
 
     grad_through = (VAE,)
+    collapse_remedy = "Train less far: set early_stopping, or half the learning_rate from an earlier checkpoint."
 
     @classmethod
     def read_inputs(cls, config: ReFLConfig, reward_funcs: Any, train_dataset: Any) -> Inputs[ReFLConfig]:
