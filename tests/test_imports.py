@@ -46,7 +46,7 @@ ALLOWED["__main__"] = {"cli"}
 
 # Library -> the rooms that may touch it.
 PRIVATE = {
-    "diffusers": {"models"},
+    "diffusers": {"models", "rewards"},  # rewards: dina_lrm is a diffusion transformer
     "peft": {"models"},
     "accelerate": {"log", "runtime", "evaluation", "commands", "trainers"},
     "yaml": {"config", "report"},

@@ -17,7 +17,7 @@ from diffalign.models.load import loaded_commit
 from diffalign.models.offload import PARTS
 from diffalign.models.performance import set_performance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
-from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.base import Reward, RewardFunction, check_latents
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.lock import refuse_busy
@@ -80,6 +80,7 @@ class Trainer(Generic[C]):
         self.inputs: Inputs[C] = with_evaluation(kind.read_inputs(config, reward_funcs, train_dataset), eval_dataset)
         accelerator, shards = self._connect(self.inputs)
         loaded = model if isinstance(model, DiffusionModel) else load(self.inputs.config)
+        check_latents({**self.inputs.eval_rewards, **self.inputs.rewards}, loaded.pipeline.vae.config)
         self.inputs = inputs = record_model(self.inputs, loaded)
 
         config = inputs.config
