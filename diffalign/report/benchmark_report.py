@@ -127,8 +127,8 @@ def _losses(results: Mapping[str, ColumnResult]) -> Iterator[str]:
     for title, result in results.items():
         if result.broken:
             named = f", {Path(result.broken[0]).name} the first" if len(result.broken) > 1 else ""
-            count = f"{len(result.broken)} of {result.images} images"
-            yield f"{inert(title)}: {count} cannot be read and are left out{named}."
+            lost = f"{len(result.broken)} of {result.images} images"
+            yield f"{inert(title)}: {lost} cannot be read and are left out{named}."
         for name, count in result.failed.items():
             yield f"{inert(title)}: judge {inert(name)} gave no answer about {count} of {result.images} images."
 
