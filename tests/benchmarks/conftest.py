@@ -55,14 +55,20 @@ def judge_options(tmp_path_factory):
         "aesthetic": {"path": str(JUDGES / "aesthetic/aesthetic-model.pth"), "clip": str(JUDGES / "pickscore")},
         "image_reward": {"path": image_reward, "tokenizer": image_reward},
     }
-    vqascore = {"vqascore": {"path": str(JUDGES / "vqascore"), "tokenizer": str(JUDGES / "vqascore")}}
+    vqascore = {
+        "vqascore": {"path": str(JUDGES / "vqascore"), "tokenizer": str(JUDGES / "vqascore"), "precision": "no"}
+    }
     return {
         "geneval": {"geneval": {"path": detector, "clip": clip}},
-        "geneval2": {"vqa": {"path": qwen3}},
-        "dpg_bench": {"vqa": {"path": qwen}},
-        "oneig": {"vqa": {"path": qwen}},
-        "wise": {"vqa": {"path": qwen3}},
-        "t2i_compbench": {"vqa": {"path": qwen}, "detector": {"path": detector}, "clip": {"path": clip}},
+        "geneval2": {"vqa": {"path": qwen3, "precision": "no"}},
+        "dpg_bench": {"vqa": {"path": qwen, "precision": "no"}},
+        "oneig": {"vqa": {"path": qwen, "precision": "no"}},
+        "wise": {"vqa": {"path": qwen3, "precision": "no"}},
+        "t2i_compbench": {
+            "vqa": {"path": qwen, "precision": "no"},
+            "detector": {"path": detector},
+            "clip": {"path": clip},
+        },
         "genai_bench": vqascore,
         "genai_rank": vqascore,
         "hpdv2": {"hpsv2.1": hps},
