@@ -44,7 +44,7 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, with_held_out
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
@@ -173,7 +173,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
     held_out = [Prompt("held-out prompt")] if config.eval_prompts else []
-    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
+    inputs = replace(with_held_out(kind.read_inputs(config, None, prompts)), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
     notes = tuple(
