@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from diffalign.benchmarks.names import benchmark_names
+from diffalign.benchmarks.names import benchmark_names, unknown_benchmark
 from diffalign.commands.models_config import ModelsConfig
 from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
@@ -50,9 +50,11 @@ class BenchConfig(ModelsConfig):
     dry_run: bool = option(False, "print numbers of images and evaluations, without weights", section="run")
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with each of ``models``: a missing path, a malformed scale, or a missing hub model."""
+        """Yield what is wrong with the name of the benchmark, and with each of ``models``."""
         from diffalign.preflight import model_problem
 
+        if self.benchmark not in benchmark_names():
+            yield unknown_benchmark(self.benchmark)
         for text in self.models:
             if (pipeline := as_pipeline(text)) is not None:
                 yield from model_problem("models", pipeline[1], self)
