@@ -105,7 +105,9 @@ def with_held_out(inputs: Inputs[C]) -> Inputs[C]:
     Raises ValueError for a judge that the run trains on, or whose weights it does.
     """
     config = inputs.config
-    table = held_out_table(config.held_out, {**dict.fromkeys(inputs.rewards, 1.0), **(getattr(config, "rewards", {}))})
+    table = held_out_table(
+        config.held_out, {**dict.fromkeys(inputs.rewards, 1.0), **(getattr(config, "rewards", None) or {})}
+    )
     if not table:
         return inputs
     judges, _ = build_rewards(table, config.allow_reward_code)

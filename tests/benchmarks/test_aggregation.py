@@ -1,9 +1,11 @@
 """Protocols against the authors' constants, and aggregations against tables that were worked out by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from diffalign import benchmarks
 from diffalign.benchmarks import detection
 from diffalign.benchmarks.bootstrap import interval
 from diffalign.benchmarks.detection import counted, placed, spatial
@@ -216,3 +218,11 @@ def test_the_interval_covers_the_figure_and_is_none_where_there_is_no_number():
     low, high = interval(benchmark, judged(*rows))
     assert low < benchmark.summarise(judged(*rows))["overall"] < high
     assert interval(benchmark, judged((0, 0, {"tag": "t"}, {"geneval": [math.nan]}))) is None
+
+
+def test_the_readme_lists_every_benchmark():
+    text = (Path(benchmarks.__file__).parent / "README.md").read_text()
+    for name in benchmark_names():
+        protocol = find_benchmark(name).protocol
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"| {protocol.title} | {protocol.size} x {protocol.images_per_prompt} |" in row

@@ -12,6 +12,7 @@ from diffalign.data.validation import DataWarning
 from tests.conftest import PIPELINE
 
 SMALL = {"t2i_compbench": ["--images_per_prompt", "1"], "genai_rank": ["--limit", "1"], "oneig": ["--limit", "2"]}
+PAIRWISE = "{geneval: {reward: vlm_pairwise, options: {url: 'http://localhost:1', model: m}}}"
 GUIDED, PLAIN = "shapes-sd3, guidance 3", "shapes-sd3, no guidance"
 
 
@@ -88,3 +89,39 @@ def test_a_benchmark_resumes_and_survives_a_broken_image(name, bench, tmp_path, 
     assert main(argv) == 0
     for title, column in results(tmp_path)["columns"].items():
         assert_same(column, columns[title])
+
+
+def test_runs_stand_beside_their_base_and_a_dry_run_writes_nothing(run_folder, bench, tmp_path, capsys):
+    argv = bench.argv("genai_bench", str(run_folder), tmp_path / "out", "--guidance", "off")
+    assert main([*argv, "--dry_run", "true"]) == 0
+    said = capsys.readouterr().out
+    assert "2 prompts x 1 images = 2 images per column" in said
+    assert "tiny, no guidance: 2 images, 1 steps, 2 denoiser evaluations" in said
+    assert "judge vqascore (vqascore): 2 questions per column, 4 in all" in said
+    assert not (tmp_path / "out").exists()
+    assert main(argv) == 0
+    found = results(tmp_path / "out")
+    assert list(found["columns"]) == ["base, no guidance", "tiny, no guidance"]
+    assert found["columns"]["tiny, no guidance"]["weights"] == str(run_folder)
+    assert "the prompts number 2, the benchmark has 1600" in found["departures"]
+    assert found["published"][0]["source"] == "arXiv 2406.13743"
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["geneval2", str(PIPELINE)], "geneval2_data.jsonl of github.com/facebookresearch/GenEval2 is CC BY-NC"),
+        (["genval", str(PIPELINE)], "did you mean geneval?"),
+        (["geneval"], "name a model"),
+        (["geneval", str(PIPELINE), str(PIPELINE)], "models share a name"),
+        (["geneval", str(PIPELINE), "--judges", "{vqa: {reward: pickscore}}"], "asks no 'vqa'; it asks geneval"),
+        (["dpg_bench", str(PIPELINE), "--prompts", "{plain}"], "has no id and no questions and no parents"),
+        (["geneval", str(PIPELINE), "--judges", PAIRWISE], "ranks images within a group"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_said_before_anything_is_sampled(argv, error, sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [part.format(plain=sources["drawbench"]) if part == "{plain}" else part for part in argv]
+    assert main(["bench", *argv, "--allow_reward_code", "true"]) == 2
+    assert error in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
