@@ -6,7 +6,7 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
-from diffalign.rollout.generate import replay
+from diffalign.rollout.generate import replay_steps
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.tree import paths
@@ -79,10 +79,10 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     @torch.no_grad()
     def _recompute(self, batch: Rollout) -> None:
         buffer = batch.buffer
-        for nodes, _ in self._passes(batch, torch.arange(trees(batch))):
-            result = self._replay(batch, nodes)
-            buffer.log_prob[nodes] = density(result)
-            buffer.put_means(nodes, result.mean)
+        for parts in self._passes(batch, torch.arange(trees(batch))):
+            for nodes, result in zip(parts, self._replays(batch, parts), strict=True):
+                buffer.log_prob[nodes] = density(result)
+                buffer.put_means(nodes, result.mean)
         buffer.settle()
 
     # Update ---------------------------------------------------------------------------------------------------------
@@ -95,7 +95,6 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         plan = batch.plan.plan
         order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
         update_of = self.collector.update_index(iteration, plan)[order]
-        weights = step_weights(plan, self.levels, self.config.step_weights)
         per_tree = sum(paths(plan, step + 1) for step in plan.trained_steps)
 
         for update in range(self.config.updates_per_rollout):
@@ -104,7 +103,7 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             passes = self._passes(rollout, kept)
             scale = len(own) * per_tree
             yield MiniBatch(
-                [MicroBatch(nodes, weights[step] * len(nodes) / scale, rollout, step) for nodes, step in passes],
+                [MicroBatch(torch.cat(p), sum(self._weights(rollout, p)) / scale, rollout) for p in passes],
                 leaves_of(plan, own),
                 {
                     "kept_fraction": len(kept) / len(own),
@@ -124,16 +123,29 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         """
         return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
-    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
-        """List (rows of transitions, step) of each pass over some trees."""
+    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[list[Tensor]]:
+        """List the rows of transitions of each pass over some trees, a tensor per step."""
         size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
-        parts = [chosen[rows] for rows in micro_batches(len(chosen), size)]
-        return [
-            (nodes, step)
-            for part in parts
-            for step in steps
-            for nodes in torch.split(self._transitions(rollout, part, step), size)
-        ]
+        found = []
+        for rows in micro_batches(len(chosen), size):
+            nodes = [self._transitions(rollout, chosen[rows], step).split(size) for step in steps]
+            parts = [part for of_step in nodes for part in of_step]
+            together = micro_batches(len(parts), self.config.train_times_per_forward)
+            found += [self._by_step(rollout, torch.cat(parts[some])) for some in together]
+        return found
+
+    def _by_step(self, rollout: Rollout, nodes: Tensor) -> list[Tensor]:
+        """Split the rows of a pass by the step that they end."""
+        counts = torch.unique_consecutive(rollout.buffer.step[nodes], return_counts=True)[1]
+        return list(nodes.split(counts.tolist()))
+
+    def _step(self, rollout: Rollout, nodes: Tensor) -> int:
+        return int(rollout.buffer.step[nodes[0]]) - 1
+
+    def _weights(self, rollout: Rollout, parts: list[Tensor]) -> list[float]:
+        """Return the weight of each step's rows in a pass: of their step, times their number."""
+        weights = step_weights(rollout.plan.plan, self.levels, self.config.step_weights)
+        return [weights[self._step(rollout, nodes)] * len(nodes) for nodes in parts]
 
     def _transitions(self, rollout: Rollout, chosen: Tensor, step: int) -> Tensor:
         """Return the rows of the nodes that end step ``step`` of some trees, tree after tree."""
@@ -141,13 +153,25 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return nodes.view(-1, paths(rollout.plan.plan, step + 1))[chosen].flatten()
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of some transitions of one step, and metrics."""
-        rollout, step, kl_beta = micro.data, micro.tag, self.config.kl_beta
-        buffer = rollout.buffer
+        """Return the mean loss of some transitions, weighted by their steps, and metrics."""
+        rollout, parts = micro.data, self._by_step(micro.data, micro.rows)
 
         # The reference first: its activations are freed before the policy's graph is built.
-        reference = self._reference_mean(rollout, micro.rows) if kl_beta > 0 else None
-        nodes, result = micro.rows, self._replay(rollout, micro.rows)
+        references = self._reference_means(rollout, parts) if self.config.kl_beta > 0 else [None] * len(parts)
+        results = self._replays(rollout, parts)
+        found = [self._loss(rollout, *part) for part in zip(parts, results, references, strict=True)]
+        if len(parts) == 1:
+            return found[0]
+
+        weights, counts = self._weights(rollout, parts), [len(nodes) for nodes in parts]
+        loss = averaged([loss for loss, _ in found], weights)
+        return loss, {name: averaged([metrics[name] for _, metrics in found], counts) for name in found[0][1]}
+
+    def _loss(
+        self, rollout: Rollout, nodes: Tensor, result: StepResult, reference: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of replayed transitions of one step, and metrics."""
+        buffer, step, kl_beta = rollout.buffer, self._step(rollout, nodes), self.config.kl_beta
         replayed = PolicyStep(
             density(result),
             buffer.log_prob[nodes],
@@ -168,12 +192,16 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
         """Replay stored transitions under the current weights."""
-        return replay(self.model, rollout.plan, rollout.conditioning, rollout.buffer, nodes)
+        return self._replays(rollout, [nodes])[0]
+
+    def _replays(self, rollout: Rollout, parts: list[Tensor]) -> list[StepResult]:
+        """Replay stored transitions of several steps in one forward pass."""
+        return replay_steps(self.model, rollout.plan, rollout.conditioning, rollout.buffer, parts)
 
     @torch.no_grad()
-    def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
+    def _reference_means(self, rollout: Rollout, parts: list[Tensor]) -> list[Tensor]:
         with self.model.using(REFERENCE):
-            return self._replay(rollout, nodes).mean
+            return [result.mean for result in self._replays(rollout, parts)]
 
     def _kl(self, rollout: Rollout, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.config.kl_kind == "published":
@@ -185,10 +213,11 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def on_first_batch(self, batch: Rollout) -> None:
         """Replay stored steps at unchanged weights: no log-ratio may exceed a tenth of the clip range."""
-        drift = {}
-        for step in batch.plan.plan.trained_steps:
-            nodes = self._first_transitions(batch, step)
-            drift[step] = (density(self._replay(batch, nodes)) - batch.buffer.log_prob[nodes]).abs().max().item()
+        drift, steps = {}, batch.plan.plan.trained_steps
+        for some in micro_batches(len(steps), self.config.train_times_per_forward):
+            parts = [self._first_transitions(batch, step) for step in steps[some]]
+            for step, nodes, result in zip(steps[some], parts, self._replays(batch, parts), strict=True):
+                drift[step] = (density(result) - batch.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
             raise CannotTrain(
@@ -241,6 +270,12 @@ def density(result: StepResult) -> Tensor:
     """Return the log-prob of a stochastic step, (B,)."""
     assert result.log_prob is not None
     return result.log_prob
+
+
+def averaged(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean of scalars."""
+    total = sum(weights) or 1.0  # steps without weight train nothing
+    return torch.stack([weight / total * value for weight, value in zip(weights, values, strict=True)]).sum()
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:

@@ -27,13 +27,19 @@ from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 def _evaluations(config: FlowGRPOConfig, plan: Plan, trees: int) -> int:
     """Return the evaluations that replay every transition of some trees once; children of one parent share one."""
-    size = config.train_batch_size
-    total = 0
+    size, total = config.train_batch_size, 0
     for part in micro_batches(trees, size):
         count = len(range(trees)[part])
-        for step in plan.trained_steps:
-            branch, nodes = plan.rows[step].branch, count * paths(plan, step + 1)
-            total += sum(-(-rows.stop // branch) - rows.start // branch for rows in micro_batches(nodes, size))
+        nodes = [
+            (step, rows) for step in plan.trained_steps for rows in micro_batches(count * paths(plan, step + 1), size)
+        ]
+        for some in micro_batches(len(nodes), config.train_times_per_forward):
+            together: dict[int, list[slice]] = {}
+            for step, rows in nodes[some]:
+                together.setdefault(step, []).append(rows)
+            for step, parts in together.items():
+                branch = plan.rows[step].branch
+                total += -(-parts[-1].stop // branch) - parts[0].start // branch
     return total * guided(config)
 
 
@@ -58,6 +64,7 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
     plan, images = make_plan(config.plan, 0, config.seed, trees=True), own_images(config, share)
     count, trees = images // config.updates_per_rollout, own_trees(config, share) // config.updates_per_rollout
     batch, trained = min(config.train_batch_size, count), len(plan.trained_steps)
+    times = min(config.train_times_per_forward, trained)
     most = "at most " if config.filters else ""
     left_out = ["images without an advantage are left out, and the others dealt evenly"] if config.filters else []
     head = (
@@ -69,8 +76,8 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
     return [
         *rollout_batches(config, share),
         head,
-        f"each accumulates {most}{-(-count // batch) * trained} passes: {-(-count // batch)} micro-batch(es) of "
-        f"{batch} images x {trained} trained steps",
+        f"each accumulates {most}{-(-count // batch) * -(-trained // times)} passes: {-(-count // batch)} "
+        f"micro-batch(es) of {batch} images x {trained} trained steps" + (f", {times} in a pass" if times > 1 else ""),
         *left_out,
     ]
 
@@ -90,6 +97,9 @@ COST = Cost(
     checks=_checks,
     eval_steps=rollout_eval_steps,
     batches=_batches,
-    passes=lambda config: (config.rollout_batch_size, config.train_batch_size * guided(config)),
+    passes=lambda config: (
+        config.rollout_batch_size,
+        config.train_batch_size * config.train_times_per_forward * guided(config),
+    ),
     stored=_stored,
 )
