@@ -70,7 +70,7 @@ def unguided_scale(path: str | Path, revision: str | None = None) -> float:
 
 
 def default_guidance(path: str | Path, revision: str | None = None) -> float:
-    """Return the guidance scale that a model's pipeline uses unless told; ``unguided_scale`` if it uses none."""
+    """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none."""
     parameters = inspect.signature(getattr(diffusers, pipeline_class(path, revision)).__call__).parameters
     name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
     scale = parameters[name].default if name in parameters else None

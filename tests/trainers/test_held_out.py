@@ -82,4 +82,4 @@ def test_a_run_evaluates_the_panel_and_draws_it(small, eval_prompts, train_promp
     assert len(rows) == 2
     assert all(f"eval/{name}" in row for row in rows for name in [*options, "shapes"])
     assert (args.output_dir / "hacking.png").is_file()
-    assert "held out    pickscore, hpsv2.1" in capsys.readouterr().err
+    assert "held out    pickscore, hpsv2.1" in capsys.readouterr().out
