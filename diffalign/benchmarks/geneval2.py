@@ -21,12 +21,12 @@ WHETHER = 'The question is: {question} Is "{answer}" the right answer?'
 
 
 def atoms(prompt: Prompt) -> list[Prompt]:
-    """Return a question with the answer yes for every atom."""
+    """Return a question with the answer yes for every atom, and the atom itself for judges that read ``vqa_list``."""
     asked = []
     for question, answer in prompt.metadata["vqa_list"]:
         plain = str(answer).strip().lower() == "yes"
         text = question if plain else WHETHER.format(question=question, answer=answer)
-        asked.append(Prompt(text, {"question": question, "answer": answer, "questions": [text]}))
+        asked.append(Prompt(text, {"vqa_list": [[question, answer]], "questions": [text]}))
     return asked
 
 
