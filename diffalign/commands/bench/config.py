@@ -36,7 +36,7 @@ class BenchConfig(ModelsConfig):
     guidance: Literal["both", "on", "off"] = option(
         "both", "sample with classifier-free guidance, without, or both side by side", section="sampling"
     )
-    judges: dict[str, RewardConfig] = option(
+    judges: dict[str, float | RewardConfig] = option(
         {},
         "other judges or options, by name: '{vqa: {reward: vlm_checklist, options: {url: ..., model: ...}}}'",
         section="rewards",

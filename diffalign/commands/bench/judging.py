@@ -53,14 +53,16 @@ class Asked:
         return sorted((folder / "answers").glob(name)) if process == "*" else [folder / "answers" / name]
 
 
-def chosen_judges(benchmark: Benchmark, given: Mapping[str, RewardConfig]) -> dict[str, Judge]:
+def chosen_judges(benchmark: Benchmark, given: Mapping[str, float | RewardConfig]) -> dict[str, Judge]:
     """Return the benchmark's judges, those of ``given`` replaced. Raises ValueError for a name that it has not."""
     judges = dict(benchmark.protocol.judges)
     for name, entry in given.items():
         if name not in judges:
             raise ValueError(f"judges: {benchmark.name} asks no {name[:60]!r}; it asks {', '.join(judges)}")
-        if entry.weight != 1.0:
-            raise ValueError(f"judges: {name}: a benchmark reads no weight; leave it out")
+        if not isinstance(entry, RewardConfig) or entry.weight != 1.0:
+            raise ValueError(
+                f"judges: {name}: a benchmark reads no weight; write {{{name}: {{reward: NAME, options: {{}}}}}}"
+            )
         before, spec = judges[name], entry.reward or judges[name].reward
         options = {**before.options, **entry.options} if spec == before.reward else dict(entry.options)
         judges[name] = Judge(spec, options, before.asks, before.published)
