@@ -38,8 +38,8 @@ NAMING = {
     "compare": ["--model", HUB, "--prompts", PROMPT_FILE, "--rewards", "shapes"],
     "rank": ["--model", HUB, "--prompts", PROMPT_FILE, "--rewards", "shapes"],
     "bench geneval": [HUB],
-    "bench drawbench, weights of a judge": [
-        str(PIPELINE), "--prompts", PROMPT_FILE, "--judges", f"{{clipscore: {{options: {{path: {HUB}}}}}}}",
+    "bench geneval, weights of a judge": [
+        str(PIPELINE), "--limit", "2", "--judges", f"{{geneval: {{options: {{path: {HUB}}}}}}}",
     ],
     "score": [
         PROMPT_FILE, "--rewards", "clipscore", "--reward_options", f"{{clipscore: {{options: {{path: {HUB}}}}}}}",

@@ -59,7 +59,6 @@ def test_best_of_n_as_files_grid_and_tables(folder):
 def test_training_reads_the_tables(folder, tmp_path, table, loss):
     argv = ["train", "diffusion_dpo", "--model", str(PIPELINE), "--max_sequence_length", "16", "--train_data",
             str(folder / f"base-{table}.jsonl"), "--loss", loss, "--num_pairs", "2", "--train_batch_size", "2",
-            "--max_train_steps", "1", "--lora.rank", "2", "--plan.num_steps", "2",
-            "--output_dir", str(tmp_path / "run")]  # fmt: skip
+            "--max_train_steps", "1", "--lora.rank", "2", "--output_dir", str(tmp_path / "run")]  # fmt: skip
     assert main(argv) == 0
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()
