@@ -36,7 +36,8 @@ ALLOWED = {
     "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": FOUNDATION | {"log", "models", "rewards", "data", "rollout", "runtime"},
 }
-ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["benchmarks"] = FOUNDATION | {"data", "rewards", "plugins"}
+ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation", "benchmarks"}
 ALLOWED["trainers"] = (set(ALLOWED) - {"preflight", "console"}) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)

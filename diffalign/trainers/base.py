@@ -32,7 +32,7 @@ from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
-from diffalign.trainers.inputs import Inputs, load_optional
+from diffalign.trainers.inputs import Inputs, load_optional, with_held_out
 from diffalign.trainers.outputs import Outputs
 
 logger = get_logger(__name__)
@@ -165,6 +165,7 @@ def with_evaluation(inputs: Inputs[C], eval_dataset: Sequence[Prompt] | None) ->
     prompts = eval_dataset if eval_dataset is not None else load_optional(config.eval_prompts)
     if not prompts:
         return inputs
+    inputs = with_held_out(inputs)
     if not inputs.eval_rewards:
         raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
     tried = {id(reward) for reward in inputs.rewards.values()}
