@@ -16,11 +16,11 @@ from diffalign.data.epoch_order import take
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, wants_latents
 from diffalign.rollout.advantages import flat_share, group_advantages
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
-from diffalign.rollout.generate import NoiseKeys, rollouts
+from diffalign.rollout.generate import NoiseKeys, decode, rollout_latents
 from diffalign.rollout.pinned_memory import pinned
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import ScoreBook, check_unscored
@@ -75,6 +75,9 @@ class Collector:
         rewards: Rewards by name.
         weights: Weight of each reward.
         leaves_only: Whether to store final latents only, whatever the plan.
+
+    Attributes:
+        decodes: Whether images are decoded: a reward needs them, or rollouts are saved.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Collector:
         self.run, self.config, self.model = run, run.config, run.model
         self.leaves_only = leaves_only
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.decodes = run.config.save_rollouts or not all(map(wants_latents, rewards.values()))
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
         # All plans now: a moving window may reach a step that cannot be trained only after an hour.
         for plan in possible_plans(self.config.plan, trees=True):
@@ -110,19 +114,18 @@ class Collector:
         rollout.started = started
         buffer, (group, sample) = rollout.buffer, self._own_trees(rollout.plan.plan)
         keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
-        parts = rollouts(
-            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size, config.decode_dtype
-        )
+        parts = rollout_latents(self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size)
         overlap, leaf_groups = self._may_overlap(), buffer.group[buffer.leaves].tolist()
 
         book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
         try:
             with self.model.keeping(VAE), self._caching(rollout):
-                for rows, images in parts:
+                for rows, latents in parts:
+                    images = decode(self.model, latents, config.decode_dtype) if self.decodes else None
                     self.run.heartbeat(collective=True)
                     # No sampling is left to overlap with the last batch.
                     in_background = overlap and rows.stop < len(leaf_groups)
-                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background)
+                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background, latents)
                     self.run.heartbeat(collective=True)
         except BaseException:
             book.close()
