@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffalign.device import to_float64
-from diffalign.diffusion.parameterization import expand, widen
-from diffalign.losses.policy import PolicyStep
+from diffalign.diffusion.parameterization import expand
+from diffalign.losses.policy import PolicyStep, gaussian_kl, surrogate, trust_region
 from diffalign.losses.registry import policy_objective
 from diffalign.structures import Level
 
@@ -44,10 +44,34 @@ def clipped_surrogate(
     return loss, _metrics(log_ratio.detach(), advantage, clip_range)
 
 
-@policy_objective("flow_grpo", idea="clipped surrogate of a step's density", source="2505.05470")
+@policy_objective("flow_grpo", idea="clipped surrogate of a step's density", source="2505.05470", regions=True)
 def flow_grpo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``clipped_surrogate`` of a step: losses (B,) and metrics."""
-    return clipped_surrogate(step.log_prob, step.old_log_prob, step.advantage, clip_range)
+    """Return the surrogate of a step's ratio in its trust region: losses (B,) and metrics."""
+    return surrogate(step, to_float64(step.log_prob) - to_float64(step.old_log_prob.detach()), clip_range)
+
+
+@trust_region("clip")
+def clip(
+    log_ratio: Tensor, advantage: Tensor, bound: float, divergence: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return ``clipped_surrogate`` with ``bound`` as clip range."""
+    return clipped_surrogate(log_ratio, log_ratio.new_zeros(()), advantage, bound)
+
+
+def bounded_ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), which is held within +-``MAX_LOG_RATIO``: (B,), float64."""
+    return to_float64(log_ratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def ratio_metrics(ratio: Tensor, outside: Tensor) -> dict[str, Tensor]:
+    """Return the metrics of ``clipped_surrogate``, where ``outside`` (B,) tells which samples the bound acts on."""
+    log_ratio = ratio.detach().log()
+    return {
+        "ratio_mean": ratio.detach().mean(),
+        "log_ratio_max": log_ratio.abs().max(),
+        "clip_share": outside.to(ratio.dtype).mean(),
+        "approx_kl": log_ratio.square().mean() / 2,
+    }
 
 
 def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[str, Tensor]:
@@ -59,17 +83,6 @@ def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[st
         "clip_share": clipped.to(ratio.dtype).mean(),
         "approx_kl": log_ratio.square().mean() / 2,
     }
-
-
-def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(reference_mean, std^2)) per dimension: mean_d (mean - reference_mean)^2 / (2 std^2).
-
-    mean, reference_mean: (B, ...), the latter a constant. std: () or (B,), positive, the true one of the step.
-    Returns (B,), float32 or wider, in nats per dimension.
-    """
-    mean = widen(mean)
-    standardised = (mean - reference_mean.detach()) * expand(1 / std, mean)
-    return standardised.square().reshape(len(mean), -1).mean(1) / 2
 
 
 def published_kl(

@@ -119,8 +119,10 @@ class RolloutConfig(ScoredSamplesConfig):
 class AdvantageConfig:
     """Configuration of advantages within the groups of a rollout."""
 
-    advantage_std: Literal["group", "global"] = option(
-        "group", "standard deviation to divide advantages by: of each group, or of the iteration", section="advantages"
+    advantage_std: Literal["group", "global", "unit"] = option(
+        "group",
+        "standard deviation to divide advantages by: of each group, of the iteration (global), or none (unit)",
+        section="advantages",
     )
     advantage_epsilon: float = option(1e-4, "added to that standard deviation", section="advantages", ge=0)
     advantage_clip: float = option(

@@ -7,14 +7,15 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffalign.diffusion.plan import Plan
 from diffalign.diffusion.steps import transition
-from diffalign.losses.flow_grpo import clip_range_per_dimension, gaussian_kl, published_kl
-from diffalign.losses.policy import PolicyStep
+from diffalign.losses.flow_grpo import clip_range_per_dimension, published_kl
+from diffalign.losses.policy import PolicyStep, gaussian_kl
 from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
@@ -56,19 +57,32 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         """Return whether a KL to the base model is part of the loss."""
         return config.kl_beta > 0
 
+    @classmethod
+    def check_processes(cls, inputs: Inputs[FlowGRPOConfig], processes: int) -> None:
+        """Raise ValueError where images, groups or the two images of a prompt do not divide over the processes."""
+        super().check_processes(inputs, processes)
+        config = inputs.config
+        if config.num_groups % processes and config.partners:
+            raise ValueError(
+                f"the two images of a prompt stay on one process: make num_groups a multiple of the {processes} "
+                "processes"
+            )
+
     def __init__(self, run: Run[FlowGRPOConfig], inputs: Inputs[FlowGRPOConfig]) -> None:
         super().__init__(run, inputs)
         config = run.config
         self.levels = self.collector.levels
         self.objective = get_objective(config.loss)
         dimensions = torch.Size(self.model.latent_shape()).numel()
+        if self.objective.partners and not self.levels.is_flow:
+            raise ValueError(f"{config.loss!r} compares velocities of flow models: use flow_grpo for this model")
         self.clip = clip_range_per_dimension(config.clip_range, config.clip_unit, dimensions)
 
     # An iteration ---------------------------------------------------------------------------------------------------
 
     def sample(self, iteration: int) -> Rollout:
         """Sample the images of an iteration."""
-        return self.collector.sample(iteration, means=self.objective.means)
+        return self.collector.sample(iteration, means=self.config.means)
 
     def advantage(self, batch: Rollout) -> None:
         """Compute advantages within groups, and log-probs at training shapes with ``old_log_prob: recompute``."""
@@ -156,8 +170,13 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             result.std,
             self.levels[step],
             self.levels[step + 1],
-            buffer.means(nodes) if self.objective.means else None,
+            buffer.means(nodes) if self.config.means else None,
+            self.config.trust_region,
         )
+        if self.objective.partners:
+            replayed = replace(
+                replayed, direction=self._direction(rollout, nodes), output_scale=self._scale(rollout, step)
+            )
         losses, metrics = self.objective.function(replayed, clip_range=self.clip)
         loss = losses.mean()
 
@@ -174,6 +193,19 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
         with self.model.using(REFERENCE):
             return self._replay(rollout, nodes).mean
+
+    def _direction(self, rollout: Rollout, nodes: Tensor) -> Tensor:
+        """Return half the difference of the final latents of each chain and its partner: (n, C, *spatial)."""
+        buffer = rollout.buffer
+        chain = nodes // buffer.nodes_per_sample
+        own, other = (buffer.latents(buffer.leaves[index]) for index in (chain, chain ^ 1))
+        return (own - other) / 2
+
+    def _scale(self, rollout: Rollout, step: int) -> Tensor:
+        """Return the derivative of a step's mean by the denoiser's velocity: ()."""
+        row, level = rollout.plan.plan.rows[step], self.levels[step]
+        move = transition(row.solver, level, self.levels[step + 1], row.noise_level)
+        return (1 - level.sigma) * move.m_noise - level.sigma * move.m_x0
 
     def _kl(self, rollout: Rollout, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.config.kl_kind == "published":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from diffalign.diffusion.plan import Plan, make_plan
-from diffalign.losses.registry import get_objective
 from diffalign.rollout.buffer import bytes_needed
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.tree import paths
@@ -77,7 +76,7 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
 
 def _stored(config: FlowGRPOConfig, latent: tuple[int, ...], share: Share) -> int:
     """Return the bytes of the buffer, and of the rows that other processes send for an update."""
-    plan, means = make_plan(config.plan, 0, config.seed, trees=True), get_objective(config.loss).means
+    plan, means = make_plan(config.plan, 0, config.seed, trees=True), config.means
     trees = own_trees(config, share)
     received = trees // config.updates_per_rollout if config.filters and share.world > 1 else 0
     own, more = (bytes_needed(plan, n, latent, torch.float32, means=means) for n in (trees, received))
