@@ -17,6 +17,7 @@ from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.generate import NoiseKeys
 from diffalign.runtime.errors import Interrupted
 from diffalign.runtime.state import indexed
+from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
 from tests.conftest import PIPELINE
 from tests.phases import collect, update
@@ -281,4 +282,10 @@ def test_two_processes_do_what_one_does(tmp_path, preset):
     torch.testing.assert_close(torch.cat([first.pop("x"), second.pop("x")]), one.pop("x"), rtol=0, atol=1e-5)
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-6)  # of three steps of 1e-5
+        # Of three steps of 1e-5, whose signs Adam takes from gradients that are nearly 0 in places.
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=3e-5)
+    logs = [[row for row in MetricsLog.read(folder / "run/metrics.jsonl") if "loss" in row] for folder in (alone, both)]
+    for single, double in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "pairs", "reward/mean"):
+            assert double[name] == pytest.approx(single[name], rel=5e-3), name
+    assert logs[1][0]["grad_norm"] == pytest.approx(logs[0][0]["grad_norm"], rel=1e-5)

@@ -283,7 +283,7 @@ class DiffusionDPOConfig(RolloutConfig):
                 f"the beta of {self.loss!r} is one for denoising errors, and pairs: siblings compares log-ratios of "
                 "steps: give beta, or use spo, tailorpo or d3po"
             )
-        compared_steps(self)
+        compared_steps(self.plan, self.siblings.resolve())
 
     def _validate_loss(self) -> None:
         from diffalign.losses.registry import get_loss

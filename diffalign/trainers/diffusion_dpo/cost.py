@@ -24,13 +24,17 @@ from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.step_pairs import compared_steps
 
 
+def _steps(config: DiffusionDPOConfig, iteration: int) -> tuple[int, ...]:
+    return compared_steps(config.plan, config.siblings.resolve(), config.seed, iteration)
+
+
 def _examples(config: DiffusionDPOConfig, share: Share, iteration: int = 0) -> int:
     """Return the pairs or single images of an iteration; online, the largest possible number."""
     if not config.online:
         return config.num_pairs // share.world
     if config.pairs == "siblings":
         pairs = 1 if config.data.rollouts.rule == "best_worst" else math.comb(config.group_size, 2)
-        return config.num_groups // share.world * pairs * len(compared_steps(config, iteration))
+        return config.num_groups // share.world * pairs * len(_steps(config, iteration))
     kind, groups, best_worst = (
         get_loss(config.loss),
         config.num_groups // share.world,
@@ -64,7 +68,7 @@ def _children(config: DiffusionDPOConfig, share: Share, iteration: int) -> Work:
 
     A nudge evaluates the winner with a gradient, and where it goes on once more.
     """
-    groups, steps = config.num_groups // share.world, compared_steps(config, iteration)
+    groups, steps = config.num_groups // share.world, _steps(config, iteration)
     judged = groups * len(steps) * config.group_size
     sampling = groups * (1 + steps[-1] + 1 - len(steps)) + judged
     nudged = groups * len(steps) if config.siblings.resolve().nudge else 0
@@ -111,7 +115,7 @@ def _batches(config: DiffusionDPOConfig, share: Share) -> list[str]:
 
 
 def _paths(config: DiffusionDPOConfig, share: Share) -> list[str]:
-    steps, paths = compared_steps(config, 0), config.num_groups // share.world
+    steps, paths = _steps(config, 0), config.num_groups // share.world
     each = min(paths, max(1, config.rollout_batch_size // config.group_size))
     return [
         f"{config.num_groups} prompts, a path each, over {share.world} process(es): {paths} each, with "
@@ -125,13 +129,13 @@ def _stored(config: DiffusionDPOConfig, latent: tuple[int, ...], share: Share) -
     size = torch.Size(latent).numel() * torch.float32.itemsize
     images = 2 if get_loss(config.loss).paired else 1
     if config.compares_children:
-        states = config.num_groups // share.world * len(compared_steps(config, 0))
+        states = config.num_groups // share.world * len(_steps(config, 0))
         return (states * (1 + config.group_size) + _examples(config, share) * 3) * size
     pairs = _examples(config, share) * (4 if config.pairs == "siblings" else images) * size
     if not config.online:
         return pairs
     plan = make_plan(config.plan, 0, config.seed, trees=True)
-    return on_device(bytes_needed(plan, own_trees(config, share), latent, torch.float32), pairs)
+    return on_device(bytes_needed(plan.tree(0), own_trees(config, share), latent, torch.float32), pairs)
 
 
 COST = Cost(

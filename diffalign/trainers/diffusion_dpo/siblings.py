@@ -78,7 +78,7 @@ class SiblingSource(Source):
 
     def sample(self, iteration: int) -> PreferenceBatch:
         """Sample this process's paths; children are scored on the way, because the next step depends on it."""
-        steps, plan = compared_steps(self.config, iteration), self._plan(iteration)
+        steps, plan = self._steps(iteration), self._plan(iteration)
         prompts = [self.collector.prompts_of(iteration)[group] for group in self.own.tolist()]
         conditioning = self.run.prompts([prompt.text for prompt in prompts])
         family, shape = self.config.group_size, self.model.latent_shape()
@@ -117,13 +117,16 @@ class SiblingSource(Source):
         """Sum the rewards that pairs are ranked by; NaN where one failed."""
         return torch.stack([weight * rewards[name] for name, weight in self.weights.items()]).sum(0)
 
+    def _steps(self, iteration: int) -> tuple[int, ...]:
+        return compared_steps(self.config.plan, self.method, self.config.seed, iteration)
+
     def _plan(self, iteration: int) -> SamplingPlan:
         plan = make_plan(self.config.plan, iteration, self.config.seed)
         return SamplingPlan(plan, self.collector.levels, self.run.guidance)
 
     def _examples(self, paths: SiblingPaths, iteration: int) -> tuple[StepExamples, int]:
         """Return the pairs of this process, padded to as many as every other has, and how many all have."""
-        steps, prompts = compared_steps(self.config, iteration), self.collector.prompts_of(iteration)
+        steps, prompts = self._steps(iteration), self.collector.prompts_of(iteration)
         states, family = len(paths.x) * len(steps), self.config.group_size
         scores = self.total(paths.rewards).flatten().tolist()
         families = [index // family for index in range(states * family)]

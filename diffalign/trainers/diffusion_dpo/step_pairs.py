@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import expand
 from diffalign.diffusion.plan import Plan, Row, make_plan, possible_plans
+from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.diffusion.steps import step, transition
 from diffalign.losses.errors import Denoised
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.structures import Conditioning, Level
-
-if TYPE_CHECKING:
-    from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
+from diffalign.trainers.diffusion_dpo.siblings_config import Siblings
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,26 @@ class StepExamples:
     plan: SamplingPlan
 
 
-def compared_steps(config: DiffusionDPOConfig, iteration: int | None = None) -> tuple[int, ...]:
+def compared_steps(plan: PlanConfig, method: Siblings, seed: int = 0, iteration: int | None = None) -> tuple[int, ...]:
     """Return the steps that an iteration compares; without one, check every plan and return those of the first.
+
+    Args:
+        plan: How paths are sampled.
+        method: Which steps are compared.
+        seed: Of the run.
+        iteration: Index of the iteration.
 
     Raises:
         ValueError: A plan that branches, or has no step with noise from ``siblings.first_step`` on.
     """
-    method, found = config.siblings.resolve(), []
-    plans = possible_plans(config.plan) if iteration is None else [make_plan(config.plan, iteration, config.seed)]
-    for plan in plans:
-        steps = tuple(index for index in plan.trained_steps if index >= method.first_step)
+    found = []
+    plans = possible_plans(plan) if iteration is None else [make_plan(plan, iteration, seed)]
+    for one in plans:
+        steps = tuple(index for index in one.trained_steps if index >= method.first_step)
         if not steps:
             raise ValueError(
                 f"pairs: siblings compares steps with noise from siblings.first_step {method.first_step} on, and plan "
-                f"{config.plan.preset!r} of {len(plan)} steps has none: use plan.preset flow_grpo with a solver, as "
+                f"{plan.preset!r} of {len(one)} steps has none: use plan.preset flow_grpo with a solver, as "
                 "cps or ddim, or a smaller first_step"
             )
         found.append(steps)

@@ -21,9 +21,10 @@ from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay
+from diffalign.rollout.prune import kept_nodes
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
-from diffalign.rollout.tree import paths
+from diffalign.rollout.tree import leaves_per_tree
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.interfaces import MicroBatch, MiniBatch
@@ -110,13 +111,14 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
         update_of = self.collector.update_index(iteration, plan)[order]
         weights = step_weights(plan, self.levels, self.config.step_weights)
-        per_tree = sum(paths(plan, step + 1) for step in plan.trained_steps)
 
         for update in range(self.config.updates_per_rollout):
             own = order[update_of == update]
             rollout, kept = self.rebalanced(batch, own)
             passes = self._passes(rollout, kept)
-            scale = len(own) * per_tree
+            # Of chains some are left out, which have no gradient and count in the mean.
+            trees_only = self.config.plan.leaves > 1
+            scale = sum(len(nodes) for nodes, _ in passes) if trees_only else len(own) * len(plan.trained_steps)
             yield MiniBatch(
                 [MicroBatch(nodes, weights[step] * len(nodes) / scale, rollout, step) for nodes, step in passes],
                 leaves_of(plan, own),
@@ -139,20 +141,36 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
     def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
-        """List (rows of transitions, step) of each pass over some trees."""
+        """List (rows of transitions, step) of each pass over some trees.
+
+        Transitions from one state share its evaluation, and so a pass: ``train_batch_size`` counts states.
+        """
         size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
         parts = [chosen[rows] for rows in micro_batches(len(chosen), size)]
+        kept = self._kept(rollout)
         return [
             (nodes, step)
             for part in parts
             for step in steps
-            for nodes in torch.split(self._transitions(rollout, part, step), size)
+            for nodes in split_by_parent(self._transitions(rollout, part, step, kept), rollout.buffer.parent, size)
         ]
 
-    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int) -> Tensor:
-        """Return the rows of the nodes that end step ``step`` of some trees, tree after tree."""
-        nodes = rollout.buffer.level(step + 1)
-        return nodes.view(-1, paths(rollout.plan.plan, step + 1))[chosen].flatten()
+    def _kept(self, rollout: Rollout) -> Tensor | None:
+        """Return which nodes width pruning keeps, (N,) bool; None without it."""
+        pruning, buffer, weights = self.config.width_pruning, rollout.buffer, self.collector.weights
+        if pruning == "none":
+            return None
+        total = torch.stack([weight * buffer.rewards[name][buffer.leaves] for name, weight in weights.items()]).sum(0)
+        return kept_nodes(buffer, rollout.plan.plan, pruning, total)
+
+    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int, kept: Tensor | None = None) -> Tensor:
+        """Return the rows of the trained nodes that end step ``step`` of some trees, tree after tree."""
+        buffer = rollout.buffer
+        size = len(buffer.step) // trees(rollout)
+        ends = buffer.trained & (buffer.step == step + 1)
+        ends = ends if kept is None else ends & kept
+        rows = chosen[:, None] * size + torch.arange(size)
+        return rows[ends[rows]]
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some transitions of one step, and metrics."""
@@ -235,8 +253,7 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return [density(self._replay(batch, nodes))]
 
     def _first_transitions(self, batch: Rollout, step: int) -> Tensor:
-        size = self.config.train_batch_size
-        return self._transitions(batch, torch.arange(min(size, trees(batch))), step)[:size]
+        return self._transitions(batch, torch.arange(trees(batch)), step)[: self.config.train_batch_size]
 
 
 class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
@@ -259,14 +276,22 @@ class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
 
 def trees(rollout: Rollout) -> int:
     """Return the number of trees of a rollout; samples, if its plan does not branch."""
-    plan = rollout.plan.plan
-    return len(rollout.buffer.leaves) // paths(plan, len(plan))
+    return len(rollout.buffer.leaves) // leaves_per_tree(rollout.plan.plan)
 
 
 def leaves_of(plan: Plan, chosen: Tensor) -> Tensor:
     """Return the leaves of some trees, by their order in the buffer."""
-    count = paths(plan, len(plan))
+    count = leaves_per_tree(plan)
     return (chosen[:, None] * count + torch.arange(count)).flatten()
+
+
+def split_by_parent(nodes: Tensor, parent: Tensor, size: int) -> list[Tensor]:
+    """Split nodes, the children of each parent consecutive, into parts of the children of at most ``size`` parents."""
+    if not len(nodes):
+        return []
+    above = parent[nodes]
+    begins = torch.cat([torch.zeros(1, dtype=torch.bool), above[1:] != above[:-1]])
+    return list(torch.split(nodes, torch.bincount(begins.cumsum(0) // size).tolist()))
 
 
 def density(result: StepResult) -> Tensor:

@@ -54,6 +54,12 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
     filter_zero_advantage: bool = option(
         True, "skip images with zero advantage, unless kl_beta needs them", section="loss"
     )
+    width_pruning: Literal["none", "best", "best_worst"] = option(
+        "none",
+        "branches after the last split of a tree to train: all, that of the best image per split state, or those of "
+        "the best and the worst image of a tree",
+        section="loss",
+    )
     kl_beta: float = option(
         0.0, "weight of the KL to the reference, in nats per dimension; 0: no KL", section="loss", ge=0
     )
@@ -98,7 +104,14 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         if self.partners:
             names |= {"filter_zero_advantage": "read only by losses of single images"}
         if self.plan.leaves == 1:
-            return names | {"advantage_rule": "read only with plan.branch"}
+            return names | dict.fromkeys(("advantage_rule", "width_pruning"), "read only with plan.branch")
+        from diffalign.rollout.advantages import ADVANTAGE_RULES
+
+        if ADVANTAGE_RULES[self.rule].of == "rewards":
+            own = ("advantage_std", "advantage_epsilon", "aggregate")
+            names |= dict.fromkeys(own, f"not read by advantage_rule {self.rule!r}, which normalises rewards itself")
+        if self.plan.anchored:
+            names |= {"width_pruning": "read only by trees with several splits, as branch_grpo's"}
         return names | {"filter_zero_advantage": "read only without plan.branch"}
 
     def validate(self) -> None:
