@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffalign.diffusion.plan_config import STRIDES, PlanConfig
+from diffalign.diffusion.plan_config import SPLITS, STRIDES, PlanConfig
 from diffalign.diffusion.plan_rows import ODE_SOLVERS as ODE_SOLVERS
 from diffalign.diffusion.plan_rows import PUBLISHED_NOISE_LEVEL as PUBLISHED_NOISE_LEVEL
 from diffalign.diffusion.plan_rows import Plan as Plan
@@ -138,7 +138,7 @@ PRESETS: dict[str, Preset] = {
         prunings,
         {
             "solver": "dance_sde",
-            "split_steps": (0, 3, 6, 9),
+            "split_steps": SPLITS,
             "prune_steps": None,
             "prune_stop": 0,
             "shift_every": 30,

@@ -10,12 +10,12 @@ from diffalign.config import Checked, Given, option
 
 # Branch factors of the presets that sample trees: a factor for each of their branching steps, or one for all.
 TREES: dict[str, tuple[int, ...]] = {
-    "branch_grpo": (2, 2, 2, 2),
     "tempflow_branch": (6,),
     "g2": (12,),
     "tree_rpo": (2, 2, 2, 2),
 }
 ANCHORED = ("tempflow_branch", "g2")  # presets whose trees begin in one ODE per prompt
+SPLITS = (0, 3, 6, 9)  # of branch_grpo, for 20 steps
 STRIDES: dict[str, tuple[int, ...]] = {"g2": (1, 2)}
 
 
@@ -54,7 +54,9 @@ class PlanConfig(Checked):
         "split_steps; tempflow_branch, g2: one number); group_size is a multiple of their product; default: chains",
         ge=1,
     )
-    split_steps: tuple[int, ...] | None = option(None, "steps at which branch_grpo branches; default: 0,3,6,9", ge=0)
+    split_steps: tuple[int, ...] | None = option(
+        None, "steps at which branch_grpo branches; default: 0,3,6,9 before the last", ge=0
+    )
     prune_steps: tuple[int, int] | None = option(
         None,
         "steps LOW,HIGH (exclusive) that branch_grpo does not train; they slide to the noise by one every shift_every "
@@ -75,6 +77,12 @@ class PlanConfig(Checked):
     given: InitVar[Given] = None
 
     @property
+    def splits(self) -> tuple[int, ...]:
+        """The steps at which branch_grpo branches: its default ones, unless the plan is too short for them."""
+        default = tuple(step for step in SPLITS if step < self.num_steps - 1)
+        return default if self.split_steps is None else self.split_steps
+
+    @property
     def anchored(self) -> bool:
         """Whether the trees of a prompt begin in one ODE."""
         return self.preset in ANCHORED
@@ -89,8 +97,8 @@ class PlanConfig(Checked):
         """Branch factors of the plan's branching steps; empty for chains."""
         if self.branch is not None:
             return self.branch
-        if self.preset == "branch_grpo" and self.split_steps is not None:
-            return (2,) * len(self.split_steps)
+        if self.preset == "branch_grpo":
+            return (2,) * len(self.splits)
         if self.preset == "tree_rpo" and self.window_size is not None:
             return (2,) * self.window_size
         return TREES.get(self.preset, ())

@@ -58,7 +58,7 @@ def split_plan(config: PlanConfig, options: Options, pruned: range, row: Row) ->
     multiplies the noise of a split's children by 4 in the sample alone; 2. ``prune_steps`` are steps, from 0: a step
     ends at that code's depth less 1.
     """
-    splits, factors = options["split_steps"], config.factors
+    splits, factors = config.splits, config.factors
     late = max(splits, default=0) > config.num_steps - 2
     if late or len(factors) != len(splits) or len(set(splits)) < len(splits):
         raise ValueError(

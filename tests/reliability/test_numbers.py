@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer
-from diffalign.diffusion.plan import PRESETS, PlanConfig
+from diffalign.diffusion.plan import PRESETS, PlanConfig, make_plan
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.advantages import group_advantages
 from diffalign.runtime import checkpoint
@@ -177,9 +177,14 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
 @pytest.fixture
 def frozen_trainer(tmp_path, frozen_model):
     def make(preset, steps):
-        window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
-        plan = PlanConfig(preset=preset, num_steps=steps, **window)
-        changes = {"plan": plan, "updates_per_rollout": 1, "rollout_batch_size": 2, "train_batch_size": 2}
+        windows = ("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps", "tree_rpo")
+        options = (
+            {"window_size": 2} if preset in windows else {"branch": (2,)} if preset in ("tempflow_branch", "g2") else {}
+        )
+        plan = PlanConfig(preset=preset, num_steps=steps, **options)
+        made = make_plan(plan, 0, 0, trees=True)
+        changes = {"group_size": max(4, plan.leaves * max(1, len(made.anchors)))}
+        changes |= {"plan": plan, "updates_per_rollout": 1, "rollout_batch_size": 2, "train_batch_size": 2}
         args = short("flow_grpo", tmp_path, max_train_steps=1, **changes)
         return FlowGRPOTrainer(model=frozen_model(), args=args)
 
