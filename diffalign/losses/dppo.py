@@ -25,7 +25,7 @@ from diffalign.losses.registry import policy_objective
 
 @trust_region("dppo", means=True)
 def divergence_mask(
-    log_ratio: Tensor, advantage: Tensor, bound: float, divergence: Tensor | None
+    log_ratio: Tensor, advantage: Tensor, bound: float | Tensor, divergence: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-A r, without gradient where the divergence has reached the bound and A moves it further: (B,), and metrics."""
     assert divergence is not None
@@ -39,7 +39,7 @@ def divergence_mask(
 
 
 @policy_objective("dppo", idea="steps of large divergence are left out", source="2606.11025", means=True)
-def dppo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+def dppo(step: PolicyStep, *, clip_range: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return ``divergence_mask`` of a step: losses (B,) and metrics."""
     log_ratio = to_float64(step.log_prob) - to_float64(step.old_log_prob.detach())
     return surrogate(replace(step, trust_region="dppo"), log_ratio, clip_range)
@@ -47,7 +47,7 @@ def dppo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tens
 
 @trust_region("kl", means=True)
 def divergence_penalty(
-    log_ratio: Tensor, advantage: Tensor, bound: float, divergence: Tensor | None
+    log_ratio: Tensor, advantage: Tensor, bound: float | Tensor, divergence: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-A r + |A| kappa / bound: PPO's KL penalty (arXiv 1707.06347, eq. 8) on the same divergence: (B,), and metrics.
 

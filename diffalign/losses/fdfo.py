@@ -32,7 +32,7 @@ EPSILON = 1e-6
 
 @trust_region("quadratic")
 def quadratic_surrogate(
-    log_ratio: Tensor, advantage: Tensor, bound: float, divergence: Tensor | None
+    log_ratio: Tensor, advantage: Tensor, bound: float | Tensor, divergence: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-A r + |A| / (2 bound) (r - 1)^2: (B,), smooth, without gradient at r = 1 + bound sign(A); and metrics."""
     ratio = bounded_ratio(log_ratio)
@@ -45,7 +45,7 @@ def quadratic_surrogate(
 @policy_objective(
     "fdfo", idea="towards the better image of a pair, quadratic", source="2603.12893", means=True, partners=True
 )
-def fdfo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+def fdfo(step: PolicyStep, *, clip_range: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a step of one image of a pair: (B,), and metrics. ValueError without means or direction."""
     if step.old_mean is None or step.direction is None or step.output_scale is None:
         raise ValueError("fdfo compares means and two images: give PolicyStep old_mean, direction and output_scale")

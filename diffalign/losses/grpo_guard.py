@@ -51,7 +51,7 @@ def grpo_guard(
 @policy_objective(
     "grpo_guard", idea="clipped surrogate of a centred ratio", source="2510.22319", means=True, regions=True
 )
-def guarded_surrogate(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+def guarded_surrogate(step: PolicyStep, *, clip_range: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return ``grpo_guard`` of a step in its trust region: losses (B,) and metrics. ValueError without ``old_mean``."""
     if step.old_mean is None:
         raise ValueError("grpo_guard compares means: give PolicyStep the mean as it was sampled")

@@ -37,7 +37,7 @@ class PolicyStep:
     output_scale: Tensor | None = None
 
 
-Surrogate = Callable[[Tensor, Tensor, float, "Tensor | None"], tuple[Tensor, dict[str, Tensor]]]
+Surrogate = Callable[[Tensor, Tensor, "float | Tensor", "Tensor | None"], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def trust_region(name: str, *, means: bool = False) -> Callable[[Surrogate], Sur
     return register
 
 
-def surrogate(step: PolicyStep, log_ratio: Tensor, bound: float) -> tuple[Tensor, dict[str, Tensor]]:
+def surrogate(step: PolicyStep, log_ratio: Tensor, bound: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss per sample (B,) of a log-ratio in the step's trust region, and metrics.
 
     log_ratio: (B,), with the gradient. bound: > 0, of the ratio or, for "dppo" and "kl", of the divergence.

@@ -51,6 +51,18 @@ def kept_nodes(buffer: RolloutBuffer, plan: Plan, pruning: Pruning, rewards: Ten
     return found
 
 
+def best_paths(buffer: RolloutBuffer, plan: Plan, rewards: Tensor) -> Tensor:
+    """Return which nodes lie on the path to the best leaf of their tree: (N,) bool. Arguments: see ``kept_nodes``."""
+    per_tree = leaves_per_tree(plan)
+    best = rewards.double().cpu().nan_to_num(nan=-1e300, neginf=-1e300).view(-1, per_tree).argmax(1)
+    found, rows = torch.zeros_like(buffer.leaf), buffer.leaves.view(-1, per_tree)[torch.arange(len(best)), best]
+    while len(rows):
+        found[rows] = True
+        rows = buffer.parent[rows]
+        rows = rows[rows >= 0]
+    return found
+
+
 def kept_per_level(plan: Plan, pruning: Pruning, level: int) -> int:
     """Count the nodes of a tree at a level that are not pruned."""
     nodes = paths(plan, level)

@@ -13,6 +13,7 @@ from diffalign.losses.flow_grpo import clipped_surrogate, flow_grpo
 from diffalign.losses.grpo_guard import grpo_guard, guarded_surrogate
 from diffalign.losses.policy import TRUST_REGIONS, PolicyStep
 from diffalign.losses.registry import POLICY_OBJECTIVES
+from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
 
 LEVELS = flow_levels(torch.linspace(1, 0, 5, dtype=torch.float64))
 BOUND = 0.1
@@ -175,3 +176,24 @@ def test_fdfo_wants_means_and_a_partner():
     for name in ("old_mean", "direction", "output_scale"):
         with pytest.raises(ValueError, match="fdfo compares means and two images"):
             fdfo(PolicyStep(**(vars(step) | {name: None})), clip_range=0.03)
+
+
+# Dynamic-TreeRPO ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("region", sorted(TRUST_REGIONS))
+def test_a_bound_per_sample_is_the_bound_of_each(region):
+    step = step_of(trust_region=region)
+    bounds = reward_clip_range(step.advantage, BOUND, 0.5)
+    torch.testing.assert_close(bounds, BOUND * (1 + 0.5 * step.advantage.abs()))
+    together, _ = flow_grpo(step, clip_range=bounds)
+    alone = torch.stack([flow_grpo(step, clip_range=bound.item())[0][i] for i, bound in enumerate(bounds)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_the_error_of_the_best_path_is_that_of_velocities():
+    draw = torch.Generator().manual_seed(0)
+    velocity, best = (torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=draw) for _ in range(2))
+    scale = torch.tensor(-0.3, dtype=torch.float64)
+    found = best_path_error(1.7 + scale * velocity, 1.7 + scale * best, scale)
+    torch.testing.assert_close(found, ((velocity - best) ** 2).flatten(1).mean(1))

@@ -18,10 +18,11 @@ from diffalign.losses.flow_grpo import clip_range_per_dimension, published_kl
 from diffalign.losses.policy import PolicyStep, gaussian_kl
 from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
+from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay
-from diffalign.rollout.prune import kept_nodes
+from diffalign.rollout.prune import best_paths, kept_nodes
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.tree import leaves_per_tree
@@ -75,8 +76,9 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         self.levels = self.collector.levels
         self.objective = get_objective(config.loss)
         dimensions = torch.Size(self.model.latent_shape()).numel()
-        if self.objective.partners and not self.levels.is_flow:
-            raise ValueError(f"{config.loss!r} compares velocities of flow models: use flow_grpo for this model")
+        if (self.objective.partners or config.best_path_weight) and not self.levels.is_flow:
+            what = f"loss {config.loss!r}" if self.objective.partners else "best_path_weight"
+            raise ValueError(f"{what} compares velocities of flow models, and this model is none: leave it out")
         self.clip = clip_range_per_dimension(config.clip_range, config.clip_unit, dimensions)
 
     # An iteration ---------------------------------------------------------------------------------------------------
@@ -157,11 +159,15 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def _kept(self, rollout: Rollout) -> Tensor | None:
         """Return which nodes width pruning keeps, (N,) bool; None without it."""
-        pruning, buffer, weights = self.config.width_pruning, rollout.buffer, self.collector.weights
+        pruning = self.config.width_pruning
         if pruning == "none":
             return None
-        total = torch.stack([weight * buffer.rewards[name][buffer.leaves] for name, weight in weights.items()]).sum(0)
-        return kept_nodes(buffer, rollout.plan.plan, pruning, total)
+        return kept_nodes(rollout.buffer, rollout.plan.plan, pruning, self._total(rollout))
+
+    def _total(self, rollout: Rollout) -> Tensor:
+        """Return the weighted rewards of the leaves: (L,)."""
+        buffer, weights = rollout.buffer, self.collector.weights
+        return torch.stack([weight * buffer.rewards[name][buffer.leaves] for name, weight in weights.items()]).sum(0)
 
     def _transitions(self, rollout: Rollout, chosen: Tensor, step: int, kept: Tensor | None = None) -> Tensor:
         """Return the rows of the trained nodes that end step ``step`` of some trees, tree after tree."""
@@ -195,8 +201,11 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             replayed = replace(
                 replayed, direction=self._direction(rollout, nodes), output_scale=self._scale(rollout, step)
             )
-        losses, metrics = self.objective.function(replayed, clip_range=self.clip)
+        losses, metrics = self.objective.function(replayed, clip_range=self._clip_range(replayed))
         loss = losses.mean()
+        if self.config.best_path_weight > 0:
+            best = self._best_path(rollout, nodes, result, step)
+            loss, metrics["best_path"] = loss + self.config.best_path_weight * best.to(loss), best.detach()
 
         if reference is not None:
             kl = self._kl(rollout, result, reference, step).mean()
@@ -211,6 +220,18 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
         with self.model.using(REFERENCE):
             return self._replay(rollout, nodes).mean
+
+    def _clip_range(self, step: PolicyStep) -> float | Tensor:
+        """Return the clip range of each transition: one number, unless it grows with the advantage."""
+        if not self.config.clip_growth:
+            return self.clip
+        return reward_clip_range(step.advantage.to(step.log_prob), self.clip, self.config.clip_growth)
+
+    def _best_path(self, rollout: Rollout, nodes: Tensor, result: StepResult, step: int) -> Tensor:
+        """Return the mean over transitions of the error of those on the best path of their tree: ()."""
+        best = best_paths(rollout.buffer, rollout.plan.plan, self._total(rollout))[nodes]
+        error = best_path_error(result.mean, rollout.buffer.latents(nodes), self._scale(rollout, step))
+        return (error * best.to(error)).mean()
 
     def _direction(self, rollout: Rollout, nodes: Tensor) -> Tensor:
         """Return half the difference of the final latents of each chain and its partner: (n, C, *spatial)."""

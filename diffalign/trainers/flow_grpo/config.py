@@ -48,6 +48,13 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         gt=0,
         infinite=True,
     )
+    clip_growth: float = option(
+        0.0,
+        "growth of clip_range with the advantage: times 1 + clip_growth |A| (Dynamic-TreeRPO)",
+        section="loss",
+        ge=0,
+        infinite=False,
+    )
     clip_unit: Literal["joint", "per_dim"] = option(
         "joint", "log-ratio to clip: of an image (sum), or per latent dimension (mean)", section="loss"
     )
@@ -59,6 +66,13 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         "branches after the last split of a tree to train: all, that of the best image per split state, or those of "
         "the best and the worst image of a tree",
         section="loss",
+    )
+    best_path_weight: float = option(
+        0.0,
+        "weight of fine-tuning on the best path of each tree: squared distance of velocities (Dynamic-TreeRPO)",
+        section="loss",
+        ge=0,
+        infinite=False,
     )
     kl_beta: float = option(
         0.0, "weight of the KL to the reference, in nats per dimension; 0: no KL", section="loss", ge=0
@@ -104,7 +118,8 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         if self.partners:
             names |= {"filter_zero_advantage": "read only by losses of single images"}
         if self.plan.leaves == 1:
-            return names | dict.fromkeys(("advantage_rule", "width_pruning"), "read only with plan.branch")
+            trees = ("advantage_rule", "width_pruning", "best_path_weight")
+            return names | dict.fromkeys(trees, "read only with plan.branch")
         from diffalign.rollout.advantages import ADVANTAGE_RULES
 
         if ADVANTAGE_RULES[self.rule].of == "rewards":
