@@ -209,5 +209,5 @@ def test_trees_that_cannot_be_are_refused(config, message):
 
 
 def test_trainers_of_chains_refuse_presets_of_trees():
-    with pytest.raises(ValueError, match="plan.preset 'g2' samples trees, and this trainer reads chains only"):
+    with pytest.raises(ValueError, match=r"plan\.preset 'g2' samples trees, and this trainer reads chains only"):
         make_plan(PlanConfig("g2", 8), 0, 0)

@@ -51,8 +51,10 @@ class SiblingPaths(IterationBatch):
         x: (P, S, C, *spatial), the states.
         children: (P, S, G, C, *spatial); with a nudge, the winner after it.
         rewards: Name -> (P, S, G), of the children's predicted clean images; NaN where a reward failed.
+        iteration: Index of the iteration.
     """
 
+    iteration: int
     x: Tensor
     children: Tensor
     rewards: dict[str, Tensor] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class SiblingSource(Source):
         family, shape = self.config.group_size, self.model.latent_shape()
         device = self.model.device
         paths = SiblingPaths(
+            iteration,
             torch.empty(len(prompts), len(steps), *shape, device=device),
             torch.empty(len(prompts), len(steps), family, *shape, device=device),
             {name: torch.empty(len(prompts), len(steps), family) for name in self.collector.rewards},
@@ -103,15 +106,16 @@ class SiblingSource(Source):
         if metrics["unscored"] and not paths.children.isfinite().all():
             raise self.run.diverged("the model's images are not finite")  # no fault of the rewards
         check_unscored(metrics["unscored"], self.config.max_unscored, extremes(self.config))
-        batch.examples, pairs = self._examples(paths, self.run.progress.iteration)
+        batch.examples, pairs = self._examples(paths)
         batch.metrics = metrics | {"pairs": float(pairs)}
 
     def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> PreferenceBatch:
         """Rebuild the paths and their examples."""
         own = {name: tensor.chunk(self.run.world)[self.run.rank] for name, tensor in tensors.items()}
         rewards = {name: own[f"reward/{name}"].cpu() for name in self.collector.rewards}
-        paths = SiblingPaths(own["x"].to(self.model.device), own["children"].to(self.model.device), rewards)
-        return PreferenceBatch(self._examples(paths, iteration)[0], paths)
+        states = own["x"].to(self.model.device), own["children"].to(self.model.device)
+        paths = SiblingPaths(iteration, *states, rewards)
+        return PreferenceBatch(self._examples(paths)[0], paths)
 
     def total(self, rewards: Mapping[str, Tensor]) -> Tensor:
         """Sum the rewards that pairs are ranked by; NaN where one failed."""
@@ -124,9 +128,9 @@ class SiblingSource(Source):
         plan = make_plan(self.config.plan, iteration, self.config.seed)
         return SamplingPlan(plan, self.collector.levels, self.run.guidance)
 
-    def _examples(self, paths: SiblingPaths, iteration: int) -> tuple[StepExamples, int]:
+    def _examples(self, paths: SiblingPaths) -> tuple[StepExamples, int]:
         """Return the pairs of this process, padded to as many as every other has, and how many all have."""
-        steps, prompts = self._steps(iteration), self.collector.prompts_of(iteration)
+        steps, prompts = self._steps(paths.iteration), self.collector.prompts_of(paths.iteration)
         states, family = len(paths.x) * len(steps), self.config.group_size
         scores = self.total(paths.rewards).flatten().tolist()
         families = [index // family for index in range(states * family)]
@@ -149,7 +153,7 @@ class SiblingSource(Source):
             [prompts[index].text for index in group.tolist()],
             digits,
             weight,
-            self._plan(iteration),
+            self._plan(paths.iteration),
         ), everyone
 
     def _statistics(self, paths: SiblingPaths) -> dict[str, float]:
