@@ -47,7 +47,13 @@ SUMMARIES = {
 
 
 def use_all_cores() -> None:
-    """Give each local process its share of the cores: ``accelerate launch`` would leave one thread to each."""
+    """Give each local process its share of the cores, unless the user set OMP_NUM_THREADS.
+
+    ``accelerate launch`` sets OMP_NUM_THREADS to 1 by itself, which would leave one thread to each process.
+    """
+    launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "OMP_NUM_THREADS" in os.environ and not launched:
+        return
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -78,7 +78,7 @@ def small(tmp_path):
 @pytest.fixture(scope="session")
 def eval_prompts(tmp_path_factory):
     """A file of six held-out prompts, one of each task."""
-    lines = (PROMPTS / "shapes_held_out.jsonl").read_text().splitlines()[::70]
+    lines = (PROMPTS / "shapes_validation.jsonl").read_text().splitlines()[::70]
     path = tmp_path_factory.mktemp("prompts") / "six.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path

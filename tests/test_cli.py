@@ -1,5 +1,6 @@
 """The command line: what it runs and how it says no."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -132,3 +133,28 @@ def test_the_launcher_trains_through_accelerate(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 4),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 4),
+    ],
+)
+def test_a_users_number_of_threads_is_kept_and_a_launchers_is_not(monkeypatch, environment, expected):
+    from diffalign.cli import use_all_cores
+
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+
+    use_all_cores()
+
+    assert chosen == ([] if expected is None else [expected])

@@ -2,13 +2,14 @@
 
 A configuration class may have a method ``unread() -> Mapping[str, str]``: dotted name -> reason, for each field or
 section that a run of this configuration does not read. Such a field is refused if it was set, even to its default, and
-is not written to files.
+is not written to files. null asks for nothing: it takes back what a file or a preset sets, and is never refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def refuse_unread(config: Any) -> None:
     """Raise ConfigError for fields that were set and would not be read, a sentence per reason."""
     unread, found = unread_names(config), dict[str, list[str]]()
     for path in given_names(config):
-        if (name := covering(unread, path)) is not None:
+        if (name := covering(unread, path)) is not None and attrgetter(path)(config) is not None:
             found.setdefault(unread[name], []).append(path)
     if found:
         raise ConfigError(

@@ -10,6 +10,7 @@ Source of tasks and format: GenEval, arXiv 2310.11513.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 from itertools import cycle, islice
 
@@ -33,6 +34,7 @@ NOUNS = (
     "a card", "an icon", "a sign", "a figure", "a graphic", "an illustration", "a sticker", "a diagram",
 )  # fmt: skip
 OPENINGS = ("", *(f"{noun} {link} " for link in ("of", "with", "showing") for noun in NOUNS))
+OUTER = tuple(f"{noun} of " for noun in NOUNS)
 
 
 def item(shape: str, count: int = 1, color: str | None = None, position: list | None = None) -> dict:
@@ -142,6 +144,40 @@ def prompt_set(per_tag: int, *, held_out: bool, seed: int, repeat: bool = False)
             prompt = caption(rng, tag, held_out=held_out)
             found.setdefault(prompt.text, prompt)
         every += islice(cycle(found.values()), per_tag)
+    return every
+
+
+def combination(spec: Spec) -> frozenset[tuple[object, ...]]:
+    """Return what a specification asks for; two that name the same items in another order are equal."""
+    entries = [(i["class"], i["count"], i.get("color"), *i.get("position", ())) for i in spec["include"]]
+    return frozenset(entries)
+
+
+def disjoint_prompt_set(per_tag: int, *, seed: int, others: Sequence[Prompt]) -> list[Prompt]:
+    """Draw ``per_tag`` held-out captions of every task type, none of them in ``others``.
+
+    Positions and colour attributions name other combinations than ``others``. The remaining tasks have three to nine
+    combinations, which ``others`` may name too, in other words. The 72 held-out wordings of single objects are too few
+    for two sets: here they stand behind a second opening, "a photo of a drawing with a circle". ValueError: too few.
+    """
+    rng = random.Random(seed)
+    texts, named = {p.text for p in others}, {combination(p.metadata) for p in others}
+    every: list[Prompt] = []
+    for tag in TAGS:
+        distinct = tag in ("position", "color_attr")
+        free = [spec for spec in specs(tag) if not distinct or combination(spec) not in named]
+        outer = OUTER if tag == "single_object" else ("",)
+        wordings = {o + i + phrase(spec) for spec in free for i in OPENINGS if is_held_out(spec, i) for o in outer}
+        available = wordings - texts
+        if per_tag > len(available):
+            raise ValueError(f"{tag} has {len(available)} captions apart from others, not {per_tag}: ask for fewer")
+        found: dict[str, Prompt] = {}
+        while len(found) < per_tag:
+            prompt = caption(rng, tag, held_out=True)
+            text = rng.choice(outer) + prompt.text
+            if text in available:
+                found.setdefault(text, Prompt(text, prompt.metadata))
+        every += found.values()
     return every
 
 

@@ -29,7 +29,7 @@ from scripts import ROOT
 
 GRID = ROOT / "assets/pictures/compare.png"
 PICTURE = ROOT / "assets/pictures/hero.png"
-PROMPTS = ROOT / "assets/prompts/shapes_held_out.jsonl"
+PROMPTS = ROOT / "assets/prompts/shapes_validation.jsonl"
 MODELS = ("base", "tuned")
 # Row of the grid -> its prompt.
 PICKS = {

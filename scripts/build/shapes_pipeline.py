@@ -44,7 +44,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
-from diffalign.shapes import judge_batch, prompt_set, render
+from diffalign.shapes import disjoint_prompt_set, judge_batch, prompt_set, render
 from diffalign.shapes.captions import vocabulary
 from scripts.build.shapes_training import (
     CLIP_LENGTH,
@@ -288,8 +288,19 @@ def export(pipe: StableDiffusion3Pipeline, parameters: list, average: list, args
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    for name, held_out, per_tag in (("train", False, 70), ("train_long", False, 300), ("held_out", True, 70)):
-        prompts = prompt_set(per_tag, held_out=held_out, seed=args.seed + 3, repeat=name == "train_long")
+    """Write the prompts of training, of validation (settings are chosen on them) and of test (results are reported).
+
+    Validation and test hold out the same words, pairs and relations of training. Their captions differ; so do the
+    combinations of positions and colour attributions, see ``disjoint_prompt_set``.
+    """
+    seed = args.seed + 3
+    sets = {
+        "train": prompt_set(70, held_out=False, seed=seed),
+        "train_long": prompt_set(300, held_out=False, seed=seed, repeat=True),
+        "validation": prompt_set(70, held_out=True, seed=seed),
+    }
+    sets["test"] = disjoint_prompt_set(70, seed=seed, others=[p for prompts in sets.values() for p in prompts])
+    for name, prompts in sets.items():
         lines = [json.dumps({"prompt": p.text, **p.metadata}) for p in prompts]
         path = args.output_dir.parent / "prompts" / f"shapes_{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ COST = "cost.json"
 MEASURED = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_maxrss, used.ru_utime + used.ru_stime)
 sys.exit(code if code >= 0 else 1)
 """
 
@@ -58,10 +59,23 @@ def done(trial: Trial, root: Path) -> bool:
     return (trial.folder(root) / "README.md").is_file()
 
 
-def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
+def work(
+    trials: Sequence[Trial], root: Path, jobs: int, *, threads: int | None = None, go_on: bool = False
+) -> list[str]:
     """Train the unfinished trials, ``jobs`` at a time, each on its share of the cores.
 
-    RuntimeError: one failed; its log says why.
+    Args:
+        trials: The trials.
+        root: Folder of their runs and logs.
+        jobs: Number of trials at a time.
+        threads: Threads of each training; default: one per core of its share.
+        go_on: Whether to train the others after a failure.
+
+    Returns:
+        The failures, each with the name of its log.
+
+    Raises:
+        RuntimeError: One failed, without ``go_on``.
     """
     root = root.resolve()  # trainings begin in the repository, where their configurations' paths do
     waiting: queue.SimpleQueue[Trial] = queue.SimpleQueue()
@@ -73,47 +87,65 @@ def work(trials: Sequence[Trial], root: Path, jobs: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
 
     def worker(own: list[int]) -> None:
-        while not failed:
+        while go_on or not failed:
             try:
                 trial = waiting.get_nowait()
             except queue.Empty:
                 return
             name = trial.folder(root).name
             log = root / f"{name}.log"
-            if code := _train(trial, root, own, log):
+            if code := _train(trial, root, own, log, threads):
                 failed.append(f"{log} (exit {code})")
-            else:
+                print(f"failed: {failed[-1]}", flush=True)
+                continue
+            try:
                 gain = 100 * trial.row(root)["gain"]
-                print(f"{total - waiting.qsize()}/{total} {name}: {gain:+.1f}", flush=True)
+            except Exception as error:  # what one run left must not end the others
+                if not go_on:
+                    raise
+                failed.append(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+                print(f"failed: {failed[-1]}", flush=True)
+                continue
+            print(f"{total - waiting.qsize()}/{total} {name}: {gain:+.1f}", flush=True)
 
     threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if failed:
+    if failed and not go_on:
         raise RuntimeError(f"failed: {', '.join(failed)}")
+    return failed
 
 
-def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path) -> int:
-    """Run a trial on these cores; record its peak memory, and return its exit code."""
+def _train(trial: Trial, root: Path, cores: Sequence[int], log: Path, threads: int | None = None) -> int:
+    """Run a trial on these cores; record its peak memory and core-seconds, and return its exit code."""
+    env = None if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", MEASURED, *trial.command(root)],
             stdout=subprocess.PIPE,
             stderr=file,
             cwd=ROOT,
+            env=env,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
-        peak = process.communicate()[0]
+        printed = process.communicate()[0]
     if process.returncode == 0:
-        (trial.folder(root) / COST).write_text(json.dumps({"peak_memory_gib": int(peak) / 2**20}) + "\n")
+        peak, seconds = printed.split()
+        cost = {"peak_memory_gib": int(peak) / 2**20, "core_seconds": float(seconds)}
+        (trial.folder(root) / COST).write_text(json.dumps(cost) + "\n")
     return process.returncode
 
 
 def peak_memory(folder: Path) -> float | None:
     """Return the peak GiB of the training process; None if it did not run from here to its end."""
     return json.loads((folder / COST).read_text())["peak_memory_gib"] if (folder / COST).is_file() else None
+
+
+def core_seconds(folder: Path) -> float:
+    """Return the seconds that all cores together spent on a training that ran from its start to its end."""
+    return float(json.loads((folder / COST).read_text())["core_seconds"])
 
 
 def finished(trials: Sequence[Trial], root: Path) -> list[Row]:

@@ -99,7 +99,7 @@ def draw(tables: dict[str, Counter[tuple[str, str]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--prompts", type=Path, default=ROOT / "assets/prompts/shapes_held_out.jsonl")
+    parser.add_argument("--prompts", type=Path, default=ROOT / "assets/prompts/shapes_validation.jsonl")
     parser.add_argument("--name", default="what_fails")
     args = parser.parse_args()
     prompts = load_prompts(args.prompts)

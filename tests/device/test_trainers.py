@@ -122,7 +122,7 @@ def first_product_on_the_cpu(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", algorithm_names())
 def test_a_wrong_device_in_any_phase_is_an_error(name, tmp_path, monkeypatch):
-    held_out, lines = tmp_path / "two.jsonl", (PROMPTS / "shapes_held_out.jsonl").read_text().splitlines()
+    held_out, lines = tmp_path / "two.jsonl", (PROMPTS / "shapes_validation.jsonl").read_text().splitlines()
     held_out.write_text("\n".join(lines[:2]) + "\n")
     trainer = make(name, tmp_path / "run", eval_prompts=str(held_out), eval_rewards=["shapes"])
     algorithm, state = trainer.algorithm, trainer.loop.state

@@ -461,7 +461,7 @@ def test_a_base_whose_weights_have_another_shape_is_refused(family_pipelines, tm
 def test_commands_refuse_it_and_go_on_where_they_may(bases, loras, family_pipelines, command, tmp_path, capsys):
     file = rewritten(loras("sd15"), tmp_path / "lora", renamed)
     arguments = [command, "--models", f"[part={file}]", "--model", str(family_pipelines["sd15"])]
-    arguments += ["--prompts", str(PROMPTS / "shapes_held_out.jsonl"), "--limit", "2", "--num_steps", "2"]
+    arguments += ["--prompts", str(PROMPTS / "shapes_validation.jsonl"), "--limit", "2", "--num_steps", "2"]
     arguments += ["--rewards", "[shapes]", "--output_dir", str(tmp_path / "out"), "--images_per_prompt", "1"]
     assert main(arguments) == 2
     assert "do not fit this model" in capsys.readouterr().err

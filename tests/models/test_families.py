@@ -309,5 +309,5 @@ def test_a_run_and_its_evaluation_use_the_same_embedded_guidance(family_pipeline
     assert trainer.model.embedded_guidance == 2.0
     save_yaml(args, tmp_path / "config.yaml")
     save_file({}, tmp_path / "pytorch_lora_weights.safetensors")
-    asked = EvaluationConfig(models=(str(tmp_path),), prompts=PROMPTS / "shapes_held_out.jsonl", rewards=("shapes",))
+    asked = EvaluationConfig(models=(str(tmp_path),), prompts=PROMPTS / "shapes_validation.jsonl", rewards=("shapes",))
     assert resolve(asked, tmp_path / "eval", 1).sampling().embedded_guidance == 2.0

@@ -82,7 +82,7 @@ def test_a_unet_with_a_guidance_embedding_gets_the_scale():
 @pytest.mark.parametrize("field", ["guidance_scale", "embedded_guidance"])
 @pytest.mark.parametrize("kind", [*CONFIGS, EvaluationConfig])
 def test_scales_without_a_meaning_are_refused(kind, field, scale):
-    given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
+    given = {"prompts": PROMPTS / "shapes_validation.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
     with pytest.raises(ValueError, match=rf"^{kind.__name__}: {field} must be .*, got {scale:g}"):
         kind(model=str(PIPELINE), **given, **{field: scale})
 
@@ -94,7 +94,7 @@ def test_the_noun_itself_refuses_a_negative_scale():
 
 @pytest.mark.parametrize("name", ["sd15", "flux_dev", "z_image"])
 def test_left_out_it_is_the_familys_own_for_no_guidance(family_pipelines, name, tmp_path):
-    given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)}
+    given = {"prompts": PROMPTS / "shapes_validation.jsonl", "rewards": ("shapes",)}
     config = resolve(EvaluationConfig(model=str(family_pipelines[name]), **given), tmp_path, 1)
     assert config.guidance_scale == (0.0 if name == "z_image" else 1.0)
     model = load_model(family_pipelines[name], **FAMILIES[name].options)

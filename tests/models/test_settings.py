@@ -68,7 +68,7 @@ def test_sequences_are_as_long_as_the_pipeline_takes(family_pipelines, name):
 @pytest.mark.parametrize("field", ["resolution", "max_sequence_length"])
 @pytest.mark.parametrize("kind", [*CONFIGS, EvaluationConfig])
 def test_options_that_no_family_supports_are_refused_before_a_model_loads(kind, field, value):
-    given = {"prompts": PROMPTS / "shapes_held_out.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
+    given = {"prompts": PROMPTS / "shapes_validation.jsonl", "rewards": ("shapes",)} if kind is EvaluationConfig else {}
     allowed = r"at least 1( and at most \d+)?"
     with pytest.raises(ValueError, match=rf"^{kind.__name__}: {field} must be {allowed}, got {value}$"):
         kind(model=str(PIPELINE), **given, **{field: value})
@@ -77,7 +77,7 @@ def test_options_that_no_family_supports_are_refused_before_a_model_loads(kind, 
 @pytest.mark.parametrize("command", ["train flow_grpo", "train diffusion_dpo", "train refl", "compare", "eval"])
 @pytest.mark.parametrize("side", [60, 57])
 def test_commands_refuse_it_and_write_nothing(family_pipelines, command, side, tmp_path, capsys):
-    out, prompts = tmp_path / "out", str(PROMPTS / "shapes_held_out.jsonl")
+    out, prompts = tmp_path / "out", str(PROMPTS / "shapes_validation.jsonl")
     arguments = ["--model", str(family_pipelines["sd15"]), "--resolution", str(side), "--output_dir", str(out)]
     train = ["--train_prompts", prompts, "--rewards"]
     more = {

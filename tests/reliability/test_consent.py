@@ -161,7 +161,7 @@ def resume(place, rewards):
 def judged(name, *positional):
     def command(place, rewards):
         table = {"rewards": list(rewards), "reward_options": rewards}
-        more = {"model": str(PIPELINE), "prompts": str(PROMPTS / "shapes_held_out.jsonl")} if name != "score" else {}
+        more = {"model": str(PIPELINE), "prompts": str(PROMPTS / "shapes_validation.jsonl")} if name != "score" else {}
         more = {} if name == "relabel" else more
         write(place / "judged.yaml", {**table, **more})
         given = [str(place / one) for one in positional] if name == "score" else list(positional)
@@ -404,7 +404,7 @@ def test_a_model_names_no_module_to_import(index, command, place, monkeypatch, c
         pipeline_class(place / "model")
     argv = {name: train("flow_grpo")(place, {"brightness": 1.0}) for name in ("train", "dry_run")}
     argv["dry_run"] = [*argv["dry_run"], "--dry_run"]
-    shown = ["--prompts", str(PROMPTS / "shapes_held_out.jsonl"), "--limit", "1", "--rewards", "[brightness]"]
+    shown = ["--prompts", str(PROMPTS / "shapes_validation.jsonl"), "--limit", "1", "--rewards", "[brightness]"]
     argv |= {name: [name, *shown] for name in ("eval", "compare")}
     assert main([*argv[command], "--model", str(place / "model")]) == 2
     assert not (place / "canary").exists()

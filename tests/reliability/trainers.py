@@ -67,5 +67,5 @@ def short(name: str, folder: Path, **changes: Any) -> Any:
 def held_out(folder: Path) -> Path:
     """A file of two held-out prompts, for runs that are evaluated."""
     path = folder / "held_out.txt"
-    path.write_text("\n".join(p.text for p in load_prompts(PROMPTS / "shapes_held_out.jsonl", 2)))
+    path.write_text("\n".join(p.text for p in load_prompts(PROMPTS / "shapes_validation.jsonl", 2)))
     return path

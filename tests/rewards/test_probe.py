@@ -119,7 +119,7 @@ def test_no_model_is_loaded_for_an_invalid_reward(command, tmp_path, monkeypatch
     (tmp_path / "mine.py").write_text("def wrong(images, prompts, metadata):\n    return images.mean((2, 3))\n")
     for module in (base, evaluation, loading):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    prompts = str(PROMPTS / "shapes_held_out.jsonl")
+    prompts = str(PROMPTS / "shapes_validation.jsonl")
     argv = [command, "--prompts", prompts, "--rewards", "['mine.py:wrong']", "--limit", "2"]
     if command == "train":
         argv = ["train", "flow_grpo", "--rewards.brightness", "1.0", "--eval_prompts", prompts]

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -10,8 +11,8 @@ from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.shapes import TAGS, judge_batch
-from diffalign.shapes.captions import is_novel
-from tests.conftest import PIPELINE, PROMPTS
+from diffalign.shapes.captions import OPENINGS, is_held_out, is_novel, phrase, specs
+from tests.conftest import PIPELINE, PROMPTS, ROOT
 
 
 def strict(images, prompts):
@@ -31,20 +32,61 @@ def test_the_pipeline_is_small_and_in_half_precision():
         assert list((PIPELINE / part).glob("*.safetensors")), part
 
 
-@pytest.mark.parametrize("name", ["train", "train_long"])
-def test_prompt_files_cover_all_tasks_and_do_not_overlap(name):
-    train, held_out = (load_prompts(PROMPTS / f"shapes_{part}.jsonl") for part in (name, "held_out"))
-    assert len({p.text for p in held_out}) == len(held_out) >= 400
-    assert {p.metadata["tag"] for p in held_out} == {p.metadata["tag"] for p in train} == set(TAGS)
+SPLIT = ("train", "train_long", "validation", "test")
+
+
+def prompts_of(part):
+    return load_prompts(PROMPTS / f"shapes_{part}.jsonl")
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_prompt_files_cover_all_tasks(name):
+    prompts = prompts_of(name)
+    assert {tag: sum(p.metadata["tag"] == tag for p in prompts) >= 70 for tag in TAGS} == dict.fromkeys(TAGS, True)
+    if name in ("validation", "test"):
+        assert len({p.text for p in prompts}) == len(prompts) >= 420
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_held_out_prompts_share_no_text_and_no_held_out_combination_with_training(name):
+    held_out, train = prompts_of(name), [*prompts_of("train"), *prompts_of("train_long")]
     assert not {p.text for p in train} & {p.text for p in held_out}
     novel = [p for p in held_out if p.metadata["tag"] in ("colors", "position", "color_attr")]
+    assert len(novel) >= 210
     assert all(is_novel(p.metadata) for p in novel)
     assert not any(is_novel(p.metadata) for p in train)
 
 
+def test_no_test_prompt_is_in_another_file_or_in_what_the_base_was_built_on():
+    """``wording`` (captions of the base) and ``caption`` (of the pairs) keep to one side of the split."""
+    prompts = prompts_of("test")
+    texts = {p.text for p in prompts}
+    for name in ("train", "train_long", "validation"):
+        assert not texts & {p.text for p in prompts_of(name)}, name
+    built_on = {
+        opening + phrase(spec) for tag in TAGS for spec in specs(tag) for opening in OPENINGS
+        if not is_held_out(spec, opening)
+    }  # fmt: skip
+    assert not texts & built_on
+    pairs = pq.read_table(ROOT / "assets/preferences/shapes.parquet", columns=["caption"]).column("caption").to_pylist()
+    assert not texts & set(pairs)
+
+
+@pytest.mark.parametrize("tag", ["position", "color_attr"])
+def test_no_combination_of_a_test_prompt_is_in_another_file(tag):
+    """In either order; the other tasks have three to nine combinations in all, too few for a second set."""
+    test, *others = ({unordered(p) for p in prompts_of(name) if p.metadata["tag"] == tag} for name in reversed(SPLIT))
+    assert len(test) >= 9
+    assert not [name for name, found in zip(("validation", "train_long", "train"), others, strict=True) if test & found]
+
+
+def unordered(prompt):
+    return tuple(sorted(json.dumps(entry, sort_keys=True) for entry in prompt.metadata["include"]))
+
+
 def test_the_base_is_good_but_improvable(frozen):
     """Without guidance, right on 30 to 60 % of held-out prompts, and above chance on every task."""
-    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")
+    prompts = load_prompts(PROMPTS / "shapes_validation.jsonl")
     own = torch.arange(len(prompts))
     addresses = NoiseKeys(KeyedRNG(0), "evaluation", 0, own, torch.zeros_like(own))
     route = SamplingPlan(ode_plan(8), frozen.levels(8))

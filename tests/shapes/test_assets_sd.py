@@ -55,7 +55,7 @@ def test_the_model_is_of_the_families_kind(model):
 )
 def test_the_base_is_good_but_improvable(model, guidance, lowest, highest):
     """On held-out prompts, and above chance on every task."""
-    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl")[::2]
+    prompts = load_prompts(PROMPTS / "shapes_validation.jsonl")[::2]
     images = draw(model, prompts, guidance)
     right = strict(images, prompts)
     assert lowest <= right.mean() <= highest

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from diffalign.shapes import TAGS, caption, prompt_set
-from diffalign.shapes.captions import OPENINGS, is_novel, item, phrase, specs, vocabulary
+from diffalign.shapes import TAGS, caption, disjoint_prompt_set, prompt_set
+from diffalign.shapes.captions import OPENINGS, combination, is_novel, item, phrase, specs, vocabulary
 from diffalign.shapes.scene import HELD_OUT_COLORS, HELD_OUT_DIRECTIONS, HELD_OUT_PAIRS, HELD_OUT_RELATIONS
 
 # Written out, so that the split is checked on the words themselves.
@@ -76,6 +76,33 @@ def test_the_held_out_set_is_large_balanced_distinct_and_repeatable(held_out):
     assert [sum(p.metadata["tag"] == tag for p in held_out) for tag in TAGS] == [70] * 6
     assert held_out == prompt_set(70, held_out=True, seed=3)
     assert held_out != prompt_set(70, held_out=True, seed=4)
+
+
+def test_a_second_held_out_set_shares_no_caption_with_the_first(held_out):
+    second = disjoint_prompt_set(70, seed=3, others=held_out)
+    assert [sum(p.metadata["tag"] == tag for p in second) for tag in TAGS] == [70] * 6
+    assert len({p.text for p in (*held_out, *second)}) == 840
+    assert all(names_held_out(p.text) and is_novel(p.metadata) for p in second if p.metadata["tag"] in COMBINED)
+    first, other = (
+        {combination(p.metadata) for p in prompts if p.metadata["tag"] in ("position", "color_attr")}
+        for prompts in (held_out, second)
+    )
+    assert not first & other
+    assert second == disjoint_prompt_set(70, seed=3, others=held_out)
+    with pytest.raises(ValueError, match="two_object has 74 captions"):
+        disjoint_prompt_set(75, seed=3, others=held_out)
+
+
+@pytest.mark.parametrize("tag", ["two_object", "color_attr"])
+def test_a_combination_has_no_order(tag):
+    first = next(s for s in specs(tag))
+    swapped = {**first, "include": first["include"][::-1]}
+    assert combination(first) == combination(swapped)
+    assert combination(first) not in {combination(s) for s in specs(tag) if s not in (first, swapped)}
+
+
+def test_a_relation_has_an_order():
+    assert len({combination(spec) for spec in specs("position")}) == len(specs("position"))
 
 
 def test_all_held_out_combinations_are_asked_for(held_out):

@@ -33,7 +33,7 @@ def evaluated(model: DiffusionModel, even: bool) -> tuple[dict[str, float], Show
         Progress(),
         Heartbeat(accelerator, Watchdog(config.hang_timeout, config.output_dir)),
     )
-    prompts = load_prompts(PROMPTS / "shapes_held_out.jsonl", 1)
+    prompts = load_prompts(PROMPTS / "shapes_validation.jsonl", 1)
     evaluation = Evaluation(run, prompts, {"shapes": get_reward("shapes")}, even=even)
     evaluation.batch_size = 2
     return evaluation.run(SamplingPlan(ode_plan(2), model.levels(2), Guidance()))

@@ -37,7 +37,7 @@ def run(folder: Path, kind: str, resume: str | None = None) -> DiffusionDPOTrain
     AcceleratorState._reset_state(reset_partial_state=False)
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / f"prompts-{distributed.get_rank() if distributed.is_initialized() else 0}.jsonl"
-    lines = (PROMPTS / "shapes_held_out.jsonl").read_text().splitlines()[:3]
+    lines = (PROMPTS / "shapes_validation.jsonl").read_text().splitlines()[:3]
     prompts.write_text("\n".join(lines))
     args = DiffusionDPOConfig(
         model=str(PIPELINE),

@@ -26,7 +26,7 @@ def output(tmp_path_factory, request):
     from tests.conftest import PIPELINE
 
     folder = tmp_path_factory.mktemp("announced")
-    (folder / "held_out.jsonl").write_text("".join((PROMPTS / "shapes_held_out.jsonl").open().readlines()[:2]))
+    (folder / "held_out.jsonl").write_text("".join((PROMPTS / "shapes_validation.jsonl").open().readlines()[:2]))
     args = FlowGRPOConfig(
         model=str(PIPELINE), max_sequence_length=16, train_prompts=PROMPTS / "shapes_train.jsonl",
         eval_prompts=folder / "held_out.jsonl", output_dir=folder / "run", rewards={"shapes": 1.0, "brightness": 0.5},

@@ -60,7 +60,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_of_variants_computes_what_was_forecast(variant, tmp_path):
     preset, changes = VARIANTS[variant]
-    held_out = load_prompts(PROMPTS / "shapes_held_out.jsonl", 2)
+    held_out = load_prompts(PROMPTS / "shapes_validation.jsonl", 2)
     trainer = trainer_of(config(tmp_path, preset, eval_images_per_prompt=1, **changes), eval_dataset=held_out)
     assert counted(trainer) == expected(trainer.args, 2)
 
