@@ -114,7 +114,7 @@ def test_pruning_keeps_the_best_branches_after_the_last_split(pruning, flat):
     assert len(chosen) == count
     if not flat:
         each = 3 if pruning == "best" else 6  # leaves of a state that splits last, and of a tree
-        parts = [np.array(rewards[i : i + each]) for i in range(0, len(leaves), each)]
+        parts = [rewards[i : i + each].numpy() for i in range(0, len(leaves), each)]
         wanted = {i * each + np.nanargmax(part) for i, part in enumerate(parts)}
         wanted |= set() if pruning == "best" else {i * each + np.nanargmin(part) for i, part in enumerate(parts)}
         assert set(chosen) == wanted

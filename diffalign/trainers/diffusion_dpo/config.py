@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 ONLINE_ONLY = ("num_groups", "group_size", "shared_start", "decode_precision", "updates_per_rollout", "max_unscored",
-               "overlap_rewards", "save_rollouts")  # fmt: skip
+               "overlap_rewards", "save_rollouts", "pairs")  # fmt: skip
 OFFLINE = "read only online, where train_prompts and rewards make the pairs"
 ONLINE = "read only offline, where pairs come from train_data"
 NOISING = ("prompt_dropout", "time_sampling", "time_mean", "time_std", "times")
