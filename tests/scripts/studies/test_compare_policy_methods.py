@@ -7,8 +7,8 @@ import pytest
 
 from diffalign.cli import main as diffalign
 from diffalign.config import parse
-from diffalign.trainers.forward_rl.presets import PRESETS
 from diffalign.trainers.cost import Share
+from diffalign.trainers.forward_rl.presets import PRESETS
 from diffalign.trainers.registry import config_class, find_algorithm
 from tests.conftest import PROMPTS, ROOT
 
