@@ -171,17 +171,17 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
             result = trainer.algorithm._replay(batch, nodes)
             stored = batch.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
-            assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5
+            largest = 5e-5 if preset == "fdfo" else 1e-5  # a twentieth of the others' noise
+            assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= largest
 
 
 @pytest.fixture
 def frozen_trainer(tmp_path, frozen_model):
     def make(preset, steps):
-        windows = ("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps", "tree_rpo")
-        options = (
-            {"window_size": 2} if preset in windows else {"branch": (2,)} if preset in ("tempflow_branch", "g2") else {}
-        )
-        plan = PlanConfig(preset=preset, num_steps=steps, **options)
+        options = dict.fromkeys(("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps"), {"window_size": 2})
+        options |= dict.fromkeys(("tempflow_branch", "g2"), {"branch": (2,)})
+        options["tree_rpo"] = {"window_size": 2, "noise_growth": 0.0}  # four steps bear no more noise
+        plan = PlanConfig(preset=preset, num_steps=steps, **options.get(preset, {}))
         made = make_plan(plan, 0, 0, trees=True)
         changes = {"group_size": max(4, plan.leaves * max(1, len(made.anchors)))}
         changes |= {"plan": plan, "updates_per_rollout": 1, "rollout_batch_size": 2, "train_batch_size": 2}

@@ -115,6 +115,8 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         names = {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
         if not get_objective(self.loss, self.allow_reward_code).regions:
             names |= {"trust_region": f"read only by losses of a ratio, flow_grpo and grpo_guard, unlike {self.loss!r}"}
+        if self.clip_range == math.inf:
+            names |= {"clip_growth": "read only with a finite clip_range"}
         if self.partners:
             names |= {"filter_zero_advantage": "read only by losses of single images"}
         if self.plan.leaves == 1:
