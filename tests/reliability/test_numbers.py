@@ -178,8 +178,8 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
 @pytest.fixture
 def frozen_trainer(tmp_path, frozen_model):
     def make(preset, steps):
-        options = dict.fromkeys(("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps"), {"window_size": 2})
-        options |= dict.fromkeys(("tempflow_branch", "g2"), {"branch": (2,)})
+        options = {key: {"window_size": 2} for key in ("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps")}
+        options |= {key: {"branch": (2,)} for key in ("tempflow_branch", "g2")}
         options["tree_rpo"] = {"window_size": 2, "noise_growth": 0.0}  # four steps bear no more noise
         plan = PlanConfig(preset=preset, num_steps=steps, **options.get(preset, {}))
         made = make_plan(plan, 0, 0, trees=True)
