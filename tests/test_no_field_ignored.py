@@ -35,6 +35,11 @@ REFL |= {"eval_num_steps": 2, "recipe": RecipeConfig(preset="draft_k", num_steps
 PRETRAINING = RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1, regulariser="pretraining")
 MODES = {
     "flow_grpo": ("flow_grpo", ROLLOUTS | NOISY),
+    "flow_grpo trees": ("flow_grpo", ROLLOUTS | {"plan": PlanConfig("branch_grpo", num_steps=3, split_steps=(0,)),
+                                                 "shared_start": True, "best_path_weight": 0.1}),
+    "flow_grpo trunks": ("flow_grpo", ROLLOUTS | {"plan": PlanConfig("g2", num_steps=2, branch=(2,), strides=(1,)),
+                                                  "shared_start": True}),
+    "flow_grpo pairs": ("flow_grpo", ROLLOUTS | {"plan": PlanConfig("fdfo", num_steps=2), "loss": "fdfo"}),
     "flow_grpo kl": ("flow_grpo", ROLLOUTS | NOISY | {"kl_beta": 0.1}),
     "diffusion_dpo pairs": ("diffusion_dpo", DATA | {"time_sampling": "logit_normal", "auto_beta": 0.2}),
     "diffusion_dpo single images": ("diffusion_dpo", DATA | {"loss": "kto"}),

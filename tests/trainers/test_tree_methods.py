@@ -107,7 +107,7 @@ def test_the_gradient_of_trees_is_the_sum_over_their_transitions(trained, method
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["pruned", "g2", "tree_rpo"])
 def test_a_run_computes_what_was_forecast(trained, method):
     changes = {"max_train_steps": 3, "updates_per_rollout": 2, "num_groups": 4, "guidance_scale": 2.0}
     changes |= {"num_groups": 4, "train_batch_size": 3}
@@ -138,7 +138,7 @@ def test_g2_trains_in_a_pass_per_group_where_flow_grpo_takes_one_per_image(train
     assert [len(micro.rows) for micro in minibatch.micros] == [3] * 4
 
 
-@pytest.mark.parametrize("method", ["pruned", "g2", "fdfo"])
+@pytest.mark.parametrize("method", ["g2", "fdfo"])
 def test_a_run_that_resumes_within_an_iteration_is_the_run(trained, method, monkeypatch):
     monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
     changes = {"updates_per_rollout": 2, "max_train_steps": 4}
@@ -197,7 +197,7 @@ def test_every_region_trains(trained, region, loss):
         ("fdfo", {"trust_region": "kl"}, "trust_region: read only by losses of a ratio"),
         (
             "fdfo",
-            {"model": str(ROOT / "assets/shapes-sd"), "plan": PlanConfig("fdfo", num_steps=4)},
+            {"model": str(ROOT / "assets/shapes-sd"), "max_sequence_length": None},
             "compares velocities of flow models",
         ),
         ("g2", {"shared_start": False}, "branches from one ODE per prompt: set shared_start: true"),
