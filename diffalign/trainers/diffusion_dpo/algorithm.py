@@ -274,9 +274,11 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         both = max(metrics.get("winner_gain", 0.0), metrics.get("loser_gain", 0.0)) < 0
         if both and metrics["accuracy"] > 0.8 and not self.warned:
             self.warned = True
+            steps = self.config.pairs == "siblings"
+            worse = "are less likely than under" if steps else "are denoised worse than by"
             warnings.warn(
-                f"accuracy is {metrics['accuracy']:.2f}, but winners are denoised worse than by the reference, as "
-                "losers are: margins grow by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
+                f"accuracy is {metrics['accuracy']:.2f}, but winners {worse} the reference, as losers are: margins grow "
+                "by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
                 stacklevel=2,
             )
 

@@ -18,6 +18,7 @@ Departures from the papers:
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,12 +53,14 @@ class SiblingPaths(IterationBatch):
         children: (P, S, G, C, *spatial); with a nudge, the winner after it.
         rewards: Name -> (P, S, G), of the children's predicted clean images; NaN where a reward failed.
         iteration: Index of the iteration.
+        started: Time at which sampling began.
     """
 
     iteration: int
     x: Tensor
     children: Tensor
     rewards: dict[str, Tensor] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the paths as they were sampled by the policy from the start of the iteration."""
@@ -107,7 +110,9 @@ class SiblingSource(Source):
             raise self.run.diverged("the model's images are not finite")  # no fault of the rewards
         check_unscored(metrics["unscored"], self.config.max_unscored, extremes(self.config))
         batch.examples, pairs = self._examples(paths)
-        batch.metrics = metrics | {"pairs": float(pairs)}
+        judged = self.config.num_groups * paths.children.shape[1] * paths.children.shape[2]
+        rate = judged / (time.perf_counter() - paths.started)
+        batch.metrics = metrics | {"pairs": float(pairs), "images_per_second": rate}
 
     def restored(self, iteration: int, tensors: Mapping[str, Tensor]) -> PreferenceBatch:
         """Rebuild the paths and their examples."""
