@@ -277,8 +277,8 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
             steps = self.config.pairs == "siblings"
             worse = "are less likely than under" if steps else "are denoised worse than by"
             warnings.warn(
-                f"accuracy is {metrics['accuracy']:.2f}, but winners {worse} the reference, as losers are: margins grow "
-                "by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
+                f"accuracy is {metrics['accuracy']:.2f}, but winners {worse} the reference, as losers are: margins "
+                "grow by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
                 stacklevel=2,
             )
 
