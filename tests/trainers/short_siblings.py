@@ -30,6 +30,7 @@ def write(folder: Path, preset: str) -> None:
         group_size=3,
         max_train_steps=3,
         learning_rate=1e-5,
+        adam_epsilon=0.1,  # else Adam takes signs of gradients that are nearly 0
         max_grad_norm=1e9,
         cache=False,
     )

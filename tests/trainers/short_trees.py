@@ -38,6 +38,7 @@ def write(folder: Path, method: str) -> None:
         train_batch_size=8,
         max_train_steps=3,
         learning_rate=1e-5,
+        adam_epsilon=0.1,  # else Adam takes signs of gradients that are nearly 0
         max_grad_norm=1e9,
         **METHODS[method],
     )
