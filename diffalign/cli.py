@@ -79,12 +79,14 @@ def train(argv: Sequence[str]) -> int | None:
     use_all_cores()
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
+    place = load("diffalign.forecast.dry_run:place_of")(world, card) if dry or args.memory else None
     if args.memory:
-        args, chosen = load("diffalign.forecast.fit:fit_memory")(entry, args)
+        print(f"memory {args.memory}: rehearsing settings, about a minute", file=sys.stderr)
+        args, chosen, place = load("diffalign.forecast.fit:choose")(entry, args, place, dry=dry)
         print(chosen, file=sys.stderr)
     if dry:
         with closing_pipes():
-            return load("diffalign.forecast.dry_run:dry_run")(entry, args, world, card)
+            return load("diffalign.forecast.dry_run:dry_run")(entry, args, place, timed=world is None)
     # While a model loads there is nothing to save; the run has handlers of its own.
     load("diffalign.runtime.signals:exit_on_signals")()
     with load("diffalign.runtime.watchdog:Watchdog")(args.hang_timeout, args.output_dir, loading=True):

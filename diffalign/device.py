@@ -50,6 +50,12 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     return found(device)[0], device_name(device)
 
 
+def total_memory(kind: str) -> int:
+    """Return the bytes of the smallest device of a kind on this machine, the same for all of its processes."""
+    module = torch.get_device_module(kind)
+    return min(module.mem_get_info(index)[1] for index in range(module.device_count()))
+
+
 def separate_memory(device: torch.device) -> bool:
     """Return whether a device has memory apart from main memory, so that offloading to main memory frees some."""
     return device.type not in ("cpu", "mps")

@@ -150,17 +150,27 @@ def test_no_message_or_default_names_data_that_are_gone():
     assert not [path for path in sources if any(name in path.read_text(encoding="utf-8") for name in GONE)]
 
 
-# Presets for one card: configs/<trainer>/<model>_<vram>gb.yaml ------------------------------------------------------
+# A file per trainer and model: configs/<trainer>/<model>.yaml -------------------------------------------------------
 
-SIZES = {"sd15": (16, 24, 80), "sdxl": (16, 24, 80), "sd35_medium": (16, 24, 80), "flux1_dev": (24, 80)}
-PRESETS = [path for path in FILES if path.stem.endswith("gb")]
+MODELS = ("sd15", "sdxl", "sd35_medium", "flux1_dev")
+CHOSEN = {"gradient_checkpointing", "decode_slice", "vae_checkpointing", "offload", "quantise"}
+CHOSEN |= {"rollout_batch_size", "train_batch_size", "eval_batch_size"}
 
 
-# Forward-process RL has a file per model, for no card in particular.
-@pytest.mark.parametrize("trainer", [name for name in algorithm_names() if name != "forward_rl"])
-def test_every_model_has_a_preset_for_each_card_that_it_fits_on(trainer):
-    found = {path.stem for path in PRESETS if path.parent.name == trainer}
-    assert found == {f"{model}_{vram}gb" for model, sizes in SIZES.items() for vram in sizes}
+@pytest.mark.parametrize("trainer", algorithm_names())
+def test_every_model_has_one_file_for_all_cards(trainer):
+    found = {path.stem for path in REAL if path.parent.name == trainer}
+    assert found >= set(MODELS)
+    assert not [name for name in found if name.endswith("gb")]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_memory_chooses_what_a_card_needs(path):
+    """The files say what a run computes; published batch sizes of a task stay."""
+    args = parse(config_class(path.parent.name), ["--config", str(path)])
+    assert args.memory == "auto"
+    published = {"rollout_batch_size", "train_batch_size"} if path.stem.endswith("gpu") else set()
+    assert not CHOSEN & args.given.names - published
 
 
 def test_there_is_a_quickstart():

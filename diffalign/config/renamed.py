@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-RENAMED: Mapping[str, Mapping[str, str]] = {}
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "ForwardRLConfig": {"times_per_pass": "train_times_per_forward"},
+}
 NO_ADVANTAGES = "Diffusion-DPO computes no advantages"
 REMOVED: Mapping[str, Mapping[str, str]] = {
     "DiffusionDPOConfig": {

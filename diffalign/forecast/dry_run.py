@@ -44,16 +44,25 @@ class Place:
         share: This process.
         spread: Sharding of the denoiser; None without.
         card: A named card; None for this machine.
+        memory: Bytes of a card without a name; None for this machine.
     """
 
     share: Share
     spread: Spread | None = None
     card: Card | None = None
+    memory: int | None = None
 
     @property
     def cpu(self) -> bool:
         """Whether this is a machine without an accelerator."""
-        return self.card is None and not torch.accelerator.is_available()
+        return self.card is None and self.memory is None and not torch.accelerator.is_available()
+
+    @property
+    def free(self) -> tuple[int, str]:
+        """Bytes that a run may use, and of what."""
+        if self.card is not None:
+            return self.card.memory * 10**9, self.card.title
+        return free_memory() if self.memory is None else (self.memory, "by the setting memory")
 
 
 def place_of(world: int | None = None, card: str | None = None) -> Place:
@@ -66,14 +75,14 @@ def place_of(world: int | None = None, card: str | None = None) -> Place:
     return Place(share, Spread(share.world, keep) if sharded else None, find_card(card) if card else None)
 
 
-def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | None = None) -> int:
+def dry_run(entry: Entry, config: Any, place: Place, *, timed: bool = True) -> int:
     """Print what a run of an algorithm will do.
 
     Args:
         entry: The algorithm.
         config: Its configuration.
-        world: Number of processes; default: that of the launcher.
-        card: Name of a card to forecast for; default: this machine.
+        place: Processes and device to forecast for.
+        timed: Whether to time passes on this machine, if the model's weights are in a folder here.
 
     Returns:
         0, or 1 if it does not fit into memory.
@@ -82,7 +91,6 @@ def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | Non
         ValueError: It cannot run at all.
     """
     config.validate()
-    place = place_of(world, card)
     if place.spread is not None:
         config.validate_shards()
     show: Show = print if place.share.rank == 0 else lambda text: None
@@ -95,7 +103,7 @@ def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | Non
         why = f"{type(error).__name__}: {str(error)[:300]}"
         show(f"\nmemory of a process\n{_indented([f'not forecast: its code does not run on fake tensors ({why})'])}")
     else:
-        free, where = free_memory() if place.card is None else (place.card.memory * 10**9, place.card.title)
+        free, where = place.free
         lines = [*phase_lines(found), peak_line(found, config), f"free: {free / GIB:.1f} GiB, {where}", *found.notes]
         show(f"\nmemory of a process, and what it computes in an iteration\n{_indented(lines)}")
         if place.card is not None:
@@ -103,7 +111,7 @@ def dry_run(entry: Entry, config: Any, world: int | None = None, card: str | Non
         if found.peak > free:
             show(_indented(["it does not fit"]))
             return 1
-    if place.card is not None or world is not None:
+    if place.card is not None or not timed or (place.memory is not None and not torch.accelerator.is_available()):
         return 0
     return _measured(entry, config, work, show)
 

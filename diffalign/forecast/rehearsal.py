@@ -20,25 +20,26 @@ from torch import nn
 
 from diffalign.forecast.counter import BLOCK, Counter
 from diffalign.forecast.fake_model import fake_model, offload
+from diffalign.forecast.fake_rewards import RehearsedReward
 from diffalign.forecast.stand_ins import (
     FakeNoise,
     FakePrompts,
-    FakeReward,
     FiniteValues,
     OneOfMany,
     cuda_autocast,
-    network_bytes,
+    first_slices,
     one_pair,
     remember,
 )
 from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
-from diffalign.models.offload import tensors_of
+from diffalign.models.offload import PARTS, VAE, tensors_of
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
-from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.support.probe import untried
+from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.runtime.interfaces import MicroBatch
+from diffalign.runtime.oom import batch_name
 from diffalign.runtime.run import Heartbeat, Run
 from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
@@ -47,7 +48,8 @@ from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.inputs import Inputs
 from diffalign.trainers.registry import Entry
 
-WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING = "weights", "sample", "score", "train", "step"
+WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING, EVALUATING = "weights", "sample", "score", "train", "step", "held out"
+HELD_OUT = "held-out prompt"
 ENCODE, DECODE, EVALUATE, BACKWARD = "encode", "decode", "evaluate", "backward"
 NOT_FAKE = (NotImplementedError, RuntimeError, AssertionError)  # errors of code that does not run on fake tensors
 
@@ -119,7 +121,8 @@ def rehearse(
         if not cpu:
             stack.enter_context(cuda_autocast())
         stack.enter_context(FiniteValues())
-        setting = _setting(entry, config, world, folder)
+        stack.enter_context(first_slices(counter))
+        setting = _setting(entry, config, world, folder, counter)
         model, trained = _model(entry, setting, counter, cpu)
         stack.enter_context(counter)
         with counter.during(WEIGHTS):
@@ -127,32 +130,44 @@ def rehearse(
             _warm_up(state, counter, config)
             if spread is not None:
                 _shard(model, state, spread, counter)
+            for reward in setting.rewards:
+                reward.prepare(model.default_resolution[0])
             counter.restart()
+        if setting.inputs.eval_prompts:  # which are encoded once, by the evaluation before the first iteration
+            with counter.during(EVALUATING):
+                algorithm.run.prompts.rows([HELD_OUT])
         with counter.during(SAMPLING):
             batch = algorithm.sample(0)
+        for reward in setting.rewards:
+            reward.release()
         with counter.during(SCORING):
             algorithm.score(batch)
             algorithm.advantage(batch)
         _update(algorithm, state, batch, counter)
+        del batch
+        if setting.inputs.eval_prompts:
+            with counter.during(EVALUATING):
+                _evaluate(algorithm, setting.inputs.config)
         updates = algorithm.updates_per_iteration
     peaks, flops, traffic, calls = (
         {key: value for key, value in table.items() if key[0]}
         for table in (counter.peaks, counter.flops, counter.traffic, counter.calls)
     )
     numbers = torch.Size(model.latent_shape()).numel()
-    return Rehearsed(peaks, flops, traffic, calls, updates, numbers, setting.notes)
+    notes = tuple(note for reward in setting.rewards if (note := reward.note) is not None)
+    return Rehearsed(peaks, flops, traffic, calls, updates, numbers, notes)
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """Inputs of a rehearsal, with replacements of data and rewards, and notes about these."""
+    """Inputs of a rehearsal, with replacements of data and rewards."""
 
     inputs: Inputs[Any]
     accelerator: OneOfMany
-    notes: tuple[str, ...]
+    rewards: Sequence[RehearsedReward]
 
 
-def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
+def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Counter) -> _Setting:
     """Read the inputs of a run; data are replaced by one pair of images, and prompts by as many as are needed."""
     kind, shape = entry.algorithm, model_on_meta(config.model, resolution=config.resolution)
     config = replace(config, output_dir=folder, cache=False, compile=False, attention="native", report_to="none")
@@ -172,20 +187,12 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path) -> _Setting:
         prompts = [Prompt(f"prompt {number}") for number in range(config.num_groups)]
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
-    held_out = [Prompt("held-out prompt")] if config.eval_prompts else []
+    held_out = [Prompt(HELD_OUT)] if config.eval_prompts else []
     inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
     kind.check_processes(inputs, world)
-    fakes = {name: _fake(name, reward) for name, reward in inputs.rewards.items()}
-    notes = tuple(
-        f"reward {name}: {fake.size / 2**30:.2f} GiB of weights are counted, what its network computes is not"
-        for name, fake in fakes.items()
-    )
-    return _Setting(replace(inputs, rewards=fakes), OneOfMany(config.mixed_precision, world), notes)
-
-
-def _fake(name: str, reward: Reward) -> FakeReward:
-    offloads = bool(getattr(getattr(reward, "weights", None), "offload", False))
-    return FakeReward(name, network_bytes(reward), offloads, needs_groups(reward))
+    overlaps = getattr(config, "overlap_rewards", False)
+    fakes = {name: RehearsedReward(name, reward, counter, overlaps) for name, reward in inputs.rewards.items()}
+    return _Setting(replace(inputs, rewards=fakes), OneOfMany(config.mixed_precision, world), tuple(fakes.values()))
 
 
 def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tuple[DiffusionModel, nn.Module]:
@@ -198,7 +205,7 @@ def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tupl
         model.raw_denoiser.enable_gradient_checkpointing()
     model.plain_attention = cpu and config.mixed_precision == "bf16" and not config.gradient_checkpointing
     if not cpu:
-        offload(model, config.offload)
+        offload(model, [part for part in config.offload if part in PARTS])
 
     away = [t for part in model.offloaded.values() for t in tensors_of(part.networks)]
     parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -280,3 +287,15 @@ def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter) -> N
         torch.nn.utils.clip_grad_norm_(state.parameters, algorithm.config.max_grad_norm)
     with counter.during(STEPPING):
         state.step(None, torch.nan)
+
+
+def _evaluate(algorithm: Algorithm[Any, Any], config: Any) -> None:
+    """Sample a batch of held-out images as an evaluation does; rewards score these on the CPU."""
+    run, model = algorithm.run, algorithm.model
+    size = getattr(config, batch_name(config, "evaluate"))
+    own = torch.zeros(size, dtype=torch.long)
+    keys = NoiseKeys(run.rng, "evaluation", 0, own, torch.arange(size))
+    conditioning = run.prompts.rows([HELD_OUT])
+    with torch.no_grad(), model.keeping(VAE):
+        for _ in generate(model, algorithm.eval_plan(), conditioning, own, keys, size):
+            pass

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffalign.forecast.cards import SHARE_OF_BANDWIDTH, SHARE_OF_RATE, Card, seconds
+from diffalign.forecast.fake_rewards import JUDGING
 from diffalign.forecast.rehearsal import (
     BACKWARD,
     DECODE,
     ENCODE,
     EVALUATE,
+    EVALUATING,
     SAMPLING,
     SCORING,
     STEPPING,
@@ -26,6 +28,7 @@ PHASES = {
     SCORING: "score, advantages",
     TRAINING: "forward and backward",
     STEPPING: "optimizer step",
+    EVALUATING: "a batch of held-out images",
 }
 PARTS = {
     ENCODE: "prompts are encoded",
@@ -33,6 +36,7 @@ PARTS = {
     "encode_images": "images are encoded",
     EVALUATE: "the denoiser runs",
     BACKWARD: "gradients are computed",
+    JUDGING: "rewards score",
 }
 # What lowers a peak -> whether a configuration can still set it; in order of what it costs.
 Lowering = tuple[str, str, Any]

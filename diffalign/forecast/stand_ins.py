@@ -19,11 +19,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from diffalign.diffusion import trajectory
 from diffalign.forecast.counter import Counter, Seen
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
-from diffalign.rewards.base import RECIPE, Reward, names, registered
-from diffalign.rewards.support.weights import Weights
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
 
@@ -141,6 +140,27 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def first_slices(counter: Counter) -> Iterator[None]:
+    """Run the first slice of images that are decoded and scored one after the other; the others are like it."""
+
+    def in_slices(loss: Callable[[Tensor, slice], Tensor], x: Tensor, size: int) -> Tensor:
+        rows = slice(0, min(size, len(x)))
+        with counter.repeated(len(x) / size), torch.enable_grad():
+            piece = x[rows].detach().requires_grad_()
+            part = loss(piece, rows)
+            (gradient,) = torch.autograd.grad(part, piece)
+        total = part.detach() * (len(x) / size)
+        product = (x * torch.cat([gradient] * -(-len(x) // size))[: len(x)]).sum()
+        return total + (product - product.detach())
+
+    kept, trajectory.in_slices = trajectory.in_slices, in_slices
+    try:
+        yield
+    finally:
+        trajectory.in_slices = kept
+
+
+@contextmanager
 def cuda_autocast() -> Iterator[None]:
     """Choose precisions under autocast as on CUDA; the backward pass of checkpointed blocks included."""
     kept = {name: getattr(F, name) for name in FLOAT32}
@@ -151,49 +171,6 @@ def cuda_autocast() -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(F, name, function)
-
-
-@dataclass(frozen=True)
-class FakeReward:
-    """A reward whose network holds memory and computes nothing.
-
-    Scores are drawn, or follow from the images where gradients are recorded.
-
-    Attributes:
-        name: Of the reward.
-        size: Bytes of its network's weights.
-        offload: Whether the network leaves the device after each use without gradients.
-        needs_groups: Whether it scores whole groups.
-    """
-
-    name: str
-    size: int = 0
-    offload: bool = False
-    needs_groups: bool = False
-    differentiable: bool = True
-    range: tuple[float, float] = (-100.0, 100.0)
-    network: list[Tensor] = field(default_factory=list, compare=False)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Any, groups: Any = None) -> Tensor:
-        """Score images."""
-        if not self.network and self.size:
-            self.network.append(images.new_empty(self.size, dtype=torch.uint8))
-        recorded = torch.is_grad_enabled() and images.requires_grad
-        if self.offload and not recorded:
-            self.network.clear()
-        return images.mean((1, 2, 3)) if recorded else torch.rand(len(images))
-
-
-def network_bytes(reward: Reward) -> int:
-    """Return the bytes of a reward's weights: of a folder's files, else from the card of the registered reward."""
-    name, _ = getattr(reward, RECIPE, ("", {}))
-    weights = getattr(reward, "weights", None)
-    if isinstance(weights, Weights) and Path(weights.path).exists():
-        return sum(file.stat().st_size for file in Path(weights.path).rglob("*.safetensors"))
-    if not name or name not in names():
-        return 0
-    dtype = weights.dtype if isinstance(weights, Weights) else torch.float32
-    return int(registered(name).facts.millions * 1e6) * dtype.itemsize
 
 
 def one_pair(folder: Path, side: int) -> Path:
@@ -256,7 +233,8 @@ class Remembered:
         # Offloaded parts are loaded within the call: what they take at first counts once.
         loads = self.part != "evaluate"
         resident = tuple(part.resident for part in self.model.offloaded.values()) if loads else ()
-        return repr((_signature(args), getattr(self.adapter, "disable_adapters", None), resident))
+        halved = torch.is_autocast_enabled("cpu")
+        return repr((_signature(args), getattr(self.adapter, "disable_adapters", None), resident, halved))
 
 
 def _signature(value: Any) -> Any:

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "published"
+REWARDS = FOLDER / "rewards"
 
 
 def published_models() -> list[str]:
     """List the hub ids whose configurations the package holds."""
-    return sorted(path.name.replace("--", "/") for path in FOLDER.iterdir() if path.is_dir())
+    return sorted(path.name.replace("--", "/") for path in FOLDER.iterdir() if path.is_dir() and path != REWARDS)
 
 
 def published_folder(name: str | Path) -> Path | None:
     """Return the folder with the configurations of a hub id in diffusers' layout; None for other models."""
     folder = FOLDER / str(name).replace("/", "--")
     return folder if str(name).count("/") == 1 and folder.is_dir() else None
+
+
+def published_reward_folder(name: str) -> Path | None:
+    """Return the folder with the configurations of a reward's network by hub id; None for others."""
+    folder = REWARDS / name.replace("/", "--")
+    return folder if name.count("/") == 1 and folder.is_dir() else None
 
 
 def published_config(name: str, part: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +14,13 @@ from diffalign.models import DiffusionModel
 from diffalign.rng import KeyedRNG
 from diffalign.rollout import pinned_memory
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.sampler import SamplingPlan, micro_batches, sample
+from diffalign.rollout.sampler import SamplingPlan, Solver, micro_batches, sample
 from diffalign.rollout.tree import path_table, paths
 from diffalign.structures import Conditioning, StepResult
 
 # Convolutions at image size exceed a CPU's cache in larger slices, and a GPU's memory.
-DECODE_SLICE = 32
+DECODE_SLICE = 32  # images
+DECODE_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ class NoiseKeys:
 
 def decode(model: DiffusionModel, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decode latents to float32 images without gradients, in slices; the VAE may compute in ``dtype``."""
+    pixels = math.prod(getattr(model, "default_resolution", ()))  # 1 for models without images of a size
+    size = max(1, min(DECODE_SLICE, DECODE_PIXELS // pixels))
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model.decode(part) for part in torch.split(latents, DECODE_SLICE)])
+        return torch.cat([model.decode(part) for part in torch.split(latents, size)])
 
 
 def rollouts(
@@ -214,14 +218,54 @@ def replay(
     Raises:
         ValueError: The nodes do not all end the same step, or are not trained.
     """
+    index, parent, own = _parents(buffer, nodes)
+    x, x_next = buffer.latents(parent), buffer.latents(nodes)
+    return plan.replay(model, index, x, conditioning[buffer.group[parent]], x_next, own)
+
+
+def replay_steps(
+    model: DiffusionModel,
+    plan: SamplingPlan,
+    conditioning: Conditioning,
+    buffer: RolloutBuffer,
+    parts: Sequence[Tensor],
+) -> list[StepResult]:
+    """Evaluate stored transitions of several steps in one forward pass, as ``replay`` does those of one.
+
+    Args:
+        conditioning: A row per group.
+        parts: Rows of ``buffer.transitions(step)``, a tensor per step.
+
+    Returns:
+        The result of each part.
+    """
+    if len(parts) == 1:
+        return [replay(model, plan, conditioning, buffer, parts[0])]
+    found = [_parents(buffer, nodes) for nodes in parts]
+    parents = torch.cat([parent for _, parent, _ in found])
+    index = torch.cat([torch.full((len(parent),), index) for index, parent, _ in found])
+    x = buffer.latents(parents)
+    outputs = model.predict(x, plan.levels[index], conditioning[buffer.group[parents]], plan.guidance)
+
+    results, sizes = [], [len(parent) for _, parent, _ in found]
+    for nodes, (step, _, own), start, output in zip(
+        parts, found, torch.split(x, sizes), torch.split(outputs, sizes), strict=True
+    ):
+        rows = own.to(x.device)
+        solver = Solver(plan, model.parameterization)
+        results.append(solver.step(start[rows], output[rows], step, x_next=buffer.latents(nodes)))
+    return results
+
+
+def _parents(buffer: RolloutBuffer, nodes: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Return the step that ends in nodes, their parents without repetition, and the parent of each node."""
     ends = torch.unique(buffer.step[nodes]).tolist()
     if len(ends) != 1 or not buffer.trained[nodes].all():
         raise ValueError(f"nodes at levels {ends}: replay transitions of one trained step, see buffer.transitions")
     parent, own = torch.unique(buffer.parent[nodes], return_inverse=True)
     if len(parent) == len(nodes):
         parent, own = buffer.parent[nodes], torch.arange(len(nodes))  # in the given order, as chains
-    x, x_next = buffer.latents(parent), buffer.latents(nodes)
-    return plan.replay(model, ends[0] - 1, x, conditioning[buffer.group[parent]], x_next, own)
+    return ends[0] - 1, parent, own
 
 
 def generate(

@@ -253,6 +253,15 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return groups, state
 
 
+def recorded_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a valid checkpoint, as plain values; empty if it has none."""
+    try:
+        found = json.loads(read_regular(Path(path) / STATE), object_hook=_decoded)["origin"]["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _joined(problems: Sequence[str]) -> str:
     """Join the first problems to one line."""
     rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

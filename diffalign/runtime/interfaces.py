@@ -22,7 +22,7 @@ class MicroBatch:
         rows: (b,) int64, indices into ``data``.
         weight: The share of the optimizer step's loss; the loop multiplies the mean loss of the rows by it.
         data: What the rows index: the iteration's batch, or rows that other processes sent.
-        tag: Which part of the rows' trajectories the pass covers: a step index, or the index of a gradient path.
+        tag: Which part of the rows' trajectories the pass covers, such as the index of a gradient path.
     """
 
     rows: Tensor

@@ -88,12 +88,16 @@ class TrainerConfig(TrainingConfig):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass to save memory", section="performance", resume="free"
     )
-    offload: tuple[Literal["text_encoders", "vae"], ...] = option(
-        (), "keep these parts on the CPU while a phase does not use them", section="performance", resume="free"
+    offload: tuple[Literal["text_encoders", "vae", "rewards"], ...] = option(
+        (),
+        "keep these parts on the CPU while a phase does not use them; rewards: the networks to train on",
+        section="performance",
+        resume="free",
     )
     memory: str | None = option(
         None,
-        "memory of the GPU, as 24GB, or auto for what is free: chooses batch sizes and savings that are not set",
+        "memory of the GPU, as 24GB, or auto for what is free: chooses batch sizes and savings that are not set, "
+        "by a rehearsal of about a minute",
         section="performance",
         resume="free",
     )

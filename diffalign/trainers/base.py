@@ -14,6 +14,7 @@ from diffalign.fsdp import FSDPConfig
 from diffalign.log import get_logger
 from diffalign.models import DiffusionModel, load_model
 from diffalign.models.load import loaded_commit
+from diffalign.models.offload import PARTS
 from diffalign.models.performance import set_performance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import Reward, RewardFunction
@@ -197,7 +198,8 @@ def record_model(inputs: Inputs[C], model: DiffusionModel) -> Inputs[C]:
 def place(model: DiffusionModel, config: TrainerConfig, accelerator: Accelerator, shards: FSDPConfig | None) -> None:
     """Move the model to its device, and turn on gradient checkpointing."""
     # A denoiser that will be sharded need not fit on one device.
-    model.to_device(accelerator.device, config.offload, denoiser=shards is None)
+    parts = [part for part in config.offload if part in PARTS]  # rewards move by themselves
+    model.to_device(accelerator.device, parts, denoiser=shards is None)
     # Gradient checkpointing recomputes blocks outside the attention context, so do not set one.
     slow = accelerator.device.type == "cpu" and config.mixed_precision == "bf16"
     model.plain_attention = slow and not config.gradient_checkpointing

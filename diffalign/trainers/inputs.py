@@ -13,11 +13,13 @@ from diffalign.data.prompts import load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.record import reward_record
+from diffalign.rewards.support.weights import offloaded
 from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.structures import Prompt
 from diffalign.user_code import running
 
 C = TypeVar("C", bound=TrainerConfig, covariant=True)
+REWARDS = "rewards"  # among ``offload``
 RESERVED = frozenset({"mean", "std", "accuracy", "diversity"})  # of ``reward/...`` and ``eval/...`` in metrics.jsonl
 
 
@@ -52,6 +54,8 @@ def read_rewards(config: Any, reward_funcs: Any) -> tuple[Any, dict[str, Reward]
     """
     given = config.rewards if reward_funcs is None else reward_funcs
     rewards, weights = reward_table(given, config.allow_reward_code)
+    if REWARDS in config.offload:
+        rewards = {name: offloaded(reward) for name, reward in rewards.items()}
     if reward_funcs is not None:
         config = dataclasses.replace(config, rewards=reward_record(given, rewards))
     return config, rewards, weights

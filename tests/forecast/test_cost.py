@@ -59,8 +59,16 @@ def expected(name, args, held_out=0):
             "old_log_prob": "recompute",
             "plan": PlanConfig("flow_grpo_fast", num_steps=6, window_size=1, window_range=(1, 4)),
         },
+        {
+            "train_batch_size": 3,
+            "train_times_per_forward": 2,
+            "old_log_prob": "recompute",
+            "max_train_steps": 1,
+            "plan": PlanConfig("flow_grpo", num_steps=4, branch=(2, 2)),
+            "group_size": 8,
+        },
     ],
-    ids=["a guided run with a reference", "micro-batches that cut shared steps, and a last update less"],
+    ids=["a guided run with a reference", "micro-batches that cut shared steps, and a last update less", "trees"],
 )
 def test_a_run_of_flow_grpo_computes_what_was_forecast(small, train_prompts, changes):
     args = small(eval_steps=2, eval_images_per_prompt=1, **changes)

@@ -62,6 +62,17 @@ def test_the_rehearsed_peak_is_the_measured_one(trainer, tmp_path):
     assert rehearsed == pytest.approx(found, rel=0.2)
 
 
+def test_images_that_are_decoded_one_by_one_are_rehearsed_once(tmp_path):
+    """The others are like the first: as many operations as all at once, in less memory."""
+    folder = ROOT / "assets/shapes-sd3"
+    whole, sliced = (
+        rehearse(*settings("refl", folder, tmp_path, vae_checkpointing=True, decode_slice=size)) for size in (0, 1)
+    )
+    assert sliced.calls == whole.calls
+    assert sliced.peak_of("train") < whole.peak_of("train")
+    assert sliced.flops["train", "decode"] == pytest.approx(whole.flops["train", "decode"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("trainer", "more"),
     [

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from diffalign.rewards.aesthetic import aesthetic
-from diffalign.rewards.base import RewardUnavailable, get_reward
+from diffalign.rewards.base import RECIPE, RewardUnavailable, get_reward
 from diffalign.rewards.clip import clip_reward
 from diffalign.rewards.hps import hps
 from diffalign.rewards.support import weights
@@ -183,3 +183,18 @@ def test_the_check_for_published_weights_finds_no_difference_and_a_planted_one(
     real = check.ORACLES[name]
     monkeypatch.setitem(check.ORACLES, name, lambda *arguments: [score + 0.01 for score in real(*arguments)])
     assert check.main() == 1
+
+
+def test_offloaded_networks_leave_after_gradients_too(clip_folder, monkeypatch):
+    """Scores without gradients move them at once; those with gradients at the next ``unload``."""
+    plain = get_reward("pickscore", path=str(clip_folder), tokenizer=str(clip_folder))
+    reward = weights.offloaded(plain)
+    assert reward.weights.offload
+    assert not plain.weights.offload
+    assert vars(reward)[RECIPE] == vars(plain)[RECIPE]  # as it is recorded
+    images = IMAGES.clone().requires_grad_()
+    reward(images, PROMPTS, [{}] * 4).sum().backward()
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((type(self).__name__, device)))
+    weights.unload()
+    assert ("CLIPModel", "cpu") in moved

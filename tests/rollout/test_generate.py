@@ -79,6 +79,21 @@ def test_steps_that_a_group_shares_are_made_once(frozen, train_prompts, monkeypa
     assert (images - others).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(32, [32, 8]), (512, [4] * 10), (1024, [1] * 40)])
+def test_large_images_are_decoded_few_at_a_time(side, sizes):
+    seen = []
+
+    class Model:
+        default_resolution, device = (side, side), torch.device("cpu")
+
+        def decode(self, latents):
+            seen.append(len(latents))
+            return latents
+
+    assert len(generation.decode(Model(), torch.zeros(40, 1))) == 40
+    assert seen == sizes
+
+
 def test_iterations_differ(frozen, train_prompts):
     first, *_ = roll(frozen, train_prompts[:2], 6)
     second, *_ = roll(frozen, train_prompts[:2], 6, iteration=1)

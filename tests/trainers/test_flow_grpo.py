@@ -72,6 +72,33 @@ def test_micro_batch_size_does_not_change_gradients(small, train_prompts, size):
     assert (plain - other).norm() < 1e-5 * plain.norm()
 
 
+@pytest.mark.parametrize("times", [2, 3, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": PlanConfig("flow_grpo", num_steps=5)},
+        {"plan": PlanConfig("flow_grpo", num_steps=5), "step_weights": "tempflow", "kl_beta": 0.1},
+        {"plan": PlanConfig("flow_grpo", num_steps=4, branch=(2, 2)), "group_size": 8, "train_batch_size": 4},
+    ],
+    ids=["a chain", "weights of steps and a KL", "trees"],
+)
+def test_trained_times_in_one_forward_pass_do_not_change_gradients(changes, times, small, train_prompts, monkeypatch):
+    """Nor the number of evaluations, which are in fewer passes."""
+    found, calls = [], []
+    for together in (1, times):
+        trainer, batch = collected(
+            small(**{"train_batch_size": 3, "train_times_per_forward": together, **changes}), train_prompts
+        )
+        with monkeypatch.context() as patch:
+            calls.append(evaluations(patch, trainer.model))
+            found.append(gradients(trainer, batch))
+    plain, other = found
+    assert plain.norm() > 0
+    assert (plain - other).norm() < 1e-5 * plain.norm()
+    assert sum(calls[0]) == sum(calls[1])
+    assert len(calls[1]) < len(calls[0])
+
+
 def test_a_flat_group_gives_zero_gradient(small, train_prompts):
     flat = collected(small(), train_prompts, reward_funcs=lambda images, prompts, metadata: torch.ones(len(images)))
     assert not gradients(*flat).any()
@@ -156,13 +183,13 @@ def test_kl_is_zero_at_the_reference_and_its_reference_is_the_base(small, train_
     step = batch.plan.plan.trained_steps[0]
     nodes = batch.buffer.nodes(torch.arange(4), step + 1)
     result = algorithm._replay(batch, nodes)
-    reference = algorithm._reference_mean(batch, nodes)
+    reference = algorithm._reference_means(batch, [nodes])[0]
     assert algorithm._kl(batch, result, reference, step).abs().max() == 0
     with torch.no_grad():
         for parameter in trainer.loop.state.parameters:
             parameter.add_(0.01)
     moved = algorithm._replay(batch, nodes)
-    reference = algorithm._reference_mean(batch, nodes)
+    reference = algorithm._reference_means(batch, [nodes])[0]
     expected = (moved.mean - result.mean).square().flatten(1).mean(1) / (2 * moved.std**2)
     assert torch.allclose(algorithm._kl(batch, moved, reference, step), expected.float(), rtol=1e-4)
     algorithm._kl(batch, moved, reference, step).mean().backward()

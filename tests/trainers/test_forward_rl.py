@@ -46,11 +46,11 @@ def test_it_learns_a_reward_in_a_few_steps(kind, tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_neither_images_nor_times_per_pass_change_gradients(preset, tmp_path):
+def test_neither_images_nor_train_times_per_forward_change_gradients(preset, tmp_path):
     """Passes of 3 images cut groups, so that sums over groups take passes of their own."""
     found = []
     for size, times in ((4, 1), (3, 1), (4, 2), (1, 2)):
-        args = config(tmp_path, preset, num_times=2, train_batch_size=size, times_per_pass=times)
+        args = config(tmp_path, preset, num_times=2, train_batch_size=size, train_times_per_forward=times)
         trainer = trainer_of(args)
         batch = collect(trainer)
         stir(trainer)

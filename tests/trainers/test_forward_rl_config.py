@@ -90,7 +90,7 @@ def test_shipped_files_are_valid(path):
 
 
 def test_there_is_a_file_for_each_family():
-    assert {path.stem for path in FILES} >= {"shapes", "shapes_long", "sd35_medium", "flux", "sdxl", "sd15"}
+    assert {path.stem for path in FILES} >= {"shapes", "shapes_long", "sd35_medium", "flux1_dev", "sdxl", "sd15"}
 
 
 def test_the_committed_schema_is_up_to_date():

@@ -47,7 +47,7 @@ def test_a_run_of_each_preset_computes_what_was_forecast(preset, tmp_path):
 
 VARIANTS = {
     "an anchor with guidance, and guided rollouts": ("nft", {"reference_guidance": 3.0, "guidance_scale": 2.0}),
-    "passes that cut groups, of several times": ("dgpo", {"train_batch_size": 3, "times_per_pass": 2}),
+    "passes that cut groups, of several times": ("dgpo", {"train_batch_size": 3, "train_times_per_forward": 2}),
     "two updates on two copies": ("awm", {"updates_per_rollout": 2, "max_train_steps": 3, "train_batch_size": 3}),
     "a solver of second order": ("nft", {"plan": PlanConfig("ode", num_steps=3, ode_solver="dpmpp_2m")}),
     "a stochastic plan from a shared start": (

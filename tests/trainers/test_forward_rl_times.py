@@ -97,7 +97,7 @@ def test_times_are_shared_as_asked(share, tmp_path):
 
 @pytest.mark.parametrize("share", ["image", "group"])
 def test_noise_is_shared_as_asked_and_fresh_at_each_time(share, tmp_path):
-    trainer = trainer_of(config(tmp_path, share_noise=share, times_per_pass=2))
+    trainer = trainer_of(config(tmp_path, share_noise=share, train_times_per_forward=2))
     batch = collect(trainer)
     (minibatch,) = trainer.algorithm.minibatches(batch, 0)
     data, rows = minibatch.micros[0].data, torch.arange(4)

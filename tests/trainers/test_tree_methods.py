@@ -125,6 +125,13 @@ def test_a_run_computes_what_was_forecast(trained, method):
     assert calls == {True: work.training, False: work.evaluations - work.training}
 
 
+@pytest.mark.parametrize("method", ["pruned", "g2"])
+def test_several_steps_in_a_pass_give_the_same_gradient(trained, method):
+    batch = collect(trained(method))
+    found = [gradient(trained(method, train_times_per_forward=times, train_batch_size=2), batch) for times in (1, 3)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5 * found[0].abs().max().item())
+
+
 def test_g2_trains_in_a_pass_per_group_where_flow_grpo_takes_one_per_image(trained):
     """Twelve transitions, four states: 1 / G of the evaluations."""
     work = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +17,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from diffalign.rewards.base import RewardUnavailable
+from diffalign.rewards.base import RECIPE, Reward, RewardUnavailable
 
 Network = TypeVar("Network", bound=nn.Module)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _LOADED: dict[tuple[Any, ...], Any] = {}
+_REPLACED: ContextVar[Callable[..., Any] | None] = ContextVar("replaced", default=None)
 _LOCK = threading.Lock()  # guards the two tables below
 _LOADING: dict[tuple[Any, ...], threading.RLock] = {}
 _IN_USE: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -74,12 +77,24 @@ def check_path(path: str) -> None:
         raise RewardUnavailable(f"there is no file or folder {path}: check the path")
 
 
+@contextmanager
+def loading_with(make: Callable[..., Any]) -> Iterator[None]:
+    """Let ``load_once(loader, *arguments)`` return ``make(loader, *arguments)`` inside the context, uncached."""
+    token = _REPLACED.set(make)
+    try:
+        yield
+    finally:
+        _REPLACED.reset(token)
+
+
 def load_once(loader: Callable[..., Any], *arguments: Any) -> Any:
     """Return ``loader(*arguments)``, cached for the process.
 
     The loader runs outside inference mode, because inference tensors do not support autograd. Exceptions of the loader
     become RewardUnavailable.
     """
+    if (make := _REPLACED.get()) is not None:
+        return make(loader, *arguments)
     key = (loader, *arguments)
     with _LOCK:
         lock = _LOADING.setdefault(key, threading.RLock())
@@ -137,6 +152,28 @@ def state_dict(weights: Weights, file: str) -> dict[str, Tensor]:
     """Load the tensors of ``weights_file`` with ``weights_only=True``."""
     found = torch.load(weights_file(weights, file), map_location="cpu", weights_only=True)
     return found.get("state_dict", found)
+
+
+def offloaded(reward: Reward) -> Reward:
+    """Return a reward whose networks are offloaded after each use; the same one where it has no ``Weights``."""
+    held = {name: value for name, value in getattr(reward, "__dict__", {}).items() if isinstance(value, Weights)}
+    if not held or not dataclasses.is_dataclass(reward):
+        return reward
+    changed: Any = dataclasses.replace(
+        reward, **{name: dataclasses.replace(value, offload=True) for name, value in held.items()}
+    )
+    if RECIPE in vars(reward):
+        object.__setattr__(changed, RECIPE, vars(reward)[RECIPE])
+    return changed
+
+
+def unload() -> None:
+    """Move the networks that are configured to be offloaded to the CPU, after passes that recorded gradients."""
+    for (_, *arguments), parts in list(_LOADED.items()):
+        if any(isinstance(item, Weights) and item.offload for item in arguments):
+            for part in parts if isinstance(parts, tuple) else (parts,):
+                if isinstance(part, nn.Module):
+                    part.to("cpu")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
-from diffalign.rollout.generate import replay
+from diffalign.rollout.generate import replay_steps
 from diffalign.rollout.prune import best_paths, kept_nodes
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
@@ -96,10 +96,10 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     @torch.no_grad()
     def _recompute(self, batch: Rollout) -> None:
         buffer = batch.buffer
-        for nodes, _ in self._passes(batch, torch.arange(trees(batch))):
-            result = self._replay(batch, nodes)
-            buffer.log_prob[nodes] = density(result)
-            buffer.put_means(nodes, result.mean)
+        for parts in self._passes(batch, torch.arange(trees(batch))):
+            for nodes, result in zip(parts, self._replays(batch, parts), strict=True):
+                buffer.log_prob[nodes] = density(result)
+                buffer.put_means(nodes, result.mean)
         buffer.settle()
 
     # Update ---------------------------------------------------------------------------------------------------------
@@ -112,7 +112,6 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         plan = batch.plan.plan
         order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
         update_of = self.collector.update_index(iteration, plan)[order]
-        weights = step_weights(plan, self.levels, self.config.step_weights)
 
         for update in range(self.config.updates_per_rollout):
             own = order[update_of == update]
@@ -120,9 +119,9 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             passes = self._passes(rollout, kept)
             # Of chains some are left out, which have no gradient and count in the mean.
             trees_only = self.config.plan.leaves > 1
-            scale = sum(len(nodes) for nodes, _ in passes) if trees_only else len(own) * len(plan.trained_steps)
+            scale = sum(len(nodes) for p in passes for nodes in p) if trees_only else len(own) * len(plan.trained_steps)
             yield MiniBatch(
-                [MicroBatch(nodes, weights[step] * len(nodes) / scale, rollout, step) for nodes, step in passes],
+                [MicroBatch(torch.cat(p), sum(self._weights(rollout, p)) / scale, rollout) for p in passes],
                 leaves_of(plan, own),
                 {
                     "kept_fraction": len(kept) / len(own),
@@ -142,20 +141,32 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         """
         return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
-    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[tuple[Tensor, int]]:
-        """List (rows of transitions, step) of each pass over some trees.
+    def _passes(self, rollout: Rollout, chosen: Tensor) -> list[list[Tensor]]:
+        """List the rows of transitions of each pass over some trees, a tensor per step.
 
         Transitions from one state share its evaluation, and so a pass: ``train_batch_size`` counts states.
         """
-        size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
-        parts = [chosen[rows] for rows in micro_batches(len(chosen), size)]
-        kept = self._kept(rollout)
-        return [
-            (nodes, step)
-            for part in parts
-            for step in steps
-            for nodes in split_by_parent(self._transitions(rollout, part, step, kept), rollout.buffer.parent, size)
-        ]
+        size, steps, kept = self.config.train_batch_size, rollout.plan.plan.trained_steps, self._kept(rollout)
+        found = []
+        for rows in micro_batches(len(chosen), size):
+            nodes = [self._transitions(rollout, chosen[rows], step, kept) for step in steps]
+            parts = [part for of_step in nodes for part in split_by_parent(of_step, rollout.buffer.parent, size)]
+            together = micro_batches(len(parts), self.config.train_times_per_forward)
+            found += [self._by_step(rollout, torch.cat(parts[some])) for some in together]
+        return found
+
+    def _by_step(self, rollout: Rollout, nodes: Tensor) -> list[Tensor]:
+        """Split the rows of a pass by the step that they end."""
+        counts = torch.unique_consecutive(rollout.buffer.step[nodes], return_counts=True)[1]
+        return list(nodes.split(counts.tolist()))
+
+    def _step(self, rollout: Rollout, nodes: Tensor) -> int:
+        return int(rollout.buffer.step[nodes[0]]) - 1
+
+    def _weights(self, rollout: Rollout, parts: list[Tensor]) -> list[float]:
+        """Return the weight of each step's rows in a pass: of their step, times their number."""
+        weights = step_weights(rollout.plan.plan, self.levels, self.config.step_weights)
+        return [weights[self._step(rollout, nodes)] * len(nodes) for nodes in parts]
 
     def _kept(self, rollout: Rollout) -> Tensor | None:
         """Return which nodes width pruning keeps, (N,) bool; None without it."""
@@ -179,13 +190,25 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return rows[ends[rows]]
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of some transitions of one step, and metrics."""
-        rollout, step, kl_beta = micro.data, micro.tag, self.config.kl_beta
-        buffer = rollout.buffer
+        """Return the mean loss of some transitions, weighted by their steps, and metrics."""
+        rollout, parts = micro.data, self._by_step(micro.data, micro.rows)
 
         # The reference first: its activations are freed before the policy's graph is built.
-        reference = self._reference_mean(rollout, micro.rows) if kl_beta > 0 else None
-        nodes, result = micro.rows, self._replay(rollout, micro.rows)
+        references = self._reference_means(rollout, parts) if self.config.kl_beta > 0 else [None] * len(parts)
+        results = self._replays(rollout, parts)
+        found = [self._loss(rollout, *part) for part in zip(parts, results, references, strict=True)]
+        if len(parts) == 1:
+            return found[0]
+
+        weights, counts = self._weights(rollout, parts), [len(nodes) for nodes in parts]
+        loss = averaged([loss for loss, _ in found], weights)
+        return loss, {name: averaged([metrics[name] for _, metrics in found], counts) for name in found[0][1]}
+
+    def _loss(
+        self, rollout: Rollout, nodes: Tensor, result: StepResult, reference: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of replayed transitions of one step, and metrics."""
+        buffer, step, kl_beta = rollout.buffer, self._step(rollout, nodes), self.config.kl_beta
         replayed = PolicyStep(
             density(result),
             buffer.log_prob[nodes],
@@ -214,12 +237,16 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
         """Replay stored transitions under the current weights."""
-        return replay(self.model, rollout.plan, rollout.conditioning, rollout.buffer, nodes)
+        return self._replays(rollout, [nodes])[0]
+
+    def _replays(self, rollout: Rollout, parts: list[Tensor]) -> list[StepResult]:
+        """Replay stored transitions of several steps in one forward pass."""
+        return replay_steps(self.model, rollout.plan, rollout.conditioning, rollout.buffer, parts)
 
     @torch.no_grad()
-    def _reference_mean(self, rollout: Rollout, nodes: Tensor) -> Tensor:
+    def _reference_means(self, rollout: Rollout, parts: list[Tensor]) -> list[Tensor]:
         with self.model.using(REFERENCE):
-            return self._replay(rollout, nodes).mean
+            return [result.mean for result in self._replays(rollout, parts)]
 
     def _clip_range(self, step: PolicyStep) -> float | Tensor:
         """Return the clip range of each transition: one number, unless it grows with the advantage."""
@@ -256,10 +283,11 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def on_first_batch(self, batch: Rollout) -> None:
         """Replay stored steps at unchanged weights: no log-ratio may exceed a tenth of the clip range."""
-        drift = {}
-        for step in batch.plan.plan.trained_steps:
-            nodes = self._first_transitions(batch, step)
-            drift[step] = (density(self._replay(batch, nodes)) - batch.buffer.log_prob[nodes]).abs().max().item()
+        drift, steps = {}, batch.plan.plan.trained_steps
+        for some in micro_batches(len(steps), self.config.train_times_per_forward):
+            parts = [self._first_transitions(batch, step) for step in steps[some]]
+            for step, nodes, result in zip(steps[some], parts, self._replays(batch, parts), strict=True):
+                drift[step] = (density(result) - batch.buffer.log_prob[nodes]).abs().max().item()
         if max(drift.values()) > self.clip / 10:
             table = ", ".join(f"step {step}: {value:.2e}" for step, value in drift.items())
             raise CannotTrain(
@@ -319,6 +347,12 @@ def density(result: StepResult) -> Tensor:
     """Return the log-prob of a stochastic step, (B,)."""
     assert result.log_prob is not None
     return result.log_prob
+
+
+def averaged(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean of scalars."""
+    total = sum(weights) or 1.0  # steps without weight train nothing
+    return torch.stack([weight / total * value for weight, value in zip(weights, values, strict=True)]).sum()
 
 
 def step_weights(plan: Plan, levels: Level, kind: str) -> dict[int, float]:

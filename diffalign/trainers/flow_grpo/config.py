@@ -29,6 +29,14 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
     train_batch_size: int = option(
         64, "images per forward pass while training", section="optimizer", resume="free", ge=1
     )
+    train_times_per_forward: int = option(
+        1,
+        "trained steps of an image in one forward pass; more pay off with few images per pass, or with shards",
+        section="optimizer",
+        resume="free",
+        ge=1,
+        le=1000,
+    )
     loss: str = option(
         "flow_grpo",
         "flow_grpo: surrogate of the ratio; grpo_guard: of normalised ratios; dppo: Flow-DPPO; fdfo: pairs of images; "

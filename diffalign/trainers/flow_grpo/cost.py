@@ -58,6 +58,7 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
     plan, images = make_plan(config.plan, 0, config.seed, trees=True), own_images(config, share)
     count, trees = images // config.updates_per_rollout, own_trees(config, share) // config.updates_per_rollout
     batch, trained = min(config.train_batch_size, count), len(plan.trained_steps)
+    times = min(config.train_times_per_forward, trained)
     most = "at most " if config.filters else ""
     left_out = ["images without an advantage are left out, and the others dealt evenly"] if config.filters else []
     head = (
@@ -68,8 +69,8 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
     return [
         *rollout_batches(config, share),
         head,
-        f"each accumulates {most}{-(-count // batch) * trained} passes: {-(-count // batch)} micro-batch(es) of "
-        f"{batch} images x {trained} trained steps",
+        f"each accumulates {most}{-(-count // batch) * -(-trained // times)} passes: {-(-count // batch)} "
+        f"micro-batch(es) of {batch} images x {trained} trained steps" + (f", {times} in a pass" if times > 1 else ""),
         *left_out,
     ]
 
@@ -101,6 +102,9 @@ COST = Cost(
     checks=_checks,
     eval_steps=rollout_eval_steps,
     batches=_batches,
-    passes=lambda config: (config.rollout_batch_size, config.train_batch_size * guided(config)),
+    passes=lambda config: (
+        config.rollout_batch_size,
+        config.train_batch_size * config.train_times_per_forward * guided(config),
+    ),
     stored=_stored,
 )

@@ -135,7 +135,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         if self.objective.statistic is not None:
             order = torch.arange(count)  # whole groups stay together
         update_of = self.collector.update_index(iteration, batch.plan.plan)[order]
-        blocks = micro_batches(config.times_per_image, config.times_per_pass)
+        blocks = micro_batches(config.times_per_image, config.train_times_per_forward)
 
         for update in range(config.updates_per_rollout):
             own = order[update_of == update]
@@ -216,7 +216,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
 
     def _noise(self, data: UpdateData, samples: Tensor, tag: int) -> tuple[Noised, Conditioning, Tensor, Tensor]:
         """Return noised latents, conditioning, time indices and buffer rows of (image, time) pairs, sorted by time."""
-        per_pass, rollout = self.config.times_per_pass, data.rollout
+        per_pass, rollout = self.config.train_times_per_forward, data.rollout
         block = torch.arange(self.config.times_per_image)[tag * per_pass : (tag + 1) * per_pass]
         pairs, slot = samples.repeat(len(block)), block.repeat_interleave(len(samples))
         keys = self._keys(rollout, pairs, self.method.share_noise, data.iteration)
@@ -249,7 +249,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         assert self.needs.statistic is not None
         count, slots = len(data.samples), self.config.times_per_image
         values: dict[int, Tensor] = {}
-        blocks = micro_batches(slots, self.config.times_per_pass)
+        blocks = micro_batches(slots, self.config.train_times_per_forward)
         for part in micro_batches(count, self.config.train_batch_size):
             for tag, block in enumerate(blocks):
                 self.run.heartbeat()

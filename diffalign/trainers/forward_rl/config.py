@@ -41,7 +41,7 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
     train_batch_size: int = option(
         64, "images per forward pass while training", section="optimizer", resume="free", ge=1
     )
-    times_per_pass: int = option(
+    train_times_per_forward: int = option(
         1,
         "times of each image in one forward pass; more pay off with few images per pass, or with shards",
         section="optimizer",

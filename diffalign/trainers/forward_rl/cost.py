@@ -103,7 +103,9 @@ def _iteration(config: ForwardRLConfig, share: Share, iteration: int, updates: i
 
 def _checks(config: ForwardRLConfig, share: Share) -> Work:
     """Return the work of comparing lagged copies with the policy, and of the probes around the first update."""
-    rows = min(config.train_batch_size, own_images(config, share)) * min(config.times_per_pass, config.times_per_image)
+    rows = min(config.train_batch_size, own_images(config, share)) * min(
+        config.train_times_per_forward, config.times_per_image
+    )
     required = needs(config, share.world)
     lagged = _compared(config, required, frozenset(required.lags) - {"sample"})
     return Work(comparing=rows * (2 + (1 + lagged if lagged else 0)))
@@ -112,7 +114,7 @@ def _checks(config: ForwardRLConfig, share: Share) -> Work:
 def _batches(config: ForwardRLConfig, share: Share) -> list[str]:
     required, times = needs(config, share.world), config.times_per_image
     count = own_images(config, share) // config.updates_per_rollout
-    batch, per_pass = min(config.train_batch_size, count), min(config.times_per_pass, times)
+    batch, per_pass = min(config.train_batch_size, count), min(config.train_times_per_forward, times)
     most = "at most " if required.filters else ""
     passes = -(-count // batch) * -(-times // per_pass)
     compared = _compared(config, required, required.sets)
@@ -142,7 +144,7 @@ COST = Cost(
     batches=_batches,
     passes=lambda config: (
         config.rollout_batch_size,
-        config.train_batch_size * min(config.times_per_pass, config.times_per_image),
+        config.train_batch_size * min(config.train_times_per_forward, config.times_per_image),
     ),
     stored=_stored,
 )

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.fsdp import FSDPConfig, is_sharded
+from diffalign.log import get_logger
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
+from diffalign.models.performance import checkpoint_decoder
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.probe import try_rewards
+from diffalign.rewards.support.weights import unload
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.generate import NoiseKeys
 from diffalign.rollout.sampler import SamplingPlan, micro_batches, ode_plan
@@ -60,6 +63,8 @@ from diffalign.trainers.refl.initial_states import (
 from diffalign.trainers.refl.reward_gradient import RecipeGuidance, RewardGradient
 from diffalign.trainers.refl.reward_loss import Judge, thresholds
 from diffalign.trainers.registry import register_algorithm
+
+logger = get_logger(__name__)
 
 TRIAL = {
     "train_prompts": "{assets}/prompts/shapes_train.jsonl",
@@ -140,8 +145,8 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
     def __init__(self, run: Run[ReFLConfig], inputs: Inputs[ReFLConfig]) -> None:
         super().__init__(run, inputs)
         config, recipe = run.config, run.config.recipe.resolve()
-        if config.vae_checkpointing:
-            self.model.pipeline.vae.enable_gradient_checkpointing()
+        if config.vae_checkpointing and not checkpoint_decoder(vae := self.model.pipeline.vae):
+            logger.warning(f"vae_checkpointing has no effect: the layers of {type(vae).__name__} cannot be recomputed")
         bounds = thresholds(recipe, inputs.rewards, config.thresholds)
         size, dtype = config.decode_slice, config.decode_dtype
         self.judge = Judge(self.model, inputs.rewards, inputs.weights, bounds, recipe, size, dtype)
@@ -181,6 +186,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         started, config, run = time.perf_counter(), self.config, self.run
         total = config.num_groups * config.group_size
         own = [divmod(index, config.group_size) for index in run.share(total)]
+        unload()  # the rewards' networks, which the last update used
         batch, sharded = PathBatches(), is_sharded(self.model.raw_denoiser)
         run.prompts.prepare(self._texts(iteration, own))
 

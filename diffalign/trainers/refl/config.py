@@ -62,11 +62,19 @@ class ReFLConfig(ScoredSamplesConfig):
         "store only the denoiser's inputs of each step with gradient and recompute the rest; single process only",
         section="performance",
     )
-    vae_checkpointing: bool = option(False, "gradient checkpointing of the VAE decoder", section="performance")
-    decode_slice: int = option(
-        0, "images to decode and score at once, with exact gradients; 0: all of a pass", section="performance", ge=0
+    vae_checkpointing: bool = option(
+        False, "gradient checkpointing of the VAE decoder", section="performance", resume="free"
     )
-    eval_batch_size: int = option(64, "images per forward pass of an evaluation", section="evaluation", ge=1)
+    decode_slice: int = option(
+        0,
+        "images to decode and score at once, with exact gradients; 0: all of a pass",
+        section="performance",
+        resume="free",
+        ge=0,
+    )
+    eval_batch_size: int = option(
+        64, "images per forward pass of an evaluation", section="evaluation", resume="free", ge=1
+    )
     base_share: float = option(
         0.0,
         "share of an evaluation's steps, the first ones, made by the base model (ImageReFL)",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.diffusion import trajectory
 from diffalign.diffusion.reward_gradient_presets import Recipe
-from diffalign.diffusion.trajectory import in_slices
 from diffalign.losses.refl import PUBLISHED_THRESHOLDS
 from diffalign.losses.registry import get_reward_loss
 from diffalign.losses.srpo import relative_reward
@@ -86,7 +86,7 @@ class Judge:
             return (seen.weight[rows] * losses).sum() / count
 
         sliced = 0 < self.slice_size < count
-        total = in_slices(loss, seen.latents, self.slice_size) if sliced else loss(seen.latents, slice(None))
+        total = trajectory.in_slices(loss, seen.latents, self.slice_size) if sliced else loss(seen.latents, slice(None))
         found = {name: torch.cat([one[name] for one in results]) for name in (*self.rewards, "unscored")}
         means = {name: found[name].nanmean() for name in self.rewards}
         weighted = torch.stack([self.weights[name] * value for name, value in means.items()]).sum()
