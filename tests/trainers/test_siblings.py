@@ -281,8 +281,7 @@ def test_two_processes_do_what_one_does(tmp_path, preset):
     torch.testing.assert_close(torch.cat([first.pop("x"), second.pop("x")]), one.pop("x"), rtol=0, atol=1e-5)
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
-        # Of three steps of 1e-5; a rounding may change which of two nearly equal children wins, from the second on.
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=6e-6)
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-6)  # of steps of 1e-5
     logs = [[row for row in MetricsLog.read(folder / "run/metrics.jsonl") if "loss" in row] for folder in (alone, both)]
     for single, double in zip(*logs, strict=True):
         for name in ("loss", "grad_norm", "pairs", "reward/mean"):
