@@ -65,6 +65,7 @@ class Counter(TorchDispatchMode):
         flops: (phase, part) -> floating-point operations.
         traffic: (phase, part) -> bytes that operations read and write, each by itself.
         calls: (phase, part) -> images, or prompts, that the part was called for.
+        gathered: part -> bytes that are alive while the part runs, such as weights gathered from shards.
     """
 
     def __init__(self, block: int = BLOCK) -> None:
@@ -76,6 +77,7 @@ class Counter(TorchDispatchMode):
         self.flops: Tally[tuple[str, str]] = Tally()
         self.traffic: Tally[tuple[str, str]] = Tally()
         self.calls: Tally[tuple[str, str]] = Tally()
+        self.gathered: Tally[str] = Tally()
         self._alive: dict[int, weakref.ref] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -139,9 +141,12 @@ class Counter(TorchDispatchMode):
     def within(self, part: str) -> Iterator[None]:
         """Count the operations within the context for a part of the phase."""
         before, self.part = self.part, part
+        self.live += self.gathered[part]
+        self._raise_to(self.live)
         try:
             yield
         finally:
+            self.live -= self.gathered[part]
             self.part = before
 
     @contextmanager
@@ -169,6 +174,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count what it made."""
+        if func is torch.ops.prim.device.default:  # half of all calls, which cost as much as any
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number(func, args[0])
@@ -184,10 +191,9 @@ class Counter(TorchDispatchMode):
         formula = ATTENTION.get(packet) or flop_registry.get(packet)
         if formula is not None:
             self.flops[self.phase, self.part] += _flops(formula, args, kwargs, found)
-        made = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        made = _tensors(found)
         if sum(self._count(leaf) for leaf in made):  # not a view
-            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.traffic[self.phase, self.part] += sum(leaf.nbytes for leaf in (*made, *read))
+            self.traffic[self.phase, self.part] += sum(leaf.nbytes for leaf in (*made, *_tensors((args, kwargs))))
         return found
 
     def _number(self, func: Any, tensor: Tensor) -> float | int | bool:
@@ -195,6 +201,13 @@ class Counter(TorchDispatchMode):
             return func(tensor)
         except DataDependentOutputException:
             return _zero(tensor.dtype)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a value; most values are one."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _zero(dtype: torch.dtype) -> float | int | bool:

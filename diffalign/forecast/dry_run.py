@@ -173,6 +173,8 @@ def evaluation_lines(work: Work, args: Any) -> list[str]:
         for kind, meaning in MEANING.items()
     ]
     generated = [f"{work.generated:,} images are made to train on"] if work.generated else []
+    if getattr(getattr(args, "rollout_cache", None), "kind", "none") != "none":
+        generated.append("rollout_cache skips layers of some of the sampling: see cache/computed_share in metrics")
     return [*lines, f"{'in all':10} {work.evaluations:>15,}  {work.evaluations / per:10.2f} per {noun}", *generated]
 
 

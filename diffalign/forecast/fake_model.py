@@ -145,13 +145,13 @@ class _Dequantised(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, packed: Tensor, shape: Sequence[int]) -> Tensor:
         context.save_for_backward(packed)
-        context.shape, context.dtype = shape, x.dtype
-        return x @ torch.empty(shape, dtype=x.dtype).to(packed.device).mT
+        context.shape = shape
+        return x @ packed.new_empty(shape, dtype=x.dtype).mT
 
     @staticmethod
     def backward(context: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        return grad @ torch.empty(context.shape, dtype=context.dtype), None, None
+        ((grad,), (packed,)) = grads, context.saved_tensors
+        return grad @ packed.new_empty(context.shape, dtype=grad.dtype), None, None
 
 
 class PackedLinear(nn.Linear):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.forecast.counter import BLOCK, Counter
 from diffalign.forecast.fake_model import fake_model, offload
@@ -31,6 +31,7 @@ from diffalign.forecast.stand_ins import (
     one_pair,
     remember,
 )
+from diffalign.fsdp import units
 from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import PARTS, VAE, tensors_of
@@ -45,7 +46,7 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, with_held_out
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING, EVALUATING = "weights", "sample", "score", "train", "step", "held out"
@@ -143,7 +144,7 @@ def rehearse(
         with counter.during(SCORING):
             algorithm.score(batch)
             algorithm.advantage(batch)
-        _update(algorithm, state, batch, counter)
+        _update(algorithm, state, batch, counter, spread)
         del batch
         if setting.inputs.eval_prompts:
             with counter.during(EVALUATING):
@@ -188,7 +189,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
     held_out = [Prompt(HELD_OUT)] if config.eval_prompts else []
-    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
+    inputs = replace(with_held_out(kind.read_inputs(config, None, prompts)), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     overlaps = getattr(config, "overlap_rewards", False)
     fakes = {name: RehearsedReward(name, reward, counter, overlaps) for name, reward in inputs.rewards.items()}
@@ -251,15 +252,40 @@ def _moments(state: LoopState) -> int:
 
 
 def _shard(model: DiffusionModel, state: LoopState, spread: Spread, counter: Counter) -> None:
-    """Leave a share of the denoiser's weights and moments, and add the units that are gathered at a time."""
-    held = sum(size_of(p) for p in model.raw_denoiser.parameters()) + _moments(state)
-    gathered = gathered_bytes(model.raw_denoiser)
-    if spread.keep:
-        gathered = sum(size_of(p) for p in model.raw_denoiser.parameters())
-    counter.add(spread.share(held) - held + gathered)
+    """Leave a share of the denoiser's weights, moments and gradients; the units that run are gathered meanwhile."""
+    weights = list(model.raw_denoiser.parameters())
+    kept = [tensor for copy in model.weights.copies.values() for tensor in copy]
+    averages = [] if state.ema is None else state.ema.shadow
+    tensors = {id(tensor): size_of(tensor) for tensor in (*weights, *kept, *averages)}
+    held = sum(tensors.values()) + _moments(state)
+    counter.add(spread.share(held) - held)
+
+    # FSDP2 receives a unit in one buffer, and copies it to the parameters; gradients take the same way back.
+    parts = [parameters for _, parameters in units(model.raw_denoiser)]
+    buffer = max(sum(map(size_of, part)) for part in parts)
+    sent = max(sum(size_of(p) for p in part if p.requires_grad) for part in parts)
+    gathered = gathered_bytes(model.raw_denoiser) + buffer
+    reduced = 2 * sent + spread.share(sent)
+    counter.gathered[EVALUATE] = gathered
+    counter.gathered[BACKWARD] = (sum(map(size_of, weights)) if spread.keep else gathered) + reduced
 
 
-def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter) -> None:
+def _prepare_gradients(state: LoopState, several: bool, spread: Spread | None, counter: Counter) -> None:
+    """Make gradients that several passes add to; of sharded ones a share stays once they are whole."""
+
+    def share(parameter: Tensor) -> None:
+        if spread is not None:
+            counter.add(spread.share(size_of(parameter)) - size_of(parameter))
+
+    for parameter in state.parameters:
+        if several:
+            parameter.grad = torch.zeros_like(parameter)
+            share(parameter)
+        elif spread is not None:
+            parameter.register_post_accumulate_grad_hook(share)
+
+
+def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter, spread: Spread | None) -> None:
     """Take an optimizer step; of passes that are alike one is run, and adds to gradients if there are several.
 
     The operations of the others are those of the one that was run, per row.
@@ -274,9 +300,7 @@ def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter) -> N
             chosen[key] = micro
 
     with counter.during(TRAINING):
-        if len(minibatch.micros) > 1:
-            for parameter in state.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+        _prepare_gradients(state, len(minibatch.micros) > 1, spread, counter)
         with algorithm.updating():
             for key, micro in chosen.items():
                 with counter.repeated(sum(rows[key]) / len(micro.rows)):

@@ -20,6 +20,7 @@ from diffalign.forecast.rehearsal import (
     WEIGHTS,
     Rehearsed,
 )
+from diffalign.runtime.oom import batch_name
 
 GIB = 2**30
 PHASES = {
@@ -51,6 +52,16 @@ LOWERING: Mapping[tuple[str, str], tuple[Lowering, ...]] = {
     (SAMPLING, ENCODE): (OFFLOAD_TEXT, *BASE),
     (SAMPLING, DECODE): (("a smaller rollout_batch_size", "rollout_batch_size", 1), OFFLOAD_VAE),
     (SAMPLING, EVALUATE): (("a smaller rollout_batch_size", "rollout_batch_size", 1), OFFLOAD_TEXT, *BASE),
+    (SAMPLING, JUDGING): (
+        ("a smaller rollout_batch_size", "rollout_batch_size", 1),
+        ("offload: [rewards]", "offload", "rewards"),
+        ("overlap_rewards: false", "overlap_rewards", False),
+    ),
+    (TRAINING, JUDGING): (
+        ("decode_slice: 1", "decode_slice", 1),
+        ("a smaller train_batch_size", "train_batch_size", 1),
+    ),
+    (EVALUATING, ENCODE): (OFFLOAD_TEXT, *BASE),
     (TRAINING, DECODE): (
         ("vae_checkpointing: true", "vae_checkpointing", True),
         ("decode_slice: 1", "decode_slice", 1),
@@ -79,7 +90,11 @@ def peak_line(found: Rehearsed, config: Any) -> str:
     """Say where the peak is, and what lowers it."""
     phase, part = found.peak_at
     when = PARTS.get(part, PHASES[phase])
-    lower = [text for text, name, value in LOWERING.get((phase, part), OTHERWISE) if _can_set(config, name, value)]
+    known = LOWERING.get((phase, part), OTHERWISE)
+    if phase == EVALUATING and part != ENCODE:
+        batch = batch_name(config, "evaluate")
+        known = ((f"a smaller {batch}", batch, 1), OFFLOAD_TEXT, OFFLOAD_VAE)
+    lower = [text for text, name, value in known if _can_set(config, name, value)]
     advice = f"; {' or '.join(lower[:3])} would lower it" if lower else "; a smaller resolution or model would lower it"
     return f"peak: {found.peak / GIB:.2f} GiB while {when} ({PHASES[phase]}){advice}"
 

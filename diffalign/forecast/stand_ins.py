@@ -218,7 +218,7 @@ class Remembered:
 
         key = self._key(args)
         if key not in self.known:
-            with counter.watched() as seen, counter.within(self.part):
+            with counter.within(self.part), counter.watched() as seen:
                 found = self.method(*args)
             self.known[key] = (_shape(found), seen)
             return found

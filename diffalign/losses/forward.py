@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import expand, inverse, mixture, widen
@@ -98,6 +99,17 @@ def mean_square(x: Tensor) -> Tensor:
 def mean_abs(x: Tensor) -> Tensor:
     """Mean of |x| over each sample's elements, a constant of at least ``MIN_WEIGHT``: (B,)."""
     return x.detach().abs().flatten(1).mean(1).clamp(min=MIN_WEIGHT)
+
+
+def anchor_weight(kind: str, level: Level) -> Tensor:
+    """Return the weight of |v - v_anchor|^2 at each level: (B,), float64.
+
+    "uniform": 1. "elbo": AWM's 1 / (2 s^2) with s = 0.7 sqrt(t / (1 - min(t, 0.99))) and t = sigma / (alpha + sigma),
+    the KL between steps of Flow-GRPO's SDE up to their length; t is at least 0.001 here.
+    """
+    alpha, sigma = level.alpha.double(), level.sigma.double()
+    t = (sigma / (alpha + sigma)).clamp(min=1e-3)
+    return (1 - t.clamp(max=0.99)) / (2 * 0.49 * t) if kind == "elbo" else torch.ones_like(t)
 
 
 def log_ratio(step: ForwardStep) -> Tensor:

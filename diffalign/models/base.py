@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.models.offload import VAE, OffloadedModule, needs, to_device
+from diffalign.models.sampling_cache import trajectory
 from diffalign.models.trainable import TrainableModel
 from diffalign.structures import Conditioning, Guidance, Level
 
@@ -227,6 +228,10 @@ class DiffusionModel(TrainableModel):
     def check_resolution(self, resolution: tuple[int, int]) -> None:
         """Raise ValueError, with valid sizes, for a (height, width) in pixels that this family cannot generate."""
         check_resolution(resolution, self.resolution_unit)
+
+    def trajectory(self) -> AbstractContextManager[None]:
+        """Return a context for the steps of one sampling, which a cache may connect."""
+        return trajectory(self.raw_denoiser)
 
     def predict(self, x: Tensor, level: Level, conditioning: Conditioning, guidance: Guidance | None = None) -> Tensor:
         """Predict with the denoiser, guided.

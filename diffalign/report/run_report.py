@@ -29,6 +29,7 @@ from diffalign.models.weights import POLICY
 from diffalign.report.curves import plot_curves
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.load_snippet import load_snippet
+from diffalign.report.markdown import inert
 from diffalign.report.model_card import ModelCard, eval_results, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
@@ -51,6 +52,7 @@ class Report:
         self.step = 0  # of the evaluation that is shown
         self.before: dict[str, Tensor] | None = None
         self.paths: list[Path] = []  # of the weights, once they are written
+        self.alarm = ""  # message of a collapse
 
     def picture(self, step: int, shown: Shown) -> None:
         """A grid of an evaluation's images; that of step 0 is kept for the comparison."""
@@ -98,7 +100,8 @@ class Report:
         pictures = [name for name in drawn if (self.folder / name).is_file()]
         source = self.args.eval_prompts or "held-out prompts"
         evaluation = [] if self.shown is None else eval_results(self.figures(before)["tuned"], source)
-        about = dataclasses.replace(self._card(self._results(before), pictures), evaluation=evaluation)
+        results = self._results(before) + (f"\n\n**Alarm.** {inert(self.alarm)}" if self.alarm else "")
+        about = dataclasses.replace(self._card(results, pictures), evaluation=evaluation)
         card = write_model_card(self.folder, about)
         self.before, self.paths = before, weights
         return [*written, *(self.folder / name for name in pictures), card]

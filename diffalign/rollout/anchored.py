@@ -22,7 +22,7 @@ from diffalign.device import float64_device
 from diffalign.diffusion.plan import Plan
 from diffalign.models import DiffusionModel
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.generate import NoiseKeys, decode, store
+from diffalign.rollout.generate import NoiseKeys, store
 from diffalign.rollout.sampler import SamplingPlan, Solver, micro_batches, ode_plan, sample
 from diffalign.rollout.tree import trees_per_group
 from diffalign.structures import Conditioning, Prompt
@@ -103,16 +103,15 @@ class _Part:
     children: int
 
 
-def anchored_rollouts(
+def anchored_latents(
     model: DiffusionModel,
     plan: SamplingPlan,
     conditioning: Conditioning,
     keys: NoiseKeys,
     buffer: RolloutBuffer,
     size: int,
-    decode_dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Sample the trees of a buffer of ``allocate_anchored``, and yield their images; as ``generate.rollouts``.
+    """Sample the trees of a buffer of ``allocate_anchored``, and yield their latents; as ``rollout_latents``.
 
     Raises:
         ValueError: The groups do not share their initial noise.
@@ -127,7 +126,7 @@ def anchored_rollouts(
         )
     buffer.settle()
     for part in parts:
-        yield from _finish(model, part, conditioning, max(1, size // len(plan.plan.strides)), decode_dtype)
+        yield from _finish(model, part, conditioning, max(1, size // len(plan.plan.strides)))
 
 
 def _parts(plan: SamplingPlan, keys: NoiseKeys, buffer: RolloutBuffer) -> list[_Part]:
@@ -184,9 +183,9 @@ def _sample_trunk(
 
 
 def _finish(
-    model: DiffusionModel, part: _Part, conditioning: Conditioning, size: int, decode_dtype: torch.dtype
+    model: DiffusionModel, part: _Part, conditioning: Conditioning, size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Sample the ODE from the children of a part to the end, once per stride; yield their images."""
+    """Sample the ODE from the children of a part to the end, once per stride; yield the latents."""
     tree, steps = part.plan.plan, len(part.plan.plan)
     level, solver = part.buffer.level(part.anchor + 1), tree.rows[-1].solver
     for nodes in micro_batches(len(level), size):
@@ -199,7 +198,7 @@ def _finish(
         final = torch.stack(finals, 1).flatten(0, 1)
         leaves = slice(nodes.start * len(finals), nodes.stop * len(finals))
         store(part.buffer, steps, leaves, final)
-        yield slice(part.first + leaves.start, part.first + leaves.stop), decode(model, final, decode_dtype)
+        yield slice(part.first + leaves.start, part.first + leaves.stop), final
 
 
 def anchored_evaluations(plan: Plan, groups: int, trees: int) -> int:

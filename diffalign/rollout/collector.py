@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from diffalign.data.epoch_order import take
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
-from diffalign.rewards.base import Reward
+from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
+from diffalign.rewards.base import Reward, wants_latents
 from diffalign.rollout.advantages import ADVANTAGE_RULES, flat_share, group_advantages
-from diffalign.rollout.anchored import allocate_anchored, anchored_rollouts, anchored_trees
+from diffalign.rollout.anchored import allocate_anchored, anchored_latents, anchored_trees
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
-from diffalign.rollout.generate import NoiseKeys, rollouts
+from diffalign.rollout.generate import NoiseKeys, decode, rollout_latents
 from diffalign.rollout.pinned_memory import pinned
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import ScoreBook, check_unscored
@@ -28,6 +30,14 @@ from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics
 from diffalign.runtime.run import Run
 from diffalign.structures import Conditioning, Prompt
+
+
+def sampling_cache(config: RolloutConfig) -> object:
+    """Return diffusers' configuration of the rollout's cache; None for none."""
+    cache = config.rollout_cache
+    if cache.kind == "first_block":
+        return first_block(cache.threshold)
+    return taylorseer(cache.interval, cache.warmup, cache.order) if cache.kind == "taylorseer" else None
 
 
 @dataclass
@@ -66,6 +76,9 @@ class Collector:
         rewards: Rewards by name.
         weights: Weight of each reward.
         leaves_only: Whether to store final latents only, whatever the plan.
+
+    Attributes:
+        decodes: Whether images are decoded: a reward needs them, or rollouts are saved.
     """
 
     def __init__(
@@ -83,12 +96,16 @@ class Collector:
                 f"plan.preset {self.config.plan.preset!r} samples trees, and this trainer reads chains only"
             )
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.decodes = run.config.save_rollouts or not all(map(wants_latents, rewards.values()))
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
         # All plans now: a moving window may reach a step that cannot be trained only after an hour.
         for plan in possible_plans(self.config.plan, trees=True):
             if plan.trained_steps:
                 plan.validate(self.levels)
         self._scored = False
+        self.cache = sampling_cache(self.config)
+        if self.cache is not None:
+            check_supported(run.model.raw_denoiser)
 
     def sample(self, iteration: int, *, means: bool = False) -> Rollout:
         """Sample this process's images; rewards may score them in the background meanwhile.
@@ -102,24 +119,36 @@ class Collector:
         rollout.started = started
         buffer, (group, sample) = rollout.buffer, self._own_trees(rollout.plan.plan)
         keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
-        parts = (anchored_rollouts if rollout.plan.plan.anchors else rollouts)(
-            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size, config.decode_dtype
+        parts = (anchored_latents if rollout.plan.plan.anchors else rollout_latents)(
+            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size
         )
         overlap, leaf_groups = self._may_overlap(), buffer.group[buffer.leaves].tolist()
 
         book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
         try:
-            with self.model.keeping(VAE):
-                for rows, images in parts:
+            with self.model.keeping(VAE), self._caching(rollout):
+                for rows, latents in parts:
+                    images = decode(self.model, latents, config.decode_dtype) if self.decodes else None
                     self.run.heartbeat(collective=True)
                     # No sampling is left to overlap with the last batch.
                     in_background = overlap and rows.stop < len(leaf_groups)
-                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background)
+                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background, latents)
                     self.run.heartbeat(collective=True)
         except BaseException:
             book.close()
             raise
         return rollout
+
+    @contextmanager
+    def _caching(self, rollout: Rollout) -> Iterator[None]:
+        """Reuse activations between sampling steps if the configuration says so; log the computed share."""
+        if self.cache is None:
+            yield
+            return
+        with cached(self.model.raw_denoiser, self.cache) as count:
+            yield
+        seen = self.run.gather(torch.tensor([[count.computed, count.calls]])).sum(0)
+        rollout.metrics["cache/computed_share"] = (seen[0] / seen[1]).item()
 
     def score(self, rollout: Rollout) -> None:
         """Wait for the rewards of this process's images, and store them in the buffer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,8 @@ from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
 from diffalign.diffusion.plan_config import PlanConfig
+from diffalign.rollout.cache_config import RolloutCacheConfig
+from diffalign.rollout.collapse_config import CollapseConfig
 from diffalign.runtime.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ class ScoredSamplesConfig(TrainerConfig):
     rollout_batch_size: int = option(
         64, "images per forward pass while sampling, also in evaluations", section="sampling", resume="free", ge=1
     )
+    collapse: CollapseConfig = option(
+        CollapseConfig(), "alarm for a reward or diversity that collapses", section="run", resume="free"
+    )
     decode_precision: Literal["no", "bf16"] = option(
         "no", "precision of the VAE while sampling; evaluations decode in float32", section="performance"
     )
@@ -73,6 +79,11 @@ class RolloutConfig(ScoredSamplesConfig):
         section="performance",
         resume="free",
     )
+    rollout_cache: RolloutCacheConfig = option(
+        RolloutCacheConfig(),
+        "lossy cache over the steps of a rollout, for trainers that need no density of it",
+        section="performance",
+    )
     save_rollouts: bool = option(
         False,
         "save the last iteration's images, latents and rewards to rollouts/",
@@ -85,6 +96,21 @@ class RolloutConfig(ScoredSamplesConfig):
         super().validate()
         if self.reads_rollouts:
             self._validate_rollouts()
+        if self.compile and self.rollout_cache.kind != "none":
+            raise ValueError("rollout_cache decides at run time what to compute, and compile before: give one of them")
+
+    def validate_shards(self) -> None:
+        """Refuse settings that are not known to work with sharded weights. Raises ValueError with a suggested fix."""
+        super().validate_shards()
+        if self.rollout_cache.kind != "none":
+            raise ValueError(
+                "rollout_cache may skip layers on one process alone, and shards are gathered by all: set "
+                "rollout_cache: none, or launch with ddp.yaml"
+            )
+
+    def unread(self) -> Mapping[str, str]:
+        """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
+        return {f"rollout_cache.{name}": reason for name, reason in self.rollout_cache.unread().items()}
 
     @property
     def reads_rollouts(self) -> bool:

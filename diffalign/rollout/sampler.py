@@ -136,19 +136,20 @@ def sample(
     """
     x, solver = start, Solver(plan, model.parameterization)
     guidance = model.resolve_guidance(plan.guidance)
-    for index in range(len(plan.plan)) if steps is None else steps:
-        row = plan.plan.rows[index]
-        with model.using(REFERENCE) if index < plan.base_steps else nullcontext():
-            output = model.predict(x, plan.levels[index], conditioning, guidance)
-        if row.branch > 1:
-            x, output = x.repeat_interleave(row.branch, 0), output.repeat_interleave(row.branch, 0)
-            conditioning = conditioning[torch.arange(len(x)) // row.branch]
+    with model.trajectory():
+        for index in range(len(plan.plan)) if steps is None else steps:
+            row = plan.plan.rows[index]
+            with model.using(REFERENCE) if index < plan.base_steps else nullcontext():
+                output = model.predict(x, plan.levels[index], conditioning, guidance)
+            if row.branch > 1:
+                x, output = x.repeat_interleave(row.branch, 0), output.repeat_interleave(row.branch, 0)
+                conditioning = conditioning[torch.arange(len(x)) // row.branch]
 
-        noise = draw(index).to(x.device, non_blocking=True) if draw and row.noise_level else None
-        result = solver.step(x, output, index, noise=noise)
-        if observe is not None:
-            observe(index, result)
-        x = result.x_next
+            noise = draw(index).to(x.device, non_blocking=True) if draw and row.noise_level else None
+            result = solver.step(x, output, index, noise=noise)
+            if observe is not None:
+                observe(index, result)
+            x = result.x_next
     return x
 
 

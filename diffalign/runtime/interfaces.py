@@ -124,6 +124,10 @@ class RunOutputs(Protocol):
         """Evaluate the EMA weights if there are any, else the policy."""
         ...
 
+    def watch(self, step: int, row: Mapping[str, Any]) -> Metrics:
+        """Return what to add to a row of metrics, on the main process."""
+        ...
+
     def exporter(self) -> Callable[[Path], object] | None:
         """Return a function that writes the current LoRA into a checkpoint's folder, or None.
 

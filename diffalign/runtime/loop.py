@@ -328,6 +328,7 @@ class Loop(Generic[B]):
 
     def _record(self, metrics: Metrics) -> None:
         if self.accelerator.is_main_process:
+            metrics = {**metrics, **self.outputs.watch(self.progress.step, metrics)}
             self.log.write(self.progress.step, metrics)
             self.trackers.log(metrics, self.progress.step)
 

@@ -60,6 +60,7 @@ class Algorithm(ABC, Generic[C, B]):
         world_size_invariant: Whether any number of processes splits an iteration into the same updates.
         data_digest: Digest of the training data, which a resumed run compares.
         data_contents: Fingerprints of data in memory, by name.
+        collapse_remedy: What to try where online training collapses, a sentence.
     """
 
     name: ClassVar[str] = ""
@@ -67,6 +68,7 @@ class Algorithm(ABC, Generic[C, B]):
     launch_command: ClassVar[str] = ""
     config_class: ClassVar[type[Any]] = TrainerConfig
     grad_through: ClassVar[tuple[str, ...]] = ()
+    collapse_remedy: ClassVar[str] = "Lower learning_rate, and go on from an earlier checkpoint."
     updates_per_iteration: int = 1
     world_size_invariant: bool = True
     data_digest: str = ""

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.unread import accepts
+from diffalign.evaluation.collapse import COLLAPSE, WATCHED, CollapseMonitor
+from diffalign.evaluation.hacking import ALARM, PREFIX, panel_alarm, plot_hacking
 from diffalign.evaluation.heldout import Evaluation
 from diffalign.evaluation.runs import HELD_OUT
 from diffalign.report.run_report import Report, consent_option, keep_prompts
 from diffalign.rewards.support.weights import repositories
+from diffalign.rollout.config import ScoredSamplesConfig
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.interfaces import Metrics
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.products import portable
 from diffalign.runtime.provenance import commit, origin
 from diffalign.runtime.run import Run
+from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.contents import contents
 from diffalign.trainers.inputs import Inputs
 
 EMA_SET = "ema"
+PLOT = "hacking.png"
 
 
 class Outputs:
@@ -45,6 +52,7 @@ class Outputs:
             run.model.weights.add(EMA_SET, ema.shadow)
         weight_set = {} if ema is None else {"weight_set": EMA_SET}
         self.report = Report(run.model, run.config, algorithm.name, algorithm.launch_command, **weight_set)
+        self.first: Metrics = {}
         self.evaluation = Evaluation(run, inputs.eval_prompts, inputs.eval_rewards, even=even)
 
     # Where it comes from --------------------------------------------------------------------------------------------
@@ -110,7 +118,44 @@ class Outputs:
         if self.run.is_main:
             keep_prompts(config.output_dir / HELD_OUT, prompts)
             self.report.picture(step, shown)
-        return {**figures, **self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))}
+        added = self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))
+        return {**figures, **self._alarm(step, figures), **added}
+
+    def _alarm(self, step: int, figures: Metrics) -> Metrics:
+        """Return whether the held-out judges tell of reward hacking; nothing without such judges."""
+        if not self.inputs.held_out:
+            return {}
+        self.first = self.first or self._first_evaluation() or figures
+        cause = panel_alarm(self.first, figures, list(self.inputs.rewards), self.inputs.held_out)
+        if cause and self.run.is_main:
+            warnings.warn(f"step {step}: {cause}: the reward may be hacked", stacklevel=3)
+        return {ALARM: float(bool(cause))}
+
+    def _first_evaluation(self) -> Metrics:
+        """Read the first evaluation of a run that resumes."""
+        rows = MetricsLog.read(self.run.config.output_dir / "metrics.jsonl")
+        evaluations = (row for row in rows if any(key.startswith(PREFIX) for key in row))
+        return {key.removeprefix(PREFIX): value for key, value in next(evaluations, {}).items()}
+
+    def watch(self, step: int, row: Mapping[str, Any]) -> Metrics:
+        """Return an alarm to add to a row of metrics, if the training collapses; say it once, in words."""
+        if self.collapse is None:
+            return {}
+        if message := self.collapse(step, row):
+            self.report.alarm = message
+            warnings.warn(message, stacklevel=2)
+        return {COLLAPSE: 1.0} if self.collapse.active and any(name in row for name in WATCHED) else {}
+
+    @cached_property
+    def collapse(self) -> CollapseMonitor | None:
+        """The alarm of online training, with the rows that a resumed run has; None for other training."""
+        config, file = self.run.config, self.run.config.output_dir / "metrics.jsonl"
+        if not isinstance(config, ScoredSamplesConfig) or not accepts(config, "collapse"):
+            return None
+        rows = MetricsLog.read(file) if file.is_file() else []
+        monitor = CollapseMonitor(config.collapse, self.algorithm.collapse_remedy, rows)
+        self.report.alarm = monitor.message
+        return monitor
 
     def exporter(self) -> Callable[[Path], object] | None:
         """Return a function that writes the LoRA (of the EMA if there is one); None for full weights."""
@@ -127,8 +172,15 @@ class Outputs:
         savers = {folder: self.run.model.saver(name, self.run.is_main) for folder, name in self.report.exports.items()}
         if not self.run.is_main:
             return []
-        written = self.report.finish(savers)
-        return [*written, *(self.algorithm.plot(self.run.config.output_dir) if self.inputs.eval_prompts else [])]
+        written, folder = self.report.finish(savers), self.run.config.output_dir
+        if not self.inputs.eval_prompts:
+            return written
+        plots = self.algorithm.plot(folder)
+        if self.inputs.held_out and folder / PLOT not in plots:
+            rows = MetricsLog.read(folder / "metrics.jsonl")
+            plot_hacking(rows, folder / PLOT, list(self.inputs.rewards), self.inputs.held_out)
+            plots.append(folder / PLOT)
+        return [*written, *plots]
 
     def _picture_again(self, step: int) -> None:
         """Sample images with the exported weights, so that the model card shows these."""

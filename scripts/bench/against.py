@@ -3,7 +3,7 @@
     python scripts/bench/gpu.py --against ~/other --adapter adapter.py:prepare
 
 No repository is known here. An adapter function of the user takes a ``Job`` and returns what
-does one iteration of it:
+does one iteration of it (``flow_grpo_loop.py`` and ``dpo_loop.py`` in this folder are such adapters):
 
     # adapter.py
     def prepare(job):
@@ -31,37 +31,85 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """The work of one iteration.
 
-    checkout: folder of its repository. pipeline: of plain diffusers, on its device, with nothing that trains; at
-    published sizes its ``encode_prompt`` returns random embeddings, and it has no text encoders. prompts: those of an
-    iteration, one per group. group_size: images of each. batch: images per pass. resolution: side of the images.
-    num_steps, trained_steps, noise_level: of a sampling; trained_steps are places in it. lora_rank, lora_targets: of
-    the adapter. precision: "bf16" or "no". reward: images (B, 3, H, W) in [0, 1] -> (B,).
+    Attributes:
+        checkout: Folder of the other repository.
+        pipeline: Of plain diffusers, on its device, with nothing that trains. At published sizes its
+            ``encode_prompt`` returns random embeddings, and it has no text encoders.
+        prompts: Those of an iteration, one per group or pair.
+        batch: Images or pairs per pass.
+        resolution: Side of the images.
+        lora_rank: Of the adapter.
+        lora_targets: Layers that it adapts.
+        learning_rate: Of AdamW.
+        precision: "bf16" or "no".
     """
 
     checkout: Path
     pipeline: DiffusionPipeline
     prompts: tuple[str, ...]
-    group_size: int
     batch: int
     resolution: int
-    num_steps: int
-    trained_steps: tuple[int, ...]
-    noise_level: float
-    guidance_scale: float
     lora_rank: int
     lora_targets: tuple[str, ...]
     learning_rate: float
     precision: str
+
+    @property
+    def images(self) -> int:
+        """What rates count: images of an iteration, or pairs."""
+        return len(self.prompts)
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The network that trains."""
+        parts = self.pipeline.components
+        return parts["transformer"] if "transformer" in parts else parts["unet"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of mixed precision."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """Return a context of mixed precision."""
+        return torch.autocast(self.denoiser.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutJob(Job):
+    """An iteration of policy gradients.
+
+    Attributes:
+        group_size: Images of each prompt.
+        num_steps: Of a sampling.
+        trained_steps: Places in it of the steps that draw noise and train.
+        noise_level: Of these steps.
+        guidance_scale: Of sampling and training.
+        reward: Images (B, 3, H, W) in [0, 1] -> (B,).
+    """
+
+    group_size: int
+    num_steps: int
+    trained_steps: tuple[int, ...]
+    noise_level: float
+    guidance_scale: float
     reward: Callable[[Tensor], Tensor]
 
     @property
     def images(self) -> int:
         """Images of an iteration."""
         return len(self.prompts) * self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceJob(Job):
+    """An optimizer step of Diffusion-DPO on as many pairs of images as there are prompts. beta: of its loss."""
+
+    beta: float
 
 
 Adapter = Callable[[Job], Callable[[], object]]
@@ -72,10 +120,11 @@ def load_adapter(spec: str) -> Adapter:
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"adapter {spec!r}: no file {file!r}; write file.py:function")
-    found = importlib.util.spec_from_file_location("bench_adapter", file)
+    title = f"bench_adapter_{Path(file).stem}"
+    found = importlib.util.spec_from_file_location(title, file)
     assert found is not None
     assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    sys.modules[title] = module = importlib.util.module_from_spec(found)  # dataclasses look it up
     found.loader.exec_module(module)
     if not callable(function := getattr(module, name, None)):
         raise ValueError(f"adapter {spec!r}: {file} has no function {name!r}; see scripts/bench/against.py")
@@ -110,8 +159,7 @@ def measure_against(
 def _measured(
     adapter: Adapter, job: Job, ours: Mapping[str, Any], repeats: int, now: Callable[[], float]
 ) -> dict[str, Any]:
-    parts = job.pipeline.components
-    counter = Counter(parts["transformer"] if "transformer" in parts else parts["unet"])
+    counter = Counter(job.denoiser)
     iterate = adapter(job)
     started = now()
     iterate()
@@ -123,12 +171,13 @@ def _measured(
         seconds.append(now() - started)
     free, taught = (count / repeats / job.images for count in counter.images)
     rate, expected = job.images / statistics.median(seconds), ours["evaluations_per_image"]
-    # Old log-probs may be recomputed or kept from sampling; both are accepted.
     most = expected["sampling"] + expected["comparing"]
+    # Old log-probs may be recomputed or kept from sampling; both are accepted.
+    least = expected["sampling"] if isinstance(job, RolloutJob) else most
     return {
         "images_per_second": rate,
         "evaluations_per_image": {"without gradients": free, "with gradients": taught},
-        "same_work": taught == expected["training"] and expected["sampling"] <= free <= most,
+        "same_work": taught == expected["training"] and least <= free <= most,
         "warm_up_seconds": warm_up,
         "seconds_over_ours": ours["images_per_second"]["iteration"] / rate,
     }

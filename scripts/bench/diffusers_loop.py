@@ -12,23 +12,23 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from scripts.bench.against import Job
+from scripts.bench.against import Job, RolloutJob
 
 
 def prepare(job: Job) -> Callable[[], None]:
-    """Return what does one iteration. NotImplementedError: another model than SD3."""
+    """Return what does one iteration. NotImplementedError: another model than SD3, or another method."""
     pipe = job.pipeline
-    if type(pipe).__name__ != "StableDiffusion3Pipeline":
+    if not isinstance(job, RolloutJob) or type(pipe).__name__ != "StableDiffusion3Pipeline":
         raise NotImplementedError(f"no loop for {type(pipe).__name__}")
     network = pipe.transformer.requires_grad_(False)
     network.add_adapter(LoraConfig(r=job.lora_rank, lora_alpha=job.lora_rank, target_modules=list(job.lora_targets)))
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.learning_rate)
-    device, dtype = network.device, torch.bfloat16 if job.precision == "bf16" else torch.float32
+    device = network.device
     shape = (network.config.in_channels, *(job.resolution // pipe.vae_scale_factor,) * 2)
 
     def predict(x: Tensor, time: Tensor, words: list[Tensor]) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with job.autocast():
             output = network(
                 hidden_states=torch.cat([x, x]),
                 timestep=time.expand(2 * len(x)),

@@ -12,172 +12,99 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
+from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
-from diffalign.commands.doctor.trials import settings
-from diffalign.config import from_dict
-from diffalign.device import default_device, device_name, synchronize
-from diffalign.rewards import FunctionReward
-from diffalign.runtime.tracking import MetricsLog
-from diffalign.structures import Prompt
-from diffalign.trainers.cost import Share
-from diffalign.trainers.registry import algorithm_names, find_algorithm
+from diffalign.atomic import replacing
+from diffalign.device import default_device, device_name
 from scripts import ROOT
-from scripts.bench.flow_grpo import collect, peak_memory
-from scripts.bench.gpu_models import CASES, CUDA, build
+from scripts.bench.gpu_models import CUDA
+from scripts.bench.gpu_trainers import measure_trainers
 
 BUDGET = 540.0  # seconds
-PRECISION = "bf16" if CUDA else "no"
-STEPS = 4  # of a run in the embedded world
+SLOW_ON_CPUS = "compile"  # takes minutes without a GPU, and rehearses nothing
 
 
 @dataclass(frozen=True)
 class Part:
-    """A process: what it answers, its arguments after ``python``, and its limit in seconds."""
+    """A process.
+
+    Attributes:
+        question: What it answers.
+        arguments: After ``python``; ``--size`` and ``--write FILE`` follow.
+        limit: Seconds.
+        tests: Whether it is pytest, whose results are counted.
+    """
 
     question: str
     arguments: tuple[str, ...]
     limit: float
+    tests: bool = False
 
 
-def bench(*arguments: str) -> tuple[str, ...]:
-    return ("scripts/bench/gpu.py", "--repeats", "2", *arguments)
+def bench(
+    trainer: str, model: str, *settings: str, repeats: int = 2, adapters: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return the arguments of a part that measures a trainer on a model."""
+    own = ("scripts/bench/gpu.py", "--trainer", trainer, "--models", model, "--repeats", str(repeats))
+    other = ("--against", "scripts/bench", "--adapter", *(f"scripts/bench/{name}.py:prepare" for name in adapters))
+    return (*own, "--settings", *settings, *(other if adapters else ()))
 
 
-def own(name: str) -> tuple[str, ...]:
-    return ("scripts/bench/gpu_day.py", "--measure", name)
+def gpu_tests() -> tuple[str, ...]:
+    """Return the test files with tests that need a card: reading these alone saves seconds."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return tuple(str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text())
 
 
 PARTS: dict[str, Part] = {
-    "trainers": Part("does every trainer learn as on a CPU, on policy, and resume bit for bit?", own("trainers"), 90),
-    "tests": Part("do the tests that need a card pass?", ("-m", "pytest", "-m", "gpu", "-q", "-x", "tests"), 70),
-    "flow_grpo_sd35": Part(
-        "Flow-GRPO on SD3.5-medium, 512 px",
-        bench("--models", "sd35_medium_512", "--settings", "plain", "attention", "checkpointing", "compile"),
-        120,
-    ),
-    "dpo_sdxl": Part("Diffusion-DPO on SDXL, 1024 px", own("dpo_sdxl"), 60),
-    "refl_sd35": Part("ReFL on SD3.5-medium, 512 px", own("refl_sd35"), 50),
-    "flow_grpo_flux": Part(
-        "Flow-GRPO on FLUX.1-dev, 512 px, in bf16 and in 4 bits",
-        bench("--models", "flux1_dev_512", "--settings", "plain", "base_4bit"),
+    "trainers": Part(
+        "does every trainer learn as on a CPU, on policy, and resume bit for bit?",
+        ("scripts/bench/gpu_day.py", "--measure"),
         90,
     ),
-    "plain_diffusers": Part(
-        "the work of Flow-GRPO on SD3.5-medium in plain diffusers",
-        bench(
-            *("--models", "sd35_medium_512", "--settings", "plain"),
-            *("--against", "scripts/bench", "--adapter", "scripts/bench/diffusers_loop.py:prepare"),
-        ),
-        60,
+    "tests": Part("do the tests that need a card pass?", ("-m", "pytest", "-m", "gpu", *gpu_tests()), 50, tests=True),
+    "flow_grpo_sd35": Part(
+        "Flow-GRPO on SD3.5-medium, 512 px",
+        bench("flow_grpo", "sd35_medium_512", "plain", "batched_times", "checkpointing", "compile"),
+        100,
+    ),
+    "forward_rl_sd35": Part(
+        "forward-process RL (NFT) on SD3.5-medium, 512 px",
+        bench("forward_rl", "sd35_medium_512", "plain", "batched_times", repeats=1),
+        45,
+    ),
+    "dpo_sdxl": Part(
+        "Diffusion-DPO on SDXL, 1024 px, and the inner loop of diffusers' training scripts",
+        bench("diffusion_dpo", "sdxl_1024", "plain", "checkpointing", adapters=("dpo_loop",)),
+        55,
+    ),
+    "refl_sd35": Part(
+        "ReFL on SD3.5-medium, 512 px", bench("refl", "sd35_medium_512", "checkpointing", "plain", repeats=1), 45
+    ),
+    "flow_grpo_flux": Part(
+        "Flow-GRPO on FLUX.1-dev, 512 px, in bf16 and in 4 bits",
+        bench("flow_grpo", "flux1_dev_512", "plain", "base_4bit", repeats=1),
+        100,
+    ),
+    "other_loops": Part(
+        "the work of Flow-GRPO on SD3.5-medium in the inner loop of Flow-GRPO's trainers, and in plain diffusers",
+        bench("flow_grpo", "sd35_medium_512", "plain", adapters=("flow_grpo_loop", "diffusers_loop")),
+        55,
     ),
 }
-
-
-# Parts that this file measures --------------------------------------------------------------------------------------
-
-
-def rows_of(name: str, folder: Path, **changes: Any) -> list[dict[str, float]]:
-    """Train on the embedded world; return the rows of its optimizer steps."""
-    entry = find_algorithm(name)
-    given = {**settings(entry, ROOT / "assets", folder), "mixed_precision": PRECISION, **changes}
-    if hasattr(entry.config, "old_log_prob") and PRECISION != "no":
-        given["old_log_prob"] = "recompute"
-    entry.trainer(args=from_dict(entry.config, given, "gpu_day")).train()
-    return [row for row in MetricsLog.read(folder / "metrics.jsonl") if "loss" in row]
-
-
-def trainers(size: str) -> dict[str, Any]:
-    """Train each trainer in one go, and stopped and resumed; compare the last checkpoints byte for byte."""
-    found = {}
-    for name in algorithm_names():
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as place:
-            whole, stopped = Path(place) / "whole", Path(place) / "stopped"
-            rows = rows_of(name, whole, max_train_steps=STEPS, checkpointing_steps=STEPS // 2)
-            half = whole / f"checkpoint-{STEPS // 2}"
-            shutil.copytree(half, stopped / half.name)
-            rows_of(name, stopped, max_train_steps=STEPS, resume_from_checkpoint="latest")
-            last = f"checkpoint-{STEPS}/weights.safetensors"
-            found[name] = {
-                "losses": [row["loss"] for row in rows],
-                "gradient_norms": [row["grad_norm"] for row in rows],
-                "first_ratio": rows[0].get("ratio_mean"),
-                "resume_is_exact": (whole / last).read_bytes() == (stopped / last).read_bytes(),
-                "seconds": time.perf_counter() - started,
-            }
-    return found
-
-
-def brightness(images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    return images.mean((1, 2, 3))
-
-
-BRIGHTNESS = FunctionReward("brightness", brightness, differentiable=True)
-
-
-def dpo_sdxl(size: str) -> dict[str, Any]:
-    batch = 2 if size == "tiny" else 4
-    pairs = {"train_data": (str(ROOT / "assets/preferences/shapes.parquet"),), "num_pairs": batch, "cache": False}
-    return timed("diffusion_dpo", "sdxl_1024", size, {**pairs, "data": {"scan": 8}, "train_batch_size": batch})
-
-
-def refl_sd35(size: str) -> dict[str, Any]:
-    batch = 2 if size == "tiny" else 4
-    recipe = {"preset": "draft_1", "num_steps": 4 if size == "tiny" else 10}
-    sizes = {"num_groups": batch, "rollout_batch_size": batch, "train_batch_size": batch}
-    prompts = [Prompt(f"prompt {i}") for i in range(batch)]
-    options = {"reward_funcs": BRIGHTNESS, "train_dataset": prompts}
-    return timed("refl", "sd35_medium_512", size, {"recipe": recipe, **sizes, "gradient_checkpointing": True}, options)
-
-
-def timed(
-    name: str, case: str, size: str, changes: Mapping[str, Any], options: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Time three iterations of a trainer after one that warms up.
-
-    A place for the rehearsed peak beside the measured one: "forecast_memory_gib".
-    """
-    entry, device = find_algorithm(name), default_device()
-    rank = 4 if size == "tiny" else 32
-    with tempfile.TemporaryDirectory() as folder:
-        given = {"model": "random", "output_dir": folder, "mixed_precision": PRECISION, **changes}
-        args = from_dict(entry.config, {**given, "lora": {"rank": rank}}, "gpu_day")
-        trainer = entry.trainer(model=build(CASES[case], size), args=args, **(options or {}))
-        seconds = []
-        for iteration in range(4):
-            synchronize(device)
-            started = time.perf_counter()
-            batch = collect(trainer, iteration)
-            for minibatch in trainer.algorithm.minibatches(batch, iteration):
-                metrics = trainer.loop._update(batch, minibatch)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        work = entry.cost.iteration(trainer.args, Share(), 0, 1)
-    return {
-        "seconds_per_iteration": sorted(seconds[1:])[1],
-        "warm_up_seconds": seconds[0],
-        "evaluations": {"sampling": work.sampling, "training": work.training, "comparing": work.comparing},
-        "loss": metrics["loss"],
-        "peak_memory_gib": peak_memory(),
-        "forecast_memory_gib": None,
-    }
-
-
-MEASURES = {"trainers": trainers, "dpo_sdxl": dpo_sdxl, "refl_sd35": refl_sd35}
 
 
 # All parts ------------------------------------------------------------------------------------------------------------
@@ -187,22 +114,42 @@ def run(part: Part, size: str, limit: float) -> dict[str, Any]:
     """Run a part in a process of its own; return its results, or why there are none."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "part.json"
-        takes_file = "-m" not in part.arguments[:1]
-        more = ("--size", size, "--write", str(file)) if takes_file else ()
-        log = Path(folder) / "log.txt"
-        with log.open("w") as output:
-            try:
-                command = [sys.executable, *part.arguments, *more]
-                code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, timeout=limit).returncode
-                problem = "" if code == 0 else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                problem = f"stopped after {limit:.0f} s"
+        file, log = Path(folder) / "part.json", Path(folder) / "log.txt"
+        more = ("--junitxml", str(file)) if part.tests else ("--size", size, "--write", str(file))
+        problem = run_process([sys.executable, *arguments_of(part, size), *more], log, limit)
         said = log.read_text(errors="replace").strip().splitlines() or [""]
-        found = json.loads(file.read_text()) if file.exists() else {"said": said[-1][:300]}
+        found: dict[str, Any] = {}
+        if file.exists():
+            found = test_counts(file) if part.tests else json.loads(file.read_text())
     if problem:
         found["problem"] = f"{problem}: {said[-1][:300]}"
     return {"question": part.question, "seconds": time.perf_counter() - started, "results": found}
+
+
+def arguments_of(part: Part, size: str) -> list[str]:
+    """Return the arguments of a part, without what says nothing on a CPU."""
+    return [word for word in part.arguments if size != "tiny" or word != SLOW_ON_CPUS]
+
+
+def run_process(command: list[str], log: Path, limit: float) -> str:
+    """Run a command and all that it starts for ``limit`` seconds at most; return what went wrong, or ""."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {limit:.0f} s"
+    return "" if code == 0 else f"exit code {code}"
+
+
+def test_counts(file: Path) -> dict[str, Any]:
+    """Count the tests of a JUnit file, and name those that failed."""
+    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
 
 
 def run_all(parts: Mapping[str, Part], size: str, file: Path, budget: float = BUDGET) -> dict[str, Any]:
@@ -222,7 +169,8 @@ def run_all(parts: Mapping[str, Part], size: str, file: Path, budget: float = BU
         else:
             result["parts"][name] = run(part, size, min(part.limit, left))
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        with replacing(file) as staged:
+            staged.write_text(json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(result["parts"][name]), flush=True)
     return result
 
@@ -236,17 +184,17 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/gpu.json")
     parser.add_argument("--against", type=Path, help="a checkout of another trainer, for a part of its own")
     parser.add_argument("--adapter", help="what drives it, file.py:function; see scripts/bench/against.py")
-    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)  # what a part's process does
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the process of "trainers"
     args = parser.parse_args()
     if args.size == "published" and not CUDA:
         parser.error("published sizes need a CUDA device, and there is none: use --size tiny")
-    if args.measure is not None:
-        args.write.write_text(json.dumps(MEASURES[args.measure](args.size)))
+    if args.measure:
+        measure_trainers(args.write)
         return
     parts = {name: PARTS[name] for name in args.parts}
     if args.against is not None and args.adapter is not None:
         other = ("--against", str(args.against.resolve()), "--adapter", args.adapter)
-        command = bench("--models", "sd35_medium_512", "--settings", "plain", *other)
+        command = (*bench("flow_grpo", "sd35_medium_512", "plain"), *other)
         parts["against"] = Part(f"the same work in {args.against}", command, 120)
     run_all(parts, args.size, args.write)
 

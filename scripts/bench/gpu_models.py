@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,36 +16,60 @@ from diffusers import PipelineQuantizationConfig
 
 from diffalign import DiffusionModel
 from diffalign.models import get_family, load_model
+from diffalign.models.meta_device import model_on_meta
 from diffalign.models.quantise import quantisation
+from diffalign.models.quiet import quiet_libraries
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-TINY = 32  # pixels
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the options of its run. size: name -> builder of its pipeline, as module:function."""
+    """A model, and how runs use it.
 
-    size: Mapping[str, str]
+    Attributes:
+        hub: Id of the published model, or a folder; only its configuration files are read.
+        tiny: A small pipeline of the same family, as module:name of a folder or of a function that builds it.
+        resolution: Of the published model, in pixels.
+        batch: Images per pass.
+        guidance: Guidance scale of rollouts.
+        plan: Fields of the sampling plan.
+        tiny_options: Configuration fields of the small model.
+    """
+
+    hub: str
+    tiny: str
     resolution: int
     batch: int
     guidance: float = 1.0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    tiny_options: Mapping[str, Any] = field(default_factory=lambda: {"resolution": 32})
+
+    def options(self, size: str) -> dict[str, Any]:
+        """Return the fields of a configuration that describe the model."""
+        if size == "tiny":
+            return {"model": str(small_pipeline(self.tiny)), **self.tiny_options}
+        return {"model": self.hub, "resolution": self.resolution}
 
 
-SD35 = {"published": "tests.models.published_configs:sd35_medium", "tiny": "tests.conftest:PIPELINE"}
-SDXL = {"published": "tests.models.published_configs:sdxl", "tiny": "tests.models.tiny_unet_pipelines:sdxl"}
-FLUX = {
-    "published": "tests.models.published_flow_configs:flux_dev",
-    "tiny": "tests.models.tiny_flow_pipelines:flux_dev",
-}
+SD35, SD35_TINY = "stabilityai/stable-diffusion-3.5-medium", "tests.conftest:PIPELINE"
+SHORT = {"max_sequence_length": 16}
 CASES = {
-    "sd35_medium_512": Case(SD35, 512, 8, 4.5),
-    "sd35_medium_1024": Case(SD35, 1024, 4, 4.5),
-    "sdxl_1024": Case(SDXL, 1024, 4, 5.0, {"solver": "ddim"}),
-    "flux1_dev_512": Case(FLUX, 512, 4),
+    "sd35_medium_512": Case(SD35, SD35_TINY, 512, 8, 4.5, tiny_options=SHORT),
+    "sd35_medium_1024": Case(SD35, SD35_TINY, 1024, 4, 4.5, tiny_options=SHORT),
+    "sdxl_1024": Case(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "tests.models.tiny_unet_pipelines:sdxl",
+        *(1024, 4, 5.0, {"solver": "ddim"}),
+    ),
+    "flux1_dev_512": Case(
+        "black-forest-labs/FLUX.1-dev",
+        "tests.models.tiny_flow_pipelines:flux_dev",
+        *(512, 4),
+        tiny_options=SHORT | {"resolution": 32},
+    ),
 }
 # Tokens of a prompt and where the denoiser's configuration has their width.
 SPOKEN = {
@@ -54,22 +79,36 @@ SPOKEN = {
 }
 
 
+@cache
+def small_pipeline(source: str) -> Path:
+    """Return the folder of a small pipeline, which is built and written once per process."""
+    module, name = source.split(":")
+    found = getattr(importlib.import_module(module), name)
+    if isinstance(found, Path):
+        return found
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    with torch.random.fork_rng(devices=[]), quiet_libraries():
+        torch.manual_seed(7)
+        found().save_pretrained(_FOLDERS[-1].name)
+    return Path(_FOLDERS[-1].name)
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+
+
 def build(case: Case, size: str, quantise: str = "no") -> DiffusionModel:
-    """Build the pipeline in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
-    module, name = case.size[size].split(":")
-    source = getattr(importlib.import_module(module), name)
-    if isinstance(source, Path):
-        return load_model(source, max_sequence_length=16, quantise=quantise)
-    pipeline = source() if size == "tiny" else published(source)
+    """Build the model in ``DTYPE``; published sizes with random weights. ValueError: it cannot be quantised here."""
+    if size == "tiny":
+        options = case.options(size)
+        return load_model(options.pop("model"), quantise=quantise, **options)
+    pipeline = published(case.hub)
     family = get_family(type(pipeline).__name__)
-    options = {"resolution": TINY if size == "tiny" else case.resolution}
     config = getattr(pipeline, family.denoiser_name).config
     if quantise != "no":
         quantised = quantisation(quantise, family.denoiser_name)  # refuses before gigabytes are written
         pipeline = reloaded(pipeline, quantised)
-    model = family(pipeline, **options)
-    if size != "tiny":
-        silence(pipeline, config)
+    model = family(pipeline, resolution=case.resolution)
+    silence(pipeline, config)
     return model
 
 
@@ -85,10 +124,9 @@ def reloaded(pipeline: Any, config: PipelineQuantizationConfig) -> Any:
     return found
 
 
-def published(source: Callable[[], Any]) -> Any:
+def published(hub: str) -> Any:
     """Build a pipeline of random weights, without text encoders."""
-    with torch.device("meta"):
-        pipeline = source()
+    pipeline = model_on_meta(hub).pipeline
     denoiser = getattr(pipeline, get_family(type(pipeline).__name__).denoiser_name)
     for part, dtype in ((denoiser, DTYPE), (pipeline.vae, torch.float32)):
         part.to(dtype).to_empty(device=DEVICE)

@@ -29,14 +29,14 @@ RESULTS = ROOT / "assets/results"
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "diffalign/rewards/README.md", losses.README)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMON_REWARDS = ("pickscore", "hpsv2.1", "hpsv3", "image_reward", "aesthetic", "vqascore", "geneval", "ocr")
-BENCHMARKS = {"Flow-GRPO": "flow_grpo", "Diffusion-DPO": "dpo", "ReFL (DRTune)": "refl"}
+BENCHMARKS = {"Flow-GRPO": "flow_grpo", "Diffusion-DPO": "dpo", "ReFL (DRTune)": "refl", "NFT, one core": "forward_rl"}
 TRIED = {
     "attacks": "attacks through configuration files and run folders that ran code, reached a server or left a trace",
     "requests": "requests answered by the reward server with 64 in flight, alone and beside 300 silent clients",
     "settings": "extreme numbers in settings that are refused by name, or train and can be read back from every file",
     "folders": "damaged, forged or foreign run folders that a run survives, or refuses and leaves unchanged",
 }
-UNITS = {"Flow-GRPO": "images_per_second", "Diffusion-DPO": "pairs_per_second", "ReFL (DRTune)": "images_per_second"}
+UNITS = dict.fromkeys(BENCHMARKS, "images_per_second") | {"Diffusion-DPO": "pairs_per_second"}
 
 
 @cache
@@ -123,9 +123,8 @@ def speed() -> str:
 
 def reward_speed() -> str:
     """Tabulate the throughput of rewards and the ratio to bare calls of their networks."""
-    found = results("bench_rewards")
     rows = []
-    for name, timed in found["rewards"].items():
+    for name, timed in {**results("bench_rewards")["rewards"], **results("bench_judges")["rewards"]}.items():
         low, high = timed["ratio_range"]
         rates = (f"{timed[key]:.2f}" for key in ("images_per_second", "direct_images_per_second"))
         rows.append((f"`{name}`", *rates, f"{timed['ratio']:.2f}", f"{low:.2f} to {high:.2f}"))

@@ -116,9 +116,16 @@ class Run:
 
     def command(self, root: Path) -> list[str]:
         folder = self.folder(root)
-        if any(folder.glob("checkpoint-*")):
+        tried, latest = (
+            folder.with_name(f"{folder.name}.resumed"),
+            sorted(path.name for path in folder.glob("checkpoint-*")),
+        )
+        if latest and (not tried.is_file() or tried.read_text() != str(latest)):
+            tried.write_text(str(latest))
             return [*self.fresh_command(root), "--resume_from_checkpoint", "latest"]
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint
+        # Stopped before its first checkpoint, or a resumed training took no step, e.g. for other settings.
+        shutil.rmtree(folder, ignore_errors=True)
+        tried.unlink(missing_ok=True)
         return self.fresh_command(root)
 
     def fresh_command(self, root: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Commands and helpers ask for the accelerator in one place."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 from PIL import Image
 
 from diffalign import device, score_images
+from diffalign.cli import main
+from diffalign.commands import gallery
 from diffalign.commands.doctor import machine, probes
 from diffalign.commands.relabel import Pending, judge
 from diffalign.evaluation.diversity import embedding_distance, pairwise_distance
 from diffalign.forecast.dry_run import free_memory
-from diffalign.rewards import FunctionReward
-from diffalign.rewards.remote import RewardServer
+from diffalign.rewards import FunctionReward, clip, get_reward
+from diffalign.rewards.remote import RemoteReward, RewardServer
+from diffalign.rewards.support.http_client import HTTPClient
 from diffalign.rewards.support.isolation import isolated
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.runtime.oom import make_room
@@ -20,6 +24,7 @@ from diffalign.runtime.provenance import machine as origin
 from diffalign.structures import Pair, Prompt
 from tests.conftest import ROOT
 from tests.device import strict
+from tests.device.runs import train
 
 
 @pytest.fixture
@@ -58,6 +63,44 @@ def test_the_server_and_the_probe_of_rewards_use_the_device(reward):
     with RewardServer({"brightness": reward}, port=0) as server:
         assert server.device.type == strict.NAME
     try_rewards({"brightness": reward}, [Prompt("a"), Prompt("b")])
+
+
+def test_a_network_behind_the_server_scores_on_the_device(monkeypatch):
+    folder = str(ROOT / "assets/judges/pickscore")
+    judge = get_reward("pickscore", path=folder, tokenizer=folder)
+    images, prompts = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), ["a red circle"] * 2
+    expected = judge(images, prompts, [{}] * 2)
+    devices, plain = [], clip.on_device
+
+    def watched(network, weights, device):
+        devices.append(device.type)
+        return plain(network, weights, device)
+
+    monkeypatch.setattr(clip, "on_device", watched)
+    with RewardServer({"pickscore": judge}, port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        line = HTTPClient(f"http://127.0.0.1:{server.server_port}", timeout=60.0)
+        found = RemoteReward("pickscore", line, "pickscore")(images.to(strict.NAME), prompts, [{}] * 2)
+        server.shutdown()
+    assert set(devices) == {strict.NAME}
+    torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_checkpoints_are_sampled_and_scored_on_the_device(command, tmp_path, monkeypatch):
+    devices, plain = set(), gallery.score
+
+    def watched(rewards, images, *args, **kwargs):
+        devices.add(images.device.type)
+        return plain(rewards, images, *args, **kwargs)
+
+    monkeypatch.setattr(gallery, "score", watched)
+    train("flow_grpo", run := tmp_path / "run", max_train_steps=1)
+    prompts = str(ROOT / "assets/prompts/shapes_validation.jsonl")
+    options = ["--prompts", prompts, "--limit", "2", "--rewards", "brightness", "--output_dir", str(tmp_path / "out")]
+    assert main([command, str(run), *options]) == 0
+    assert devices == {strict.NAME}
 
 
 def test_checks_and_forecasts_see_the_device():

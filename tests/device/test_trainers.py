@@ -7,11 +7,10 @@ from contextlib import contextmanager
 import pytest
 from torch.nn import functional as F
 
-from diffalign.rewards.base import FunctionReward
 from diffalign.trainers.registry import algorithm_names
 from tests.conftest import PROMPTS
 from tests.device import strict
-from tests.device.runs import VARIANTS, is_on_device, make, on, train, weights
+from tests.device.runs import VARIANTS, make, on, train, weights
 from tests.phases import collect
 
 RUNS = [(name, variant) for name in algorithm_names() for variant in VARIANTS.get(name, {"trial": {}})]
@@ -94,9 +93,6 @@ def test_a_run_that_changes_devices_ends_where_one_that_stays_does(name, finishe
 
 # Wrong devices --------------------------------------------------------------------------------------------------------
 
-# Settings of a run with a reward of the test: ReFL then has no threshold for it.
-RELATIVE = {"refl": {"rewards": {}, "recipe": {"preset": "draft_1", "num_steps": 4, "reward_loss": "negative"}}}
-
 
 @contextmanager
 def first_product_on_the_cpu(monkeypatch):
@@ -151,20 +147,3 @@ def test_a_wrong_device_in_any_phase_is_an_error(name, tmp_path, monkeypatch):
     moments["exp_avg"] = moments["exp_avg"].cpu()
     with pytest.raises(RuntimeError, match="same device"):
         state.step(None, 1.0)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in algorithm_names() if name != "diffusion_dpo"])
-def test_rewards_get_images_of_the_device(name, tmp_path, monkeypatch):
-    """A reward computes where its images are, so that images on the CPU would be slow without a word."""
-
-    def brightness(images, prompts, metadata):
-        assert is_on_device(images)
-        return images.mean((1, 2, 3))
-
-    reward = FunctionReward("brightness", brightness, differentiable=True)
-    trainer = make(name, tmp_path / "run", reward_funcs=reward, **RELATIVE.get(name, {"rewards": {}}))
-    batch = collect(trainer)
-    (minibatch, *_) = trainer.algorithm.minibatches(batch, 0)
-    loss, _ = trainer.algorithm.loss(minibatch.micros[0])
-    assert loss.isfinite()

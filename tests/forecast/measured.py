@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from diffalign.fsdp import local_tensor
 from diffalign.models.offload import tensors_of
 from tests.phases import collect
 
@@ -28,7 +29,7 @@ def resident(trainer) -> int:
     state = trainer.loop.state
     moments = [t for table in state.optimizer.optimizer.state.values() for t in table.values()]
     extra = [t for kept in trainer.model.weights.copies.values() for t in kept] + moments
-    return sum(t.untyped_storage().nbytes() for t in [*tensors_of(parts), *extra])
+    return sum(local_tensor(t).untyped_storage().nbytes() for t in [*tensors_of(parts), *extra])
 
 
 def measure(trainer) -> dict[str, int]:

@@ -13,8 +13,10 @@ from diffalign.forecast import dry_run as module
 from diffalign.forecast.cost import Work
 from diffalign.forecast.dry_run import duration, pace_lines
 from diffalign.forecast.rehearsal import Rehearsed
+from diffalign.forecast.report import peak_line
 from diffalign.forecast.timing import Pace
 from diffalign.models.weight_memory import Spread
+from diffalign.trainers.registry import find_algorithm
 from tests.conftest import ROOT
 
 GRPO = ["train", "flow_grpo", "--config", str(ROOT / "configs/flow_grpo/shapes.yaml"), "--dry_run"]
@@ -162,3 +164,17 @@ def test_time_is_the_work_at_the_measured_pace():
 def test_free_memory_is_that_of_the_machine():
     free, _ = module.free_memory()
     assert 0 < free <= psutil.virtual_memory().total or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "where", "advice"),
+    [
+        ("flow_grpo", ("sample", "reward"), "rewards score .* smaller rollout_batch_size or offload: .rewards"),
+        ("refl", ("train", "reward"), "rewards score .* decode_slice: 1 or a smaller train_batch_size"),
+        ("refl", ("held out", "decode"), "a batch of held-out images.* a smaller eval_batch_size"),
+        ("diffusion_dpo", ("held out", "evaluate"), "a batch of held-out images.* a smaller rollout_batch_size"),
+    ],
+)
+def test_a_peak_of_rewards_or_evaluations_says_what_lowers_it(trainer, where, advice):
+    line = peak_line(stand_in({where: 2**30}), find_algorithm(trainer).config())
+    assert re.search(advice, line), line

@@ -27,6 +27,7 @@ TRIALS = {
         "num_pairs": 4,
         "train_batch_size": 4,
     },
+    "forward_rl": ONLINE | BATCHES | {"plan": {"preset": "ode", "num_steps": 2}, "num_times": 1},
     "refl": ONLINE | BATCHES | {"recipe": {"preset": "draft_1", "num_steps": 2}},
 }
 
@@ -40,7 +41,7 @@ def settings(trainer, model, tmp_path, **more):
     known = {field.name for field in dataclasses.fields(entry.config)}
     table = {"model": str(model), "output_dir": str(tmp_path), "lora": {"rank": 4}, **TRIALS[trainer], **more}
     if trainer != "diffusion_dpo":
-        table |= {"rewards": {"jpeg_compressibility": 1.0} if trainer == "flow_grpo" else {"pickscore": JUDGE}}
+        table |= {"rewards": {"pickscore": JUDGE} if trainer == "refl" else {"jpeg_compressibility": 1.0}}
     return entry, from_dict(entry.config, {key: value for key, value in table.items() if key in known})
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from diffalign.losses.forward import ESTIMATORS
+from diffalign.losses.forward import ESTIMATORS, anchor_weight
 from diffalign.losses.registry import FORWARD_OBJECTIVES, get_forward_objective
+from diffalign.structures import Level
 from tests.losses.conftest import draw
 from tests.losses.forward_steps import (
     KINDS,
@@ -52,6 +53,13 @@ def test_an_estimator_is_its_formula_and_has_its_gradient(name):
 
     torch.testing.assert_close(step.log_p, frozen(step.output))
     assert same_as_finite_differences(step.log_p, frozen, step.output)
+
+
+def test_anchors_are_weighted_by_the_variance_of_the_sde_or_not_at_all():
+    level = Level(*(torch.tensor(x, dtype=torch.float64) for x in ([0.8, 0.5, 0.0], [0.2, 0.5, 1.0], [200, 500, 1000])))
+    assert torch.equal(anchor_weight("uniform", level), torch.ones(3, dtype=torch.float64))
+    std = torch.tensor([0.7 * (0.2 / 0.8) ** 0.5, 0.7, 0.7 * (1 / 0.01) ** 0.5], dtype=torch.float64)
+    torch.testing.assert_close(anchor_weight("elbo", level), 1 / (2 * std**2))
 
 
 @pytest.mark.parametrize("name", ["t2", "adaptive", "exact"])

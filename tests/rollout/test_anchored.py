@@ -9,9 +9,9 @@ from diffalign.diffusion.plan import PlanConfig, make_plan
 from diffalign.diffusion.steps import step
 from diffalign.models import DiffusionModel
 from diffalign.rng import KeyedRNG
-from diffalign.rollout.anchored import allocate_anchored, anchored_evaluations, anchored_rollouts, anchored_trees
+from diffalign.rollout.anchored import allocate_anchored, anchored_evaluations, anchored_latents, anchored_trees
 from diffalign.rollout.buffer import bytes_needed
-from diffalign.rollout.generate import NoiseKeys, generate, replay, rollouts
+from diffalign.rollout.generate import NoiseKeys, decode, generate, replay, rollouts
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.rollout.tree import trees_per_group
 
@@ -25,9 +25,9 @@ def roll(model: DiffusionModel, prompts, config, group_size, size=100, groups=(0
     buffer = allocate_anchored(plan.plan, group, member, list(prompts), model.latent_shape(), means=True)
     keys = NoiseKeys(KeyedRNG(0), "rollout", 0, group, member, True)
     conditioning = model.encode([p.text for p in prompts])
-    parts = [*anchored_rollouts(model, plan, conditioning, keys, buffer, size)]
+    parts = [*anchored_latents(model, plan, conditioning, keys, buffer, size)]
     assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == [*range(len(buffer.leaves))]
-    return buffer, torch.cat([images for _, images in parts]), plan, conditioning
+    return buffer, decode(model, torch.cat([latents for _, latents in parts])), plan, conditioning
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_trees_of_a_trunk_share_their_start_and_cannot_be_generated_alone(frozen
     buffer = allocate_anchored(plan.plan, group, member, list(train_prompts[:1]), frozen.latent_shape())
     keys, conditioning = NoiseKeys(KeyedRNG(0), "rollout", 0, group, member), frozen.encode(["a"])
     with pytest.raises(ValueError, match="share their initial noise: set shared_start: true"):
-        next(anchored_rollouts(frozen, plan, conditioning, keys, buffer, 4))
+        next(anchored_latents(frozen, plan, conditioning, keys, buffer, 4))
     with pytest.raises(ValueError, match="the plan branches"):
         next(generate(frozen, plan, conditioning, torch.tensor([0]), keys, 1))
     with pytest.raises(ValueError, match=r"branches at 2 steps into 6 images each.*set group_size: 24"):

@@ -207,3 +207,21 @@ def test_a_failed_image_trains_nothing(tmp_path):
     batch = collect(trainer_of(args, nearly))
     assert batch.buffer.advantage[0] == 0
     assert batch.buffer.advantage[1:].all()
+
+
+def test_a_weighted_anchor_adds_its_weighted_distance(tmp_path):
+    """With advantages of zero, the gradient is the anchor's alone, and both weightings differ in it."""
+    found = {}
+    for kind in ("uniform", "elbo"):
+        options = {"reference_weight": 2.0, "anchor_weighting": kind, "max_train_steps": 1, "num_times": 1}
+        trainer = trainer_of(
+            config(tmp_path / kind, "awm", ema_weight=0.0, **options), reward=lambda x, *_: x[:, 0, 0, 0]
+        )
+        batch = collect(trainer, 0)
+        batch.buffer.advantage = torch.zeros_like(batch.buffer.advantage)
+        for parameter in trainer.loop.state.parameters:  # away from the reference
+            torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator().manual_seed(0))
+        found[kind] = gradient(trainer, batch)
+    assert found["uniform"].norm() > 0
+    cosine = torch.cosine_similarity(found["uniform"], found["elbo"], 0)
+    assert 0 < cosine < 0.9999

@@ -72,6 +72,10 @@ TRIAL = {
 class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
     """Preference losses on denoising errors of pairs or single images."""
 
+    collapse_remedy = (
+        "Go on from an earlier checkpoint with half the learning_rate, a larger beta, or an anchor_weight above 0."
+    )
+
     @classmethod
     def read_inputs(
         cls, config: DiffusionDPOConfig, reward_funcs: Any, train_dataset: Any

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 ONLINE_ONLY = ("num_groups", "group_size", "shared_start", "decode_precision", "updates_per_rollout", "max_unscored",
-               "overlap_rewards", "save_rollouts", "pairs")  # fmt: skip
+               "overlap_rewards", "save_rollouts", "collapse", "rollout_cache", "pairs")  # fmt: skip
 OFFLINE = "read only online, where train_prompts and rewards make the pairs"
 ONLINE = "read only offline, where pairs come from train_data"
 NOISING = ("prompt_dropout", "time_sampling", "time_mean", "time_std", "times")
@@ -185,6 +185,7 @@ class DiffusionDPOConfig(RolloutConfig):
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
             names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
             names |= dict.fromkeys((f"data.{name}" for name in data), ONLINE)
+            names |= super().unread()
         else:
             names = dict.fromkeys(ONLINE_ONLY, OFFLINE)
             if self.losers == "data":
@@ -192,6 +193,7 @@ class DiffusionDPOConfig(RolloutConfig):
                 names |= dict.fromkeys((f"plan.{name}" for name in plan), OFFLINE)
         if self.pairs == "images":
             return names | {"siblings": SIBLINGS}
+        names |= {"rollout_cache": "a sampling step that is not the model's own has no density to compare"}
         children = ("shared_start", "overlap_rewards", "save_rollouts") if self.compares_children else ()
         return names | dict.fromkeys(children, CHILDREN)
 

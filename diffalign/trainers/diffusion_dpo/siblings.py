@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from diffalign.data.rollouts import pick_pairs
 from diffalign.diffusion.parameterization import to_x0
 from diffalign.diffusion.plan import make_plan
 from diffalign.models.offload import VAE
-from diffalign.rewards.base import RewardUnavailable, ask
+from diffalign.rewards.base import Reward, RewardUnavailable, ask, wanted
 from diffalign.rollout.collector import Collector, Rollout
 from diffalign.rollout.generate import NoiseKeys, decode
 from diffalign.rollout.sampler import SamplingPlan, Solver, micro_batches
@@ -246,12 +247,22 @@ class _PathSampler:
     def _score(self, x: Tensor, output: Tensor, index: int) -> dict[str, Tensor]:
         """Score the predicted clean images of children: name -> (b,)."""
         source, level, family = self.source, self.plan.levels[index], len(x) // len(self.prompts)
-        images = decode(
-            source.model, to_x0(source.model.parameterization, x, output, level), source.config.decode_dtype
-        )
+        clean = to_x0(source.model.parameterization, x, output, level)
+        images = decode(source.model, clean, source.config.decode_dtype) if source.collector.decodes else None
         prompts = [prompt for prompt in self._asked(index) for _ in range(family)]
-        found = score(source.collector.rewards, images, prompts, torch.arange(len(x)) // family)
+        groups = torch.arange(len(x)) // family
+        found = score(source.collector.rewards, images, prompts, groups, clean)
         return {name: found[name] for name in source.collector.rewards}
+
+    def _ask(
+        self,
+        reward: Reward,
+        images: Tensor | None,
+        latents: Tensor,
+        texts: list[str],
+        metadata: list[Mapping[str, Any]],
+    ) -> Tensor:
+        return ask(reward, wanted(reward, images, latents), texts, metadata)[0]
 
     def _survivors(self, totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Return the child of each family that goes on, and the best child: (b,), (b,)."""
@@ -275,11 +286,12 @@ class _PathSampler:
         prompts = self._asked(index)
         with torch.enable_grad():
             output = model.predict(x, level, self.conditioning, model.resolve_guidance(self.plan.guidance))
-            images = model.decode(to_x0(model.parameterization, x, output, level))
+            clean = to_x0(model.parameterization, x, output, level)
+            images = model.decode(clean) if source.collector.decodes else None
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
             try:
                 total = sum(
-                    weight * ask(source.collector.rewards[name], images, texts, metadata)[0].to(images).sum()
+                    weight * self._ask(source.collector.rewards[name], images, clean, texts, metadata).to(x).sum()
                     for name, weight in source.weights.items()
                 )
                 assert isinstance(total, Tensor)

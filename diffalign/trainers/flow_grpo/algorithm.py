@@ -54,6 +54,8 @@ TRIAL = {
 class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     """Policy gradients on the stored stochastic steps of rollouts, with advantages relative to the group."""
 
+    collapse_remedy = "Go on from an earlier checkpoint with half the learning_rate, or with kl_beta: 0.03."
+
     @classmethod
     def keeps_reference(cls, config: FlowGRPOConfig) -> bool:
         """Return whether a KL to the base model is part of the loss."""

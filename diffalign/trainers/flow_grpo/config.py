@@ -120,7 +120,8 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
         from diffalign.losses.registry import get_objective
 
-        names = {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
+        names = {"rollout_cache": "a rollout that is not the model's own has no density to train"}
+        names |= {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
         if not get_objective(self.loss, self.allow_reward_code).regions:
             names |= {"trust_region": f"read only by losses of a ratio, flow_grpo and grpo_guard, unlike {self.loss!r}"}
         if self.clip_range == math.inf:

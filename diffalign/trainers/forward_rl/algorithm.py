@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffalign.losses.forward import ForwardStep, mean_square
+from diffalign.losses.forward import ForwardStep, anchor_weight, mean_square
 from diffalign.losses.registry import get_forward_objective
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.collector import Rollout
@@ -91,6 +91,10 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
     """Denoising losses on final images of rollouts, with advantages relative to the group."""
 
     leaves_only = True
+    collapse_remedy = (
+        "Go on from an earlier checkpoint with an anchor to the base (reference_weight: 0.1), half the learning_rate, "
+        "or copies that lag more (a higher slope and maximum of old_lag and sample_lag)."
+    )
 
     @classmethod
     def keeps_reference(cls, config: ForwardRLConfig) -> bool:
@@ -175,8 +179,9 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         losses, metrics = self.objective.function(step, **self.options)
         loss = losses.mean()
         for name, weight, anchor in self._anchors(found):
-            distance = mean_square(step.output.float() - anchor.float()).mean()
-            loss, metrics[name] = loss + weight * distance, distance.detach()
+            distance = mean_square(step.output.float() - anchor.float())
+            scaled = distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
+            loss, metrics[name] = loss + weight * scaled.mean(), distance.mean().detach()
         return loss, metrics
 
     def _anchors(self, found: Denoised) -> Iterator[tuple[str, float, Tensor]]:

@@ -92,6 +92,9 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         None, "weight of the squared distance from a lagged copy's output; 0: no such copy", section="loss", ge=0
     )
     ema_lag: LagConfig = option(LagConfig(), "lag of the copy that ema_weight anchors to", section="loss")
+    anchor_weighting: Literal["uniform", "elbo"] | None = option(
+        None, "weighting of these distances over times; elbo: 1 / (2 sigma^2) of AWM", section="loss"
+    )
     advantage_std: Literal["group", "global", "unit"] | None = option(  # type: ignore[assignment]
         None,
         "standard deviation to divide advantages by: of each group, the iteration, or 1 (unit); default: the preset's",
@@ -140,7 +143,7 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         method = self.method
         objective = get_forward_objective(method.objective, self.allow_reward_code)
         chains = "read only by trainers that sample trees, and this one samples chains"
-        names = {"plan.branch": chains, "advantage_rule": chains}
+        names = {**super().unread(), "plan.branch": chains, "advantage_rule": chains}
         if not objective.estimator:
             names["estimator"] = f"objective {method.objective!r} weighs errors itself"
         if not (objective.needs_old(objective.resolve(method.objective_options)) or objective.statistic_old):
@@ -157,6 +160,8 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
             names["ema_lag"] = "read only with an ema_weight above 0"
         if not method.reference_weight:
             names["reference_guidance"] = "read only with a reference_weight above 0"
+        if not (method.reference_weight or method.ema_weight):
+            names["anchor_weighting"] = "read only with a reference_weight or an ema_weight above 0"
         if method.advantage_std == "unit":
             names["advantage_epsilon"] = "read only where advantages are divided by a standard deviation"
         return names

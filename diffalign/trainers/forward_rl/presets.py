@@ -33,6 +33,7 @@ class Method:
         ema_lag: Lag of the weights that anchor the policy.
         ema_weight: Weight of |v - v_ema|^2.
         reference_weight: Weight of |v - v_ref|^2.
+        anchor_weighting: Weighting of both over times: "uniform" or "elbo", see ``losses.forward.anchor_weight``.
         reference_guidance: Guidance scale of v_ref, which the policy then learns; None: no guidance.
         advantage_mode: "all", "positive", "negative", "one" (1 where positive, else 0) or "binary" (the sign).
         advantage_scale: Factor of advantages.
@@ -56,6 +57,7 @@ class Method:
     ema_lag: str | Lag = "linear"
     ema_weight: float = 0.0
     reference_weight: float = 0.0
+    anchor_weighting: str = "uniform"
     reference_guidance: float | None = None
     advantage_mode: str = "all"
     advantage_scale: float = 1.0

@@ -1,40 +1,40 @@
-"""The bench for cards: what it counts is right, and it runs at tiny size on a CPU."""
+"""The bench for GPUs runs at tiny size on a CPU, and counts what runs."""
 
 import importlib
+import itertools
 import json
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT
+from tests.phases import collect, update
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def bench():
     return importlib.import_module("scripts.bench.gpu")
 
 
-def test_a_frozen_base_is_charged_no_weight_gradients(bench):
-    """A frozen linear layer between two that train: 2 m n k per product; its backward pass has one product, not two."""
-    rows, width = 4, 8
-    layers = [torch.nn.Linear(width, width, bias=False) for _ in range(3)]
-    layers[1].requires_grad_(False)
-    product = 2 * rows * width * width
-    x = torch.randn(rows, width)
-    found = bench.executed(lambda: layers[2](layers[1](layers[0](x))).sum().backward())
-    # Forward 3; backward of the last: weight and input, of the frozen: input, of the first: weight.
-    assert found == (3 + 2 + 1 + 1) * product
-
-
-def test_every_model_and_setting_makes_a_valid_configuration(bench):
-    for case in bench.CASES.values():
-        assert case.size.keys() == {"published", "tiny"}
-    for changes in bench.SETTINGS.values():
-        bench.FlowGRPOConfig(model="random", **changes).validate()
+def test_every_trainer_model_and_setting_makes_a_valid_configuration(bench, tmp_path):
+    runs = importlib.import_module("scripts.bench.gpu_runs")
+    for trainer, case in itertools.product(runs.RUNS, bench.CASES.values()):
+        for setting in bench.SETTINGS:
+            try:
+                changes = bench.changes_of(trainer, setting)
+            except ValueError as error:
+                assert setting == bench.BATCHED, error  # noqa: PT017
+                continue
+            for size in ("published", "tiny"):
+                try:
+                    runs.configuration(trainer, case, size, changes, str(tmp_path)).validate()
+                except ValueError as error:
+                    assert setting in str(error) or "overlap_rewards" in str(error), error  # noqa: PT017
 
 
 # A checkout of somebody's trainer, which knows one kind of model.
@@ -80,48 +80,106 @@ def prepare(job):
 """
 
 
-def test_the_bench_runs_small_and_says_what_does_not_run(bench, tmp_path):
-    file, adapter = tmp_path / "bench.json", tmp_path / "adapter.py"
-    (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout/other.py").write_text(OTHER)
+@pytest.fixture
+def measured(bench, tmp_path, monkeypatch):
+    """Return a function that runs the bench at tiny size, and returns its rows by model."""
+
+    def run(*arguments):
+        file = tmp_path / "bench.json"
+        monkeypatch.setattr(
+            sys, "argv", ["gpu.py", "--size", "tiny", "--repeats", "1", "--write", str(file), *arguments]
+        )
+        bench.main()
+        return json.loads(file.read_text())["models"]
+
+    return run
+
+
+def test_flow_grpo_is_measured_beside_other_code(bench, measured, tmp_path):
+    adapter = tmp_path / "adapter.py"
+    (tmp_path / "other.py").write_text(OTHER)
     adapter.write_text(ADAPTER)
-    names = ["sd35_medium_512", "sdxl_1024", "flux1_dev_512"]
-    command = [sys.executable, "scripts/bench/gpu.py", "--size", "tiny", "--models", *names, "--repeats", "1"]
-    command += ["--settings", "plain", "xformers", "base_4bit", "--write", str(file)]
-    command += ["--against", str(tmp_path / "checkout"), "--adapter", f"{adapter}:prepare"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    models = json.loads(file.read_text())["models"]
+    names, loops = ["sd35_medium_512", "flux1_dev_512"], ["flow_grpo_loop", "diffusers_loop"]
+    adapters = [f"{adapter}:prepare", *(str(ROOT / f"scripts/bench/{name}.py:prepare") for name in loops)]
+    options = ["--settings", "plain", "xformers", "base_4bit", "--against", str(tmp_path), "--adapter", *adapters]
+    models = measured("--models", *names, *options)
     assert list(models) == names
-    for name, settings in models.items():
-        plain = settings["plain"]
+    for name, rows in models.items():
+        plain = rows["plain"]
         # 3 steps to sample, 2 to train; FLUX.1-dev needs no second evaluation for its guidance.
         guided = 1 if name == "flux1_dev_512" else 2
-        assert plain["evaluations_per_image"]["sampling"] == 3 * guided
-        assert plain["evaluations_per_image"]["training"] == 2 * guided
-        assert plain["share_of_matrix_peak"] > 0
-        assert plain["training_flops_per_second"] > 0
-        assert "xformers" in settings["xformers"]["refused"] or settings["xformers"]["images"]
-        base = settings["base_4bit"]
+        assert plain["evaluations_per_image"] == {"sampling": 3 * guided, "training": 2 * guided, "comparing": 0}
+        assert_complete(plain)
+        assert "xformers" in rows["xformers"]["refused"] or rows["xformers"]["images"]
+        base = rows["base_4bit"]
         assert base.get("images") or "bitsandbytes" in base["refused"] or "CUDA" in base["refused"]
-    other = models[names[0]]["against"]
-    assert other["evaluations_per_image"] == {"without gradients": 6, "with gradients": 4}
-    assert other["same_work"]
+
     ours = models[names[0]]["plain"]["images_per_second"]["iteration"]
-    assert other["seconds_over_ours"] == pytest.approx(ours / other["images_per_second"])
-    assert models[names[1]]["against"]["refused"] == "NotImplementedError: no such model"
+    for spec in adapters:
+        other, refused = models[names[0]][f"against {spec}"], models[names[1]][f"against {spec}"]
+        assert other["evaluations_per_image"] == {"without gradients": 6, "with gradients": 4}
+        assert other["same_work"]
+        assert other["seconds_over_ours"] == pytest.approx(ours / other["images_per_second"])
+        assert "NotImplementedError" in refused["refused"]
+
+
+def assert_complete(row):
+    """A row has rates, memory, and what the rehearsal adds."""
+    assert row["peak_memory_gib"] > 0
+    assert row["rehearsed_memory_gib"] > 0
+    assert row["images_per_second"]["iteration"] > 0
+    assert row["share_of_matrix_peak"]["training"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusion_dpo_does_the_work_of_the_loop_of_diffusers(measured):
+    spec = str(ROOT / "scripts/bench/dpo_loop.py:prepare")
+    rows = measured(
+        *("--trainer", "diffusion_dpo", "--models", "sdxl_1024", "--settings", "plain"),
+        *("--against", str(ROOT), "--adapter", spec),
+    )["sdxl_1024"]
+    assert_complete(rows["plain"])
+    other = rows[f"against {spec}"]
+    assert other["evaluations_per_image"] == {"without gradients": 2, "with gradients": 2}
+    assert other["same_work"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trainer", "settings"), [("forward_rl", ["plain", "batched_times"]), ("refl", ["plain"])])
+def test_other_trainers_are_measured(measured, trainer, settings):
+    rows = measured("--trainer", trainer, "--models", "sd35_medium_512", "--settings", *settings)["sd35_medium_512"]
+    for setting in settings:
+        assert_complete(rows[setting])
+    if trainer == "forward_rl":
+        assert rows["plain"]["loss"] == pytest.approx(rows["batched_times"]["loss"], rel=1e-4)
+
+
+def test_rehearsed_operations_are_those_that_run(bench, tmp_path):
+    """Of the matrix products of a training pass, which the counter of torch sees, and attention, which it does not."""
+    runs = importlib.import_module("scripts.bench.gpu_runs")
+    case = bench.CASES["sdxl_1024"]
+    found = runs.rehearsed("diffusion_dpo", case, "tiny", {})["flops"]["training"]
+    measured = runs.Bench("diffusion_dpo", case, "tiny", {}, str(tmp_path))
+    trainer = measured.trainer
+    batch = collect(trainer)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        update(trainer, batch)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_other_work_is_distinguished_from_the_same(bench, tmp_path):
     against = importlib.import_module("scripts.bench.against")
     net = torch.nn.Linear(2, 2)
-    job = SimpleNamespace(checkout=tmp_path, pipeline=SimpleNamespace(components={"unet": net}), images=4)
+    common = {"batch": 4, "resolution": 8, "lora_rank": 1, "lora_targets": (), "learning_rate": 0.0, "precision": "no"}
+    common |= {"checkout": tmp_path, "pipeline": SimpleNamespace(components={"unet": net}), "prompts": ("a",) * 4}
+    rest = {"num_steps": 2, "trained_steps": (0,), "noise_level": 1.0, "guidance_scale": 1.0, "reward": len}
+    rollouts = against.RolloutJob(**common, group_size=1, **rest)
     ours = {
         "evaluations_per_image": {"sampling": 2, "training": 1, "comparing": 1},
         "images_per_second": {"iteration": 1.0},
     }
 
-    def other(sampled, taught):
+    def other(sampled, taught, job=rollouts):
         def iterate():
             with torch.no_grad():
                 net(torch.zeros(4 * sampled, 2))
@@ -134,6 +192,9 @@ def test_other_work_is_distinguished_from_the_same(bench, tmp_path):
     assert not other(1, 1)
     assert not other(4, 1)
     assert not other(2, 2)
+    pairs = against.PreferenceJob(**common, beta=1.0)
+    assert other(3, 1, pairs), "a reference is no choice"
+    assert not other(2, 1, pairs)
 
 
 @pytest.mark.parametrize(("adapter", "message"), [("none.py:f", "no file 'none.py'"), ("{}:g", "has no function 'g'")])
@@ -149,7 +210,8 @@ def test_random_weights_go_without_text_encoders(bench, monkeypatch, quantise):
     models = importlib.import_module("scripts.bench.gpu_models")
     asked = []
     monkeypatch.setattr(models, "quantisation", lambda kind, part: asked.append((kind, part)))
-    case = models.Case({"published": "tests.models.tiny_flow_pipelines:flux_dev"}, resolution=16, batch=1)
+    folder = models.small_pipeline("tests.models.tiny_flow_pipelines:flux_dev")
+    case = models.Case(str(folder), "", resolution=16, batch=1)
     model = models.build(case, "published", quantise)
     assert asked == ([("4bit", "transformer")] if quantise == "4bit" else [])
     conditioning = model.encode(["a", "b"])

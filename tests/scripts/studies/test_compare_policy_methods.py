@@ -157,6 +157,19 @@ def test_rates_are_tried_until_the_best_lies_between_others(module, tmp_path, mo
     assert module.best_rate(None, "nft", "38400") == 2.8e-3
 
 
+def test_a_stopped_training_is_resumed_and_one_that_cannot_be_starts_afresh(module, tmp_path):
+    run = module.Run(module.Study(tmp_path), "nft", "6144", 7e-4, 0, 2, 1.0, 1.0)
+    folder = run.folder(tmp_path)
+    (folder / "checkpoint-100").mkdir(parents=True)
+    assert run.command(tmp_path)[-1] == "latest"
+    (folder / "checkpoint-200").mkdir()
+    assert run.command(tmp_path)[-1] == "latest"
+    assert run.command(tmp_path) == run.fresh_command(tmp_path)  # no step since
+    assert not folder.exists()
+    (folder / "checkpoint-100").mkdir(parents=True)
+    assert run.command(tmp_path)[-1] == "latest"
+
+
 def test_a_line_cut_by_a_crash_is_dropped_and_rows_of_another_study_are_refused(module, tmp_path):
     results, path = module.results, tmp_path / "rows.csv"
     row = dict.fromkeys(results.COLUMNS, "1") | {"learning_rate": 7e-4}
