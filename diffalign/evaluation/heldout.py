@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, wants_latents
+from diffalign.rewards.support.weights import resident
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, decode, generate_latents
 from diffalign.rollout.sampler import SamplingPlan
@@ -58,7 +59,13 @@ class Evaluation:
     """Sample and score held-out prompts, which are split over all processes."""
 
     def __init__(
-        self, run: Run[Any], prompts: Sequence[Prompt], rewards: Mapping[str, Reward], *, even: bool = False
+        self,
+        run: Run[Any],
+        prompts: Sequence[Prompt],
+        rewards: Mapping[str, Reward],
+        *,
+        trained: Collection[str] = (),
+        even: bool = False,
     ) -> None:
         """Select the prompts of this process.
 
@@ -66,9 +73,11 @@ class Evaluation:
             run: The training, whose model and weights in use are evaluated.
             prompts: All held-out prompts.
             rewards: Name -> reward, the primary reward first.
+            trained: Names of those that the run trains on; the networks of the others leave the device after use.
             even: Pad with discarded images, so that all ranks sample equally many (needed for sharded weights).
         """
         self.model, self.rewards, self.encoded, self.heartbeat = run.model, rewards, run.prompts, run.heartbeat
+        self.device, self.trained = run.accelerator.device, trained
         self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
         self.index = list(range(len(prompts)))[run.rank :: run.world]
         self.prompts = [prompts[i] for i in self.index]
@@ -92,10 +101,9 @@ class Evaluation:
         row = torch.arange(len(prompts))
         own, sample = row // self.per_prompt, row % self.per_prompt
         images, latents = self._samples(plan, own, sample)
-        scored: Any = dict.fromkeys(self.rewards, torch.empty(0))
+        scores = dict.fromkeys(self.rewards, torch.empty(0))
         if prompts:
-            scored = score(self.rewards, images, prompts, latents=latents)
-        scores = {name: scored[name] for name in self.rewards}
+            scores = {name: self._score(name, images, prompts, latents) for name in self.rewards}
 
         rows = [
             (self.index[i // self.per_prompt], i % self.per_prompt, str(p.metadata.get("tag", "all")), *values)
@@ -118,6 +126,13 @@ class Evaluation:
             f"{self.digest} {self.per_prompt} images, {len(plan.plan)} steps, guidance {scale}",
         )
         return summary(shown), shown
+
+    def _score(self, name: str, images: Tensor, prompts: Sequence[Prompt], latents: Tensor | None) -> Tensor:
+        """Score on the device of the run, in batches; networks are moved there and back at most once."""
+        one = {name: self.rewards[name]}
+        with resident(leave=name not in self.trained):
+            found = score(one, images, prompts, latents=latents, device=self.device, batch_size=self.batch_size)
+        return found[name]
 
     def _samples(self, plan: SamplingPlan, own: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sample the images of this process, (B, 3, H, W); B may be 0. Keep latents too if a reward wants them."""

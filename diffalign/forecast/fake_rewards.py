@@ -186,6 +186,7 @@ class RehearsedReward:
         reward: The reward.
         counter: Counts memory and operations.
         overlaps: Whether it scores while the next images are sampled.
+        trained: Whether the run trains on it; networks of the others leave the device after each evaluation.
         size: Bytes of its networks' weights.
         problem: Why it is not rehearsed; empty if it is.
     """
@@ -194,6 +195,7 @@ class RehearsedReward:
     reward: Reward
     counter: Counter
     overlaps: bool = False
+    trained: bool = True
     size: int = 0
     problem: str = ""
     differentiable: bool = True
@@ -216,7 +218,7 @@ class RehearsedReward:
     @property
     def offload(self) -> bool:
         """Whether networks leave the device after each use without gradients."""
-        return bool(getattr(getattr(self.reward, "weights", None), "offload", False))
+        return not self.trained or bool(getattr(getattr(self.reward, "weights", None), "offload", False))
 
     def prepare(self, side: int) -> None:
         """Load the networks, as an earlier iteration has done; afterwards it is known whether they can be rehearsed."""

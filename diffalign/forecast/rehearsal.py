@@ -38,7 +38,8 @@ from diffalign.models.offload import PARTS, VAE, tensors_of
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weight_memory import ADAMW_MOMENTS, Spread, gathered_bytes, size_of
 from diffalign.rewards.support.probe import untried
-from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.generate import NoiseKeys, decode, generate_latents
+from diffalign.rollout.scoring import score
 from diffalign.runtime.interfaces import MicroBatch
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.run import Heartbeat, Run
@@ -131,7 +132,7 @@ def rehearse(
             _warm_up(state, counter, config)
             if spread is not None:
                 _shard(model, state, spread, counter)
-            for reward in setting.rewards:
+            for reward in setting.every:
                 reward.prepare(model.default_resolution[0])
             counter.restart()
         if setting.inputs.eval_prompts:  # which are encoded once, by the evaluation before the first iteration
@@ -148,14 +149,14 @@ def rehearse(
         del batch
         if setting.inputs.eval_prompts:
             with counter.during(EVALUATING):
-                _evaluate(algorithm, setting.inputs.config)
+                _evaluate(algorithm, setting.inputs)
         updates = algorithm.updates_per_iteration
     peaks, flops, traffic, calls = (
         {key: value for key, value in table.items() if key[0]}
         for table in (counter.peaks, counter.flops, counter.traffic, counter.calls)
     )
     numbers = torch.Size(model.latent_shape()).numel()
-    notes = tuple(note for reward in setting.rewards if (note := reward.note) is not None)
+    notes = tuple(note for reward in setting.every if (note := reward.note) is not None)
     return Rehearsed(peaks, flops, traffic, calls, updates, numbers, notes)
 
 
@@ -166,6 +167,12 @@ class _Setting:
     inputs: Inputs[Any]
     accelerator: OneOfMany
     rewards: Sequence[RehearsedReward]
+
+    @property
+    def every(self) -> Sequence[RehearsedReward]:
+        """The rewards that the run trains on, and those of evaluations alone."""
+        judges: Mapping[str, Any] = self.inputs.eval_rewards if self.inputs.eval_prompts else {}
+        return list({id(reward): reward for reward in (*self.rewards, *judges.values())}.values())
 
 
 def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Counter) -> _Setting:
@@ -193,7 +200,12 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
     kind.check_processes(inputs, world)
     overlaps = getattr(config, "overlap_rewards", False)
     fakes = {name: RehearsedReward(name, reward, counter, overlaps) for name, reward in inputs.rewards.items()}
-    return _Setting(replace(inputs, rewards=fakes), OneOfMany(config.mixed_precision, world), tuple(fakes.values()))
+    judges = {
+        name: fakes.get(name) or RehearsedReward(name, reward, counter, trained=False)
+        for name, reward in inputs.eval_rewards.items()
+    }
+    inputs = replace(inputs, rewards=fakes, eval_rewards=judges)
+    return _Setting(inputs, OneOfMany(config.mixed_precision, world), tuple(fakes.values()))
 
 
 def _model(entry: Entry, setting: _Setting, counter: Counter, cpu: bool) -> tuple[DiffusionModel, nn.Module]:
@@ -313,13 +325,24 @@ def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter, spre
         state.step(None, torch.nan)
 
 
-def _evaluate(algorithm: Algorithm[Any, Any], config: Any) -> None:
-    """Sample a batch of held-out images as an evaluation does; rewards score these on the CPU."""
+def _evaluate(algorithm: Algorithm[Any, Any], inputs: Inputs[Any]) -> None:
+    """Sample and score a batch of held-out images as an evaluation does."""
+    images, latents = _held_out(algorithm, inputs.config)
+    prompts = [Prompt(f"{HELD_OUT} {number}") for number in range(len(images))]
+    judges: Mapping[str, Any] = inputs.eval_rewards
+    for name, reward in judges.items():
+        score({name: reward}, images, prompts, latents=latents)
+        reward.release()
+
+
+def _held_out(algorithm: Algorithm[Any, Any], config: Any) -> tuple[Tensor, Tensor]:
+    """Sample and decode a batch of held-out images: images and final latents."""
     run, model = algorithm.run, algorithm.model
     size = getattr(config, batch_name(config, "evaluate"))
     own = torch.zeros(size, dtype=torch.long)
     keys = NoiseKeys(run.rng, "evaluation", 0, own, torch.arange(size))
     conditioning = run.prompts.rows([HELD_OUT])
     with torch.no_grad(), model.keeping(VAE):
-        for _ in generate(model, algorithm.eval_plan(), conditioning, own, keys, size):
-            pass
+        for _, latents in generate_latents(model, algorithm.eval_plan(), conditioning, own, keys, size):
+            images = decode(model, latents)
+    return images, latents

@@ -42,7 +42,8 @@ class WrongShape(RewardUnavailable):
 class Reward(Protocol):
     """Score images, each independently of the rest of its batch. Higher is better.
 
-    A group reward compares the images of a group: it sets ``needs_groups`` and is called with group ids.
+    A group reward compares the images of a group: it sets ``needs_groups`` and is called with group ids (B,), on the
+    device of the images.
 
     A latent reward sets ``wants = "latents"``: a model's samples reach it as final latents (B, C, ...), scaled for the
     denoiser, and no image is decoded if all rewards of a run want latents. Images of files reach it as images, which
@@ -257,7 +258,7 @@ def ask(
 
     def call(seen: Tensor) -> tuple[Tensor, Extras]:
         own = [copy_metadata(entry) for entry in metadata]
-        copied = None if groups is None else groups.clone()
+        copied = None if groups is None else groups.to(given.device, copy=True)
         values, extras = isolated(lambda: _checked_call(reward, seen, list(prompts), own, copied))
         if not foreign:
             return values, extras

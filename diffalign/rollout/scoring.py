@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward, needs_groups, wanted, wants_latents
-from diffalign.rewards.support.fault_isolation import Batch, guarded
+from diffalign.rewards.support.fault_isolation import Batch, guarded_parts
 from diffalign.rewards.support.isolation import named, said
 from diffalign.rollout.background import one_thread, start
 from diffalign.structures import Prompt, Scores
@@ -29,6 +29,9 @@ def score(
     prompts: Sequence[Prompt],
     groups: Tensor | None = None,
     latents: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+    batch_size: int | None = None,
 ) -> Scores:
     """Score images with every reward, without gradients.
 
@@ -42,6 +45,8 @@ def score(
         prompts: B prompts.
         groups: (B,), labels of whole groups, for rewards that need them; default: images of one prompt are a group.
         latents: (B, C, ...), final latents of a model, for rewards that want them; None for images of files.
+        device: Where to move what a reward is called with; None to leave it.
+        batch_size: Images per call; group rewards are called once with all images. None: one call.
 
     Returns:
         Scores by name, each (B,) float32 on the CPU; further numbers that a reward returns are named "reward/extra".
@@ -53,7 +58,7 @@ def score(
     """
     problems: list[str] = []
     try:
-        return _score(rewards, images, latents, prompts, groups, problems)
+        return _score(rewards, images, latents, prompts, groups, problems, device, batch_size)
     finally:
         _warn(problems)
 
@@ -70,6 +75,8 @@ def _score(
     prompts: Sequence[Prompt],
     groups: Tensor | None,
     problems: list[str],
+    device: torch.device | None = None,
+    batch_size: int | None = None,
 ) -> Scores:
     """Score as ``score`` does, and collect warnings in ``problems``, for the caller's thread to raise."""
     for samples in (images, latents):
@@ -84,7 +91,8 @@ def _score(
         groups = torch.tensor([place[prompt.text] for prompt in prompts])
     found: dict[str, Tensor] = {}
     for name, reward in table.items():
-        found |= _score_one(name, reward, Batch(images, prompts, groups.cpu(), latents), problems)
+        batch = Batch(images, prompts, groups.cpu(), latents)
+        found |= _score_one(name, reward, batch, problems, device, batch_size)
     return Scores(found)
 
 
@@ -126,6 +134,7 @@ class ScoreBook:
         self.latents: list[Tensor] = []
         self.prompts: list[Prompt] = []
         self.parts: list[Scores] = []
+        self._device: torch.device | None = None
         self._thread = one_thread("rewards")
         self._running: Future[Scores] | None = None
         self._problems: list[str] = []
@@ -160,6 +169,7 @@ class ScoreBook:
         else:
             self.parts.append(score(self.at_once, images, prompts, latents=latents))
         self.prompts += prompts
+        self._device = next((samples.device for samples in (images, latents) if samples is not None), None)
         if self.keep_images and images is not None:
             self.images.append(images.cpu())
         if latents is not None and any(map(wants_latents, self.waiting.values())):
@@ -200,13 +210,21 @@ class ScoreBook:
         return Scores({**found, **late.values})
 
     def _late(self, groups: Tensor) -> Scores:
-        """Score whole groups."""
+        """Score whole groups, on the device of the micro-batches."""
         images, latents = (torch.cat(parts) if parts else None for parts in (self.images, self.latents))
-        return score(self.waiting, images, self.prompts, groups, latents)
+        return score(self.waiting, images, self.prompts, groups, latents, device=self._device)
 
 
-def _score_one(name: str, reward: Reward, batch: Batch, problems: list[str]) -> dict[str, Tensor]:
-    table, error = guarded(name, reward, batch)
+def _score_one(
+    name: str,
+    reward: Reward,
+    batch: Batch,
+    problems: list[str],
+    device: torch.device | None,
+    batch_size: int | None,
+) -> dict[str, Tensor]:
+    size = None if needs_groups(reward) else batch_size
+    table, error = guarded_parts(name, reward, batch, size, device)
     seen, prompts, values = wanted(reward, batch.images, batch.latents), batch.prompts, table[name]
     finite = seen.isfinite().flatten(1).all(1).cpu() & values.isfinite()
     if failed := [prompt.text for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]:

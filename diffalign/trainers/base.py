@@ -170,7 +170,7 @@ def with_evaluation(inputs: Inputs[C], eval_dataset: Sequence[Prompt] | None) ->
         raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
     tried = {id(reward) for reward in inputs.rewards.values()}
     new = {name: reward for name, reward in inputs.eval_rewards.items() if id(reward) not in tried}
-    try_rewards(new, prompts, config.resolution)
+    try_rewards(new, prompts, config.resolution, leave=True)
     return dataclasses.replace(inputs, eval_prompts=prompts)
 
 

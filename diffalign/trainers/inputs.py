@@ -115,8 +115,6 @@ def with_held_out(inputs: Inputs[C]) -> Inputs[C]:
         return inputs
     judges, _ = build_rewards(table, config.allow_reward_code)
     check_names(judges)
-    if REWARDS in config.offload:
-        judges = {name: offloaded(judge) for name, judge in judges.items()}
     trained = {found: name for name, reward in inputs.rewards.items() for found in networks(reward)}
     for name, judge in judges.items():
         if shared := [trained[found] for found in networks(judge) if found in trained]:

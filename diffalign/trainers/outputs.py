@@ -53,7 +53,8 @@ class Outputs:
         weight_set = {} if ema is None else {"weight_set": EMA_SET}
         self.report = Report(run.model, run.config, algorithm.name, algorithm.launch_command, **weight_set)
         self.first: Metrics = {}
-        self.evaluation = Evaluation(run, inputs.eval_prompts, inputs.eval_rewards, even=even)
+        trained = inputs.rewards.keys()
+        self.evaluation = Evaluation(run, inputs.eval_prompts, inputs.eval_rewards, trained=trained, even=even)
 
     # Where it comes from --------------------------------------------------------------------------------------------
 

@@ -127,7 +127,7 @@ def test_a_network_that_leaves_its_output_on_the_cpu_fails_every_phase_that_runs
     for phase in ORDER:
         for name, network in networks(trainer).items():
             if (phase, name) == ("evaluate", "vae.decoder"):
-                continue  # held-out images are scored in main memory
+                continue  # held-out images are kept in main memory
             with output_on_the_cpu(network) as ran:
                 failed = fails(getattr(phases, phase))
             assert failed or not ran, f"{phase}: {name} left its output on the CPU without an error"

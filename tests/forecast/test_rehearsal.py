@@ -6,8 +6,12 @@ import pytest
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
 from diffalign.config import from_dict
-from diffalign.forecast.rehearsal import rehearse
+from diffalign.forecast.counter import Counter
+from diffalign.forecast.fake_rewards import JUDGING, RehearsedReward
+from diffalign.forecast.rehearsal import EVALUATING, WEIGHTS, rehearse
+from diffalign.forecast.stand_ins import FiniteValues
 from diffalign.models.weight_memory import Spread
+from diffalign.rewards import get_reward
 from diffalign.rewards.base import FunctionReward
 from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
@@ -130,3 +134,36 @@ def test_a_process_of_several_has_its_share_of_the_work(tmp_path):
     one, two = (rehearse(entry, config, world) for world in (1, 2))
     assert two.calls["sample", "evaluate"] * 2 == one.calls["sample", "evaluate"]
     assert two.peak < one.peak
+
+
+HPS = {"hpsv2.1": {"options": {"path": str(ROOT / "assets/judges/hps")}}}
+
+
+def test_an_evaluation_holds_a_judge_and_a_batch_at_a_time_and_other_phases_hold_none(tmp_path):
+    shared = {"eval_prompts": ONLINE["train_prompts"], "rollout_batch_size": 4}
+    none, one, two = (
+        rehearse(*settings("flow_grpo", PIPELINE, tmp_path, **shared, held_out=judges))
+        for judges in ({}, HPS, {**HPS, "pickscore": JUDGE})
+    )
+    for phase in ("weights", "sample", "score", "train", "step"):
+        assert two.peak_of(phase) == one.peak_of(phase) == none.peak_of(phase)
+    where = EVALUATING, JUDGING
+    assert none.peaks[where] < none.peaks[EVALUATING, "decode"], "what sampled the images is gone"
+    assert one.peaks[where] > one.peak_of(WEIGHTS) + size_of("hpsv2.1", HPS["hpsv2.1"])
+    assert one.peaks[where] <= two.peaks[where] < one.peaks[where] + size_of("pickscore", JUDGE), "one at a time"
+    assert [found.calls[where] for found in (none, one, two)] == [4, 8, 12], "a batch for each reward"
+    assert not two.notes
+
+
+def size_of(name, entry):
+    """Bytes of a reward's network."""
+    found = RehearsedReward(name, get_reward(name, **entry["options"]), counter := Counter())
+    with FiniteValues(), counter, counter.during(EVALUATING):
+        found.prepare(32)
+    return found.size
+
+
+def test_judges_of_a_run_that_trains_on_no_reward_are_rehearsed(tmp_path):
+    shared = {"eval_prompts": ONLINE["train_prompts"], "held_out": HPS}
+    found = rehearse(*settings("diffusion_dpo", PIPELINE, tmp_path, **shared))
+    assert found.peaks[EVALUATING, JUDGING] > found.peak_of(WEIGHTS) + size_of("hpsv2.1", HPS["hpsv2.1"])

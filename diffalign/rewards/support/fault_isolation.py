@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward, RewardUnavailable, ask, needs_groups
+from diffalign.rewards.base import Reward, RewardUnavailable, ask, needs_groups, wants_latents
 from diffalign.structures import Prompt
 
 
@@ -29,11 +29,36 @@ class Batch:
         images, latents = (None if part is None else part[rows] for part in (self.images, self.latents))
         return Batch(images, [self.prompts[i] for i in rows], self.groups[rows], latents)
 
+    def on(self, device: torch.device, reward: Reward) -> Batch:
+        """Move what a reward is called with to a device, and leave out the rest."""
+        if self.latents is not None and wants_latents(reward):
+            return Batch(None, self.prompts, self.groups, self.latents.to(device))
+        return Batch(None if self.images is None else self.images.to(device), self.prompts, self.groups)
+
     def parts(self, whole_groups: bool) -> list[list[int]]:
         """Split the rows into samples, or into groups."""
         if not whole_groups:
             return [[i] for i in range(len(self.prompts))]
         return [(self.groups == label).nonzero()[:, 0].tolist() for label in self.groups.unique()]
+
+
+def guarded_parts(
+    name: str, reward: Reward, batch: Batch, size: int | None, device: torch.device | None
+) -> tuple[dict[str, Tensor], Exception | None]:
+    """Score a batch as ``guarded`` does, ``size`` rows at a time, each moved to a device first.
+
+    Args:
+        name: Name of the reward.
+        reward: Pointwise or group reward; parts must hold whole groups.
+        batch: What to score.
+        size: Rows per call; None for all.
+        device: Where to move a part; None to leave it.
+    """
+    count = len(batch.prompts)
+    if size is None or size >= count:
+        return guarded(name, reward, batch if device is None else batch.on(device, reward))
+    parts = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    return _merge([(rows, *guarded_parts(name, reward, batch[rows], None, device)) for rows in parts], count)
 
 
 @torch.no_grad()

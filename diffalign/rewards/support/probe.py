@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffalign.device import default_device
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups, wants_latents
 from diffalign.rewards.support.isolation import copy_metadata, isolated, said
+from diffalign.rewards.support.weights import resident
 from diffalign.structures import Prompt
 
 COUNT, SIDE = 2, 64
@@ -31,7 +32,9 @@ def untried() -> Iterator[None]:
         _OFF.reset(token)
 
 
-def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolution: int | None = None) -> None:
+def try_rewards(
+    rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolution: int | None = None, *, leave: bool = False
+) -> None:
     """Call each reward on two small images.
 
     Args:
@@ -39,6 +42,7 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
         prompts: of the run; the first two are used. Without prompts, exceptions of a reward are ignored, because it may
             need metadata; so are those of a latent reward, which may not accept images.
         resolution: of the run's images, if known; the test images have at most ``SIDE`` pixels a side.
+        leave: whether networks leave the device afterwards, one reward after the other.
 
     Raises:
         RewardUnavailable: weights or a package are missing.
@@ -51,7 +55,8 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
     for name, reward in rewards.items():
         _check_signature(name, reward)
         refuse = bool(prompts) and not wants_latents(reward)
-        _try(name, _copied(reward), samples, refuse, min(SIDE, resolution or SIDE))
+        with resident(leave=leave):
+            _try(name, _copied(reward), samples, refuse, min(SIDE, resolution or SIDE))
 
 
 def _copied(reward: Reward) -> Reward:
@@ -105,7 +110,7 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
 
 
 def _call(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
-    groups = [torch.zeros(len(prompts), dtype=torch.long)] if needs_groups(reward) else []
+    groups = [torch.zeros(len(prompts), dtype=torch.long, device=images.device)] if needs_groups(reward) else []
     texts, metadata = [p.text for p in prompts], [copy_metadata(dict(p.metadata)) for p in prompts]
     return isolated(lambda: reward(images, texts, metadata, *groups))
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,9 +23,20 @@ Network = TypeVar("Network", bound=nn.Module)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _LOADED: dict[tuple[Any, ...], Any] = {}
 _REPLACED: ContextVar[Callable[..., Any] | None] = ContextVar("replaced", default=None)
-_LOCK = threading.Lock()  # guards the two tables below
+_LOCK = threading.Lock()  # guards the two tables of locks below
 _LOADING: dict[tuple[Any, ...], threading.RLock] = {}
 _IN_USE: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Stay:
+    """Networks to move to the CPU at the end of a ``resident`` context, by id."""
+
+    leave: bool
+    leaving: dict[int, nn.Module] = field(default_factory=dict)
+
+
+_STAY: ContextVar[_Stay | None] = ContextVar("stay", default=None)
 
 
 @dataclass(frozen=True)
@@ -203,14 +214,43 @@ def frozen(network: Network, weights: Weights) -> Network:
 def on_device(network: nn.Module, weights: Weights, device: torch.device) -> Iterator[nn.Module]:
     """Move a network to ``device`` inside the context, under a lock for threads of a server.
 
-    Afterwards it is offloaded if configured, unless gradients are recorded: the backward pass needs it on the device.
+    Afterwards it is offloaded if configured, at the end of a ``resident`` context if there is one, unless gradients are
+    recorded: the backward pass needs it on the device.
     """
-    with _LOCK:
-        lock = _IN_USE.setdefault(network, threading.RLock())
-    with lock:
+    stay = _STAY.get()
+    with _lock(network):
+        if stay is not None and (weights.offload or (stay.leave and not _is_on(network, device))):
+            stay.leaving[id(network)] = network  # before the move, which may fail halfway
         network.to(device)
         try:
             yield network
         finally:
-            if weights.offload and not torch.is_grad_enabled():
+            if weights.offload and stay is None and not torch.is_grad_enabled():
                 network.to("cpu")
+
+
+@contextmanager
+def resident(*, leave: bool = False) -> Iterator[None]:
+    """Keep networks on the device between calls without gradients, and offload them at the end of the context.
+
+    Args:
+        leave: Also move networks to the CPU that are not configured to be offloaded, unless they were on the device
+            already.
+    """
+    token = _STAY.set(stay := _Stay(leave))
+    try:
+        yield
+    finally:
+        _STAY.reset(token)
+        for network in stay.leaving.values():
+            with _lock(network):
+                network.to("cpu")
+
+
+def _lock(network: nn.Module) -> threading.RLock:
+    with _LOCK:
+        return _IN_USE.setdefault(network, threading.RLock())
+
+
+def _is_on(network: nn.Module, device: torch.device) -> bool:
+    return all(parameter.device == device for parameter in network.parameters())
