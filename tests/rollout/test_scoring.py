@@ -204,3 +204,26 @@ def test_an_extra_of_one_micro_batch_is_nan_in_the_others():
     for rows in (slice(0, 2), slice(2, 4)):
         book.add(IMAGES[rows], PROMPTS[rows])
     assert book.scores(torch.arange(4))["mine/doubt"].isnan().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, None])
+def test_scores_in_batches_are_those_of_one_call_with_one_warning_for_each_reward(size):
+    calls = []
+
+    def counted(images, prompts, metadata):
+        calls.append(len(images))
+        return fails_on_two(images, prompts, metadata)
+
+    rewards = {"mine": reward(counted), "dark": reward(lambda *a: brightness(*a).log()), "ranks": Ranks()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = score(rewards, IMAGES, PROMPTS, torch.tensor([0, 0, 1, 1]), batch_size=size, device=IMAGES.device)
+    assert max(calls) == (size or 4)
+    assert [str(one.message).split(" samples")[0] for one in caught] == [
+        "reward 'mine' failed on 1 of 4",
+        "reward 'dark' failed on 1 of 4",
+    ]
+    with pytest.warns(RewardWarning):
+        whole = score(rewards, IMAGES, PROMPTS, torch.tensor([0, 0, 1, 1]))
+    for name in whole:
+        torch.testing.assert_close(found[name], whole[name], rtol=0, atol=0, equal_nan=True)
