@@ -25,6 +25,7 @@ from diffalign.evaluation.sampling import spread_evenly
 from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
 from diffalign.report.benchmark_report import ColumnResult, write_report
+from diffalign.rewards.support.weights import resident
 from diffalign.runtime.processes import check_world, connect
 from diffalign.structures import Prompt
 
@@ -54,8 +55,9 @@ def run(config: BenchConfig) -> dict[str, ColumnResult] | None:
     galleries = [_gallery(column, prompts, indices) for column in found]
     _sample(list(zip(found, galleries, strict=True)), state)
     for asked in judges:
-        for column, gallery in zip(found, galleries, strict=True):
-            _ask(asked, column, gallery, prompts, state)
+        with resident(leave=True):  # one judge on the device at a time
+            for column, gallery in zip(found, galleries, strict=True):
+                _ask(asked, column, gallery, prompts, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
