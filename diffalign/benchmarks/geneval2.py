@@ -28,7 +28,7 @@ PROTOCOL = Protocol(
     prompts=None,
     where="geneval2_data.jsonl of github.com/facebookresearch/GenEval2 is CC BY-NC 4.0 and not part of this package; "
     "download it there",
-    comparable="Comparable with the authors' Soft-TIFA: judge (Qwen3-VL-8B), question and accepted spellings are theirs.",
+    comparable="Comparable with the Soft-TIFA of the authors: judge (Qwen3-VL-8B), question and spellings are theirs.",
     headline="GM",
     needs=("vqa_list", "atom_count", "skills"),
     layout="{index:05d}.png",
