@@ -145,7 +145,7 @@ def rollout_latents(
     shared = shared_steps(plan.plan) if keys.shared_start else 0
     for trees in micro_batches(len(keys.group), size):
         start = _after_shared_steps(model, plan, conditioning, keys[trees], buffer, shared)
-        sampler.store(shared, trees, start)
+        store(buffer, shared, trees, start)
         yield from sampler.descend(shared, trees, start)
 
 
@@ -174,7 +174,7 @@ class _TreeSampler:
             self.conditioning[self.keys.at(self.plan.plan, first)[nodes].group],
             x,
             draw=lambda index: self.keys.at(self.plan.plan, index + 1)[children(index)].step(shape, index),
-            observe=lambda index, result: self.store(index + 1, children(index), result.x_next, result),
+            observe=lambda index, result: store(self.buffer, index + 1, children(index), result.x_next, result),
             steps=range(first, end),
         )
 
@@ -186,16 +186,17 @@ class _TreeSampler:
             else:
                 yield from self.descend(end, below, x[part])
 
-    def store(self, level: int, nodes: slice, x: Tensor, result: StepResult | None = None) -> None:
-        """Write nodes to the buffer if it stores their level, and the density of the step that ended in them."""
-        rows = self.buffer.level(level)[nodes]
-        if not len(rows):
-            return
-        pinned_memory.put(self.buffer.x, rows, x)
-        if result is not None and self.buffer.trained[rows[0]]:
-            assert result.log_prob is not None
-            self.buffer.log_prob[rows] = result.log_prob.to(self.buffer.log_prob.device)
-            self.buffer.put_means(rows, result.mean)
+
+def store(buffer: RolloutBuffer, level: int, nodes: slice, x: Tensor, result: StepResult | None = None) -> None:
+    """Write nodes to a buffer if it stores their level, and the density of the step that ended in them."""
+    rows = buffer.level(level)[nodes]
+    if not len(rows):
+        return
+    pinned_memory.put(buffer.x, rows, x)
+    if result is not None and buffer.trained[rows[0]]:
+        assert result.log_prob is not None
+        buffer.log_prob[rows] = result.log_prob.to(buffer.log_prob.device)
+        buffer.put_means(rows, result.mean)
 
 
 def shared_steps(plan: Plan) -> int:
