@@ -1,5 +1,7 @@
 """Sampling of trees: every node once, with noise of its own, and the density that a replay finds again."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -163,6 +165,9 @@ class Linear:
     """A velocity that depends on latents and prompts, for latents of any shape."""
 
     parameterization, device = "flow", torch.device("cpu")
+
+    def trajectory(self):
+        return contextlib.nullcontext()
 
     def resolve_guidance(self, guidance):
         return guidance
