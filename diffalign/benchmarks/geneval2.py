@@ -3,9 +3,6 @@
 Protocol of facebookresearch/GenEval2@a6e82d2: one image per prompt; a vision-language model is asked "{question} Answer
 in one word." about every atom, and the score of an atom is the probability of the expected answer. The arithmetic mean
 over the atoms of a prompt (AM) estimates atoms, the geometric mean (GM) whole prompts; both are averaged over prompts.
-
-Departure: the judge gives the probability of "Yes" against "No", so an atom whose answer is another word, such as
-"four", is asked as a question whether that is the answer; the authors sum over spellings of the word itself.
 """
 
 from __future__ import annotations
@@ -16,18 +13,10 @@ from collections.abc import Sequence
 from diffalign.benchmarks.protocol import Figures, Judge, Judged, Protocol, by, mean, register_benchmark
 from diffalign.structures import Prompt
 
-QUESTION = "{} Answer in one word."
-WHETHER = 'The question is: {question} Is "{answer}" the right answer?'
-
 
 def atoms(prompt: Prompt) -> list[Prompt]:
-    """Return a question with the answer yes for every atom, and the atom itself for judges that read ``vqa_list``."""
-    asked = []
-    for question, answer in prompt.metadata["vqa_list"]:
-        plain = str(answer).strip().lower() == "yes"
-        text = question if plain else WHETHER.format(question=question, answer=answer)
-        asked.append(Prompt(text, {"vqa_list": [[question, answer]], "questions": [text]}))
-    return asked
+    """Return a question for every atom, with the expected answer."""
+    return [Prompt(question, {"vqa_list": [[question, answer]]}) for question, answer in prompt.metadata["vqa_list"]]
 
 
 PROTOCOL = Protocol(
@@ -35,19 +24,11 @@ PROTOCOL = Protocol(
     source="arXiv 2512.16853, facebookresearch/GenEval2@a6e82d2",
     size=800,
     images_per_prompt=1,
-    judges={
-        "vqa": Judge(
-            "vqascore_qwen3",
-            {"question": QUESTION, "answer": "yes_no"},
-            atoms,
-            "Qwen3-VL-8B, probability of the expected word over its spellings",
-        )
-    },
+    judges={"soft_tifa": Judge("soft_tifa", asks=atoms)},
     prompts=None,
     where="geneval2_data.jsonl of github.com/facebookresearch/GenEval2 is CC BY-NC 4.0 and not part of this package; "
     "download it there",
-    comparable="Close to published figures for atoms whose answer is yes; atoms with another answer (numbers) are "
-    "asked as yes-or-no questions, which is easier, so that AM and GM may be above the authors'.",
+    comparable="Comparable with the Soft-TIFA of the authors: judge (Qwen3-VL-8B), question and spellings are theirs.",
     headline="GM",
     needs=("vqa_list", "atom_count", "skills"),
     layout="{index:05d}.png",
@@ -64,7 +45,7 @@ def geometric(values: Sequence[float]) -> float:
 @register_benchmark("geneval2", PROTOCOL)
 def summarise(judged: Sequence[Judged]) -> Figures:
     """Return GM and AM over all prompts, GM by number of atoms, and the mean score of atoms by skill."""
-    scored = {id(one): list(one.answers["vqa"]) for one in judged}
+    scored = {id(one): list(one.answers["soft_tifa"]) for one in judged}
     prompt_level = {key: geometric(values) for key, values in scored.items()}
     found = {
         "GM": mean(prompt_level.values()),

@@ -16,10 +16,10 @@ PROTOCOL = Protocol(
     size=500,
     images_per_prompt=1,
     judges=JUDGES,
-    prompts="yuvalkirstain/pickapic_v1_no_images?split=test_unique&column=caption&metadata=&unique=true",
-    where="the prompts come from the hub (yuvalkirstain/pickapic_v1_no_images, split test_unique, MIT)",
-    comparable=f"Comparable at equal resolution, steps and guidance: {SCALE}. Papers differ in v1 or v2, test or "
-    "validation_unique, and HPSv2.1 is often printed times 100.",
+    prompts="liuhuohuo2/pick-a-pic-v2?split=test_unique&column=caption&metadata=&unique=true",
+    where="the prompts come from the hub (liuhuohuo2/pick-a-pic-v2, a copy of v2 by others, split test_unique, MIT)",
+    comparable=f"Comparable at equal resolution, steps and guidance: {SCALE}. These are of v2; papers differ in v1 or "
+    "v2, test or validation_unique, and HPSv2.1 is often printed times 100.",
     headline="pickscore",
 )
 

@@ -91,27 +91,6 @@ def decode(model: DiffusionModel, latents: Tensor, dtype: torch.dtype = torch.fl
         return torch.cat([model.decode(part) for part in torch.split(latents, size)])
 
 
-def rollouts(
-    model: DiffusionModel,
-    plan: SamplingPlan,
-    conditioning: Conditioning,
-    keys: NoiseKeys,
-    buffer: RolloutBuffer,
-    size: int,
-    decode_dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Sample the trees of a buffer as ``rollout_latents`` does, and yield their images.
-
-    Args:
-        decode_dtype: Dtype in which the VAE may compute.
-
-    Yields:
-        The leaves of the micro-batch, as a slice of ``buffer.leaves``, and their images: (b, 3, H, W), float32.
-    """
-    for leaves, final in rollout_latents(model, plan, conditioning, keys, buffer, size):
-        yield leaves, decode(model, final, decode_dtype)
-
-
 def rollout_latents(
     model: DiffusionModel,
     plan: SamplingPlan,

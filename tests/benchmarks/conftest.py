@@ -60,7 +60,7 @@ def judge_options(tmp_path_factory):
     }
     return {
         "geneval": {"geneval": {"path": detector, "clip": clip}},
-        "geneval2": {"vqa": {"path": qwen3, "precision": "no"}},
+        "geneval2": {"soft_tifa": {"path": qwen3, "precision": "no"}},
         "dpg_bench": {"vqa": {"path": qwen, "precision": "no"}},
         "oneig": {"vqa": {"path": qwen, "precision": "no"}},
         "wise": {"vqa": {"path": qwen3, "precision": "no"}},

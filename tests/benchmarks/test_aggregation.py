@@ -20,7 +20,7 @@ from diffalign.structures import Prompt
 # name -> prompts, images per prompt, judges: section by section of the protocols
 CONSTANTS = {
     "geneval": (553, 4, {"geneval": "geneval"}),
-    "geneval2": (800, 1, {"vqa": "vqascore_qwen3"}),
+    "geneval2": (800, 1, {"soft_tifa": "soft_tifa"}),
     "dpg_bench": (1065, 4, {"vqa": "vqascore_qwen2.5"}),
     "t2i_compbench": (2400, 10, {"vqa": "vqascore_qwen2.5", "clip": "clipscore",
                                  "detector": "diffalign.benchmarks.detection:CompositionDetector"}),
@@ -87,8 +87,8 @@ def test_geneval_averages_tasks_and_counts_images():
 
 
 def test_geneval2_has_arithmetic_and_geometric_means():
-    rows = [(0, 0, {"atom_count": 3, "skills": ["count", "object"]}, {"vqa": [0.25, 1.0]}),
-            (1, 0, {"atom_count": 10, "skills": ["object", "object"]}, {"vqa": [0.0, 1.0]})]  # fmt: skip
+    rows = [(0, 0, {"atom_count": 3, "skills": ["count", "object"]}, {"soft_tifa": [0.25, 1.0]}),
+            (1, 0, {"atom_count": 10, "skills": ["object", "object"]}, {"soft_tifa": [0.0, 1.0]})]  # fmt: skip
     found = figures("geneval2", *rows)
     assert found == {"GM": 0.25, "AM": 0.5625, "GM, 3 atoms": 0.5, "GM, 10 atoms": 0.0, "AM, count": 0.25,
                      "AM, object": pytest.approx(2 / 3)}  # fmt: skip

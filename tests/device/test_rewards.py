@@ -10,13 +10,18 @@ from tests.rewards.conftest import (  # noqa: F401
     aesthetic_file,
     clip_folder,
     clip_t5_folder,
+    deqa_folder,
     detector_folder,
+    dina_folder,
+    evalmuse_folder,
     hps_folder,
     hpsv3_parts,
     ict_hp_folders,
     image_reward_folder,
+    mps_folder,
     nothing_loaded,
     qwen_folders,
+    siglip_folder,
     small,
 )
 from tests.rewards.test_contract import IMAGES, call, make

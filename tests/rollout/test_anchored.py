@@ -11,9 +11,10 @@ from diffalign.models import DiffusionModel
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.anchored import allocate_anchored, anchored_evaluations, anchored_latents, anchored_trees
 from diffalign.rollout.buffer import bytes_needed
-from diffalign.rollout.generate import NoiseKeys, decode, generate, replay, rollouts
+from diffalign.rollout.generate import NoiseKeys, decode, generate, replay
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.rollout.tree import trees_per_group
+from tests.rollout.decoded import rollouts
 
 G2 = PlanConfig("g2", num_steps=5, branch=(3,))
 CASES = [(G2, 12), (PlanConfig("tempflow_branch", num_steps=4, branch=(2,)), 12)]

@@ -1,5 +1,7 @@
 """Sampling of trees: every node once, with noise of its own, and the density that a replay finds again."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -7,10 +9,11 @@ from diffalign.diffusion.plan import PUBLISHED_NOISE_LEVEL, Plan, Row
 from diffalign.diffusion.schedule import flow_levels
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.generate import NoiseKeys, generate, replay, rollouts
+from diffalign.rollout.generate import NoiseKeys, generate, replay
 from diffalign.rollout.sampler import SamplingPlan, sample
 from diffalign.rollout.tree import paths
 from diffalign.structures import Conditioning, Guidance
+from tests.rollout.decoded import rollouts
 
 GROUP, SAMPLE = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
 ODE, MULTI = Row("ode", 0.0, False), Row("dpmpp_2m", 0.0, False)
@@ -163,6 +166,9 @@ class Linear:
     """A velocity that depends on latents and prompts, for latents of any shape."""
 
     parameterization, device = "flow", torch.device("cpu")
+
+    def trajectory(self):
+        return contextlib.nullcontext()
 
     def resolve_guidance(self, guidance):
         return guidance

@@ -8,9 +8,10 @@ from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.rollout import generate as generation
 from diffalign.rollout.buffer import RolloutBuffer
-from diffalign.rollout.generate import NoiseKeys, generate, rollouts
+from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan
 from diffalign.structures import Guidance
+from tests.rollout.decoded import rollouts
 
 GROUP, SAMPLE = torch.arange(6) // 3, torch.arange(6) % 3
 SDE, ODE, MULTI = Row("flow_sde", 0.7, True), Row("ode", 0.0, False), Row("dpmpp_2m", 0.0, False)

@@ -51,10 +51,12 @@ class BenchConfig(ModelsConfig):
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the name of the benchmark, and with each of ``models``."""
-        from diffalign.preflight import model_problem
+        from diffalign.preflight import model_problem, prompts_problem
 
         if self.benchmark not in benchmark_names():
             yield unknown_benchmark(self.benchmark)
+        if self.prompts and not Path(self.prompts).exists():  # the benchmark itself reads files and folders
+            yield from prompts_problem("prompts", self.prompts, self)
         for text in self.models:
             if (pipeline := as_pipeline(text)) is not None:
                 yield from model_problem("models", pipeline[1], self)

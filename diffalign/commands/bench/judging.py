@@ -22,7 +22,7 @@ from diffalign.commands.resume import drop_partial_line, read_rows
 from diffalign.config.sections import RewardConfig
 from diffalign.files import read_bytes
 from diffalign.preflight import HUB_ID, hub_problem
-from diffalign.rewards.base import Reward, get_reward, needs_groups
+from diffalign.rewards.base import IMAGES, Reward, get_reward, needs_groups
 from diffalign.rewards.support.weights import repositories_of
 from diffalign.rollout.scoring import score
 from diffalign.structures import Prompt
@@ -81,6 +81,8 @@ def build_judges(judges: Mapping[str, Judge], prompts: Sequence[Prompt], allow_c
         reward = get_reward(judge.reward, allow_code or own, **judge.options)
         if needs_groups(reward):
             raise ValueError(f"judges: {name}: {judge.reward} ranks images within a group; name a reward of one image")
+        if getattr(reward, "wants", IMAGES) != IMAGES:
+            raise ValueError(f"judges: {name}: {judge.reward} scores latents, not image files; name a reward of images")
         for source, revision in repositories_of(reward):
             if problem := _unavailable(source, revision):
                 raise ValueError(f"judge {name!r} ({judge.reward}): {problem}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         ValueError: the file holds neither.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_inert(name), name) for name in names]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError:  # the format before PyTorch 1.6, of which state dicts alone are read
+        names = []
+    with torch.serialization.safe_globals([(_inert(name), name) for name in names]):
+        found = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(found, Mapping):
         found = found.get("state_dict", found)
         tensors = dict(found) if isinstance(found, Mapping) else {}
