@@ -19,7 +19,7 @@ class Reached(BaseException):
 
 
 def test_from_the_script_to_the_loss_it_is_a_few_calls(tmp_path, monkeypatch):
-    """Frames of the package, from ``main`` to the function that computes the loss; none is a closure or a lambda."""
+    """Frames of the package, from ``main`` to the objective, which computes the loss; none is a closure or a lambda."""
     stack: list[str] = []
 
     def reached(*arguments):
@@ -32,7 +32,7 @@ def test_from_the_script_to_the_loss_it_is_a_few_calls(tmp_path, monkeypatch):
         raise Reached
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(flow_grpo, "clipped_surrogate", reached)
+    monkeypatch.setattr(flow_grpo, "surrogate", reached)
     small = {"num_groups": 1, "group_size": 4, "max_train_steps": 1, "eval_prompts": "null", "output_dir": tmp_path}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     with contextlib.suppress(Reached):

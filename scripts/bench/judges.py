@@ -96,9 +96,9 @@ def siglip(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list
     config = SiglipVisionConfig(**size, num_attention_heads=heads, image_size=384, patch_size=args.patch)
     model, head = SiglipVisionModel(config).eval(), HeadV25(args.width).eval()
     model.save_pretrained(folder / "siglip")
-    torch.save(head.state_dict(), folder / "head.pth")
+    torch.save(head.state_dict(), folder / "v2.5.pth")
     pixels = Preprocess(goal=384, fit=stretch, mean=HALF, std=HALF)(images, quantize=True)
-    reward = get_reward("aesthetic_v2.5", path=str(folder / "head.pth"), encoder=str(folder / "siglip"))
+    reward = get_reward("aesthetic_v2.5", path=str(folder / "v2.5.pth"), encoder=str(folder / "siglip"))
     return {"aesthetic_v2.5": (reward, lambda: head(F.normalize(model(pixel_values=pixels).pooler_output, dim=-1)))}
 
 

@@ -128,6 +128,8 @@ def test_a_network_that_leaves_its_output_on_the_cpu_fails_every_phase_that_runs
         for name, network in networks(trainer).items():
             if (phase, name) == ("evaluate", "vae.decoder"):
                 continue  # held-out images are kept in main memory
+            if phase == "first_batch" and run != "flow_grpo":
+                continue  # it compares outputs of one network with each other, not with anything on the device
             with output_on_the_cpu(network) as ran:
                 failed = fails(getattr(phases, phase))
             assert failed or not ran, f"{phase}: {name} left its output on the CPU without an error"

@@ -54,6 +54,7 @@ def test_a_network_scores_as_on_the_cpu_with_a_gradient(name, small):  # noqa: F
 
 # Those ask other machines.
 REMOTE = {"remote", "combined", "vlm_rating", "vlm_checklist", "vlm_pairwise"}
+REMOTE |= {name for name in names() if registered(name).facts.served}
 
 
 OTHERS = sorted(set(names()) - set(NETWORKS) - REMOTE)

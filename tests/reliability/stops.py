@@ -17,7 +17,7 @@ from diffalign.runtime.run import Heartbeat
 PHASES = {
     "_iterate": "between iterations",
     "sample": "rollout",
-    "_images": "evaluation",
+    "_samples": "evaluation",
 }
 BEFORE_REWARD, ROLLOUT = "before reward", "rollout"
 BEFORE_UPDATES, BETWEEN_UPDATES, ACCUMULATION = "before the updates", "between updates", "accumulation"

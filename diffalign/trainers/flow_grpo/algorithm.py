@@ -198,19 +198,30 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         # The reference first: its activations are freed before the policy's graph is built.
         references = self._reference_means(rollout, parts) if self.config.kl_beta > 0 else [None] * len(parts)
         results = self._replays(rollout, parts)
-        found = [self._loss(rollout, *part) for part in zip(parts, results, references, strict=True)]
+        losses, found = [], []
+        for nodes, result, reference in zip(parts, results, references, strict=True):
+            step = self._step(rollout, nodes)
+            replayed = self._replayed(rollout, nodes, result, step)
+            values, metrics = self.objective.function(replayed, clip_range=self._clip_range(replayed))
+            loss = values.mean()
+            if self.config.best_path_weight > 0:
+                best = self._best_path(rollout, nodes, result, step)
+                loss, metrics["best_path"] = loss + self.config.best_path_weight * best.to(loss), best.detach()
+            if reference is not None:
+                kl = self._kl(rollout, result, reference, step).mean()
+                loss, metrics["kl"] = loss + (self.config.kl_beta * kl).to(loss.device), kl.detach()
+            losses.append(loss)
+            found.append(metrics)
+
         if len(parts) == 1:
-            return found[0]
-
+            return loss, metrics
         weights, counts = self._weights(rollout, parts), [len(nodes) for nodes in parts]
-        loss = averaged([loss for loss, _ in found], weights)
-        return loss, {name: averaged([metrics[name] for _, metrics in found], counts) for name in found[0][1]}
+        means = {name: averaged([metrics[name] for metrics in found], counts) for name in metrics}
+        return averaged(losses, weights), means
 
-    def _loss(
-        self, rollout: Rollout, nodes: Tensor, result: StepResult, reference: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss of replayed transitions of one step, and metrics."""
-        buffer, step, kl_beta = rollout.buffer, self._step(rollout, nodes), self.config.kl_beta
+    def _replayed(self, rollout: Rollout, nodes: Tensor, result: StepResult, step: int) -> PolicyStep:
+        """Return replayed transitions of one step, as an objective reads them."""
+        buffer = rollout.buffer
         replayed = PolicyStep(
             density(result),
             buffer.log_prob[nodes],
@@ -222,20 +233,9 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             buffer.means(nodes) if self.config.means else None,
             self.config.trust_region,
         )
-        if self.objective.partners:
-            replayed = replace(
-                replayed, direction=self._direction(rollout, nodes), output_scale=self._scale(rollout, step)
-            )
-        losses, metrics = self.objective.function(replayed, clip_range=self._clip_range(replayed))
-        loss = losses.mean()
-        if self.config.best_path_weight > 0:
-            best = self._best_path(rollout, nodes, result, step)
-            loss, metrics["best_path"] = loss + self.config.best_path_weight * best.to(loss), best.detach()
-
-        if reference is not None:
-            kl = self._kl(rollout, result, reference, step).mean()
-            loss, metrics["kl"] = loss + (kl_beta * kl).to(loss.device), kl.detach()
-        return loss, metrics
+        if not self.objective.partners:
+            return replayed
+        return replace(replayed, direction=self._direction(rollout, nodes), output_scale=self._scale(rollout, step))
 
     def _replay(self, rollout: Rollout, nodes: Tensor) -> StepResult:
         """Replay stored transitions under the current weights."""
