@@ -37,6 +37,11 @@ SUMMARIES = {
     "train": ("TRAINER --config FILE.yaml [--field VALUE ...] [--dry_run]", "train; --dry_run prints what it would do"),
     "eval": ("MODEL ... [--field VALUE ...]", "compute rewards, win rates, results per task and diversity"),
     "compare": ("MODEL ... [--field VALUE ...]", "write compare.png and compare.html"),
+    "bench": (
+        "NAME MODEL ... [--field VALUE ...]",
+        "run a benchmark (GenEval, DPG-Bench ...) beside published figures",
+    ),
+    "rank": ("MODEL ... --rewards NAME [--field VALUE ...]", "keep the best of n images; write data for SFT and DPO"),
     "score": ("IMAGES ... --rewards NAME [--field VALUE ...]", "score images; --serve PORT serves rewards over HTTP"),
     "check": ("DATA ... [--field VALUE ...]", "check pairs or prompts; exit with 1 if a run would stop"),
     "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
@@ -147,11 +152,13 @@ class Command:
         config: Import path of its configuration class.
         run: Import path of its function.
         positional: Field for arguments that belong to no option.
+        skip: Fields that the command checks itself.
     """
 
     config: str
     run: str
     positional: str | None = None
+    skip: tuple[str, ...] = ()
 
     def __call__(self, argv: Sequence[str]) -> object:
         """Read the options, check the files and names in them, and run."""
@@ -160,10 +167,26 @@ class Command:
             print(describe(config_class))
             return None
         config = parse(config_class, argv, self.positional)
-        inspect(config, weights=True)
+        inspect(config, weights=True, skip=self.skip)
         use_all_cores()
         one_line_logs()
         return load(self.run)(config)
+
+
+@dataclass(frozen=True)
+class NamedCommand(Command):
+    """A command whose first argument is a name.
+
+    Attributes:
+        named: Field for it.
+    """
+
+    named: str = ""
+
+    def __call__(self, argv: Sequence[str]) -> object:
+        """Take the name, then do as other commands."""
+        named = [f"--{self.named}", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
+        return super().__call__(named)
 
 
 def fit(argv: Sequence[str]) -> None:
@@ -193,6 +216,14 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "train": train,
     "eval": Command(EVALUATION, "diffalign.commands.evaluate:evaluate", "models"),
     "compare": Command(EVALUATION, "diffalign.commands.evaluate:compare", "models"),
+    "bench": NamedCommand(
+        "diffalign.commands.bench.config:BenchConfig",
+        "diffalign.commands.bench.command:run",
+        "models",
+        ("prompts",),
+        "benchmark",
+    ),
+    "rank": Command("diffalign.commands.rank_config:RankConfig", "diffalign.commands.rank:run", "models"),
     "score": Command("diffalign.commands.score_config:ScoreConfig", "diffalign.commands.score:run", "images"),
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.held_out import PANEL, WORD
 from diffalign.config.schema import ConfigError, shown
 from diffalign.config.sections import PASSED
 from diffalign.messages import hub_sentence, is_offline, offline_sentence
@@ -148,7 +149,8 @@ def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     table = value if isinstance(value, Mapping) else (getattr(config, "reward_options", None) or {})
     own = getattr(config, "rewards", None)
     elsewhere = own if isinstance(own, Mapping) and name != "rewards" else {}
-    for one in filter(None, listed):
+    words = (WORD,) if name.endswith("held_out") else ()
+    for one in (one for one in listed if one and one not in words):
         spec = getattr(table.get(one), "reward", "") or one
         if spec == PASSED or (one in elsewhere and spec == one):
             continue  # has an error of its own; or the training's own, by the name that it has there
@@ -199,7 +201,9 @@ def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     options = getattr(config, "reward_options", None) or {}
     for field in ("rewards", "held_out", "eval_rewards"):
         value = getattr(config, field, None) or {}
-        table = value if isinstance(value, Mapping) else {name: options.get(name) for name in value}
+        table = dict(value) if isinstance(value, Mapping) else {name: options.get(name) for name in value}
+        if field == "held_out" and table.pop(WORD, None) is not None:
+            table = {name: 1.0 for name in PANEL if name not in (getattr(config, "rewards", None) or {})} | table
         for name, entry in table.items():
             spec = getattr(entry, "reward", "") or name
             if ":" not in spec and spec in known_rewards():

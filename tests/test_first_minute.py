@@ -36,6 +36,11 @@ NAMING = {
     ],
     "eval": ["--model", HUB, "--prompts", PROMPT_FILE, "--rewards", "shapes"],
     "compare": ["--model", HUB, "--prompts", PROMPT_FILE, "--rewards", "shapes"],
+    "rank": ["--model", HUB, "--prompts", PROMPT_FILE, "--rewards", "shapes"],
+    "bench geneval": [HUB],
+    "bench geneval, weights of a judge": [
+        str(PIPELINE), "--limit", "2", "--judges", f"{{geneval: {{options: {{path: {HUB}}}}}}}",
+    ],
     "score": [
         PROMPT_FILE, "--rewards", "clipscore", "--reward_options", f"{{clipscore: {{options: {{path: {HUB}}}}}}}",
     ],

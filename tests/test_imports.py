@@ -36,7 +36,8 @@ ALLOWED = {
     "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},
     "evaluation": FOUNDATION | {"log", "models", "rewards", "data", "rollout", "runtime"},
 }
-ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["benchmarks"] = FOUNDATION | {"data", "rewards", "plugins"}
+ALLOWED["report"] = ALLOWED["evaluation"] | {"evaluation", "benchmarks"}
 ALLOWED["trainers"] = (set(ALLOWED) - {"preflight", "console"}) | {"trainers"}
 ALLOWED["forecast"] = set(ALLOWED)
 ALLOWED["commands"] = set(ALLOWED)
@@ -46,7 +47,7 @@ ALLOWED["__main__"] = {"cli"}
 
 # Library -> the rooms that may touch it.
 PRIVATE = {
-    "diffusers": {"models"},
+    "diffusers": {"models", "rewards"},  # rewards: dina_lrm is a diffusion transformer
     "peft": {"models"},
     "accelerate": {"log", "runtime", "evaluation", "commands", "trainers"},
     "yaml": {"config", "report"},

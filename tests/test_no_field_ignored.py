@@ -17,6 +17,7 @@ from diffalign.config.unread import covering, unread_names
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
+from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
 from tests.conftest import PIPELINE, PROMPTS
 from tests.reliability.trainers import PAIRS, TRAINERS, held_out
 
@@ -28,11 +29,14 @@ NOISY = {"plan": PlanConfig(preset="first_steps", num_steps=2, window_size=1)}
 ODE = {"plan": PlanConfig(preset="ode", num_steps=2), "shared_start": False}
 DATA = {"train_data": (PAIRS,), "data": PreferenceDataConfig(scan=2), "num_pairs": 2, "train_batch_size": 2}
 DATA |= {"cache": False, "plan": PlanConfig(num_steps=2)}
+SIBLINGS = {"pairs": "siblings", "siblings": SiblingsConfig("spo", first_step=0), "loss": "spo", **NOISY}
 REFL = {"rewards": {"brightness": 1.0}, "num_groups": 2, "rollout_batch_size": 2, "train_batch_size": 2}
 REFL |= {"eval_num_steps": 2, "recipe": RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1)}
 PRETRAINING = RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1, regulariser="pretraining")
 MODES = {
     "flow_grpo": ("flow_grpo", ROLLOUTS | NOISY),
+    "flow_grpo trees": ("flow_grpo", ROLLOUTS | {"plan": PlanConfig("branch_grpo", num_steps=3, split_steps=(0,)),
+                                                 "shared_start": True, "best_path_weight": 0.1}),
     "flow_grpo kl": ("flow_grpo", ROLLOUTS | NOISY | {"kl_beta": 0.1}),
     "diffusion_dpo pairs": ("diffusion_dpo", DATA | {"time_sampling": "logit_normal", "auto_beta": 0.2}),
     "diffusion_dpo single images": ("diffusion_dpo", DATA | {"loss": "kto"}),
@@ -40,6 +44,9 @@ MODES = {
     "diffusion_dpo streaming": ("diffusion_dpo", DATA | {"streaming": True, "times": (500.0,)}),
     "diffusion_dpo online": ("diffusion_dpo", ROLLOUTS | ODE),
     "diffusion_dpo online single images": ("diffusion_dpo", ROLLOUTS | ODE | {"loss": "sft"}),
+    "diffusion_dpo online siblings": ("diffusion_dpo", ROLLOUTS | SIBLINGS),
+    "diffusion_dpo online paths": ("diffusion_dpo", ROLLOUTS | SIBLINGS | {"siblings": SiblingsConfig("d3po"),
+                                                                          "loss": "d3po"}),
     "forward_rl": ("forward_rl", ROLLOUTS | {"plan": ODE["plan"]}),
     "forward_rl anchors": ("forward_rl", ROLLOUTS | {"plan": ODE["plan"], "preset": "awm", "num_times": 1,
                                                      "time_fraction": 1.0, "reference_guidance": 2.0}),

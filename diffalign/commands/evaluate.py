@@ -87,7 +87,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
     prompts, scored = drawn
     base = next(iter(scored))
     tags = [str(prompts[i].metadata.get("tag", "all")) for i in scored[base].prompt.tolist()]
-    embedder = ImageEmbedder(resolved.embedder, PartialState().device) if resolved.embedder else None
+    embedder = ImageEmbedder(config.embedder, PartialState().device) if config.embedder else None
 
     results = {
         name: figures(

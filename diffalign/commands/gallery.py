@@ -94,14 +94,12 @@ class Gallery:
             size: Images per batch.
             progress: Called with the number of existing images, then with the number of images of each batch.
         """
-        folder = self._model_folder(spec)
+        folder = self.model_folder(spec)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         write_or_check_settings(folder / "weights.json", self._weights(model, spec))
 
-        own = self._own()
-        done = {(row["prompt"], row["sample"]) for row in self._rows(spec)}
-        missing = [pair for pair in own if pair not in done]
-        progress(len(own) - len(missing))
+        missing = self.missing(spec)
+        progress(len(self.pairs()) - len(missing))
         if not missing:
             return
         drop_partial_line(folder / f"scores-{self.process}.jsonl")
@@ -121,6 +119,15 @@ class Gallery:
                     if i % (PREFETCH * size) == 0:
                         encoded.prepare([self.prompts[prompt].text for prompt, _ in missing[i : i + PREFETCH * size]])
                     progress(self._draw(model, plan, encoded, folder, missing[i : i + size]))
+
+    def missing(self, spec: CheckpointSpec) -> list[tuple[int, int]]:
+        """List the (prompt, sample) pairs of this process without scores or without an image file."""
+        done = {(row["prompt"], row["sample"]) for row in self._rows(spec)}
+        return [pair for pair in self.pairs() if pair not in done or not self.file(spec, *pair).is_file()]
+
+    def file(self, spec: CheckpointSpec, prompt: int, sample: int) -> Path:
+        """Return the path of an image."""
+        return self._file(self.model_folder(spec), prompt, sample)
 
     def _guidance(self, model: DiffusionModel, encoded: PromptEmbeddingCache) -> Guidance:
         scale = self.sampling.guidance_scale
@@ -159,23 +166,28 @@ class Gallery:
     def load(self, spec: CheckpointSpec) -> ScoredImages:
         """Load the scores of one model. Raises ValueError if images are missing."""
         rows = {(row["prompt"], row["sample"]): row["rewards"] for row in self._rows(spec)}
-        wanted = [(p, s) for p in range(len(self.prompts)) for s in range(self.sampling.images_per_prompt)]
+        wanted = self.all_pairs()
         if missing := [pair for pair in wanted if pair not in rows]:
-            raise ValueError(f"{self._model_folder(spec)} lacks {len(missing)} images: run the same command again")
+            raise ValueError(f"{self.model_folder(spec)} lacks {len(missing)} images: run the same command again")
 
         scores = {
             name: torch.tensor([torch.nan if (v := rows[pair][name]) is None else v for pair in wanted])
             for name in self.rewards
         }
-        files = [self._file(self._model_folder(spec), *pair) for pair in wanted]
+        files = [self._file(self.model_folder(spec), *pair) for pair in wanted]
         return ScoredImages(torch.tensor([p for p, _ in wanted]), scores, files)
 
-    def _own(self) -> list[tuple[int, int]]:
+    def pairs(self) -> list[tuple[int, int]]:
         """List the (prompt, sample) pairs of this process."""
         prompts = range(self.process, len(self.prompts), self.processes)
         return [(prompt, sample) for prompt in prompts for sample in range(self.sampling.images_per_prompt)]
 
-    def _model_folder(self, spec: CheckpointSpec) -> Path:
+    def all_pairs(self) -> list[tuple[int, int]]:
+        """List the (prompt, sample) pairs of all processes."""
+        return [(p, s) for p in range(len(self.prompts)) for s in range(self.sampling.images_per_prompt)]
+
+    def model_folder(self, spec: CheckpointSpec) -> Path:
+        """Return the folder of a model's images."""
         return self.folder / spec.folder_name
 
     @staticmethod
@@ -184,7 +196,7 @@ class Gallery:
 
     def _rows(self, spec: CheckpointSpec) -> list[dict]:
         """Read the score rows that all processes have written."""
-        return [row for path in sorted(self._model_folder(spec).glob("scores-*.jsonl")) for row in read_rows(path)]
+        return [row for path in sorted(self.model_folder(spec).glob("scores-*.jsonl")) for row in read_rows(path)]
 
     def _weights(self, model: DiffusionModel, spec: CheckpointSpec) -> dict:
         if spec.path is None:

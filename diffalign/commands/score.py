@@ -233,6 +233,7 @@ def reward_table() -> str:
         except ValueError:  # needs options, e.g. a server
             bounds, gradient = "its own", "–"
         size = f"{card.millions:,.0f}" if card.millions else "–"
-        cells = (f"`{name}`", card.measures, bounds, gradient, card.weights or "–", size, card.licence or "–")
+        weights = f"{card.weights or '–'}{' (on a server)' if card.served else ''}"
+        cells = (f"`{name}`", card.measures, bounds, gradient, weights, size, card.licence or "–")
         lines.append(f"| {' | '.join((*cells, card.source or '–'))} |")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,31 @@ from diffalign.atomic import replacing
 COLORS = ("#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#c8322b", "#77702c")
 PREFIX = "eval/"
 ALARM = "alarm"
+
+
+def panel_alarm(
+    base: Mapping[str, float], now: Mapping[str, float], trained: Sequence[str], held_out: Sequence[str]
+) -> str:
+    """Explain that trained rewards rose while most held-out judges fell; empty where they did not.
+
+    Args:
+        base: Metrics of the first evaluation.
+        now: Metrics of this one.
+        trained: Names of trained rewards.
+        held_out: Names of held-out judges.
+    """
+    known, judges = (
+        [name for name in names if _number(base, name) and _number(now, name)] for names in (trained, held_out)
+    )
+    fell = [name for name in judges if now[name] < base[name]]
+    if not known or not all(now[name] > base[name] for name in known) or 2 * len(fell) <= len(judges):
+        return ""
+    changes = ", ".join(f"{name} from {base[name]:.3g} to {now[name]:.3g}" for name in fell)
+    return f"trained rewards rose, and {len(fell)} of {len(judges)} held-out judges fell ({changes})"
+
+
+def _number(figures: Mapping[str, Any], name: str) -> bool:
+    return isinstance(figures.get(name), int | float) and not math.isnan(figures[name])
 
 
 def plot_hacking(

@@ -17,9 +17,9 @@ from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.models.offload import VAE
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Reward, wants_latents
 from diffalign.rng import KeyedRNG
-from diffalign.rollout.generate import NoiseKeys, generate
+from diffalign.rollout.generate import NoiseKeys, decode, generate_latents
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import score
 from diffalign.runtime.run import Run
@@ -91,8 +91,10 @@ class Evaluation:
         prompts = [p for p in self.prompts for _ in range(self.per_prompt)]
         row = torch.arange(len(prompts))
         own, sample = row // self.per_prompt, row % self.per_prompt
-        images = self._images(plan, own, sample)
-        scored = score(self.rewards, images, prompts) if prompts else dict.fromkeys(self.rewards, torch.empty(0))
+        images, latents = self._samples(plan, own, sample)
+        scored: Any = dict.fromkeys(self.rewards, torch.empty(0))
+        if prompts:
+            scored = score(self.rewards, images, prompts, latents=latents)
         scores = {name: scored[name] for name in self.rewards}
 
         rows = [
@@ -117,11 +119,11 @@ class Evaluation:
         )
         return summary(shown), shown
 
-    def _images(self, plan: SamplingPlan, own: Tensor, sample: Tensor) -> Tensor:
-        """Sample the images of this process, (B, 3, H, W); B may be 0."""
+    def _samples(self, plan: SamplingPlan, own: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sample the images of this process, (B, 3, H, W); B may be 0. Keep latents too if a reward wants them."""
         count = len(own)
         if not count + self.extra:
-            return torch.empty(0, 3, 1, 1)
+            return torch.empty(0, 3, 1, 1), None
         prompts = [*self.prompts, *self.filler]
         own, sample = pad(own, (0, self.extra), value=len(prompts) - 1), pad(sample, (0, self.extra))
         # keyed by index in the file: the same images for any world size
@@ -129,12 +131,14 @@ class Evaluation:
         noise_keys = NoiseKeys(KeyedRNG(EVALUATION_SEED), "evaluation", 0, index[own], sample)
         conditioning = self.encoded.rows([p.text for p in prompts])
 
-        batches = []
+        keep = any(map(wants_latents, self.rewards.values()))
+        batches, latents = [], []
         with self.model.keeping(VAE):
-            for _, images in generate(self.model, plan, conditioning, own, noise_keys, self.batch_size):
-                batches.append(images.cpu())
+            for _, final in generate_latents(self.model, plan, conditioning, own, noise_keys, self.batch_size):
+                batches.append(decode(self.model, final).cpu())
+                latents += [final.cpu()] if keep else []
                 self.heartbeat()
-        return torch.cat(batches)[:count]
+        return torch.cat(batches)[:count], torch.cat(latents)[:count] if keep else None
 
 
 def summary(shown: Shown) -> dict[str, float]:

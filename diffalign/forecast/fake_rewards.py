@@ -26,8 +26,8 @@ from diffalign.forecast.counter import Counter, Seen
 from diffalign.forecast.fake_model import TOKENS, BlankTokenizer, make_fake
 from diffalign.models.offload import tensors_of
 from diffalign.models.published_configs import published_reward_folder
-from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, vqascore
-from diffalign.rewards.base import RECIPE, Metadata, Reward, names, needs_groups, registered
+from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, mps, vqascore
+from diffalign.rewards.base import IMAGES, RECIPE, Metadata, Reward, names, needs_groups, registered
 from diffalign.rewards.support import qwen_vl
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import PRECISIONS, Weights, frozen, loading_with, quiet, split
@@ -116,6 +116,10 @@ def _vqascore(weights: Weights, tokenizer: str, tower: str | None) -> tuple[Any,
     return frozen(model, weights), words
 
 
+def _mps(weights: Weights, clip: str) -> tuple[Any, ...]:
+    return frozen(mps.Network(CLIPConfig.from_dict(_config(clip))), weights), _tokenizer(clip)
+
+
 class ChatTokenizer(BlankTokenizer):
     """A tokenizer of Qwen's chats: an image token per patch, and as many of text as a question has at most."""
 
@@ -165,7 +169,9 @@ BUILDERS: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     ict_hp._load_hp: _hp,
     image_reward._load: _image_reward,
     vqascore._load: _vqascore,
+    mps._load: _mps,
     qwen_vl.load: _qwen,
+    qwen_vl.load_with_own_limits: _qwen,
 }
 
 
@@ -203,6 +209,11 @@ class RehearsedReward:
         return needs_groups(self.reward)
 
     @property
+    def wants(self) -> str:
+        """Whether it scores images or latents."""
+        return str(getattr(self.reward, "wants", IMAGES))
+
+    @property
     def offload(self) -> bool:
         """Whether networks leave the device after each use without gradients."""
         return bool(getattr(getattr(self.reward, "weights", None), "offload", False))
@@ -225,7 +236,7 @@ class RehearsedReward:
         return f"reward {self.name}: {counted}what it computes is not rehearsed: {self.problem}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Any = None) -> Tensor:
-        """Score images (B, 3, H, W)."""
+        """Score images (B, 3, H, W), or latents (B, C, ...)."""
         recorded = torch.is_grad_enabled() and images.requires_grad
         self._load()
         self.counter.calls[self.counter.phase, JUDGING] += len(images)
@@ -255,7 +266,7 @@ class RehearsedReward:
     def _recorded(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         with self.counter.within(JUDGING):
             found = self._rehearsed(images, prompts, metadata)
-        return images.mean((1, 2, 3)) if found is None or not found.requires_grad else found
+        return images.flatten(1).mean(1) if found is None or not found.requires_grad else found
 
     def _scored(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> None:
         counter, key = self.counter, (tuple(images.shape), images.dtype, len(set(prompts)))
@@ -321,9 +332,9 @@ def network_bytes(reward: Reward) -> int:
     """Return the bytes of a reward's weights: of a folder's files, else from the card of the registered reward."""
     name, _ = getattr(reward, RECIPE, ("", {}))
     weights = getattr(reward, "weights", None)
-    if isinstance(weights, Weights) and Path(weights.path).exists():
+    if isinstance(weights, Weights) and weights.path and Path(weights.path).is_dir():  # a file may be a head alone
         return sum(file.stat().st_size for file in Path(weights.path).rglob("*") if file.suffix in WEIGHTS)
-    if not name or name not in names():
+    if not name or name not in names() or registered(name).facts.served:
         return 0
     dtype = weights.dtype if isinstance(weights, Weights) else PRECISIONS["no"]
     return int(registered(name).facts.millions * 1e6) * dtype.itemsize
@@ -332,4 +343,7 @@ def network_bytes(reward: Reward) -> int:
 def has_network(reward: Reward) -> bool:
     """Return whether a registered reward has weights; other code may have."""
     name, _ = getattr(reward, RECIPE, ("", {}))
-    return not name or name not in names() or bool(registered(name).facts.millions)
+    if not name or name not in names():
+        return True
+    card = registered(name).facts
+    return bool(card.millions) and not card.served

@@ -46,7 +46,7 @@ from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, with_held_out
 from diffalign.trainers.registry import Entry
 
 WEIGHTS, SAMPLING, SCORING, TRAINING, STEPPING, EVALUATING = "weights", "sample", "score", "train", "step", "held out"
@@ -189,7 +189,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
     held_out = [Prompt(HELD_OUT)] if config.eval_prompts else []
-    inputs = replace(kind.read_inputs(config, None, prompts), eval_prompts=held_out)
+    inputs = replace(with_held_out(kind.read_inputs(config, None, prompts)), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     overlaps = getattr(config, "overlap_rewards", False)
     fakes = {name: RehearsedReward(name, reward, counter, overlaps) for name, reward in inputs.rewards.items()}

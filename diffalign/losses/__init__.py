@@ -6,6 +6,8 @@ What a loss takes and returns is the same for every loss of a kind, so that trai
                         loss(denoised, liked, *, beta, **options) -> (B,)   with ``paired=False``
     reward loss         loss(reward, **options) -> (B,)                     ``@reward_loss``
     policy objective    loss(step, *, clip_range) -> (B,), metrics          ``@policy_objective``
+    trust region        region(log_ratio, advantage, bound, divergence)     ``@trust_region``
+                            -> (B,), metrics
     forward objective   loss(step, **options) -> (B,), metrics              ``@forward_objective``
 
 A loss is per sample, float32 or wider; means over samples, weights of samples and sums over processes are the

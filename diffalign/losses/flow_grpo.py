@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffalign.device import to_float64
-from diffalign.diffusion.parameterization import expand, widen
-from diffalign.losses.policy import PolicyStep
+from diffalign.diffusion.parameterization import expand
+from diffalign.losses.policy import PolicyStep, gaussian_kl, surrogate, trust_region
 from diffalign.losses.registry import policy_objective
 from diffalign.structures import Level
 
@@ -20,12 +20,12 @@ MAX_LOG_RATIO = 40.0
 
 
 def clipped_surrogate(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(A r, A clip(r, 1 - e, 1 + e)) with r = exp(log_prob - old_log_prob): the loss per sample (B,), and metrics.
 
-    log_prob, old_log_prob: (B,), nats per dimension. advantage: (B,). clip_range: e > 0, on the per-dimension ratio;
-    see ``clip_range_per_dimension``. Only ``log_prob`` receives a gradient, on-policy -A grad log_prob.
+    log_prob, old_log_prob: (B,), nats per dimension. advantage: (B,). clip_range: e > 0, () or (B,), on the ratio per
+    dimension; see ``clip_range_per_dimension``. Only ``log_prob`` receives a gradient, on-policy -A grad log_prob.
     Computed in float64, because 1 +- e, with e of 1e-6 to 1e-4, has a digit or two in float32; on the CPU where the
     device has no float64.
 
@@ -40,17 +40,42 @@ def clipped_surrogate(
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantage = advantage.detach().to(log_ratio.device)
     ratio = log_ratio.exp()
-    loss = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)  # type: ignore[arg-type]
+    loss = -torch.minimum(advantage * ratio, advantage * clipped)
     return loss, _metrics(log_ratio.detach(), advantage, clip_range)
 
 
-@policy_objective("flow_grpo", idea="clipped surrogate of a step's density", source="2505.05470")
-def flow_grpo(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``clipped_surrogate`` of a step: losses (B,) and metrics."""
-    return clipped_surrogate(step.log_prob, step.old_log_prob, step.advantage, clip_range)
+@policy_objective("flow_grpo", idea="clipped surrogate of a step's density", source="2505.05470", regions=True)
+def flow_grpo(step: PolicyStep, *, clip_range: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the surrogate of a step's ratio in its trust region: losses (B,) and metrics."""
+    return surrogate(step, to_float64(step.log_prob) - to_float64(step.old_log_prob.detach()), clip_range)
 
 
-def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[str, Tensor]:
+@trust_region("clip")
+def clip(
+    log_ratio: Tensor, advantage: Tensor, bound: float | Tensor, divergence: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return ``clipped_surrogate`` with ``bound`` as clip range."""
+    return clipped_surrogate(log_ratio, log_ratio.new_zeros(()), advantage, bound)
+
+
+def bounded_ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), which is held within +-``MAX_LOG_RATIO``: (B,), float64."""
+    return to_float64(log_ratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def ratio_metrics(ratio: Tensor, outside: Tensor) -> dict[str, Tensor]:
+    """Return the metrics of ``clipped_surrogate``, where ``outside`` (B,) tells which samples the bound acts on."""
+    log_ratio = ratio.detach().log()
+    return {
+        "ratio_mean": ratio.detach().mean(),
+        "log_ratio_max": log_ratio.abs().max(),
+        "clip_share": outside.to(ratio.dtype).mean(),
+        "approx_kl": log_ratio.square().mean() / 2,
+    }
+
+
+def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float | Tensor) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
     clipped = ((advantage > 0) & (ratio > 1 + clip_range)) | ((advantage < 0) & (ratio < 1 - clip_range))
     return {
@@ -59,17 +84,6 @@ def _metrics(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> dict[st
         "clip_share": clipped.to(ratio.dtype).mean(),
         "approx_kl": log_ratio.square().mean() / 2,
     }
-
-
-def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(reference_mean, std^2)) per dimension: mean_d (mean - reference_mean)^2 / (2 std^2).
-
-    mean, reference_mean: (B, ...), the latter a constant. std: () or (B,), positive, the true one of the step.
-    Returns (B,), float32 or wider, in nats per dimension.
-    """
-    mean = widen(mean)
-    standardised = (mean - reference_mean.detach()) * expand(1 / std, mean)
-    return standardised.square().reshape(len(mean), -1).mean(1) / 2
 
 
 def published_kl(

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from diffalign.device import to_float64
 from diffalign.diffusion.parameterization import expand
-from diffalign.losses.flow_grpo import clipped_surrogate, gaussian_kl
-from diffalign.losses.policy import PolicyStep
+from diffalign.losses.flow_grpo import clipped_surrogate
+from diffalign.losses.policy import PolicyStep, gaussian_kl, surrogate
 from diffalign.losses.registry import policy_objective
 from diffalign.structures import Level
 
@@ -48,19 +48,13 @@ def grpo_guard(
     return loss * expand(1 / (level.sigma - next_level.sigma), loss), metrics
 
 
-@policy_objective("grpo_guard", idea="clipped surrogate of a centred ratio", source="2510.22319", means=True)
-def guarded_surrogate(step: PolicyStep, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``grpo_guard`` of a step: losses (B,) and metrics. ValueError without ``old_mean``."""
+@policy_objective(
+    "grpo_guard", idea="clipped surrogate of a centred ratio", source="2510.22319", means=True, regions=True
+)
+def guarded_surrogate(step: PolicyStep, *, clip_range: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return ``grpo_guard`` of a step in its trust region: losses (B,) and metrics. ValueError without ``old_mean``."""
     if step.old_mean is None:
         raise ValueError("grpo_guard compares means: give PolicyStep the mean as it was sampled")
-    return grpo_guard(
-        step.log_prob,
-        step.old_log_prob,
-        step.mean,
-        step.old_mean,
-        step.std,
-        step.advantage,
-        clip_range,
-        step.level,
-        step.next_level,
-    )
+    log_ratio = guarded_log_ratio(step.log_prob, step.old_log_prob, step.mean, step.old_mean, step.std)
+    loss, metrics = surrogate(step, log_ratio, clip_range)
+    return loss * expand(1 / (step.level.sigma - step.next_level.sigma), loss), metrics

@@ -1,11 +1,13 @@
-"""Input of policy objectives: a stored transition of a sampler under the current weights."""
+"""Input of policy objectives, a stored transition under the current weights, and the trust regions of their ratios."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffalign.diffusion.parameterization import expand, widen
 from diffalign.structures import Level
 
 
@@ -16,7 +18,10 @@ class PolicyStep:
     log_prob: (B,), nats per dimension, with the policy's gradient. old_log_prob: (B,), under the sampling weights.
     advantage: (B,). mean: (B, C, *spatial), with the gradient. std: () or (B,), positive, the true one of the step.
     level, next_level: where the step begins and ends. old_mean: (B, C, *spatial), under the sampling weights; None
-        for objectives registered without ``means``.
+        for objectives and trust regions registered without ``means``.
+    trust_region: a key of ``TRUST_REGIONS``.
+    direction: (B, C, *spatial), half the difference of the sample's final latent from its partner's; None for
+        objectives registered without ``partners``. output_scale: (), derivative of the mean by the denoiser's output.
     """
 
     log_prob: Tensor
@@ -27,3 +32,64 @@ class PolicyStep:
     level: Level
     next_level: Level
     old_mean: Tensor | None = None
+    trust_region: str = "clip"
+    direction: Tensor | None = None
+    output_scale: Tensor | None = None
+
+
+Surrogate = Callable[[Tensor, Tensor, "float | Tensor", "Tensor | None"], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far a surrogate lets a policy move from the sampling weights.
+
+    Attributes:
+        function: Maps (log-ratio (B,), advantage (B,), bound > 0, divergence (B,) or None) to losses (B,) and metrics.
+        means: Whether it needs the divergence, the KL to the sampling policy in nats per dimension, with the gradient.
+    """
+
+    function: Surrogate
+    means: bool = False
+
+
+TRUST_REGIONS: dict[str, TrustRegion] = {}
+
+
+def trust_region(name: str, *, means: bool = False) -> Callable[[Surrogate], Surrogate]:
+    """Register a trust region; arguments as the fields of ``TrustRegion``. ValueError: the name is taken."""
+
+    def register(function: Surrogate) -> Surrogate:
+        if name in TRUST_REGIONS:
+            raise ValueError(f"trust region {name!r} is registered already: choose another name")
+        TRUST_REGIONS[name] = TrustRegion(function, means)
+        return function
+
+    return register
+
+
+def surrogate(step: PolicyStep, log_ratio: Tensor, bound: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss per sample (B,) of a log-ratio in the step's trust region, and metrics.
+
+    log_ratio: (B,), with the gradient. bound: > 0, of the ratio or, for "dppo" and "kl", of the divergence.
+    ValueError: an unknown trust region, or one that needs means, without them.
+    """
+    if step.trust_region not in TRUST_REGIONS:
+        raise ValueError(f"unknown trust region {step.trust_region!r}; known: {', '.join(TRUST_REGIONS)}")
+    region, divergence = TRUST_REGIONS[step.trust_region], None
+    if region.means:
+        if step.old_mean is None:
+            raise ValueError(f"trust_region {step.trust_region!r} compares means: give PolicyStep the mean as sampled")
+        divergence = gaussian_kl(step.mean, step.old_mean, step.std)
+    return region.function(log_ratio, step.advantage, bound, divergence)
+
+
+def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(reference_mean, std^2)) per dimension: mean_d (mean - reference_mean)^2 / (2 std^2).
+
+    mean, reference_mean: (B, ...), the latter a constant. std: () or (B,), positive, the true one of the step.
+    Returns (B,), float32 or wider, in nats per dimension.
+    """
+    mean = widen(mean)
+    standardised = (mean - reference_mean.detach()) * expand(1 / std, mean)
+    return standardised.square().reshape(len(mean), -1).mean(1) / 2

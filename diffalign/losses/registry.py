@@ -46,6 +46,7 @@ class PreferenceLoss(Loss):
     reference: whether it compares with a reference. margin: whether it is a function of the margin alone, so that a
         pair at the bound of the margin has no gradient. liked_only: whether it ignores images that are not liked.
     context: makes the statistics over all processes' batches that the function takes as options.
+    steps: whether beta is for log-ratios of sampled steps, so that it wants ``pairs: siblings``.
     """
 
     beta: float | None = None
@@ -54,6 +55,7 @@ class PreferenceLoss(Loss):
     margin: bool = False
     liked_only: bool = False
     context: Callable[[], BatchContext] | None = None
+    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,15 @@ class RewardLoss(Loss):
 
 @dataclass(frozen=True)
 class PolicyObjective(Loss):
-    """A loss of stored transitions. means: whether it needs the mean of each step under the sampling weights."""
+    """A loss of stored transitions.
+
+    means: whether it needs the mean of each step under the sampling weights. regions: whether its ratio may have any
+        trust region. partners: whether it compares the two images of a prompt.
+    """
 
     means: bool = False
+    regions: bool = False
+    partners: bool = False
 
 
 Options = Mapping[str, float]
@@ -136,11 +144,13 @@ def preference_loss(
     margin: bool = False,
     liked_only: bool = False,
     context: Callable[[], BatchContext] | None = None,
+    steps: bool = False,
 ) -> Callable[[F], F]:
     """Register a preference loss; arguments as the fields of ``PreferenceLoss``. ValueError: the name is taken."""
 
     def add(function: F) -> F:
-        entry = PreferenceLoss(function, idea, source, beta, paired, reference, margin, liked_only, context)
+        kind = (beta, paired, reference, margin, liked_only, context, steps)
+        entry = PreferenceLoss(function, idea, source, *kind)
         return _add(PREFERENCE_LOSSES, name, entry, function)
 
     return add
@@ -151,9 +161,16 @@ def reward_loss(name: str, *, idea: str, source: str) -> Callable[[F], F]:
     return lambda function: _add(REWARD_LOSSES, name, RewardLoss(function, idea, source), function)
 
 
-def policy_objective(name: str, *, idea: str, source: str, means: bool = False) -> Callable[[F], F]:
+def policy_objective(
+    name: str, *, idea: str, source: str, means: bool = False, regions: bool = False, partners: bool = False
+) -> Callable[[F], F]:
     """Register a policy objective; arguments as the fields of ``PolicyObjective``. ValueError: the name is taken."""
-    return lambda function: _add(POLICY_OBJECTIVES, name, PolicyObjective(function, idea, source, means), function)
+
+    def add(function: F) -> F:
+        entry = PolicyObjective(function, idea, source, means, regions, partners)
+        return _add(POLICY_OBJECTIVES, name, entry, function)
+
+    return add
 
 
 def forward_objective(

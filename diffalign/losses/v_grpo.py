@@ -10,7 +10,9 @@ from diffalign.losses.registry import forward_objective
 
 
 @forward_objective("v_grpo", idea="clipped surrogate of the ELBO's ratio", source="2604.23380", old=True, linear=True)
-def v_grpo(step: ForwardStep, *, clip_range: float = 0.03, eta: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def v_grpo(
+    step: ForwardStep, *, clip_range: float = 0.03, eta: float = 0.0, quadratic: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """max(-A rho, -A clip(rho, 1 - c, 1 + c)) with rho = exp(E - E_old): the loss per sample (B,), and metrics.
 
     The method draws times and noise once per group and lays the times in strata; both are options of the trainer.
@@ -18,10 +20,11 @@ def v_grpo(step: ForwardStep, *, clip_range: float = 0.03, eta: float = 0.0) -> 
     Args:
         step: With ``old``, the weights that sampled.
         clip_range: c, published 0.03; infinite where ``eta`` bounds the advantage instead.
+        quadratic: 1 for a quadratic penalty instead of the clip; it wants a finite clip_range.
         eta: Replace A by eta tanh(A / eta), published 3 to 5; 0: leave A as it is.
 
     Departures:
     1. Written from a summary of the paper; the authors' code was not at hand.
     """
     advantage = eta * (step.advantage / eta).tanh() if eta else step.advantage
-    return clipped(log_ratio(step), advantage, clip_range)
+    return clipped(log_ratio(step), advantage, clip_range, quadratic)

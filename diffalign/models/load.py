@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
@@ -66,6 +67,14 @@ def unguided_scale(path: str | Path, revision: str | None = None) -> float:
         return get_family(pipeline_class(path, revision)).unguided_scale
     except (OSError, ValueError):  # loading the model will report the error
         return DiffusionModel.unguided_scale
+
+
+def default_guidance(path: str | Path, revision: str | None = None) -> float:
+    """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none."""
+    parameters = inspect.signature(getattr(diffusers, pipeline_class(path, revision)).__call__).parameters
+    name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
+    scale = parameters[name].default if name in parameters else None
+    return float(scale) if isinstance(scale, int | float) else unguided_scale(path, revision)
 
 
 def _check_libraries(path: str | Path, index: Mapping[str, Any]) -> None:

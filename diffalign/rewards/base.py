@@ -21,6 +21,7 @@ from diffalign.rewards.support.preprocess import wants_grad
 from diffalign.rewards.support.signature import check_reward
 from diffalign.user_code import consented, load_code
 
+IMAGES, LATENTS = "images", "latents"  # values of a reward's ``wants``
 Metadata = Sequence[Mapping[str, Any]]
 Extras = Mapping[str, Tensor]
 RewardFunction = Callable[[Tensor, Sequence[str], Metadata], Tensor]
@@ -42,6 +43,11 @@ class Reward(Protocol):
     """Score images, each independently of the rest of its batch. Higher is better.
 
     A group reward compares the images of a group: it sets ``needs_groups`` and is called with group ids.
+
+    A latent reward sets ``wants = "latents"``: a model's samples reach it as final latents (B, C, ...), scaled for the
+    denoiser, and no image is decoded if all rewards of a run want latents. Images of files reach it as images, which
+    it may encode itself. Its optional method ``check_latents(vae_config)`` raises ValueError for
+    latents of another VAE.
 
     With ``overlap_rewards``, a run scores images in a background thread while it samples; calls never overlap. Images,
     prompts and metadata are copies that the reward may change. Process-wide state that it changes, such as random
@@ -81,6 +87,7 @@ class FunctionReward:
     function: RewardFunction
     differentiable: bool = False
     range: tuple[float, float] = (-math.inf, math.inf)
+    wants: str = IMAGES
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Call the function."""
@@ -99,6 +106,7 @@ class RewardCard:
         licence: of the weights; empty without weights.
         millions: parameters of the weights, in millions.
         extra: pip extra of diffalign that the reward needs; empty if none.
+        served: whether the weights are on a server, and take no memory here.
     """
 
     measures: str
@@ -108,6 +116,7 @@ class RewardCard:
     licence: str = ""
     millions: float = 0.0
     extra: str = ""
+    served: bool = False
 
 
 DEFAULT_CARD = RewardCard("what its author says", 1.0)
@@ -189,8 +198,39 @@ def needs_groups(reward: object) -> bool:
     return getattr(reward, "needs_groups", False)
 
 
+def wants_latents(reward: object) -> bool:
+    """Whether a model's samples reach the reward as latents."""
+    return getattr(reward, "wants", IMAGES) == LATENTS
+
+
+def wanted(reward: object, images: Tensor | None, latents: Tensor | None) -> Tensor:
+    """Return the latents for a reward that wants them, the images for others, and where there are no latents.
+
+    Raises ValueError if the reward needs images and there are none.
+    """
+    found = latents if latents is not None and wants_latents(reward) else images
+    if found is None:
+        raise ValueError(f"reward {getattr(reward, 'name', reward)!r} needs images: decode the latents")
+    return found
+
+
+def check_latents(rewards: Mapping[str, Reward], vae_config: Mapping[str, Any]) -> None:
+    """Raise ValueError, by name, if a reward scores latents of another VAE than the one configured as given."""
+    for name, reward in rewards.items():
+        if wants_latents(reward) and (check := getattr(reward, "check_latents", None)):
+            try:
+                check(vae_config)
+            except ValueError as error:
+                raise ValueError(f"reward {name!r}: {error}") from error
+
+
 def ask(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata, groups: Tensor | None = None
+    reward: Reward,
+    images: Tensor | None,
+    prompts: Sequence[str],
+    metadata: Metadata,
+    groups: Tensor | None = None,
+    latents: Tensor | None = None,
 ) -> tuple[Tensor, Extras]:
     """Call a reward on a batch, isolated from the caller: see ``isolated``.
 
@@ -199,10 +239,11 @@ def ask(
 
     Args:
         reward: pointwise or group reward.
-        images: (B, 3, H, W), float, [0, 1].
+        images: (B, 3, H, W), float, [0, 1]; None if the reward wants latents, which are given.
         prompts: B texts.
         metadata: B mappings.
         groups: group ids (B,), for a group reward.
+        latents: (B, C, ...), scaled for the denoiser, for a reward that wants them; None to let it encode the images.
 
     Returns:
         Scores (B,), and the extras by name.
@@ -212,7 +253,7 @@ def ask(
         RewardExit: the reward raised an exception that would end the program.
         ValueError: the number of scores differs from B.
     """
-    foreign = not _is_ours(reward)
+    foreign, given = not _is_ours(reward), wanted(reward, images, latents)
 
     def call(seen: Tensor) -> tuple[Tensor, Extras]:
         own = [copy_metadata(entry) for entry in metadata]
@@ -224,9 +265,9 @@ def ask(
         return values.clone(), {name: extra.clone() for name, extra in extras.items()}
 
     try:
-        if foreign and reward.differentiable and wants_grad(images) and not needs_groups(reward):
-            return _score_with_gradient(images, call)
-        return call(images.clone() if foreign else images)
+        if foreign and reward.differentiable and wants_grad(given) and not needs_groups(reward):
+            return _score_with_gradient(given, call)
+        return call(given.clone() if foreign else given)
     except WrongShape:
         raise
     except (RewardUnavailable, ImportError) as error:

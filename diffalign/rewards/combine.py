@@ -22,7 +22,18 @@ from diffalign.atomic import write_text
 from diffalign.config import from_dict
 from diffalign.device import to_float64
 from diffalign.files import read_text
-from diffalign.rewards.base import Metadata, Reward, RewardCard, ask, needs_groups, register
+from diffalign.rewards.base import (
+    IMAGES,
+    LATENTS,
+    Metadata,
+    Reward,
+    RewardCard,
+    ask,
+    check_latents,
+    needs_groups,
+    register,
+    wants_latents,
+)
 from diffalign.rewards.config import RewardConfig, build_rewards
 
 QUANTILES = 101
@@ -180,6 +191,15 @@ class Combined:
     def needs_groups(self) -> bool:
         """Whether one of the combined rewards does."""
         return any(needs_groups(reward) for reward, _ in self.rewards.values())
+
+    @property
+    def wants(self) -> str:
+        """Latents if all of the combined rewards want them; else the images, which latent rewards encode."""
+        return LATENTS if all(wants_latents(reward) for reward, _ in self.rewards.values()) else IMAGES
+
+    def check_latents(self, vae_config: Mapping[str, Any]) -> None:
+        """Raise ValueError if a combined reward scores latents of another VAE."""
+        check_latents({name: reward for name, (reward, _) in self.rewards.items()}, vae_config)
 
     @property
     def range(self) -> tuple[float, float]:

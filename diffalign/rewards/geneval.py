@@ -46,10 +46,11 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Found:
-    """A detected object: its box (left, top, right, bottom) in pixels, and its mask (H, W)."""
+    """A detected object: its box (left, top, right, bottom) in pixels, its mask (H, W), and the confidence in it."""
 
     box: tuple[float, float, float, float]
     mask: Tensor
+    score: float = 1.0
 
 
 Objects = Mapping[str, Sequence[Found]]
@@ -130,15 +131,20 @@ def _placed(found: Sequence[Found], groups: Sequence[Sequence[Found] | None], po
 VERDICTS: dict[str, Callable[[Objects, ColorsOf, Mapping[str, Any]], float]] = {"correct": correct, "graded": graded}
 
 
-def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
+def load_detector(weights: Weights) -> tuple[Any, Any]:
+    """Load a detector of transformers for instance segmentation, and its processor."""
     detector, report = AutoModelForUniversalSegmentation.from_pretrained(
         weights.path, revision=weights.revision, output_loading_info=True, trust_remote_code=False
     )
     # Unexpected keys are allowed: old checkpoints store buffers that are computed now.
     check_report({key: report[key] for key in ("missing_keys", "mismatched_keys")}, weights.path, "a detector")
     processor = AutoImageProcessor.from_pretrained(weights.path, revision=weights.revision, trust_remote_code=False)
+    return frozen(detector, weights), processor
+
+
+def _load(weights: Weights, clip: str) -> tuple[Any, Any, CLIPModel, Any]:
     colors, tokenizer = load_clip(*split(clip)), AutoTokenizer.from_pretrained(**pinned(clip), trust_remote_code=False)
-    return frozen(detector, weights), processor, frozen(colors, weights), tokenizer
+    return *load_detector(weights), frozen(colors, weights), tokenizer
 
 
 def class_names(detector: Any) -> dict[int, str]:
@@ -160,7 +166,7 @@ def detect(detector: Any, processor: Any, image: Tensor, threshold: float) -> di
         if len(same) < MAX_OBJECTS:
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
             box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
-            same.append(Found(box, mask))
+            same.append(Found(box, mask, float(segments[index]["score"])))
     return objects
 
 

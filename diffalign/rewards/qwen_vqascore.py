@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
-from diffalign.rewards.support.prompts import check_question, escape_special_tokens
-from diffalign.rewards.support.qwen_vl import chat, load
-from diffalign.rewards.support.weights import Weights, load_once, on_device
+from diffalign.rewards.support.prompts import check_question
+from diffalign.rewards.support.qwen_vl import answer_logits, load
+from diffalign.rewards.support.weights import Weights, load_once
 from diffalign.rewards.vqascore import ANSWERS, PAPER
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
@@ -56,22 +56,10 @@ class QwenVqaScore:
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Score images (B, 3, H, W), float, [0, 1]: (B,), float32 or wider, on their device."""
-        model, tokenizer, patches = load_once(load, self.weights)
-        quantize = should_quantize(self.quantize, images)
-        rows, grid = patches(images, quantize=quantize)
-        questions = [self.question.format(escape_special_tokens(tokenizer, prompt)) for prompt in prompts]
-        count = len(rows) // len(images) // patches.merge**2
-        ids, mask = chat(tokenizer, questions, count, "left", images.device)
-        with on_device(model, self.weights, images.device):
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                pixel_values=rows.to(model.dtype),
-                image_grid_thw=grid,
-                mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                logits_to_keep=1,
-                use_cache=False,
-            ).logits
+        loaded = load_once(load, self.weights)
+        tokenizer, quantize = loaded[1], should_quantize(self.quantize, images)
+        questions = [self.question.format(prompt) for prompt in prompts]
+        logits = answer_logits(loaded, self.weights, images, questions, quantize=quantize)
         yes, no = (torch.tensor(tokenizer.encode(word), device=images.device) for word in ("Yes", "No"))
         return ANSWERS[self.answer](at_least_float32(logits).log_softmax(-1), yes, no)
 

@@ -10,20 +10,23 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffalign.files import shorten
-from diffalign.rewards.base import Metadata, RewardCard, register
-from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
+from diffalign.rewards.base import Extras, Metadata, RewardCard, register
+from diffalign.rewards.support.http_client import HTTPClient, RemoteError, data_url
 from diffalign.rewards.support.preprocess import check_images, on_images
-from diffalign.rewards.support.prompts import check_template
+from diffalign.rewards.support.prompts import check_template, fill
 
+T = TypeVar("T")
+R = TypeVar("R")
+NUMBER = r"([-+]?\d*\.?\d+)"
 RATE = (
     'Rate from {low} to {high} how well this image shows "{prompt}", and how good it looks. '
     'Answer with JSON alone: {{"score": number}}.'
@@ -44,16 +47,22 @@ class Endpoint:
         model: name of the model in requests.
         max_tokens: of a free-form answer.
         logprobs: request log-probabilities for one-word answers.
+        jpeg: quality of JPEG files in requests; None for PNG.
     """
 
     client: HTTPClient
     model: str
     max_tokens: int = 64
     logprobs: bool = True
+    jpeg: int | None = None
+
+    def encode(self, image: Tensor) -> str:
+        """Encode an image (3, H, W), float, [0, 1], as a data URL."""
+        return data_url(image, self.jpeg)
 
     def ask(self, text: str, images: Sequence[str], one_word: bool = False) -> Answer:
-        """Ask a question about images (PNG, base64). Raises RemoteError if the response has another form."""
-        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+        """Ask a question about images (data URLs). Raises RemoteError if the response has another form."""
+        content = [{"type": "image_url", "image_url": {"url": image}} for image in images]
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
@@ -115,13 +124,44 @@ class Answer:
                 return float(value)
         raise RemoteError(f'the judge said {self.text[:100]!r}, not {{"score": number}} from {low:g} to {high:g}')
 
+    @property
+    def verdict(self) -> str:
+        """The text in the last <answer> tags; all of it if there are none."""
+        return (re.findall(r"<answer>(.*?)</answer>", self.text, re.DOTALL | re.IGNORECASE) or [self.text])[-1]
 
-def _query_all(name: str, client: HTTPClient, query: Any, items: Sequence[Any]) -> list[float]:
-    """Run ``query`` on every item. A failed query gives NaN, with one warning per cause."""
+    def axis(self, name: str, low: float, high: float) -> float:
+        """Parse "NAME score: number" from the verdict. Raises RemoteError if it is missing or out of bounds."""
+        words = r"\s*".join(map(re.escape, name.split()))
+        found = re.search(rf"{words}\s*score\s*(?:\([^)]*\))?\s*:\s*{NUMBER}", self.verdict, re.IGNORECASE)
+        if found and low <= float(found[1]) <= high:
+            return float(found[1])
+        raise RemoteError(
+            f'the judge said {self.text[:200]!r}, without "{name} score: number" from {low:g} to {high:g}'
+        )
+
+
+def query_all(name: str, client: HTTPClient, query: Callable[[T], R], items: Sequence[T], failed: R) -> list[R]:
+    """Run ``query`` on every item. A failed query gives ``failed``, with one warning per cause."""
     results = client.map(query, items)
     for error in {client.clean(str(result)) for result in results if isinstance(result, RemoteError)}:
         warnings.warn(f"reward {name!r}: {error}", stacklevel=3)
-    return [math.nan if isinstance(result, RemoteError) else result for result in results]
+    return [failed if isinstance(result, RemoteError) else result for result in results]
+
+
+def yes_shares(
+    name: str, endpoint: Endpoint, images: Tensor, asked: Sequence[tuple[int, str]], hard: bool = False
+) -> Tensor:
+    """Ask questions about images: the probability of "yes" of each pair (row, question), NaN where the query fails.
+
+    hard: use the text of the answer alone.
+    """
+    encoded = [endpoint.encode(image) for image in images]
+
+    def query(item: tuple[int, str]) -> float:
+        answer = endpoint.ask(item[1], [encoded[item[0]]], one_word=True)
+        return (replace(answer, first={}) if hard else answer).choice("yes", "no")
+
+    return torch.tensor(query_all(name, endpoint.client, query, asked, math.nan), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -146,9 +186,10 @@ class RatingJudge:
 
         def query(i: int) -> float:
             text = self.question.format(prompt=prompts[i], low=f"{self.low:g}", high=f"{self.high:g}")
-            return self.endpoint.ask(text, [encode_image(images[i])]).number(self.low, self.high)
+            return self.endpoint.ask(text, [self.endpoint.encode(images[i])]).number(self.low, self.high)
 
-        return torch.tensor(_query_all(self.name, self.endpoint.client, query, range(len(images))), dtype=torch.float32)
+        found = query_all(self.name, self.endpoint.client, query, range(len(images)), math.nan)
+        return torch.tensor(found, dtype=torch.float32)
 
 
 def _questions(metadata: Mapping[str, Any]) -> list[str]:
@@ -174,17 +215,11 @@ class ChecklistJudge:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
         queries = [
-            (i, question)
+            (i, CHECK.format(question=question))
             for i, prompt in enumerate(prompts)
             for question in _questions(metadata[i]) or [SHOWS.format(prompt=prompt)]
         ]
-        encoded = [encode_image(image) for image in images]
-
-        def query(item: tuple[int, str]) -> float:
-            text = CHECK.format(question=item[1])
-            return self.endpoint.ask(text, [encoded[item[0]]], one_word=True).choice("yes", "no")
-
-        answers = torch.tensor(_query_all(self.name, self.endpoint.client, query, queries), dtype=torch.float32)
+        answers = yes_shares(self.name, self.endpoint, images, queries)
         owner = torch.tensor([i for i, _ in queries], dtype=torch.int64)
         total = torch.zeros(len(images)).index_add(0, owner, answers)
         return total / torch.bincount(owner, minlength=len(images))
@@ -215,14 +250,12 @@ class PairwiseJudge:
         finite = images.isfinite().flatten(1).all(1).cpu()
         indices = [((groups.cpu() == label) & finite).nonzero()[:, 0] for label in groups.unique().tolist()]
         pairs = [pair for group in indices for pair in self._pairs(group)]
-        encoded = [encode_image(image) if good else "" for image, good in zip(images, finite, strict=True)]
-
-        def query(pair: tuple[int, int]) -> float:
-            text = self.question.format(prompt=prompts[pair[0]])
-            return self.endpoint.ask(text, [encoded[i] for i in pair], one_word=True).choice("1", "2")
+        encoded = [self.endpoint.encode(image) if good else "" for image, good in zip(images, finite, strict=True)]
+        query = lambda pair: self.preference(prompts[pair[0]], [encoded[i] for i in pair])  # noqa: E731
 
         orders = [order for first, second in pairs for order in ((first, second), (second, first))]
-        won = torch.tensor(_query_all(self.name, self.endpoint.client, query, orders), dtype=torch.float32).view(-1, 2)
+        found = query_all(self.name, self.endpoint.client, query, orders, math.nan)
+        won = torch.tensor(found, dtype=torch.float32).view(-1, 2)
         # Preference for the pair's first image: P("1") in the first order, 1 - P("1") in the second.
         share = (won[:, 0] + 1 - won[:, 1]) / 2
 
@@ -235,9 +268,58 @@ class PairwiseJudge:
                 count[second] += 1
         return total / count
 
+    def preference(self, prompt: str, images: Sequence[str]) -> float:
+        """Return the preference for the first of two images, in [0, 1]. Raises RemoteError without an answer."""
+        text = self.question.format(prompt=prompt)
+        return self.endpoint.ask(text, images, one_word=True).choice("1", "2")
+
     def _pairs(self, indices: Tensor) -> list[tuple[int, int]]:
         pairs = sorted(combinations(range(len(indices)), 2), key=lambda pair: (pair[1] - pair[0], pair))
         return [(int(indices[a]), int(indices[b])) for a, b in pairs[: self.most_pairs]]
+
+
+@dataclass(frozen=True)
+class AxesJudge:
+    """Rate each image on named axes in one answer, which states "NAME score: number"; the score is a weighted mean.
+
+    Args:
+        name: under which scores are stored.
+        endpoint: of the model.
+        template: question, with ``{prompt}``.
+        weights: of the axes by the words that the answer names them with; 0 for an axis that is only an extra.
+        low: least number of an axis.
+        high: greatest one.
+        differentiable: False.
+    """
+
+    name: str
+    endpoint: Endpoint
+    template: str
+    weights: Mapping[str, float]
+    low: float = 0.0
+    high: float = 1.0
+    differentiable: bool = False
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Bounds of the axes."""
+        return (self.low, self.high)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:
+        """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU. The extras are the axes."""
+        names = [axis.replace(" ", "_") for axis in self.weights]
+        return on_images(*names)(self._score)(images, prompts, metadata)
+
+    def _score(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:
+        def query(i: int) -> list[float]:
+            answer = self.endpoint.ask(fill(self.template, prompts[i]), [self.endpoint.encode(images[i])])
+            return [answer.axis(axis, self.low, self.high) for axis in self.weights]
+
+        failed = [math.nan] * len(self.weights)
+        found = torch.tensor(query_all(self.name, self.endpoint.client, query, range(len(images)), failed))
+        axes, shares = found.double(), torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        table = {axis.replace(" ", "_"): values for axis, values in zip(self.weights, found.T, strict=True)}
+        return (axes @ shares / shares.sum()).float(), table
 
 
 OPTIONS = ("question", "low", "high", "most_pairs")
@@ -260,7 +342,7 @@ def vlm_judge(
     **options: Any,
 ) -> Any:
     """Build a judge on an OpenAI-compatible server (see ``HTTPClient.for_url``); ``options`` are its fields."""
-    client = HTTPClient.for_url(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    endpoint = connect(url, model, token_env, timeout, retries, concurrency, max_tokens, logprobs)
     known = [field.name for field in fields(judge) if field.name in OPTIONS]
     if unknown := options.keys() - set(known):
         wrong, right = ", ".join(sorted(unknown)), ", ".join(known) or "none"
@@ -268,4 +350,20 @@ def vlm_judge(
     if "question" in options:
         blanks = {"prompt", "low", "high"} if judge is RatingJudge else {"prompt"}
         check_template(name, str(options["question"]), blanks)
-    return judge(name, Endpoint(client, model, max_tokens, logprobs), **options)
+    return judge(name, endpoint, **options)
+
+
+def connect(
+    url: str,
+    model: str,
+    token_env: str | None,
+    timeout: float,
+    retries: int,
+    concurrency: int,
+    max_tokens: int,
+    logprobs: bool = False,
+    jpeg: int | None = None,
+) -> Endpoint:
+    """Build the endpoint of a model on an OpenAI-compatible server."""
+    client = HTTPClient.for_url(url, token_env, timeout=timeout, retries=retries, concurrency=concurrency)
+    return Endpoint(client, model, max_tokens, logprobs, jpeg)

@@ -105,12 +105,14 @@ class Tree:
         parent: (N,) int64, row of the parent, -1 for a root.
         depth: (N,) int64.
         leaf: (N,) bool.
+        log_prob: (N,) float64, of the transition from the parent, NaN if not trained; None if no rule needs it.
     """
 
     tree: Tensor
     parent: Tensor
     depth: Tensor
     leaf: Tensor
+    log_prob: Tensor | None = None
 
 
 RuleFunction = Callable[[Tree, Tensor], Tensor]
@@ -179,11 +181,68 @@ def per_depth_advantages(tree: Tree, rewards: Tensor) -> Tensor:
     Raises:
         ValueError: Every tree is a chain, in which no node has another to compare with.
     """
+    _need_branches(tree, "per_depth")
+    return _by_depth(tree, subtree_mean(_usable(rewards), tree.leaf, tree.parent))
+
+
+@advantage_rule("per_depth_weighted", of="rewards")
+def per_depth_weighted_advantages(tree: Tree, rewards: Tensor) -> Tensor:
+    """Normalise as ``per_depth`` what paths are worth: V = sum over children of softmax(log p of the child) V(child).
+
+    It is BranchGRPO's other fusion of rewards (2509.06040). log p is a mean over dimensions, as in the released code;
+    children of untrained steps weigh the same.
+    """
+    _need_branches(tree, "per_depth_weighted")
+    assert tree.log_prob is not None
+    value = torch.full(tree.leaf.shape, torch.nan, dtype=torch.float64)
+    value[tree.leaf] = _usable(rewards)
+    density = tree.log_prob.cpu().nan_to_num(nan=0.0)
+    for depth in range(int(tree.depth.max()), 0, -1):
+        rows = ((tree.depth == depth) & value.isfinite()).nonzero().flatten()
+        parents = tree.parent[rows]
+        most = torch.full_like(value, -math.inf).scatter_reduce(0, parents, density[rows], "amax")
+        weight = (density[rows] - most[parents]).exp()
+        total, norm = (torch.zeros_like(value).index_add(0, parents, w) for w in (weight * value[rows], weight))
+        value[norm > 0] = (total / norm)[norm > 0]
+    return _by_depth(tree, value)
+
+
+@advantage_rule("granular", of="rewards")
+def granular_advantages(tree: Tree, rewards: Tensor) -> Tensor:
+    """Sum the standardised rewards of a state's finishes at several strides (Granular-GRPO, 2510.01982).
+
+    The i-th leaves of the states of a tree are a granularity: A = sum over i of (r_i - mean) / (std + 1e-8) over the
+    tree's states. Leaves get their own term. A state without a finite reward at a granularity has no term of it.
+    """
+    leaves = tree.leaf.nonzero().flatten()
+    parents = tree.parent[leaves]
+    if len(leaves) == 0 or (parents < 0).any():
+        raise ValueError("granular compares the finishes of states, and the plan does not branch: use subtree_mean")
+    begins = torch.cat([torch.tensor([True]), parents[1:] != parents[:-1]])
+    first = torch.where(begins, torch.arange(len(leaves)), 0).cummax(0).values
+    labels = torch.unique(torch.stack([tree.tree[leaves], torch.arange(len(leaves)) - first], 1), dim=0,
+                          return_inverse=True)[1]  # fmt: skip
+    values = _usable(rewards)
+    clean = values.nan_to_num(nan=0.0)
+    terms = _Groups(labels, values.isfinite()).normalise(clean, clean.abs(), std="group", epsilon=1e-8)
+    found = torch.zeros(tree.leaf.shape, dtype=torch.float64).index_add(0, parents, terms)
+    found[leaves] = terms
+    return found
+
+
+def _need_branches(tree: Tree, name: str) -> None:
     if int(tree.leaf.sum()) == len(torch.unique(tree.tree)):
-        raise ValueError("per_depth compares the nodes of a tree, and the plan does not branch: use subtree_mean")
-    means = subtree_mean(torch.where(rewards.isfinite(), rewards.double(), torch.nan), tree.leaf, tree.parent)
-    usable = means.isfinite()
-    clean = torch.where(usable, means, 0.0)
+        raise ValueError(f"{name} compares the nodes of a tree, and the plan does not branch: use subtree_mean")
+
+
+def _usable(rewards: Tensor) -> Tensor:
+    return torch.where(rewards.isfinite(), rewards.double(), torch.nan)
+
+
+def _by_depth(tree: Tree, values: Tensor) -> Tensor:
+    """Standardise values of nodes over the nodes of their depth and tree; 0 where they are NaN."""
+    usable = values.isfinite()
+    clean = torch.where(usable, values, 0.0)
     labels = torch.unique(torch.stack([tree.tree, tree.depth], 1), dim=0, return_inverse=True)[1]
     return _Groups(labels, usable).normalise(clean, clean.abs(), std="group", epsilon=1e-8)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -19,25 +19,28 @@ def one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, initializer=torch.get_num_threads)
 
 
-def start(pool: Executor, call: Callable[[Tensor], T], images: Tensor) -> Future[T]:
-    """Start ``call(images)`` in ``pool``.
+def start(pool: Executor, call: Callable[..., T], *samples: Tensor | None) -> Future[T]:
+    """Start ``call(*samples)`` in ``pool``.
 
-    On CUDA its kernels run concurrently with the caller's, after those that compute ``images``, and have finished when
+    On CUDA its kernels run concurrently with the caller's, after those that compute ``samples``, and have finished when
     the future has.
     """
-    if images.device.type != "cuda":
-        return pool.submit(call, images)
-    return pool.submit(_on_own_stream, call, images, torch.cuda.current_stream(images.device).record_event())
+    device = next(part.device for part in samples if part is not None)
+    if device.type != "cuda":
+        return pool.submit(call, *samples)
+    return pool.submit(_on_own_stream, call, samples, device, torch.cuda.current_stream(device).record_event())
 
 
-def _on_own_stream(call: Callable[[Tensor], T], images: Tensor, ready: torch.cuda.Event) -> T:
-    stream = _stream(images.device)
+def _on_own_stream(
+    call: Callable[..., T], samples: Sequence[Tensor | None], device: torch.device, ready: torch.cuda.Event
+) -> T:
+    stream = _stream(device)
     with torch.cuda.stream(stream):  # a thread begins with the first device and its default stream
         stream.wait_event(ready)
         try:
-            return call(images)
+            return call(*samples)
         finally:
-            # Holds ``images`` until the kernels end, so that their memory is not reused by the caller's stream.
+            # Holds ``samples`` until the kernels end, so that their memory is not reused by the caller's stream.
             stream.synchronize()
 
 

@@ -297,7 +297,7 @@ class RolloutBuffer:
         if values.shape != self.leaves.shape:
             raise ValueError(f"values of shape {tuple(values.shape)} for {len(self.leaves)} leaves: pass one per leaf")
         roots = torch.unique(torch.stack([self.group, self.sample], 1), dim=0, return_inverse=True)[1]
-        tree = Tree(roots, self.parent, self.depth, self.leaf)
+        tree = Tree(roots, self.parent, self.depth, self.leaf, self.log_prob)
         self.advantage = ADVANTAGE_RULES[rule].compute(tree, values.cpu()).to(self.advantage)
 
     def moved(self, samples: Tensor, move: Callable[[Tensor], Tensor]) -> RolloutBuffer:

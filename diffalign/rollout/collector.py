@@ -16,11 +16,12 @@ from diffalign.data.epoch_order import take
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.offload import VAE
 from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
-from diffalign.rewards.base import Reward
-from diffalign.rollout.advantages import flat_share, group_advantages
+from diffalign.rewards.base import Reward, wants_latents
+from diffalign.rollout.advantages import ADVANTAGE_RULES, flat_share, group_advantages
+from diffalign.rollout.anchored import allocate_anchored, anchored_latents, anchored_trees
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
-from diffalign.rollout.generate import NoiseKeys, rollouts
+from diffalign.rollout.generate import NoiseKeys, decode, rollout_latents
 from diffalign.rollout.pinned_memory import pinned
 from diffalign.rollout.sampler import SamplingPlan
 from diffalign.rollout.scoring import ScoreBook, check_unscored
@@ -75,6 +76,9 @@ class Collector:
         rewards: Rewards by name.
         weights: Weight of each reward.
         leaves_only: Whether to store final latents only, whatever the plan.
+
+    Attributes:
+        decodes: Whether images are decoded: a reward needs them, or rollouts are saved.
     """
 
     def __init__(
@@ -87,7 +91,12 @@ class Collector:
     ) -> None:
         self.run, self.config, self.model = run, run.config, run.model
         self.leaves_only = leaves_only
+        if leaves_only and self.config.plan.leaves > 1:
+            raise ValueError(
+                f"plan.preset {self.config.plan.preset!r} samples trees, and this trainer reads chains only"
+            )
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.decodes = run.config.save_rollouts or not all(map(wants_latents, rewards.values()))
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
         # All plans now: a moving window may reach a step that cannot be trained only after an hour.
         for plan in possible_plans(self.config.plan, trees=True):
@@ -110,19 +119,20 @@ class Collector:
         rollout.started = started
         buffer, (group, sample) = rollout.buffer, self._own_trees(rollout.plan.plan)
         keys = NoiseKeys(self.run.rng, "rollout", iteration, group, sample, config.shared_start)
-        parts = rollouts(
-            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size, config.decode_dtype
+        parts = (anchored_latents if rollout.plan.plan.anchors else rollout_latents)(
+            self.model, rollout.plan, rollout.conditioning, keys, buffer, config.rollout_batch_size
         )
         overlap, leaf_groups = self._may_overlap(), buffer.group[buffer.leaves].tolist()
 
         book = rollout.scores = ScoreBook(self.rewards, keep_images=config.save_rollouts)
         try:
             with self.model.keeping(VAE), self._caching(rollout):
-                for rows, images in parts:
+                for rows, latents in parts:
+                    images = decode(self.model, latents, config.decode_dtype) if self.decodes else None
                     self.run.heartbeat(collective=True)
                     # No sampling is left to overlap with the last batch.
                     in_background = overlap and rows.stop < len(leaf_groups)
-                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background)
+                    book.add(images, [buffer.prompts[g] for g in leaf_groups[rows]], in_background, latents)
                     self.run.heartbeat(collective=True)
         except BaseException:
             book.close()
@@ -197,11 +207,15 @@ class Collector:
         plan = make_plan(config.plan, iteration, config.seed, trees=True)
         shape, device = model.latent_shape(), self.run.accelerator.device
         group, sample = self._own_trees(plan)
-        steps = (len(plan),) if self.leaves_only else stored_steps(plan)
-        outside = pinned(bytes_needed(plan, len(group), shape, torch.float32, means=means, steps=steps), device)
-        buffer = RolloutBuffer.allocate(
-            plan, group, sample, prompts, shape, device=device, means=means, steps=steps, pinned=outside
-        )
+        steps = (len(plan),) if self.leaves_only else stored_steps(plan.tree(0))
+        size = bytes_needed(plan.tree(0), len(group), shape, torch.float32, means=means, steps=steps)
+        outside = pinned(size, device)
+        if plan.anchors:
+            buffer = allocate_anchored(plan, group, sample, prompts, shape, device=device, means=means, pinned=outside)
+        else:
+            buffer = RolloutBuffer.allocate(
+                plan, group, sample, prompts, shape, device=device, means=means, steps=steps, pinned=outside
+            )
         conditioning = self.run.prompts([p.text for p in prompts])
         return Rollout(buffer, SamplingPlan(plan, self.levels, self.run.guidance), conditioning)
 
@@ -235,7 +249,12 @@ class Collector:
         return lots.argsort(1).flatten()[group * per_group + sample]
 
     def _own_trees(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Return (group, index in the group) of this process's trees: a consecutive share of them all."""
+        """Return (group, index in the group) of this process's trees: a consecutive share of them all.
+
+        With anchors it is a share of the groups, ordered by anchor.
+        """
+        if plan.anchors:
+            return anchored_trees(plan, self.run.share(self.config.num_groups), self.config.group_size)
         per_group = trees_per_group(plan, self.config.group_size)
         own = torch.tensor(self.run.share(self.config.num_groups * per_group))
         return own // per_group, own % per_group
@@ -260,7 +279,9 @@ class Collector:
             )
             share = self.run.share(len(advantages))
             own_total = sum((self.weights[name] * own[name] for name in own), torch.zeros(len(group)))
-            buffer.set_advantages(advantages[share.start : share.stop], config.advantage_rule, rewards=own_total)
+            buffer.set_advantages(advantages[share.start : share.stop], config.rule, rewards=own_total)
+            if ADVANTAGE_RULES[config.rule].of == "rewards":
+                buffer.advantage.clamp_(-config.advantage_clip, config.advantage_clip)
 
         zero = torch.zeros(len(groups), dtype=torch.float64)
         total = sum((self.weights[name] * rewards[name].double() for name in rewards), zero)

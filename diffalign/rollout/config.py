@@ -127,11 +127,21 @@ class RolloutConfig(ScoredSamplesConfig):
                 "4 or more are usual"
             )
         self.validate_batches(1)
-        trees_per_group(make_plan(self.plan, 0, self.seed, trees=True), self.group_size)
+        plan = make_plan(self.plan, 0, self.seed, trees=True)
+        trees_per_group(plan, self.group_size)
+        if plan.anchors and not self.shared_start:
+            raise ValueError(
+                f"plan.preset {self.plan.preset!r} branches from one ODE per prompt: set shared_start: true"
+            )
 
     def validate_batches(self, processes: int) -> None:
         """Check that images divide evenly over processes and updates. Raises ValueError with a suggested fix."""
         images, parts = self.num_groups * self.group_size, processes * self.updates_per_rollout
+        if self.plan.anchored and self.num_groups % processes:
+            raise ValueError(
+                f"the trees of a prompt share one ODE, on one process: make num_groups a multiple of the {processes} "
+                "processes"
+            )
         leaves = self.plan.leaves
         if images % (parts * leaves):
             trees = f" in trees of {leaves} (plan.branch)" if leaves > 1 else ""
@@ -141,12 +151,17 @@ class RolloutConfig(ScoredSamplesConfig):
             )
 
 
+RULES = {"branch_grpo": "per_depth", "tempflow_branch": "per_depth", "g2": "granular", "tree_rpo": "per_depth"}
+
+
 @dataclasses.dataclass(kw_only=True)
 class AdvantageConfig:
     """Configuration of advantages within the groups of a rollout."""
 
-    advantage_std: Literal["group", "global"] = option(
-        "group", "standard deviation to divide advantages by: of each group, or of the iteration", section="advantages"
+    advantage_std: Literal["group", "global", "unit"] = option(
+        "group",
+        "standard deviation to divide advantages by: of each group, of the iteration (global), or none (unit)",
+        section="advantages",
     )
     advantage_epsilon: float = option(1e-4, "added to that standard deviation", section="advantages", ge=0)
     advantage_clip: float = option(
@@ -155,12 +170,19 @@ class AdvantageConfig:
     aggregate: Literal["rewards", "advantages"] = option(
         "rewards", "what to sum over several rewards", section="advantages"
     )
-    advantage_rule: Literal["leaf", "subtree_mean", "per_depth"] = option(
-        "subtree_mean",
-        "advantage of a tree's nodes: leaf (nothing above the last branching), subtree_mean of the leaves below, or "
-        "per_depth (BranchGRPO)",
+    advantage_rule: Literal["leaf", "subtree_mean", "per_depth", "per_depth_weighted", "granular"] | None = option(
+        None,
+        "advantage of a tree's nodes: leaf (nothing above the last branching), subtree_mean of the leaves below, "
+        "per_depth (BranchGRPO, TempFlow-GRPO), per_depth_weighted (by the density of paths) or granular (G2); "
+        "default: the plan preset's, else subtree_mean",
         section="advantages",
     )
+
+    @property
+    def rule(self) -> str:
+        """The advantage rule: the configured one, else that of the plan's method."""
+        plan: PlanConfig = self.plan  # type: ignore[attr-defined]
+        return self.advantage_rule or RULES.get(plan.preset, "subtree_mean")
 
     @property
     def normalisation(self) -> Literal["group", "global", "unit"]:

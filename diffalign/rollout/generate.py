@@ -100,7 +100,27 @@ def rollouts(
     size: int,
     decode_dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Sample the trees of a buffer and yield their images, one micro-batch of leaves at a time.
+    """Sample the trees of a buffer as ``rollout_latents`` does, and yield their images.
+
+    Args:
+        decode_dtype: Dtype in which the VAE may compute.
+
+    Yields:
+        The leaves of the micro-batch, as a slice of ``buffer.leaves``, and their images: (b, 3, H, W), float32.
+    """
+    for leaves, final in rollout_latents(model, plan, conditioning, keys, buffer, size):
+        yield leaves, decode(model, final, decode_dtype)
+
+
+def rollout_latents(
+    model: DiffusionModel,
+    plan: SamplingPlan,
+    conditioning: Conditioning,
+    keys: NoiseKeys,
+    buffer: RolloutBuffer,
+    size: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Sample the trees of a buffer and yield their final latents, one micro-batch of leaves at a time.
 
     Each node is sampled once, in a batch of at most ``size`` nodes of its level, depth first.
 
@@ -108,11 +128,10 @@ def rollouts(
         conditioning: A row per group.
         keys: An entry per tree of the buffer, in its order.
         size: Largest micro-batch of the model and the VAE.
-        decode_dtype: Dtype in which the VAE may compute.
 
     Yields:
-        The leaves of the micro-batch, as a slice of ``buffer.leaves``, and their images: (b, 3, H, W), float32. In a
-        chain a leaf is a sample.
+        The leaves of the micro-batch, as a slice of ``buffer.leaves``, and their latents: (b, C, ...). In a chain a
+        leaf is a sample.
 
     Raises:
         ValueError: ``keys`` does not have an entry per tree of the buffer.
@@ -126,9 +145,8 @@ def rollouts(
     shared = shared_steps(plan.plan) if keys.shared_start else 0
     for trees in micro_batches(len(keys.group), size):
         start = _after_shared_steps(model, plan, conditioning, keys[trees], buffer, shared)
-        sampler.store(shared, trees, start)
-        for leaves, final in sampler.descend(shared, trees, start):
-            yield leaves, decode(model, final, decode_dtype)
+        store(buffer, shared, trees, start)
+        yield from sampler.descend(shared, trees, start)
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,7 @@ class _TreeSampler:
             self.conditioning[self.keys.at(self.plan.plan, first)[nodes].group],
             x,
             draw=lambda index: self.keys.at(self.plan.plan, index + 1)[children(index)].step(shape, index),
-            observe=lambda index, result: self.store(index + 1, children(index), result.x_next, result),
+            observe=lambda index, result: store(self.buffer, index + 1, children(index), result.x_next, result),
             steps=range(first, end),
         )
 
@@ -168,16 +186,17 @@ class _TreeSampler:
             else:
                 yield from self.descend(end, below, x[part])
 
-    def store(self, level: int, nodes: slice, x: Tensor, result: StepResult | None = None) -> None:
-        """Write nodes to the buffer if it stores their level, and the density of the step that ended in them."""
-        rows = self.buffer.level(level)[nodes]
-        if not len(rows):
-            return
-        pinned_memory.put(self.buffer.x, rows, x)
-        if result is not None and self.buffer.trained[rows[0]]:
-            assert result.log_prob is not None
-            self.buffer.log_prob[rows] = result.log_prob.to(self.buffer.log_prob.device)
-            self.buffer.put_means(rows, result.mean)
+
+def store(buffer: RolloutBuffer, level: int, nodes: slice, x: Tensor, result: StepResult | None = None) -> None:
+    """Write nodes to a buffer if it stores their level, and the density of the step that ended in them."""
+    rows = buffer.level(level)[nodes]
+    if not len(rows):
+        return
+    pinned_memory.put(buffer.x, rows, x)
+    if result is not None and buffer.trained[rows[0]]:
+        assert result.log_prob is not None
+        buffer.log_prob[rows] = result.log_prob.to(buffer.log_prob.device)
+        buffer.put_means(rows, result.mean)
 
 
 def shared_steps(plan: Plan) -> int:
@@ -270,7 +289,15 @@ def _parents(buffer: RolloutBuffer, nodes: Tensor) -> tuple[int, Tensor, Tensor]
 def generate(
     model: DiffusionModel, plan: SamplingPlan, conditioning: Conditioning, prompt: Tensor, keys: NoiseKeys, size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Sample chains that are not stored, such as those of an evaluation, and yield their images in micro-batches.
+    """Sample chains as ``generate_latents`` does, and yield their images in micro-batches: (b, 3, H, W), float32."""
+    for rows, final in generate_latents(model, plan, conditioning, prompt, keys, size):
+        yield rows, decode(model, final)
+
+
+def generate_latents(
+    model: DiffusionModel, plan: SamplingPlan, conditioning: Conditioning, prompt: Tensor, keys: NoiseKeys, size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Sample chains that are not stored, such as those of an evaluation, and yield their latents in micro-batches.
 
     Args:
         conditioning: A row per prompt; it may be on the CPU.
@@ -279,7 +306,7 @@ def generate(
         size: Micro-batch.
 
     Yields:
-        The rows of the micro-batch and their images: (b, 3, H, W), float32.
+        The rows of the micro-batch and their final latents: (b, C, ...).
 
     Raises:
         ValueError: The plan branches.
@@ -295,5 +322,4 @@ def generate(
         def draw(index: int, part: NoiseKeys = part) -> Tensor:
             return part.step(shape, index)
 
-        final = sample(model, plan, own, start, draw=draw)
-        yield rows, decode(model, final)
+        yield rows, sample(model, plan, own, start, draw=draw)

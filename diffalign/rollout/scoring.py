@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.base import Reward, needs_groups, wanted, wants_latents
 from diffalign.rewards.support.fault_isolation import Batch, guarded
 from diffalign.rewards.support.isolation import named, said
 from diffalign.rollout.background import one_thread, start
@@ -25,9 +25,10 @@ class RewardWarning(UserWarning):
 
 def score(
     rewards: Mapping[str, Reward] | Sequence[Reward],
-    images: Tensor,
+    images: Tensor | None,
     prompts: Sequence[Prompt],
     groups: Tensor | None = None,
+    latents: Tensor | None = None,
 ) -> Scores:
     """Score images with every reward, without gradients.
 
@@ -37,9 +38,10 @@ def score(
 
     Args:
         rewards: Rewards by name, or rewards that have names.
-        images: (B, 3, H, W), float, [0, 1].
+        images: (B, 3, H, W), float, [0, 1]; None if all rewards want latents.
         prompts: B prompts.
         groups: (B,), labels of whole groups, for rewards that need them; default: images of one prompt are a group.
+        latents: (B, C, ...), final latents of a model, for rewards that want them; None for images of files.
 
     Returns:
         Scores by name, each (B,) float32 on the CPU; further numbers that a reward returns are named "reward/extra".
@@ -51,7 +53,7 @@ def score(
     """
     problems: list[str] = []
     try:
-        return _score(rewards, images, prompts, groups, problems)
+        return _score(rewards, images, latents, prompts, groups, problems)
     finally:
         _warn(problems)
 
@@ -63,14 +65,16 @@ def _warn(problems: list[str]) -> None:
 
 def _score(
     rewards: Mapping[str, Reward] | Sequence[Reward],
-    images: Tensor,
+    images: Tensor | None,
+    latents: Tensor | None,
     prompts: Sequence[Prompt],
     groups: Tensor | None,
     problems: list[str],
 ) -> Scores:
     """Score as ``score`` does, and collect warnings in ``problems``, for the caller's thread to raise."""
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
+    for samples in (images, latents):
+        if samples is not None and len(samples) != len(prompts):
+            raise ValueError(f"{len(samples)} images for {len(prompts)} prompts: pass one prompt per image")
     named = rewards.items() if isinstance(rewards, Mapping) else [(reward.name, reward) for reward in rewards]
     table = dict(named)
     if len(table) != len(named):
@@ -80,7 +84,7 @@ def _score(
         groups = torch.tensor([place[prompt.text] for prompt in prompts])
     found: dict[str, Tensor] = {}
     for name, reward in table.items():
-        found |= _score_one(name, reward, Batch(images, prompts, groups.cpu()), problems)
+        found |= _score_one(name, reward, Batch(images, prompts, groups.cpu(), latents), problems)
     return Scores(found)
 
 
@@ -111,6 +115,7 @@ class ScoreBook:
 
     Attributes:
         images: The images added so far, on the CPU, if kept or needed by a reward of whole groups.
+        latents: Their latents, likewise, if a reward of whole groups wants them.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], keep_images: bool = False) -> None:
@@ -118,6 +123,7 @@ class ScoreBook:
         self.waiting = {name: reward for name, reward in rewards.items() if needs_groups(reward)}
         self.keep_images = keep_images or bool(self.waiting)
         self.images: list[Tensor] = []
+        self.latents: list[Tensor] = []
         self.prompts: list[Prompt] = []
         self.parts: list[Scores] = []
         self._thread = one_thread("rewards")
@@ -134,25 +140,30 @@ class ScoreBook:
         """Wait for the thread, and end it."""
         self._thread.shutdown()
 
-    def add(self, images: Tensor, prompts: Sequence[Prompt], aside: bool = False) -> None:
+    def add(
+        self, images: Tensor | None, prompts: Sequence[Prompt], aside: bool = False, latents: Tensor | None = None
+    ) -> None:
         """Score a micro-batch, after waiting for the previous one.
 
         Errors and warnings of rewards in the background are raised by the next ``add``, or by ``scores``.
 
         Args:
-            images: (b, 3, H, W).
+            images: (b, 3, H, W); None if all rewards want latents.
             prompts: b prompts.
             aside: Whether to score in the background.
+            latents: (b, C, ...), for rewards that want them.
         """
         self._wait()
         if aside:
             call = partial(_score, self.at_once, prompts=prompts, groups=None, problems=self._problems)
-            self._running = start(self._thread, call, images)
+            self._running = start(self._thread, call, images, latents)
         else:
-            self.parts.append(score(self.at_once, images, prompts))
+            self.parts.append(score(self.at_once, images, prompts, latents=latents))
         self.prompts += prompts
-        if self.keep_images:
+        if self.keep_images and images is not None:
             self.images.append(images.cpu())
+        if latents is not None and any(map(wants_latents, self.waiting.values())):
+            self.latents.append(latents.cpu())
 
     def _wait(self) -> None:
         running, self._running = self._running, None
@@ -174,7 +185,7 @@ class ScoreBook:
             Scores by name, (B,); an extra is NaN for the micro-batches without it.
         """
         self._wait()
-        late = score(self.waiting, torch.cat(self.images), self.prompts, groups) if self.waiting else Scores({})
+        late = self._late(groups) if self.waiting else Scores({})
         sizes = [len(next(iter(part.values.values()), ())) for part in self.parts]
         names = dict.fromkeys(name for part in self.parts for name in part)
         found = {
@@ -188,11 +199,16 @@ class ScoreBook:
         }
         return Scores({**found, **late.values})
 
+    def _late(self, groups: Tensor) -> Scores:
+        """Score whole groups."""
+        images, latents = (torch.cat(parts) if parts else None for parts in (self.images, self.latents))
+        return score(self.waiting, images, self.prompts, groups, latents)
+
 
 def _score_one(name: str, reward: Reward, batch: Batch, problems: list[str]) -> dict[str, Tensor]:
     table, error = guarded(name, reward, batch)
-    images, prompts, values = batch.images, batch.prompts, table[name]
-    finite = images.isfinite().flatten(1).all(1).cpu() & values.isfinite()
+    seen, prompts, values = wanted(reward, batch.images, batch.latents), batch.prompts, table[name]
+    finite = seen.isfinite().flatten(1).all(1).cpu() & values.isfinite()
     if failed := [prompt.text for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]:
         cause = said(error) if error else "an image or its score is not finite"
         problems.append(

@@ -14,8 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from diffalign.config import free_fields, to_dict
-from diffalign.config.unread import accepts
+from diffalign.config import free_fields, to_dict, unread
 from diffalign.device import device_name
 from diffalign.runtime.config import TrainingConfig
 
@@ -125,12 +124,14 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
     old, new = _flat(then["config"]), _flat(now["config"])
     # Fields added after the checkpoint was written are assumed to have had their defaults.
     younger = new.keys() - old.keys() - {"revision"}
-    old |= {name: value for name, value in _flat(plain(type(args)())).items() if name in younger}
+    # Also those that a default configuration does not read, e.g. because it trains offline.
+    defaults = _flat(json.loads(json.dumps(unread.plain(type(args)()))))
+    old |= {name: value for name, value in defaults.items() if name in younger}
     old.setdefault("revision", new.get("revision"))  # early checkpoints did not store the commit
-    old = {name: value for name, value in _with_recorded_rewards(old, new).items() if accepts(args, name)}
+    old = {name: value for name, value in _with_recorded_rewards(old, new).items() if unread.accepts(args, name)}
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     loose = free_fields(type(args)) | ({"max_train_steps"} if args.lr_scheduler == "constant" else set())
-    if fixed := [name for name in changed if name not in loose]:
+    if fixed := [name for name in changed if unread.covering(loose, name) is None]:
         table = "\n".join(f"  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in fixed)
         raise ValueError(
             f"this checkpoint is of another configuration:\n{table}\n"

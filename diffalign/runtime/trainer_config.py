@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffalign.config import option
+from diffalign.config.held_out import held_out_table
 from diffalign.config.reward_consent import guard_rewards
-from diffalign.config.sections import LoraConfig
+from diffalign.config.sections import LoraConfig, RewardConfig
 from diffalign.config.unread import refuse_unread
 from diffalign.runtime.config import TrainingConfig
 
@@ -128,6 +129,15 @@ class TrainerConfig(TrainingConfig):
         resume="free",
         guard=guard_rewards,
     )
+    held_out: dict[str, float | RewardConfig] = option(
+        {},
+        "judges that evaluations report and nothing trains on, by name; panel: the usual five without those trained on",
+        bare=1.0,
+        section="evaluation",
+        resume="free",
+        guard=guard_rewards,
+        infinite=False,
+    )
     eval_images_per_prompt: int = option(
         2,
         "images per held-out prompt; at least two to measure diversity",
@@ -157,6 +167,10 @@ class TrainerConfig(TrainingConfig):
         """The folder of cached prompt embeddings and latents; None without a cache."""
         return (self.cache_dir or self.output_dir / "cache") if self.cache else None
 
+    def held_out_judges(self) -> dict[str, float | RewardConfig]:
+        """Return the judges of ``held_out``. Raises ValueError for one that the run trains on."""
+        return held_out_table(self.held_out, getattr(self, "rewards", None) or {})
+
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: dotted name -> reason, as "is read only with ..."."""
         return {}
@@ -165,6 +179,7 @@ class TrainerConfig(TrainingConfig):
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
         super().validate()
         refuse_unread(self)
+        self.held_out_judges()
 
         if not self.model:
             raise ValueError("model is missing: write model: assets/shapes-sd3, or a hub id")

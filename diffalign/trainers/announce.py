@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign.report.run_report import Report
 from diffalign.runtime.progress import evaluations_left
 from diffalign.runtime.run import Run
-from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.inputs import Inputs, held_out_sentence
 
 
 def opening(run: Run[Any], inputs: Inputs[Any], parameters: Sequence[Tensor]) -> str:
@@ -27,6 +27,7 @@ def opening(run: Run[Any], inputs: Inputs[Any], parameters: Sequence[Tensor]) ->
         "rewards": _rewards(config),
         "steps": f"{config.max_train_steps} optimizer steps" + (f", {run.world} processes" if run.world > 1 else ""),
         "evaluations": _evaluations(config, inputs),
+        "held out": held_out_sentence(inputs),
         "output": str(config.output_dir),
     }
     return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)

@@ -17,7 +17,7 @@ from diffalign.models.load import loaded_commit
 from diffalign.models.offload import PARTS
 from diffalign.models.performance import set_performance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
-from diffalign.rewards.base import Reward, RewardFunction
+from diffalign.rewards.base import Reward, RewardFunction, check_latents
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.lock import refuse_busy
@@ -32,7 +32,7 @@ from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
-from diffalign.trainers.inputs import Inputs, load_optional
+from diffalign.trainers.inputs import Inputs, load_optional, with_held_out
 from diffalign.trainers.outputs import Outputs
 
 logger = get_logger(__name__)
@@ -80,6 +80,7 @@ class Trainer(Generic[C]):
         self.inputs: Inputs[C] = with_evaluation(kind.read_inputs(config, reward_funcs, train_dataset), eval_dataset)
         accelerator, shards = self._connect(self.inputs)
         loaded = model if isinstance(model, DiffusionModel) else load(self.inputs.config)
+        check_latents({**self.inputs.eval_rewards, **self.inputs.rewards}, loaded.pipeline.vae.config)
         self.inputs = inputs = record_model(self.inputs, loaded)
 
         config = inputs.config
@@ -164,6 +165,7 @@ def with_evaluation(inputs: Inputs[C], eval_dataset: Sequence[Prompt] | None) ->
     prompts = eval_dataset if eval_dataset is not None else load_optional(config.eval_prompts)
     if not prompts:
         return inputs
+    inputs = with_held_out(inputs)
     if not inputs.eval_rewards:
         raise ValueError("eval_rewards is missing: name the rewards that judge the held-out images")
     tried = {id(reward) for reward in inputs.rewards.values()}

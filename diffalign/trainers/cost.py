@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffalign.diffusion.plan import make_plan
+from diffalign.rollout.anchored import anchored_evaluations
 from diffalign.rollout.config import RolloutConfig
 from diffalign.rollout.generate import shared_steps
 from diffalign.rollout.pinned_memory import pinned
@@ -114,6 +115,9 @@ def _nodes_of_a_rollout(trees: int, first: int, per_group: int, batch: int, shar
 def rollout_work(config: RolloutConfig, share: Share, iteration: int) -> Work:
     """Return the work of sampling a rollout: each node of each tree once."""
     trees, plan = own_trees(config, share), make_plan(config.plan, iteration, config.seed, trees=True)
+    if plan.anchors:
+        evaluations = anchored_evaluations(plan, config.num_groups // share.world, trees)
+        return Work(generated=own_images(config, share), sampling=evaluations * guided(config))
     shared = shared_steps(plan) if config.shared_start else 0
     after = sum(paths(plan, step) for step in range(shared, len(plan)))
     per_group, first = trees_per_group(plan, config.group_size), share.rank * trees

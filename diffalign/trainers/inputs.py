@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from diffalign.config.held_out import PANEL, WORD, held_out_table, spec_of
 from diffalign.data.prompts import load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.record import reward_record
-from diffalign.rewards.support.weights import offloaded
+from diffalign.rewards.support.weights import Weights, offloaded
 from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.structures import Prompt
 from diffalign.user_code import running
@@ -99,6 +100,60 @@ def evaluation_rewards(
     found = {name: rewards.get(name) or get_reward(name, allow_code) for name in names} or alone
     check_names(found)
     return found
+
+
+def with_held_out(inputs: Inputs[C]) -> Inputs[C]:
+    """Add the judges of ``held_out`` to those of evaluations, and the trained rewards to compare them with.
+
+    Raises ValueError for a judge that the run trains on, or whose weights it does.
+    """
+    config = inputs.config
+    table = held_out_table(
+        config.held_out, {**dict.fromkeys(inputs.rewards, 1.0), **(getattr(config, "rewards", None) or {})}
+    )
+    if not table:
+        return inputs
+    judges, _ = build_rewards(table, config.allow_reward_code)
+    check_names(judges)
+    if REWARDS in config.offload:
+        judges = {name: offloaded(judge) for name, judge in judges.items()}
+    trained = {found: name for name, reward in inputs.rewards.items() for found in networks(reward)}
+    for name, judge in judges.items():
+        if shared := [trained[found] for found in networks(judge) if found in trained]:
+            raise ValueError(f"held_out: {name} has the weights of {shared[0]}, which the run trains on; leave it out")
+    alone = {name: reward for name, reward in inputs.rewards.items() if not needs_groups(reward)}
+    every = {**inputs.eval_rewards, **alone, **judges}
+    return dataclasses.replace(inputs, eval_rewards=every, held_out=list(judges))
+
+
+def networks(reward: Any) -> set[tuple[str, str | None, str]]:
+    """Return (path or id, revision, file) of the networks that score, of a combination those of its parts."""
+    held = getattr(reward, "__dict__", {})
+    own = {(w.path, w.revision, str(held.get("file", ""))) for w in held.values() if isinstance(w, Weights)}
+    parts = held.get("rewards")
+    inner = [networks(part) for part, _ in parts.values()] if isinstance(parts, Mapping) else []
+    return own.union(*inner)
+
+
+def held_out_sentence(inputs: Inputs[Any]) -> str:
+    """Describe the held-out judges, and the memory of their weights."""
+    if not inputs.held_out:
+        return ""
+    left_out = [name for name in PANEL if WORD in inputs.config.held_out and name not in inputs.held_out]
+    trained = f" (without {', '.join(left_out)}, trained on)" if left_out else ""
+    size = sum(_bytes(inputs.config.held_out_judges()[name], name) for name in inputs.held_out)
+    memory = f"; their published weights take about {size / 1e9:.1f} GB" if size else ""
+    return f"{', '.join(inputs.held_out)}{trained}, never trained on{memory}"
+
+
+def _bytes(entry: Any, name: str) -> float:
+    """Return the size of a registered judge's weights at its precision; 0 for code."""
+    spec, options = spec_of(name, entry), getattr(entry, "options", {})
+    if ":" in spec:
+        return 0.0
+    found = registered(spec)
+    weights = getattr(found.make(**options), "weights", None)
+    return found.facts.millions * 1e6 * (weights.dtype.itemsize if isinstance(weights, Weights) else 4)
 
 
 def check_differentiable(rewards: Mapping[str, Reward]) -> None:

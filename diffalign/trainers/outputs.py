@@ -12,6 +12,7 @@ from typing import Any
 
 from diffalign.config.unread import accepts
 from diffalign.evaluation.collapse import COLLAPSE, WATCHED, CollapseMonitor
+from diffalign.evaluation.hacking import ALARM, PREFIX, panel_alarm, plot_hacking
 from diffalign.evaluation.heldout import Evaluation
 from diffalign.evaluation.runs import HELD_OUT
 from diffalign.report.run_report import Report, consent_option, keep_prompts
@@ -29,6 +30,7 @@ from diffalign.trainers.contents import contents
 from diffalign.trainers.inputs import Inputs
 
 EMA_SET = "ema"
+PLOT = "hacking.png"
 
 
 class Outputs:
@@ -50,6 +52,7 @@ class Outputs:
             run.model.weights.add(EMA_SET, ema.shadow)
         weight_set = {} if ema is None else {"weight_set": EMA_SET}
         self.report = Report(run.model, run.config, algorithm.name, algorithm.launch_command, **weight_set)
+        self.first: Metrics = {}
         self.evaluation = Evaluation(run, inputs.eval_prompts, inputs.eval_rewards, even=even)
 
     # Where it comes from --------------------------------------------------------------------------------------------
@@ -115,7 +118,24 @@ class Outputs:
         if self.run.is_main:
             keep_prompts(config.output_dir / HELD_OUT, prompts)
             self.report.picture(step, shown)
-        return {**figures, **self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))}
+        added = self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))
+        return {**figures, **self._alarm(step, figures), **added}
+
+    def _alarm(self, step: int, figures: Metrics) -> Metrics:
+        """Return whether the held-out judges tell of reward hacking; nothing without such judges."""
+        if not self.inputs.held_out:
+            return {}
+        self.first = self.first or self._first_evaluation() or figures
+        cause = panel_alarm(self.first, figures, list(self.inputs.rewards), self.inputs.held_out)
+        if cause and self.run.is_main:
+            warnings.warn(f"step {step}: {cause}: the reward may be hacked", stacklevel=3)
+        return {ALARM: float(bool(cause))}
+
+    def _first_evaluation(self) -> Metrics:
+        """Read the first evaluation of a run that resumes."""
+        rows = MetricsLog.read(self.run.config.output_dir / "metrics.jsonl")
+        evaluations = (row for row in rows if any(key.startswith(PREFIX) for key in row))
+        return {key.removeprefix(PREFIX): value for key, value in next(evaluations, {}).items()}
 
     def watch(self, step: int, row: Mapping[str, Any]) -> Metrics:
         """Return an alarm to add to a row of metrics, if the training collapses; say it once, in words."""
@@ -152,8 +172,15 @@ class Outputs:
         savers = {folder: self.run.model.saver(name, self.run.is_main) for folder, name in self.report.exports.items()}
         if not self.run.is_main:
             return []
-        written = self.report.finish(savers)
-        return [*written, *(self.algorithm.plot(self.run.config.output_dir) if self.inputs.eval_prompts else [])]
+        written, folder = self.report.finish(savers), self.run.config.output_dir
+        if not self.inputs.eval_prompts:
+            return written
+        plots = self.algorithm.plot(folder)
+        if self.inputs.held_out and folder / PLOT not in plots:
+            rows = MetricsLog.read(folder / "metrics.jsonl")
+            plot_hacking(rows, folder / PLOT, list(self.inputs.rewards), self.inputs.held_out)
+            plots.append(folder / PLOT)
+        return [*written, *plots]
 
     def _picture_again(self, step: int) -> None:
         """Sample images with the exported weights, so that the model card shows these."""

@@ -1,6 +1,6 @@
 """Benchmark rewards against direct calls of their networks, in images per second.
 
-    python scripts/bench/rewards.py
+    python scripts/bench/rewards.py --only clip
     python scripts/bench/rewards.py --images 32 --side 1024 --layers 24 --width 1024
 
 The networks are random, in the published layouts, as wide and deep as asked. A direct call gets pixels and tokens that
@@ -34,6 +34,7 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.support.preprocess import Preprocess, stretch
 from diffalign.rewards.vqascore import AFTER, BEFORE, QUESTION, ClipT5, ClipT5Config, yes_eos
 from scripts import ROOT
+from scripts.bench import judges
 from scripts.build.judges import save_vqascore, vqa_tokenizer
 
 TOKENIZER = ROOT / "assets/shapes-sd3/tokenizer"
@@ -142,6 +143,11 @@ def vqa_case(args: argparse.Namespace, folder: Path, images: Tensor, prompts: li
     return {"vqascore": Case(get_reward("vqascore", path=place, tokenizer=place, precision="no"), direct)}
 
 
+def judge_cases(args: argparse.Namespace, folder: Path, images: Tensor, prompts: list[str]) -> dict[str, Case]:
+    """Build the rewards of ``scripts/bench/judges.py``."""
+    return {name: Case(*made) for make in judges.MAKERS for name, made in make(args, folder, images, prompts).items()}
+
+
 def measure(case: Case, images: Tensor, prompts: list[str], repeats: int) -> dict[str, float]:
     """Return medians of alternating calls. The first call of each warms up, and loads the reward."""
 
@@ -151,7 +157,7 @@ def measure(case: Case, images: Tensor, prompts: list[str], repeats: int) -> dic
         return now(images.device) - started
 
     def reward() -> object:
-        return case.reward(images, prompts, [{}] * len(prompts))
+        return case.reward(images, prompts, [judges.DATA] * len(prompts))
 
     with torch.no_grad():
         reward(), case.direct()
@@ -168,6 +174,8 @@ def measure(case: Case, images: Tensor, prompts: list[str], repeats: int) -> dic
 def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()  # of one thread, whatever else the machine does
     return time.perf_counter()
 
 
@@ -179,16 +187,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--only", choices=["clip", "judges"], help="measure one of the two halves")
     parser.add_argument("--write", type=Path, default=ROOT / "assets/results/bench_rewards.json")
     args = parser.parse_args()
-    use_all_cores()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    else:
+        use_all_cores()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.rand(args.images, 3, args.side, args.side, device=device)
     prompts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(args.images)]  # distinct: none is read only once
     with tempfile.TemporaryDirectory() as folder:
         cases = {}
-        for make in (clip_cases, hps_case, vqa_case):
+        halves = {"clip": (clip_cases, hps_case, vqa_case), "judges": (judge_cases,)}
+        for make in halves.get(args.only, (*halves["clip"], *halves["judges"])):
             cases |= make(args, Path(folder), images, prompts)
         found = {name: measure(case, images, prompts, args.repeats) for name, case in cases.items()}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

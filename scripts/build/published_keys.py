@@ -17,6 +17,7 @@ import argparse
 import ast
 import importlib
 import json
+import math
 import sys
 import tempfile
 import types
@@ -42,6 +43,12 @@ SOURCES = {
     "aesthetic": "christophschuhmann/improved-aesthetic-predictor @ 6934dd81792f086e613a121dbce43082cb8be85e, "
     "simple_inference.py, MLP",
     "hp_scorer": "BarretBa/ICTHP @ e2aa72859e8a0a52afc95e693d40cae852ff8855, trainer/eval/eval.py, MLP",
+    "dina_lrm_head": "HKUST-C4G/diffusion-rm @ af485b40312610d6b7e6a70efb8853248ff64b85, "
+    "diffusion_rm/models/reward_head.py, RewardHead of config/sd3m/thurstone-12layer.yaml",
+    "mps": "Kwai-Kolors/MPS @ be9027f3e9097a4a8b1e0be5991d0096aa8abc4b, trainer/models: clip_model.py, CLIPModel on "
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K, and cross_modeling.py",
+    "deqa": "zhiyuanyou/DeQA-Score @ 8e4abc826ed84a15f7c0bc3ac119e8b9245c7b2f, src/model: visual_encoder.py, and "
+    "modeling_llama2.py on Llama-2-7B",
     "clip_flant5_xl": f"linzhiqiu/t2v_metrics @ {T2V}, CLIPT5ForConditionalGeneration of FlanT5-XL",
     "clip_flant5_xxl": f"linzhiqiu/t2v_metrics @ {T2V}, CLIPT5ForConditionalGeneration of FlanT5-XXL",
 }
@@ -161,6 +168,65 @@ def clip_flant5(size: str) -> Callable[[Path], nn.Module]:
     return build
 
 
+def dina_lrm_head(root: Path) -> nn.Module:
+    module = module_of(root, "diffusion_rm.models.reward_head")
+    sizes = {"token_dim": 1536, "t_embed_dim": 1536, "n_visual_heads": 3, "n_text_heads": 3}
+    return module.RewardHead(**sizes, num_queries=4, num_attn_heads=8, use_proj_in=False)
+
+
+def deqa(root: Path) -> nn.Module:
+    """The classes of mPLUG-Owl2 without their bases, which need transformers 4.36; Llama's parts are as they were."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+
+    folder = root / "src/model"
+    names: dict[str, Any] = {"nn": nn, "torch": torch, "np": __import__("numpy"), "partial": partial, **vars(math)}
+    names["PreTrainedModel"] = type("Base", (nn.Module,), {"__init__": plain_init, "post_init": lambda self: None})
+    for file in ("visual_encoder.py", "modeling_llama2.py"):
+        tree = ast.parse((folder / file).read_text())
+        tree.body = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+        tree.body = [node for node in tree.body if not node.name.startswith(("LlamaFlash", "LlamaSdpa"))]
+        names |= {"LlamaMLP": LlamaMLP, "LlamaRMSNorm": LlamaRMSNorm, "LlamaConfig": LlamaConfig, "Cache": object}
+        names["logger"] = types.SimpleNamespace(warning_once=lambda text: None)
+        exec(compile(tree, file, "exec", flags=annotations.compiler_flag), names)
+    names["LlamaAttention"]._init_rope = lambda self: None  # its frequencies are not stored
+    names["LLAMA_ATTENTION_CLASSES"] = {"eager": names["LlamaAttention"]}
+    llama = LlamaConfig(attn_implementation="eager", vocab_size=32000)
+    llama.rope_theta = 10000.0
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "layer_norm_eps": 1e-6, "chunk_size_feed_forward": 0}
+    sizes |= {"attention_dropout": 0.0, "attention_probs_dropout_prob": 0.0, "encoder_hidden_size": 1024}
+    eyes = types.SimpleNamespace(
+        **sizes, intermediate_size=4096, num_hidden_layers=24, image_size=448, patch_size=14, use_flash_attn=False
+    )
+    queries = types.SimpleNamespace(
+        **sizes, intermediate_size=2816, num_hidden_layers=6, num_learnable_queries=64, grid_size=32
+    )
+    model = {
+        "embed_tokens": nn.Embedding(32000, 4096),
+        "layers": nn.ModuleList(names["LlamaDecoderLayer"](llama, i) for i in range(32)),
+        "norm": LlamaRMSNorm(4096),
+        "vision_model": names["MplugOwlVisionModel"](eyes),
+        "visual_abstractor": names["MplugOwlVisualAbstractorModel"](queries, 4096),
+    }
+    return nn.ModuleDict({"model": nn.ModuleDict(model), "lm_head": nn.Linear(4096, 32000, bias=False)})
+
+
+def mps(root: Path) -> nn.Module:
+    """CLIP, as loaded, and the authors' layers; einops, which they import, is not used by constructors."""
+    from transformers import CLIPConfig, CLIPModel
+
+    names = {"nn": nn, "torch": torch, "einsum": torch.einsum}
+    tree = ast.parse((root / "trainer/models/cross_modeling.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    exec(compile(tree, "cross_modeling.py", "exec", flags=annotations.compiler_flag), names)
+    layers: Any = names["Cross_model"]
+    parts = {"model": CLIPModel(CLIPConfig(**VIT_H)), "cross_model": layers(dim=1024, layer_num=4, heads=16)}
+    return nn.ModuleDict(parts)
+
+
+def plain_init(self: nn.Module, config: Any) -> None:
+    nn.Module.__init__(self)
+
+
 BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
     "pickscore": pickscore,
     "hpsv2": hpsv2,
@@ -168,6 +234,9 @@ BUILDERS: dict[str, Callable[[Path], nn.Module]] = {
     "image_reward": image_reward,
     "aesthetic": mlp("simple_inference.py", 768),
     "hp_scorer": mlp("trainer/eval/eval.py", 1024),
+    "dina_lrm_head": dina_lrm_head,
+    "deqa": deqa,
+    "mps": mps,
     "clip_flant5_xl": clip_flant5("xl"),
     "clip_flant5_xxl": clip_flant5("xxl"),
 }

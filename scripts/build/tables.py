@@ -123,9 +123,8 @@ def speed() -> str:
 
 def reward_speed() -> str:
     """Tabulate the throughput of rewards and the ratio to bare calls of their networks."""
-    found = results("bench_rewards")
     rows = []
-    for name, timed in found["rewards"].items():
+    for name, timed in {**results("bench_rewards")["rewards"], **results("bench_judges")["rewards"]}.items():
         low, high = timed["ratio_range"]
         rates = (f"{timed[key]:.2f}" for key in ("images_per_second", "direct_images_per_second"))
         rows.append((f"`{name}`", *rates, f"{timed['ratio']:.2f}", f"{low:.2f} to {high:.2f}"))

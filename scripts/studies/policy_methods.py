@@ -14,6 +14,7 @@ from scripts import ROOT
 
 Changes = Mapping[str, object]
 RATES = (3.5e-4, 7e-4, 1.4e-3)
+STEPWISE = (5e-5, 1e-4, 2e-4)
 # Fields that name or place a run, or that the study sets itself: no part of a method's settings.
 APART = frozenset(
     {"output_dir", "eval_prompts", "eval_steps", "eval_rewards", "checkpointing_steps", "max_train_steps", "seed"}
@@ -64,6 +65,7 @@ class Method:
         rates: Learning rates to try.
         long: Fields that differ under the longest budget only.
         note: What differs from the authors' settings.
+        judged: Images that a path has scored: 1, or one per compared step of predicted clean images.
     """
 
     trainer: str
@@ -72,6 +74,7 @@ class Method:
     rates: tuple[float, ...] = RATES
     long: Changes = field(default_factory=dict)
     note: str = ""
+    judged: int = 1
 
     @property
     def path(self) -> Path:
@@ -90,9 +93,9 @@ class Method:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def images_per_iteration(self, budget: str) -> int:
-        """Return the images that an iteration samples."""
+        """Return the images that an iteration samples and scores."""
         settings: dict[str, Any] = {**load_yaml(self.path), **self.fixed(budget)}
-        return int(settings["num_groups"]) * int(settings["group_size"])
+        return int(settings["num_groups"]) * int(settings["group_size"]) * self.judged
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,6 +120,16 @@ def forward(preset: str, note: str = "", rates: tuple[float, ...] = RATES, **cha
 def online(config: str, rates: tuple[float, ...], **changes: object) -> Method:
     """Online preference data: a config of Diffusion-DPO that samples its images."""
     return Method("diffusion_dpo", f"diffusion_dpo/{config}.yaml", changes, rates)
+
+
+def policy(config: str, rates: tuple[float, ...] = RATES, note: str = "") -> Method:
+    """A method of the Flow-GRPO trainer with a configuration of its own."""
+    return Method(REFERENCE, f"flow_grpo/{config}.yaml", rates=rates, note=note)
+
+
+def stepwise(config: str, judged: int, rates: tuple[float, ...], note: str = "") -> Method:
+    """Step-wise preference: a config of Diffusion-DPO that compares sampling steps."""
+    return Method("diffusion_dpo", f"diffusion_dpo/{config}.yaml", rates=rates, note=note, judged=judged)
 
 
 ON_POLICY = {"sample_lag": "{kind: current}", "old_lag": "{kind: current}"}
@@ -155,4 +168,13 @@ METHODS: dict[str, Method] = {
     ),
     "ram": forward("ram", "multiplier and lag are not published"),
     "v_grpo": forward("v_grpo", **ON_POLICY, num_times=4, time_fraction="null"),
+    "branch_grpo": policy("shapes_branch", note="splits at steps 0, 2 and 4 of 8; flow_sde at 0.7"),
+    "tempflow_branch": policy("shapes_tempflow", note="the first four of eight steps"),
+    "g2": policy("shapes_g2", note="four children, one optimizer step per iteration"),
+    "tree_rpo": policy("shapes_tree_rpo", note="constants are not published"),
+    "fdfo": policy("shapes_fdfo", note="one reward, one optimizer step per iteration"),
+    "flow_dppo": policy("shapes_dppo"),
+    "spo": stepwise("shapes_spo", 4, STEPWISE, "the verifier on predicted clean images"),
+    "tailorpo": stepwise("shapes_tailorpo", 4, STEPWISE, "beta is not published"),
+    "d3po": stepwise("shapes_d3po", 1, STEPWISE, "pairs by the verifier"),
 }

@@ -108,10 +108,10 @@ def work(
                 continue
             print(f"{total - waiting.qsize()}/{total} {name}: {gain:+.1f}", flush=True)
 
-    threads = [threading.Thread(target=worker, args=(cores[i::jobs],)) for i in range(jobs)]
-    for thread in threads:
+    workers = [threading.Thread(target=worker, args=(cores[i::jobs] or cores,)) for i in range(jobs)]
+    for thread in workers:
         thread.start()
-    for thread in threads:
+    for thread in workers:
         thread.join()
     if failed and not go_on:
         raise RuntimeError(f"failed: {', '.join(failed)}")

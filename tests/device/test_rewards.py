@@ -29,7 +29,7 @@ def quick(rewards):
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in rewards]
 
 
-NETWORKS = [name for name in names() if registered(name).facts.weights]
+NETWORKS = [name for name in names() if registered(name).facts.weights and not registered(name).facts.served]
 
 
 @pytest.mark.parametrize("name", quick(NETWORKS))

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from diffalign.diffusion.plan import PRESETS, Plan, PlanConfig, Row, make_plan
+from diffalign.diffusion.plan import PRESETS, Plan, PlanConfig, Row, make_plan, possible_plans
+from diffalign.diffusion.plan_config import TREES
 from diffalign.diffusion.schedule import flow_levels, vp_levels
 from tests.diffusion.grids import flow_match_euler_sigmas
 
@@ -20,7 +21,7 @@ def test_ode_draws_no_noise_and_trains_nothing():
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"ode"}))
 def test_every_preset_makes_a_valid_plan(preset):
     for iteration in (0, 1, 999):
-        plan = make_plan(PlanConfig(preset, 10), iteration, seed=0)
+        plan = make_plan(PlanConfig(preset, 10), iteration, seed=0, trees=True)
         plan.validate(LEVELS)
         assert len(plan) == 10
         assert plan.trained_steps
@@ -42,7 +43,7 @@ def test_options_override_the_preset():
     assert make_plan(PlanConfig("flow_grpo", 5, "ddim"), 0, 0).rows[0].noise_level == 1.0
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"ode"}))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"ode", *TREES, "branch_grpo"}))
 def test_branch_factors_go_to_the_stochastic_steps_in_order(preset):
     for iteration in (0, 30, 999):
         plan = make_plan(PlanConfig(preset, 10, branch=(2, 3)), iteration, seed=0, trees=True)
@@ -152,3 +153,61 @@ def test_a_flow_solver_on_other_levels_is_refused():
     with pytest.raises(ValueError, match=r"step 0 .*use 'ddim'"):
         plan.validate(levels)
     Plan(tuple(replace(row, solver="ddim") if row.trained else row for row in plan.rows)).validate(levels)
+
+
+# Trees --------------------------------------------------------------------------------------------------------------
+
+
+def test_branch_grpo_splits_and_slides_its_pruning_to_the_noise():
+    config = PlanConfig("branch_grpo", 20, prune_steps=(14, 18), prune_stop=11, shift_every=30)
+    for iteration, low in ((0, 14), (29, 14), (30, 13), (90, 11), (999, 11)):
+        plan = make_plan(config, iteration, 0, trees=True)
+        assert [step for step, row in enumerate(plan.rows) if row.branch == 2] == [0, 3, 6, 9]
+        assert set(range(19)) - set(plan.trained_steps) == set(range(low, low + 4))
+        assert all(row.noise_level == 0.3 for row in plan.rows[:-1]), "one noise for sample and density"
+    assert config.leaves == 16
+    assert PlanConfig("branch_grpo", 8).leaves == 8, "0, 3 and 6: 9 is beyond"
+    assert PlanConfig("branch_grpo", 8, split_steps=(1, 2), branch=(3, 2)).leaves == 6
+
+
+def test_tree_rpo_s_noise_grows_over_its_window():
+    plan = make_plan(PlanConfig("tree_rpo", 10, window_size=3, noise_growth=0.5), 25, 0, trees=True)
+    assert [(row.noise_level, row.branch) for row in plan.rows[1:4]] == [(0.7, 2), (0.7 * 1.25, 2), (0.7 * 1.5, 2)]
+    assert PlanConfig("tree_rpo", 10, window_size=3).leaves == 8
+
+
+@pytest.mark.parametrize(("preset", "anchors", "leaves"), [("tempflow_branch", range(9), 6), ("g2", range(5), 24)])
+def test_each_tree_of_a_trunk_branches_at_one_step(preset, anchors, leaves):
+    config = PlanConfig(preset, 10)
+    plan = make_plan(config, 0, 0, trees=True)
+    assert plan.anchors == tuple(anchors) == plan.trained_steps
+    assert config.leaves == leaves
+    for sample in range(2 * len(anchors)):
+        tree = plan.tree(sample)
+        assert tree.trained_steps == (anchors[sample % len(anchors)],)
+        assert sum(row.noise_level > 0 for row in tree.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PlanConfig("branch_grpo", 8, split_steps=(0, 7)), "a factor per step, each step once, and all below 7"),
+        (PlanConfig("branch_grpo", 8, split_steps=(0, 3), branch=(2,)), "a factor per step"),
+        (PlanConfig("branch_grpo", 8, prune_steps=(5, 5)), "LOW below HIGH"),
+        (PlanConfig("branch_grpo", 8, prune_steps=(0, 7)), "leaves no step to train"),
+        (PlanConfig("g2", 8, branch=(2, 3)), "branches once: give plan.branch one number"),
+        (PlanConfig("g2", 8, strides=(2, 2)), "give each stride once"),
+        (PlanConfig("tempflow_branch", 8, window_range=(3, 3)), "no step to branch at"),
+        (PlanConfig("tempflow_branch", 8, window_range=(3, 8)), "the last of 8 steps is not trained"),
+        (PlanConfig("tempflow_branch", 8, strides=(1, 2)), "does not read strides"),
+        (PlanConfig("tree_rpo", 4), "leaves no untrained last step"),
+    ],
+)
+def test_trees_that_cannot_be_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        possible_plans(config, trees=True)
+
+
+def test_trainers_of_chains_refuse_presets_of_trees():
+    with pytest.raises(ValueError, match=r"plan\.preset 'g2' samples trees, and this trainer reads chains only"):
+        make_plan(PlanConfig("g2", 8), 0, 0)

@@ -93,7 +93,7 @@ def test_steps_are_sound_or_refused_in_words(family, schedule):
 @pytest.mark.parametrize(("family", "num_steps"), [("sd35", 10), ("flux_dev", 6), ("flux_dev", 10), ("sana", 10)])
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"ode"}))
 def test_published_settings_are_accepted(family, num_steps, preset):
-    for plan in possible_plans(PlanConfig(preset, num_steps)):
+    for plan in possible_plans(PlanConfig(preset, num_steps), trees=True):
         plan.validate(levels_of(family, num_steps))
     # FLUX is published with more noise.
     possible_plans(PlanConfig("flow_grpo_fast", 6, noise_level=0.9))[-1].validate(levels_of("flux_dev", 6))

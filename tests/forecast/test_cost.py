@@ -12,6 +12,7 @@ from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_presets import PRESETS
 from diffalign.forecast.cost import evaluations, iterations, run_work
 from diffalign.trainers.cost import Share, Work
+from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
 from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
 from tests.trainers.made_refl import config, trainer_of
@@ -114,6 +115,27 @@ def test_a_run_on_its_own_images_computes_what_was_forecast(tmp_path, train_prom
         rewards={"jpeg_compressibility": 1.0},
     )
     trainer = DiffusionDPOTrainer(args=args, reward_funcs=red, train_dataset=train_prompts)
+    assert counted(trainer) == expected("diffusion_dpo", trainer.args)
+
+
+@pytest.mark.parametrize(("preset", "guided"), [("spo", 3.0), ("tailorpo_g", 1.0), ("d3po", 1.0)])
+def test_a_run_on_its_own_steps_computes_what_was_forecast(tmp_path, train_prompts, preset, guided):
+    args = dpo(
+        tmp_path,
+        loss={"tailorpo_g": "tailorpo"}.get(preset, preset),
+        pairs="siblings",
+        siblings=SiblingsConfig(preset) if preset == "d3po" else SiblingsConfig(preset, first_step=1),
+        num_groups=2,
+        group_size=3,
+        updates_per_rollout=2,
+        rollout_batch_size=4,
+        guidance_scale=guided,
+        plan=PlanConfig("flow_grpo", num_steps=5, solver="cps"),
+        train_prompts="named.txt",
+        rewards={"brightness": 1.0},
+        max_train_steps=3,
+    )
+    trainer = DiffusionDPOTrainer(args=args, train_dataset=train_prompts)
     assert counted(trainer) == expected("diffusion_dpo", trainer.args)
 
 

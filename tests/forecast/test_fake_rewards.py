@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from diffalign.forecast.counter import Counter
-from diffalign.forecast.fake_rewards import JUDGING, RehearsedReward
+from diffalign.forecast.fake_rewards import JUDGING, RehearsedReward, network_bytes
 from diffalign.forecast.stand_ins import FiniteValues
 from diffalign.rewards import get_reward
-from diffalign.rewards.base import names, registered
+from diffalign.rewards.base import FunctionReward, names, registered, wants_latents
 from tests.conftest import ROOT
 from tests.forecast.measured import peak_of
 
@@ -83,7 +83,11 @@ def test_what_is_not_rehearsed_is_said_in_a_line():
         except (ValueError, ImportError):
             continue  # one that needs options
         found = RehearsedReward(name, reward, counter)
-        if not registered(name).facts.millions or name in (*PUBLISHED, "vqascore", "ict_hp", "f_clipscore"):
+        if (
+            not registered(name).facts.millions
+            or registered(name).facts.served
+            or name in (*PUBLISHED, "vqascore", "vqascore_qwen2.5", "ict_hp", "f_clipscore")
+        ):
             continue
         with FiniteValues(), counter, counter.during("score"):
             found.prepare(512)
@@ -93,6 +97,37 @@ def test_what_is_not_rehearsed_is_said_in_a_line():
         assert "GiB of weights are counted" in found.note
         width = getattr(getattr(reward, "weights", None), "dtype", torch.float32).itemsize
         assert found.size == pytest.approx(registered(name).facts.millions * 1e6 * width, rel=0.01)
+
+
+@pytest.mark.parametrize("path", ["", "head.pth"])
+def test_a_reward_whose_file_is_not_its_whole_network_counts_by_its_card(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "head.pth").write_bytes(b"0" * 1000)
+    for name in ("mps", "aesthetic_v2.5"):
+        assert network_bytes(get_reward(name, path=path)) == registered(name).facts.millions * 4e6
+
+
+def test_weights_on_a_server_are_neither_counted_nor_rehearsed():
+    counter = Counter()
+    found = RehearsedReward("far", get_reward("unified_reward", url="http://127.0.0.1:1"), counter)
+    with counter, counter.during("score"):
+        found.prepare(64)
+    assert found.note is None
+    assert found.size == 0
+
+
+def test_a_rehearsed_reward_of_latents_wants_latents():
+    counter = Counter()
+    reward = FunctionReward(
+        "mine", lambda samples, prompts, metadata: samples.flatten(1).mean(1), True, wants="latents"
+    )
+    found = RehearsedReward("mine", reward, counter)
+    assert wants_latents(found)
+    assert not wants_latents(RehearsedReward("pickscore", get_reward("pickscore"), counter))
+    with counter, counter.during("score"):
+        latents = torch.rand(2, 16, 4, 4).requires_grad_()
+        found(latents, PROMPTS, [{}] * 2).sum().backward()
+    assert latents.grad.shape == (2, 16, 4, 4)
 
 
 def test_a_reward_of_the_user_is_named():

@@ -46,11 +46,14 @@ def test_an_anchor_makes_a_reference_necessary(make_pair):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "spo"}, "unknown preference loss 'spo'; use one of bco, cpo, dpo"),
+        ({"name": "simpo"}, "unknown preference loss 'simpo'; use one of bco, cpo, spo, d3po, dpo"),
         ({"name": "kto"}, "'kto' learns from single images: use one of cpo, .*orpo$"),
         ({"name": "dro", "beta": 1.0}, "'dro' has no beta: leave it out"),
         ({"name": "dpo", "beta": 0.0}, "beta must be positive, got 0.0: 'dpo' starts well at 2000.0"),
-        ({"name": "mapo", "max_margin": 1.0}, "'mapo' has no margin to bound.*use one of dpo, dmpo, hinge, ipo$"),
+        (
+            {"name": "mapo", "max_margin": 1.0},
+            "'mapo' has no margin to bound.*use one of dpo, dmpo, hinge, ipo, tailorpo$",
+        ),
         ({"name": "linear_dpo", "max_margin": 1.0}, "'linear_dpo' has no margin to bound"),
         ({"name": "dpo", "max_margin": -1.0}, "largest margin must be positive"),
         ({"name": "dpo", "winner_mu": 2.0}, "mu must be in"),

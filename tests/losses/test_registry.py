@@ -53,6 +53,10 @@ def dspo(w, x, b, weight):
     return (((w.output - w.target) - pull * (w.output - w.reference)) ** 2).mean()
 
 
+def clipped(x, c=0.1):
+    return math.log(min(max(math.exp(x.R - x.L), 1 - c), 1 + c))
+
+
 # Name, options, and the loss of winner w and loser x at beta b.
 FORMULAS = [
     ("dpo", {}, lambda w, x, b: -log_sigmoid(-0.5 * b * delta(w, x))),
@@ -80,6 +84,9 @@ FORMULAS = [
     ("cpo", {}, lambda w, x, b: -log_sigmoid(-0.5 * b * (w.L - x.L)) + w.L),
     ("orpo", {}, lambda w, x, b: w.L - b * log_sigmoid(x.L - w.L)),
     ("dro", {}, lambda w, x, b: w.L - x.L),
+    ("spo", {}, lambda w, x, b: -log_sigmoid(b * clipped(w) - b * clipped(x))),
+    ("d3po", {"clip": 0.3}, lambda w, x, b: -log_sigmoid(b * clipped(w, 0.3) - b * clipped(x, 0.3))),
+    ("tailorpo", {}, lambda w, x, b: -log_sigmoid(-b * delta(w, x))),
 ]
 
 
@@ -128,8 +135,9 @@ def test_every_loss_has_a_formula():
 
 
 def arguments(loss, **more):
-    """What the loss needs at beta 1."""
-    return ({} if loss.beta is None else {"beta": 1.0}) | ({"shift": 0.0} if "shift" in loss.options else {}) | more
+    """What the loss needs at beta 1, and a clip range that holds these pairs."""
+    needed = {name: value for name, value in (("shift", 0.0), ("clip", 0.999)) if name in loss.options}
+    return ({} if loss.beta is None else {"beta": 1.0}) | needed | more
 
 
 @pytest.mark.parametrize("name", PAIRED)
@@ -222,7 +230,7 @@ def test_losses_never_synchronise_with_the_device(name):
 
 
 def test_an_unknown_loss_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown preference loss 'simpo'; use one of bco, cpo, dpo"):
+    with pytest.raises(ValueError, match="unknown preference loss 'simpo'; use one of bco, cpo, spo, d3po, dpo"):
         get_loss("simpo")
     assert get_loss("dpo").options == ("label", "smoothing")
     assert get_loss("dro").options == ()

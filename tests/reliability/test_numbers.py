@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import FlowGRPOTrainer
-from diffalign.diffusion.plan import PRESETS, PlanConfig
+from diffalign.diffusion.plan import PRESETS, PlanConfig, make_plan
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.advantages import group_advantages
 from diffalign.runtime import checkpoint
@@ -171,15 +171,20 @@ def test_r23_replay_at_unchanged_weights_gives_a_ratio_of_one(preset, steps, tmp
             result = trainer.algorithm._replay(batch, nodes)
             stored = batch.buffer.log_prob[nodes]
             # Relative, because where noise is small, as at the end of cps, it is divided by little.
-            assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= 1e-5
+            largest = 5e-5 if preset == "fdfo" else 1e-5  # a twentieth of the others' noise
+            assert ((result.log_prob - stored).abs() / (1 + stored.abs())).max() <= largest
 
 
 @pytest.fixture
 def frozen_trainer(tmp_path, frozen_model):
     def make(preset, steps):
-        window = {} if preset in ("flow_grpo", "dance_grpo", "cps") else {"window_size": 2}
-        plan = PlanConfig(preset=preset, num_steps=steps, **window)
-        changes = {"plan": plan, "updates_per_rollout": 1, "rollout_batch_size": 2, "train_batch_size": 2}
+        options = {key: {"window_size": 2} for key in ("flow_grpo_fast", "mix_grpo", "cps_fast", "first_steps")}
+        options |= {key: {"branch": (2,)} for key in ("tempflow_branch", "g2")}
+        options["tree_rpo"] = {"window_size": 2, "noise_growth": 0.0}  # four steps bear no more noise
+        plan = PlanConfig(preset=preset, num_steps=steps, **options.get(preset, {}))
+        made = make_plan(plan, 0, 0, trees=True)
+        changes = {"group_size": max(4, plan.leaves * max(1, len(made.anchors)))}
+        changes |= {"plan": plan, "updates_per_rollout": 1, "rollout_batch_size": 2, "train_batch_size": 2}
         args = short("flow_grpo", tmp_path, max_train_steps=1, **changes)
         return FlowGRPOTrainer(model=frozen_model(), args=args)
 

@@ -17,6 +17,7 @@ import torch
 
 from diffalign.cli import main
 from diffalign.config import free_fields, save_yaml
+from diffalign.config.unread import plain
 from diffalign.diffusion.plan import make_plan
 from diffalign.runtime import checkpoint
 from diffalign.runtime.lock import FolderBusy, claimed, refuse_busy
@@ -194,6 +195,9 @@ def test_r11_each_setting_may_change_or_is_refused_by_name(name, tmp_path):
             check_origin(then, now, args)
         changed += 1
     assert changed > 20
+    for key in now["config"]:  # a checkpoint from before there was this field, which has its default
+        if now["config"][key] == json.loads(json.dumps(plain(type(args)()))).get(key):
+            check_origin({**now, "config": {k: v for k, v in now["config"].items() if k != key}}, now, args)
     check_origin({**now, "config": {k: v for k, v in now["config"].items() if k != "hang_timeout"}}, now, args)
     with pytest.raises(ValueError, match="the training data have changed"):
         check_origin({**now, "data_sha256": "other"}, now, args)

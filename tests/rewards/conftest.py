@@ -5,7 +5,7 @@ import torch
 
 from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.support import weights
-from tests.rewards import tiny_checkpoints
+from tests.rewards import tiny_checkpoints, tiny_judges
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,34 @@ def detector_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def dina_folder(tmp_path_factory):
+    return tiny_judges.dina(tmp_path_factory.mktemp("dina"))
+
+
+@pytest.fixture(scope="session")
+def deqa_folder(tmp_path_factory):
+    return tiny_judges.deqa(tmp_path_factory.mktemp("deqa"))
+
+
+@pytest.fixture(scope="session")
+def mps_folder(tmp_path_factory):
+    return tiny_judges.mps(tmp_path_factory.mktemp("mps"))
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory):
+    return tiny_judges.aesthetic_v25(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="session")
+def evalmuse_folder(tmp_path_factory):
+    return tiny_judges.evalmuse(tmp_path_factory.mktemp("evalmuse"))
+
+
+@pytest.fixture(scope="session")
 def small(
     clip_folder, aesthetic_file, hps_folder, clip_t5_folder, qwen_folders, hpsv3_parts, image_reward_folder,
-    ict_hp_folders, detector_folder,
+    ict_hp_folders, detector_folder, dina_folder, deqa_folder, mps_folder, siglip_folder, evalmuse_folder,
 ):  # fmt: skip
     """Registered name -> the options that make it of small weights; a reward without weights needs none."""
     clip = {"path": str(clip_folder), "tokenizer": str(clip_folder)}
@@ -82,12 +107,19 @@ def small(
         "vqascore": t5,
         "vqascore_xl": t5,
         "vqascore_qwen2.5": {"path": str(qwen_folders["qwen2_5_vl"])},
+        **{key: {"path": str(qwen_folders["qwen3_vl"])} for key in ("soft_tifa", "soft_tifa_gm", "prompt_echo")},
+        **{key: {"path": str(qwen_folders["qwen2_vl"])} for key in ("q_eval_alignment", "q_eval_quality")},
         "vqascore_qwen3": {"path": str(qwen_folders["qwen3_vl"])},
         "image_reward": {"path": str(image_reward_folder), "tokenizer": str(image_reward_folder)},
         "ict": {"ict": ict_hp_folders["ict"], **base},
         "hp": {"hp": ict_hp_folders["hp"], **base},
         "ict_hp": {**ict_hp_folders, **base},
         "f_clipscore": {"path": str(clip_folder)},
+        "deqa": {"path": str(deqa_folder)},
+        "evalmuse": {"path": str(evalmuse_folder), "tokenizer": str(image_reward_folder)},
+        "mps": {"path": str(mps_folder / "MPS_overall_checkpoint.pth"), "clip": str(mps_folder)},
+        "aesthetic_v2.5": {"path": str(siglip_folder / "head.pth"), "encoder": str(siglip_folder)},
+        "dina_lrm": {"path": str(dina_folder), "base": str(tiny_checkpoints.PIPELINE)},
         "geneval": {"path": str(detector_folder), **base},
         "geneval_graded": {"path": str(detector_folder), **base},
     }

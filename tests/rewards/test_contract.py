@@ -24,28 +24,41 @@ PROMPTS = ['a red circle and the word "sign"', "two squares", 'a red circle and 
 # Levels of 8 bits, of which nothing is lost on the way to PIL, and no pixel at 0 or 1.
 IMAGES = torch.randint(50, 206, (4, 3, 45, 61), generator=torch.Generator().manual_seed(0)).float() / 255
 SHAPES = {"include": [{"class": "circle", "count": 1, "color": "red"}], "tag": "colors", "text": "sign"}
+SHAPES |= {"vqa_list": [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]}
 METADATA = [dict(SHAPES) for _ in PROMPTS]
 GROUPS = torch.tensor([0, 1, 0, 1])
 # Networks that compute norms or attention in float32 whatever their weights are need wider steps.
 STEPS = {"vqascore": (1e-3, 1e-2), "vqascore_xl": (1e-3, 1e-2), "f_clipscore": (1e-3, 1e-3)}
-STEPS |= dict.fromkeys(("hpsv3", "vqascore_qwen2.5", "vqascore_qwen3"), (1e-2, 1e-2))
+STEPS |= dict.fromkeys(("hpsv3", "vqascore_qwen2.5", "vqascore_qwen3", "soft_tifa", "soft_tifa_gm"), (1e-2, 1e-2))
+STEPS |= dict.fromkeys(("prompt_echo", "q_eval_alignment", "q_eval_quality", "deqa"), (1e-2, 1e-2))
 
 
 class Judge(BaseHTTPRequestHandler):
     """A vision-language model that likes light images."""
 
+    protocol_version = "HTTP/1.1"  # keeps connections
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         *pictures, words = body["messages"][0]["content"]
-        images = decode_images([p["image_url"]["url"].partition(",")[2] for p in pictures])
+        images = decode_images([p["image_url"]["url"].partition(",")[2] for p in pictures])  # PNG or JPEG
         light = [image.float().mean().item() / 255 for image in images]
+        axes = [f"{axis} score: {light[0]}" for axis in ("Semantic alignment", "Aesthetic", "Plausibility")]
+        stars = [f"{axis} Score (1-5): {1 + 4 * light[0]}" for axis in ("Alignment", "Coherence", "Style")]
         said = {"JSON": json.dumps({"score": 10 * light[0]}), "yes": "yes" if light[0] > 0.5 else "no"}
+        said |= {"Plausibility": "\n".join([*axes, f"Overall impression score: {light[0]}"])}
+        said |= {"Coherence": "\n".join(stars), "the": "yes" if light[0] > 0.5 else "no"}
         if len(light) == 2:
-            said = {"digit": str(1 + (light[1] > light[0]))}
+            best, share = 1 + (light[1] > light[0]), light[0] / sum(light)
+            said = {"digit": str(best), "<answer>": f"<answer>Image {best} is better</answer>"}
+            pair = f"Score:\n Image 1: {share}\n Image 2: {1 - share}"
+            said |= {"Coherence": "\n".join(f"{axis} {pair}" for axis in ("Alignment", "Coherence", "Style"))}
         text = next(answer for word, answer in said.items() if word in words["text"])
+        reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+        self.wfile.write(reply)
 
     def log_message(self, *args):
         pass
@@ -68,11 +81,14 @@ def options(small):
     """Options of every registered reward, with servers for those that ask one."""
     served = RewardServer({"brightness": get_reward("brightness")}, port=0)
     with running(served) as far, running(ThreadingHTTPServer(("127.0.0.1", 0), Judge)) as judge:
-        vlm = {"url": judge, "model": "light", "logprobs": False}
+        url = {"url": judge}
+        vlm = {**url, "model": "light", "logprobs": False}
         yield {
             **small,
             "remote": {"url": far, "reward": "brightness", "batch_size": 3},
             **dict.fromkeys(("vlm_rating", "vlm_checklist", "vlm_pairwise"), vlm),
+            **dict.fromkeys(("image_doctor", *(f"unified_reward{kind}" for kind in ("", "_pairs", "_think"))), url),
+            "vision_reward": {**url, "alignment": None},
             "combined": {"rewards": {"brightness": 1.0, "sharpness": {"weight": 2.0}}, "rule": "soft_and"},
         }
 

@@ -16,6 +16,9 @@ from diffalign.rewards.aesthetic import Head
 from diffalign.rewards.hpsv3 import build as build_hpsv3
 from diffalign.rewards.image_reward import Network as ImageRewardNetwork
 from diffalign.rewards.image_reward import renamed, text_config, vision_config
+from diffalign.rewards.mps import Network as MpsNetwork
+from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
+from diffalign.rewards.support.reward_head import RewardHead
 from diffalign.rewards.support.weights import Weights
 from diffalign.rewards.vqascore import ClipT5Config
 from diffalign.rewards.vqascore import build as build_clip_t5
@@ -65,6 +68,8 @@ UNCOUNTED = ("embed_tokens.weight", "position_ids", "lm_head.weight", "blip.visi
         ("hpsv2.1", "hpsv2"),
         ("hpsv3", "hpsv3"),
         ("image_reward", "image_reward"),
+        ("deqa", "deqa"),
+        ("mps", "mps"),
         ("vqascore", "clip_flant5_xxl"),
         ("vqascore_xl", "clip_flant5_xl"),
     ],
@@ -73,6 +78,7 @@ def test_the_number_of_parameters_is_as_stated(name, file):
     skipped = UNCOUNTED if file != "hpsv3" else ("lm_head.weight",)
     if file.startswith("clip_flant5"):
         skipped = ("embed_tokens.weight",)  # shared.weight, under further names
+    skipped = () if file == "deqa" else skipped
     count = sum(t.numel() for key, t in published(file).items() if not any(part in key for part in skipped))
     assert REWARDS[name].facts.millions == pytest.approx(count / 1e6, rel=0.002)
 
@@ -87,6 +93,22 @@ def on_meta():
 def test_pickscore_ict_and_hp():
     check(CLIPModel(CLIPConfig(**VIT_H)), published("pickscore"))
     check(Head(1024), published("hp_scorer"))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_the_head_of_dina_lrm():
+    check(RewardHead(1536, 3, 3, 4, 8), published("dina_lrm_head"))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_mps():
+    check(MpsNetwork(CLIPConfig(**VIT_H)), published("mps"))
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_deqa():
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    check(MplugOwl2(OwlConfig(**sizes, vocab_size=32000)), published("deqa"))
 
 
 @pytest.mark.usefixtures("on_meta")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffalign.rewards import get_reward
+from diffalign.rewards.base import needs_groups
 from diffalign.tokens import check_url, printable, redacted, token_for, token_variable
 
 TOKEN = "tok-0123456789-abcdefghij"
@@ -104,6 +105,10 @@ OPTIONS = {
     "vlm_rating": {"model": "m"},
     "vlm_checklist": {"model": "m"},
     "vlm_pairwise": {"model": "m"},
+    "unified_reward": {},
+    "unified_reward_pairs": {},
+    "unified_reward_think": {},
+    "image_doctor": {},
 }
 
 
@@ -115,7 +120,7 @@ def test_what_a_server_throws_back_shows_no_token_and_moves_no_terminal(name, st
     kind, url = serve(status=status, place=place)
     monkeypatch.setenv("DIFFALIGN_TOKEN_127_0_0_1", TOKEN)
     reward = get_reward(name, url=url, retries=0, **OPTIONS[name])
-    groups = [torch.zeros(2)] if name == "vlm_pairwise" else []
+    groups = [torch.zeros(2)] if needs_groups(reward) else []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

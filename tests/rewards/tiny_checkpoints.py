@@ -39,14 +39,14 @@ OPEN_CLIP = {
 }
 
 
-def clip(folder, seed=0):
+def clip(folder, seed=0, width=16):
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
     vision = {**sizes, "image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -15,14 +15,19 @@ from diffalign.structures import Prompt
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, 3, H, W), their prompts and group ids (B,)."""
+    """Images (B, 3, H, W), their prompts and group ids (B,), and the latents (B, C, ...) of generated images.
 
-    images: Tensor
+    Either images or latents may be None.
+    """
+
+    images: Tensor | None
     prompts: Sequence[Prompt]
     groups: Tensor
+    latents: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
-        return Batch(self.images[rows], [self.prompts[i] for i in rows], self.groups[rows])
+        images, latents = (None if part is None else part[rows] for part in (self.images, self.latents))
+        return Batch(images, [self.prompts[i] for i in rows], self.groups[rows], latents)
 
     def parts(self, whole_groups: bool) -> list[list[int]]:
         """Split the rows into samples, or into groups."""
@@ -57,7 +62,7 @@ def guarded(name: str, reward: Reward, batch: Batch) -> tuple[dict[str, Tensor],
 
 def _table(name: str, reward: Reward, batch: Batch) -> dict[str, Tensor]:
     texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
-    values, extras = ask(reward, batch.images, texts, metadata, batch.groups)
+    values, extras = ask(reward, batch.images, texts, metadata, batch.groups, batch.latents)
     # Only extras of shape (B,) are stored; maps are available to direct callers.
     numbers = {f"{name}/{key}": extra for key, extra in extras.items() if extra.shape == values.shape}
     return {key: found.detach().to("cpu", torch.float32) for key, found in {name: values, **numbers}.items()}

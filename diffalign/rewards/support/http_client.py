@@ -216,11 +216,22 @@ def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
 
 def encode_image(image: Tensor) -> str:
     """Encode an image (3, H, W), float, [0, 1], as PNG in base64. Raises ValueError for non-finite pixels."""
+    return _base64(image, format="PNG")
+
+
+def data_url(image: Tensor, jpeg: int | None = None) -> str:
+    """Encode an image as ``encode_image`` does, as a data URL. jpeg: quality of a JPEG file; None for PNG."""
+    if jpeg is None:
+        return f"data:image/png;base64,{encode_image(image)}"
+    return f"data:image/jpeg;base64,{_base64(image, format='JPEG', quality=jpeg)}"
+
+
+def _base64(image: Tensor, **options: Any) -> str:
     if not image.isfinite().all():
-        raise ValueError("an image has pixels that are not finite, which PNG cannot store")
+        raise ValueError("an image has pixels that are not finite, which a file cannot store")
     pixels = to_bytes(image).permute(1, 2, 0).cpu()
     file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="PNG")
+    Image.fromarray(pixels.numpy()).save(file, **options)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -173,6 +173,20 @@ def check_images(images: Tensor) -> None:
             raise ValueError(f"pixels from {lowest:.3g} to {highest:.3g}: pass floats in [0, 1]")
 
 
+def on_samples(*extras: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the ``__call__`` of a latent reward as ``on_images`` does, without a check of channels and range."""
+    return _on_batch(check_samples, extras)
+
+
+def check_samples(samples: Tensor) -> None:
+    """Raise ValueError unless ``samples`` are (B, C, ...), float, with at least one element each."""
+    if samples.ndim < 3 or not samples.is_floating_point() or 0 in samples.shape[1:]:
+        raise ValueError(
+            f"samples are {samples.dtype} of shape {tuple(samples.shape)}: pass latents (B, C, ...) or images "
+            "(B, 3, H, W), float"
+        )
+
+
 def on_images(*extras: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the ``__call__`` of a pointwise reward, or a reward function, with input checks.
 
@@ -182,12 +196,17 @@ def on_images(*extras: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     Args:
         extras: names of the extras that the reward returns; none if it returns scores alone.
     """
+    return _on_batch(check_images, extras)
 
+
+def _on_batch(
+    check: Callable[[Tensor], None], extras: tuple[str, ...]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(score: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(score)
         def call(*arguments: Any) -> Any:
             *own, images, prompts, metadata = arguments
-            check_images(images)
+            check(images)
             if len(prompts) != len(images):
                 raise ValueError(f"{len(images)} images for {len(prompts)} prompts: pass one prompt per image")
             if not len(images):
@@ -197,7 +216,8 @@ def on_images(*extras: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
             finite = images.isfinite().flatten(1).all(1)
             if finite.all():
                 return score(*arguments)
-            result = score(*own, torch.where(finite.view(-1, 1, 1, 1), images, 0.0), prompts, metadata)
+            rows = finite.view(-1, *[1] * (images.ndim - 1))
+            result = score(*own, torch.where(rows, images, 0.0), prompts, metadata)
             if not extras:
                 return _nan_outside(result, finite)
             return _nan_outside(result[0], finite), {

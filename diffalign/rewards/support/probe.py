@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.device import default_device
-from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups
+from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups, wants_latents
 from diffalign.rewards.support.isolation import copy_metadata, isolated, said
 from diffalign.structures import Prompt
 
@@ -37,7 +37,7 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
     Args:
         rewards: by name.
         prompts: of the run; the first two are used. Without prompts, exceptions of a reward are ignored, because it may
-            need metadata.
+            need metadata; so are those of a latent reward, which may not accept images.
         resolution: of the run's images, if known; the test images have at most ``SIDE`` pixels a side.
 
     Raises:
@@ -50,7 +50,8 @@ def try_rewards(rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolu
     samples = [prompts[i % len(prompts)] for i in range(COUNT)] if prompts else [Prompt("a red circle")] * COUNT
     for name, reward in rewards.items():
         _check_signature(name, reward)
-        _try(name, _copied(reward), samples, bool(prompts), min(SIDE, resolution or SIDE))
+        refuse = bool(prompts) and not wants_latents(reward)
+        _try(name, _copied(reward), samples, refuse, min(SIDE, resolution or SIDE))
 
 
 def _copied(reward: Reward) -> Reward:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence, Set
+from functools import cache
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -12,6 +14,17 @@ def unique_prompts(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct prompts, and the index of each of ``prompts`` among them."""
     indices = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return list(indices), [indices[prompt] for prompt in prompts]
+
+
+@cache
+def published_template(name: str) -> str:
+    """Read a template of the folder ``templates``, see its README."""
+    return (Path(__file__).parents[1] / "templates" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def fill(template: str, prompt: str) -> str:
+    """Insert a prompt for ``{prompt}``; other braces, of template and prompt, stay as they are."""
+    return template.replace("{prompt}", prompt)
 
 
 def check_question(name: str, question: str) -> None:

@@ -129,7 +129,7 @@ def repositories_of(reward: Any) -> list[tuple[str, str | None]]:
     """List (path or id, revision) of what a reward will load, including the rewards that it combines."""
     found: list[tuple[str, str | None]] = []
     for name, value in getattr(reward, "__dict__", {}).items():
-        if isinstance(value, Weights):
+        if isinstance(value, Weights) and value.path:
             found.append((value.path, value.revision))
         elif name == "tokenizer" and isinstance(value, str):
             found.append(split(value))

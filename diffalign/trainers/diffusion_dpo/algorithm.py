@@ -1,7 +1,8 @@
 """Diffusion-DPO (arXiv 2311.12908) and related losses: preferences as differences of denoising errors.
 
 An optimizer step trains on ``num_pairs`` pairs of a data set or, online, on pairs of the model's own images, ranked by
-rewards. Both images of a pair share the noise level and the noise; policy and reference predict the same batch.
+rewards, or on pairs of its sampling steps (``siblings``). Both images of a pair share the noise level and the noise;
+policy and reference predict the same batch.
 
 Departures from the paper's code: 1. the reference is the model itself with its adapter off, in the same precision, so
 that the first loss is ln 2 to the last bit; 2. latents are the mean of the encoder's distribution; 3. crop and flip are
@@ -35,6 +36,7 @@ from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch, State
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.runtime.state import indexed, restore
+from diffalign.structures import Level
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.contents import sample_contents
@@ -51,8 +53,10 @@ from diffalign.trainers.diffusion_dpo.batches import (
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.cost import COST
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder
+from diffalign.trainers.diffusion_dpo.siblings import PathSource, SiblingSource
 from diffalign.trainers.diffusion_dpo.spin import SelfPlaySource
-from diffalign.trainers.inputs import Inputs, check_groups, evaluation_rewards, read_rewards
+from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples, step_sides
+from diffalign.trainers.inputs import Inputs, check_differentiable, check_groups, evaluation_rewards, read_rewards
 from diffalign.trainers.registry import register_algorithm
 
 TRIAL = {
@@ -80,6 +84,8 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         inputs = Inputs(config)
         if reward_funcs is not None or config.rewards:
             config, rewards, weights = read_rewards(config, reward_funcs)
+            if config.compares_children and config.siblings.resolve().nudge:
+                check_differentiable(rewards)
             inputs = Inputs(config, rewards=rewards, weights=weights)
         config.validate()
         data = read_data(config, train_dataset)
@@ -130,7 +136,9 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         if config.online:
             collector = Collector(run, data, inputs.rewards, inputs.weights)
             self.data_digest = digest(collector.texts())
-            return RolloutSource(run, collector, self.kind)
+            if config.compares_children:
+                return SiblingSource(run, collector)
+            return (PathSource if config.pairs == "siblings" else RolloutSource)(run, collector, self.kind)
         encoder = LatentEncoder(run)
         data = open_stream(run) if data is None else data
         if isinstance(data, PairStream):
@@ -171,11 +179,11 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some examples, and metrics."""
         examples, rows = micro.data, micro.rows
-        sides, noised = self.denoise(examples, rows, self.run.progress.step)
+        sides, level = self.compare(examples, rows, self.run.progress.step)
         weight = examples.weight[rows].to(self.model.device)
         label = examples.label[rows].to(self.model.device)
         if self.kind.paired:
-            position = noised.level[torch.arange(len(rows))].time / self.model.num_train_timesteps
+            position = level[torch.arange(len(rows))].time / self.model.num_train_timesteps
             loss, metrics = self._paired(sides, label, position)
         else:
             loss, metrics = self._single(sides, label, weight)
@@ -204,6 +212,26 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         if self.auto_beta is not None:
             return self.auto_beta.beta.to(self.model.device)
         return self.kind.beta if self.config.beta is None else self.config.beta
+
+    def compare(
+        self, examples: Examples | StepExamples, rows: Tensor, step: int, *, compare: bool | None = None
+    ) -> tuple[list[Denoised], Level]:
+        """Evaluate some examples with policy and reference, as in optimizer step ``step`` (from 0).
+
+        Returns:
+            The sides of each example; a level per example, and for noised images K times these.
+        """
+        if not isinstance(examples, StepExamples):
+            sides, noised = self.denoise(examples, rows, step, compare=compare)
+            return sides, noised.level
+        return step_sides(
+            self.model,
+            examples,
+            rows,
+            self.run.prompts([examples.texts[index] for index in rows.tolist()]),
+            compare=self.config.compares if compare is None else compare,
+            reduction=self.config.reduction,
+        )
 
     def denoise(
         self, examples: Examples, rows: Tensor, step: int, *, compare: bool | None = None
@@ -250,9 +278,11 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         both = max(metrics.get("winner_gain", 0.0), metrics.get("loser_gain", 0.0)) < 0
         if both and metrics["accuracy"] > 0.8 and not self.warned:
             self.warned = True
+            steps = self.config.pairs == "siblings"
+            worse = "are less likely than under" if steps else "are denoised worse than by"
             warnings.warn(
-                f"accuracy is {metrics['accuracy']:.2f}, but winners are denoised worse than by the reference, as "
-                "losers are: margins grow by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
+                f"accuracy is {metrics['accuracy']:.2f}, but winners {worse} the reference, as losers are: margins "
+                "grow by ruining both. Try winner_mu: 0.9, a winner_weight, or smaller steps",
                 stacklevel=2,
             )
 
@@ -292,7 +322,7 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         """Check that an unchanged policy predicts exactly what the reference predicts."""
         if not self.config.compares:
             return
-        sides, _ = self.denoise(batch.ranked, self._first_rows(batch), 0)
+        sides, _ = self.compare(batch.ranked, self._first_rows(batch), 0)
         worst = max(side.shift.abs().max().item() for side in sides)
         if worst > 0:
             raise CannotTrain(
@@ -302,7 +332,7 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
 
     def probe(self, batch: PreferenceBatch) -> list[Tensor]:
         """Return the policy's outputs on the first examples, noised as in the first optimizer step."""
-        sides, _ = self.denoise(batch.ranked, self._first_rows(batch), 0, compare=False)
+        sides, _ = self.compare(batch.ranked, self._first_rows(batch), 0, compare=False)
         return [side.output for side in sides]
 
     def _first_rows(self, batch: PreferenceBatch) -> Tensor:

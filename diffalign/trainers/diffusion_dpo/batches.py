@@ -26,6 +26,7 @@ from diffalign.runtime.run import Run
 from diffalign.structures import Pair, Prompt
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
+from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples
 
 Data = Samples | PairStream | Sequence[Prompt]
 DIGESTED = 16
@@ -37,14 +38,14 @@ class PreferenceBatch(IterationBatch):
 
     Attributes:
         examples: This process's examples; None until the images of a rollout are ranked.
-        rollout: The rollout that an online run ranks.
+        rollout: The rollout, or the paths with children, that an online run ranks.
     """
 
-    examples: Examples | None = None
-    rollout: Rollout | None = None
+    examples: Examples | StepExamples | None = None
+    rollout: IterationBatch | None = None
 
     @property
-    def ranked(self) -> Examples:
+    def ranked(self) -> Examples | StepExamples:
         """The examples, once they exist."""
         assert self.examples is not None
         return self.examples
@@ -195,6 +196,7 @@ class RolloutSource(Source):
 
     def __init__(self, run: Run[DiffusionDPOConfig], collector: Collector, loss: PreferenceLoss) -> None:
         self.run, self.collector, self.loss, self.pairing = run, collector, loss, run.config.data.rollouts
+        self.weights = self.pairing.rewards or collector.weights
 
     def sample(self, iteration: int) -> PreferenceBatch:
         """Sample the images of this process's groups."""
@@ -216,20 +218,26 @@ class RolloutSource(Source):
         rollout = self.collector.restored(iteration, tensors, {})
         return PreferenceBatch(self.examples(rollout)[0], rollout)
 
-    def examples(self, rollout: Rollout) -> tuple[Examples, int]:
+    def pairs(self, rollout: Rollout) -> tuple[list[tuple[int, int]], list[float]]:
+        """Return pairs of leaves, the better first, and the score of each leaf."""
+        leaves = rollout.buffer.leaves
+        zero = torch.zeros(len(leaves))
+        rewards = rollout.buffer.rewards
+        scores = sum((weight * rewards[name][leaves] for name, weight in self.weights.items()), zero).tolist()
+        return pick_pairs(rollout.buffer.group[leaves].tolist(), scores, self.pairing), scores
+
+    def examples(self, rollout: Rollout) -> tuple[Examples | StepExamples, int]:
         """Return the examples of a rollout, and how many pairs all processes found.
 
         Processes find more pairs or fewer. Each gets as many examples as the others, some again with weight 0, so that
         all make the same passes; the weights make the mean over processes that over the pairs of all of them.
         """
-        buffer, weights = rollout.buffer, self.pairing.rewards or self.collector.weights
+        buffer = rollout.buffer
         leaves = buffer.leaves
         groups = buffer.group[leaves].tolist()
-        zero = torch.zeros(len(leaves))
-        scores = sum((weight * buffer.rewards[name][leaves] for name, weight in weights.items()), zero).tolist()
-        pairs = pick_pairs(groups, scores, self.pairing)
+        pairs, scores = self.pairs(rollout)
         rows, labels = self._examples(pairs or [(0, 0)], scores)
-        weight, everyone = self._weight(len(rows) if pairs else 0, len(pairs))
+        weight, everyone = padded_weights(self.run, len(rows) if pairs else 0, len(pairs))
 
         chosen = [index % len(rows) for index in range(len(weight))]
         rows, labels = [rows[index] for index in chosen], [labels[index] for index in chosen]
@@ -246,20 +254,6 @@ class RolloutSource(Source):
         )
         return examples, everyone
 
-    def _weight(self, own: int, pairs: int) -> tuple[Tensor, int]:
-        """Return the weights of examples, (n,), and the number of pairs of all processes.
-
-        n is the largest number of examples of any process, at least 1. Weights from index ``own`` on, of repeated
-        examples, are 0; the mean of weighted losses over processes is their mean over all examples.
-
-        Args:
-            own: Number of examples of this process.
-            pairs: Number of pairs of this process.
-        """
-        counts, everyone = self.run.gather(torch.tensor([[own, pairs]])).T
-        most, total = max(int(counts.max()), 1), max(int(counts.sum()), 1)
-        return (torch.arange(most) < own) * (most * len(counts) / total), int(everyone.sum())
-
     def _examples(
         self, pairs: Sequence[tuple[int, int]], scores: Sequence[float]
     ) -> tuple[list[tuple[int, ...]], list[float]]:
@@ -274,6 +268,22 @@ class RolloutSource(Source):
         return [(index,) for index in chosen], [float(won) for won in chosen.values()]
 
 
+def padded_weights(run: Run[DiffusionDPOConfig], own: int, pairs: int) -> tuple[Tensor, int]:
+    """Return the weights of examples, (n,), and the number of pairs of all processes.
+
+    n is the largest number of examples of any process, at least 1. Weights from index ``own`` on, of repeated examples,
+    are 0; the mean of weighted losses over processes is their mean over all examples.
+
+    Args:
+        run: The training.
+        own: Number of examples of this process.
+        pairs: Number of pairs of this process.
+    """
+    counts, everyone = run.gather(torch.tensor([[own, pairs]])).T
+    most, total = max(int(counts.max()), 1), max(int(counts.sum()), 1)
+    return (torch.arange(most) < own) * (most * len(counts) / total), int(everyone.sum())
+
+
 def _rollout(batch: PreferenceBatch) -> Rollout:
-    assert batch.rollout is not None
+    assert isinstance(batch.rollout, Rollout)
     return batch.rollout

@@ -10,16 +10,20 @@ from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.rollout.config import RolloutConfig
+from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
 
 if TYPE_CHECKING:
     from diffalign.losses.objective import PairObjective
 
 
 ONLINE_ONLY = ("num_groups", "group_size", "shared_start", "decode_precision", "updates_per_rollout", "max_unscored",
-               "overlap_rewards", "save_rollouts", "collapse",
-               "rollout_cache")  # fmt: skip
+               "overlap_rewards", "save_rollouts", "collapse", "rollout_cache", "pairs")  # fmt: skip
 OFFLINE = "read only online, where train_prompts and rewards make the pairs"
 ONLINE = "read only offline, where pairs come from train_data"
+NOISING = ("prompt_dropout", "time_sampling", "time_mean", "time_std", "times")
+SIBLINGS = "read only with pairs: siblings"
+NO_SIBLINGS = "read only with pairs: images, as sampled steps are compared without noising images"
+CHILDREN = "not read where children of one state are compared"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,7 +31,7 @@ class DiffusionDPOConfig(RolloutConfig):
     """Configuration of Diffusion-DPO. ``validate`` refuses combinations that cannot train.
 
     Offline, pairs come from ``train_data``; online, from the model's own images of ``train_prompts``, which ``rewards``
-    rank. Each mode refuses the fields that only the other one reads.
+    rank, or from its sampling steps (``pairs: siblings``). Each mode refuses the fields that only another one reads.
     """
 
     usage: ClassVar[str] = "diffalign train diffusion_dpo --config FILE.yaml [--field VALUE ...] [--dry_run]"
@@ -55,6 +59,15 @@ class DiffusionDPOConfig(RolloutConfig):
         "data",
         "reference: pair liked images with the reference's own images of their prompts (SPIN-Diffusion)",
         section="data",
+    )
+    pairs: Literal["images", "siblings"] = option(
+        "images",
+        "siblings: compare sampling steps: group_size children of a state, by their predicted clean images (SPO, "
+        "TailorPO), or whole paths (D3PO)",
+        section="data",
+    )
+    siblings: SiblingsConfig = option(
+        SiblingsConfig(), "which steps are compared, and what is sampled from the children", section="sampling"
     )
     streaming: bool = option(False, "stream the data, for sets that do not fit on disk", section="data")
     random_crop: bool = option(False, "crop pairs at a random place instead of the centre", section="data")
@@ -86,12 +99,13 @@ class DiffusionDPOConfig(RolloutConfig):
     loss: str = option(
         "dpo",
         "dpo, ipo, hinge, dmpo, dspo, linear_dpo, mapo, cpo, orpo, dro; of single images kto, bco, dro_unpaired, sft; "
-        "your own: file.py:function or module:function",
+        "with pairs: siblings spo, tailorpo, d3po; your own: file.py:function or module:function",
         section="loss",
     )
     beta: float | None = option(
         None,
-        "strength of the preference, in units of denoising errors; default: the loss's own",
+        "strength of the preference, in units of denoising errors (with pairs: siblings, of log-ratios of steps); "
+        "default: the loss's own",
         section="loss",
         infinite=False,
     )
@@ -157,10 +171,16 @@ class DiffusionDPOConfig(RolloutConfig):
         """Whether the run collects rollouts."""
         return self.online
 
+    @property
+    def compares_children(self) -> bool:
+        """Whether pairs are children of one state, which the run samples without a rollout buffer."""
+        return self.pairs == "siblings" and not self.siblings.resolve().whole_paths
+
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
-        from diffalign.losses.registry import get_loss
+        return self._unread_of_the_loss() | self._unread_of_the_source()
 
+    def _unread_of_the_source(self) -> dict[str, str]:
         if self.online:
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
             names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
@@ -171,9 +191,21 @@ class DiffusionDPOConfig(RolloutConfig):
             if self.losers == "data":
                 plan = (field.name for field in dataclasses.fields(self.plan) if field.name != "num_steps")
                 names |= dict.fromkeys((f"plan.{name}" for name in plan), OFFLINE)
-        if self.time_sampling != "logit_normal" or self.times:
+        if self.pairs == "images":
+            return names | {"siblings": SIBLINGS}
+        names |= {"rollout_cache": "a sampling step that is not the model's own has no density to compare"}
+        children = ("shared_start", "overlap_rewards", "save_rollouts") if self.compares_children else ()
+        return names | dict.fromkeys(children, CHILDREN)
+
+    def _unread_of_the_loss(self) -> dict[str, str]:
+        from diffalign.losses.registry import get_loss
+
+        names: dict[str, str] = {}
+        if self.pairs == "siblings":
+            names = dict.fromkeys(NOISING, NO_SIBLINGS)
+        elif self.time_sampling != "logit_normal" or self.times:
             names |= dict.fromkeys(("time_mean", "time_std"), "read only with time_sampling: logit_normal")
-        if self.times:
+        if self.times and self.pairs == "images":
             names["time_sampling"] = "replaced by times"
         if not self.auto_beta:
             names["auto_beta_range"] = "read only with auto_beta"
@@ -213,6 +245,7 @@ class DiffusionDPOConfig(RolloutConfig):
         self._validate_reference()
         self._validate_loss()
         self._validate_source()
+        self._validate_siblings()
 
     def _validate_reference(self) -> None:
         if self.reference_steps and self.reference_decay:
@@ -231,6 +264,28 @@ class DiffusionDPOConfig(RolloutConfig):
             raise ValueError("losers: reference wants liked images: give train_data, not train_prompts and rewards")
         if not paired or not self.objective().needs_reference:
             raise ValueError(f"losers: reference, and {self.loss!r} has none: use a loss of pairs with one, as dpo")
+
+    def _validate_siblings(self) -> None:
+        from diffalign.losses.registry import get_loss
+        from diffalign.trainers.diffusion_dpo.step_pairs import compared_steps
+
+        loss = get_loss(self.loss, self.allow_reward_code)
+        if self.pairs == "images":
+            if loss.steps:
+                raise ValueError(
+                    f"{self.loss!r} compares sampling steps: set pairs: siblings, or use another loss, as dpo"
+                )
+            return
+        if not self.online:
+            raise ValueError("pairs: siblings samples its own pairs: give train_prompts and rewards, not train_data")
+        if not loss.paired or self.losers != "data":
+            raise ValueError(f"pairs: siblings wants a loss of pairs, as spo, tailorpo or d3po, got {self.loss!r}")
+        if self.beta is None and loss.beta is not None and not (loss.steps or self.auto_beta):
+            raise ValueError(
+                f"the beta of {self.loss!r} is one for denoising errors, and pairs: siblings compares log-ratios of "
+                "steps: give beta, or use spo, tailorpo or d3po"
+            )
+        compared_steps(self.plan, self.siblings.resolve())
 
     def _validate_loss(self) -> None:
         from diffalign.losses.registry import get_loss

@@ -35,6 +35,7 @@ class SelfPlaySource(Source):
         """Return the pairs of one optimizer step."""
         batch = self.winners.sample(iteration)
         examples = batch.ranked
+        assert isinstance(examples, Examples)
         assert examples.latents.shape[1] == 1
         height, width = self.run.model.default_resolution
         own = SizeConditioning((height, width), (0, 0), (height, width))

@@ -7,22 +7,25 @@ advantages relative to the group, and takes ``updates_per_rollout`` optimizer st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffalign.diffusion.plan import Plan
 from diffalign.diffusion.steps import transition
-from diffalign.losses.flow_grpo import clip_range_per_dimension, gaussian_kl, published_kl
-from diffalign.losses.policy import PolicyStep
+from diffalign.losses.flow_grpo import clip_range_per_dimension, published_kl
+from diffalign.losses.policy import PolicyStep, gaussian_kl
 from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
+from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
 from diffalign.models.weights import REFERENCE
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay_steps
+from diffalign.rollout.prune import best_paths, kept_nodes
 from diffalign.rollout.rebalance import rebalanced
 from diffalign.rollout.sampler import micro_batches
-from diffalign.rollout.tree import paths
+from diffalign.rollout.tree import leaves_per_tree
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.interfaces import MicroBatch, MiniBatch
@@ -58,19 +61,33 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         """Return whether a KL to the base model is part of the loss."""
         return config.kl_beta > 0
 
+    @classmethod
+    def check_processes(cls, inputs: Inputs[FlowGRPOConfig], processes: int) -> None:
+        """Raise ValueError where images, groups or the two images of a prompt do not divide over the processes."""
+        super().check_processes(inputs, processes)
+        config = inputs.config
+        if config.num_groups % processes and config.partners:
+            raise ValueError(
+                f"the two images of a prompt stay on one process: make num_groups a multiple of the {processes} "
+                "processes"
+            )
+
     def __init__(self, run: Run[FlowGRPOConfig], inputs: Inputs[FlowGRPOConfig]) -> None:
         super().__init__(run, inputs)
         config = run.config
         self.levels = self.collector.levels
         self.objective = get_objective(config.loss)
         dimensions = torch.Size(self.model.latent_shape()).numel()
+        if (self.objective.partners or config.best_path_weight) and not self.levels.is_flow:
+            what = f"loss {config.loss!r}" if self.objective.partners else "best_path_weight"
+            raise ValueError(f"{what} compares velocities of flow models, and this model is none: leave it out")
         self.clip = clip_range_per_dimension(config.clip_range, config.clip_unit, dimensions)
 
     # An iteration ---------------------------------------------------------------------------------------------------
 
     def sample(self, iteration: int) -> Rollout:
         """Sample the images of an iteration."""
-        return self.collector.sample(iteration, means=self.objective.means)
+        return self.collector.sample(iteration, means=self.config.means)
 
     def advantage(self, batch: Rollout) -> None:
         """Compute advantages within groups, and log-probs at training shapes with ``old_log_prob: recompute``."""
@@ -97,13 +114,14 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         plan = batch.plan.plan
         order = self.run.rng.permutation(trees(batch), "minibatches", iteration, self.run.rank)
         update_of = self.collector.update_index(iteration, plan)[order]
-        per_tree = sum(paths(plan, step + 1) for step in plan.trained_steps)
 
         for update in range(self.config.updates_per_rollout):
             own = order[update_of == update]
             rollout, kept = self.rebalanced(batch, own)
             passes = self._passes(rollout, kept)
-            scale = len(own) * per_tree
+            # Of chains some are left out, which have no gradient and count in the mean.
+            trees_only = self.config.plan.leaves > 1
+            scale = sum(len(nodes) for p in passes for nodes in p) if trees_only else len(own) * len(plan.trained_steps)
             yield MiniBatch(
                 [MicroBatch(torch.cat(p), sum(self._weights(rollout, p)) / scale, rollout) for p in passes],
                 leaves_of(plan, own),
@@ -126,12 +144,15 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return rebalanced(self.run, rollout, samples) if self.config.filters else (rollout, samples)
 
     def _passes(self, rollout: Rollout, chosen: Tensor) -> list[list[Tensor]]:
-        """List the rows of transitions of each pass over some trees, a tensor per step."""
-        size, steps = self.config.train_batch_size, rollout.plan.plan.trained_steps
+        """List the rows of transitions of each pass over some trees, a tensor per step.
+
+        Transitions from one state share its evaluation, and so a pass: ``train_batch_size`` counts states.
+        """
+        size, steps, kept = self.config.train_batch_size, rollout.plan.plan.trained_steps, self._kept(rollout)
         found = []
         for rows in micro_batches(len(chosen), size):
-            nodes = [self._transitions(rollout, chosen[rows], step).split(size) for step in steps]
-            parts = [part for of_step in nodes for part in of_step]
+            nodes = [self._transitions(rollout, chosen[rows], step, kept) for step in steps]
+            parts = [part for of_step in nodes for part in split_by_parent(of_step, rollout.buffer.parent, size)]
             together = micro_batches(len(parts), self.config.train_times_per_forward)
             found += [self._by_step(rollout, torch.cat(parts[some])) for some in together]
         return found
@@ -149,10 +170,26 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         weights = step_weights(rollout.plan.plan, self.levels, self.config.step_weights)
         return [weights[self._step(rollout, nodes)] * len(nodes) for nodes in parts]
 
-    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int) -> Tensor:
-        """Return the rows of the nodes that end step ``step`` of some trees, tree after tree."""
-        nodes = rollout.buffer.level(step + 1)
-        return nodes.view(-1, paths(rollout.plan.plan, step + 1))[chosen].flatten()
+    def _kept(self, rollout: Rollout) -> Tensor | None:
+        """Return which nodes width pruning keeps, (N,) bool; None without it."""
+        pruning = self.config.width_pruning
+        if pruning == "none":
+            return None
+        return kept_nodes(rollout.buffer, rollout.plan.plan, pruning, self._total(rollout))
+
+    def _total(self, rollout: Rollout) -> Tensor:
+        """Return the weighted rewards of the leaves: (L,)."""
+        buffer, weights = rollout.buffer, self.collector.weights
+        return torch.stack([weight * buffer.rewards[name][buffer.leaves] for name, weight in weights.items()]).sum(0)
+
+    def _transitions(self, rollout: Rollout, chosen: Tensor, step: int, kept: Tensor | None = None) -> Tensor:
+        """Return the rows of the trained nodes that end step ``step`` of some trees, tree after tree."""
+        buffer = rollout.buffer
+        size = len(buffer.step) // trees(rollout)
+        ends = buffer.trained & (buffer.step == step + 1)
+        ends = ends if kept is None else ends & kept
+        rows = chosen[:, None] * size + torch.arange(size)
+        return rows[ends[rows]]
 
     def loss(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some transitions, weighted by their steps, and metrics."""
@@ -182,10 +219,18 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
             result.std,
             self.levels[step],
             self.levels[step + 1],
-            buffer.means(nodes) if self.objective.means else None,
+            buffer.means(nodes) if self.config.means else None,
+            self.config.trust_region,
         )
-        losses, metrics = self.objective.function(replayed, clip_range=self.clip)
+        if self.objective.partners:
+            replayed = replace(
+                replayed, direction=self._direction(rollout, nodes), output_scale=self._scale(rollout, step)
+            )
+        losses, metrics = self.objective.function(replayed, clip_range=self._clip_range(replayed))
         loss = losses.mean()
+        if self.config.best_path_weight > 0:
+            best = self._best_path(rollout, nodes, result, step)
+            loss, metrics["best_path"] = loss + self.config.best_path_weight * best.to(loss), best.detach()
 
         if reference is not None:
             kl = self._kl(rollout, result, reference, step).mean()
@@ -204,6 +249,31 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
     def _reference_means(self, rollout: Rollout, parts: list[Tensor]) -> list[Tensor]:
         with self.model.using(REFERENCE):
             return [result.mean for result in self._replays(rollout, parts)]
+
+    def _clip_range(self, step: PolicyStep) -> float | Tensor:
+        """Return the clip range of each transition: one number, unless it grows with the advantage."""
+        if not self.config.clip_growth:
+            return self.clip
+        return reward_clip_range(step.advantage.to(step.log_prob), self.clip, self.config.clip_growth)
+
+    def _best_path(self, rollout: Rollout, nodes: Tensor, result: StepResult, step: int) -> Tensor:
+        """Return the mean over transitions of the error of those on the best path of their tree: ()."""
+        best = best_paths(rollout.buffer, rollout.plan.plan, self._total(rollout))[nodes]
+        error = best_path_error(result.mean, rollout.buffer.latents(nodes), self._scale(rollout, step))
+        return (error * best.to(error)).mean()
+
+    def _direction(self, rollout: Rollout, nodes: Tensor) -> Tensor:
+        """Return half the difference of the final latents of each chain and its partner: (n, C, *spatial)."""
+        buffer = rollout.buffer
+        chain = nodes // buffer.nodes_per_sample
+        own, other = (buffer.latents(buffer.leaves[index]) for index in (chain, chain ^ 1))
+        return (own - other) / 2
+
+    def _scale(self, rollout: Rollout, step: int) -> Tensor:
+        """Return the derivative of a step's mean by the denoiser's velocity: ()."""
+        row, level = rollout.plan.plan.rows[step], self.levels[step]
+        move = transition(row.solver, level, self.levels[step + 1], row.noise_level)
+        return (1 - level.sigma) * move.m_noise - level.sigma * move.m_x0
 
     def _kl(self, rollout: Rollout, result: StepResult, reference: Tensor, step: int) -> Tensor:
         if self.config.kl_kind == "published":
@@ -234,8 +304,7 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         return [density(self._replay(batch, nodes))]
 
     def _first_transitions(self, batch: Rollout, step: int) -> Tensor:
-        size = self.config.train_batch_size
-        return self._transitions(batch, torch.arange(min(size, trees(batch))), step)[:size]
+        return self._transitions(batch, torch.arange(trees(batch)), step)[: self.config.train_batch_size]
 
 
 class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
@@ -258,14 +327,22 @@ class FlowGRPOTrainer(Trainer[FlowGRPOConfig]):
 
 def trees(rollout: Rollout) -> int:
     """Return the number of trees of a rollout; samples, if its plan does not branch."""
-    plan = rollout.plan.plan
-    return len(rollout.buffer.leaves) // paths(plan, len(plan))
+    return len(rollout.buffer.leaves) // leaves_per_tree(rollout.plan.plan)
 
 
 def leaves_of(plan: Plan, chosen: Tensor) -> Tensor:
     """Return the leaves of some trees, by their order in the buffer."""
-    count = paths(plan, len(plan))
+    count = leaves_per_tree(plan)
     return (chosen[:, None] * count + torch.arange(count)).flatten()
+
+
+def split_by_parent(nodes: Tensor, parent: Tensor, size: int) -> list[Tensor]:
+    """Split nodes, the children of each parent consecutive, into parts of the children of at most ``size`` parents."""
+    if not len(nodes):
+        return []
+    above = parent[nodes]
+    begins = torch.cat([torch.zeros(1, dtype=torch.bool), above[1:] != above[:-1]])
+    return list(torch.split(nodes, torch.bincount(begins.cumsum(0) // size).tolist()))
 
 
 def density(result: StepResult) -> Tensor:

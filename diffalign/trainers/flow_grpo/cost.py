@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from diffalign.diffusion.plan import Plan, make_plan
-from diffalign.losses.registry import get_objective
 from diffalign.rollout.buffer import bytes_needed
-from diffalign.rollout.sampler import micro_batches
-from diffalign.rollout.tree import paths
+from diffalign.rollout.prune import kept_per_level
+from diffalign.rollout.tree import parents_per_tree, paths, transitions_per_tree
 from diffalign.trainers.cost import (
     Cost,
     Share,
@@ -27,20 +26,13 @@ from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 def _evaluations(config: FlowGRPOConfig, plan: Plan, trees: int) -> int:
     """Return the evaluations that replay every transition of some trees once; children of one parent share one."""
-    size, total = config.train_batch_size, 0
-    for part in micro_batches(trees, size):
-        count = len(range(trees)[part])
-        nodes = [
-            (step, rows) for step in plan.trained_steps for rows in micro_batches(count * paths(plan, step + 1), size)
-        ]
-        for some in micro_batches(len(nodes), config.train_times_per_forward):
-            together: dict[int, list[slice]] = {}
-            for step, rows in nodes[some]:
-                together.setdefault(step, []).append(rows)
-            for step, parts in together.items():
-                branch = plan.rows[step].branch
-                total += -(-parts[-1].stop // branch) - parts[0].start // branch
-    return total * guided(config)
+    if config.width_pruning == "none":
+        return trees * parents_per_tree(plan) * guided(config)
+    parents = sum(
+        min(kept_per_level(plan, config.width_pruning, step), kept_per_level(plan, config.width_pruning, step + 1))
+        for step in plan.trained_steps
+    )
+    return trees * parents * guided(config)
 
 
 def _iteration(config: FlowGRPOConfig, share: Share, iteration: int, updates: int) -> Work:
@@ -54,8 +46,10 @@ def _iteration(config: FlowGRPOConfig, share: Share, iteration: int, updates: in
 def _checks(config: FlowGRPOConfig, share: Share) -> Work:
     """Return the work of replaying all trained steps of a batch, and one of them before and after the first update."""
     plan, size = make_plan(config.plan, 0, config.seed, trees=True), config.train_batch_size
-    trees = min(size, own_trees(config, share))
-    nodes = {step: min(size, trees * paths(plan, step + 1)) for step in plan.trained_steps}
+    trees = own_trees(config, share) // max(1, len(plan.anchors))
+    nodes = {
+        step: min(size, trees * paths(plan.tree(index), step + 1)) for index, step in enumerate(plan.trained_steps)
+    }
     evaluations = {step: -(-count // plan.rows[step].branch) for step, count in nodes.items()}
     return Work(comparing=(sum(evaluations.values()) + 2 * evaluations[plan.trained_steps[0]]) * guided(config))
 
@@ -71,8 +65,7 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
         f"training: {config.updates_per_rollout} optimizer step(s) per iteration, {most}{count} images each and process"
     )
     if config.plan.leaves > 1:
-        transitions = trees * sum(paths(plan, step + 1) for step in plan.trained_steps)
-        return [*rollout_batches(config, share), head, f"each trains {transitions} transitions of {trees} trees"]
+        return [*rollout_batches(config, share), head, _transitions(config, plan, trees)]
     return [
         *rollout_batches(config, share),
         head,
@@ -82,12 +75,24 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
     ]
 
 
+def _transitions(config: FlowGRPOConfig, plan: Plan, trees: int) -> str:
+    """Describe how many transitions of trees are trained, and in how many evaluations."""
+    each, shared = transitions_per_tree(plan), parents_per_tree(plan)
+    if (pruning := config.width_pruning) != "none":
+        each = sum(kept_per_level(plan, pruning, step + 1) for step in plan.trained_steps)
+        shared = _evaluations(config, plan, 1) // guided(config)
+    return (
+        f"each trains {trees * each} transitions of {trees} trees, in {trees * shared} evaluations: those from one "
+        "state share one"
+    )
+
+
 def _stored(config: FlowGRPOConfig, latent: tuple[int, ...], share: Share) -> int:
     """Return the bytes of the buffer, and of the rows that other processes send for an update."""
-    plan, means = make_plan(config.plan, 0, config.seed, trees=True), get_objective(config.loss).means
+    plan, means = make_plan(config.plan, 0, config.seed, trees=True), config.means
     trees = own_trees(config, share)
     received = trees // config.updates_per_rollout if config.filters and share.world > 1 else 0
-    own, more = (bytes_needed(plan, n, latent, torch.float32, means=means) for n in (trees, received))
+    own, more = (bytes_needed(plan.tree(0), n, latent, torch.float32, means=means) for n in (trees, received))
     return on_device(own, more)
 
 

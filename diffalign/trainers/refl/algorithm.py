@@ -23,7 +23,6 @@ from diffalign.log import get_logger
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import VAE
 from diffalign.models.performance import checkpoint_decoder
-from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.weights import unload
 from diffalign.rollout.buffer import RolloutBuffer
@@ -112,9 +111,8 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         if not (config.train_rollouts or recipe.from_images):
             prompts = dataset(train_dataset, config.train_prompts, "train_prompts")
         try_rewards(rewards, prompts or (), config.resolution)
-        held_out, _ = build_rewards(config.held_out, config.allow_reward_code)
         judges = evaluation_rewards(config.eval_rewards, rewards, config.allow_reward_code)
-        return Inputs(config, prompts, rewards, weights, {**judges, **rewards, **held_out}, list(held_out))
+        return Inputs(config, prompts, rewards, weights, {**judges, **rewards})
 
     @classmethod
     def check_processes(cls, inputs: Inputs[ReFLConfig], processes: int) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffalign.config import option
-from diffalign.config.reward_consent import guard_rewards
-from diffalign.config.sections import RewardConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.rollout.config import ScoredSamplesConfig
@@ -82,14 +80,6 @@ class ReFLConfig(ScoredSamplesConfig):
         ge=0,
         lt=1,
     )
-    held_out: dict[str, float | RewardConfig] = option(
-        {},
-        "rewards that evaluations report and nothing trains on",
-        bare=1.0,
-        section="evaluation",
-        guard=guard_rewards,
-        infinite=False,
-    )
     sharpness_step: float = option(
         0.01, "step size of the sharpness alarm, in pixel values; 0 disables it", section="evaluation", ge=0
     )
@@ -110,7 +100,7 @@ class ReFLConfig(ScoredSamplesConfig):
     @property
     def watched(self) -> str:
         """The metric that early stopping follows."""
-        return self.watch or next(iter(self.held_out), "accuracy")
+        return self.watch or next(iter(self.held_out_judges()), "accuracy")
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.evaluation.hacking import ALARM, plot_hacking
+from diffalign.evaluation.hacking import ALARM, panel_alarm, plot_hacking
 from diffalign.evaluation.heldout import EVALUATION_SEED
 from diffalign.evaluation.sharpness import sharpness
 from diffalign.models.weights import REFERENCE
@@ -132,7 +132,8 @@ class HackingMonitor:
         if watched not in rewards and rises and figures[watched] < base[watched]:
             change = f"{watched} fell from {base[watched]:.3g} to {figures[watched]:.3g}"
             found.append(f"trained rewards rose, and {change}")
-        return found
+        panel = panel_alarm(base, figures, list(rewards), self.inputs.held_out)
+        return [*found, panel] if panel and len(self.inputs.held_out) > 1 else found
 
     # Early stopping -------------------------------------------------------------------------------------------------
 

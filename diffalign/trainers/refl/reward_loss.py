@@ -16,7 +16,7 @@ from diffalign.losses.refl import PUBLISHED_THRESHOLDS
 from diffalign.losses.registry import get_reward_loss
 from diffalign.losses.srpo import relative_reward
 from diffalign.models import DiffusionModel
-from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask
+from diffalign.rewards.base import Metadata, Reward, RewardUnavailable, ask, wanted, wants_latents
 from diffalign.rewards.support.isolation import named, said
 from diffalign.structures import Prompt
 
@@ -40,6 +40,27 @@ class RewardInputs:
     weight: Tensor
     words: tuple[str, str] | None = None
     word_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Samples as rewards see them: latents (b, C, ...), and images (b, 3, H, W), None if no reward needs them."""
+
+    latents: Tensor
+    images: Tensor | None
+
+    def __getitem__(self, rows: slice) -> Shown:
+        return Shown(self.latents[rows], None if self.images is None else self.images[rows])
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def leave_out(self, scored: Tensor) -> None:
+        """Zero the gradient of samples outside ``scored`` (b,): 0 * NaN is NaN."""
+        for part in (self.latents, self.images):
+            if part is not None and part.requires_grad:
+                rows = scored.view(-1, *[1] * (part.ndim - 1))
+                part.register_hook(lambda gradient, rows=rows: torch.where(rows, gradient, 0))
 
 
 class Judge:
@@ -116,44 +137,48 @@ class Judge:
 
         The entry "unscored" of the rewards flags the samples without a score.
         """
-        dtype = self.decode_dtype
-        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-            images = self.model.decode(latents)
+        shown = self._shown(latents)
         losses, rewards = latents.new_zeros(len(latents)), {}
         scored = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         for name, reward in self.rewards.items():
-            value = self._reward(reward, images, seen, seen.prompts[rows])
+            value = self._reward(reward, shown, seen, seen.prompts[rows])
             options: dict[str, Any] = {"threshold": self.thresholds[name]} if self.loss.threshold else {}
             options |= {"groups": seen.group[rows].to(value.device)} if self.loss.groups else {}
             losses = losses + self.weights[name] * self.loss.function(value, **options)
             rewards[name] = value.detach()
             scored = scored & rewards[name].isfinite().to(scored.device)
-        if images.requires_grad:
-            # 0 * NaN is NaN, so zero the gradient of unscored samples explicitly.
-            images.register_hook(lambda gradient: torch.where(scored[:, None, None, None], gradient, 0))
+        shown.leave_out(scored)
         kept = {name: torch.where(scored.to(value.device), value, math.nan) for name, value in rewards.items()}
         return torch.where(scored, losses, 0), {**kept, "unscored": ~scored}
 
-    def _reward(self, reward: Reward, images: Tensor, seen: RewardInputs, prompts: Sequence[Prompt]) -> Tensor:
-        """Score images with a reward, relative to control words if the recipe has some: (b,)."""
+    def _shown(self, latents: Tensor) -> Shown:
+        """Decode latents, unless all rewards want them as they are."""
+        dtype, latents = self.decode_dtype, latents.view_as(latents)  # a tensor of its own, for its hook
+        if all(map(wants_latents, self.rewards.values())):
+            return Shown(latents, None)
+        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
+            return Shown(latents, self.model.decode(latents))
+
+    def _reward(self, reward: Reward, shown: Shown, seen: RewardInputs, prompts: Sequence[Prompt]) -> Tensor:
+        """Score samples with a reward, relative to control words if the recipe has some: (b,)."""
         metadata, texts = [prompt.metadata for prompt in prompts], [prompt.text for prompt in prompts]
         if seen.words is None:
-            return self._ask(reward, images, texts, metadata)
-        wanted, unwanted = (self._ask(reward, images, [f"{w} {text}" for text in texts], metadata) for w in seen.words)
-        return relative_reward(wanted, unwanted, seen.word_weight)
+            return self._ask(reward, shown, texts, metadata)
+        good, bad = (self._ask(reward, shown, [f"{w} {text}" for text in texts], metadata) for w in seen.words)
+        return relative_reward(good, bad, seen.word_weight)
 
-    def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Score images, (b,); a reward that raises is called image by image, with NaN for those it fails on."""
+    def _ask(self, reward: Reward, shown: Shown, texts: Sequence[str], metadata: Metadata) -> Tensor:
+        """Score samples, (b,); a reward that raises is called one by one, with NaN for those it fails on."""
         try:
-            return ask(reward, images, texts, metadata)[0]
+            return ask(reward, shown.images, texts, metadata, latents=shown.latents)[0]
         except (RewardUnavailable, torch.OutOfMemoryError):
             raise
         except Exception as error:  # rewards are user code: what they raise is unknown
             self._error = error
-            if len(images) == 1:
-                return images.mean((1, 2, 3)) * math.nan
+            if len(shown) == 1:
+                return wanted(reward, shown.images, shown.latents).flatten(1).mean(1) * math.nan
             alone = [
-                self._ask(reward, images[i : i + 1], texts[i : i + 1], metadata[i : i + 1]) for i in range(len(images))
+                self._ask(reward, shown[i : i + 1], texts[i : i + 1], metadata[i : i + 1]) for i in range(len(shown))
             ]
             return torch.cat(alone)
 

@@ -7,8 +7,9 @@ import pytest
 
 from diffalign.cli import main as diffalign
 from diffalign.config import parse
+from diffalign.trainers.cost import Share
 from diffalign.trainers.forward_rl.presets import PRESETS
-from diffalign.trainers.registry import config_class
+from diffalign.trainers.registry import config_class, find_algorithm
 from tests.conftest import PROMPTS, ROOT
 
 SMALL = {
@@ -32,7 +33,9 @@ def test_every_method_is_valid_under_every_budget(module, tmp_path):
             config.validate()
             assert config.eval_prompts is None
             assert config.learning_rate == method.rates[0]
-            assert config.num_groups * config.group_size == method.images_per_iteration(budget) == 256
+            assert method.images_per_iteration(budget) == 256
+            work = find_algorithm(method.trainer).cost.iteration(config, Share(), 0, config.updates_per_rollout)
+            assert work.generated == 256
             assert ("long" in str(config.train_prompts)) == (budget == "35min")
         seen.add(getattr(config, "preset", method.trainer))
         digests |= {method.digest(budget) for budget in module.BUDGETS}

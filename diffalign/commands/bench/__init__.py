@@ -1,0 +1,1 @@
+"""``diffalign bench``: run a published benchmark on models."""

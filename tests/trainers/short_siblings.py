@@ -1,0 +1,43 @@
+"""A short step-wise preference training that writes what each process ended with: ``test_siblings``."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, LoraConfig
+from diffalign.diffusion.plan import PlanConfig
+from diffalign.runtime.state import indexed
+from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
+from tests.conftest import PIPELINE, PROMPTS
+
+
+def write(folder: Path, preset: str) -> None:
+    """Train three steps; TailorPO one."""
+    args = DiffusionDPOConfig(
+        model=str(PIPELINE),
+        max_sequence_length=16,
+        train_prompts=PROMPTS / "shapes_train.jsonl",
+        output_dir=folder / "run",
+        lora=LoraConfig(rank=4),
+        pairs="siblings",
+        siblings=SiblingsConfig(preset) if preset == "d3po" else SiblingsConfig(preset, first_step=1),
+        loss=preset,
+        beta=1.0,
+        plan=PlanConfig("flow_grpo", num_steps=4, solver="cps"),
+        rewards={"brightness": 1.0},
+        num_groups=4,
+        group_size=3,
+        # A rounding may change which of two nearly equal children wins, from the second iteration on.
+        max_train_steps=1 if preset == "tailorpo" else 3,
+        learning_rate=1e-5,
+        adam_epsilon=0.1,  # else Adam takes signs of gradients that are nearly 0
+        max_grad_norm=1e9,
+        cache=False,
+    )
+    trainer = DiffusionDPOTrainer(args=args)
+    sampled = trainer.algorithm.sample(0).rollout.state_dict()["x"].cpu()
+    trainer.train()
+    found = {f"weight/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.state.parameters).items()}
+    found |= {"world": torch.tensor(trainer.run.accelerator.num_processes), "x": sampled.contiguous()}
+    save_file(found, folder / f"{trainer.run.accelerator.process_index}.safetensors")
