@@ -132,11 +132,13 @@ def test_a_network_that_leaves_its_output_on_the_cpu_fails_every_phase_that_runs
                 continue  # it compares outputs of one network with each other, not with anything on the device
             with output_on_the_cpu(network) as ran:
                 failed = fails(getattr(phases, phase))
-            assert failed or not ran, f"{phase}: {name} left its output on the CPU without an error"
+            # Other methods' check of the first batch compares outputs with each other, wherever they are.
+            harmless = phase == "first_batch" and run != "flow_grpo"
+            assert failed or not ran or harmless, f"{phase}: {name} left its output on the CPU without an error"
             reached |= {(phase, name)} if ran else set()
         getattr(phases, phase)()
     assert {("evaluate", "denoiser"), ("probe", "denoiser"), ("loss", "denoiser")} <= reached
-    assert ("sample", "vae.encoder" if run == "diffusion_dpo" else "denoiser") in reached
+    assert run == "diffusion_dpo" or ("sample", "denoiser") in reached
 
 
 def fails(call):

@@ -53,7 +53,7 @@ SLOW = [
     ("flow_grpo", "qwen", GUIDED),
     ("flow_grpo", "z_image", GUIDED),
     ("flow_grpo", "sana", GUIDED),
-    ("forward_rl", "flux", {"preset": "awm"}),
+    ("forward_rl", "flux", {"preset": "awm", "plan": {"preset": "ode", "num_steps": 4}}),
     ("forward_rl", "z_image", {"preset": "dgpo"}),
     ("forward_rl", "sd15", {"ema_weight": 0.1}),
     ("diffusion_dpo", "sd35", {"loss": "orpo"}),
