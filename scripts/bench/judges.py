@@ -167,7 +167,8 @@ def diffusion(args: argparse.Namespace, folder: Path, images: Tensor, prompts: l
     transformer = SD3Transformer2DModel.from_config({**old, **changes})
     transformer.save_pretrained(base / "transformer")
     config = json.loads((place / "config.json").read_text())
-    config["model"] |= {"num_transformer_layers": args.layers, "visual_head_idx": [2, 4], "text_head_idx": [2, 4]}
+    read = [min(2, args.layers), min(4, args.layers)]
+    config["model"] |= {"num_transformer_layers": args.layers, "visual_head_idx": read, "text_head_idx": read}
     (place / "config.json").write_text(json.dumps(config))
     tiny_judges.save_dina(place, DiNaNetwork(transformer, config["model"]))
     reward: Any = get_reward("dina_lrm", path=str(place), base=str(base), precision="no")

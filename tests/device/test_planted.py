@@ -128,8 +128,6 @@ def test_a_network_that_leaves_its_output_on_the_cpu_fails_every_phase_that_runs
         for name, network in networks(trainer).items():
             if (phase, name) == ("evaluate", "vae.decoder"):
                 continue  # held-out images are kept in main memory
-            if phase == "first_batch" and run != "flow_grpo":
-                continue  # it compares outputs of one network with each other, not with anything on the device
             with output_on_the_cpu(network) as ran:
                 failed = fails(getattr(phases, phase))
             # Other methods' check of the first batch compares outputs with each other, wherever they are.
