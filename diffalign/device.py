@@ -56,11 +56,6 @@ def total_memory(kind: str) -> int:
     return min(module.mem_get_info(index)[1] for index in range(module.device_count()))
 
 
-def separate_memory(device: torch.device) -> bool:
-    """Return whether a device has memory apart from main memory, so that offloading to main memory frees some."""
-    return device.type not in ("cpu", "mps")
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a device, as clocks must."""
     if device.type not in ("cpu", "meta"):

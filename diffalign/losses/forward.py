@@ -201,9 +201,3 @@ def ghuber(step: ForwardStep, output: Tensor) -> Tensor:
     """-|c| ((l + 1e-10)^p - 1e-10^p) / p with l = |v - u|^2 and p = 1/4: the one of AWM's published settings."""
     error, p = mean_square(step.error(output)), 0.25
     return -_scale(step, error) * ((error + 1e-10).pow(p) - 1e-10**p) / p
-
-
-def check_estimator(name: str) -> None:
-    """Raise ValueError for an unknown estimator."""
-    if name not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {name!r}; use one of {', '.join(ESTIMATORS)}")
