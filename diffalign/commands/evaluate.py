@@ -25,7 +25,7 @@ from diffalign.report.html import write_page
 from diffalign.report.plots import plot_figures
 from diffalign.report.results import ModelResults, diversity_of, figures, set_line, to_json, to_markdown
 from diffalign.rewards.support.probe import try_rewards
-from diffalign.runtime.processes import check_world, connect
+from diffalign.runtime.processes import joined
 from diffalign.structures import Prompt
 
 GRID_ROWS = 12  # prompts in compare.png; compare.html has all
@@ -37,9 +37,7 @@ def draw_all(config: ResolvedEvaluation) -> tuple[list[Prompt], dict[str, Scored
     Returns:
         The prompts, and model name -> scored images with the base first; None on all but the main process.
     """
-    connect()
-    state = PartialState()
-    check_world(state.num_processes)
+    state = joined()
     specs = config.checkpoint_specs()
     all_prompts = load_prompts(config.prompts)
     prompt_indices = spread_evenly(len(all_prompts), config.limit)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from diffalign.config import load_yaml
 from diffalign.fsdp import FSDPConfig
@@ -44,6 +45,19 @@ def connect() -> None:
             raise ValueError(f"the launcher sets {name}={value}: {advice}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def joined() -> PartialState:
+    """Return the state of this process among those of the launcher, for commands that do not train.
+
+    Raises:
+        ValueError: The launcher asks for an engine or option that is not supported.
+        RuntimeError: The launcher was asked for another number of processes.
+    """
+    connect()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_world(state.num_processes)
+    return state
 
 
 def wants_shards(device: torch.device) -> FSDPConfig | None:

@@ -26,7 +26,7 @@ from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
 from diffalign.report.benchmark_report import ColumnResult, write_report
 from diffalign.rewards.support.weights import resident
-from diffalign.runtime.processes import check_world, connect
+from diffalign.runtime.processes import joined
 from diffalign.structures import Prompt
 
 
@@ -48,9 +48,7 @@ def run(config: BenchConfig) -> dict[str, ColumnResult] | None:
         print(forecast(benchmark, found, prompts))
         return None
 
-    connect()
-    state = PartialState()
-    check_world(state.num_processes)
+    state = joined()
     judges = build_judges(protocol.judges, prompts, config.allow_reward_code)
     galleries = [_gallery(column, prompts, indices) for column in found]
     _sample(list(zip(found, galleries, strict=True)), state)
