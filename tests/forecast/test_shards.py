@@ -54,6 +54,7 @@ def measured(table, folder):
     return {phase: max(one[phase] for one in tables) for phase in tables[0]}
 
 
+@pytest.mark.slow
 def test_units_are_gathered_only_while_they_run(tmp_path):
     entry, config = settings("flow_grpo", PIPELINE, tmp_path, lora={"rank": 0})
     one, two, eight, kept = (

@@ -134,6 +134,7 @@ def assert_complete(row):
     assert row["share_of_matrix_peak"]["training"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_diffusion_dpo_does_the_work_of_the_loop_of_diffusers(measured):
     spec = str(ROOT / "scripts/bench/dpo_loop.py:prepare")
@@ -148,7 +149,10 @@ def test_diffusion_dpo_does_the_work_of_the_loop_of_diffusers(measured):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("trainer", "settings"), [("forward_rl", ["plain", "batched_times"]), ("refl", ["plain"])])
+@pytest.mark.parametrize(
+    ("trainer", "settings"),
+    [pytest.param("forward_rl", ["plain", "batched_times"], marks=pytest.mark.slow), ("refl", ["plain"])],
+)
 def test_other_trainers_are_measured(measured, trainer, settings):
     rows = measured("--trainer", trainer, "--models", "sd35_medium_512", "--settings", *settings)["sd35_medium_512"]
     for setting in settings:

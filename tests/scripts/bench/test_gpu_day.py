@@ -23,7 +23,7 @@ def trainers(monkeypatch):
 
 
 # The others run with the whole day.
-QUICK = {"flow_grpo", "forward_rl"}
+QUICK = {"flow_grpo"}
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in algorithm_names()]
 
 
