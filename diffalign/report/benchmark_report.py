@@ -18,7 +18,7 @@ from diffalign.benchmarks.published import Published, published
 from diffalign.report.markdown import inert
 from diffalign.report.plots import COLORS
 
-GREY = "#c3c9d1"
+GREY, OWN = "#c3c9d1", COLORS[1:]  # published figures, and those of the run
 NONE = "–"
 Bar = tuple[str, float, tuple[float, float] | None, str]  # title, value, interval, colour
 MAX_GROUPS = 12  # figures in the second panel
@@ -157,7 +157,7 @@ def _plot(path: Path, benchmark: Benchmark, results: Mapping[str, ColumnResult],
     headline = benchmark.protocol.headline
     known: list[Bar] = [(row.title, row.figures[headline], None, GREY) for row in others if headline in row.figures]
     own: list[Bar] = [
-        (title, result.figures.get(headline, math.nan), result.interval, COLORS[number % len(COLORS)])
+        (title, result.figures.get(headline, math.nan), result.interval, OWN[number % len(OWN)])
         for number, (title, result) in enumerate(results.items())
     ]
     groups = [name for name in next(iter(results.values())).figures if name != headline][:MAX_GROUPS]
