@@ -32,7 +32,7 @@ from diffalign.models.weights import REFERENCE
 from diffalign.rollout.sampler import micro_batches
 from diffalign.structures import Conditioning
 from scripts import ROOT
-from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
+from scripts.bench.flow_grpo import collect, compared, device, optimizer_step, peak_memory
 
 
 class Bench:
@@ -105,23 +105,13 @@ class Bench:
 
 def measure(bench: Bench, repeats: int) -> dict[str, object]:
     """Return medians over ``repeats``, and the ratio of the whole to the sum of the bare parts."""
-    wholes, bares = [], []
-    for _ in range(repeats):
-        wholes.append(bench.whole())
-        bares.append(bench.bare())
-    ratios = [sum(w.values()) / sum(b.values()) for w, b in zip(wholes, bares, strict=True)]
-    total = statistics.median(sum(w.values()) for w in wholes)
-    bare = statistics.median(sum(b.values()) for b in bares)
+    found = compared(bench, repeats)
     return {
         "pairs": bench.pairs,
-        "pairs_per_second": bench.pairs / total,
-        "bare_pairs_per_second": bench.pairs / bare,
-        "seconds": {name: statistics.median(w[name] for w in wholes) for name in wholes[0]},
-        "bare_seconds": {name: statistics.median(b[name] for b in bares) for name in bares[0]},
+        "pairs_per_second": bench.pairs / found["seconds_per_iteration"],
+        "bare_pairs_per_second": bench.pairs / sum(found["bare_seconds"].values()),
         "seconds_per_new_pair": statistics.median(bench.new),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "repeats": repeats,
+        **found,
     }
 
 

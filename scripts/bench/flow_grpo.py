@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -171,6 +171,31 @@ def peak_memory() -> float:
     return kib * (1 if platform.system() == "Darwin" else 1024) / 2**30
 
 
+class Comparable(Protocol):
+    """A bench that times an iteration by phase, and its bare computations."""
+
+    def whole(self) -> dict[str, float]: ...
+
+    def bare(self) -> dict[str, float]: ...
+
+
+def compared(bench: Comparable, repeats: int) -> dict[str, Any]:
+    """Time wholes and bare parts in turn: medians in seconds, and the ratio of their sums with its range."""
+    wholes, bares = [], []
+    for _ in range(repeats):
+        wholes.append(bench.whole())
+        bares.append(bench.bare())
+    ratios = [sum(w.values()) / sum(b.values()) for w, b in zip(wholes, bares, strict=True)]
+    return {
+        "seconds": {name: statistics.median(w[name] for w in wholes) for name in wholes[0]},
+        "bare_seconds": {name: statistics.median(b[name] for b in bares) for name in bares[0]},
+        "seconds_per_iteration": statistics.median(sum(w.values()) for w in wholes),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "repeats": repeats,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/flow_grpo/shapes.yaml")
@@ -181,28 +206,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = parse(FlowGRPOConfig, ["--config", str(own.config), *overrides, "--output_dir", folder])
         bench = Bench(FlowGRPOTrainer(args=args))
-        wholes, bares = [], []
-        for _ in range(own.repeats):
-            wholes.append(bench.whole())
-            bares.append(bench.bare())
-    phases = {name: statistics.median(w[name] for w in wholes) for name in wholes[0]}
-    parts = {name: statistics.median(b[name] for b in bares) for name in bares[0]}
-    ratios = [sum(w.values()) / sum(b.values()) for w, b in zip(wholes, bares, strict=True)]
-    total = statistics.median(sum(w.values()) for w in wholes)
+        found = compared(bench, own.repeats)
+    total = found["seconds_per_iteration"]
     result = {
         "config": own.config.name,
         "overrides": overrides,
         "device": device(),
-        "seconds": phases,
-        "bare_seconds": parts,
-        "seconds_per_iteration": total,
+        **found,
         "seconds_per_new_prompt": statistics.median(bench.encoding),
         "images_per_second": bench.images / total,
         "evaluations_per_image": bench.evaluations_per_image(),
         "peak_memory_gib": peak_memory(),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "repeats": own.repeats,
     }
     own.write.parent.mkdir(parents=True, exist_ok=True)
     own.write.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from diffalign.rollout.generate import decode
 from diffalign.rollout.sampler import micro_batches
 from diffalign.rollout.scoring import score
 from scripts import ROOT
-from scripts.bench.flow_grpo import collect, device, optimizer_step, peak_memory
+from scripts.bench.flow_grpo import collect, compared, device, optimizer_step, peak_memory
 
 SAMPLING, COMPARING, TRAINING = "sampling forward", "comparing forward", "training forward and backward"
 
@@ -128,27 +127,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = parse(ForwardRLConfig, ["--config", str(own.config), *overrides, "--output_dir", folder])
         bench = Bench(ForwardRLTrainer(args=args))
-        wholes, bares = [], []
-        for _ in range(own.repeats):
-            wholes.append(bench.whole())
-            bares.append(bench.bare())
-    phases = {name: statistics.median(w[name] for w in wholes) for name in wholes[0]}
-    parts = {name: statistics.median(b[name] for b in bares) for name in bares[0]}
-    ratios = [sum(w.values()) / sum(b.values()) for w, b in zip(wholes, bares, strict=True)]
-    total = statistics.median(sum(w.values()) for w in wholes)
+        found = compared(bench, own.repeats)
     result = {
         "config": own.config.name,
         "overrides": overrides,
         "device": device(),
-        "seconds": phases,
-        "bare_seconds": parts,
-        "seconds_per_iteration": total,
-        "images_per_second": bench.images / total,
+        **found,
+        "images_per_second": bench.images / found["seconds_per_iteration"],
         "evaluations_per_image": {name: count / bench.images for name, count in bench.evaluations.items()},
         "peak_memory_gib": peak_memory(),
-        "ratio": total / statistics.median(sum(b.values()) for b in bares),
-        "ratio_range": [min(ratios), max(ratios)],
-        "repeats": own.repeats,
     }
     own.write.parent.mkdir(parents=True, exist_ok=True)
     own.write.write_text(json.dumps(result, indent=1) + "\n")
