@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from torch import Tensor
 
 
@@ -110,6 +111,17 @@ class PreferenceJob(Job):
     """An optimizer step of Diffusion-DPO on as many pairs of images as there are prompts. beta: of its loss."""
 
     beta: float
+
+
+def with_lora(job: Job) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """Add a float32 LoRA to the frozen denoiser with peft; return what trains, and its optimizer."""
+    network = job.denoiser.requires_grad_(False)
+    config = LoraConfig(r=job.lora_rank, lora_alpha=job.lora_rank, target_modules=list(job.lora_targets))
+    network.add_adapter(config)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained, torch.optim.AdamW(trained, lr=job.learning_rate)
 
 
 Adapter = Callable[[Job], Callable[[], object]]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-from scripts.bench.against import Job, RolloutJob
+from scripts.bench.against import Job, RolloutJob, with_lora
 
 
 def prepare(job: Job) -> Callable[[], None]:
@@ -20,10 +19,7 @@ def prepare(job: Job) -> Callable[[], None]:
     pipe = job.pipeline
     if not isinstance(job, RolloutJob) or type(pipe).__name__ != "StableDiffusion3Pipeline":
         raise NotImplementedError(f"no loop for {type(pipe).__name__}")
-    network = pipe.transformer.requires_grad_(False)
-    network.add_adapter(LoraConfig(r=job.lora_rank, lora_alpha=job.lora_rank, target_modules=list(job.lora_targets)))
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.learning_rate)
+    network, (trained, optimizer) = pipe.transformer, with_lora(job)
     device = network.device
     shape = (network.config.in_channels, *(job.resolution // pipe.vae_scale_factor,) * 2)
 

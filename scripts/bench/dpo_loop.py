@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from scripts.bench.against import Job, PreferenceJob
+from scripts.bench.against import Job, PreferenceJob, with_lora
 
 
 def prepare(job: Job) -> Callable[[], None]:
@@ -29,13 +28,7 @@ class Loop:
 
     def __init__(self, job: PreferenceJob) -> None:
         self.job, self.pipe, self.network = job, job.pipeline, job.denoiser
-        self.network.requires_grad_(False)
-        targets = list(job.lora_targets)
-        self.network.add_adapter(LoraConfig(r=job.lora_rank, lora_alpha=job.lora_rank, target_modules=targets))
-        self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        for parameter in self.trained:
-            parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.trained, lr=job.learning_rate)
+        self.trained, self.optimizer = with_lora(job)
         self.times = self.pipe.scheduler.config.num_train_timesteps
         powers = self.pipe.scheduler.alphas_cumprod.to(self.network.device, torch.float32)
         self.scales = powers.sqrt(), (1 - powers).sqrt()

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-from scripts.bench.against import Job, RolloutJob
+from scripts.bench.against import Job, RolloutJob, with_lora
 
 CLIP = 1e-4  # range of the ratio of mean log-probs
 ADVANTAGE = 5.0  # largest size of an advantage
@@ -45,13 +44,7 @@ class Loop:
 
     def __init__(self, job: RolloutJob) -> None:
         self.job, self.pipe, self.network = job, job.pipeline, job.denoiser
-        self.network.requires_grad_(False)
-        targets = list(job.lora_targets)
-        self.network.add_adapter(LoraConfig(r=job.lora_rank, lora_alpha=job.lora_rank, target_modules=targets))
-        self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        for parameter in self.trained:
-            parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.trained, lr=job.learning_rate)
+        self.trained, self.optimizer = with_lora(job)
         self.pipe.scheduler.set_timesteps(job.num_steps, device=self.network.device)
 
     def iterate(self) -> None:

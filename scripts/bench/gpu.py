@@ -115,7 +115,7 @@ def against(
 
 
 class Report:
-    """The results file, written anew after every row."""
+    """The results file, rewritten after every row."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.file, self.models = args.write, dict[str, dict[str, dict[str, Any]]]()
