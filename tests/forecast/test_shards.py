@@ -37,7 +37,9 @@ def test_the_rehearsed_peak_is_that_of_two_processes(trainer, more, of_100_milli
         "sample": max(rehearsed.peak_of("sample"), rehearsed.peak_of("score")),
         "train": rehearsed.peak_of("train"),
     }
-    assert found == pytest.approx(expected, rel=0.1)
+    for phase, peak in expected.items():
+        # On a GPU the buffer of the unit that comes next and that of gradients are alive at once; gloo has one of them.
+        assert 0.9 * peak <= found[phase] <= 1.08 * peak, (phase, found[phase] / peak)
 
 
 def measured(table, folder):
