@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+
+from diffalign.runtime.errors import Interrupted
+from diffalign.runtime.state import indexed
 
 
 def collect(trainer: Any, iteration: int = 0) -> Any:
@@ -26,3 +32,30 @@ def update(trainer: Any, batch: Any, iteration: int = 0) -> None:
                 trainer.run.accelerator.backward(loss * micro.weight)
         trainer.run.accelerator.clip_grad_norm_(state.parameters, trainer.args.max_grad_norm)
         state.step(None, torch.nan)
+
+
+def assert_resumes_within_an_iteration(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a run after the first of an iteration's two updates; resumed, it must be bit for bit the whole run.
+
+    Args:
+        build: Returns a trainer of four steps, two per iteration, for a folder's name and changes.
+        monkeypatch: Of the test.
+    """
+    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
+    whole = build("whole")
+    whole.train()
+    stopped, on_step = build("parts"), type(whole.algorithm).on_step
+
+    def stop(batch: Any, metrics: Any) -> None:
+        on_step(stopped.algorithm, batch, metrics)
+        if stopped.run.progress.step == 3:
+            stopped.run.heartbeat.signals.received = signal.SIGTERM
+
+    monkeypatch.setattr(stopped.algorithm, "on_step", stop)
+    with pytest.raises(Interrupted):
+        stopped.train()
+    assert (stopped.run.progress.step, stopped.run.progress.update) == (3, 1)
+    again = build("parts", resume_from_checkpoint="latest")
+    again.train()
+    for name, tensor in indexed(whole.loop.state.parameters).items():
+        assert torch.equal(tensor, indexed(again.loop.state.parameters)[name]), name

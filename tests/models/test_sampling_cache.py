@@ -1,4 +1,4 @@
-"""Caches of diffusers in rollouts: what is computed is counted, each sampling begins anew, and nothing stays on."""
+"""Caches of diffusers in rollouts: what is computed is counted, each sampling starts empty, and nothing stays on."""
 
 import pytest
 import torch

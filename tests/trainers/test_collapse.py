@@ -46,9 +46,9 @@ def small(name, folder, **changes):
 def test_every_online_trainer_raises_the_alarm_once_and_reports_it(name, tmp_path, recwarn):
     reward = falling(lambda call: 0.0 if call > 5 else 1.0)
     TRAINERS[name].trainer(args=small(name, tmp_path / "run"), reward_funcs=reward).train()
-    told = [str(w.message) for w in recwarn if "the training collapses" in str(w.message)]
-    assert len(told) == 1
-    assert "learning_rate" in told[0]
+    alarms = [str(w.message) for w in recwarn if "the training collapses" in str(w.message)]
+    assert len(alarms) == 1
+    assert "learning_rate" in alarms[0]
     rows = MetricsLog.read(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows if row.get(COLLAPSE)][-1] == 7
     assert COLLAPSE not in rows[0]
@@ -69,10 +69,10 @@ def test_a_learning_rate_that_is_too_high_raises_the_alarm(tmp_path, recwarn):
         collapse=CollapseConfig(window=3, significance=3.0),
     )  # fmt: skip
     trainer_of(args, "shapes", train_dataset=prompts).train()
-    told = [str(w.message) for w in recwarn if "the training collapses" in str(w.message)]
-    assert len(told) == 1
-    assert "the mean reward of 3 iterations fell from" in told[0]
-    assert "reference_weight: 0.1" in told[0]
+    alarms = [str(w.message) for w in recwarn if "the training collapses" in str(w.message)]
+    assert len(alarms) == 1
+    assert "the mean reward of 3 iterations fell from" in alarms[0]
+    assert "reference_weight: 0.1" in alarms[0]
 
 
 def test_a_resumed_run_knows_the_rows_from_before(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Step-wise preference: children of one state, and the steps of whole paths."""
 
-import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +15,10 @@ from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.steps import step, transition
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.generate import NoiseKeys
-from diffalign.runtime.errors import Interrupted
-from diffalign.runtime.state import indexed
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
 from tests.conftest import PIPELINE
-from tests.phases import collect, update
+from tests.phases import assert_resumes_within_an_iteration, collect, update
 from tests.reliability.forks import finished
 from tests.trainers.short_siblings import write
 
@@ -199,25 +197,8 @@ def test_whole_paths_have_the_label_of_their_images_at_every_step(stepwise):
 
 @pytest.mark.parametrize("preset", ["spo", "d3po"])
 def test_a_run_that_resumes_within_an_iteration_is_the_run(stepwise, preset, monkeypatch):
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
     changes = {"updates_per_rollout": 2, "max_train_steps": 4, "num_groups": 2}
-    whole = stepwise(preset, "whole", **changes)
-    whole.train()
-    stopped, on_step = stepwise(preset, "parts", **changes), type(whole.algorithm).on_step
-
-    def stop(batch, metrics):
-        on_step(stopped.algorithm, batch, metrics)
-        if stopped.run.progress.step == 3:  # the first of an iteration's two
-            stopped.run.heartbeat.signals.received = signal.SIGTERM
-
-    monkeypatch.setattr(stopped.algorithm, "on_step", stop)
-    with pytest.raises(Interrupted):
-        stopped.train()
-    assert (stopped.run.progress.step, stopped.run.progress.update) == (3, 1)
-    again = stepwise(preset, "parts", **changes, resume_from_checkpoint="latest")
-    again.train()
-    for name, tensor in indexed(whole.loop.state.parameters).items():
-        assert torch.equal(tensor, indexed(again.loop.state.parameters)[name]), name
+    assert_resumes_within_an_iteration(partial(stepwise, preset, **changes), monkeypatch)
 
 
 def test_a_reward_that_fails_on_children_costs_their_pairs_only(stepwise):

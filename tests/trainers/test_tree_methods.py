@@ -1,6 +1,6 @@
 """BranchGRPO, TempFlow-GRPO, Granular-GRPO, Dynamic-TreeRPO, FDFO and trust regions in the Flow-GRPO trainer."""
 
-import signal
+from functools import partial
 
 import pytest
 import torch
@@ -10,14 +10,12 @@ from diffalign import FlowGRPOTrainer, LoraConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.forecast.cost import run_work
 from diffalign.losses.policy import TRUST_REGIONS
-from diffalign.runtime.errors import Interrupted
-from diffalign.runtime.state import indexed
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.cost import Share
 from diffalign.trainers.flow_grpo.algorithm import split_by_parent
 from diffalign.trainers.registry import find_algorithm
 from tests.conftest import ROOT
-from tests.phases import collect, update
+from tests.phases import assert_resumes_within_an_iteration, collect, update
 from tests.reliability.forks import finished
 from tests.trainers.short_trees import write
 
@@ -147,25 +145,8 @@ def test_g2_trains_in_a_pass_per_group_where_flow_grpo_takes_one_per_image(train
 
 @pytest.mark.parametrize("method", ["g2", "fdfo"])
 def test_a_run_that_resumes_within_an_iteration_is_the_run(trained, method, monkeypatch):
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
     changes = {"updates_per_rollout": 2, "max_train_steps": 4}
-    whole = trained(method, "whole", **changes)
-    whole.train()
-    stopped, on_step = trained(method, "parts", **changes), type(whole.algorithm).on_step
-
-    def stop(batch, metrics):
-        on_step(stopped.algorithm, batch, metrics)
-        if stopped.run.progress.step == 3:  # the first of an iteration's two
-            stopped.run.heartbeat.signals.received = signal.SIGTERM
-
-    monkeypatch.setattr(stopped.algorithm, "on_step", stop)
-    with pytest.raises(Interrupted):
-        stopped.train()
-    assert (stopped.run.progress.step, stopped.run.progress.update) == (3, 1)
-    again = trained(method, "parts", **changes, resume_from_checkpoint="latest")
-    again.train()
-    for name, tensor in indexed(whole.loop.state.parameters).items():
-        assert torch.equal(tensor, indexed(again.loop.state.parameters)[name]), name
+    assert_resumes_within_an_iteration(partial(trained, method, **changes), monkeypatch)
 
 
 def test_fdfo_pulls_each_image_from_its_partner(trained):
