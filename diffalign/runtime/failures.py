@@ -24,12 +24,14 @@ def blame_weights(run: Run[Any], state: LoopState, error: Exception) -> None:
         ) from error
 
 
-def too_many_bad_steps(run: Run[Any], state: LoopState) -> NotFinite | None:
-    """Return the error for too many non-finite steps in a row; None if there are fewer."""
-    bad, config = state.guard.bad, run.config
-    if bad < (STREAK if state.scaler is None else SCALER_STREAK):
-        return None
+def too_many_bad_steps(state: LoopState) -> bool:
+    """Return whether the last steps in a row were not finite, so that the run has to end."""
+    return state.guard.bad >= (STREAK if state.scaler is None else SCALER_STREAK)
+
+
+def bad_steps(run: Run[Any], state: LoopState) -> NotFinite:
+    """Build the error for too many non-finite steps in a row, after the run is saved."""
     return NotFinite(
-        f"{bad} steps in a row were not finite: lower learning_rate, or train in float32; skipped.jsonl names "
-        f"their samples; last good checkpoint: {last_good(config)}{extremes(config)}"
+        f"{state.guard.bad} steps in a row were not finite: lower learning_rate, or train in float32; skipped.jsonl "
+        f"names their samples; last good checkpoint: {last_good(run.config)}{extremes(run.config)}"
     )

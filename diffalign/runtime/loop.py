@@ -28,7 +28,7 @@ from diffalign.runtime.callbacks import Callbacks, TrainerCallback
 from diffalign.runtime.checkpointer import Checkpointer
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain, Interrupted, NotFinite, SaveFailed, StopRequested
-from diffalign.runtime.failures import blame_weights, too_many_bad_steps
+from diffalign.runtime.failures import bad_steps, blame_weights, too_many_bad_steps
 from diffalign.runtime.interfaces import IterationBatch, LoopAlgorithm, Metrics, MiniBatch, RunOutputs
 from diffalign.runtime.lock import claimed
 from diffalign.runtime.oom import make_room, memory_errors
@@ -307,9 +307,9 @@ class Loop(Generic[B]):
             raise failed
         bar.update()
         bar.set_postfix_str(progress(row))
-        if (fatal := too_many_bad_steps(self.run, self.state)) is not None:
+        if too_many_bad_steps(self.state):
             self.save()
-            raise fatal
+            raise bad_steps(self.run, self.state)
         self.callbacks("on_step_end", metrics=dict(row))
         if self.stop_agreed:
             raise StopRequested
