@@ -4,13 +4,15 @@ python scripts/examples/score_images.py PROMPT IMAGE ...
 """
 
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from diffalign import get_reward, score_images
 
 
-def redness(images: Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> Tensor:
+def redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
     """Mean of red minus that of green and blue: (B, 3, H, W) in [0, 1] -> (B,)."""
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
