@@ -24,6 +24,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+Resolution = int | tuple[int, int] | None  # of a configuration: a side, (height, width), or the model's own
+
+
+def image_size(resolution: Resolution) -> tuple[int, int] | None:
+    """Return (height, width) in pixels of a configured resolution; one side means a square."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text with metadata for rewards.

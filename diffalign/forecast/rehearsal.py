@@ -133,7 +133,7 @@ def rehearse(
             if spread is not None:
                 _shard(model, state, spread, counter)
             for reward in setting.every:
-                reward.prepare(model.default_resolution[0])
+                reward.prepare(model.default_resolution)
             counter.restart()
         if setting.inputs.eval_prompts:  # which are encoded once, by the evaluation before the first iteration
             with counter.during(EVALUATING):
@@ -186,7 +186,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
         config = replace(config, guidance_scale=shape.unguided_scale)
     for name in ("train_data", "train_images"):
         if getattr(config, name, ()):
-            pair = (str(one_pair(folder, shape.default_resolution[0])),)
+            pair = (str(one_pair(folder, shape.default_resolution)),)
             config = replace(config, **{name: pair, "data": type(config.data)()})
     if getattr(config, "streaming", False):
         config = replace(config, streaming=False)

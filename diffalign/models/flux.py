@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 
 @register_family("FluxPipeline")
@@ -24,7 +24,7 @@ class FluxModel(PackedFlowModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: T5 tokens per prompt. The pipeline's default is 512; FLUX.1-schnell was trained with 256.
-        resolution: As for ``FlowModel``, a multiple of 16 pixels.
+        resolution: As for ``FlowModel``, multiples of 16 pixels.
         embedded_guidance: The pipeline's ``guidance_scale``, an input of FLUX.1-dev, which is distilled from guided
             samples; default 3.5, as the pipeline's. It adds no cost, and is the same in training and sampling.
 
@@ -39,7 +39,7 @@ class FluxModel(PackedFlowModel):
         self,
         pipeline: DiffusionPipeline,
         max_sequence_length: int = 512,
-        resolution: int | None = None,
+        resolution: Resolution = None,
         embedded_guidance: float | None = None,
     ) -> None:
         super().__init__(pipeline, max_sequence_length, resolution)

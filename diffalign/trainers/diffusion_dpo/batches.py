@@ -24,6 +24,7 @@ from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.structures import Pair, Prompt
+from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples
@@ -136,17 +137,31 @@ def sampled_digest(data: Samples) -> str:
 
 
 class DataSource(Source):
-    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
+    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch.
+
+    Attributes:
+        buckets: Samples by size; None if all are cropped to the resolution.
+    """
 
     def __init__(self, run: Run[DiffusionDPOConfig], data: Samples, encoder: LatentEncoder) -> None:
         self.run, self.data, self.encoder = run, data, encoder
+        step, count = run.config.aspect_buckets, run.config.num_pairs
+        self.buckets = make_buckets(run, data, range(len(data)), step, count, "data") if step else None
 
     def sample(self, iteration: int) -> PreferenceBatch:
         """Read the samples of one optimizer step."""
-        count, rng = len(self.data), self.run.rng
-        indices = take(count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch))
+        size, indices = self._indices(iteration)
         own = [indices[number] for number in self.encoder.share]
-        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own))
+        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own, size))
+
+    def _indices(self, iteration: int) -> tuple[tuple[int, int] | None, list[int]]:
+        """Return the size of an optimizer step's samples, if it is not the model's, and their indices."""
+        if self.buckets is not None:
+            return self.buckets.take(iteration)
+        count, rng = len(self.data), self.run.rng
+        return None, take(
+            count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch)
+        )
 
 
 class StreamSource(Source):

@@ -164,7 +164,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         config = self.config
         if not config.train_images:
             return None
-        return Pictures(config.train_images, config.data, self.model, self.run.rng, config.num_groups)
+        return Pictures(self.run, config.num_groups)
 
     def _starts(self, prompts: Sequence[Prompt] | None) -> Starts:
         config, recipe, rng, shape = self.config, self.recipe, self.run.rng, self.model.latent_shape()
@@ -212,13 +212,15 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         kept = places(paths, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
         conditioning = self.run.prompts([prompt.text for prompt in start.prompts])
+        if start.size is not None:
+            conditioning = self.model.at_size(conditioning, start.size)
         plan = sampling_plan(self.recipe)
         group, sample = torch.tensor(samples).T
         buffer = RolloutBuffer.allocate(
             plan, group, sample, start.prompts, start.x.shape[1:], device=self.model.device, steps=kept
         )
 
-        keys, shape = NoiseKeys(self.run.rng, "refl", iteration, group, sample), self.model.latent_shape()
+        keys, shape = NoiseKeys(self.run.rng, "refl", iteration, group, sample), tuple(start.x.shape[1:])
         draw = lambda index: keys.step(shape, index)  # noqa: E731
         sampling = SamplingPlan(plan, self.levels, self.guidance.plain)
         advance(self.model, sampling, conditioning, start, buffer, draw)
