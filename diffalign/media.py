@@ -110,6 +110,11 @@ def size(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def fitted(content: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decode an image, resize it to cover (height, width) and crop its centre. Errors as for ``decode``."""
+    return ImageOps.fit(decode(content), size[::-1], Image.Resampling.LANCZOS)
+
+
 @contextmanager
 def _opened(content: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
     if (kind := next((name for place, mark, name in _REFUSED if content.startswith(mark, place)), None)) is not None:

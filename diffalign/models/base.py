@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffalign.models.offload import VAE, OffloadedModule, needs, to_device
 from diffalign.models.sampling_cache import trajectory
 from diffalign.models.trainable import TrainableModel
-from diffalign.structures import Conditioning, Guidance, Level, Resolution, image_size
+from diffalign.structures import Conditioning, Guidance, Input, Level, Resolution, image_size, text_of
 
 SCHEDULES = ("pipeline", "uniform")
 
@@ -59,6 +59,10 @@ class DiffusionModel(TrainableModel):
     # The pipeline applies guidance at scales above this one.
     unguided_scale: float = 1.0
     denoiser_name: str = "transformer"
+    # Whether prompts need a source image, which the pipeline edits.
+    edits: bool = False
+    # Text of a dropped prompt of a model that edits, whose source image stays.
+    empty_text: str = ""
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained`` that leave out components unused in training.
     load_options: Mapping[str, Any] = {}
@@ -128,6 +132,14 @@ class DiffusionModel(TrainableModel):
     @abstractmethod
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser once. x: (B, C, *spatial); time: (B,), float32."""
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) of the source of a result of (height, width), for models that edit."""
+        return size
+
+    def encode_input(self, given: Input) -> Conditioning:
+        """Encode a prompt, for models that edit with its source image: one row."""
+        return self.encode([text_of(given)])
 
     def unconditional(self) -> Conditioning:
         """Encode the default negative prompt of guidance, which also replaces dropped prompts: one row."""

@@ -70,18 +70,23 @@ class FluxModel(PackedFlowModel):
         dtype, tensors = self.dtype, conditioning.tensors
         height, width = x.shape[-2:]
         guidance = self.embedded_guidance
+        tokens, ids = self._image_tokens(x.to(dtype), conditioning)
         output = self.denoiser(
-            hidden_states=pack(x.to(dtype)),
+            hidden_states=tokens,
             # Round before dividing, as the pipeline does: the order matters in bfloat16.
             timestep=time.to(dtype) / self.num_train_timesteps,
             guidance=None if guidance is None else torch.full_like(time, guidance),
             pooled_projections=tensors["pooled"].to(dtype),
             encoder_hidden_states=tensors["embeds"].to(dtype),
             txt_ids=conditioning.shared["text_ids"].to(dtype),
-            img_ids=image_ids(height // 2, width // 2, x.device, dtype),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return unpack(output.float(), height, width)
+        return unpack(output[:, : height * width // 4].float(), height, width)
+
+    def _image_tokens(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return the image tokens, (B, N, 4 C), those of ``x`` first, and their position ids, (N, 3)."""
+        return pack(x), image_ids(x.shape[-2] // 2, x.shape[-1] // 2, x.device, x.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -23,7 +23,7 @@ from diffalign.rollout.collector import Collector, Rollout
 from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Pair, Prompt
+from diffalign.structures import Pair, Prompt, text_of
 from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
@@ -57,7 +57,7 @@ class PreferenceBatch(IterationBatch):
 
     def ids(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return number and prompt of examples."""
-        return [{"number": self.ranked.number[i], "prompt": self.ranked.texts[i]} for i in rows.tolist()]
+        return [{"number": self.ranked.number[i], "prompt": text_of(self.ranked.texts[i])} for i in rows.tolist()]
 
 
 class Source(ABC):
@@ -263,7 +263,7 @@ class RolloutSource(Source):
         examples = Examples(
             torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
             torch.tensor(labels),
-            [buffer.prompts[groups[row[0]]].text for row in rows],
+            [buffer.prompts[groups[row[0]]].input for row in rows],
             numbers,
             weight,
         )

@@ -16,7 +16,7 @@ from diffalign.data.images import decode
 from diffalign.losses.errors import latent_mask
 from diffalign.models.offload import VAE
 from diffalign.runtime.run import Run
-from diffalign.structures import ImageSource, LabelledImage, Pair
+from diffalign.structures import ImageSource, Input, LabelledImage, Pair, Prompt
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 
 
@@ -27,7 +27,7 @@ class Examples:
     Attributes:
         latents: (P, K, C, *spatial).
         label: (P,), probability that the first image is preferred; for single images 1 if liked, 0 if disliked.
-        texts: P prompts.
+        texts: P prompts, with source images for models that edit.
         number: P integers that identify the examples of an optimizer step over all processes.
         weight: (P,), 1 on average over all processes, 0 for padding that equalises the passes of each process.
         sizes: Crop and original size of each image of each example; None for images that the model sampled.
@@ -36,7 +36,7 @@ class Examples:
 
     latents: Tensor
     label: Tensor
-    texts: list[str]
+    texts: list[Input]
     number: list[int]
     weight: Tensor
     sizes: list[tuple[SizeConditioning, ...]] | None = None
@@ -54,7 +54,7 @@ class _Row:
     latents: Tensor
     sizes: tuple[SizeConditioning, ...]
     label: float
-    text: str
+    text: Input
     mask: Tensor | None
 
 
@@ -129,7 +129,14 @@ class LatentEncoder:
         framed = [frame(image, size, crop) for image in images]
         latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
         mask = None if sample.mask is None else self._mask(sample.mask, crop, size, latents.shape[-2:])
-        return _Row(latents, tuple(sizes for _, sizes in framed), label, sample.prompt.text, mask)
+        return _Row(latents, tuple(sizes for _, sizes in framed), label, self._input(sample.prompt, size), mask)
+
+    def _input(self, prompt: Prompt, size: tuple[int, int]) -> Input:
+        """Return the model's input; a source image has the size of the images."""
+        given = prompt.input
+        if isinstance(given, str) or size == self.model.default_resolution:
+            return given
+        return given._replace(size=size)
 
     def _mask(self, source: ImageSource, crop: CropParams, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
         """Crop and flip a mask as its images, and resize it to the latent grid: (1, h, w)."""
