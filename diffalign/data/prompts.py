@@ -13,6 +13,7 @@ from diffalign.data.prompt_sets import generate, held_out
 from diffalign.data.prompt_source import GENERATED, HUB, PromptSource, parse_source
 from diffalign.data.records import parse_object, read_chunks
 from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed
+from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.structures import Prompt, without_nulls
 
@@ -126,6 +127,7 @@ LINE_ERRORS = {
     "empty_prompt": "a prompt that is empty, or no text",
     "no_metadata": "no column of metadata that was asked for",
     "bad_row": "a row that cannot be read; those after it are not",
+    "no_image": "no source image in the column that was asked for",
     "too_long": f"a prompt of more than {MAX_PROMPT:,} characters",
 }
 
@@ -276,10 +278,38 @@ def _from_row(row: Mapping[str, Any], asked: PromptSource, keys: tuple[str, ...]
         if absent := [name for name in asked.metadata if name not in entry]:
             raise _Unusable("no_metadata", f"no {some(absent)} among {some(entry, 10, 40)}; name others as metadata")
         entry = {name: entry[name] for name in asked.metadata}
+    source = _source_image(entry, asked)
     entry = {name: value for name, value in entry.items() if not _is_image(value)}
     nested = entry.get("metadata")
     nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).lstrip().startswith("{") else {}
-    return Prompt(text.strip(), {**without_nulls(entry), **nested})
+    return Prompt(text.strip(), {**without_nulls(entry), **nested, **source})
+
+
+def _source_image(entry: dict[str, Any], asked: PromptSource) -> dict[str, str]:
+    """Remove the source image of a row that names one; return its path as metadata.
+
+    A relative path starts from the folder of the prompt file. Encoded images are written to the cache.
+    """
+    column = asked.image or "image"
+    value = entry.get(column)
+    if asked.image is None and not isinstance(value, str):
+        return {}  # data sets of captions have images too, which are not read unasked
+    if column not in entry:
+        raise _Unusable("no_image", f"no {column!r} among {some(entry, 10, 40)}; name another column: image=NAME")
+    row = Row("", "", entry, Path() if asked.path is None else asked.path.parent)
+    try:
+        found = row.image(column)
+        content = found.content() if callable(found.content) else found.content
+        if content is None:
+            raise ValueError("no image; fill it or delete the line")
+        path = content if isinstance(content, Path) else stored_image(content)
+        open_regular(path).close()
+    except (OSError, ValueError) as error:
+        if asked.image is None:  # a text that names no file is metadata like others
+            return {}
+        raise _Unusable("no_image", f"{column}: {shorten(error, 300)}") from error
+    del entry[column]
+    return {"image": str(path.absolute())}
 
 
 def _is_image(value: Any) -> bool:

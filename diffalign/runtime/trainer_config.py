@@ -47,9 +47,9 @@ class TrainerConfig(TrainingConfig):
     max_sequence_length: int | None = option(
         None, "text tokens per prompt; default: the pipeline's own", section="model", ge=1, le=100_000
     )
-    resolution: int | None = option(
+    resolution: int | tuple[int, int] | None = option(
         None,
-        "side length of the square images, in pixels; default: the pipeline's own",
+        "side length of square images, or height and width ([768, 1344]), in pixels; default: the pipeline's own",
         section="model",
         ge=1,
         le=100_000,

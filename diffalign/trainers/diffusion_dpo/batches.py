@@ -23,7 +23,8 @@ from diffalign.rollout.collector import Collector, Rollout
 from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Pair, Prompt
+from diffalign.structures import Pair, Prompt, text_of
+from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples
@@ -57,7 +58,7 @@ class PreferenceBatch(IterationBatch):
 
     def ids(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return number and prompt of examples."""
-        return [{"number": self.ranked.number[i], "prompt": self.ranked.texts[i]} for i in rows.tolist()]
+        return [{"number": self.ranked.number[i], "prompt": text_of(self.ranked.texts[i])} for i in rows.tolist()]
 
 
 class Source(ABC):
@@ -154,17 +155,31 @@ def sampled_digest(data: Samples) -> str:
 
 
 class DataSource(Source):
-    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
+    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch.
+
+    Attributes:
+        buckets: Samples by size; None if all are cropped to the resolution.
+    """
 
     def __init__(self, run: Run[DiffusionDPOConfig], data: Samples, encoder: LatentEncoder) -> None:
         self.run, self.data, self.encoder = run, data, encoder
+        step, count = run.config.aspect_buckets, run.config.num_pairs
+        self.buckets = make_buckets(run, data, range(len(data)), step, count, "data") if step else None
 
     def sample(self, iteration: int) -> PreferenceBatch:
         """Read the samples of one optimizer step."""
-        count, rng = len(self.data), self.run.rng
-        indices = take(count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch))
+        size, indices = self._indices(iteration)
         own = [indices[number] for number in self.encoder.share]
-        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own))
+        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own, size))
+
+    def _indices(self, iteration: int) -> tuple[tuple[int, int] | None, list[int]]:
+        """Return the size of an optimizer step's samples, if it is not the model's, and their indices."""
+        if self.buckets is not None:
+            return self.buckets.take(iteration)
+        count, rng = len(self.data), self.run.rng
+        return None, take(
+            count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch)
+        )
 
 
 class StreamSource(Source):
@@ -266,7 +281,7 @@ class RolloutSource(Source):
         examples = Examples(
             torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
             torch.tensor(labels),
-            [buffer.prompts[groups[row[0]]].text for row in rows],
+            [buffer.prompts[groups[row[0]]].input for row in rows],
             numbers,
             weight,
         )
