@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from PIL.Image import Image
 from torch import Tensor
 
 Metrics = dict[str, float]
@@ -122,6 +123,10 @@ class RunOutputs(Protocol):
 
     def evaluate(self, step: int) -> Metrics:
         """Evaluate the EMA weights if there are any, else the policy."""
+        ...
+
+    def pictures(self) -> Mapping[str, Sequence[tuple[Image, str]]]:
+        """Return the images of the last evaluation with captions, on the main process."""
         ...
 
     def watch(self, step: int, row: Mapping[str, Any]) -> Metrics:

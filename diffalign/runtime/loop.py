@@ -39,7 +39,7 @@ from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
 from diffalign.runtime.run import Run, last_good
 from diffalign.runtime.state import LoopState
 from diffalign.runtime.step_metrics import reduce_step
-from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
+from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers, pictures_of
 
 logger = get_logger(__name__)
 
@@ -335,6 +335,7 @@ class Loop(Generic[B]):
                 found = self.outputs.evaluate(self.progress.step)
         figures = {f"eval/{name}": value for name, value in found.items()}
         self._record(figures)
+        self.trackers.pictures(self.outputs.pictures, self.progress.step)
         self.time_left.evaluation = time.perf_counter() - started if found else 0.0
         self.progress.evaluated, self.evaluated_here = self.progress.step, True
         self.checkpointer.take_snapshot()  # an evaluation may change it
@@ -367,6 +368,7 @@ class Loop(Generic[B]):
             written = self.outputs.finish()
             if self.accelerator.is_main_process and written is not None:
                 write_exports(folder, self.progress.step, written)
+                self.trackers.pictures(lambda: pictures_of(written), self.progress.step)
         except (OSError, SafetensorError) as error:
             raise SaveFailed(
                 f"the exports in {folder} could not be written ({str(error)[:300]}): free space on the disk and start "

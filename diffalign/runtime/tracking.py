@@ -7,12 +7,15 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
 
 from diffalign.atomic import keep_aside, write_text
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 SAVE = "time/save"  # seconds to write a checkpoint; such rows are not among those that a checkpoint counts
 TRACKERS = ("tensorboard", "wandb", "trackio")
+Captioned = tuple[Image.Image, str]
+Pictures = Mapping[str, Sequence[Captioned]]
 
 
 def _strict(value: Any) -> Any:
@@ -133,7 +138,7 @@ class MetricsLog:
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """Parse ``none`` or a comma-separated list of ``TRACKERS`` for ``Accelerator(log_with=...)``.
+    """Parse ``none``, ``all`` (that are installed) or a comma-separated list of ``TRACKERS`` for accelerate.
 
     Raises:
         ValueError: An unknown tracker, or one that is not installed (accelerate would ignore it silently).
@@ -141,8 +146,12 @@ def tracker_names(report_to: str) -> list[str]:
     names = [name.strip() for name in report_to.split(",")]
     if names == ["none"]:
         return []
+    if names == ["all"]:
+        if installed := [name for name in TRACKERS if find_spec(name) is not None]:
+            return installed
+        raise ValueError(f"report_to all: none of {', '.join(TRACKERS)} is installed: pip install tensorboard")
     if unknown := [name for name in names if name not in TRACKERS]:
-        raise ValueError(f"report_to {', '.join(unknown)!r} is unknown; use none, or any of {', '.join(TRACKERS)}")
+        raise ValueError(f"report_to {', '.join(unknown)!r} is unknown; use none, all, or any of {', '.join(TRACKERS)}")
     if absent := [name for name in names if find_spec(name) is None]:
         raise ValueError(f"report_to {absent[0]!r} is not installed: pip install {absent[0]}, or report_to none")
     return list(dict.fromkeys(names))
@@ -157,6 +166,40 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat
+
+
+def pictures_of(paths: Iterable[Path]) -> Pictures:
+    """Open the PNG files among some paths, by their name without suffix."""
+    return {path.stem: [(Image.open(path), "")] for path in paths if path.suffix == ".png"}
+
+
+def _show_in_tensorboard(tracker: Any, name: str, pictures: Sequence[Captioned], step: int) -> None:
+    for number, (image, _) in enumerate(pictures):
+        tag = name if len(pictures) == 1 else f"{name}/{number:02d}"
+        tracker.writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    captions = "\n".join(f"{number}. {text}" for number, (_, text) in enumerate(pictures) if text)
+    if captions:
+        tracker.writer.add_text(f"{name}/captions", captions, step)
+
+
+def _show_in_wandb(tracker: Any, name: str, pictures: Sequence[Captioned], step: int) -> None:
+    import wandb
+
+    tracker.log({name: [wandb.Image(image, caption=text or None) for image, text in pictures]}, step=step)
+
+
+def _show_in_trackio(tracker: Any, name: str, pictures: Sequence[Captioned], step: int) -> None:
+    import trackio
+
+    named = {f"{name}/{n:02d}" if len(pictures) > 1 else name: pair for n, pair in enumerate(pictures)}
+    tracker.log({key: trackio.Image(image, caption=text or None) for key, (image, text) in named.items()}, step=step)
+
+
+SHOW: Mapping[str, Callable[[Any, str, Sequence[Captioned], int], None]] = {
+    "tensorboard": _show_in_tensorboard,
+    "wandb": _show_in_wandb,
+    "trackio": _show_in_trackio,
+}
 
 
 class Trackers:
@@ -186,6 +229,17 @@ class Trackers:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for tracker in list(self.accelerator.trackers):
             if not _survives(tracker, partial(tracker.log, numbers, step=step)):
+                self.accelerator.trackers.remove(tracker)
+
+    def pictures(self, pictures: Callable[[], Pictures], step: int) -> None:
+        """Log images with their captions on the main process, if there is a tracker; those of a name together."""
+        known = [tracker for tracker in self.accelerator.trackers if tracker.name in SHOW]
+        if not (known and self.accelerator.is_main_process):
+            return
+        found = pictures()
+        for tracker in known:
+            show = SHOW[tracker.name]
+            if not all(_survives(tracker, partial(show, tracker, name, own, step)) for name, own in found.items()):
                 self.accelerator.trackers.remove(tracker)
 
     def finish(self) -> None:

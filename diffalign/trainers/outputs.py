@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torchvision.transforms.functional import to_pil_image
+
 from diffalign.config.unread import accepts
 from diffalign.evaluation.collapse import COLLAPSE, WATCHED, CollapseMonitor
 from diffalign.evaluation.hacking import ALARM, PREFIX, panel_alarm, plot_hacking
@@ -24,7 +26,7 @@ from diffalign.runtime.oom import batch_name
 from diffalign.runtime.products import portable
 from diffalign.runtime.provenance import commit, origin
 from diffalign.runtime.run import Run
-from diffalign.runtime.tracking import MetricsLog
+from diffalign.runtime.tracking import MetricsLog, Pictures
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.contents import contents
 from diffalign.trainers.inputs import Inputs
@@ -121,6 +123,16 @@ class Outputs:
             self.report.picture(step, shown)
         added = self.algorithm.on_evaluation(Evaluated(step, figures, shown, prompts, weight_set))
         return {**figures, **self._alarm(step, figures), **added}
+
+    def pictures(self) -> Pictures:
+        """Return the images of the last evaluation, captioned by prompt and rewards; empty without evaluations."""
+        if (shown := self.report.shown) is None:
+            return {}
+        marks = [
+            " ".join(f"{name} {own[row]:.3f}" for name, own in shown.marks.items()) for row in range(len(shown.texts))
+        ]
+        pairs = zip(shown.images, shown.texts, marks, strict=True)
+        return {"eval/images": [(to_pil_image(image), f"{text} ({mark})") for image, text, mark in pairs]}
 
     def _alarm(self, step: int, figures: Metrics) -> Metrics:
         """Return whether the held-out judges tell of reward hacking; nothing without such judges."""

@@ -190,5 +190,5 @@ def test_names(monkeypatch):
     assert tracker_names("tensorboard, trackio,tensorboard") == ["tensorboard", "trackio"]
     with pytest.raises(ValueError, match="'wandb' is not installed: pip install wandb"):
         tracker_names("wandb")
-    with pytest.raises(ValueError, match="'mlflow' is unknown; use none, or any of tensorboard"):
+    with pytest.raises(ValueError, match="'mlflow' is unknown; use none, all, or any of tensorboard"):
         tracker_names("tensorboard,mlflow")
