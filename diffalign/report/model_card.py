@@ -46,6 +46,8 @@ class ModelCard:
         lora: False for full weights.
         evaluation: Results for the metadata, see ``eval_results``.
         sample_prompt: Prompt that the Hub's page offers to try; empty for none.
+        examples: (prompt, file beside the card) of pictures for the Hub's page.
+        datasets: Hub ids of the data that it was trained on.
     """
 
     title: str
@@ -60,6 +62,8 @@ class ModelCard:
     lora: bool = True
     evaluation: Sequence[EvalResult] = ()
     sample_prompt: str = ""
+    examples: Sequence[tuple[str, str]] = ()
+    datasets: Sequence[str] = ()
 
 
 def write_model_card(path: str | Path, card: ModelCard) -> Path:
@@ -93,7 +97,9 @@ def card_data(card: ModelCard) -> ModelCardData:
     license: dict[str, Any] = dict(_license_of(card.base_model))
     kind = ["lora"] if card.lora else []
     relation: dict[str, Any] = {"base_model_relation": "adapter" if card.lora else "finetune"} if base else {}
-    widget: dict[str, Any] = {"widget": [{"text": printable(card.sample_prompt)}]} if card.sample_prompt.strip() else {}
+    shown = [{"text": printable(text), "output": {"url": quote(name)}} for text, name in card.examples if text.strip()]
+    asked = [{"text": printable(card.sample_prompt)}] if card.sample_prompt.strip() else []
+    widget: dict[str, Any] = {"widget": shown or asked} if shown or asked else {}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
@@ -102,6 +108,7 @@ def card_data(card: ModelCard) -> ModelCardData:
         **license,
         tags=[printable(tag) for tag in (*kind, TASK, "diffalign", card.trainer, *card.tags)],
         **widget,
+        datasets=list(card.datasets) or None,
         model_name=printable(card.title) or "model",
         eval_results=list(card.evaluation) or None,
     )

@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from diffalign.atomic import replacing
 from diffalign.config import to_dict, to_yaml
 from diffalign.config.reward_consent import needs_consent
+from diffalign.data.prompt_source import HUB, parse_source
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.heldout import Shown
 from diffalign.evaluation.image_quality import ruined
@@ -33,10 +35,13 @@ from diffalign.report.markdown import inert
 from diffalign.report.model_card import ModelCard, eval_results, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
+from diffalign.runtime.config import HUB_ID
 from diffalign.runtime.products import portable
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.structures import Prompt
+
+EXAMPLES = 4  # pictures of the widget of a model card
 
 
 class Report:
@@ -204,7 +209,31 @@ class Report:
             pictures=pictures,
             lora=self.model.has_adapter,
             sample_prompt=prompt if self.shown else "",
+            examples=self._examples(),
+            datasets=hub_datasets(self.args),
         )
+
+    def _examples(self) -> list[tuple[str, str]]:
+        """Write the first images of the last evaluation, for the widget of the card; return (prompt, name) of each."""
+        found = []
+        if self.shown is not None:
+            for number, (text, image) in enumerate(zip(self.shown.texts[:EXAMPLES], self.shown.images, strict=False)):
+                name = f"samples/example-{number}.png"
+                with replacing(self.folder / name) as staged:
+                    to_pil_image(image).save(staged, "PNG")
+                found.append((text, name))
+        return found
+
+
+def hub_datasets(args: TrainerConfig) -> list[str]:
+    """List the hub ids among the data and prompts of a configuration."""
+    data = [str(name) for field in ("train_data", "train_images") for name in getattr(args, field, None) or ()]
+    found = [name for name in data if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    if (prompts := getattr(args, "train_prompts", None)) and not Path(prompts).exists():
+        with suppress(ValueError):
+            source = parse_source(prompts)
+            found += [source.name] if source.kind == HUB else []
+    return list(dict.fromkeys(found))
 
 
 def consent_option(args: TrainerConfig) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Literal
 
 from diffalign.config import Checked, Given, option
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(kw_only=True)
@@ -69,7 +72,16 @@ class TrainingConfig(Checked):
         None, '"latest", or the path of a checkpoint', section="checkpoints", resume="free"
     )
     report_to: str = option(
-        "none", "none, tensorboard, wandb, trackio, or several with commas", section="run", resume="free"
+        "none", "none, all, or some of tensorboard, wandb and trackio, with commas", section="run", resume="free"
+    )
+    push_to_hub: str | None = option(
+        None, "upload the run to this repository of the hub, owner/name", section="output", resume="free"
+    )
+    hub_strategy: Literal["end", "checkpoints"] = option(
+        "end", "end: upload once; checkpoints: also the LoRA of each checkpoint", section="output", resume="free"
+    )
+    hub_private: bool = option(
+        True, "create the repository as a private one; an existing one stays as it is", section="output", resume="free"
     )
     max_grad_spike: float = option(
         100.0,
@@ -96,5 +108,7 @@ class TrainingConfig(Checked):
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""
         self.check()  # fields may have been assigned since the construction
+        if self.push_to_hub is not None and not HUB_ID.fullmatch(self.push_to_hub):
+            raise ValueError(f"push_to_hub {self.push_to_hub[:100]!r} is no owner/name, such as me/my-lora")
         if 0 < self.hang_timeout < 1:
             raise ValueError(f"hang_timeout must be at least 1 second, got {self.hang_timeout}; 0 turns it off")

@@ -34,6 +34,7 @@ from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
+from diffalign.trainers.hub import create_repository, hub_callbacks
 from diffalign.trainers.inputs import Inputs, load_optional, with_held_out
 from diffalign.trainers.outputs import Outputs
 from diffalign.trainers.result import TrainingResult, read_result
@@ -112,7 +113,7 @@ class Trainer(Generic[C]):
         )
         self.algorithm = kind(self.run, inputs)
         self.outputs = Outputs(self.run, inputs, self.algorithm, state.ema, even=shards is not None)
-        self.loop = Loop(self.run, state, self.algorithm, self.outputs, callbacks)
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs, [*callbacks, *hub_callbacks(config)])
 
     def _connect(self, inputs: Inputs[C]) -> tuple[Accelerator, FSDPConfig | None]:
         """Start the processes, and check that batches divide over them."""
@@ -135,6 +136,8 @@ class Trainer(Generic[C]):
         if accelerator.is_main_process:
             refuse_busy(config.output_dir)
             check_products(config.output_dir)
+            if config.push_to_hub is not None:
+                create_repository(config.push_to_hub, config.hub_private)
         return accelerator, shards
 
     @property

@@ -1,0 +1,108 @@
+"""Push a run to the Hugging Face hub: weights, card, pictures and configuration, at the end or with each checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from diffalign.log import get_logger
+from diffalign.runtime.callbacks import TrainerCallback, TrainerControl, TrainerState
+from diffalign.runtime.trainer_config import TrainerConfig
+
+logger = get_logger(__name__)
+
+# What others need of a run folder: no optimizer state, logs of this machine, rollouts or raw evaluations.
+PUBLISHED = (
+    "*.safetensors", "README.md", "config.yaml", "*.png", "metrics.jsonl", "samples/example-*.png", "unet/*",
+    "transformer/*",
+)  # fmt: skip
+NOT_PUBLISHED = (
+    "checkpoint-*",
+    "rollouts/*",
+    "samples/base.safetensors",
+    "samples/tuned.safetensors",
+    "samples/step-*",
+)
+OF_CHECKPOINTS = ("pytorch_lora_weights.safetensors", "negative_prompt.safetensors")
+
+
+def create_repository(name: str, private: bool) -> None:
+    """Create the repository of a run if it does not exist, so that a missing right is known before the training.
+
+    Raises:
+        ValueError: The hub refuses, or cannot be reached.
+    """
+    try:
+        HfApi().create_repo(name, private=private, exist_ok=True)
+    except Exception as error:  # of the hub, of its client, or of the client's HTTP library
+        raise ValueError(
+            f"push_to_hub {name}: the hub refuses: {_short(error)}; log in with `hf auth login`, check owner and "
+            "rights, or leave push_to_hub out and upload the run folder later"
+        ) from error
+
+
+class HubCallback(TrainerCallback):
+    """Upload the LoRA of each checkpoint in the background, and the run at its end.
+
+    A failure is a warning with the command that uploads later: the run and its folder are whole without the hub.
+
+    Args:
+        name: Repository, "owner/name".
+        checkpoints: Whether to upload the LoRA of each checkpoint too.
+    """
+
+    def __init__(self, name: str, checkpoints: bool) -> None:
+        self.name, self.checkpoints, self.api = name, checkpoints, HfApi()
+        self.waiting: Future[Any] | None = None
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Upload the LoRA of a checkpoint, unless the last upload still runs."""
+        if not self.checkpoints or (self.waiting is not None and not self.waiting.done()):
+            return
+        self._finish_upload(args)
+        folder: Path = kwargs["path"]
+        self.waiting = self.api.upload_folder(
+            repo_id=self.name, folder_path=folder, path_in_repo=folder.name, allow_patterns=list(OF_CHECKPOINTS),
+            commit_message=f"Step {state.global_step}", run_as_future=True,
+        )  # fmt: skip
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Upload the run."""
+        if not state.is_world_process_zero:
+            return
+        self._finish_upload(args)
+        try:
+            url = self.api.upload_folder(
+                repo_id=self.name, folder_path=args.output_dir, allow_patterns=list(PUBLISHED),
+                ignore_patterns=list(NOT_PUBLISHED), commit_message=f"Step {state.global_step}, end of training",
+            )  # fmt: skip
+        except Exception as error:  # whatever it is, the run is on disk
+            self._warn(args, error)
+        else:
+            logger.info(f"hub         {url.repo_url if hasattr(url, 'repo_url') else self.name}")
+
+    def _finish_upload(self, args: Any) -> None:
+        """Wait for the upload of the last checkpoint."""
+        if self.waiting is not None and (error := self.waiting.exception()) is not None:
+            self._warn(args, error)
+        self.waiting = None
+
+    def _warn(self, args: Any, error: BaseException) -> None:
+        again = f"hf upload {self.name} {shlex.quote(str(args.output_dir))} --exclude 'checkpoint-*' 'rollouts/*'"
+        warnings.warn(f"push_to_hub {self.name} failed: {_short(error)}; the run is complete: {again}", stacklevel=2)
+
+
+def hub_callbacks(config: TrainerConfig) -> list[TrainerCallback]:
+    """Return the callback that uploads a run, if its configuration names a repository."""
+    if config.push_to_hub is None:
+        return []
+    return [HubCallback(config.push_to_hub, config.hub_strategy == "checkpoints")]
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,81 @@
+"""A run reaches the hub with its card; a hub that refuses costs a clear error before the training, and no run after."""
+
+import pytest
+import yaml
+from safetensors.torch import load
+
+from diffalign import FlowGRPOTrainer
+from tests.hub_server import hub_server
+
+NAME = "me/circles"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with hub_server(monkeypatch) as hub:
+        yield hub
+
+
+def train(small, train_prompts, **changes):
+    args = small(push_to_hub=NAME, eval_rewards=("shapes_strict",), **changes)
+    trainer = FlowGRPOTrainer(args=args, train_dataset=train_prompts[:2], eval_dataset=train_prompts[:2])
+    return trainer, args
+
+
+def test_a_run_is_uploaded_with_its_card(hub, small, train_prompts, capfd):
+    trainer, args = train(small, train_prompts, hub_strategy="checkpoints", checkpointing_steps=1)
+    assert hub.private == {NAME: True}
+    assert hub.repositories == {NAME: {}}
+    trainer.train()
+    files = hub.repositories[NAME]
+    assert {"README.md", "config.yaml", "pytorch_lora_weights.safetensors", "compare.png", "curves.png"} <= set(files)
+    assert files["README.md"] == (args.output_dir / "README.md").read_bytes()
+    assert load(files["pytorch_lora_weights.safetensors"])
+    assert "checkpoint-2/pytorch_lora_weights.safetensors" in files
+    assert not [name for name in files if "optimizer" in name or name.startswith(("rollouts", "samples/base"))]
+    assert hub.messages[-1] == "Step 2, end of training"
+
+    card = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert card["library_name"] == "diffusers"
+    assert card["pipeline_tag"] == "text-to-image"
+    assert card["model-index"][0]["results"][0]["metrics"][0]["type"] == "shapes_strict"
+    shown = [entry["output"]["url"] for entry in card["widget"]]
+    assert shown == ["samples/example-0.png", "samples/example-1.png"]
+    assert all(files[name].startswith(b"\x89PNG") for name in shown)
+
+    assert set(hub.tokens) == {"Bearer hf_secret"}
+    told = "".join(capfd.readouterr()) + (args.output_dir / "train.log").read_text()
+    assert "hf_secret" not in told + "".join(map(str, files))
+    assert not any(b"hf_secret" in content for content in files.values())
+
+
+def test_a_hub_that_refuses_is_known_before_the_model_loads(hub, small, train_prompts, monkeypatch):
+    monkeypatch.setattr("diffalign.trainers.base.load", lambda config: pytest.fail("the model was loaded"))
+    hub.refuse = 403
+    with pytest.raises(ValueError, match=f"push_to_hub {NAME}: the hub refuses: .*403.*hf auth login"):
+        train(small, train_prompts)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    with pytest.raises(ValueError, match=f"push_to_hub {NAME}: the hub refuses: .*leave push_to_hub out"):
+        train(small, train_prompts)
+
+
+def test_a_hub_that_fails_later_costs_no_run(hub, small, train_prompts):
+    trainer, _ = train(small, train_prompts, hub_strategy="checkpoints", checkpointing_steps=1)
+    hub.refuse = 400
+    with pytest.warns(
+        UserWarning, match=f"push_to_hub {NAME} failed: .*the run is complete: hf upload {NAME} "
+    ) as told:
+        result = trainer.train()
+    assert result.weights[0].is_file()
+    assert not any("hf_secret" in str(warning.message) for warning in told)
+
+
+def test_an_existing_repository_and_a_wrong_name(hub, small, train_prompts):
+    hub.repositories[NAME] = {"other.txt": b"kept"}
+    trainer, _ = train(small, train_prompts, max_train_steps=1)
+    trainer.train()
+    assert hub.repositories[NAME]["other.txt"] == b"kept"
+    assert "README.md" in hub.repositories[NAME]
+    assert hub.messages == ["Step 1, end of training"]
+    with pytest.raises(ValueError, match="push_to_hub 'circles' is no owner/name, such as me/my-lora"):
+        small(push_to_hub="circles").validate()
