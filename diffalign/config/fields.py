@@ -47,6 +47,7 @@ def option(
     resume: Literal["fixed", "free"] = "fixed",
     typed_only: bool = False,
     guard: FieldGuard | None = None,
+    needs: str = "",
     **limits: Any,
 ) -> Any:
     """Declare a dataclass field with a one-line description for ``--help``.
@@ -60,6 +61,7 @@ def option(
         resume: "free" for a field that may differ when a run is resumed.
         typed_only: Whether a file may not set the field (see ``consent``); its value is never written to a file either.
         guard: Checks what a file sets (see ``consent``).
+        needs: Another field, without which this one is not read (see ``unread``).
         limits: Of numbers, as for ``ranges.Range``: ge, gt, le, lt, infinite, hint.
     """
     kw: dict[str, Any] = {}
@@ -69,7 +71,14 @@ def option(
         kw["default_factory"] = lambda: copy.deepcopy(default)
     elif default is not MISSING:
         kw["default"] = default
-    metadata = {"help": help, "section": section, "resume": resume, "typed_only": typed_only, "guard": guard}
+    metadata = {
+        "help": help,
+        "section": section,
+        "resume": resume,
+        "typed_only": typed_only,
+        "guard": guard,
+        "needs": needs,
+    }
     metadata |= range_metadata(**limits) | ({} if bare is None else {"bare": bare})
     return dataclasses.field(metadata=metadata, **kw)
 

@@ -1,8 +1,9 @@
 """Refuse options that a run would not read.
 
 A configuration class may have a method ``unread() -> Mapping[str, str]``: dotted name -> reason, for each field or
-section that a run of this configuration does not read. Such a field is refused if it was set, even to its default, and
-is not written to files. null asks for nothing: it takes back what a file or a preset sets, and is never refused.
+section that a run of this configuration does not read; and an option may be declared with ``needs``, another field.
+Such a field is refused if it was set, even to its default, and is not written to files. null asks for nothing: it takes
+back what a file or a preset sets, and is never refused.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ def covering(names: Collection[str], path: str) -> str | None:
 
 
 def unread_names(config: Any) -> Mapping[str, str]:
-    """Return the unread fields of a configuration; empty for a class without ``unread``."""
-    return config.unread() if hasattr(config, "unread") else {}
+    """Return the unread fields of a configuration: those of its ``unread``, and those that need a field not set."""
+    own = config.unread() if hasattr(config, "unread") else {}
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    needs = {field.name: field.metadata.get("needs") for field in fields}
+    missing = {name: other for name, other in needs.items() if other and not getattr(config, other)}
+    return {**own, **{name: f"read only with {other}" for name, other in missing.items()}}
 
 
 def accepts(config: Any, path: str) -> bool:

@@ -78,10 +78,18 @@ class TrainingConfig(Checked):
         None, "upload the run to this repository of the hub, owner/name", section="output", resume="free"
     )
     hub_strategy: Literal["end", "checkpoints"] = option(
-        "end", "end: upload once; checkpoints: also the LoRA of each checkpoint", section="output", resume="free"
+        "end",
+        "end: upload once; checkpoints: also the LoRA of each checkpoint",
+        section="output",
+        resume="free",
+        needs="push_to_hub",
     )
     hub_private: bool = option(
-        True, "create the repository as a private one; an existing one stays as it is", section="output", resume="free"
+        True,
+        "create the repository as a private one; an existing one stays as it is",
+        section="output",
+        resume="free",
+        needs="push_to_hub",
     )
     max_grad_spike: float = option(
         100.0,

@@ -173,8 +173,7 @@ class TrainerConfig(TrainingConfig):
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: dotted name -> reason, as "is read only with ..."."""
-        hub = () if self.push_to_hub else ("hub_strategy", "hub_private")
-        return dict.fromkeys(hub, "read only with push_to_hub: owner/name")
+        return {}
 
     @classmethod
     def from_yaml(cls, path: str | Path, **fields: Any) -> Self:
