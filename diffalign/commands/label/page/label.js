@@ -2,9 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", "=": "equal", 0: "bad", s: "skip" };
-const SAID = { left: "left is better", right: "right is better", equal: "equal", bad: "both bad", skip: "skipped" };
+const SAID = { left: "image 1 is better", right: "image 2 is better", equal: "equal", bad: "both bad", skip: "skipped" };
 const RETRY = 1000; // milliseconds
-const SCALES = [0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8];
+const STEP = 1.5; // of the zoom
 
 const state = { rater: null, pairs: [], done: 0, total: 0, shown: null, busy: false, times: [] };
 const pictures = new Map(); // token -> promise of two object URLs
@@ -179,16 +179,12 @@ const undo = () => exclusively(async () => {
 });
 
 function resize(step = 0) {
-  const sizes = ["left-large", "right-large"].map((name) => $(name));
+  const images = ["left-large", "right-large"].map($);
   const pane = document.querySelector(".pane");
-  if (step === 0) { // as large as fits, at least
-    const fit = Math.min(...sizes.map((i) => Math.min(pane.clientWidth / i.naturalWidth, pane.clientHeight / i.naturalHeight)));
-    state.scale = SCALES.findLast((scale) => scale <= Math.max(fit, 1)) ?? SCALES[0];
-  } else {
-    const at = SCALES.indexOf(state.scale) + step;
-    state.scale = SCALES[Math.max(0, Math.min(SCALES.length - 1, at))];
-  }
-  for (const image of sizes) image.width = image.naturalWidth * state.scale;
+  const fit = Math.min(...images.map((i) => Math.min(pane.clientWidth / i.naturalWidth, pane.clientHeight / i.naturalHeight)));
+  const least = Math.min(fit, 1);
+  state.scale = step === 0 ? Math.max(fit, 1) : Math.max(least, Math.min(32, state.scale * STEP ** step));
+  for (const image of images) image.width = Math.floor(image.naturalWidth * state.scale);
   $("scale").textContent = `${Math.round(state.scale * 100)} %`;
 }
 
