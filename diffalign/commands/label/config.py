@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffalign.commands.evaluate_config import ScoringConfig
+from diffalign.commands.label.kinds import BASE_NAME, kind_of
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
-from diffalign.evaluation.checkpoints import CHECKPOINT, parse_checkpoint
+from diffalign.evaluation.checkpoints import parse_checkpoint
 
-BASE_NAME = "base"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-LISTS = ("metadata.jsonl", "metadata.csv")  # of folders with pictures
-
-
-def is_model(text: str) -> bool:
-    """Return whether a source is a model: "base", a run folder, a checkpoint, weights, NAME=PATH or PATH@SCALE."""
-    if text == BASE_NAME:
-        return True
-    path = Path(text)
-    if not path.exists():
-        return "=" in text or bool(re.search(r"@[^/]*$", text))
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    if any((path / name).is_file() for name in LISTS):  # a rollout buffer has .safetensors files too
-        return False
-    names = [entry.name for entry in path.iterdir()]
-    return any(name == "config.yaml" or name.endswith(".safetensors") or CHECKPOINT.fullmatch(name) for name in names)
+# Options of images that are drawn.
+DRAWING = (
+    "model", "revision", "family", "max_sequence_length", "resolution", "num_steps", "schedule", "guidance_scale",
+    "embedded_guidance", "base_share", "images_per_prompt", "offload", "cache_dir", "scales", "checkpoints",
+    "allow_partial",
+)  # fmt: skip
+READERS = ("prompts: models and folders of images; data: pairs and folders of images", "only models are drawn")
 
 
 @dataclass(kw_only=True)
@@ -50,8 +41,8 @@ class LabelConfig(ScoringConfig):
 
     models: tuple[str, ...] = option(
         (),
-        "what to compare: base, run folders, checkpoints, LoRA files (drawn on the spot); or pairs: tables, folders, "
-        "rollout buffers, hub ids",
+        "base, run folders, checkpoints, LoRA files, drawn on the spot; NAME=FOLDER with images of a model; or pairs: "
+        "tables, folders, rollout buffers, hub ids",
         section="model",
     )
     data: PreferenceDataConfig = option(PreferenceDataConfig(), "how pairs are read", section="data")
@@ -82,7 +73,7 @@ class LabelConfig(ScoringConfig):
     @property
     def computes(self) -> bool:
         """Whether images are drawn or scored, which needs torch."""
-        return bool(self.rewards) or any(map(is_model, self.models))
+        return bool(self.rewards) or "model" in map(kind_of, self.models)
 
     @property
     def folder(self) -> Path:
@@ -90,13 +81,26 @@ class LabelConfig(ScoringConfig):
         return self.output_dir or Path("runs/label")
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with each source."""
+        """Yield what is wrong with each source, and each option that no source reads."""
+        kinds = {*map(kind_of, self.models)}
+        needs = {
+            **{name: {"model"} for name in DRAWING},
+            "prompts": {"model", "pictures"},
+            "data": {"pairs", "pictures"},
+        }
+        for field in fields(self):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if kinds and field.name in needs and getattr(self, field.name) != default and not kinds & needs[field.name]:
+                yield f"{field.name}: no source reads it ({READERS[field.name in DRAWING]}); leave it out"
+        if self.reward_options and not self.rewards:
+            yield "reward_options: no reward is named; write --rewards NAME"
         for text in self.models:
-            if is_model(text) and text != BASE_NAME:
+            kind = kind_of(text)
+            if kind == "model" and text != BASE_NAME:
                 try:
                     parse_checkpoint(text)
                 except (ValueError, FileNotFoundError) as error:
                     yield str(error)
-            elif not is_model(text) and not Path(text).exists() and not HUB_ID.fullmatch(text):
+            elif kind == "pairs" and not Path(text).exists() and not HUB_ID.fullmatch(text):
                 what = "base, a run folder, a LoRA, or a table or folder of pairs"
                 yield f"models: nothing at {text[:200]!r}: name {what}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.commands.label.comparison import Comparison
-from diffalign.commands.label.config import BASE_NAME, LabelConfig, is_model
+from diffalign.commands.label.config import LabelConfig
+from diffalign.commands.label.kinds import BASE_NAME, Kind, kind_of
+from diffalign.commands.label.pictures import pair_folders
 from diffalign.data.config import PreferenceDataConfig
-from diffalign.data.formats import FORMATS, detect
+from diffalign.data.formats import FORMATS, Format, Judgement, detect, pairs, pick_a_pic
 from diffalign.data.pairs import Part, open_part
+from diffalign.data.row import PROMPTS, Row
 from diffalign.data.tables import Table
 from diffalign.data.validation import Quarantine
 from diffalign.evaluation.checkpoints import BASE, CheckpointSpec, parse_checkpoints
@@ -25,46 +29,75 @@ if TYPE_CHECKING:
 Scores = Mapping[str, tuple[float | None, float | None]]
 
 
+def _maybe_labelled(row: Row) -> Iterator[Judgement]:
+    """Read a row of Pick-a-Pic, also without a label."""
+    if row.cell("label_0") is None:
+        yield row.image("jpg_0", row.values.get("image_0_uid")), row.image("jpg_1", row.values.get("image_1_uid")), None
+    else:
+        yield from pick_a_pic(row)
+
+
+# The formats of preference data, of which those with a column of labels do not need it here.
+LABELLESS = {
+    **FORMATS,
+    "pick_a_pic": Format(("jpg_0", "jpg_1", PROMPTS), _maybe_labelled),
+    "pairs": Format(("image_0", "image_1", PROMPTS), pairs),
+}
+
+
 def collect(config: LabelConfig) -> list[Comparison]:
     """Collect the pairs of all sources.
 
     Raises:
-        ValueError: No source, a source without a pair that can be shown, or two sources with pairs of one name.
+        ValueError: No source, one that is named twice, or one without a pair that can be shown.
     """
-    models = [text for text in config.models if is_model(text)]
-    sources = [text for text in config.models if not is_model(text)]
     if not config.models:
         raise ValueError("name models or pairs: diffalign label base runs/a, or diffalign label pairs.parquet")
-    found = [pair for source in sources for pair in read_pairs(source, config)]
-    found += draw_pairs(config, models) if models else []
-    names = [pair.key for pair in found]
-    if len(set(names)) < len(names):
-        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-        raise ValueError(f"pairs come twice, such as {some(twice)}: name each source once")
-    return found
+    texts: dict[Kind, list[str]] = {"pairs": [], "pictures": [], "model": []}
+    for text in config.models:
+        texts[kind_of(text)].append(text)
+    found = [pair for name, source in named(texts["pairs"]).items() for pair in read_pairs(source, config, name)]
+    if texts["pictures"]:
+        pictures = _limited(pair_folders(texts["pictures"], config.data, config.prompts), config.limit)
+        found += score_pictures(pictures, config) if config.rewards else pictures
+    return found + (draw_pairs(config, texts["model"]) if texts["model"] else [])
 
 
-def read_pairs(source: str, config: LabelConfig) -> list[Comparison]:
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """Name each source by the last part of its path, which stays when folders are moved; by all of it if two share it.
+
+    ValueError: a source is named twice.
+    """
+    paths = {source: Path(source).resolve() if Path(source).exists() else Path(source) for source in sources}
+    if len(set(paths.values())) < len(sources):
+        raise ValueError(f"a source is named twice among {some(sources, 10)}: name each once")
+    counts = Counter(path.name for path in paths.values())
+    return {printable(path if counts[path.name] > 1 else path.name): source for source, path in paths.items()}
+
+
+def read_pairs(source: str, config: LabelConfig, name: str) -> list[Comparison]:
     """Read the pairs of a table, a folder, a rollout buffer or a hub data set; rows without a pair are left out.
 
-    Prints a line per kind of fault. ValueError: no row has a pair, or more than ``data.max_bad_share`` are faulty.
+    Pairs need no label. Their keys start with ``name``. Prints a line per kind of fault.
+
+    Raises:
+        ValueError: No row has a pair, or more than ``data.max_bad_share`` are faulty.
     """
     part = open_pairs_quickly(source, config.data)
     quarantine = Quarantine(config.data.on_fault, config.data.max_bad_share)
     quarantine.notes += part.table.notes
-    pairs = [(f"{row}.{index}", row, pair, label) for row, index, pair, label in part.pairs(quarantine)]
+    found = [(f"{row}.{index}", row, pair, label) for row, index, pair, label in part.pairs(quarantine)]
     quarantine.enforce()
     if lines := quarantine.lines():
         print(bounded("\n".join([f"{shorten(source)}:", *lines])))
-    if not pairs:
+    if not found:
         raise ValueError(f"{shorten(source)} holds no pair: diffalign check {shorten(source, 80)} says why")
     scores = score_pairs(source, config) if config.rewards else {}
-    name = printable(Path(source))
     return [
         Comparison(
             f"{name}#{key}", pair.prompt, pair.images, _models(part.table, row, pair), scores.get(key, {}), label
         )
-        for key, row, pair, label in _limited(pairs, config.limit)
+        for key, row, pair, label in _limited(found, config.limit)
     ]
 
 
@@ -72,18 +105,18 @@ def open_pairs_quickly(source: str, settings: PreferenceDataConfig) -> Part:
     """Open a source of pairs as ``open_part`` does; a local Parquet file without ``datasets``."""
     path = Path(source)
     if path.suffix.lower() != ".parquet" or not path.is_file():
-        return open_part(source, settings)
+        return open_part(source, settings, LABELLESS)
     from diffalign.data.parquet_rows import parquet_rows
 
     rows = parquet_rows(path)
     if rows is None:
-        return open_part(source, settings)
+        return open_part(source, settings, LABELLESS)
     if not rows:
         raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
     root = settings.image_root or path.parent
     within = None if settings.allow_outside else (root, path.parent)
     table = Table(printable(path), rows, root, settings.mask, within)
-    return Part(table, detect(table.columns, settings.format, FORMATS, table.name))
+    return Part(table, detect(table.columns, settings.format, LABELLESS, table.name))
 
 
 def score_pairs(source: str, config: LabelConfig) -> dict[str, Scores]:
@@ -101,9 +134,35 @@ def score_pairs(source: str, config: LabelConfig) -> dict[str, Scores]:
     settings = {field.name: getattr(config.data, field.name) for field in fields(PreferenceDataConfig)}
     settings |= {"rewards": config.rewards, "reward_options": config.reward_options or {}, "labels": str(file)}
     settings |= {"allow_reward_code": config.allow_reward_code, "batch_size": config.batch_size or 8}
-    rows = read_table(relabel(source, RelabelConfig(**settings)))
+    rows = read_table(relabel(source, RelabelConfig(**settings), LABELLESS))
     names = [name.removesuffix("/0") for name in rows[0] if name.endswith("/0")]
     return {row["key"]: {name: (row[f"{name}/0"], row[f"{name}/1"]) for name in names} for row in rows}
+
+
+def score_pictures(pairs: Sequence[Comparison], config: LabelConfig) -> list[Comparison]:
+    """Score the images of folders with ``config.rewards``, each once."""
+    from diffalign.commands.score import score_images
+    from diffalign.rewards.config import build_rewards
+
+    options = config.reward_options or {}
+    table = {name: options.get(name, 1.0) for name in config.rewards or ()}
+    rewards = build_rewards(table, config.allow_reward_code)[0]
+    asked = {(image.name, pair.prompt.text): (image, pair.prompt) for pair in pairs for image in pair.images}
+    images, prompts = zip(*asked.values(), strict=True)
+    found = score_images(
+        [image.content for image in images],
+        [prompt.text for prompt in prompts],
+        rewards,
+        [prompt.metadata for prompt in prompts],
+        config.batch_size or 16,
+    )
+    rows = {key: row for row, key in enumerate(asked)}
+
+    def scored(pair: Comparison, reward: str) -> tuple[float | None, float | None]:
+        first, second = (_number(found[reward][rows[image.name, pair.prompt.text]]) for image in pair.images)
+        return first, second
+
+    return [replace(pair, scores={name: scored(pair, name) for name in rewards}) for pair in pairs]
 
 
 def draw_pairs(config: LabelConfig, names: Sequence[str]) -> list[Comparison]:
@@ -113,7 +172,7 @@ def draw_pairs(config: LabelConfig, names: Sequence[str]) -> list[Comparison]:
 
     Args:
         config: The configuration.
-        names: Models, as ``is_model`` knows them; a single one that is not the base is compared with the base.
+        names: Models; a single one that is not the base is compared with the base.
     """
     from diffalign.commands.evaluate import draw_all
     from diffalign.commands.evaluate_config import ScoringConfig, resolve
