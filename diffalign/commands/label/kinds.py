@@ -36,9 +36,12 @@ def kind_of(text: str) -> Kind:
 
 
 def split_name(text: str) -> tuple[str, Path]:
-    """Split ``NAME=PATH``; the name is empty without one, or if the whole text is a path."""
-    name, _, rest = ("", "", text) if Path(text).exists() else text.rpartition("=")
-    return name, Path(rest)
+    """Split ``NAME=PATH`` at the = behind which a path exists; the name is empty if the whole text is a path."""
+    places = [place for place, letter in enumerate(text) if letter == "="]
+    splits = [("", text), *((text[:place], text[place + 1 :]) for place in places)]
+    there = (split for split in splits if Path(split[1]).exists())
+    name, path = next(there, splits[-1])
+    return name, Path(path)
 
 
 def _is_weights(name: str) -> bool:

@@ -40,17 +40,18 @@ def pair_folders(texts: Sequence[str], settings: PreferenceDataConfig, prompts: 
         raise ValueError(f"two folders are called {some(twice)}: write NAME=FOLDER for each")
     folders = {name: read_pictures(path, settings) for name, path in named}
     stems = list(dict.fromkeys(stem for pictures in folders.values() for stem in pictures))
-    texts_of = _prompts(stems, list(folders.values()), prompts)
-    found = []
-    for (a, ours), (b, theirs) in combinations(folders.items(), 2):
-        common = [stem for stem in ours if stem in theirs]
-        if not common:
+    common = {(a, b): [stem for stem in folders[a] if stem in folders[b]] for a, b in combinations(folders, 2)}
+    for (a, b), shared in common.items():
+        if not shared:
             raise ValueError(f"{a} and {b} have no file name in common: name the images of one prompt alike")
-        if left := len(ours) + len(theirs) - 2 * len(common):
+        if left := len(folders[a]) + len(folders[b]) - 2 * len(shared):
             print(f"{left} images of {a} and {b} have no partner of their name")
-        for stem in common:
-            found.append(Comparison(f"{a}|{b}|{stem}", texts_of[stem], (ours[stem][0], theirs[stem][0]), (a, b)))
-    return found
+    texts_of = _prompts(stems, list(folders.values()), prompts)
+    return [
+        Comparison(f"{a}|{b}|{stem}", texts_of[stem], (folders[a][stem][0], folders[b][stem][0]), (a, b))
+        for (a, b), shared in common.items()
+        for stem in shared
+    ]
 
 
 def read_pictures(folder: Path, settings: PreferenceDataConfig) -> dict[str, Picture]:
