@@ -26,6 +26,7 @@ def picture(colour, size=(20, 20), format="PNG", **options) -> bytes:
     return file.getvalue()
 
 
+PORT = 0  # a free one
 RED, BLUE = picture((200, 30, 30)), picture((30, 30, 200))
 
 
@@ -50,7 +51,7 @@ def sitting_in(folder, pairs, **options):
 def serving(sitting, token=None):
     """Serve a sitting in a thread; yields its port, and the lines that it reports."""
     reported: list[str] = []
-    with listening("127.0.0.1", 0) as opened:
+    with listening("127.0.0.1", PORT) as opened:
         server = uvicorn.Server(uvicorn.Config(build_app(sitting, token, reported.append), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
         thread.start()
