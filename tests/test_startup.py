@@ -46,6 +46,9 @@ COMMANDS = [
     ["score", "nowhere.png", "--rewards", "shapes"],
     ["check", "nowhere.parquet"],
     ["relabel", "nowhere.parquet", "--rewards", "shapes"],
+    ["label", "nowhere"],
+    ["label", "a=nowhere"],
+    ["label", "nowhere.parquet", "--num_steps", "3"],
     ["doctor", "--assets", "nowhere"],
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -13,8 +12,8 @@ from diffalign.commands.label.kinds import BASE_NAME, kind_of
 from diffalign.config import option
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.evaluation.checkpoints import parse_checkpoint
+from diffalign.preflight import HUB_ID, data_problem
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # Options of images that are drawn.
 DRAWING = (
     "model", "revision", "family", "max_sequence_length", "resolution", "num_steps", "schedule", "guidance_scale",
@@ -30,9 +29,8 @@ class LabelConfig(ScoringConfig):
 
     usage: ClassVar[str] = "diffalign label SOURCE ... [--field VALUE ...]"
     examples: ClassVar[tuple[str, ...]] = (
-        "diffalign label base runs/a runs/b --limit 50",
+        "diffalign label base runs/a runs/b --order ranking",
         "diffalign label pairs.parquet --order disagreement --rewards pickscore,hpsv2.1",
-        "diffalign label base --model assets/shapes-sd3 --prompts prompts.txt",
     )
     essential: ClassVar[tuple[str, ...]] = (
         "models", "output_dir", "order", "raters_per_pair", "export_only", "port", "host", "model", "prompts",
@@ -49,13 +47,13 @@ class LabelConfig(ScoringConfig):
     order: Literal["random", "disagreement", "ranking"] = option(
         "random",
         "next pair: random; disagreement: hardest for the rewards first; ranking: what says most about the models",
-        section="rating",
+        section="data",
     )
     raters_per_pair: int | None = option(
-        None, "show a pair to at most this many raters; default: to all", section="rating", ge=1
+        None, "show a pair to at most this many raters; default: to all", section="data", ge=1
     )
     both_bad: Literal["tie", "drop"] = option(
-        "tie", "how an answer that both images are bad is exported", section="rating"
+        "tie", "how an answer that both images are bad is exported", section="data"
     )
     export_only: bool = option(
         False, "write preferences and statistics of the answers so far, and serve no page", section="output"
@@ -101,6 +99,8 @@ class LabelConfig(ScoringConfig):
                     parse_checkpoint(text)
                 except (ValueError, FileNotFoundError) as error:
                     yield str(error)
-            elif kind == "pairs" and not Path(text).exists() and not HUB_ID.fullmatch(text):
+            elif kind == "pairs" and HUB_ID.fullmatch(text):
+                yield from data_problem("models", text, self.data)
+            elif kind == "pairs" and not Path(text).exists():
                 what = "base, a run folder, a LoRA, or a table or folder of pairs"
                 yield f"models: nothing at {text[:200]!r}: name {what}"
