@@ -14,6 +14,7 @@ import os
 import threading
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,7 +116,8 @@ class AnswerLog:
         for number, row in enumerate(read_rows(path), 1):
             self._apply(row, f"{shorten(path)}, line {number}")
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        sync(path.parent)  # a new file's name must survive a crash too
+        with suppress(OSError):  # some file systems cannot flush a folder
+            sync(path.parent)  # a new file's name must survive a crash too
         self._size = os.fstat(self._file).st_size
 
     def __enter__(self) -> AnswerLog:

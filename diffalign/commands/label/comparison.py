@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from diffalign.structures import ImageSource, Prompt
 
+Scores = Mapping[str, tuple[float | None, float | None]]  # reward -> scores of both images, None where it failed
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -25,7 +27,7 @@ class Comparison:
     prompt: Prompt
     images: tuple[ImageSource, ImageSource]
     models: tuple[str, str] = ("", "")
-    scores: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
     label: float | None = None
 
     @property

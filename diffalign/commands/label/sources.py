@@ -9,10 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.commands.label.comparison import Comparison
+from diffalign.commands.label.comparison import Comparison, Scores
 from diffalign.commands.label.config import LabelConfig
 from diffalign.commands.label.kinds import BASE_NAME, Kind, kind_of
 from diffalign.commands.label.pictures import pair_folders
+from diffalign.commands.label.rollouts import Line, buffer_rows, read_buffer, scores_of, stored_rewards
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, Judgement, detect, pairs, pick_a_pic
 from diffalign.data.pairs import Part, open_part
@@ -25,8 +26,6 @@ from diffalign.structures import ImageSource, Pair, Prompt
 
 if TYPE_CHECKING:
     from diffalign.evaluation.scored_images import ScoredImages
-
-Scores = Mapping[str, tuple[float | None, float | None]]
 
 
 def _maybe_labelled(row: Row) -> Iterator[Judgement]:
@@ -83,7 +82,8 @@ def read_pairs(source: str, config: LabelConfig, name: str) -> list[Comparison]:
     Raises:
         ValueError: No row has a pair, or more than ``data.max_bad_share`` are faulty.
     """
-    part = open_pairs_quickly(source, config.data)
+    buffer = read_buffer(Path(source))
+    part = open_pairs_quickly(source, config.data, buffer)
     quarantine = Quarantine(config.data.on_fault, config.data.max_bad_share)
     quarantine.notes += part.table.notes
     found = [(f"{row}.{index}", row, pair, label) for row, index, pair, label in part.pairs(quarantine)]
@@ -92,18 +92,29 @@ def read_pairs(source: str, config: LabelConfig, name: str) -> list[Comparison]:
         print(bounded("\n".join([f"{shorten(source)}:", *lines])))
     if not found:
         raise ValueError(f"{shorten(source)} holds no pair: diffalign check {shorten(source, 80)} says why")
-    scores = score_pairs(source, config) if config.rewards else {}
-    return [
+    scores = score_pairs(source, config) if config.rewards and buffer is None else {}
+    stored = stored_rewards(buffer or (), Path(source))
+    made = [
         Comparison(
-            f"{name}#{key}", pair.prompt, pair.images, _models(part.table, row, pair), scores.get(key, {}), label
+            key=f"{name}#{key}",
+            prompt=pair.prompt,
+            images=pair.images,
+            models=_models(part.table, row, pair),
+            scores={**scores_of(pair, stored), **scores.get(key, {})},
+            label=label,
         )
         for key, row, pair, label in _limited(found, config.limit)
     ]
+    return score_pictures(made, config) if config.rewards and buffer is not None else made
 
 
-def open_pairs_quickly(source: str, settings: PreferenceDataConfig) -> Part:
-    """Open a source of pairs as ``open_part`` does; a local Parquet file without ``datasets``."""
+def open_pairs_quickly(source: str, settings: PreferenceDataConfig, buffer: Sequence[Line] | None = None) -> Part:
+    """Open a source of pairs as ``open_part`` does; a Parquet file without ``datasets``, a buffer by its lines."""
     path = Path(source)
+    if buffer is not None:
+        paired = buffer_rows(buffer, settings, path)
+        inside = None if settings.allow_outside else (path,)
+        return Part(Table(printable(path), paired, path, within=inside), LABELLESS["pairs"])
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return open_part(source, settings, LABELLESS)
     from diffalign.data.parquet_rows import parquet_rows
@@ -140,7 +151,7 @@ def score_pairs(source: str, config: LabelConfig) -> dict[str, Scores]:
 
 
 def score_pictures(pairs: Sequence[Comparison], config: LabelConfig) -> list[Comparison]:
-    """Score the images of folders with ``config.rewards``, each once."""
+    """Score image files with ``config.rewards``, each once; other scores of a pair stay."""
     from diffalign.commands.score import score_images
     from diffalign.rewards.config import build_rewards
 
@@ -162,7 +173,7 @@ def score_pictures(pairs: Sequence[Comparison], config: LabelConfig) -> list[Com
         first, second = (_number(found[reward][rows[image.name, pair.prompt.text]]) for image in pair.images)
         return first, second
 
-    return [replace(pair, scores={name: scored(pair, name) for name in rewards}) for pair in pairs]
+    return [replace(pair, scores={**pair.scores, **{n: scored(pair, n) for n in rewards}}) for pair in pairs]
 
 
 def draw_pairs(config: LabelConfig, names: Sequence[str]) -> list[Comparison]:

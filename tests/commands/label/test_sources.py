@@ -131,6 +131,25 @@ def test_rewards_score_the_pairs_and_order_them(make, tmp_path, label):
     assert not (tmp_path / "data/.labels").exists()
 
 
+def test_the_rewards_of_a_buffer_are_scores_and_several_decide_nothing(tmp_path, label):
+    folder = rollouts(tmp_path / "data")
+    pairs, _ = label(folder)
+    assert pairs[0].scores == {"r": (1, 0)}
+    assert pairs[0].label == 1
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["rewards"] |= {"other": line["sample"] if line["group"] == 1 else 1 - line["sample"]}
+    rows(folder / "metadata.jsonl", *lines, {**lines[0], "sample": 2}, {**lines[1], "sample": 3})
+    pairs, code = label(folder, "--order", "disagreement")
+    assert code == 0
+    assert [pair.prompt.text for pair in pairs] == ["p0", "p0", "p1", "p2"]
+    assert [pair.label for pair in pairs] == [None] * 4
+    assert pairs[2].scores == {"r": (1, 0), "other": (0, 1)}
+    assert len(label(folder, "--data.rollouts.rule", "all")[0]) == 6 + 1 + 1
+    assert len(label(folder, "--data.rollouts.rewards", "r")[0]) == 3
+    assert set(label(folder, "--rewards", "brightness")[0][0].scores) == {"r", "other", "brightness"}
+
+
 def test_folders_of_images_are_models(tmp_path, label):
     for name, content in (("sd", RED), ("flux", BLUE), ("third", GREEN)):
         for i in range(2):
