@@ -45,7 +45,11 @@ def split_name(text: str) -> tuple[str, Path]:
 
 
 def _is_weights(name: str) -> bool:
-    return name == "config.yaml" or name.endswith(".safetensors") or CHECKPOINT.fullmatch(name) is not None
+    return (
+        name in ("config.yaml", "model_index.json")
+        or name.endswith(".safetensors")
+        or CHECKPOINT.fullmatch(name) is not None
+    )
 
 
 def _holds_pictures(folder: Path) -> bool:
