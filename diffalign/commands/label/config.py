@@ -20,6 +20,7 @@ DRAWING = (
     "embedded_guidance", "base_share", "images_per_prompt", "offload", "cache_dir", "scales", "checkpoints",
     "allow_partial",
 )  # fmt: skip
+UNREAD = ("ties", "labels", "mask", "scan", "min_side")  # options of data that only training reads
 READERS = ("prompts: models and folders of images; data: pairs and folders of images", "only models are drawn")
 
 
@@ -90,6 +91,9 @@ class LabelConfig(ScoringConfig):
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if kinds and field.name in needs and getattr(self, field.name) != default and not kinds & needs[field.name]:
                 yield f"{field.name}: no source reads it ({READERS[field.name in DRAWING]}); leave it out"
+        for name in UNREAD:
+            if getattr(self.data, name) != getattr(PreferenceDataConfig(), name):
+                yield f"data.{name}: label shows every pair as it is; leave it out, and give it to the training"
         if self.reward_options and not self.rewards:
             yield "reward_options: no reward is named; write --rewards NAME"
         for text in self.models:

@@ -246,14 +246,16 @@ def test_what_a_source_is(tmp_path, tuned):
         (["{pairs}", "--order", "disagreement"], "needs rewards"),
         (["{pairs}", "--num_steps", "3"], "num_steps: no source reads it"),
         (["{pairs}", "--prompts", "{pairs}"], "prompts: no source reads it"),
-        (["base", "--data.ties", "soft"], "data: no source reads it"),
+        (["base", "--data.max_bad_share", "1"], "data: no source reads it"),
+        (["{pairs}", "--data.ties", "soft"], "data.ties: label shows every pair as it is"),
+        (["{pairs}", "--data.labels", "ai"], "data.labels: label shows"),
         (["{pairs}", "--reward_options", "{{a: 1}}"], "reward_options: no reward is named"),
         (["{pairs}", "--raters_per_pair", "0"], "raters_per_pair"),
         (["{pairs}", "--token_env", "NOT_SET"], "NOT_SET"),
         (["{pairs}", "--data.format", "hpdv3"], "format hpdv3 needs the column path1"),
         (["{folder}/one"], "a second folder"),
         (["{folder}/one", "{folder}/other"], "no file name in common"),
-        (["{folder}/one", "x/one={folder}/one", "--data.ties", "soft"], "no prompt"),
+        (["{folder}/one", "x/one={folder}/one", "--data.max_bad_share", "1"], "no prompt"),
     ],
 )
 def test_mistakes_end_in_a_sentence(argv, message, tmp_path, label, capsys):

@@ -36,8 +36,8 @@ def comparison(number, models=("base", "tuned"), images=(RED, BLUE), **more) -> 
 
 
 def answer(number, choice="first", rater="Ada", models=("base", "tuned"), **more) -> Answer:
-    told = {"left": 0, "seconds": 2.0, "at": now(), "prompt": f"prompt {number}", "content": ("a", "b")}
-    return Answer(rater=rater, pair=f"pair {number}", choice=choice, models=models, **{**told, **more})
+    known = {"left": 0, "seconds": 2.0, "at": now(), "prompt": f"prompt {number}", "content": ("a", "b")}
+    return Answer(rater=rater, pair=f"pair {number}", choice=choice, models=models, **{**known, **more})
 
 
 @contextmanager
