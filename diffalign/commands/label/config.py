@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -105,6 +106,6 @@ class LabelConfig(ScoringConfig):
                     yield str(error)
             elif kind == "pairs" and HUB_ID.fullmatch(text):
                 yield from data_problem("models", text, self.data)
-            elif kind == "pairs" and not Path(text).exists():
+            elif kind == "pairs" and not os.path.exists(text):
                 what = "base, a run folder, a LoRA, or a table or folder of pairs"
                 yield f"models: nothing at {text[:200]!r}: name {what}"

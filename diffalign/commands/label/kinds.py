@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ def kind_of(text: str) -> Kind:
     if text == BASE_NAME:
         return "model"
     name, path = split_name(text)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for names that are too long
         return "model" if name or re.search(r"@[^/]*$", text) else "pairs"
     if path.is_file():
         return "model" if path.suffix == ".safetensors" else "pairs"
@@ -39,7 +40,7 @@ def split_name(text: str) -> tuple[str, Path]:
     """Split ``NAME=PATH`` at the = behind which a path exists; the name is empty if the whole text is a path."""
     places = [place for place, letter in enumerate(text) if letter == "="]
     splits = [("", text), *((text[:place], text[place + 1 :]) for place in places)]
-    there = (split for split in splits if Path(split[1]).exists())
+    there = (split for split in splits if os.path.exists(split[1]))
     name, path = next(there, splits[-1])
     return name, Path(path)
 

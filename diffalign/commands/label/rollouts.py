@@ -52,7 +52,7 @@ def buffer_rows(lines: Sequence[Line], settings: PreferenceDataConfig, where: Pa
 
 def stored_rewards(lines: Sequence[Line], where: Path) -> dict[Path, Mapping[str, float | None]]:
     """Map the file of each image to the rewards that the buffer stores."""
-    return {where / str(line.get("file_name")): line["rewards"] or {} for line in lines}
+    return {where / str(line.get("file_name")): line.get("rewards") or {} for line in lines}
 
 
 def scores_of(pair: Pair, stored: Mapping[Path, Mapping[str, float | None]]) -> Scores:

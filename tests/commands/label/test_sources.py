@@ -241,6 +241,7 @@ def test_what_a_source_is(tmp_path, tuned):
         ([], "name models or pairs"),
         (["nowhere"], "nothing at 'nowhere': name base, a run folder"),
         (["a=nowhere"], "nowhere: no such file or folder"),
+        (["x" * 5000], "nothing at 'xxx"),
         (["{pairs}", "{pairs}"], "named twice"),
         (["{pairs}", "--order", "ranking"], "two or more models"),
         (["{pairs}", "--order", "disagreement"], "needs rewards"),
