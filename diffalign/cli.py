@@ -44,6 +44,7 @@ SUMMARIES = {
     "rank": ("MODEL ... --rewards NAME [--field VALUE ...]", "keep the best of n images; write data for SFT and DPO"),
     "score": ("IMAGES ... --rewards NAME [--field VALUE ...]", "score images; --serve PORT serves rewards over HTTP"),
     "check": ("DATA ... [--field VALUE ...]", "check pairs or prompts; exit with 1 if a run would stop"),
+    "label": ("SOURCE ... [--field VALUE ...]", "compare pairs in a browser; answers become preference data"),
     "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
     "fit": ("TRAINER --config FILE.yaml [--field VALUE ...]", "print settings that fit into 12 to 80 GB of memory"),
     "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
@@ -170,9 +171,11 @@ class Command:
             print(describe(config_class))
             return None
         config = parse(config_class, argv, self.positional)
-        inspect(config, weights=True, skip=self.skip)
-        use_all_cores()
-        one_line_logs()
+        computes = getattr(config, "computes", True)
+        inspect(config, weights=computes, skip=self.skip)
+        if computes:
+            use_all_cores()
+            one_line_logs()
         return load(self.run)(config)
 
 
@@ -245,6 +248,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "rank": Command("diffalign.commands.rank_config:RankConfig", "diffalign.commands.rank:run", "models"),
     "score": Command("diffalign.commands.score_config:ScoreConfig", "diffalign.commands.score:run", "images"),
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
+    "label": Command("diffalign.commands.label.config:LabelConfig", "diffalign.commands.label.command:run", "models"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
     "fit": fit,
     "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.commands.doctor.command:run"),

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffalign.files import check_inside, read_bytes
+
+if TYPE_CHECKING:  # preference data is read without torch
+    from torch import Tensor
 
 
 def without_nulls(value: Any) -> Any:
@@ -92,7 +92,7 @@ class Level:
     @property
     def is_flow(self) -> bool:
         """Whether alpha = 1 - sigma holds for every level."""
-        return bool(torch.all((self.alpha + self.sigma - 1).abs() < 1e-9))
+        return bool(((self.alpha + self.sigma - 1).abs() < 1e-9).all())
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class Conditioning:
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """Apply ``Tensor.to`` to every tensor, shared ones included."""
+        from torch import Tensor
+
         shared = {
             name: value.to(*args, **kwargs) if isinstance(value, Tensor) else value
             for name, value in self.shared.items()
@@ -141,6 +143,8 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Concatenate batches; shared tensors come from the first."""
+        import torch
+
         names = parts[0].tensors
         return Conditioning(
             {name: torch.cat([part.tensors[name] for part in parts]) for name in names}, parts[0].shared

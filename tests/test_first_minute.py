@@ -46,6 +46,8 @@ NAMING = {
     ],
     "check": [HUB],
     "relabel": [HUB, "--rewards", "shapes"],
+    "label": [HUB],
+    "label, drawn": ["base", "--model", HUB, "--prompts", PROMPT_FILE],
 }  # fmt: skip
 
 

@@ -46,6 +46,9 @@ COMMANDS = [
     ["score", "nowhere.png", "--rewards", "shapes"],
     ["check", "nowhere.parquet"],
     ["relabel", "nowhere.parquet", "--rewards", "shapes"],
+    ["label", "nowhere"],
+    ["label", "a=nowhere"],
+    ["label", "nowhere.parquet", "--num_steps", "3"],
     ["doctor", "--assets", "nowhere"],
 ]
 
@@ -85,3 +88,26 @@ def test_every_public_name_can_be_imported_and_is_known_to_type_checkers(package
 def test_submodules_are_attributes_as_before():
     done = run("import diffalign; print(diffalign.rewards.get_reward('shapes').name, diffalign.trainers.__name__)")
     assert done.stdout.split() == ["shapes", "diffalign.trainers"], done.stderr
+
+
+LABEL = """
+import json, sys
+from pathlib import Path
+from diffalign.commands.label import command, web
+command.serve = lambda config, sitting, token: print(len(sitting.pairs), web.build_app(sitting, token, print) and "app")
+from diffalign.cli import main
+folder = Path({folder!r})
+row = {{"prompt": "p", "image_0": "a.png", "image_1": "b.png"}}
+(folder / "pairs.jsonl").write_text(json.dumps(row) + chr(10))
+for source in (folder / "pairs.jsonl", {parquet!r}):
+    main(["label", str(source), "--output_dir", str(folder / "out")])
+    print([name for name in {heavy!r} if name in sys.modules])
+"""
+
+
+def test_the_label_server_starts_without_torch_and_datasets(tmp_path):
+    heavy = [name for name in HEAVY if name not in ("numpy", "pyarrow")]
+    parquet = str(ROOT / "assets/preferences/shapes.parquet")
+    done = run(LABEL.format(folder=str(tmp_path), parquet=parquet, heavy=heavy))
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("no answers")]
+    assert lines == ["1 app", "[]", "2400 app", "[]"], done.stderr

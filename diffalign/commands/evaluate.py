@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from diffalign.atomic import write_text
 from diffalign.commands.evaluate_config import EvaluationConfig, ResolvedEvaluation, resolve
 from diffalign.commands.gallery import Gallery
 from diffalign.data.prompts import load_prompts
+from diffalign.evaluation.checkpoints import CheckpointSpec
 from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.evaluation.scored_images import ScoredImages
@@ -31,14 +32,21 @@ from diffalign.structures import Prompt
 GRID_ROWS = 12  # prompts in compare.png; compare.html has all
 
 
-def draw_all(config: ResolvedEvaluation) -> tuple[list[Prompt], dict[str, ScoredImages]] | None:
+def draw_all(
+    config: ResolvedEvaluation, specs: Sequence[CheckpointSpec] | None = None
+) -> tuple[list[Prompt], dict[str, ScoredImages]] | None:
     """Sample and score the images of every model; prompts are split over processes.
 
+    Args:
+        config: The evaluation.
+        specs: The models; default: the base and those of ``config``.
+
     Returns:
-        The prompts, and model name -> scored images with the base first; None on all but the main process.
+        The prompts, and model name -> scored images in the order of ``specs`` (by default the base first); None on all
+        but the main process.
     """
     state = joined()
-    specs = config.checkpoint_specs()
+    specs = config.checkpoint_specs() if specs is None else specs
     all_prompts = load_prompts(config.prompts)
     prompt_indices = spread_evenly(len(all_prompts), config.limit)
     prompts = [all_prompts[i] for i in prompt_indices]

@@ -84,13 +84,14 @@ class ResolvedEvaluation(ScoringConfig):
         return rewards
 
 
-def resolve(config: ScoringConfig, output_dir: Path, images_per_prompt: int) -> ResolvedEvaluation:
+def resolve(config: ScoringConfig, output_dir: Path, images_per_prompt: int, scores: bool = True) -> ResolvedEvaluation:
     """Fill in what was left out, from the first run that has a ``config.yaml``, then from defaults.
 
     Args:
         config: The configuration as given.
         output_dir: The default of the command.
         images_per_prompt: The default of the command.
+        scores: Whether the command needs a reward.
 
     Raises:
         ValueError: No base model or prompts, an empty list of rewards, or a value that the config.yaml of an untrusted
@@ -105,7 +106,7 @@ def resolve(config: ScoringConfig, output_dir: Path, images_per_prompt: int) -> 
 
         config = replace(config, guidance_scale=unguided_scale(config.model, config.revision))
     for name, example in (("model", "assets/shapes-sd3"), ("prompts", "prompts.jsonl"), ("rewards", "[shapes_strict]")):
-        if not getattr(config, name):
+        if not getattr(config, name) and (scores or name != "rewards"):
             raise ValueError(f"{name} is missing: write --{name} {example}, or name a run whose config.yaml has it")
     return ResolvedEvaluation(**{field.name: getattr(config, field.name) for field in fields(ResolvedEvaluation)})
 

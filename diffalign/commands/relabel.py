@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from diffalign.commands.relabel_config import RelabelConfig
 from diffalign.commands.resume import drop_partial_line, read_rows
 from diffalign.data.ai_labels import RULES, labels_path, read_table, write_table
+from diffalign.data.formats import FORMATS, Format
 from diffalign.data.images import content_key, fetched, to_uint8
 from diffalign.data.pairs import open_part, usable_images
 from diffalign.data.stream import open_stream_part
@@ -30,11 +31,11 @@ from diffalign.structures import Pair
 Scores = dict[str, float | None]  # "NAME/0" and "NAME/1": reward NAME of the first and the second image
 
 
-def relabel(source: str | Path, config: RelabelConfig) -> Path:
+def relabel(source: str | Path, config: RelabelConfig, formats: Mapping[str, Format] = FORMATS) -> Path:
     """Score every pair of ``source`` and write its labels, see ``data.ai_labels``.
 
     Pairs are identified by content: those already scored by these rewards, in an interrupted run or another version of
-    the data, are not scored again. Unreadable pairs get no label.
+    the data, are not scored again. Unreadable pairs get no label. formats: those that the source may have.
 
     Returns:
         The file of labels.
@@ -49,7 +50,10 @@ def relabel(source: str | Path, config: RelabelConfig) -> Path:
     order: list[tuple[str, str]] = []
 
     with store.file:
-        for batch in _batches(_pending(source, config, quarantine, store, order), config.batch_size):
+        for batch in _batches(
+            _pending(_all_pairs(source, config, quarantine, formats), config, quarantine, store, order),
+            config.batch_size,
+        ):
             for entry, scores in zip(batch, judge(rewards, batch), strict=True):
                 store.add(entry.content, scores)
 
@@ -73,11 +77,15 @@ class Pending:
 
 
 def _pending(
-    source: str | Path, config: RelabelConfig, quarantine: Quarantine, store: ScoreStore, order: list[tuple[str, str]]
+    pairs: Iterator[tuple[str, Pair]],
+    config: RelabelConfig,
+    quarantine: Quarantine,
+    store: ScoreStore,
+    order: list[tuple[str, str]],
 ) -> Iterator[Pending]:
     """Yield the pairs without scores; append (key, content) of every pair to ``order``."""
     yielded: set[str] = set()
-    for key, pair in tqdm(_all_pairs(source, config, quarantine), unit="pair", disable=None):
+    for key, pair in tqdm(pairs, unit="pair", disable=None):
         in_memory = fetched(pair)
         try:
             content = content_key(in_memory)
@@ -92,13 +100,15 @@ def _pending(
             yield Pending(in_memory, content, (first, second))
 
 
-def _all_pairs(source: str | Path, config: RelabelConfig, quarantine: Quarantine) -> Iterator[tuple[str, Pair]]:
+def _all_pairs(
+    source: str | Path, config: RelabelConfig, quarantine: Quarantine, formats: Mapping[str, Format]
+) -> Iterator[tuple[str, Pair]]:
     if config.streaming:
         streamed = open_stream_part(source, config.settings())
         quarantine.notes += streamed.stream.notes
         yield from ((key, pair) for key, pair, _ in streamed.pairs(quarantine))
         return
-    part = open_part(source, config.settings())
+    part = open_part(source, config.settings(), formats)
     quarantine.notes += part.table.notes
     for row, index, pair, _ in part.pairs(quarantine):
         yield f"{row}.{index}", pair

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset
-
 from diffalign.atomic import replacing, write_text
 from diffalign.data.folders import LABELS
 from diffalign.data.images import content_key
@@ -65,12 +62,16 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a Parquet file; an empty list without one."""
     if not path.is_file():
         return []
+    import datasets
+
     # Streaming keeps no copy in the cache of ``datasets``.
     return list(datasets.load_dataset("parquet", data_files={"train": str(path)}, split="train", streaming=True))
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
     """Write rows to a Parquet file, and ``about`` as JSON beside it; each file atomically."""
+    from datasets import Dataset
+
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json")
     with replacing(path) as staged, bars_on_terminals():

@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from diffalign import media
 from diffalign.data.validation import SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Sample = Pair | LabelledImage
 
@@ -38,6 +39,8 @@ def decode(source: ImageSource, content: bytes | None = None) -> Image.Image:
 
 def to_uint8(image: Image.Image) -> Tensor:
     """Convert an RGB image to a tensor, (3, H, W), uint8."""
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
-
 
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Show the progress bars of ``datasets`` only if stderr is a terminal."""
+    import datasets
+
     if datasets.are_progress_bars_disabled() or sys.stderr.isatty():
         yield
         return

@@ -8,9 +8,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from datasets import Dataset
 from PIL import Image
 
 from diffalign.data.ai_labels import Labels
@@ -22,6 +21,9 @@ from diffalign.data.tables import IN_MEMORY, Table, open_table
 from diffalign.data.validation import DataWarning, Quarantine, SampleError
 from diffalign.files import bounded, shorten
 from diffalign.structures import LabelledImage, Pair
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 T = TypeVar("T", Pair, LabelledImage)
 
@@ -194,7 +196,7 @@ def open_part(
     source: str | Path | Dataset, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS
 ) -> Part:
     """Open a source in one of ``formats``. Raises ValueError for an ambiguous format or a missing column."""
-    if settings.labels and isinstance(source, Dataset):
+    if settings.labels and not isinstance(source, str | Path):
         raise ValueError("data.labels: AI labels name rows of files; write the data set to a file, and name that")
     table = open_table(source, settings)
     format = detect(table.columns, settings.format, formats, table.name)

@@ -9,16 +9,13 @@ others by ``datasets``. Encoded images stay on disk until an image is read.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import datasets
-import huggingface_hub.constants
-from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.folders import Listing, folder_rows, listed, pictures_below
@@ -79,7 +76,7 @@ class Table:
     def __init__(
         self,
         name: str,
-        data: Dataset | Sequence[Mapping[str, Any]],
+        data: Any,
         root: Path,
         masks: str | None = None,
         within: tuple[Path, ...] | None = None,
@@ -93,8 +90,9 @@ class Table:
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
-        self._cells, self._plain = {}, data
-        if isinstance(data, Dataset) and self.encoded:
+        self._cells: dict[str, Any] = {}
+        self._plain: Any = data
+        if _is("Dataset", data) and self.encoded:
             self._cells = {column: data.select_columns([column]) for column in self.encoded}
             self._plain = data.select_columns(plain)
 
@@ -110,7 +108,7 @@ class Table:
         return (self._row(number, values) for number, values in enumerate(self._values()))
 
     def _values(self) -> Iterator[Mapping[str, Any]]:
-        if not isinstance(self._plain, Dataset):
+        if not _is("Dataset", self._plain):
             yield from self._plain
             return
         for start in range(0, len(self), BATCH):
@@ -137,7 +135,7 @@ class Stream:
     def __init__(
         self,
         name: str,
-        data: IterableDataset | Table | Sequence[Path],
+        data: Any,
         root: Path,
         masks: str | None = None,
         within: tuple[Path, ...] | None = None,
@@ -147,7 +145,7 @@ class Stream:
         self.notes = tuple(notes)
         if isinstance(data, Table):
             self.shards, self.columns = 1, data.columns
-        elif isinstance(data, IterableDataset):
+        elif _is("IterableDataset", data):
             self.shards = data.num_shards
             self.columns = data.column_names or columns_of(islice(data, PROBED))
         else:
@@ -162,7 +160,7 @@ class Stream:
         if isinstance(self.data, Table):
             yield from (self.data.row(number) for number in range(start, len(self.data)))
             return
-        if isinstance(self.data, IterableDataset):
+        if _is("IterableDataset", self.data):
             part = self.data.shard(num_shards=self.shards, index=shard).skip(start)
         else:
             part = read_rows(self.data[shard], start)
@@ -171,18 +169,18 @@ class Stream:
             yield named_row(name, key, values, self.root, self.masks, self.within)
 
 
-def open_table(source: str | Path | Dataset, settings: PreferenceDataConfig) -> Table:
+def open_table(source: Any, settings: PreferenceDataConfig) -> Table:
     """Open the rows of ``source``. FileNotFoundError: it does not exist. ValueError: unreadable, or without rows.
 
     Paths in a ``Dataset`` in memory may, like those of the hub, lead to no file of the working folder.
     """
-    if isinstance(source, Dataset):
+    if _is("Dataset", source):
         opened = Opened(source, Path.cwd(), _caches(), local=False)
         source = IN_MEMORY
     else:
         opened = _open(source, settings, streaming=False)
-    data = Records(opened.files) if opened.files and opened.data is None else opened.data
-    if isinstance(data, Dataset):
+    data: Any = Records(opened.files) if opened.files and opened.data is None else opened.data
+    if _is("Dataset", data):
         for column, feature in data.features.items():
             if (raw := _undecoded(feature)) != feature:
                 data = data.cast_column(column, raw)
@@ -196,7 +194,7 @@ def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
     """Open ``source`` as a stream; folders of pairs and buffers are lists of names, which are held in memory."""
     opened = _open(source, settings, streaming=True)
     root, within = settings.image_root or opened.root, opened.within(settings)
-    data = opened.data.decode(False) if isinstance(opened.data, IterableDataset) else opened.files
+    data = opened.data.decode(False) if _is("IterableDataset", opened.data) else opened.files
     if not data:
         data = open_table(source, settings)
     return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes)
@@ -236,8 +234,10 @@ def _file(path: Path, streaming: bool) -> Opened:
 
 def _folder(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, DatasetDict):
+        from datasets import load_from_disk
+
+        saved = load_from_disk(str(path))
+        if _is("DatasetDict", saved):
             if settings.split not in saved:
                 raise ValueError(f"{shorten(path)} has no split {settings.split!r}; it has {some(saved, 20)}")
             saved = saved[settings.split]
@@ -270,6 +270,8 @@ def _pictures(folder: Path, entries: Records) -> Opened:
 
 def _loadable(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:
     """Open a folder whose files ``datasets`` finds; text files are read by ``records``, as written."""
+    import datasets
+
     try:
         builder = datasets.load_dataset_builder(str(path))
     except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
@@ -288,6 +290,9 @@ def _loadable(path: Path, settings: PreferenceDataConfig, streaming: bool) -> Op
 
 def _caches() -> tuple[Path, ...]:
     """List the folders of downloaded and extracted files of ``datasets``."""
+    import datasets
+    import huggingface_hub.constants
+
     folders = (
         datasets.config.HF_DATASETS_CACHE,
         datasets.config.DOWNLOADED_DATASETS_PATH,
@@ -299,6 +304,8 @@ def _caches() -> tuple[Path, ...]:
 
 @bars_on_terminals()
 def _load(*args: Any, **options: Any) -> Any:
+    import datasets
+
     try:
         loaded = datasets.load_dataset(*args, **options)
         if getattr(getattr(loaded, "info", None), "builder_name", None) == "csv":
@@ -320,14 +327,20 @@ def _asked(args: Sequence[Any], options: Mapping[str, Any]) -> str:
     return shorten(options["data_files"]["train"] if "data_files" in options else args[0])
 
 
+def _is(kind: str, data: Any) -> bool:
+    """Check the class of ``data`` by its name in ``datasets``, without importing the library."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(data, getattr(library, kind))
+
+
 def _is_encoded(feature: Any) -> bool:
-    if isinstance(feature, List):
+    if _is("List", feature):
         return _is_encoded(feature.feature)
-    return isinstance(feature, datasets.Image) or (isinstance(feature, Value) and "binary" in feature.dtype)
+    return _is("Image", feature) or (_is("Value", feature) and "binary" in feature.dtype)
 
 
 def _undecoded(feature: Any) -> Any:
     """Return the feature with image decoding turned off."""
-    if isinstance(feature, List):
+    if _is("List", feature):
         return replace(feature, feature=_undecoded(feature.feature))
-    return replace(feature, decode=False) if isinstance(feature, datasets.Image) else feature
+    return replace(feature, decode=False) if _is("Image", feature) else feature

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, Format
@@ -17,6 +16,9 @@ from diffalign.data.pairs import Part, Samples, counted, examined, named, open_p
 from diffalign.data.row import Row
 from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def identity(image: ImageSource) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
@@ -53,8 +56,15 @@ def win_rate(
         raise ValueError(f"{len(ours)} and {len(theirs)} rewards for {len(labels)} prompts: pass one of each per image")
     usable = np.isfinite(ours) & np.isfinite(theirs)
     outcome = (1 + np.sign(ours - theirs)[usable]) / 2
+    return rate_of_outcomes(outcome, labels[usable], confidence=confidence, seed=seed)
+
+
+def rate_of_outcomes(
+    outcome: np.ndarray, groups: np.ndarray, *, confidence: float = CONFIDENCE, seed: int = 0
+) -> WinRate:
+    """Average N outcomes (1 win, 0.5 tie, 0 loss), as ``win_rate``; groups: (N,) integers, the prompt of each."""
     counts = [int((outcome == value).sum()) for value in (1, 0.5, 0)]
-    return WinRate(_bootstrap(outcome, labels[usable], confidence, seed), *counts)
+    return WinRate(_bootstrap(outcome, groups, confidence, seed), *counts)
 
 
 def mean_interval(values: Tensor, groups: Tensor, *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:

@@ -260,10 +260,11 @@ def test_rows_of_different_keys_are_read(images):
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "B\xe4r"}', r"a\.jsonl, line 2: not UTF-8"),
     ],
 )
-@pytest.mark.parametrize("command", ["check", "relabel", "score"])
+@pytest.mark.parametrize("command", ["check", "label", "relabel", "score"])
 def test_a_line_that_is_no_row_is_named_in_every_command(name, content, message, command, tmp_path, capsys):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     options = [] if command == "check" else ["--rewards", "brightness"]
+    options = ["--output_dir", str(tmp_path / "out")] if command == "label" else options
     assert main([command, str(tmp_path / name), *options]) == 2
     assert re.search(message, capsys.readouterr().err)
 

@@ -1,7 +1,5 @@
 """The comparison page in a real browser, opened from disk."""
 
-import shutil
-
 import pytest
 import torch
 from PIL import Image
@@ -9,27 +7,16 @@ from PIL import Image
 from diffalign import Prompt
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.report.html import write_page
+from tests.browser import chromium
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
-DRIVER = shutil.which("chromedriver")
 TASKS = ("counting", "colors", "counting")
 SCORES = {"base": (0.5, 0.25, 0.0), "tuned": (0.25, 0.75, 0.125)}
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (FOUND and DRIVER):
-        pytest.skip("needs a Chromium and its chromedriver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = FOUND
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,800"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def browser():
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture
