@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"device", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION = {"device", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens", "lora_source"}
 ALLOWED = {
     "device": set(),
     "files": set(),
@@ -16,6 +16,7 @@ ALLOWED = {
     "media": {"files"},
     "structures": {"files"},
     "tokens": set(),
+    "lora_source": set(),
     "plugins": set(),
     "user_code": set(),
     "lazy": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     "losses": {"device", "structures", "diffusion", "plugins", "user_code"},
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
-    "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
+    "data": FOUNDATION - {"config", "fsdp", "rng", "tokens", "lora_source"},
     "models": FOUNDATION | {"diffusion", "plugins", "user_code"},
     "runtime": FOUNDATION | {"models", "log"},
     "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},

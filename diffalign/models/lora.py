@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.atomic import replacing
 from diffalign.config.sections import LoraConfig
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+from diffalign.lora_source import WEIGHTS_NAME as WEIGHTS_NAME
 
 
 def inject(
