@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
+HALF_NAME = WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?")
 HOW = "give a run folder, a checkpoint, a LoRA file or a hub id (owner/name, or owner/name/file.safetensors)"
@@ -33,6 +34,16 @@ def find_lora(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileNotFoundError(f"{name}: no such file or folder, and no LoRA on the hub ({why}); {HOW}") from error
+
+
+def lora_file(path: Path) -> Path:
+    """Return the file of a LoRA: ``path`` itself, or the one in a folder. FileNotFoundError: a folder without one."""
+    if path.is_file():
+        return path
+    for name in (WEIGHTS_NAME, HALF_NAME, PEFT_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"{path} holds no {WEIGHTS_NAME} and no {PEFT_WEIGHTS}; {HOW}")
 
 
 def _download(repository: str, file: str | None) -> Path:

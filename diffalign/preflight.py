@@ -111,6 +111,16 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         yield f"model {text}: no such folder{_near(path)}; {problem}"
 
 
+def lora_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Check a LoRA: a file, a folder with one, or a hub id."""
+    from diffalign.lora_source import find_lora, lora_file
+
+    try:
+        lora_file(find_lora(value))
+    except (ValueError, OSError) as error:
+        yield f"{name}: {error}"
+
+
 def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check data sources: files, folders or hub ids."""
     for source in [value] if isinstance(value, (str, Path)) else value:
@@ -214,6 +224,7 @@ Check = Callable[[str, Any, Any], Iterator[str]]
 # Fields of configurations that name what must be there. Others that are paths say where to write.
 CHECKS: dict[str, Check] = {
     "model": model_problem,
+    "init": lora_problem,
     "train_prompts": prompts_problem,
     "eval_prompts": prompts_problem,
     "prompts": prompts_problem,

@@ -22,7 +22,7 @@ ALLOWED = {
     "lazy": set(),
     "messages": set(),
     "config": {"files", "atomic", "tokens"},
-    "preflight": {"config", "messages", "plugins", "rewards", "data"},
+    "preflight": {"config", "lora_source", "messages", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),
     "fsdp": set(),

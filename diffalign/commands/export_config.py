@@ -19,8 +19,7 @@ class ExportConfig(Checked):
 
     usage: ClassVar[str] = "diffalign export MODEL ... --format FORMAT [--field VALUE ...]"
     examples: ClassVar[tuple[str, ...]] = (
-        "diffalign export runs/a --format kohya",
-        "diffalign export runs/a/checkpoint-200 --format merged --dtype bf16 --output_dir my-model",
+        "diffalign export runs/a --format kohya --output_dir my-style",
         "diffalign export runs/a@0.7 owner/lora@0.3 --format diffusers --rank 16",
     )
     essential: ClassVar[tuple[str, ...]] = ("models", "format", "model", "output_dir", "dtype", "rank")

@@ -25,8 +25,13 @@ def covering(names: Collection[str], path: str) -> str | None:
 
 
 def unread_names(config: Any) -> Mapping[str, str]:
-    """Return the unread fields of a configuration; empty for a class without ``unread``."""
-    return config.unread() if hasattr(config, "unread") else {}
+    """Return the unread fields of a configuration and of its sections; empty for classes without ``unread``."""
+    found = dict(config.unread()) if hasattr(config, "unread") else {}
+    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        section = getattr(config, field.name, None)
+        if dataclasses.is_dataclass(section) and hasattr(section, "unread"):
+            found |= {f"{field.name}.{name}": reason for name, reason in section.unread().items()}
+    return found
 
 
 def accepts(config: Any, path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from diffalign.lora_source import PEFT_WEIGHTS, WEIGHTS_NAME
+from diffalign.lora_source import HALF_NAME, PEFT_WEIGHTS, WEIGHTS_NAME
 from diffalign.models.base import DiffusionModel
 from diffalign.models.full_weights import load_full
 from diffalign.models.lora_file import LoraFile, convert, fold_alphas, read_lora
@@ -24,7 +24,6 @@ from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weights import REFERENCE, WeightSets
 
 ADAPTER = "compared"
-HALF_NAME = WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
 PARTIAL = "set allow_partial (--allow_partial) to go on with the rest"
 
 

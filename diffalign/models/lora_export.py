@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,7 +20,7 @@ from diffalign.lora_source import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
 from diffalign.models.base import DiffusionModel
 from diffalign.models.kohya import to_kohya
 from diffalign.models.kohya_header import header
-from diffalign.models.lora_factors import Factors, Updates, adapter_config, adapter_state
+from diffalign.models.lora_factors import Factors, Updates, adapter_config, adapter_state, merge, save_arguments
 from diffalign.models.lora_reading import diffusers_state
 from diffalign.models.quiet import quiet_libraries
 
@@ -30,22 +29,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def write_diffusers(pipeline: DiffusionPipeline, updates: Updates, folder: Path, dtype: torch.dtype) -> Path:
     """Write ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights``."""
-    named: dict[str, Any] = {}
-    for component, layers in updates.items():
-        state = _cast(adapter_state({_old_name(component, name): own for name, own in layers.items()}), dtype)
-        named[f"{component}_lora_layers"] = state
-        settings = PeftLoraConfig(**adapter_config(layers)).to_dict()
-        named[f"{component}_lora_adapter_metadata"] = {**settings, "target_modules": sorted(layers)}
+    named = save_arguments(updates)
+    for component in updates:
+        named[f"{component}_lora_layers"] = _cast(named[f"{component}_lora_layers"], dtype)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_NAME) as staged:
         pipeline.save_lora_weights(save_directory=folder, weight_name=staged.name, **named)
     return folder / WEIGHTS_NAME
-
-
-def _old_name(component: str, layer: str) -> str:
-    """Add the prefix that transformers before version 5 needs, and later ones strip."""
-    text_encoder = component.startswith("text_encoder") and not layer.startswith("text_model.")
-    return f"text_model.{layer}" if text_encoder else layer
 
 
 def write_kohya(
@@ -101,20 +91,18 @@ def write_merged(model: DiffusionModel, updates: Updates, folder: Path, dtype: t
     Plain updates are added in float32 and rounded once.
     """
     pipeline = model.pipeline
-    dora: dict[str, dict[str, Factors]] = {component: {} for component in updates}
+    plain: dict[str, dict[str, Factors]] = {component: {} for component in updates}
+    other: dict[str, dict[str, Factors]] = {}
     for component, layers in updates.items():
-        module = getattr(pipeline, component)
         for name, own in layers.items():
-            if own.magnitude is not None or own.bias is not None:
-                dora[component][name] = own
-                continue
-            weight: Any = module.get_submodule(name).weight
-            weight.data = (weight.data.float() + own.delta().to(weight.device)).to(weight.dtype)
-    if rest := {component: layers for component, layers in dora.items() if layers}:
+            simple = own.magnitude is None and own.bias is None
+            (plain if simple else other).setdefault(component, {})[name] = own
+    merge(pipeline, plain)
+    if other:
         with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of DoRA on CPUs
-            pipeline.load_lora_weights(diffusers_state(rest))
-            pipeline.fuse_lora(components=list(rest), safe_fusing=True)
+            pipeline.load_lora_weights(diffusers_state(other))
+            pipeline.fuse_lora(components=list(other), safe_fusing=True)
             pipeline.unload_lora_weights()
     return save_pipeline(pipeline, folder, dtype)
 

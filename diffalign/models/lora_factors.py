@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor
 
 
@@ -125,6 +126,15 @@ def _truncated(own: Factors, rank: int) -> tuple[Factors, Tensor]:
     )
 
 
+def merge(pipeline: Any, updates: Updates) -> None:
+    """Add plain updates to the weights of a pipeline's components, in place: in float32, rounded once."""
+    for component, layers in updates.items():
+        module = getattr(pipeline, component)
+        for name, own in layers.items():
+            weight = module.get_submodule(name).weight
+            weight.data = (weight.data.float() + own.delta().to(weight.device)).to(weight.dtype)
+
+
 def adapter_config(layers: Mapping[str, Factors]) -> dict[str, Any]:
     """Return peft's settings of a component's factors: alpha is the rank, layer by layer."""
     common = Counter(f.rank for f in layers.values()).most_common(1)[0][0]
@@ -150,3 +160,16 @@ def adapter_state(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
         if own.bias is not None:
             state[f"{layer}.lora_B.bias"] = own.bias
     return state
+
+
+def save_arguments(updates: Updates) -> dict[str, Any]:
+    """Return the arguments of ``pipe.save_lora_weights``: tensors and settings of each component."""
+    named: dict[str, Any] = {}
+    for component, layers in updates.items():
+        # Transformers before version 5 needs a prefix, which diffusers strips for later ones.
+        text = component.startswith("text_encoder")
+        own = {f"text_model.{n}" if text and not n.startswith("text_model.") else n: f for n, f in layers.items()}
+        settings = PeftLoraConfig(**adapter_config(layers)).to_dict()
+        named[f"{component}_lora_layers"] = adapter_state(own)
+        named[f"{component}_lora_adapter_metadata"] = {**settings, "target_modules": sorted(layers)}
+    return named

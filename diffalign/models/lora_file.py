@@ -98,19 +98,24 @@ def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
     foreign = {name: "no part of a LoRA that diffusers loads" for name in raw if not PART.search(_part_of(name))}
     content = convert(pipeline, path)
     state = content.state
-    used, unused = set(), dict(foreign)
+    misplaced = _misplaced(pipeline, state)
+    unused = {**foreign, **{name: reason for name, reason in misplaced.items() if name not in foreign}}
+    return LoraFile(path, frozenset(state.keys() - unused.keys()), unused)
+
+
+def _misplaced(pipeline: DiffusionPipeline, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the reason for each tensor, under diffusers' names, that fits no layer of the pipeline."""
+    found: dict[str, str] = {}
     parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
     for prefix, component in parts.items():
         own = {name: t for name, t in state.items() if name.startswith(prefix + ".")}
         if not isinstance(component, nn.Module):
-            unused |= dict.fromkeys(own, f"this pipeline has no {prefix}")
+            found |= dict.fromkeys(own, f"this pipeline has no {prefix}")
             continue
         bad = _unfit(component, {name.removeprefix(prefix + "."): t for name, t in own.items()})
-        unused |= {f"{prefix}.{name}": reason for name, reason in bad.items()}
-        used |= own.keys() - unused.keys()
-    elsewhere = [name for name in state if not name.startswith(tuple(f"{prefix}." for prefix in parts))]
-    unused |= {name: f"it belongs to none of {', '.join(parts)}" for name in elsewhere if name not in unused}
-    return LoraFile(path, frozenset(used), unused)
+        found |= {f"{prefix}.{name}": reason for name, reason in bad.items()}
+    elsewhere = (name for name in state if not name.startswith(tuple(f"{prefix}." for prefix in parts)))
+    return found | dict.fromkeys(elsewhere, f"it belongs to none of {', '.join(parts)}")
 
 
 def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
@@ -127,7 +132,9 @@ def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
         problem: Exception | None = None
     except Exception as error:  # diffusers' converters raise various types on unknown formats
         state, metadata, problem = raw, None, error
-    if any(name.startswith(KOHYA) for name in state) and not any("dora_scale" in name for name in raw):
+    kohya = any(name.startswith(KOHYA) for name in raw) and not any("dora_scale" in name for name in raw)
+    # diffusers converts no file of SD3, of FLUX.1 its one size, and of text encoders not every choice of layers.
+    if kohya and (problem is not None or _misplaced(pipeline, state)):
         with suppress(ValueError):  # no names are published
             read = from_kohya(pipeline, raw)
             if not any(name.startswith(KOHYA) for name in read):

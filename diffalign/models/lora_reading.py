@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffalign.models.lora_factors import Factors, Updates, adapter_state
@@ -47,6 +48,23 @@ def read_updates(pipeline: DiffusionPipeline, file: Path, *, allow_partial: bool
             }
             updates[component] = _layers(module, own, config)
     return updates
+
+
+def trained_alpha(pipeline: DiffusionPipeline, file: Path) -> float | None:
+    """Return the alpha that a LoRA was trained with, as its header says; None if it says nothing.
+
+    Exports of this package have alpha / rank in their weights, and a header of their own.
+    """
+    with safe_open(file, "pt") as opened:
+        own = (opened.metadata() or {}).get("diffalign.trained_alpha")
+    try:
+        if own is not None and float(own) > 0:
+            return float(own)
+    except ValueError:
+        pass
+    denoiser = "unet" if "unet" in pipeline.components else "transformer"
+    alpha = (convert(pipeline, file).metadata or {}).get(f"{denoiser}.lora_alpha")
+    return float(alpha) if isinstance(alpha, int | float) and alpha > 0 else None
 
 
 def diffusers_state(updates: Updates) -> dict[str, Tensor]:

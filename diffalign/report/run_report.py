@@ -203,6 +203,7 @@ class Report:
             results=results,
             pictures=pictures,
             lora=self.model.has_adapter,
+            init=self.args.lora.init or "" if self.model.negative is None else "",
             sample_prompt=prompt if self.shown else "",
         )
 
