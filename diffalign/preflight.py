@@ -102,7 +102,13 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     if not text:
         return
     path = Path(text)
-    if path.exists():
+    if path.is_file():
+        yield (
+            f"model {text}: is a single file, without the configuration and tokenizers that runs need: convert it once by "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the class of its family, and "
+            "give that folder"
+        )
+    elif path.exists():
         if not (path / "model_index.json").is_file():
             yield f"model {text}: has no model_index.json; give the folder that save_pretrained wrote"
     elif not HUB_ID.fullmatch(text) or text.startswith("."):
