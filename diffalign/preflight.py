@@ -104,7 +104,7 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     path = Path(text)
     if path.is_file():
         yield (
-            f"model {text}: is a single file, without the configuration and tokenizers that runs need: convert it once by "
+            f"model {text}: is a single file, without the configuration and tokenizers that runs need; convert it: "
             "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the class of its family, and "
             "give that folder"
         )

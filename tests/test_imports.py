@@ -8,9 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"device", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens", "lora_source"}
+FOUNDATION = {"device", "embedded", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION |= {"lora_source"}
 ALLOWED = {
     "device": set(),
+    "embedded": set(),
     "files": set(),
     "atomic": set(),
     "media": {"files"},
@@ -21,7 +23,7 @@ ALLOWED = {
     "user_code": set(),
     "lazy": set(),
     "messages": set(),
-    "config": {"files", "atomic", "tokens"},
+    "config": {"embedded", "files", "atomic", "tokens"},
     "preflight": {"config", "lora_source", "messages", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from diffalign.commands.export_config import ExportConfig
+from diffalign.embedded import located
 from diffalign.evaluation.checkpoints import CheckpointSpec
 from diffalign.evaluation.runs import RunConfig, find_run
 from diffalign.models import load_model
@@ -76,10 +77,10 @@ def _check_folder(folder: Path, sources: Sequence[Path], merged: bool) -> None:
 def _base_of(spec: CheckpointSpec, record: RunConfig | None) -> str:
     """Return the base model of a run, or of a LoRA's header. ValueError: neither names one."""
     if record is not None and isinstance(found := record.values.get("model"), str):
-        return found
+        return str(located(found, "model"))
     for file in [spec.path, *sorted(spec.path.glob("*.safetensors"))] if spec.path else []:
         if file.is_file() and (found := _header(file).get("diffalign.base_model")):
-            return found
+            return str(located(found, "model"))
     beside = spec.path / "adapter_config.json" if spec.path else None
     if beside is not None and beside.is_file():
         found = json.loads(beside.read_text(encoding="utf-8")).get("base_model_name_or_path")

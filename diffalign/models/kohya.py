@@ -63,9 +63,7 @@ def _of_denoiser(component: str, network: Any) -> list[Module]:
     if kind in FUSED:
         return _fused(component, network, layers, FUSED[kind])
     if kind not in SAME:
-        raise ValueError(
-            f"neither kohya's tools nor ComfyUI publish LoRA names for a {kind}: use --format diffusers or peft"
-        )
+        raise ValueError(f"no names of kohya's format are known here for a {kind}: use --format diffusers or peft")
     if getattr(network.config, "addition_embed_type", None) == "text_time":
         blocks = tuple("CrossAttn" in block for block in network.config.up_block_types)
         names = {name: sgm_name(name, network.config.layers_per_block, blocks) for name in layers}

@@ -52,6 +52,7 @@ KINDS = {
         "qwen_image",
         "networks.lora_qwen_image",
     ),
+    "qwen_image_edit": ("Qwen-Image-Edit", QWEN, 1024, "qwen_image_edit", "networks.lora_qwen_image"),
     "z_image": ("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", 1024, "z_image", "networks.lora_zimage"),
 }
 
@@ -70,6 +71,8 @@ def _kind(pipeline: DiffusionPipeline) -> str:
         return "sd3_large" if config.get("qk_norm") else "sd3"
     if name == "FluxTransformer2DModel":
         return "flux_dev" if config.get("guidance_embeds") else "flux_schnell"
+    if name == "QwenImageTransformer2DModel" and "Edit" in type(pipeline).__name__:
+        return "qwen_image_edit"
     return "qwen_image" if name == "QwenImageTransformer2DModel" else "z_image"
 
 

@@ -49,7 +49,19 @@ def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
     if (length := getattr(model, "max_sequence_length", None)) is not None:
         arguments["max_sequence_length"] = str(length)
     arguments |= _size(model)
-    return PipelineCall(arguments, tuple(setup), tuple(imports))
+    return PipelineCall(arguments, (*setup, *_source(model)), tuple(imports))
+
+
+def _source(model: DiffusionModel) -> list[str]:
+    """Return the statements that load a source image as the model saw it; none for models that do not edit."""
+    if not getattr(model, "edits", False):
+        return []
+    height, width = model.source_size(model.default_resolution)
+    return [
+        "from diffusers.utils import load_image",
+        "from PIL import Image, ImageOps",
+        f'source = ImageOps.fit(load_image("source.png"), ({width}, {height}), Image.Resampling.LANCZOS)',
+    ]
 
 
 def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[str], dict[str, str]]:
@@ -112,15 +124,20 @@ def _z_image(model: DiffusionModel, scale: float | None) -> dict[str, str]:
 
 GUIDANCE: dict[str, Callable[[DiffusionModel, float | None], dict[str, str]]] = {
     "FluxPipeline": _flux,
+    "FluxKontextPipeline": _flux,
     "QwenImagePipeline": _qwen,
+    "QwenImageEditPipeline": _qwen,
     "ZImagePipeline": _z_image,
 }
 
 
 def _size(model: DiffusionModel) -> dict[str, str]:
-    """Height and width if the run sets them; SANA must not round them to its resolution bins."""
-    if model.resolution is None:
+    """Height and width if the run sets them; pipelines that would change them are told not to."""
+    kind = type(model.pipeline).__name__
+    if model.resolution is None and not getattr(model, "edits", False):
         return {}
     height, width = model.default_resolution
-    binning = {"use_resolution_binning": "False"} if type(model.pipeline).__name__ == "SanaPipeline" else {}
-    return {"height": str(height), "width": str(width), **binning}
+    own = {"use_resolution_binning": "False"} if kind == "SanaPipeline" else {}
+    if kind == "FluxKontextPipeline":
+        own = {"max_area": str(height * width), "_auto_resize": "False"}
+    return {"height": str(height), "width": str(width), **own}

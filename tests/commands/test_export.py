@@ -13,8 +13,10 @@ from diffalign.cli import main
 from diffalign.models import LoraConfig, load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora_reading import read_updates
+from tests.models import tiny_unet_pipelines as tiny
 from tests.models.conftest import family_pipelines  # noqa: F401
 from tests.models.families import FAMILIES, images_of, noise_of
+from tests.models.tiny_edit_pipelines import FAMILIES as EDITS
 
 STEPS = 2
 UNNAMED = ("sana",)  # neither kohya's tools nor ComfyUI publish names
@@ -100,6 +102,22 @@ def test_plain_diffusers_reads_kohyas_format(trained, family, tmp_path):
         torch.testing.assert_close(
             layer.get_delta_weight("read"), expected[base.denoiser_name, name], rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("family", EDITS)
+def test_editing_models_are_exported(family, tmp_path):
+    """Their layers are those of the models that make images, whose files are sampled above."""
+    tiny.write(EDITS[family], tmp_path / "base")
+    model = load_model(tmp_path / "base", max_sequence_length=24)
+    perturb(model)
+    file = model.save(tmp_path / "run")
+    expected = deltas(load_model(tmp_path / "base").pipeline, file)
+    for format, name in (("diffusers", WEIGHTS), ("kohya", "kohya.safetensors"), ("peft", "adapter_model.safetensors")):
+        export(file, tmp_path / format, "--format", format, "--model", str(tmp_path / "base"))
+        found = deltas(load_model(tmp_path / "base").pipeline, tmp_path / format / name)
+        assert found.keys() == expected.keys()
+        for key, update in expected.items():
+            torch.testing.assert_close(found[key], update, rtol=1e-5, atol=1e-7)
 
 
 def test_peft_reads_its_own_format(trained, tmp_path):
@@ -199,7 +217,9 @@ def refused(capsys, *argv):
 def test_what_cannot_be_written_is_refused(trained, second, tmp_path, capsys):
     base, run, _ = trained("sana")
     folder = base.pipeline.config._name_or_path
-    assert "publish LoRA names for a SanaTransformer2DModel" in refused(capsys, run, "--format", "kohya")
+    assert "known here for a SanaTransformer2DModel: use" in refused(
+        capsys, run, "--format", "kohya"
+    )
     assert "names no base model: write --model" in refused(capsys, second)
     assert "give the base that it was made for" in refused(capsys, second, "--model", folder)
     assert "rank 9 is more than the LoRA's 4" in refused(capsys, run, "--rank", 9)

@@ -169,5 +169,7 @@ def test_the_header_names_the_architecture(full_size, family):
 def test_a_class_without_published_names_is_refused():
     network = nn.Linear(2, 2)
     pipeline = SimpleNamespace(components={"transformer": network}, transformer=network)
-    with pytest.raises(ValueError, match="publish LoRA names for a Linear: use --format diffusers"):
+    with pytest.raises(
+        ValueError, match="no names of kohya's format are known here for a Linear: use"
+    ):
         kohya_modules(pipeline)
