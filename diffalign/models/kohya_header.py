@@ -45,6 +45,7 @@ KINDS = {
     "sd3_large": ("stable-diffusion-3-5-large", "diffusers", 1024, "5-large", "networks.lora_sd3"),
     "flux_dev": ("flux-1-dev", BFL, 1024, "flux1", "networks.lora_flux"),
     "flux_schnell": ("flux-1-schnell", BFL, 1024, "flux1", "networks.lora_flux"),
+    "chroma": ("chroma", "https://huggingface.co/lodestones/Chroma", 1024, "chroma", "networks.lora_flux"),
     "qwen_image": (
         "Qwen-Image",
         "https://github.com/QwenLM/Qwen-Image",
@@ -71,6 +72,8 @@ def _kind(pipeline: DiffusionPipeline) -> str:
         return "sd3_large" if config.get("qk_norm") else "sd3"
     if name == "FluxTransformer2DModel":
         return "flux_dev" if config.get("guidance_embeds") else "flux_schnell"
+    if name == "ChromaTransformer2DModel":
+        return "chroma"
     if name == "QwenImageTransformer2DModel" and "Edit" in type(pipeline).__name__:
         return "qwen_image_edit"
     return "qwen_image" if name == "QwenImageTransformer2DModel" else "z_image"

@@ -83,6 +83,7 @@ Z_IMAGE: Table = {
 }
 FUSED: Mapping[str, Table] = {
     "FluxTransformer2DModel": FLUX,
+    "ChromaTransformer2DModel": FLUX,
     "SD3Transformer2DModel": SD3,
     "ZImageTransformer2DModel": Z_IMAGE,
 }

@@ -217,9 +217,7 @@ def refused(capsys, *argv):
 def test_what_cannot_be_written_is_refused(trained, second, tmp_path, capsys):
     base, run, _ = trained("sana")
     folder = base.pipeline.config._name_or_path
-    assert "known here for a SanaTransformer2DModel: use" in refused(
-        capsys, run, "--format", "kohya"
-    )
+    assert "known here for a SanaTransformer2DModel: use" in refused(capsys, run, "--format", "kohya")
     assert "names no base model: write --model" in refused(capsys, second)
     assert "give the base that it was made for" in refused(capsys, second, "--model", folder)
     assert "rank 9 is more than the LoRA's 4" in refused(capsys, run, "--rank", 9)

@@ -166,10 +166,19 @@ def test_the_header_names_the_architecture(full_size, family):
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("8", "8.0")
 
 
+def test_chroma_has_the_names_of_flux():
+    """ComfyUI's class of it is one of FLUX.1, with fewer layers."""
+    with torch.device("meta"):
+        network = diffusers.ChromaTransformer2DModel()
+    pipeline = SimpleNamespace(components={"transformer": network}, transformer=network)
+    names = {module.name for module in kohya_modules(pipeline)}
+    assert len(names) == 19 * 8 + 38 * 2 + 3
+    assert names <= key_map("flux_dev").keys()
+    assert header(pipeline, 4)["modelspec.architecture"] == "chroma/lora"
+
+
 def test_a_class_without_published_names_is_refused():
     network = nn.Linear(2, 2)
     pipeline = SimpleNamespace(components={"transformer": network}, transformer=network)
-    with pytest.raises(
-        ValueError, match="no names of kohya's format are known here for a Linear: use"
-    ):
+    with pytest.raises(ValueError, match="no names of kohya's format are known here for a Linear: use"):
         kohya_modules(pipeline)
