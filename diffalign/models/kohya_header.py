@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 
 def header(pipeline: DiffusionPipeline, rank: int) -> dict[str, str]:
-    """Return the entries that tell the base model's architecture and the LoRA's rank."""
+    """Return the entries with the base model's architecture and the LoRA's rank."""
     kind = _kind(pipeline)
     architecture, implementation, resolution, version, module = KINDS[kind]
     known = {

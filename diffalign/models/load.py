@@ -146,7 +146,7 @@ def load_model(
 
 
 def absent_parts(path: str | Path, family: type[DiffusionModel], revision: str | None = None) -> dict[str, None]:
-    """Return None for each part that a pipeline goes without, such as the T5 of SD3, which diffusers must be told.
+    """Return arguments, all None, for the parts that a pipeline lacks, such as the T5 of SD3.
 
     These are parts that ``model_index.json`` has as null, and optional ones whose folder is missing.
     """
