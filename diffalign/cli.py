@@ -45,6 +45,10 @@ SUMMARIES = {
     "score": ("IMAGES ... --rewards NAME [--field VALUE ...]", "score images; --serve PORT serves rewards over HTTP"),
     "check": ("DATA ... [--field VALUE ...]", "check pairs or prompts; exit with 1 if a run would stop"),
     "label": ("SOURCE ... [--field VALUE ...]", "compare pairs in a browser; answers become preference data"),
+    "export": (
+        "MODEL ... --format FORMAT [--field VALUE ...]",
+        "write a LoRA for ComfyUI, diffusers or peft, or merged",
+    ),
     "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
     "fit": ("TRAINER --config FILE.yaml [--field VALUE ...]", "print settings that fit into 12 to 80 GB of memory"),
     "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
@@ -250,6 +254,10 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "check": Command("diffalign.commands.check_config:CheckConfig", "diffalign.commands.check:run", "data"),
     "label": Command("diffalign.commands.label.config:LabelConfig", "diffalign.commands.label.command:run", "models"),
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
+    # A published model needs no weights, so that the command looks for the model itself.
+    "export": Command(
+        "diffalign.commands.export_config:ExportConfig", "diffalign.commands.export:run", "models", ("model",)
+    ),
     "fit": fit,
     "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.commands.doctor.command:run"),
     "configs": configs,

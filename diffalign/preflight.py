@@ -102,13 +102,29 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     if not text:
         return
     path = Path(text)
-    if path.exists():
+    if path.is_file():
+        yield (
+            f"model {text}: is a single file, without the configuration and tokenizers that runs need; convert it: "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the class of its family, and "
+            "give that folder"
+        )
+    elif path.exists():
         if not (path / "model_index.json").is_file():
             yield f"model {text}: has no model_index.json; give the folder that save_pretrained wrote"
     elif not HUB_ID.fullmatch(text) or text.startswith("."):
         yield f"model {text}: no such folder{_near(path)}; give a folder in diffusers' layout, or a hub id 'owner/name'"
     elif problem := hub_problem(text, getattr(config, "revision", None), "model", "model_index.json"):
         yield f"model {text}: no such folder{_near(path)}; {problem}"
+
+
+def lora_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Check a LoRA: a file, a folder with one, or a hub id."""
+    from diffalign.lora_source import find_lora, lora_file
+
+    try:
+        lora_file(find_lora(value))
+    except (ValueError, OSError) as error:
+        yield f"{name}: {error}"
 
 
 def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
@@ -214,6 +230,7 @@ Check = Callable[[str, Any, Any], Iterator[str]]
 # Fields of configurations that name what must be there. Others that are paths say where to write.
 CHECKS: dict[str, Check] = {
     "model": model_problem,
+    "init": lora_problem,
     "train_prompts": prompts_problem,
     "eval_prompts": prompts_problem,
     "prompts": prompts_problem,

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
 FOUNDATION = {"device", "embedded", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION |= {"lora_source"}
 ALLOWED = {
     "device": set(),
     "embedded": set(),
@@ -17,12 +18,13 @@ ALLOWED = {
     "media": {"files"},
     "structures": {"files"},
     "tokens": set(),
+    "lora_source": set(),
     "plugins": set(),
     "user_code": set(),
     "lazy": set(),
     "messages": set(),
     "config": {"embedded", "files", "atomic", "tokens"},
-    "preflight": {"config", "messages", "plugins", "rewards", "data"},
+    "preflight": {"config", "lora_source", "messages", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),
     "fsdp": set(),
@@ -31,7 +33,7 @@ ALLOWED = {
     "losses": {"device", "structures", "diffusion", "plugins", "user_code"},
     "shapes": {"structures"},
     "rewards": FOUNDATION | {"plugins", "shapes", "user_code"},
-    "data": FOUNDATION - {"config", "fsdp", "rng", "tokens"},
+    "data": FOUNDATION - {"config", "fsdp", "rng", "tokens", "lora_source"},
     "models": FOUNDATION | {"diffusion", "plugins", "user_code"},
     "runtime": FOUNDATION | {"models", "log"},
     "rollout": FOUNDATION | {"log", "diffusion", "models", "rewards", "data", "runtime"},

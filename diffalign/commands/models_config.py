@@ -23,7 +23,7 @@ class ModelsConfig(Checked):
 
     models: tuple[str, ...] = option(
         (),
-        "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRA files, full weights, negative prompts",
+        "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRAs (or hub ids), full weights, negative prompts",
         section="model",
     )
     model: str | None = option(None, "base model: a folder in diffusers' layout, or a hub id", section="model")

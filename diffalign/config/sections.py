@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from diffalign.config import Checked, option
 
@@ -28,6 +28,44 @@ class LoraConfig(Checked):
     targets: tuple[str, ...] | None = option(
         None, "names (or endings) of the adapted layers; default: the family's attention layers"
     )
+    layers: str | None = option(
+        None, "regular expression that the full names of the adapted layers match, as peft's; instead of targets"
+    )
+    blocks: tuple[int, ...] | None = option(
+        None,
+        "numbers of the adapted blocks, the first number in the names of their layers; default: all",
+        ge=0,
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "rank of single layers, by their ends or regular expressions of them", ge=1, le=65_536
+    )
+    alpha_pattern: dict[str, float] = option({}, "alpha of single layers; default: that of all", gt=0)
+    use_dora: bool = option(False, "train the norms of the weights' rows too (DoRA, arXiv 2402.09353)")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
+    init: str | None = option(
+        None,
+        "LoRA to go on from, a path or hub id; its rank, alpha and layers are taken; with rank 0 it is merged into "
+        "the base, all of which trains",
+    )
+    reference: Literal["init", "base"] = option(
+        "init", "with init, what losses and KL terms compare with: the base with that LoRA, or the base alone"
+    )
+
+    def unread(self) -> Mapping[str, str]:
+        """Fields that this configuration does not read: name -> reason."""
+        shape = ("alpha", "targets", "layers", "blocks", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+        found = {}
+        if self.layers is not None:
+            found["targets"] = "is not read with lora.layers, which names layers too"
+        if not self.rank:
+            found |= dict.fromkeys(shape, "is read only with a LoRA (lora.rank above 0)")
+        if self.init is None:
+            found["reference"] = "is read only with lora.init"
+        elif self.rank:
+            found |= dict.fromkeys(("rank", *shape), "is the LoRA's own with lora.init")
+        else:
+            found["reference"] = "is read only with a LoRA; with rank 0 the reference is the base with it merged"
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,15 @@ def covering(names: Collection[str], path: str) -> str | None:
 
 
 def unread_names(config: Any) -> Mapping[str, str]:
-    """Return the unread fields of a configuration: those of its ``unread``, and those that need a field not set."""
-    own = config.unread() if hasattr(config, "unread") else {}
-    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    needs = {field.name: field.metadata.get("needs") for field in fields}
-    missing = {name: other for name, other in needs.items() if other and not getattr(config, other)}
-    return {**own, **{name: f"read only with {other}" for name, other in missing.items()}}
+    """Return the unread fields of a configuration and its sections: of ``unread``, and without a field they need."""
+    found = dict(config.unread()) if hasattr(config, "unread") else {}
+    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        section = getattr(config, field.name, None)
+        if dataclasses.is_dataclass(section) and hasattr(section, "unread"):
+            found |= {f"{field.name}.{name}": reason for name, reason in section.unread().items()}
+        if (other := field.metadata.get("needs")) and not getattr(config, other):
+            found[field.name] = f"read only with {other}"
+    return found
 
 
 def accepts(config: Any, path: str) -> bool:

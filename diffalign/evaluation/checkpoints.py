@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffalign.lora_source import find_lora
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -38,6 +40,8 @@ BASE = CheckpointSpec("base")
 def parse_checkpoint(text: str) -> CheckpointSpec:
     """Parse ``PATH``, ``NAME=PATH`` or ``PATH@SCALE``; the name defaults to the last part of the path.
 
+    A path may be the hub id of a LoRA.
+
     Raises:
         ValueError: The scale is not a finite number, the path is missing, or the name cannot be a folder name.
         FileNotFoundError: The path does not exist.
@@ -54,10 +58,8 @@ def parse_checkpoint(text: str) -> CheckpointSpec:
         raise ValueError(f"{text!r}: the scale must be finite, got {scale}; write PATH@0.5, or NAME=PATH@0.5")
     if not path:
         raise ValueError(f"{text!r} has no path; write PATH, NAME=PATH or PATH@SCALE")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; give a run folder, a checkpoint or a LoRA file")
     default = Path(path).resolve().name.removesuffix(".safetensors") + (f"@{number:g}" if at else "")
-    spec = CheckpointSpec(name if equals else default, Path(path), number)
+    spec = CheckpointSpec(name if equals else default, find_lora(path), number)
     if not re.search(r"\w", spec.name):
         raise ValueError(f"{text!r}: {spec.name!r} is not a model name; write NAME=PATH with a letter or digit in NAME")
     return spec

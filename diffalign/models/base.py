@@ -66,6 +66,8 @@ class DiffusionModel(TrainableModel):
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained`` that leave out components unused in training.
     load_options: Mapping[str, Any] = {}
+    # Components that the pipeline can go without, whose folders may be missing.
+    optional_parts: tuple[str, ...] = ()
     # Source of the pipeline call with a saved negative prompt, ``negative``; the prompt is inserted as a literal.
     negative_call = "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
 

@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import nn
 
+from diffalign.lora_source import HALF_NAME, PEFT_WEIGHTS, WEIGHTS_NAME
 from diffalign.models.base import DiffusionModel
 from diffalign.models.full_weights import load_full
-from diffalign.models.lora import WEIGHTS_NAME
-from diffalign.models.lora_file import LoraFile, fold_alphas, read_lora
+from diffalign.models.lora_file import LoraFile, convert, fold_alphas, read_lora
+from diffalign.models.lora_reading import diffusers_state, read_updates
 from diffalign.models.negative_prompt import NEGATIVE_NAME
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.weights import REFERENCE, WeightSets
 
 ADAPTER = "compared"
-HALF_NAME = WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
 PARTIAL = "set allow_partial (--allow_partial) to go on with the rest"
 
 
@@ -33,13 +33,14 @@ def weights_file(model: DiffusionModel, path: Path) -> Path:
     Args:
         model: Its denoiser's name is the subfolder of full weights.
         path: File of a LoRA or negative prompt; folder with ``pytorch_lora_weights.safetensors`` or
-            ``negative_prompt.safetensors`` (a run, its ``raw/``, a checkpoint); or folder with full weights in a
-            subfolder such as ``transformer/``.
+            ``negative_prompt.safetensors`` (a run, its ``raw/``, a checkpoint), or with peft's
+            ``adapter_model.safetensors``; or folder with full weights in a subfolder such as ``transformer/``.
 
     Raises:
         FileNotFoundError: None of these.
     """
-    files, full = (path / WEIGHTS_NAME, path / HALF_NAME, path / NEGATIVE_NAME), path / model.denoiser_name
+    files = [path / name for name in (WEIGHTS_NAME, HALF_NAME, NEGATIVE_NAME, PEFT_WEIGHTS)]
+    full = path / model.denoiser_name
     if path.is_file() and path.suffix == ".safetensors":
         return path
     if found := [file for file in files if file.is_file()]:
@@ -109,13 +110,15 @@ def _lora(model: DiffusionModel, file: Path, scale: float, allow_partial: bool) 
     found = _fitting(model, file, allow_partial)
     if found.unused:
         warnings.warn(found.problem(), stacklevel=5)
+    source: Any = file.parent
+    how: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True}
+    if convert(model.pipeline, file).converted_here:
+        source, how = diffusers_state(read_updates(model.pipeline, file, allow_partial=True)), {}
     with _structure_kept(model):
         try:
             with quiet_libraries(), warnings.catch_warnings(), _only(model, found):
                 warnings.simplefilter("ignore")  # peft warns about skipped layers
-                model.pipeline.load_lora_weights(
-                    file.parent, weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
-                )
+                model.pipeline.load_lora_weights(source, adapter_name=ADAPTER, **how)
                 model.pipeline.set_adapters(ADAPTER, scale)
         except Exception as error:  # of diffusers, transformers or peft
             raise ValueError(f"{file} does not load into this model: {str(error)[:500]}") from error

@@ -131,7 +131,8 @@ def load_model(
         print(f"loading {path} ({name})", file=sys.stderr)
     with quiet_libraries() as lines, local_files(path):
         try:
-            pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **quantised, **family.load_options)
+            parts = {**absent_parts(path, family, revision), **family.load_options, **quantised}
+            pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **parts)
         except (RuntimeError, SafetensorError, ValueError) as error:
             elsewhere = isinstance(error, ValueError) and "expected shape" not in str(error)
             if elsewhere or isinstance(error, torch.OutOfMemoryError):
@@ -142,6 +143,24 @@ def load_model(
     pass_on(f"model {path}", lines)
     pipeline.set_progress_bar_config(disable=True)
     return family(pipeline, **given)
+
+
+def absent_parts(path: str | Path, family: type[DiffusionModel], revision: str | None = None) -> dict[str, None]:
+    """Return arguments, all None, for the parts that a pipeline lacks, such as the T5 of SD3.
+
+    These are parts that ``model_index.json`` has as null, and optional ones whose folder is missing.
+    """
+    index = DiffusionPipeline.load_config(path, revision=revision)
+    local = Path(path)
+    return {
+        name: None
+        for name, entry in index.items()
+        if isinstance(entry, (list, tuple))
+        and (
+            (len(entry) == 2 and entry[0] is None)
+            or (name in family.optional_parts and local.is_dir() and not (local / name).is_dir())
+        )
+    }
 
 
 def _from_pretrained(path: str | Path, **options: Any) -> DiffusionPipeline:

@@ -13,12 +13,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.atomic import replacing
 from diffalign.config.sections import LoraConfig
-
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+from diffalign.lora_source import WEIGHTS_NAME as WEIGHTS_NAME
+from diffalign.models.lora_factors import Factors, Updates, adapter_config, save_arguments
+from diffalign.models.lora_layers import namesakes, select_layers
 
 
 def inject(
@@ -28,43 +29,63 @@ def inject(
 
     Args:
         module: The denoiser, changed in place.
-        config: Rank, alpha and targets.
+        config: Rank, alpha, layers and variants.
         targets: Default targets: layer names or their ends.
         seed: Seed of the adapter's initial weights.
         idle: Full names of layers to leave out.
 
     Raises:
-        ValueError: A target matches no layer.
+        ValueError: A target or pattern matches no layer.
     """
-    wanted = config.targets or targets
-    names = [name for name, _ in module.named_modules()]
-    if missing := [t for t in wanted if not any(_named(n, t) for n in names)]:
-        linear = sorted(
-            {n.split(".", 2)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear) and "." in n}
-        )
-        raise ValueError(
-            f"lora.targets: no layer is named {', '.join(missing)}; layers of a block: {', '.join(linear)}"
-        )
-    module.requires_grad_(False)
-    peft_config = PeftLoraConfig(
+    adapted, excluded = select_layers(module, config, targets, idle)
+    _add(
+        module,
+        seed,
         r=config.rank,
         lora_alpha=config.alpha or config.rank,
-        init_lora_weights="gaussian",
-        target_modules=sorted(wanted),
-        exclude_modules=[name for name in idle if any(_named(name, t) for t in wanted)] or None,
+        target_modules=adapted,
+        exclude_modules=excluded or None,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
     )
+
+
+def inject_initial(module: ModelMixin, layers: Mapping[str, Factors], alpha: float | None) -> None:
+    """Add a trainable float32 adapter with given weights to ``module`` and freeze the rest.
+
+    Args:
+        module: The denoiser, changed in place.
+        layers: Layer -> factors.
+        alpha: The adapter's own alpha, which scales its gradient; None for the rank of each layer.
+    """
+    settings = adapter_config(layers)
+    if alpha is not None and not settings["rank_pattern"]:
+        settings["lora_alpha"] = alpha
+    _add(module, 0, **settings, exclude_modules=namesakes(module, tuple(layers)) or None)
+    with torch.no_grad():
+        for name, own in layers.items():
+            layer: Any = module.get_submodule(name)
+            scale = layer.scaling["default"]
+            layer.lora_A["default"].weight.copy_(own.down)
+            layer.lora_B["default"].weight.copy_(own.up / scale)
+            if own.bias is not None:
+                layer.lora_B["default"].bias.copy_(own.bias / scale)
+            if own.magnitude is not None:
+                weight = layer.lora_magnitude_vector["default"].weight
+                weight.copy_(own.magnitude.reshape(weight.shape))
+
+
+def _add(module: ModelMixin, seed: int, **settings: Any) -> None:
+    module.requires_grad_(False)
     # peft uses the global generator: fork it, so that the weights depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(peft_config)
+        module.add_adapter(PeftLoraConfig(init_lora_weights="gaussian", **settings))
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _named(layer: str, target: str) -> bool:
-    """Tell whether ``target`` is a layer's name or its end."""
-    return layer == target or layer.endswith("." + target)
 
 
 def export(
@@ -73,6 +94,7 @@ def export(
     directory: Path,
     about: Mapping[str, str] | None = None,
     whole: Mapping[str, Tensor] | None = None,
+    beside: Updates | None = None,
 ) -> Path:
     """Write ``pytorch_lora_weights.safetensors``: float32, with alpha / rank multiplied into B.
 
@@ -84,6 +106,7 @@ def export(
         directory: Folder of the file.
         about: Further header entries, such as the base model.
         whole: Gathered adapter weights by name, for a sharded module.
+        beside: Updates of text encoders, to write into the same file.
     """
     module = getattr(pipeline, component)
     trained = get_peft_model_state_dict(module, state_dict=whole)
@@ -95,7 +118,8 @@ def export(
         # Loaders warn of missing excluded layers, and of name ends that match layers not in the file.
         metadata["exclude_modules"] = None
         metadata["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in layers})
-    named = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    named: dict[str, Any] = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": metadata}
+    named |= save_arguments(beside or {})
     path = directory / WEIGHTS_NAME
     with replacing(path) as staged:
         pipeline.save_lora_weights(save_directory=directory, weight_name=staged.name, **named)

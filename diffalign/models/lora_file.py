@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffalign.lora_source import PEFT_CONFIG
+from diffalign.models.kohya import from_kohya
 from diffalign.models.quiet import quiet_libraries
 
 SHOWN = 4  # names in a message
@@ -28,6 +32,22 @@ PART = re.compile(
 PEFT_PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(?=\.|$)")
 # Prefixes of pipeline components in kohya's format.
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Content:
+    """The tensors of a LoRA file under diffusers' names.
+
+    Attributes:
+        state: Component and layer, such as ``transformer.<layer>.lora_A.weight`` -> tensor.
+        metadata: Settings of peft by ``<component>.<key>``, of which alpha counts; None: alpha is the rank.
+        converted_here: Whether diffusers cannot convert the file itself.
+    """
+
+    state: dict[str, Tensor]
+    metadata: Mapping[str, Any] | None
+    converted_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,23 +96,69 @@ def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
     """
     raw = read_tensors(path)
     foreign = {name: "no part of a LoRA that diffusers loads" for name in raw if not PART.search(_part_of(name))}
-    try:
-        state = _converted(pipeline, path)
-    except Exception as error:  # diffusers' converters raise various types on unknown formats
-        raise ValueError(f"{path} is no LoRA for a {type(pipeline).__name__}: {str(error)[:300]}") from error
-    used, unused = set(), dict(foreign)
+    content = convert(pipeline, path)
+    state = content.state
+    misplaced = _misplaced(pipeline, state)
+    unused = {**foreign, **{name: reason for name, reason in misplaced.items() if name not in foreign}}
+    return LoraFile(path, frozenset(state.keys() - unused.keys()), unused)
+
+
+def _misplaced(pipeline: DiffusionPipeline, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the reason for each tensor, under diffusers' names, that fits no layer of the pipeline."""
+    found: dict[str, str] = {}
     parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
     for prefix, component in parts.items():
         own = {name: t for name, t in state.items() if name.startswith(prefix + ".")}
         if not isinstance(component, nn.Module):
-            unused |= dict.fromkeys(own, f"this pipeline has no {prefix}")
+            found |= dict.fromkeys(own, f"this pipeline has no {prefix}")
             continue
         bad = _unfit(component, {name.removeprefix(prefix + "."): t for name, t in own.items()})
-        unused |= {f"{prefix}.{name}": reason for name, reason in bad.items()}
-        used |= own.keys() - unused.keys()
-    elsewhere = [name for name in state if not name.startswith(tuple(f"{prefix}." for prefix in parts))]
-    unused |= {name: f"it belongs to none of {', '.join(parts)}" for name in elsewhere if name not in unused}
-    return LoraFile(path, frozenset(used), unused)
+        found |= {f"{prefix}.{name}": reason for name, reason in bad.items()}
+    elsewhere = (name for name in state if not name.startswith(tuple(f"{prefix}." for prefix in parts)))
+    return found | dict.fromkeys(elsewhere, f"it belongs to none of {', '.join(parts)}")
+
+
+def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
+    """Read a LoRA file under diffusers' names; for files that diffusers cannot convert, kohya's and peft's, do it here.
+
+    Raises:
+        ValueError: The file cannot be read or converted.
+    """
+    raw = read_tensors(path)
+    if any(name.startswith(PEFT_PREFIX) for name in raw):
+        return _from_peft(pipeline, path, raw)
+    try:
+        state, metadata = _as_diffusers(pipeline, path)
+        problem: Exception | None = None
+    except Exception as error:  # diffusers' converters raise various types on unknown formats
+        state, metadata, problem = raw, None, error
+    kohya = any(name.startswith(KOHYA) for name in raw) and not any("dora_scale" in name for name in raw)
+    # diffusers converts no file of SD3, of FLUX.1 its one size, and of text encoders not every choice of layers.
+    if kohya and (problem is not None or _misplaced(pipeline, state)):
+        with suppress(ValueError):  # no names are published
+            read = from_kohya(pipeline, raw)
+            if not any(name.startswith(KOHYA) for name in read):
+                return Content(read, None, converted_here=True)
+    if problem is not None:
+        kind = type(pipeline).__name__
+        raise ValueError(f"{path} is no LoRA for a {kind}: {str(problem)[:300]}") from problem
+    return Content(state, metadata)
+
+
+def _from_peft(pipeline: DiffusionPipeline, path: Path, raw: Mapping[str, Tensor]) -> Content:
+    """Add the component's name to peft's, and read ``adapter_config.json``, which tells alpha."""
+    layers = {name: name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in raw}
+    parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
+    known = {name: {layer for layer, _ in part.named_modules()} for name, part in parts.items() if part is not None}
+    # The component that has most of the layers.
+    component = max(known, key=lambda name: sum(layer in known[name] for layer in layers.values()))
+    file = path.parent / PEFT_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is a LoRA of peft, and {file} cannot be read: copy it beside the weights") from error
+    state = {f"{component}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in raw.items()}
+    return Content(state, {f"{component}.{key}": value for key, value in config.items()}, converted_here=True)
 
 
 def fold_alphas(state: Mapping[str, Tensor], rest: Sequence[Any]) -> tuple[dict[str, Tensor], list[Any]]:
@@ -120,13 +186,14 @@ def _part_of(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in KOHYA if name.startswith(prefix)), name)
 
 
-def _converted(pipeline: DiffusionPipeline, path: Path) -> dict[str, Tensor]:
+def _as_diffusers(pipeline: DiffusionPipeline, path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     options: dict[str, Any] = {"weight_name": path.name, "return_lora_metadata": True, "use_safetensors": True}
     if "unet" in pipeline.components:
         options["unet_config"] = pipeline.unet.config
     with quiet_libraries():
-        found = pipeline.lora_state_dict(path.parent, **options)
-    return found[0] if isinstance(found, tuple) else found
+        state, *rest = pipeline.lora_state_dict(path.parent, **options)
+    state, rest = fold_alphas(state, rest)
+    return state, next((found for found in rest[::-1] if isinstance(found, dict)), None)
 
 
 def _unfit(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
@@ -158,7 +225,12 @@ def _split(name: str) -> tuple[str, str, str]:
     return (name[: match.start()], match[1], name[match.end() :]) if match else (name, "", "")
 
 
-def _peft_names(component: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+def peft_parts(component: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[str, str, str]]:
+    """Return the (layer, part, rest) of each tensor of a component, as diffusers names it on loading."""
+    return {name: _split(renamed) for name, renamed in _peft_names(component, state).items()}
+
+
+def _peft_names(component: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names that diffusers gives these tensors on loading."""
     if not state:
         return {}

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from diffalign.models.base import DiffusionModel
-from diffalign.models.load import pipeline_class
+from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.published_configs import published_folder
 from diffalign.models.registry import get_family
 
@@ -33,9 +33,10 @@ def model_on_meta(
     # As from_pretrained does, leave out what another class of the same components wrote.
     expected = inspect.signature(kind).parameters
     given = {key: value for key, value in index.items() if key in expected}
+    left_out = {**absent_parts(path, family, revision), **family.load_options}
     for key, value in given.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
-            given[key] = None if key in family.load_options else _part(path, key, revision, *value)
+            given[key] = None if key in left_out else _part(path, key, revision, *value)
     pipeline = kind(**{**given, **family.load_options})
     for key, part in pipeline.components.items():
         if isinstance(part, nn.Module):

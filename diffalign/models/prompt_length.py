@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from diffalign.files import shorten
-from diffalign.models.load import pipeline_class
+from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.registry import get_family
 
 # Text that a pipeline appends to a prompt.
@@ -46,7 +46,8 @@ def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> l
     parameter = inspect.signature(get_family(kind)).parameters.get("max_sequence_length")
     length = max_sequence_length or (parameter.default if parameter else None)
     index = DiffusionPipeline.load_config(path)
-    names = [name for name, entry in index.items() if name.startswith("tokenizer") and entry and entry[0]]
+    absent = absent_parts(path, get_family(kind))
+    names = [name for name in index if name.startswith("tokenizer") and name not in absent]
     try:
         return [
             _encoder(kind, name, AutoTokenizer.from_pretrained(path, subfolder=name, trust_remote_code=False), length)

@@ -31,6 +31,7 @@ class SD3Model(FlowModel):
         "image = pipe({prompt}, **negative, guidance_scale={scale:g}, max_sequence_length={length}).images[0]"
     )
     lora_targets = JOINT_ATTENTION
+    optional_parts = ("text_encoder_3", "tokenizer_3")  # T5, most of the memory of the text encoders
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -15,8 +17,11 @@ from torch import Tensor
 from diffalign.atomic import replacing, replacing_folder
 from diffalign.config.sections import LoraConfig
 from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
+from diffalign.lora_source import find_lora, lora_file
 from diffalign.models import lora
+from diffalign.models.lora_factors import Updates, merge, refuse_dora
 from diffalign.models.lora_file import read_tensors
+from diffalign.models.lora_reading import read_updates, trained_alpha
 from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.structures import Conditioning
@@ -38,6 +43,8 @@ class TrainableModel(ABC):
     negative: NegativePrompt | None
     # Provenance for the header of an exported LoRA.
     about: dict[str, str]
+    # Updates of text encoders from the LoRA that training goes on from, merged into them.
+    beside: Updates = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -75,9 +82,14 @@ class TrainableModel(ABC):
                 for a LoRA.
             shards: FSDP2 settings; None keeps the whole denoiser on each process.
         """
-        if config.rank:
+        reference = config.reference
+        if config.init is not None:
+            self._start_from(config.init, merged=not config.rank)
+        elif config.rank:
             lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
-        else:
+        if config.rank and shards is not None and self._adapter().use_dora:
+            raise ValueError("lora: DoRA is not known to work with FSDP2: launch with ddp.yaml, or train a plain LoRA")
+        if not config.rank:
             self.raw_denoiser.requires_grad_(True)
             for name in self.idle_layers:
                 self.raw_denoiser.get_submodule(name).requires_grad_(False)
@@ -85,8 +97,46 @@ class TrainableModel(ABC):
             shard(self.raw_denoiser, shards)
         self.has_adapter = config.rank > 0
         self.weights = WeightSets(self.raw_denoiser, has_adapter=self.has_adapter)
-        if keep_reference and not self.has_adapter:
+        from_init = self.has_adapter and config.init is not None and reference == "init"
+        if from_init or (keep_reference and not self.has_adapter):
             self.weights.keep_copy(REFERENCE)
+
+    def _start_from(self, source: str, merged: bool) -> None:
+        """Load the LoRA to go on from: as the adapter, or merged into the denoiser; text encoders get theirs merged.
+
+        Raises:
+            FileNotFoundError: There is no such file or repository.
+            ValueError: It does not fit the model, or cannot be merged.
+        """
+        file = lora_file(find_lora(source))
+        updates = dict(read_updates(self.pipeline, file))
+        layers = {n: f for n, f in updates.pop(self.denoiser_name, {}).items() if n not in self.idle_layers}
+        if not layers:
+            raise ValueError(f"lora.init: {file} has no layers of the {self.denoiser_name}: give another LoRA")
+        if merged and updates:
+            raise ValueError(
+                f"lora.init: {file} holds layers of {', '.join(updates)}, which full fine-tuning does not save: write "
+                "diffalign export --format merged, and train the result"
+            )
+        refuse_dora(updates if not merged else {self.denoiser_name: layers}, "merged here")
+        merge(self.pipeline, updates if not merged else {self.denoiser_name: layers})
+        self.beside = updates
+        if not merged:
+            lora.inject_initial(self.raw_denoiser, layers, trained_alpha(self.pipeline, file))
+
+    def _adapter(self) -> Any:
+        """The adapter's settings in peft."""
+        return vars(self.raw_denoiser)["peft_config"]["default"]
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the trained LoRA; of most of its layers, where they differ."""
+        return int(self._adapter().r)
+
+    @property
+    def adapter_alpha(self) -> float:
+        """Numerator of the trained LoRA's scale."""
+        return float(self._adapter().lora_alpha)
 
     def train_negative(self) -> NegativePrompt:
         """Train a negative prompt only, initialised from ``unconditional``, which is also the reference."""
@@ -139,7 +189,7 @@ class TrainableModel(ABC):
                 save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, staged)
             return directory / NEGATIVE_NAME
         if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights)
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights, self.beside)
         denoiser: ModelMixin = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
         with replacing_folder(directory / self.denoiser_name) as folder:
             denoiser.save_pretrained(folder)

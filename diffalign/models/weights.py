@@ -20,7 +20,7 @@ REFERENCE = "reference"
 
 
 class WeightSets:
-    """The policy and its alternatives; ``reference`` is the module without its adapter, or a kept copy."""
+    """The policy and its alternatives; ``reference`` is a kept copy, else the module without its adapter."""
 
     def __init__(self, module: nn.Module, *, has_adapter: bool) -> None:
         self.module = module
@@ -52,7 +52,7 @@ class WeightSets:
     @property
     def names(self) -> list[str]:
         """Names that ``using`` accepts."""
-        return [POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]
+        return list(dict.fromkeys([POLICY, *([REFERENCE] if self.has_adapter else []), *self._sets]))
 
     def keep_copy(self, name: str) -> None:
         """Add a frozen copy of the current weights, such as the reference of full fine-tuning."""

@@ -13,6 +13,13 @@ from diffalign.report.model_card import literal
 from diffalign.runtime.trainer_config import TrainerConfig
 
 
+def _left_out(model: DiffusionModel) -> str:
+    """Return arguments for parts that this pipeline lacks and its class requires, such as the T5 of SD3."""
+    pipeline = model.pipeline
+    missing = [name for name, part in pipeline.components.items() if part is None]
+    return "".join(f", {name}=None" for name in missing if name not in pipeline._optional_components)
+
+
 def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str:
     """Return the lines: imports, the pipeline, its scheduler where evaluations use another, the weights, the call.
 
@@ -39,7 +46,7 @@ def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str
             *(["from safetensors.torch import load_file"] if model.negative is not None else []),
             "",
             *load,
-            f"pipe = DiffusionPipeline.from_pretrained({source}{component})",
+            f"pipe = DiffusionPipeline.from_pretrained({source}{component}{_left_out(model)})",
             *call.setup,
             *between,
             *_shared_steps(args),

@@ -44,6 +44,7 @@ class ModelCard:
         pictures: File names beside the card.
         tags: Added to the default ones.
         lora: False for full weights.
+        init: LoRA that training went on from; empty for none.
         evaluation: Results for the metadata, see ``eval_results``.
         sample_prompt: Prompt that the Hub's page offers to try; empty for none.
         examples: (prompt, file beside the card) of pictures for the Hub's page.
@@ -60,6 +61,7 @@ class ModelCard:
     pictures: Sequence[str] = ()
     tags: Sequence[str] = ()
     lora: bool = True
+    init: str = ""
     evaluation: Sequence[EvalResult] = ()
     sample_prompt: str = ""
     examples: Sequence[tuple[str, str]] = ()
@@ -74,9 +76,10 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
     path = Path(path)
     file = path / "README.md" if path.is_dir() else path
     what = "A LoRA" if card.lora else "A denoiser with all of its weights tuned,"
+    origin = f", going on from the LoRA {inline_code(card.init)}" if card.init else ""
     sections = [
         f"# {inert(card.title)}",
-        f"{what} for {inline_code(card.base_model)}, trained with diffalign ({card.trainer}).",
+        f"{what} for {inline_code(card.base_model)}, trained with diffalign ({card.trainer}){origin}.",
         "## Use",
         _fenced(card.load_snippet, "python"),
         *(["## Results", card.results] if card.results else []),

@@ -208,6 +208,7 @@ class Report:
             results=results,
             pictures=pictures,
             lora=self.model.has_adapter,
+            init=self.args.lora.init or "" if self.model.negative is None else "",
             sample_prompt=prompt if self.shown else "",
             examples=self._examples(),
             datasets=hub_datasets(self.args),

@@ -199,6 +199,11 @@ class TrainerConfig(TrainingConfig):
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:
             raise ValueError(f"base_precision {self.base_precision} freezes the base: give lora.rank, or leave it out")
+        if getattr(self, "base_share", 0) and self.lora.init and self.lora.rank and self.lora.reference == "init":
+            raise ValueError(
+                "base_share takes the first steps from the base, and lora.reference: init compares with base and LoRA: "
+                "set lora.reference: base"
+            )
         if self.cache_dir and not self.cache:
             raise ValueError(f"cache_dir {self.cache_dir}, and nothing is kept: set cache: true, or leave it out")
 

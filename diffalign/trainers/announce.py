@@ -20,7 +20,9 @@ def opening(run: Run[Any], inputs: Inputs[Any], parameters: Sequence[Tensor]) ->
     if model.negative is not None:
         what = "a negative prompt"
     else:
-        what = f"LoRA of rank {config.lora.rank}" if model.has_adapter else f"full {model.denoiser_name}"
+        what = f"LoRA of rank {model.adapter_rank}" if model.has_adapter else f"full {model.denoiser_name}"
+    if config.lora.init and model.negative is None:
+        what += f", going on from {config.lora.init}"
     lines = {
         "model": f"{config.model}, {what}: {trained:,} parameters train, on {run.accelerator.device}",
         "data": _data(config),

@@ -13,6 +13,7 @@ from typing import Any
 from diffalign.data.ai_labels import labels_path
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
+from diffalign.lora_source import lora_file
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
@@ -31,6 +32,8 @@ def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
     Repositories of the hub are known by their commits, and are not among them.
     """
     found = {f"model {args.model}": fingerprint(args.model, MODEL_FILES)}
+    if args.lora.init and Path(args.lora.init).exists():
+        found[f"lora.init {args.lora.init}"] = fingerprint(lora_file(Path(args.lora.init)))
     for name in ("train_prompts", "eval_prompts"):
         if (source := getattr(args, name, None)) and (file := parse_source(source).path):
             found[f"{name} {file}"] = fingerprint(file)

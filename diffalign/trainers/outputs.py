@@ -74,6 +74,8 @@ class Outputs:
         config = self.run.config
         sources = (name for field in ("train_data", "train_images") for name in getattr(config, field, ()))
         named = [(name, config.data.revision, "dataset") for name in sources]
+        if config.lora.init:
+            named.append(("/".join(config.lora.init.split("/")[:2]), None, "model"))  # a hub id may name a file
         named += [(config.model, config.revision, "model"), *((*found, "model") for found in repositories())]
         known = {name: commit(name, revision, kind) for name, revision, kind in named}
         return {name: found for name, found in known.items() if found is not None}
@@ -91,15 +93,17 @@ class Outputs:
 
     def about(self) -> dict[str, str]:
         """Return metadata for the header of the LoRA file: how it was trained."""
-        config, made = self.run.config, self.origin()
+        config, made, model = self.run.config, self.origin(), self.run.model
+        rank, alpha = (model.adapter_rank, model.adapter_alpha) if model.has_adapter else (0, 0)
         values = {
             "version": version("diffalign"),
             "trainer": self.algorithm.name,
             "base_model": config.model,
             "base_revision": config.revision or "",
-            "rank": str(config.lora.rank),
-            "alpha": str(config.lora.rank),  # of the file, whose B has alpha / rank in it
-            "trained_alpha": str(config.lora.alpha or config.lora.rank),
+            "rank": str(rank),
+            "alpha": str(rank),  # of the file, whose B has alpha / rank in it
+            "trained_alpha": str(alpha),
+            **({"init": config.lora.init} if config.lora.init else {}),
             "seed": str(config.seed),
             "config_sha256": made["config_sha256"],
             "data_sha256": made["data_sha256"],

@@ -195,14 +195,17 @@ def test_a_text_encoders_part_that_cannot_be_loaded_is_refused(bases, loras, nam
         assert any(ADAPTER in n for n, _ in bases(name).raw_denoiser.named_parameters())
 
 
-def test_a_text_encoders_part_that_diffusers_cannot_convert_is_refused_by_the_name_of_its_file(bases, loras, tmp_path):
+def test_a_text_encoders_part_that_diffusers_cannot_convert_is_converted_here(bases, loras, tmp_path):
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"  # alone: it guesses the layout by the output layer
     parts = {f"{name}.lora_down.weight": torch.ones(2, 24) / 10, f"{name}.lora_up.weight": torch.ones(24, 2) / 10}
     file = rewritten(loras("sd15"), tmp_path, lambda state: {**kohya(state, 1.0), **parts}, header=False)
     before = contents(bases("sd15"))
-    refused(bases("sd15"), file, rf"{file}: 2 of .*diffusers cannot convert it.*allow_partial")
-    with pytest.warns(UserWarning, match="2 of"), with_tuned_weights(bases("sd15"), file, allow_partial=True):
-        assert any(ADAPTER in n for n, _ in bases("sd15").raw_denoiser.named_parameters())
+    with with_tuned_weights(bases("sd15"), file):
+        encoder = bases("sd15").pipeline.text_encoder
+        loaded = {n: m for n, m in encoder.named_modules() if hasattr(m, "get_delta_weight")}
+        assert [n.removeprefix("text_model.") for n in loaded] == ["encoder.layers.0.self_attn.q_proj"]
+        delta = next(iter(loaded.values())).get_delta_weight("compared")
+        torch.testing.assert_close(delta, torch.full((24, 24), 0.02))
     assert_same(bases("sd15"), before)
 
 
