@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,29 @@ def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{shorten(source)} holds no prompt: write one per line")
     return prompts
+
+
+def as_prompts(items: Iterable[Prompt | str | Mapping[str, Any]], what: str = "prompts") -> list[Prompt]:
+    """Convert prompts in memory: a ``Prompt``, a text, or a row as in files; so any list or ``datasets.Dataset``.
+
+    Raises ValueError, with its index, for an item that is no prompt.
+    """
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise ValueError(f"{what}: pass a list of Prompt, texts or rows, got {type(items).__name__}")
+    asked, found = PromptSource("", "memory", what), list[Prompt]()
+    for index, item in enumerate(items):
+        where = f"{what}[{index}]"
+        if isinstance(item, Prompt):
+            found.append(item)
+            continue
+        row = {PROMPTS[0]: item} if isinstance(item, str) else item
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: pass a Prompt, a text or a row, got {type(item).__name__}")
+        entry = _entry(where, partial(_from_row, row, asked, PROMPTS))
+        if isinstance(entry, LineError):
+            raise entry
+        found.append(entry)
+    return found
 
 
 def count_prompts(source: str | Path | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples
+from diffalign.trainers.inputs import dataset
 
 Data = Samples | PairStream | Sequence[Prompt]
 DIGESTED = 16
@@ -95,7 +96,11 @@ def read_data(config: DiffusionDPOConfig, given: Data | None) -> Data | None:
         ValueError: Nothing to train on, pairs where single images are needed or the other way round, or no liked image
             where a loss learns from no other.
     """
-    data = _named_data(config) if given is None and not (config.streaming and config.train_data) else given
+    data = (
+        _named_data(config)
+        if given is None and not (config.streaming and config.train_data)
+        else _passed(config, given)
+    )
     liked_only = get_loss(config.loss).liked_only or config.losers == "reference"
     singles = liked_only or not get_loss(config.loss).paired
     if isinstance(data, Samples | PairStream) and isinstance(data, LabelledData) != singles:
@@ -105,6 +110,20 @@ def read_data(config: DiffusionDPOConfig, given: Data | None) -> Data | None:
     return data.liked() if liked_only and isinstance(data, LabelledData) else data
 
 
+def _passed(config: DiffusionDPOConfig, given: Any) -> Data | None:
+    """Convert data in memory: prompts for online training, else a ``datasets.Dataset`` of pairs or labelled images."""
+    if given is None or isinstance(given, Samples | PairStream):
+        return given
+    if config.online:
+        return dataset(given, None, "train_prompts")
+    return _load(config)(given, settings=config.data)
+
+
+def _load(config: DiffusionDPOConfig) -> Callable[..., Samples]:
+    """Return the function that loads what the loss needs: pairs, or single images."""
+    return load_pairs if get_loss(config.loss).paired and config.losers == "data" else load_labelled
+
+
 def _named_data(config: DiffusionDPOConfig) -> Data:
     if config.online:
         if not (config.train_prompts and config.rewards):
@@ -112,8 +131,7 @@ def _named_data(config: DiffusionDPOConfig) -> Data:
         return load_prompts(config.train_prompts)
     if not config.train_data:
         raise ValueError("train_data is missing: write train_data: [pairs.parquet], or train_prompts and rewards")
-    paired = get_loss(config.loss).paired and config.losers == "data"
-    return (load_pairs if paired else load_labelled)(*config.train_data, settings=config.data)
+    return _load(config)(*config.train_data, settings=config.data)
 
 
 def open_stream(run: Run[DiffusionDPOConfig]) -> PairStream:
