@@ -206,7 +206,7 @@ def test_sdxl_is_told_size_crop_and_bucket(dpo, mixed, tmp_path):
         ),
         (
             {"aspect_buckets": 16, "streaming": True},
-            "aspect_buckets: the sizes of all images must be known, and a stream has none",
+            "aspect_buckets: the sizes of all images must be known",
         ),
         ({"aspect_buckets": 16, "train_data": (), "rewards": {"shapes": 1.0}}, "aspect_buckets: read only offline"),
         ({"aspect_buckets": -1}, "aspect_buckets must be at least 0"),
