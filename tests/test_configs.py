@@ -33,10 +33,10 @@ def pipeline_class(model):
     return HUB.get(model) or yaml.safe_load((Path(model) / "model_index.json").read_text())["_class_name"]
 
 
-def training_texts(args):
+def training_inputs(args):
     """Of prompts, or of images with captions."""
     if args.train_prompts:
-        return {p.text for p in load_prompts(args.train_prompts)}
+        return {p.input for p in load_prompts(args.train_prompts)}
     data = load_pairs(*getattr(args, "train_data", ()) or args.train_images, settings=args.data)
     return {data[i].prompt.text for i in range(len(data))}
 
@@ -52,7 +52,7 @@ def test_training_config_resolves(path, monkeypatch):
     assert all(get_reward(name) for name in args.eval_rewards)
     if args.model in HUB:
         return  # see below
-    assert not training_texts(args) & {p.text for p in load_prompts(args.eval_prompts)}
+    assert not training_inputs(args) & {p.input for p in load_prompts(args.eval_prompts)}
 
 
 @pytest.fixture(scope="module")

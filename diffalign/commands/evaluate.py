@@ -20,12 +20,14 @@ from diffalign.evaluation.sampling import spread_evenly
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
+from diffalign.models.load import edits
 from diffalign.preflight import inspect
 from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.report.html import write_page
 from diffalign.report.plots import plot_figures
 from diffalign.report.results import ModelResults, diversity_of, figures, set_line, to_json, to_markdown
 from diffalign.rewards.support.probe import try_rewards
+from diffalign.rewards.support.sources import source_images
 from diffalign.runtime.processes import joined
 from diffalign.structures import Prompt
 
@@ -125,14 +127,17 @@ def compare(config: EvaluationConfig) -> Path | None:
         return None
     prompts, scored = drawn
     page = resolved.output_dir / "compare.html"
-    write_page(page, f"{resolved.model}: {', '.join(scored)}", prompts, scored)
+    shows_sources = edits(resolved.model, resolved.revision)
+    write_page(page, f"{resolved.model}: {', '.join(scored)}", prompts, scored, shows_sources)
     rows = spread_evenly(len(prompts), GRID_ROWS)
-    _grid(resolved.output_dir / "compare.png", [prompts[i].text for i in rows], rows, scored)
+    _grid(resolved.output_dir / "compare.png", [prompts[i] for i in rows], rows, scored, shows_sources)
     print(f"{page} and {resolved.output_dir / 'compare.png'}")
     return page
 
 
-def _grid(path: Path, texts: list[str], rows: list[int], scored: Mapping[str, ScoredImages]) -> None:
+def _grid(
+    path: Path, prompts: list[Prompt], rows: list[int], scored: Mapping[str, ScoredImages], shows_sources: bool
+) -> None:
     columns, scores = {}, {}
     for name, own in scored.items():
         chosen = [int((own.prompt == row).nonzero()[0]) for row in rows]
@@ -143,4 +148,6 @@ def _grid(path: Path, texts: list[str], rows: list[int], scored: Mapping[str, Sc
     means = {r: {name: own.scores[r].nanmean().item() for name, own in scored.items()} for r in first.scores}
     # If the grid shows every image, its own means are the overall ones.
     totals = OverallMeans(len(first.prompt), means) if len(first.prompt) > len(rows) else None
-    compare_grid(columns, texts, scores, path, totals)
+    height, width = next(iter(columns.values())).shape[-2:]
+    sources = source_images([prompt.metadata for prompt in prompts], (height, width)) if shows_sources else None
+    compare_grid(columns, [prompt.text for prompt in prompts], scores, path, totals, sources)

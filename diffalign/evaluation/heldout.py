@@ -19,6 +19,7 @@ from diffalign.evaluation.sampling import spread_evenly
 from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, wants_latents
+from diffalign.rewards.support.sources import source_images
 from diffalign.rewards.support.weights import resident
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, decode, generate_latents
@@ -44,6 +45,7 @@ class Shown:
         scores: Reward -> (N,).
         diversity: Pairwise pixel distance within a prompt; None with one image per prompt.
         about: Digest of prompts and settings; evaluations with equal ``about`` are comparable.
+        sources: (P, 3, H, W), source images of edits; None for models that do not edit.
     """
 
     texts: list[str]
@@ -54,6 +56,7 @@ class Shown:
     scores: dict[str, Tensor]
     diversity: float | None
     about: str = ""
+    sources: Tensor | None = None
 
 
 class Evaluation:
@@ -126,8 +129,15 @@ class Evaluation:
             {name: torch.tensor([row[3 + k] for row in all_rows]) for k, name in enumerate(scores)},
             diversity,
             f"{self.digest} {self.per_prompt} images, {len(plan.plan)} steps, guidance {scale}",
+            self._sources([prompts[i] for i in chosen.tolist()]),
         )
         return summary(shown), shown
+
+    def _sources(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Read the source images of prompts; None for models that do not edit."""
+        if not self.model.edits or not prompts:
+            return None
+        return source_images([prompt.metadata for prompt in prompts], self.model.default_resolution)
 
     def _score(self, name: str, images: Tensor, prompts: Sequence[Prompt], latents: Tensor | None) -> Tensor:
         """Score on the device of the run, in batches; networks are moved there and back at most once."""

@@ -70,6 +70,14 @@ def unguided_scale(path: str | Path, revision: str | None = None) -> float:
         return DiffusionModel.unguided_scale
 
 
+def edits(path: str | Path, revision: str | None = None) -> bool:
+    """Return whether a model's family edits source images; False if the family cannot be read yet."""
+    try:
+        return get_family(pipeline_class(path, revision)).edits
+    except (OSError, ValueError):  # loading the model will report the error
+        return False
+
+
 def default_guidance(path: str | Path, revision: str | None = None) -> float:
     """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none."""
     parameters = inspect.signature(getattr(diffusers, pipeline_class(path, revision)).__call__).parameters

@@ -17,6 +17,7 @@ GAP = 8  # pixels between cells
 CELL = (128, 256)  # smallest and largest width of an image in a comparison, in pixels
 TEXT_WIDTH = 200
 FONT = 14
+SOURCE = "source"  # title of the column of source images
 PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322b"
 
 
@@ -68,6 +69,7 @@ def compare_grid(
     scores: Mapping[str, Mapping[str, Tensor]] | None,
     path: str | Path,
     totals: OverallMeans | None = None,
+    sources: Tensor | None = None,
 ) -> None:
     """Write a comparison image: a row per prompt, a column per model, scores below each image.
 
@@ -80,11 +82,13 @@ def compare_grid(
         scores: Model -> reward -> (P,), higher is better; None draws no scores.
         path: Output file.
         totals: Means over all evaluated images; None if the rows are all of them.
+        sources: Source images of edits, (P, 3, H, W), for a first column without scores.
 
     Raises:
         ValueError: No column or prompt, or lengths differ.
     """
     _check(columns, prompts, scores)
+    columns = dict(columns) if sources is None else {SOURCE: sources, **columns}
     width = min(max(next(iter(columns.values())).shape[3], CELL[0]), CELL[1])
     pictures = {name: [_picture(image, width) for image in images] for name, images in columns.items()}
     rewards = list(next(iter(scores.values()))) if scores is not None else []
@@ -103,11 +107,13 @@ def compare_grid(
         x = TEXT_WIDTH + 2 * GAP + j * (width + GAP)
         _centred(draw, name, x, GAP / 2, width)
         for k, values in enumerate(lines.values(), start=1):
-            _centred(draw, values[name], x, GAP / 2 + k * (FONT + 6), width, GREY)
+            _centred(draw, values.get(name, ""), x, GAP / 2 + k * (FONT + 6), width, GREY)
         y = header + GAP
         for i, picture in enumerate(pictures[name]):
             sheet.paste(picture, (x, y))
             for k, (reward, table) in enumerate(tables.items()):
+                if name not in table:
+                    continue
                 middle = y + picture.height + line * (k + 0.5)
                 _mark(draw, table, name, i, x + width * (0.5 if len(rewards) == 1 else 0.8), middle)
                 if len(rewards) > 1:

@@ -15,7 +15,7 @@ from PIL import Image
 from diffalign.atomic import write_text
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.files import read_bytes
-from diffalign.media import decode
+from diffalign.media import decode, fitted
 from diffalign.structures import Prompt
 
 BUDGET = 9_000_000  # bytes of a page; base64 takes four characters for three bytes
@@ -24,11 +24,18 @@ ATTEMPTS = ((1024, 90), (768, 85), (512, 85), (512, 75), (384, 75), (256, 70), (
 PROBES = 16  # images that estimate the size of an attempt
 
 
-def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: Mapping[str, ScoredImages]) -> None:
+def write_page(
+    path: str | Path,
+    title: str,
+    prompts: Sequence[Prompt],
+    models: Mapping[str, ScoredImages],
+    sources: bool = False,
+) -> None:
     """Write a page with a row per prompt and a column per model: its first image of the prompt, rewards below.
 
     The header has means over the images shown and, with several images per prompt, over all images. Gains are relative
-    to the first model. Small images are embedded losslessly, larger ones as WebP at the best quality within ``BUDGET``.
+    to the first model. With ``sources`` the source image of each edit stands below its prompt. Small images are
+    embedded losslessly, larger ones as WebP at the best quality within ``BUDGET``.
     """
     first = {
         name: [int((judged.prompt == i).nonzero()[0]) for i in range(len(prompts))] for name, judged in models.items()
@@ -41,6 +48,7 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     rows = [
         {
             "prompt": prompt.text,
+            **(_source(prompt, pictures[0][i].size, small) if sources else {}),
             "task": str(prompt.metadata.get("tag", "")),
             "images": [column[i] for column in columns],
             "scores": [
@@ -60,6 +68,15 @@ def write_page(path: str | Path, title: str, prompts: Sequence[Prompt], models: 
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
     template = files("diffalign.report").joinpath("page.html").read_text(encoding="utf-8")
     write_text(path, template.replace("/*DATA*/", text))
+
+
+def _source(prompt: Prompt, size: tuple[int, int], small: bool) -> dict[str, str]:
+    """Return the source image of an edit, fitted to the result's (width, height); nothing for other prompts."""
+    given = prompt.input
+    if isinstance(given, str):
+        return {}
+    picture = fitted(read_bytes(Path(given.image)), size[::-1])
+    return {"source": _uri(picture, "PNG", optimize=True) if small else _webp(picture, *ATTEMPTS[-1])}
 
 
 def _embedded(pictures: Sequence[Sequence[Image.Image]], small: bool) -> list[list[str]]:

@@ -141,7 +141,7 @@ class Report:
         found = {name: own.rewards[first] for name, own in self.figures(before).items()}
         means = {name: math.nan if mean is None else mean.mean for name, mean in found.items()}
         totals = OverallMeans(len(shown.prompt), {first: means})
-        compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals)
+        compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals, shown.sources)
 
     def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
         """Figures over every held-out image, of base and tuned model, or of the tuned one alone."""

@@ -1,7 +1,7 @@
 """Train the embedded FluxKontextPipeline, which edits images by instructions, and write its prompts.
 
     python scripts/build/shapes_edit.py denoiser   # 36 minutes on one core
-    python scripts/build/shapes_edit.py denoiser --go_on --seed 1 --lr 1.2e-3 --minutes 15
+    python scripts/build/shapes_edit.py denoiser --go_on --seed 1 --lr 1.5e-3 --wrong 0.1 --minutes 15
     python scripts/build/shapes_edit.py prompts
 
 The pipeline has the VAE of ``assets/shapes-sd3``. Its transformer and text encoders learn from scenes, instructions and

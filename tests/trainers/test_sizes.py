@@ -204,7 +204,10 @@ def test_sdxl_is_told_size_crop_and_bucket(dpo, mixed, tmp_path):
             {"aspect_buckets": 64},
             r"aspect_buckets 64: 64 x 64 is the only size of its area; give a smaller step, such as 16",
         ),
-        ({"aspect_buckets": 16, "streaming": True}, "aspect_buckets needs the sizes of all images.* streaming: false"),
+        (
+            {"aspect_buckets": 16, "streaming": True},
+            "aspect_buckets: the sizes of all images must be known",
+        ),
         ({"aspect_buckets": 16, "train_data": (), "rewards": {"shapes": 1.0}}, "aspect_buckets: read only offline"),
         ({"aspect_buckets": -1}, "aspect_buckets must be at least 0"),
     ],

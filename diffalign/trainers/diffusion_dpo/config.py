@@ -196,6 +196,8 @@ class DiffusionDPOConfig(RolloutConfig):
             names |= super().unread()
         else:
             names = dict.fromkeys(ONLINE_ONLY, OFFLINE)
+            if self.streaming:
+                names["aspect_buckets"] = "the sizes of all images must be known, and a stream has none"
             if self.losers == "data":
                 plan = (field.name for field in dataclasses.fields(self.plan) if field.name != "num_steps")
                 names |= dict.fromkeys((f"plan.{name}" for name in plan), OFFLINE)
@@ -266,8 +268,6 @@ class DiffusionDPOConfig(RolloutConfig):
         if self.streaming and not (paired and self.losers == "data"):
             what = repr(self.loss) if self.losers == "data" else "losers: reference"
             raise ValueError(f"{what} learns from single images, which are not streamed: set streaming: false")
-        if self.streaming and self.aspect_buckets:
-            raise ValueError("aspect_buckets needs the sizes of all images, unknown in a stream: set streaming: false")
         if self.losers == "data":
             return
         if self.online:
