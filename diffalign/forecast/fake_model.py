@@ -130,9 +130,9 @@ class BlankTokenizer:
         """Return the ids of a short text."""
         return [0] * 8
 
-    def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:
-        """Return a text."""
-        return ""
+    def apply_chat_template(self, messages: Sequence[Any], tokenize: bool = True, **options: Any) -> Any:
+        """Return a text, or the tokens of a conversation each."""
+        return self([""] * len(messages), **options) if tokenize else ""
 
     def batch_decode(self, ids: Tensor, **_: Any) -> list[str]:
         """Return empty texts."""

@@ -69,7 +69,7 @@ class FlowModel(DiffusionModel):
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         uniform = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
         grid = uniform if schedule == "uniform" or self.uniform_grid else {"num_inference_steps": num_steps}
-        scheduler.set_timesteps(**grid, **self._shift(scheduler, resolution))
+        scheduler.set_timesteps(**grid, **self._shift(scheduler, resolution, num_steps))
         return flow_levels(scheduler.sigmas, self.num_train_timesteps)
 
     def level_at(self, time: Tensor) -> Level:
@@ -94,9 +94,10 @@ class FlowModel(DiffusionModel):
     @property
     def resolution_unit(self) -> int:
         """Pixels per side of a token."""
-        return self.pipeline.vae_scale_factor * self.patch_size
+        return self.latent_stride * self.patch_size
 
-    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None) -> dict[str, float]:
+    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None, num_steps: int) -> dict[str, float]:
+        """Return the argument of ``set_timesteps`` that shifts the sigmas by image size; empty for a fixed shift."""
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
         *_, height, width = self.latent_shape(resolution)

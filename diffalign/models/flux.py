@@ -32,6 +32,8 @@ class FluxModel(PackedFlowModel):
         ValueError: ``embedded_guidance`` is given for a model without a guidance embedding, such as FLUX.1-schnell.
     """
 
+    guidance_argument = "true_cfg_scale"
+    negative_text = ""
     negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
     lora_targets = JOINT_ATTENTION
 
@@ -54,7 +56,12 @@ class FluxModel(PackedFlowModel):
 
     def count_tokens(self, text: str) -> int:
         """Count T5 tokens."""
-        return len(self.pipeline.tokenizer_2(text).input_ids)
+        return self.prompt_tokens(self.pipeline.tokenizer_2, text)
+
+    def guidance_arguments(self, scale: float | None) -> dict[str, str]:
+        """Return the arguments of guidance and of the embedded guidance, as Python source."""
+        embedded = {} if self.embedded_guidance is None else {"guidance_scale": f"{self.embedded_guidance:g}"}
+        return {**embedded, **super().guidance_arguments(scale)}
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()

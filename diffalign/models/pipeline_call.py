@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
     Steps, guidance and prompt length are always given, because the defaults differ between versions of diffusers.
     """
     setup, imports, steps = _schedule(model, sampled)
-    arguments = {**steps, **_guidance(model, sampled.guidance)}
+    arguments = {**steps, **model.guidance_arguments(sampled.guidance)}
     if (length := getattr(model, "max_sequence_length", None)) is not None:
         arguments["max_sequence_length"] = str(length)
     arguments |= _size(model)
@@ -75,52 +75,9 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
     return [], [], steps
 
 
-def _guidance(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    kind = type(model.pipeline).__name__
-    return GUIDANCE.get(kind, _usual)(model, scale)
-
-
-def _guides(model: DiffusionModel, scale: float | None) -> bool:
-    return scale is not None and scale > getattr(model, "unguided_scale", 1.0)
-
-
-def _usual(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    return {"guidance_scale": f"{scale:g}" if _guides(model, scale) and scale is not None else "1.0"}
-
-
-def _flux(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    embedded = getattr(model, "embedded_guidance", None)
-    own = {} if embedded is None else {"guidance_scale": f"{embedded:g}"}
-    return {**own, **_true_cfg(model, scale, "")}
-
-
-def _true_cfg(model: DiffusionModel, scale: float | None, negative: str) -> dict[str, str]:
-    if not _guides(model, scale):
-        return {"true_cfg_scale": "1.0"}
-    return {"true_cfg_scale": f"{scale:g}", "negative_prompt": f'"{negative}"'}
-
-
-def _qwen(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    return _true_cfg(model, scale, " ")
-
-
-def _z_image(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    """Write the scale relative to the scale that turns guidance off, which is 0 in Z-Image's pipeline."""
-    offset = getattr(model, "unguided_scale", 1.0)
-    return {"guidance_scale": f"{scale - offset:g}" if _guides(model, scale) and scale is not None else "0.0"}
-
-
-GUIDANCE: dict[str, Callable[[DiffusionModel, float | None], dict[str, str]]] = {
-    "FluxPipeline": _flux,
-    "QwenImagePipeline": _qwen,
-    "ZImagePipeline": _z_image,
-}
-
-
 def _size(model: DiffusionModel) -> dict[str, str]:
-    """Height and width if the run sets them; SANA must not round them to its resolution bins."""
+    """Return height and width if the run sets them."""
     if model.resolution is None:
         return {}
     height, width = model.default_resolution
-    binning = {"use_resolution_binning": "False"} if type(model.pipeline).__name__ == "SanaPipeline" else {}
-    return {"height": str(height), "width": str(width), **binning}
+    return {"height": str(height), "width": str(width), **model.size_arguments}

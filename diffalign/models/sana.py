@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,6 +35,7 @@ class SanaModel(FlowModel):
     """
 
     uniform_grid = False
+    size_arguments: Mapping[str, str] = {"use_resolution_binning": "False"}
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
     # The pipeline does not accept text together with embeddings, so the prompt is encoded first.
     negative_call = """
@@ -85,6 +87,11 @@ image = pipe(
         """Count tokens after the instruction, plus the two that the pipeline counts for its ends."""
         instruction, read = "\n".join(self.instruction), self.pipeline.tokenizer.encode
         return len(read(instruction + text.lower().strip())) - len(read(instruction)) + 2
+
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
+        """Count tokens, plus the one of the instruction that shares the window."""
+        return len(tokenizer(text, verbose=False).input_ids) + 1
 
     def _encode(self, texts: Sequence[str], instruction: Sequence[str] | None) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(

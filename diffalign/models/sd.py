@@ -85,10 +85,6 @@ class SDModel(DiffusionModel):
         """CLIP's positions, 77, including the start and end tokens."""
         return self.pipeline.tokenizer.model_max_length
 
-    def count_tokens(self, text: str) -> int:
-        """Count CLIP tokens."""
-        return len(self.pipeline.tokenizer(text).input_ids)
-
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

@@ -12,6 +12,7 @@ from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import FLOW_ONLY, step, transition
 from diffalign.models.flow import FlowModel
 from diffalign.models.flux import FluxModel
+from diffalign.models.flux2 import Flux2Model
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
@@ -22,6 +23,7 @@ from tests.models.published_flow_configs import (
     FLUX_SCHEDULER,
     QWEN_SCHEDULER,
     SANA_SCHEDULER,
+    SCHEDULERS,
     SCHNELL_SCHEDULER,
     Z_IMAGE_SCHEDULER,
     flow_scheduler,
@@ -37,6 +39,7 @@ FAMILIES = {
     "qwen_image": (QwenImageModel, partial(flow_scheduler, QWEN_SCHEDULER)),
     "sana": (SanaModel, partial(DPMSolverMultistepScheduler.from_config, SANA_SCHEDULER)),
     "z_image": (ZImageModel, partial(flow_scheduler, Z_IMAGE_SCHEDULER)),
+    "flux2_dev": (Flux2Model, partial(flow_scheduler, SCHEDULERS["flux2_dev"])),
 }
 STEPS = range(4, 51)
 

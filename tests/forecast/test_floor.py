@@ -37,6 +37,8 @@ MODELS = {
     "qwen": "Qwen/Qwen-Image",
     "z_image": "Tongyi-MAI/Z-Image-Turbo",
     "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "flux2": "black-forest-labs/FLUX.2-dev",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
 }
 GUIDED = {"guidance_scale": 3.0}
 DDIM = {"plan": {"preset": "first_steps", "num_steps": 3, "window_size": 1, "solver": "ddim"}}
@@ -62,6 +64,8 @@ SLOW = [
     ("refl", "flux", {}),
     ("refl", "sd15", GUIDED),
     ("refl", "sana", {}),
+    ("flow_grpo", "klein", GUIDED),
+    ("diffusion_dpo", "flux2", {}),
 ]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
@@ -72,7 +76,8 @@ def shallow(tmp_path, monkeypatch):
     folder = tmp_path / "published"
     shutil.copytree(published_configs.FOLDER, folder)
     for file in folder.rglob("*.json"):
-        if file.parent.name != "vae":
+        layers_are_read = file.parent.name == "text_encoder" and "FLUX.2" in str(file)  # the 30th of them
+        if file.parent.name != "vae" and not layers_are_read:
             file.write_text(json.dumps(shortened(json.loads(file.read_text()))))
     monkeypatch.setattr(published_configs, "FOLDER", folder)
 

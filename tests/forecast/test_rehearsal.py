@@ -17,7 +17,7 @@ from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
 from tests.forecast.measured import measure
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, NAMES
 
 JUDGE = {"options": {name: str(ROOT / "assets/judges/pickscore") for name in ("path", "tokenizer")}}
 PLAN = {"preset": "first_steps", "num_steps": 2, "window_size": 1}
@@ -92,7 +92,7 @@ def test_settings_of_files_and_evaluations_do_not_stop_a_rehearsal(trainer, more
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_rehearsed_peak_of_every_family_is_the_measured_one(name, tmp_path):
     family, folder = FAMILIES[name], PIPELINE
     if family.build is not None:

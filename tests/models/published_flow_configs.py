@@ -20,9 +20,12 @@ HUB = {
     "qwen_image": "Qwen/Qwen-Image",
     "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     "z_image": "Tongyi-MAI/Z-Image-Turbo",
+    "flux2_dev": "black-forest-labs/FLUX.2-dev",
+    "flux2_klein": "black-forest-labs/FLUX.2-klein-base-4B",
 }
+SCHEDULERS = {name: settings(hub, "scheduler") for name, hub in HUB.items()}
 FLUX_SCHEDULER, SCHNELL_SCHEDULER, QWEN_SCHEDULER, SANA_SCHEDULER, Z_IMAGE_SCHEDULER = (
-    settings(name, "scheduler") for name in HUB.values()
+    SCHEDULERS[name] for name in ("flux_dev", "flux_schnell", "qwen_image", "sana", "z_image")
 )
 FLUX_TRANSFORMER, FLUX_VAE, T5_XXL = (
     settings(HUB["flux_dev"], part) for part in ("transformer", "vae", "text_encoder_2")
@@ -58,5 +61,7 @@ FLOW_COUNTED = {
     },
     "qwen_image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656},
     "sana": {"text_encoder": 2_614_341_888},
+    "flux2_dev": {"text_encoder": 24_011_361_280},
+    "flux2_klein": {"text_encoder": 4_022_468_096},
     "z_image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
 }

@@ -8,7 +8,7 @@ from diffalign.models import load_model, with_tuned_weights
 from diffalign.report.load_snippet import load_snippet
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.models.families import FAMILIES, noise_of, packed
+from tests.models.families import FAMILIES, NAMES, noise_of, packed
 
 PROMPT = 'a "red" circle'
 STEPS = 4
@@ -51,10 +51,11 @@ def run(snippet, pipe_class, noise, monkeypatch):
     [(False, "pipeline"), (True, "pipeline"), (True, "uniform")],
     ids=["plain", "cfg", "uniform"],
 )
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_snippet_draws_the_evaluated_image(trained, family_pipelines, name, guided, schedule, monkeypatch):
     model, folder = trained(name)
     off = getattr(model, "unguided_scale", 1.0)
+    guided = guided and FAMILIES[name].guided is not None
     scale = off + 2 if guided else off
     args = FlowGRPOConfig(
         model=str(family_pipelines[name]), output_dir=folder, guidance_scale=scale, eval_num_steps=STEPS,

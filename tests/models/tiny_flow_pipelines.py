@@ -8,8 +8,12 @@ import json
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -19,7 +23,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
@@ -27,10 +32,16 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -52,6 +63,12 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
+)
+# The layout of Mistral Small's own template.
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% set text = message.content[0].text %}"
+    "{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% else %}[INST]{{ text }}[/INST]"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -250,3 +267,91 @@ def z_image() -> ZImagePipeline:
         tokenizer=words,
         scheduler=published.flow_scheduler(published.Z_IMAGE_SCHEDULER),
     )
+
+
+def _flux2(kind, text_encoder, words, name, width, **more):
+    small = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 3 * width,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    small_vae = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    hub = published.HUB[name]
+    vae = AutoencoderKLFlux2(**published.settings(hub, "vae") | small_vae)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return kind(
+        transformer=Flux2Transformer2DModel(**published.settings(hub, "transformer") | small),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=words,
+        scheduler=published.flow_scheduler(published.SCHEDULERS[name]),
+        **more,
+    )
+
+
+def mistral_processor() -> PixtralProcessor:
+    special = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    special += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = [*CAPTIONS, *[SYSTEM_MESSAGE] * 20]
+    vocab, merges = _learned(texts, pre_tokenizers.ByteLevel.alphabet(), special, splitter=splitter)
+    learned = Tokenizer(BPE(vocab, merges))
+    learned.pre_tokenizer, learned.decoder = splitter, decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=learned,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens=special[4:],
+    )
+    words.padding_side = "left"
+    return PixtralProcessor(PixtralImageProcessor(), words, patch_size=14, spatial_merge_size=2, chat_template=INST)
+
+
+def flux2_dev() -> Flux2Pipeline:
+    words = mistral_processor()
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 31,  # the pipeline reads layers 10, 20 and 30
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": len(words.tokenizer),
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = published.settings(published.HUB["flux2_dev"], "text_encoder")
+    found["text_config"] = found["text_config"] | text
+    found["vision_config"] = found["vision_config"] | vision | {"head_dim": 8}
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(**found))
+    return _flux2(Flux2Pipeline, encoder, words, "flux2_dev", 16)
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    words = qwen_tokenizer()
+    qwen = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 28,  # the pipeline reads layers 9, 18 and 27
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": len(words),
+    }
+    encoder = Qwen3ForCausalLM(Qwen3Config(**published.QWEN3_4B | qwen))
+    return _flux2(Flux2KleinPipeline, encoder, words, "flux2_klein", 16, is_distilled=False)
