@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
@@ -132,3 +134,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     batch, _, channels = tokens.shape
     squares = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+@lru_cache(maxsize=16)
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the position ids of the image tokens, (h w, 3): 0, row, column. Cached to avoid a device sync."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
+from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, image_ids, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning
@@ -89,10 +88,3 @@ class FluxModel(PackedFlowModel):
             return_dict=False,
         )[0]
         return unpack(output.float(), height, width)
-
-
-@lru_cache(maxsize=16)
-def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the position ids of the image tokens, (h w, 3): 0, row, column. Cached to avoid a device sync."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

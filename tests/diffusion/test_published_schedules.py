@@ -10,9 +10,11 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMS
 from diffalign.diffusion.plan import PRESETS, PUBLISHED_NOISE_LEVEL, Plan, PlanConfig, Row, make_plan, possible_plans
 from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import FLOW_ONLY, step, transition
+from diffalign.models.cogview4 import CogView4Model
 from diffalign.models.flow import FlowModel
 from diffalign.models.flux import FluxModel
 from diffalign.models.flux2 import Flux2Model
+from diffalign.models.lumina2 import Lumina2Model
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
@@ -39,6 +41,8 @@ FAMILIES = {
     "qwen_image": (QwenImageModel, partial(flow_scheduler, QWEN_SCHEDULER)),
     "sana": (SanaModel, partial(DPMSolverMultistepScheduler.from_config, SANA_SCHEDULER)),
     "z_image": (ZImageModel, partial(flow_scheduler, Z_IMAGE_SCHEDULER)),
+    "lumina2": (Lumina2Model, partial(flow_scheduler, SCHEDULERS["lumina2"])),
+    "cogview4": (CogView4Model, partial(flow_scheduler, SCHEDULERS["cogview4"])),
     "flux2_dev": (Flux2Model, partial(flow_scheduler, SCHEDULERS["flux2_dev"])),
 }
 STEPS = range(4, 51)

@@ -39,6 +39,9 @@ MODELS = {
     "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     "flux2": "black-forest-labs/FLUX.2-dev",
     "klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
+    "chroma": "lodestones/Chroma1-HD",
+    "cogview4": "THUDM/CogView4-6B",
 }
 GUIDED = {"guidance_scale": 3.0}
 DDIM = {"plan": {"preset": "first_steps", "num_steps": 3, "window_size": 1, "solver": "ddim"}}
@@ -66,6 +69,9 @@ SLOW = [
     ("refl", "sana", {}),
     ("flow_grpo", "klein", GUIDED),
     ("diffusion_dpo", "flux2", {}),
+    ("flow_grpo", "lumina2", GUIDED),
+    ("forward_rl", "chroma", GUIDED),
+    ("flow_grpo", "cogview4", GUIDED),
 ]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
@@ -113,7 +119,7 @@ def cost_of_one(config, x, time, conditioning):
     counter = Counter()
     model, _ = fake_model(config, counter.fake, lambda model: model.raw_denoiser.requires_grad_(False), late=True)
     first = {
-        name: tensor if name in conditioning.shared else tensor.new_empty(1, *tensor.shape[1:])
+        name: tensor[:1]  # lengths of prompts have values
         for name, tensor in conditioning.tensors.items()
     }
     with counter, torch.no_grad(), counter.watched() as seen:

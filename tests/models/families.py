@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -34,6 +34,7 @@ class Family:
         scale: Pipeline argument with the LoRA's scale.
         solver: Solver of ODE rows that fits the scheduler.
         stochastic: Solver of SDE rows that fits the scheduler.
+        negative: Whether a negative prompt can be trained.
         slow: Whether all but the comparison with the pipeline's images is left to the slow tests.
     """
 
@@ -44,6 +45,7 @@ class Family:
     scale: str = "joint_attention_kwargs"
     solver: str = "ode"
     stochastic: str = "flow_sde"
+    negative: bool = True
     slow: bool = False
 
 
@@ -79,6 +81,17 @@ FAMILIES: dict[str, Family] = {
         PACKED | {"guidance_scale": 0.0},
         lambda scale, count: {"guidance_scale": scale},
     ),
+    "lumina2": Family(
+        tiny_flow.lumina2,
+        {"max_sequence_length": 48, "resolution": 32},
+        {"height": 32, "width": 32, "max_sequence_length": 48, "guidance_scale": 1.0},
+        scale=ATTENTION,
+        slow=True,
+    ),
+    "chroma": Family(tiny_flow.chroma, SHORT, PACKED | {"guidance_scale": 1.0}, slow=True),
+    "cogview4": Family(
+        tiny_flow.cogview4, SHORT, PACKED | {"guidance_scale": 1.0}, scale=ATTENTION, negative=False, slow=True
+    ),
     "flux2_dev": Family(
         tiny_flow.flux2_dev,
         SHORT | {"max_sequence_length": 48},
@@ -89,12 +102,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "flux2_klein": Family(tiny_flow.flux2_klein, SHORT, PACKED | {"guidance_scale": 1.0}, scale=ATTENTION, slow=True),
 }
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if family.slow else name for name, family in FAMILIES.items()]
-GUIDED = [
-    pytest.param(name, marks=pytest.mark.slow) if family.slow else name
-    for name, family in FAMILIES.items()
-    if family.guided
-]
+
+
+def _params(names: Iterable[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if FAMILIES[name].slow else name for name in names]
+
+
+NAMES = _params(FAMILIES)
+GUIDED = _params(name for name, family in FAMILIES.items() if family.guided)
+NEGATIVE = _params(name for name, family in FAMILIES.items() if family.guided and family.negative)
 
 
 def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:

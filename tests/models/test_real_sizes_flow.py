@@ -22,6 +22,9 @@ LORA = {
     # Of a single block: one projection to 9 widths (q, k, v and a gated MLP of 3), and one from 4.
     "flux2_dev": RANK * 6144 * (8 * 8 * 2 + 48 * (10 + 5)),
     "flux2_klein": RANK * 3072 * (5 * 8 * 2 + 20 * (10 + 5)),
+    "lumina2": RANK * (26 + 2 + 2) * (2 * (2304 + 2304) + 2 * (2304 + 8 * 96)),  # 8 heads of keys and values
+    "chroma": FLUX_LORA,
+    "cogview4": RANK * 2 * 4096 * 28 * 4,
 }
 NAMES = {
     "flux_dev": ("transformer.single_transformer_blocks.37.attn.to_v.lora_A.weight", (RANK, 3072)),
@@ -31,6 +34,9 @@ NAMES = {
     "z_image": ("transformer.noise_refiner.1.attention.to_q.lora_A.weight", (RANK, 3840)),
     "flux2_dev": ("transformer.single_transformer_blocks.47.attn.to_qkv_mlp_proj.lora_B.weight", (9 * 6144, RANK)),
     "flux2_klein": ("transformer.single_transformer_blocks.19.attn.to_out.lora_A.weight", (RANK, 4 * 3072)),
+    "lumina2": ("transformer.context_refiner.1.attn.to_k.lora_B.weight", (8 * 96, RANK)),
+    "chroma": ("transformer.single_transformer_blocks.37.attn.to_v.lora_A.weight", (RANK, 3072)),
+    "cogview4": ("transformer.transformer_blocks.27.attn1.to_out.0.lora_B.weight", (4096, RANK)),
 }
 LATENT = dict.fromkeys(FLOW_PIPELINES, 16 * 128 * 128) | {
     "sana": 32 * 32 * 32,
@@ -44,6 +50,9 @@ BUFFERS = {
     "z_image": 2 * 64,
     "flux2_dev": 2 * (64 + 32),
     "flux2_klein": 2 * 64,
+    "lumina2": 2 * 128 + 1,
+    "chroma": 344 * 32,  # of its modulations, embedded
+    "cogview4": 2 * 32,
 }
 # Mean and variance of a VAE's batch norm.
 NORM = {"flux2_dev": 2 * 128, "flux2_klein": 2 * 128}
