@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffalign.diffusion.schedule import ddim_spacing
 from diffalign.models.base import DiffusionModel
 
 
@@ -59,7 +60,7 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
     config = model.pipeline.scheduler.config
     if model.parameterization != "flow":
         # Evaluations use DDIM, whatever the pipeline's scheduler is.
-        spacing = ', timestep_spacing="trailing"' if sampled.schedule == "uniform" else ""
+        spacing = "".join(f', {name}="{value}"' for name, value in ddim_spacing(config, sampled.schedule).items())
         change = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{spacing})"
         return [change], ["DDIMScheduler"], steps
     uniform = {"sigmas": f"[1 - i / {count} for i in range({count})]"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
@@ -74,7 +75,16 @@ class TrainableModel(ABC):
             keep_reference: Support ``using("reference")``; costs a copy of the weights in full fine-tuning and nothing
                 for a LoRA.
             shards: FSDP2 settings; None keeps the whole denoiser on each process.
+
+        Raises:
+            ValueError: A LoRA of a pipeline that cannot load one, or see ``lora.inject``.
         """
+        loads = hasattr(self.pipeline, "load_lora_weights") and hasattr(self.raw_denoiser, "add_adapter")
+        if config.rank and not loads:
+            raise ValueError(
+                f"lora.rank {config.rank}: diffusers {diffusers.__version__} loads no LoRA into a "
+                f"{type(self.pipeline).__name__}; train its weights in full with lora.rank: 0"
+            )
         if config.rank:
             lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
         else:

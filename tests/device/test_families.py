@@ -5,13 +5,13 @@ import torch
 
 from tests.device.runs import make
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.families import FAMILIES, NAMES
+from tests.models.families import FAMILIES, LORA
 from tests.phases import collect, update
 
 DATA = {"num_groups": 1, "group_size": 2, "rollout_batch_size": 2, "train_batch_size": 2}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LORA)
 def test_a_family_trains(name, tmp_path):
     family = FAMILIES[name]
     options = {key: value for key, value in family.options.items() if key != "embedded_guidance"}

@@ -15,12 +15,13 @@ from diffalign.models.flow import FlowModel
 from diffalign.models.flux import FluxModel
 from diffalign.models.flux2 import Flux2Model
 from diffalign.models.lumina2 import Lumina2Model
+from diffalign.models.pixart_sigma import PixArtSigmaModel
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
 from diffalign.models.sd3 import SD3Model
 from diffalign.models.z_image import ZImageModel
-from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER
+from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER, settings
 from tests.models.published_flow_configs import (
     FLUX_SCHEDULER,
     QWEN_SCHEDULER,
@@ -35,6 +36,12 @@ FAMILIES = {
     "sd15": (SDModel, partial(PNDMScheduler.from_config, SD15_SCHEDULER)),
     "sd21": (SDModel, partial(PNDMScheduler.from_config, SD21_SCHEDULER)),
     "sdxl": (SDModel, partial(EulerDiscreteScheduler.from_config, SDXL_SCHEDULER)),
+    "pixart_sigma": (
+        PixArtSigmaModel,
+        partial(
+            DPMSolverMultistepScheduler.from_config, settings("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "scheduler")
+        ),
+    ),
     "sd35": (SD3Model, partial(flow_scheduler, SD35_SCHEDULER)),
     "flux_dev": (FluxModel, partial(flow_scheduler, FLUX_SCHEDULER)),
     "flux_schnell": (FluxModel, partial(flow_scheduler, SCHNELL_SCHEDULER)),

@@ -8,6 +8,12 @@ from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES
 
 
+def ddim_options(pipe) -> dict:
+    """Return what sampling with DDIM changes in a scheduler's configuration."""
+    linspace = pipe.scheduler.config.get("timestep_spacing") == "linspace"  # DDIM cannot step over it
+    return {"clip_sample": False, **({"timestep_spacing": "leading"} if linspace else {})}
+
+
 class Lazy(dict):
     """A dictionary that makes a missing value from its key."""
 
@@ -46,8 +52,8 @@ def plain(family_pipelines):
 
     def load(name):
         pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
-        if "unet" in pipe.components:
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if "unet" in pipe.components or type(pipe).__name__ == "PixArtSigmaPipeline":
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **ddim_options(pipe))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -35,6 +35,7 @@ class Family:
         solver: Solver of ODE rows that fits the scheduler.
         stochastic: Solver of SDE rows that fits the scheduler.
         negative: Whether a negative prompt can be trained.
+        lora: Whether diffusers loads LoRAs into the pipeline.
         slow: Whether all but the comparison with the pipeline's images is left to the slow tests.
     """
 
@@ -46,6 +47,7 @@ class Family:
     solver: str = "ode"
     stochastic: str = "flow_sde"
     negative: bool = True
+    lora: bool = True
     slow: bool = False
 
 
@@ -81,6 +83,14 @@ FAMILIES: dict[str, Family] = {
         PACKED | {"guidance_scale": 0.0},
         lambda scale, count: {"guidance_scale": scale},
     ),
+    "pixart_sigma": Family(
+        tiny.pixart_sigma,
+        {"max_sequence_length": 24, "resolution": 16},
+        PACKED | {"use_resolution_binning": False, "guidance_scale": 1.0},
+        stochastic="ddim",
+        lora=False,
+        slow=True,
+    ),
     "lumina2": Family(
         tiny_flow.lumina2,
         {"max_sequence_length": 48, "resolution": 32},
@@ -109,6 +119,7 @@ def _params(names: Iterable[str]) -> list:
 
 
 NAMES = _params(FAMILIES)
+LORA = _params(name for name, family in FAMILIES.items() if family.lora)
 GUIDED = _params(name for name, family in FAMILIES.items() if family.guided)
 NEGATIVE = _params(name for name, family in FAMILIES.items() if family.guided and family.negative)
 

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 def load(path):
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    if "unet" in pipe.components:
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    if "unet" in pipe.components or type(pipe).__name__ == "PixArtSigmaPipeline":
+        spacing = {"timestep_spacing": "leading"} if pipe.scheduler.config.get("timestep_spacing") == "linspace" else {}
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **spacing)
     return pipe
 
 def draw_all(path, jobs):

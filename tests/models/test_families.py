@@ -155,6 +155,10 @@ def test_in_bfloat16_the_transformer_gets_the_inputs_of_the_pipeline(family_pipe
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines, name, rank):
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    if rank and not FAMILIES[name].lora:
+        with pytest.raises(ValueError, match=r"lora\.rank 2: .* loads no LoRA into a \w+; train .* lora\.rank: 0"):
+            model.train(LoraConfig(rank=rank))
+        return
     model.train(LoraConfig(rank=rank))
     model.raw_denoiser.train()
     x, level, conditioning = noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS)
@@ -180,7 +184,7 @@ def shared(name, folder, pipeline):
         "model": str(pipeline),
         **FAMILIES[name].options,
         "output_dir": folder,
-        "lora": LoraConfig(rank=2),
+        "lora": LoraConfig(rank=2 if FAMILIES[name].lora else 0),
         "rollout_batch_size": 4,
         "train_batch_size": 4,
         "max_train_steps": 2,
@@ -283,7 +287,7 @@ def runs(wanted, family_pipelines, pairs, tmp_path_factory):
             save_file({"noise": noise}, folder / "noise.safetensors")
             found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
             jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
-    draw_fresh(jobs, loras=len(jobs))
+    draw_fresh(jobs, loras=sum(FAMILIES[name].lora for name, _ in wanted))
     return found
 
 

@@ -10,7 +10,7 @@ from diffalign import LoraConfig
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.quiet import quiet_libraries
-from tests.models.families import FAMILIES, NAMES
+from tests.models.families import FAMILIES, LORA, NAMES
 
 NOISE = (
     "kept in float32",
@@ -24,7 +24,7 @@ NOISE = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LORA)
 def test_loading_a_model_and_a_lora_says_one_line_each(family_pipelines, name, capfd, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

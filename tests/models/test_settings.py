@@ -12,7 +12,7 @@ from tests.conftest import PIPELINE, PROMPTS
 from tests.models.families import FAMILIES, NAMES
 
 # What the tiny pipelines' own checks want: 8 (UNets), whole tokens, 32 (SANA).
-UNITS = {"sd15": 8, "sd2": 8, "sdxl": 8, "sana": 32, "cogview4": 16}
+UNITS = {"sd15": 8, "sd2": 8, "sdxl": 8, "sana": 32, "cogview4": 16, "pixart_sigma": 8}
 JUDGE = PROMPTS.parent / "judges" / "pickscore"
 CONFIGS = (FlowGRPOConfig, DiffusionDPOConfig, ReFLConfig)
 
