@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffalign.config.sections import LoraConfig
     from diffalign.models import DiffusionModel, load_model
     from diffalign.rewards import get_reward, register
+    from diffalign.runtime.callbacks import TrainerCallback, TrainerControl, TrainerState
     from diffalign.structures import Prompt
     from diffalign.trainers import (
         DiffusionDPOConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         ReFLConfig,
         ReFLTrainer,
     )
+    from diffalign.trainers.result import TrainingResult
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,10 @@ __all__ = [
     "Prompt",
     "ReFLConfig",
     "ReFLTrainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingResult",
     "get_reward",
     "load_model",
     "register",
@@ -61,6 +67,10 @@ _HOMES = {
     "Prompt": "diffalign.structures",
     "ReFLConfig": "diffalign.trainers.refl.config",
     "ReFLTrainer": "diffalign.trainers.refl.algorithm",
+    "TrainerCallback": "diffalign.runtime.callbacks",
+    "TrainerControl": "diffalign.runtime.callbacks",
+    "TrainerState": "diffalign.runtime.callbacks",
+    "TrainingResult": "diffalign.trainers.result",
     "get_reward": "diffalign.rewards",
     "load_model": "diffalign.models",
     "register": "diffalign.rewards",

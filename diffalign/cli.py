@@ -47,6 +47,9 @@ SUMMARIES = {
     "relabel": ("DATA ... --rewards NAME [--field VALUE ...]", "label pairs with rewards, stored beside the data"),
     "fit": ("TRAINER --config FILE.yaml [--field VALUE ...]", "print settings that fit into 12 to 80 GB of memory"),
     "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
+    "configs": ("[copy NAME [FILE] | path NAME]", "list the configurations of the package; copy one to edit"),
+    "explain": ("KEY", "say what an option does, its default, and its value in each preset"),
+    "completion": ("bash|zsh", "print a script that completes commands and options in a shell"),
     "schema": ("TRAINER", "print the JSON Schema of a trainer's configuration"),
 }
 
@@ -211,6 +214,22 @@ def schema(argv: Sequence[str]) -> None:
     print(load("diffalign.config.json_schema:schema_text")(registry.config_class(argv[0], allow_code=True)), end="")
 
 
+def explain_option(argv: Sequence[str]) -> None:
+    """``diffalign explain KEY``: say what an option does."""
+    load("diffalign.commands.explain:run")(argv)
+
+
+def completion(argv: Sequence[str]) -> None:
+    """``diffalign completion bash``: print what completes commands and options."""
+    configs = {name: getattr(command, "config", "") for name, command in COMMANDS.items()}
+    load("diffalign.commands.completion:run")(argv, configs)
+
+
+def configs(argv: Sequence[str]) -> None:
+    """``diffalign configs``: list the configurations of the package, or copy one."""
+    load("diffalign.commands.configs:run")(argv)
+
+
 EVALUATION = "diffalign.commands.evaluate_config:EvaluationConfig"
 COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "train": train,
@@ -229,11 +248,21 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], object]] = {
     "relabel": Command("diffalign.commands.relabel_config:RelabelConfig", "diffalign.commands.relabel:run", "data"),
     "fit": fit,
     "doctor": Command("diffalign.commands.doctor.config:DoctorConfig", "diffalign.commands.doctor.command:run"),
+    "configs": configs,
+    "explain": explain_option,
+    "completion": completion,
     "schema": schema,
 }
 
 
-DESCRIBED_HERE = ("train", "fit", "schema")  # without a trainer they have no options to list
+DESCRIBED_HERE = (
+    "train",
+    "fit",
+    "configs",
+    "explain",
+    "completion",
+    "schema",
+)  # without a trainer they have no options to list
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from diffalign.files import shorten
 
@@ -104,9 +104,15 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
 
 
 def size(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
-    """Read (width, height) from the header of an image file. Arguments and errors as for ``decode``."""
+    """Read (width, height) of the upright image from the header of a file. Arguments and errors as for ``decode``."""
     with _opened(content, max_pixels) as image:
-        return image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+        return image.size[::-1] if turned else image.size
+
+
+def fitted(content: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decode an image, resize it to cover (height, width) and crop its centre. Errors as for ``decode``."""
+    return ImageOps.fit(decode(content), size[::-1], Image.Resampling.LANCZOS)
 
 
 @contextmanager

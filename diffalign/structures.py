@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +24,49 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+Resolution = int | tuple[int, int] | None  # of a configuration: a side, (height, width), or the model's own
+
+
+def image_size(resolution: Resolution) -> tuple[int, int] | None:
+    """Return (height, width) in pixels of a configured resolution; one side means a square."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+class EditInput(NamedTuple):
+    """An editing instruction with the path of its source image, which is fitted to ``size``, (height, width).
+
+    None: the model's size.
+    """
+
+    text: str
+    image: str
+    size: tuple[int, int] | None = None
+
+
+Input = str | EditInput  # of a model: a text, with a source image for models that edit
+
+
+def text_of(given: Input) -> str:
+    """Return the text of a model's input."""
+    return given if isinstance(given, str) else given.text
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text with metadata for rewards.
 
     ``metadata`` passes unchanged through the rollout buffer to the reward: a GenEval specification, an OCR target, a
-    scene of shapes.
+    scene of shapes. Its "image" is the path of the source image of an editing instruction.
     """
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Input:
+        """The text, with the path of its source image if it has one."""
+        image = self.metadata.get("image")
+        return EditInput(self.text, image) if isinstance(image, str) and image else self.text
 
 
 @dataclass(frozen=True)

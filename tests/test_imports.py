@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"device", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION = {"device", "embedded", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
 ALLOWED = {
     "device": set(),
+    "embedded": set(),
     "files": set(),
     "atomic": set(),
     "media": {"files"},
@@ -20,7 +21,7 @@ ALLOWED = {
     "user_code": set(),
     "lazy": set(),
     "messages": set(),
-    "config": {"files", "atomic", "tokens"},
+    "config": {"embedded", "files", "atomic", "tokens"},
     "preflight": {"config", "messages", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),

@@ -24,6 +24,7 @@ from diffalign.evaluation.sampling import SamplingSettings
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import DiffusionModel, with_tuned_weights
 from diffalign.models.checkpoint_context import weights_file
+from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import Reward
@@ -94,6 +95,7 @@ class Gallery:
             size: Images per batch.
             progress: Called with the number of existing images, then with the number of images of each batch.
         """
+        check_sources(model, self.prompts)
         folder = self.model_folder(spec)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         write_or_check_settings(folder / "weights.json", self._weights(model, spec))
@@ -117,7 +119,7 @@ class Gallery:
             with model.keeping(VAE):
                 for i in range(0, len(missing), size):
                     if i % (PREFETCH * size) == 0:
-                        encoded.prepare([self.prompts[prompt].text for prompt, _ in missing[i : i + PREFETCH * size]])
+                        encoded.prepare([self.prompts[prompt].input for prompt, _ in missing[i : i + PREFETCH * size]])
                     progress(self._draw(model, plan, encoded, folder, missing[i : i + size]))
 
     def missing(self, spec: CheckpointSpec) -> list[tuple[int, int]]:
@@ -150,7 +152,7 @@ class Gallery:
         prompts = [self.prompts[prompt] for prompt, _ in chunk]
         prompt, sample = torch.tensor(chunk).T
         noise_keys = NoiseKeys(KeyedRNG(self.sampling.seed), "evaluation", 0, self.prompt_indices[prompt], sample)
-        conditioning = encoded([p.text for p in prompts])
+        conditioning = encoded([p.input for p in prompts])
         ((_, images),) = generate(model, plan, conditioning, torch.arange(len(chunk)), noise_keys, len(chunk))
         scores = score(self.rewards, images, prompts)
 

@@ -32,8 +32,12 @@ class ModelsConfig(Checked):
         None, "your own model family, for a pipeline of another class: file.py:Class or module:Class", section="model"
     )
     max_sequence_length: int | None = option(None, "text tokens per prompt", section="model", ge=1, le=100_000)
-    resolution: int | None = option(
-        None, "side length of the square images, in pixels", section="model", ge=1, le=100_000
+    resolution: int | tuple[int, int] | None = option(
+        None,
+        "side length of square images, or height and width ([768, 1344]), in pixels",
+        section="model",
+        ge=1,
+        le=100_000,
     )
     limit: int | None = option(
         None, "largest number of prompts, spread evenly over the file", section="data", infinite=False

@@ -41,6 +41,7 @@ def drop_partial_line(path: Path) -> None:
 
 def write_or_check_settings(path: Path, content: dict) -> None:
     """Write ``content`` to a new file, or compare it with an existing one. Raises ValueError if they differ."""
+    content = json.loads(json.dumps(content))  # a pair is a list there
     if not path.is_file():
         write_text(path, json.dumps(content, indent=1) + "\n")
         return

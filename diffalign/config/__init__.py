@@ -44,6 +44,7 @@ from diffalign.config.schema import (
 )
 from diffalign.config.text import read
 from diffalign.config.unread import plain, unread_names
+from diffalign.embedded import config_file
 from diffalign.files import bounded, read_text, shorten
 
 __all__ = [
@@ -79,7 +80,12 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], source: str = "configura
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Load the mapping of a YAML file. ValueError names the file: missing, not YAML, a duplicate key, not a mapping."""
+    """Load the mapping of a YAML file, or of a configuration of the package, such as "flow_grpo/shapes".
+
+    ValueError names the file: missing, not YAML, a duplicate key, not a mapping.
+    """
+    if not Path(path).suffix and not Path(path).exists():
+        path = config_file(str(path))
     try:
         content = yaml_dialect.load(read_text(path))
     except OSError as error:

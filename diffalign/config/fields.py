@@ -19,6 +19,7 @@ from diffalign.config.conversion import convert, named
 from diffalign.config.ranges import problems as range_problems
 from diffalign.config.ranges import range_metadata, range_of
 from diffalign.config.schema import ConfigError, Place, default_of, init_fields, problems_of
+from diffalign.embedded import located
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Checked:
             here, value = place / field.name, getattr(self, field.name)
             try:
                 value = convert(hint, named(field, value, here), here, default_of(field, MISSING))
+                value = located(value, field.name)
                 object.__setattr__(self, field.name, value)
             except ValueError as error:
                 found.extend(problems_of(error))

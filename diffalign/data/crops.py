@@ -58,22 +58,36 @@ class SizeConditioning:
     target_size: tuple[int, int]
 
 
-def frame(image: Image.Image, resolution: int, params: CropParams) -> tuple[Tensor, SizeConditioning]:
-    """Resize, flip and crop an RGB image to a square.
+def frame(image: Image.Image, size: tuple[int, int], params: CropParams) -> tuple[Tensor, SizeConditioning]:
+    """Resize, flip and crop an RGB image to a size.
 
-    The shorter side is resized to ``resolution`` (bicubic, antialiased), then the image is flipped if ``params.flip``,
-    then cropped: of f excess rows or columns, floor(position (f + 1)) are cut from the top or left. Images of equal
-    size are cropped at the same position, images of different sizes at the same relative position.
+    The image is resized (bicubic, antialiased) to the least size of its aspect ratio that covers ``size``, then
+    flipped if ``params.flip``, then cropped: of f excess rows or columns, floor(position (f + 1)) are cut from the top
+    or left. Images of equal size are cropped at the same position, images of different sizes at the same relative
+    position.
+
+    Args:
+        image: RGB.
+        size: (height, width) of the result.
+        params: Position of the crop, and whether to flip.
 
     Returns:
-        Pixels, (3, resolution, resolution), uint8, and the image's size conditioning.
+        Pixels, (3, height, width), uint8, and the image's size conditioning.
     """
-    resized = transforms.resize(image, resolution, InterpolationMode.BICUBIC, antialias=True)
+    height, width = size
+    resized = transforms.resize(image, list(covering(image, size)), InterpolationMode.BICUBIC, antialias=True)
     resized = transforms.hflip(resized) if params.flip else resized
 
-    top = int(params.down * (resized.height - resolution + 1))
-    left = int(params.right * (resized.width - resolution + 1))
-    pixels = to_uint8(resized)[:, top : top + resolution, left : left + resolution]
+    top = int(params.down * (resized.height - height + 1))
+    left = int(params.right * (resized.width - width + 1))
+    pixels = to_uint8(resized)[:, top : top + height, left : left + width]
 
-    sizes = SizeConditioning((image.height, image.width), (top, left), (resolution, resolution))
-    return pixels.contiguous(), sizes
+    return pixels.contiguous(), SizeConditioning((image.height, image.width), (top, left), (height, width))
+
+
+def covering(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the least (height, width) of an image's aspect ratio that covers ``size``, rounded down as torchvision."""
+    height, width = size
+    if height * image.width >= width * image.height:  # the height binds, and columns are cut
+        return height, max(width, int(height * image.width / image.height))
+    return max(height, int(width * image.height / image.width)), width

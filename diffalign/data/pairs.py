@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from datasets import Dataset
 from PIL import Image
 
 from diffalign.data.ai_labels import Labels
@@ -17,7 +18,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, Format, detect
 from diffalign.data.images import decode_sample
 from diffalign.data.row import Row
-from diffalign.data.tables import Table, open_table
+from diffalign.data.tables import IN_MEMORY, Table, open_table
 from diffalign.data.validation import DataWarning, Quarantine, SampleError
 from diffalign.files import bounded, shorten
 from diffalign.structures import LabelledImage, Pair
@@ -189,14 +190,18 @@ class PairData(Samples[Pair]):
             labels.check(f"{row}.{pair}", sample)
 
 
-def open_part(source: str | Path, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS) -> Part:
+def open_part(
+    source: str | Path | Dataset, settings: PreferenceDataConfig, formats: Mapping[str, Format] = FORMATS
+) -> Part:
     """Open a source in one of ``formats``. Raises ValueError for an ambiguous format or a missing column."""
+    if settings.labels and isinstance(source, Dataset):
+        raise ValueError("data.labels: AI labels name rows of files; write the data set to a file, and name that")
     table = open_table(source, settings)
     format = detect(table.columns, settings.format, formats, table.name)
     return Part(table, format, Labels.load(source, settings.labels) if settings.labels else None)
 
 
-def open_pairs(*sources: str | Path, settings: PreferenceDataConfig) -> PairData:
+def open_pairs(*sources: str | Path | Dataset, settings: PreferenceDataConfig) -> PairData:
     """Open the pairs of ``sources`` without reading images. Raises ValueError if no source is named."""
     if not sources:
         raise ValueError("name at least one source of preference pairs: a file, a folder or a hub id")
@@ -204,20 +209,26 @@ def open_pairs(*sources: str | Path, settings: PreferenceDataConfig) -> PairData
     return PairData([open_part(source, settings) for source in sources], settings, quarantine)
 
 
-def load_pairs(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> PairData:
+def load_pairs(*sources: str | Path | Dataset, settings: PreferenceDataConfig | None = None) -> PairData:
     """Load the pairs of ``sources`` and validate them; one ``DataWarning`` lists the dropped samples.
 
     Rows are read without their images; then the images of ``settings.scan`` pairs are decoded.
 
     Args:
-        sources: Files, folders or hub ids, see ``tables``, in a format of ``formats.FORMATS``.
+        sources: Files, folders or hub ids, see ``tables``, or a ``datasets.Dataset``, in a format of
+            ``formats.FORMATS``.
         settings: Reading options; default: ``PreferenceDataConfig()``.
 
     Raises:
         FileNotFoundError: A source or its AI labels do not exist.
         ValueError: No pair is usable, or more than ``max_bad_share`` are not.
     """
-    return examined(open_pairs(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))
+    return examined(open_pairs(*sources, settings=settings or PreferenceDataConfig()), named(sources))
+
+
+def named(sources: Iterable[str | Path | Dataset]) -> str:
+    """Name sources in a message."""
+    return ", ".join(str(source) if isinstance(source, str | Path) else IN_MEMORY for source in sources)
 
 
 def examined(data: S, where: str) -> S:

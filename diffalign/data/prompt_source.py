@@ -18,8 +18,8 @@ SUFFIXES = {".txt": TEXT, ".jsonl": TABLE, ".csv": TABLE, ".parquet": TABLE, ".j
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 READ = {
     TEXT: ("limit", "unique"),
-    TABLE: ("column", "metadata", "limit", "unique"),
-    HUB: ("split", "subset", "revision", "file", "column", "metadata", "limit", "unique", "streaming"),
+    TABLE: ("column", "metadata", "image", "limit", "unique"),
+    HUB: ("split", "subset", "revision", "file", "column", "metadata", "image", "limit", "unique", "streaming"),
     GENERATED: ("split", "seed", "limit"),
 }
 
@@ -100,6 +100,7 @@ class PromptSource:
         files: Files of a hub data set to read, instead of all that belong to the split.
         column: Column of texts; None: the first of "prompt", "caption" and "text".
         metadata: Columns that become metadata; None: all others that hold no image.
+        image: Column of source images, for models that edit; None: "image", if it holds the path of a file.
         limit: Largest number of prompts.
         seed: Seed of a generated set.
         unique: Whether a prompt that repeats is read once.
@@ -117,6 +118,7 @@ class PromptSource:
     files: tuple[str, ...] = ()
     column: str | None = None
     metadata: tuple[str, ...] | None = None
+    image: str | None = None
     limit: int | None = None
     seed: int = 0
     unique: bool = False

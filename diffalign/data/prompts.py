@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from diffalign.data.prompt_sets import generate, held_out
 from diffalign.data.prompt_source import GENERATED, HUB, PromptSource, parse_source
 from diffalign.data.records import parse_object, read_chunks
 from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed
+from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.structures import Prompt, without_nulls
 
@@ -45,6 +46,29 @@ def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{shorten(source)} holds no prompt: write one per line")
     return prompts
+
+
+def as_prompts(items: Iterable[Prompt | str | Mapping[str, Any]], what: str = "prompts") -> list[Prompt]:
+    """Convert prompts in memory: a ``Prompt``, a text, or a row as in files; so any list or ``datasets.Dataset``.
+
+    Raises ValueError, with its index, for an item that is no prompt.
+    """
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise ValueError(f"{what}: pass a list of Prompt, texts or rows, got {type(items).__name__}")
+    asked, found = PromptSource("", "memory", what), list[Prompt]()
+    for index, item in enumerate(items):
+        where = f"{what}[{index}]"
+        if isinstance(item, Prompt):
+            found.append(item)
+            continue
+        row = {PROMPTS[0]: item} if isinstance(item, str) else item
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: pass a Prompt, a text or a row, got {type(item).__name__}")
+        entry = _entry(where, partial(_from_row, row, asked, PROMPTS))
+        if isinstance(entry, LineError):
+            raise entry
+        found.append(entry)
+    return found
 
 
 def count_prompts(source: str | Path | None) -> int:
@@ -103,6 +127,7 @@ LINE_ERRORS = {
     "empty_prompt": "a prompt that is empty, or no text",
     "no_metadata": "no column of metadata that was asked for",
     "bad_row": "a row that cannot be read; those after it are not",
+    "no_image": "no source image in the column that was asked for",
     "too_long": f"a prompt of more than {MAX_PROMPT:,} characters",
 }
 
@@ -253,10 +278,38 @@ def _from_row(row: Mapping[str, Any], asked: PromptSource, keys: tuple[str, ...]
         if absent := [name for name in asked.metadata if name not in entry]:
             raise _Unusable("no_metadata", f"no {some(absent)} among {some(entry, 10, 40)}; name others as metadata")
         entry = {name: entry[name] for name in asked.metadata}
+    source = _source_image(entry, asked)
     entry = {name: value for name, value in entry.items() if not _is_image(value)}
     nested = entry.get("metadata")
     nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).lstrip().startswith("{") else {}
-    return Prompt(text.strip(), {**without_nulls(entry), **nested})
+    return Prompt(text.strip(), {**without_nulls(entry), **nested, **source})
+
+
+def _source_image(entry: dict[str, Any], asked: PromptSource) -> dict[str, str]:
+    """Remove the source image of a row that names one; return its path as metadata.
+
+    A relative path starts from the folder of the prompt file. Encoded images are written to the cache.
+    """
+    column = asked.image or "image"
+    value = entry.get(column)
+    if asked.image is None and not isinstance(value, str):
+        return {}  # data sets of captions have images too, which are not read unasked
+    if column not in entry:
+        raise _Unusable("no_image", f"no {column!r} among {some(entry, 10, 40)}; name another column: image=NAME")
+    row = Row("", "", entry, Path() if asked.path is None else asked.path.parent)
+    try:
+        found = row.image(column)
+        content = found.content() if callable(found.content) else found.content
+        if content is None:
+            raise ValueError("no image; fill it or delete the line")
+        path = content if isinstance(content, Path) else stored_image(content)
+        open_regular(path).close()
+    except (OSError, ValueError) as error:
+        if asked.image is None:  # a text that names no file is metadata like others
+            return {}
+        raise _Unusable("no_image", f"{column}: {shorten(error, 300)}") from error
+    del entry[column]
+    return {"image": str(path.absolute())}
 
 
 def _is_image(value: Any) -> bool:

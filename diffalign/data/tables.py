@@ -31,6 +31,7 @@ from diffalign.files import open_regular, shorten, some
 
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = (".jsonl", ".json", ".csv")
+IN_MEMORY = "data set in memory"
 BATCH = 1000  # rows per read when iterating over a table
 PROBED = 100  # rows from which the columns of a stream are inferred
 
@@ -170,9 +171,16 @@ class Stream:
             yield named_row(name, key, values, self.root, self.masks, self.within)
 
 
-def open_table(source: str | Path, settings: PreferenceDataConfig) -> Table:
-    """Open the rows of ``source``. FileNotFoundError: it does not exist. ValueError: unreadable, or without rows."""
-    opened = _open(source, settings, streaming=False)
+def open_table(source: str | Path | Dataset, settings: PreferenceDataConfig) -> Table:
+    """Open the rows of ``source``. FileNotFoundError: it does not exist. ValueError: unreadable, or without rows.
+
+    Paths in a ``Dataset`` in memory may, like those of the hub, lead to no file of the working folder.
+    """
+    if isinstance(source, Dataset):
+        opened = Opened(source, Path.cwd(), _caches(), local=False)
+        source = IN_MEMORY
+    else:
+        opened = _open(source, settings, streaming=False)
     data = Records(opened.files) if opened.files and opened.data is None else opened.data
     if isinstance(data, Dataset):
         for column, feature in data.features.items():

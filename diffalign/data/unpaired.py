@@ -8,10 +8,12 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+from datasets import Dataset
+
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.formats import FORMATS, UNPAIRED, Format
 from diffalign.data.images import digest
-from diffalign.data.pairs import Part, Samples, counted, examined, open_part
+from diffalign.data.pairs import Part, Samples, counted, examined, named, open_part
 from diffalign.data.row import Row
 from diffalign.data.validation import Quarantine, SampleError
 from diffalign.structures import ImageSource, LabelledImage, Pair
@@ -117,7 +119,7 @@ class LabelledData(Samples[LabelledImage]):
         return [(*where[number], side, int(liked)) for number, side, liked in unpair(judged()).values()]
 
 
-def open_labelled(*sources: str | Path, settings: PreferenceDataConfig) -> LabelledData:
+def open_labelled(*sources: str | Path | Dataset, settings: PreferenceDataConfig) -> LabelledData:
     """Open the single images of ``sources`` without reading images. Raises ValueError if no source is named."""
     if not sources:
         raise ValueError("name at least one source of labelled images: a file, a folder or a hub id")
@@ -126,6 +128,6 @@ def open_labelled(*sources: str | Path, settings: PreferenceDataConfig) -> Label
     return LabelledData(parts, settings, quarantine)
 
 
-def load_labelled(*sources: str | Path, settings: PreferenceDataConfig | None = None) -> LabelledData:
+def load_labelled(*sources: str | Path | Dataset, settings: PreferenceDataConfig | None = None) -> LabelledData:
     """Load the single images of unpaired sources or of pairs (see ``unpair``), validated as by ``load_pairs``."""
-    return examined(open_labelled(*sources, settings=settings or PreferenceDataConfig()), ", ".join(map(str, sources)))
+    return examined(open_labelled(*sources, settings=settings or PreferenceDataConfig()), named(sources))

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from diffalign.evaluation.accuracy import summarise
 from diffalign.evaluation.diversity import pairwise_distance
 from diffalign.evaluation.sampling import spread_evenly
+from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, wants_latents
 from diffalign.rewards.support.weights import resident
@@ -81,6 +82,7 @@ class Evaluation:
         self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
         self.index = list(range(len(prompts)))[run.rank :: run.world]
         self.prompts = [prompts[i] for i in self.index]
+        check_sources(run.model, self.prompts)
         self.per_prompt, self.batch_size = run.config.eval_images_per_prompt, 1
         most = -(-len(prompts) // run.world)
         self.extra = (most - len(self.index)) * self.per_prompt if even else 0
@@ -144,7 +146,7 @@ class Evaluation:
         # keyed by index in the file: the same images for any world size
         index = torch.tensor([*self.index, *(0 for _ in self.filler)])
         noise_keys = NoiseKeys(KeyedRNG(EVALUATION_SEED), "evaluation", 0, index[own], sample)
-        conditioning = self.encoded.rows([p.text for p in prompts])
+        conditioning = self.encoded.rows([p.input for p in prompts])
 
         keep = any(map(wants_latents, self.rewards.values()))
         batches, latents = [], []

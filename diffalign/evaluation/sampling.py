@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffalign.structures import Resolution
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -15,7 +17,7 @@ class SamplingSettings:
 
     model: str
     max_sequence_length: int | None
-    resolution: int | None
+    resolution: Resolution
     num_steps: int
     schedule: str
     guidance_scale: float

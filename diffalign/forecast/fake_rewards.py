@@ -220,10 +220,10 @@ class RehearsedReward:
         """Whether networks leave the device after each use without gradients."""
         return not self.trained or bool(getattr(getattr(self.reward, "weights", None), "offload", False))
 
-    def prepare(self, side: int) -> None:
+    def prepare(self, size: tuple[int, int]) -> None:
         """Load the networks, as an earlier iteration has done; afterwards it is known whether they can be rehearsed."""
         with self.counter.fake:
-            image = torch.empty(1, 3, side, side)
+            image = torch.empty(1, 3, *size)
         with torch.no_grad():
             self._rehearsed(image, ["a prompt"], [{}])
         if not self.offload:

@@ -34,6 +34,7 @@ from diffalign.forecast.stand_ins import (
 )
 from diffalign.fsdp import units
 from diffalign.models import DiffusionModel
+from diffalign.models.editing import example_prompt
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import PARTS, VAE, tensors_of
 from diffalign.models.quiet import quiet_libraries
@@ -46,7 +47,6 @@ from diffalign.runtime.oom import batch_name
 from diffalign.runtime.run import Heartbeat, Run
 from diffalign.runtime.state import LoopState
 from diffalign.runtime.watchdog import Watchdog
-from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.inputs import Inputs, with_held_out
 from diffalign.trainers.registry import Entry
@@ -134,11 +134,11 @@ def rehearse(
             if spread is not None:
                 _shard(model, state, spread, counter)
             for reward in setting.every:
-                reward.prepare(model.default_resolution[0])
+                reward.prepare(model.default_resolution)
             counter.restart()
         if setting.inputs.eval_prompts:  # which are encoded once, by the evaluation before the first iteration
             with counter.during(EVALUATING):
-                algorithm.run.prompts.rows([HELD_OUT])
+                algorithm.run.prompts.rows([example_prompt(model, HELD_OUT).input])
         with counter.during(SAMPLING):
             batch = algorithm.sample(0)
         for reward in setting.rewards:
@@ -187,16 +187,16 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
         config = replace(config, guidance_scale=shape.unguided_scale)
     for name in ("train_data", "train_images"):
         if getattr(config, name, ()):
-            pair = (str(one_pair(folder, shape.default_resolution[0])),)
+            pair = (str(one_pair(folder, shape.default_resolution)),)
             config = replace(config, **{name: pair, "data": type(config.data)()})
     if getattr(config, "streaming", False):
         config = replace(config, streaming=False)
     prompts = None
     if getattr(config, "train_prompts", None):
-        prompts = [Prompt(f"{number} {LONG}") for number in range(config.num_groups)]
+        prompts = [example_prompt(shape, f"{number} {LONG}") for number in range(config.num_groups)]
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
-    held_out = [Prompt(HELD_OUT)] if config.eval_prompts else []
+    held_out = [example_prompt(shape, HELD_OUT)] if config.eval_prompts else []
     inputs = replace(with_held_out(kind.read_inputs(config, None, prompts)), eval_prompts=held_out)
     kind.check_processes(inputs, world)
     overlaps = getattr(config, "overlap_rewards", False)
@@ -329,7 +329,7 @@ def _update(algorithm: Any, state: LoopState, batch: Any, counter: Counter, spre
 def _evaluate(algorithm: Algorithm[Any, Any], inputs: Inputs[Any]) -> None:
     """Sample and score a batch of held-out images as an evaluation does."""
     images, latents = _held_out(algorithm, inputs.config)
-    prompts = [Prompt(f"{HELD_OUT} {number}") for number in range(len(images))]
+    prompts = [example_prompt(algorithm.model, f"{HELD_OUT} {number}") for number in range(len(images))]
     judges: Mapping[str, Any] = inputs.eval_rewards
     for name, reward in judges.items():
         score({name: reward}, images, prompts, latents=latents)
@@ -342,7 +342,7 @@ def _held_out(algorithm: Algorithm[Any, Any], config: Any) -> tuple[Tensor, Tens
     size = getattr(config, batch_name(config, "evaluate"))
     own = torch.zeros(size, dtype=torch.long)
     keys = NoiseKeys(run.rng, "evaluation", 0, own, torch.arange(size))
-    conditioning = run.prompts.rows([HELD_OUT])
+    conditioning = run.prompts.rows([example_prompt(run.model, HELD_OUT).input])
     with torch.no_grad(), model.keeping(VAE):
         for _, latents in generate_latents(model, algorithm.eval_plan(), conditioning, own, keys, size):
             images = decode(model, latents)

@@ -177,12 +177,12 @@ def cuda_autocast() -> Iterator[None]:
             setattr(F, name, function)
 
 
-def one_pair(folder: Path, side: int) -> Path:
-    """Write a data set of one pair of images, as a parquet file."""
+def one_pair(folder: Path, size: tuple[int, int]) -> Path:
+    """Write a data set of one pair of images of (height, width), as a parquet file."""
     images = {}
     for name, colour in (("jpg_0", "black"), ("jpg_1", "white")):
         buffer = io.BytesIO()
-        Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+        Image.new("RGB", size[::-1], colour).save(buffer, "PNG")
         images[name] = [buffer.getvalue()]
     columns = {"caption": [LONG], **images, "label_0": [1.0], "label_1": [0.0]}
     parquet.write_table(table(columns), folder / "pair.parquet")

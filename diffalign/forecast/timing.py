@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffalign.device import synchronize
+from diffalign.models.editing import example_prompt
 from diffalign.models.offload import VAE
 from diffalign.rollout.generate import decode
 from diffalign.runtime.run import Run
@@ -60,7 +61,7 @@ def measure(
         torch.OutOfMemoryError: A pass does not fit.
     """
     model, device = run.model, run.accelerator.device
-    row, level = model.encode(["a photo"]), model.levels(2)[0]
+    row, level = model.encode_input(example_prompt(model, "a photo").input), model.levels(2)[0]
 
     def predict(images: int, guidance: Guidance | None = None) -> torch.Tensor:
         x = torch.randn(images, *model.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)

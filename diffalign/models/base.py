@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffalign.models.offload import VAE, OffloadedModule, needs, to_device
 from diffalign.models.sampling_cache import trajectory
 from diffalign.models.trainable import TrainableModel
-from diffalign.structures import Conditioning, Guidance, Level
+from diffalign.structures import Conditioning, Guidance, Input, Level, Resolution, image_size, text_of
 
 SCHEDULES = ("pipeline", "uniform")
 
@@ -35,6 +35,8 @@ def check_resolution(resolution: tuple[int, int], unit: int) -> None:
         if side < 1 or side % unit:
             down = max(side // unit, 0) * unit
             sizes = f"{down} or {down + unit}" if down else f"{unit} or more"
+            if resolution[0] != resolution[1]:
+                sizes = str([max(round(length / unit), 1) * unit for length in resolution])
             raise ValueError(
                 f"resolution {resolution[0]} x {resolution[1]}: sides of this model's images are multiples of {unit} "
                 f"pixels; set resolution: {sizes}"
@@ -60,20 +62,22 @@ class DiffusionModel(TrainableModel):
     guidance_argument: str | None = "guidance_scale"
     # Negative prompt of a pipeline that does not guide without one.
     negative_text: str | None = None
-    # Further pipeline arguments, as source, of a call with height and width.
-    size_arguments: Mapping[str, str] = {}
     denoiser_name: str = "transformer"
+    # Whether prompts need a source image, which the pipeline edits.
+    edits: bool = False
+    # Text of a dropped prompt of a model that edits, whose source image stays.
+    empty_text: str = ""
     lora_targets: tuple[str, ...]
     # Keyword arguments of ``from_pretrained`` that leave out components unused in training.
     load_options: Mapping[str, Any] = {}
     # Source of the pipeline call with a saved negative prompt, ``negative``; the prompt is inserted as a literal.
     negative_call = "image = pipe({prompt}, **negative, guidance_scale={scale:g}).images[0]"
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, resolution: Resolution = None) -> None:
         self.pipeline = pipeline
-        self.resolution = resolution
-        if resolution is not None:
-            self.check_resolution((resolution, resolution))
+        self.resolution = image_size(resolution)
+        if self.resolution is not None:
+            self.check_resolution(self.resolution)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -133,6 +137,14 @@ class DiffusionModel(TrainableModel):
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser once. x: (B, C, *spatial); time: (B,), float32."""
 
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) of the source of a result of (height, width), for models that edit."""
+        return size
+
+    def encode_input(self, given: Input) -> Conditioning:
+        """Encode a prompt, for models that edit with its source image: one row."""
+        return self.encode([text_of(given)])
+
     def unconditional(self) -> Conditioning:
         """Encode the default negative prompt of guidance, which also replaces dropped prompts: one row."""
         return self.encode([self.negative_text or ""])
@@ -166,6 +178,20 @@ class DiffusionModel(TrainableModel):
             target: (B, 2), height and width of the training image.
         """
         return conditioning
+
+    def at_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
+        """Add the size conditioning of uncropped images of (height, width), as the pipeline does when it samples."""
+        whole = torch.tensor([size]).expand(len(conditioning), 2)
+        return self.with_sizes(conditioning, whole, torch.zeros_like(whole), whole)
+
+    def match_images(self, negative: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """Give a negative the inputs of ``conditioning`` that describe the image, not the prompt; B rows each."""
+        return negative
+
+    @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Further arguments, as Python source, of a pipeline call with height and width."""
+        return {}
 
     # What all families share ----------------------------------------------------------------------------------------
 
@@ -212,8 +238,8 @@ class DiffusionModel(TrainableModel):
     @property
     def default_resolution(self) -> tuple[int, int]:
         """Height and width in pixels: ``resolution``, or the pipeline's default."""
-        size = self.resolution or self.raw_denoiser.config.sample_size * self.pipeline.vae_scale_factor
-        return size, size
+        side = self.raw_denoiser.config.sample_size * self.pipeline.vae_scale_factor
+        return self.resolution or (side, side)
 
     def latent_shape(self, resolution: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Return the latent shape (C, *spatial) of a resolution in pixels; (C, h, w) here.
@@ -271,7 +297,8 @@ class DiffusionModel(TrainableModel):
             guidance = self.resolve_guidance(guidance)
             assert guidance is not None
             assert guidance.negative is not None
-            negative = guidance.negative[torch.zeros(len(x), dtype=torch.long, device=x.device)]
+            rows = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            negative = self.match_images(guidance.negative[rows], conditioning)
             if guidance.detached and torch.is_grad_enabled():
                 with torch.no_grad():
                     against = self.evaluate(x, time, negative)

@@ -20,7 +20,7 @@ from diffalign.models.flow import FlowModel
 from diffalign.models.negative_prompt import NegativePrompt
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning, Level
+from diffalign.structures import Conditioning, Level, Resolution
 
 BLOCK = 16  # tokens, of which the pipeline pads prompts to a multiple
 
@@ -37,13 +37,13 @@ class CogView4Model(FlowModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: Tokens per prompt; default 1024, as in the pipeline.
-        resolution: Side of the square images, in pixels, a multiple of 16.
+        resolution: Side of the square images, or height and width, in pixels, a multiple of 16.
     """
 
     uniform_grid = False
     lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 1024, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 1024, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
         # The default processor adds its mask to attention scores as 0 and 1; this one masks.
         for block in self.raw_denoiser.transformer_blocks:

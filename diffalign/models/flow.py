@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.diffusion.schedule import flow_level_at, flow_levels
 from diffalign.models.base import DiffusionModel, check_schedule
-from diffalign.structures import Level
+from diffalign.structures import Level, Resolution
 
 # Joint attention layers over image and text: the usual LoRA targets.
 JOINT_ATTENTION = (
@@ -39,7 +39,7 @@ class FlowModel(DiffusionModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: Tokens per prompt; use the same value for training and later sampling.
-        resolution: Side of the square images, in pixels.
+        resolution: Height and width of the images, in pixels; one number means a square.
 
     Raises:
         ValueError: ``max_sequence_length`` is out of range, or the scheduler has no flow sigmas.
@@ -50,7 +50,7 @@ class FlowModel(DiffusionModel):
     # leaves the grid to the scheduler.
     uniform_grid = True
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: Resolution = None):
         super().__init__(pipeline, resolution)
         most = self.longest_sequence
         if not 1 <= max_sequence_length <= most:
@@ -113,8 +113,8 @@ class PackedFlowModel(FlowModel):
     @property
     def default_resolution(self) -> tuple[int, int]:
         """``resolution``, or the pipeline's default; the transformer's config has none."""
-        size = self.resolution or self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return size, size
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return self.resolution or (side, side)
 
     @property
     def latent_channels(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, image_ids, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 
 @register_family("FluxPipeline")
@@ -23,7 +23,7 @@ class FluxModel(PackedFlowModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: T5 tokens per prompt. The pipeline's default is 512; FLUX.1-schnell was trained with 256.
-        resolution: As for ``FlowModel``, a multiple of 16 pixels.
+        resolution: As for ``FlowModel``, multiples of 16 pixels.
         embedded_guidance: The pipeline's ``guidance_scale``, an input of FLUX.1-dev, which is distilled from guided
             samples; default 3.5, as the pipeline's. It adds no cost, and is the same in training and sampling.
 
@@ -40,7 +40,7 @@ class FluxModel(PackedFlowModel):
         self,
         pipeline: DiffusionPipeline,
         max_sequence_length: int = 512,
-        resolution: int | None = None,
+        resolution: Resolution = None,
         embedded_guidance: float | None = None,
     ) -> None:
         super().__init__(pipeline, max_sequence_length, resolution)
@@ -76,15 +76,20 @@ class FluxModel(PackedFlowModel):
         dtype, tensors = self.dtype, conditioning.tensors
         height, width = x.shape[-2:]
         guidance = self.embedded_guidance
+        tokens, ids = self._image_tokens(x.to(dtype), conditioning)
         output = self.denoiser(
-            hidden_states=pack(x.to(dtype)),
+            hidden_states=tokens,
             # Round before dividing, as the pipeline does: the order matters in bfloat16.
             timestep=time.to(dtype) / self.num_train_timesteps,
             guidance=None if guidance is None else torch.full_like(time, guidance),
             pooled_projections=tensors["pooled"].to(dtype),
             encoder_hidden_states=tensors["embeds"].to(dtype),
             txt_ids=conditioning.shared["text_ids"].to(dtype),
-            img_ids=image_ids(height // 2, width // 2, x.device, dtype),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return unpack(output.float(), height, width)
+        return unpack(output[:, : height * width // 4].float(), height, width)
+
+    def _image_tokens(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return the image tokens, (B, N, 4 C), those of ``x`` first, and their position ids, (N, 3)."""
+        return pack(x), image_ids(x.shape[-2] // 2, x.shape[-1] // 2, x.device, x.dtype)

@@ -15,7 +15,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel
 from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 
 @register_family("Flux2Pipeline")
@@ -28,7 +28,7 @@ class Flux2Model(PackedFlowModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: Tokens per prompt, chat template included; default 512, as in the pipeline.
-        resolution: Side of the square images, in pixels, a multiple of 16; default 1024.
+        resolution: Side of the square images, or height and width, in pixels, a multiple of 16; default 1024.
         embedded_guidance: The pipeline's ``guidance_scale``, an input of the model; default 4.0, as the pipeline's.
     """
 
@@ -38,7 +38,7 @@ class Flux2Model(PackedFlowModel):
         self,
         pipeline: DiffusionPipeline,
         max_sequence_length: int = 512,
-        resolution: int | None = None,
+        resolution: Resolution = None,
         embedded_guidance: float = 4.0,
     ) -> None:
         super().__init__(pipeline, max_sequence_length, resolution)
@@ -136,7 +136,7 @@ class Flux2KleinModel(Flux2Model):
     guidance_argument: str | None = "guidance_scale"
     negative_call = "image = pipe(prompt={prompt}, **negative, guidance_scale={scale:g}).images[0]"
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 512, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
         self.embedded_guidance = None
         if pipeline.config.is_distilled:

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from diffalign.embedded import located
 from diffalign.models.base import DiffusionModel
 from diffalign.models.quantise import quantisation
 from diffalign.models.quiet import pass_on, quiet_libraries
@@ -109,7 +110,8 @@ def load_model(
     """Load a pipeline with diffusers and wrap it in the model of its family.
 
     Args:
-        path: Folder in diffusers' layout, or hub id; an fp16 variant alone is enough.
+        path: Folder in diffusers' layout, hub id, or name of an embedded model (``embedded.MODELS``); an fp16 variant
+            alone is enough.
         dtype: Dtype of the frozen weights; the VAE stays float32.
         revision: Branch, tag or commit of a hub id.
         quantise: "8bit" or "4bit" loads the denoiser quantised, for a LoRA on it: see ``quantisation``.
@@ -119,6 +121,7 @@ def load_model(
         FileNotFoundError: The folder does not exist or has no ``model_index.json``.
         ValueError: Unsupported family, unknown option, or missing weights.
     """
+    path = located(path, "model")
     name = pipeline_class(path, revision)
     family = get_family(name)
     given = {option: value for option, value in options.items() if value is not None}

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.models.flow import SHIFT, FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 
 @register_family("Lumina2Pipeline")
@@ -26,7 +26,7 @@ class Lumina2Model(FlowModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: Tokens per prompt, the pipeline's system prompt included; default 256, as in the pipeline.
-        resolution: Side of the square images, in pixels, a multiple of 16.
+        resolution: Side of the square images, or height and width, in pixels, a multiple of 16.
     """
 
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
@@ -41,7 +41,7 @@ image = pipe(
 ).images[0]"""
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
 
     @property

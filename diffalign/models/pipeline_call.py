@@ -50,7 +50,19 @@ def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
     if (length := getattr(model, "max_sequence_length", None)) is not None:
         arguments["max_sequence_length"] = str(length)
     arguments |= _size(model)
-    return PipelineCall(arguments, tuple(setup), tuple(imports))
+    return PipelineCall(arguments, (*setup, *_source(model)), tuple(imports))
+
+
+def _source(model: DiffusionModel) -> list[str]:
+    """Return the statements that load a source image as the model saw it; none for models that do not edit."""
+    if not getattr(model, "edits", False):
+        return []
+    height, width = model.source_size(model.default_resolution)
+    return [
+        "from diffusers.utils import load_image",
+        "from PIL import Image, ImageOps",
+        f'source = ImageOps.fit(load_image("source.png"), ({width}, {height}), Image.Resampling.LANCZOS)',
+    ]
 
 
 def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[str], dict[str, str]]:
@@ -77,8 +89,8 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
 
 
 def _size(model: DiffusionModel) -> dict[str, str]:
-    """Return height and width if the run sets them."""
-    if model.resolution is None:
+    """Return height and width if the run sets them or the model would take those of the source."""
+    if model.resolution is None and not getattr(model, "edits", False):
         return {}
     height, width = model.default_resolution
     return {"height": str(height), "width": str(width), **model.size_arguments}

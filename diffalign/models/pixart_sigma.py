@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
 from diffalign.models.sd import SDModel
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 LONGEST = 512  # tokens that T5 was trained on; the pipeline sets no maximum
 
@@ -29,13 +29,12 @@ class PixArtSigmaModel(SDModel):
     Args:
         pipeline: The pipeline to drive.
         max_sequence_length: T5 tokens per prompt; default 300, as in the pipeline.
-        resolution: Side of the square images, in pixels, a multiple of 16. The pipeline gives the same images with
-            ``use_resolution_binning=False``, and at sides that are among its bins.
+        resolution: Side of the square images, or height and width, in pixels, a multiple of 16. The pipeline gives the
+            same images with ``use_resolution_binning=False``, and at sides that are among its bins.
     """
 
     denoiser_name = "transformer"
     load_options: Mapping[str, Any] = {}
-    size_arguments: Mapping[str, str] = {"use_resolution_binning": "False"}
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
     # The pipeline does not accept text together with embeddings, so the prompt is encoded first.
     negative_call = """
@@ -48,13 +47,18 @@ image = pipe(
     guidance_scale={scale:g},
 ).images[0]"""
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 300, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 300, resolution: Resolution = None):
         super().__init__(pipeline, resolution)
         if not 1 <= max_sequence_length <= LONGEST:
             raise ValueError(
                 f"max_sequence_length {max_sequence_length}: a {type(pipeline).__name__} takes 1 to {LONGEST} tokens"
             )
         self.max_sequence_length = max_sequence_length
+
+    @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Keep the pipeline from rounding sizes to its resolution bins."""
+        return {"use_resolution_binning": "False"}
 
     @property
     def longest_sequence(self) -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffalign.files import read_bytes
 from diffalign.models import DiffusionModel
 from diffalign.models.offload import TEXT_ENCODERS
 from diffalign.models.quiet import quiet_libraries
 from diffalign.models.tensor_cache import TensorCache
-from diffalign.structures import Conditioning, Guidance
+from diffalign.structures import Conditioning, EditInput, Guidance, Input, text_of
 
 SHARED = "shared/"  # prefix, on disk, of tensors without a batch axis
 PROBE = 64  # values of each tensor that identify a model
@@ -32,44 +33,56 @@ class PromptEmbeddingCache:
 
     def __init__(self, model: DiffusionModel, limit: int = 2 << 30, folder: Path | None = None) -> None:
         self.model, self.limit, self.cache = model, limit, TensorCache(folder)
-        self._rows: dict[str, Conditioning] = {}
-        self._prepared: frozenset[str] = frozenset()
+        self._rows: dict[Input, Conditioning] = {}
+        self._prepared: frozenset[Input] = frozenset()
         self._empty: Conditioning | None = None
         self._warned = False
 
-    def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """Encode ``texts``, a row each, on the denoiser's device."""
-        return self.rows(texts).to(self.model.device)
+    def __call__(self, inputs: Sequence[Input]) -> Conditioning:
+        """Encode prompts, a row each, on the denoiser's device."""
+        return self.rows(inputs).to(self.model.device)
 
-    def rows(self, texts: Sequence[str]) -> Conditioning:
-        """Encode ``texts``, a row each, on the CPU, for more rows than the device should hold."""
-        self._encode(texts)
-        result = Conditioning.cat([self._rows[text] for text in texts])
+    def rows(self, inputs: Sequence[Input]) -> Conditioning:
+        """Encode prompts, a row each, on the CPU, for more rows than the device should hold."""
+        own = [self._key(given) for given in inputs]
+        self._encode(own)
+        result = Conditioning.cat([self._rows[given] for given in own])
         self._shrink()
         return result
 
-    def prepare(self, texts: Sequence[str], *, empty: bool = False) -> None:
+    def prepare(self, inputs: Sequence[Input], *, empty: bool = False) -> None:
         """Encode new prompts ahead of a phase that must not load the text encoders.
 
         Args:
-            texts: Prompts of the phase, protected from eviction until the next call.
-            empty: Encode the default negative prompt too.
+            inputs: Prompts of the phase, protected from eviction until the next call.
+            empty: Encode the default negative prompt too, and for models that edit the empty text with each source.
         """
-        self._prepared = frozenset(texts)
-        self._encode(texts, empty)
+        own = [self._key(given) for given in inputs]
+        if empty:
+            own += [self.dropped(given) for given in own if isinstance(given, EditInput)]
+        self._prepared = frozenset(own)
+        self._encode(own, empty)
 
-    def _encode(self, texts: Sequence[str], empty: bool = False) -> None:
+    def _key(self, given: Input) -> Input:
+        """Return what the model reads of a prompt: models that do not edit ignore a source image."""
+        return given if self.model.edits else text_of(given)
+
+    def dropped(self, given: EditInput) -> EditInput:
+        """Return the input of a dropped instruction, whose source stays."""
+        return given._replace(text=self.model.empty_text)
+
+    def _encode(self, inputs: Sequence[Input], empty: bool = False) -> None:
         """Encode new prompts, loading offloaded text encoders once for all of them."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        new = [given for given in dict.fromkeys(inputs) if given not in self._rows]
         if new and not self._warned:
-            self._warn_of_length(new)
+            self._warn_of_length([text_of(given) for given in new])
         with self.model.keeping(TEXT_ENCODERS), quiet_libraries():
             if empty and self._empty is None:
-                self._empty = self._kept("unconditional", self.model.unconditional)
-            for text in new:
+                self._empty = self._kept(lambda: "unconditional", self.model.unconditional)
+            for given in new:
                 # One at a time: batch shape changes the last bits, and an embedding must not depend on which other
                 # prompts are new in the same call, which a resumed run would change.
-                self._rows[text] = self._kept(f"prompt {text}", partial(self.model.encode, [text]))
+                self._rows[given] = self._kept(partial(_name, given), partial(self.model.encode_input, given))
 
     def _warn_of_length(self, texts: Sequence[str]) -> None:
         """Warn once of truncated prompts, instead of a line per prompt from each tokenizer."""
@@ -84,11 +97,11 @@ class PromptEmbeddingCache:
                 stacklevel=2,
             )
 
-    def _kept(self, what: str, encode: Callable[[], Conditioning]) -> Conditioning:
+    def _kept(self, what: Callable[[], str], encode: Callable[[], Conditioning]) -> Conditioning:
         """Return one row on the CPU, from disk if cached there, else from ``encode``."""
         if self.cache.folder is None:
             return encode().to("cpu")
-        key = f"{self.identity} {self.model.default_resolution} {what}"
+        key = f"{self.identity} {self.model.default_resolution} {what()}"
         if (kept := self.cache.get(key)) is not None:
             shared = {name: kept.pop(name) for name in [*kept] if name.startswith(SHARED)}
             return Conditioning(kept, {name.removeprefix(SHARED): tensor for name, tensor in shared.items()})
@@ -118,8 +131,8 @@ class PromptEmbeddingCache:
         row = next(iter(self._rows.values()))
         size = sum(t.numel() * t.element_size() for t in row.tensors.values())
         if (extra := len(self._rows) - max(1, self.limit // size)) > 0:
-            for text in [text for text in self._rows if text not in self._prepared][:extra]:
-                del self._rows[text]
+            for given in [given for given in self._rows if given not in self._prepared][:extra]:
+                del self._rows[given]
 
     def guidance(self, scale: float) -> Guidance:
         """Return guidance of ``scale`` with ``empty`` as negative, encoded only at scales that guide."""
@@ -131,3 +144,11 @@ class PromptEmbeddingCache:
         self._encode((), empty=True)
         assert self._empty is not None
         return self._empty.to(self.model.device)
+
+
+def _name(given: Input) -> str:
+    """Return the name of an input on disk, a source image by its content."""
+    if isinstance(given, str):
+        return f"prompt {given}"
+    content = hashlib.blake2b(read_bytes(Path(given.image)), digest_size=16).hexdigest()
+    return f"prompt {given.text} image {content} {given.size}"

@@ -69,16 +69,21 @@ class QwenImageModel(PackedFlowModel):
         """Run the transformer once, through accelerate's wrapper."""
         dtype, tensors = self.dtype, conditioning.tensors
         height, width = x.shape[-2:]
+        images = [x.to(dtype), *self._sources(conditioning)]
         output = self.denoiser(
-            hidden_states=pack(x.to(dtype)),
+            hidden_states=torch.cat([pack(image) for image in images], dim=1),
             # Round before dividing, as the pipeline does: the order matters in bfloat16.
             timestep=time.to(dtype) / self.num_train_timesteps,
             encoder_hidden_states=tensors["embeds"].to(dtype),
             encoder_hidden_states_mask=tensors["mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * len(x),
             return_dict=False,
         )[0]
-        return unpack(output.float(), height, width)
+        return unpack(output[:, : height * width // 4].float(), height, width)
+
+    def _sources(self, conditioning: Conditioning) -> Sequence[Tensor]:
+        """Return the latents of source images, (B, C, h, w) each; none here."""
+        return ()
 
     def guide(self, against: Tensor, towards: Tensor, scale: float) -> Tensor:
         """Apply guidance, then rescale each token to the norm of the positive output."""

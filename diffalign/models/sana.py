@@ -16,7 +16,7 @@ from diffalign.models.base import check_schedule
 from diffalign.models.flow import FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, VAE, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning, Level
+from diffalign.structures import Conditioning, Level, Resolution
 
 
 @register_family("SanaPipeline")
@@ -30,12 +30,11 @@ class SanaModel(FlowModel):
         pipeline: The pipeline to drive.
         max_sequence_length: Tokens per prompt, 300 by default as in the pipeline; prompts follow its instruction to
             enhance them, whose first token is kept.
-        resolution: Side of the square images, in pixels, a multiple of 32. The pipeline gives the same images with
-            ``use_resolution_binning=False``, and at sides that are among its bins.
+        resolution: As for ``FlowModel``, multiples of 32 pixels. The pipeline gives the same images with
+            ``use_resolution_binning=False``, and at sizes that are among its bins.
     """
 
     uniform_grid = False
-    size_arguments: Mapping[str, str] = {"use_resolution_binning": "False"}
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_attention_mask"}
     # The pipeline does not accept text together with embeddings, so the prompt is encoded first.
     negative_call = """
@@ -54,10 +53,15 @@ image = pipe(
 ).images[0]"""
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 300, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 300, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
         call = inspect.signature(type(pipeline).__call__)
         self.instruction = call.parameters["complex_human_instruction"].default
+
+    @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Keep the pipeline from rounding sizes to its resolution bins."""
+        return {"use_resolution_binning": "False"}
 
     @property
     def longest_sequence(self) -> int:

@@ -14,7 +14,7 @@ from diffalign.diffusion.schedule import ddim_spacing, vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning, Guidance, Level
+from diffalign.structures import Conditioning, Guidance, Level, Resolution
 
 # ``prediction_type`` of the scheduler -> parameterization of this package.
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -33,7 +33,7 @@ class SDModel(DiffusionModel):
 
     Args:
         pipeline: The pipeline to drive.
-        resolution: Side of the square images, in pixels; default: the pipeline's own.
+        resolution: Height and width of the images, in pixels; one number means a square. Default: the pipeline's own.
 
     Raises:
         ValueError: The scheduler has no betas, or the UNet predicts neither epsilon nor v.
@@ -44,7 +44,7 @@ class SDModel(DiffusionModel):
     # The checker would black out training images, and is as large as the UNet in half precision.
     load_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, resolution: Resolution = None) -> None:
         super().__init__(pipeline, resolution)
         config = pipeline.scheduler.config
         if "beta_start" not in config:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffalign.models.flow import JOINT_ATTENTION, FlowModel
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
-from diffalign.structures import Conditioning
+from diffalign.structures import Conditioning, Resolution
 
 
 @register_family("StableDiffusion3Pipeline")
@@ -22,7 +22,7 @@ class SD3Model(FlowModel):
         pipeline: The pipeline to drive.
         max_sequence_length: T5 tokens per prompt; use the same value for training and later sampling. Default 256, as
             in the pipeline.
-        resolution: Side of the square images, in pixels; default: the pipeline's own.
+        resolution: Height and width of the images, in pixels; one number means a square. Default: the pipeline's own.
     """
 
     uniform_grid = False
@@ -32,7 +32,7 @@ class SD3Model(FlowModel):
     )
     lora_targets = JOINT_ATTENTION
 
-    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: int | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 256, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
 
     @property

@@ -52,6 +52,10 @@ class SDXLModel(SDModel):
         time_ids = torch.cat([original, crop, target], dim=1).float().to(self.device)
         return Conditioning({**conditioning.tensors, "time_ids": time_ids}, conditioning.shared)
 
+    def match_images(self, negative: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """Give a negative the sizes of the positive, as the pipeline does."""
+        return Conditioning({**negative.tensors, "time_ids": conditioning.tensors["time_ids"]}, negative.shared)
+
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor]:
         tensors = conditioning.tensors
         return {"text_embeds": tensors["pooled"].to(self.dtype), "time_ids": tensors["time_ids"]}

@@ -20,7 +20,7 @@ class ZImageModel(FlowModel):
     """Drive a ``ZImagePipeline``: Z-Image and Z-Image-Turbo.
 
     ``max_sequence_length`` is the number of tokens per prompt, chat template included; the pipeline's default is 512.
-    ``resolution`` is the side of the square images in pixels, a multiple of 16; default 1024, as in the pipeline.
+    ``resolution`` is as for ``FlowModel``, multiples of 16 pixels; default 1024, as in the pipeline.
 
     Guidance is positive + scale * (positive - negative), as in the pipeline: 0 turns it off, and 1 equals 2 in other
     families. The transformer takes lists of prompts of any length, so each call syncs once for their lengths.
@@ -43,7 +43,7 @@ class ZImageModel(FlowModel):
     @property
     def default_resolution(self) -> tuple[int, int]:
         """``resolution``, or 1024."""
-        return (self.resolution or 1024,) * 2
+        return self.resolution or (1024, 1024)
 
     @staticmethod
     def prompt_tokens(tokenizer: Any, text: str) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffalign.rewards.base import Metadata, RewardCard, RewardUnavailable, register
 from diffalign.rewards.support.http_client import HTTPClient, RemoteError, encode_image
 from diffalign.rewards.support.reward_server import RewardServer
+from diffalign.rewards.support.sources import portable
 
 __all__ = ["RemoteReward", "RewardServer", "remote"]
 UNAVAILABLE = HTTPStatus.NOT_IMPLEMENTED
@@ -82,7 +83,7 @@ class RemoteReward:
         body = {
             "reward": self.reward,
             "prompts": [prompts[i] for i in rows],
-            "metadata": [dict(metadata[i]) for i in rows],
+            "metadata": [portable(metadata[i]) for i in rows],
             "images": [encode_image(images[i]) for i in rows],
         }
         reply = self.client.post("/score", body)

@@ -23,6 +23,7 @@ from diffalign.rewards.base import Extras, Metadata, RewardCard, register
 from diffalign.rewards.support.http_client import HTTPClient, RemoteError, data_url
 from diffalign.rewards.support.preprocess import check_images, on_images
 from diffalign.rewards.support.prompts import check_template, fill
+from diffalign.rewards.support.sources import source_images
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,6 +31,10 @@ NUMBER = r"([-+]?\d*\.?\d+)"
 RATE = (
     'Rate from {low} to {high} how well this image shows "{prompt}", and how good it looks. '
     'Answer with JSON alone: {{"score": number}}.'
+)
+RATE_EDIT = (
+    'The second image is the first one after the edit "{prompt}". Rate from {low} to {high} how well the edit was '
+    'made, and how little else changed. Answer with JSON alone: {{"score": number}}.'
 )
 CHECK = "{question} Answer with one word, yes or no."
 SHOWS = 'Does this image show "{prompt}"?'
@@ -166,13 +171,17 @@ def yes_shares(
 
 @dataclass(frozen=True)
 class RatingJudge:
-    """Rate each image with a number from ``low`` to ``high``; ``question`` may use {prompt}, {low} and {high}."""
+    """Rate each image with a number from ``low`` to ``high``; ``question`` may use {prompt}, {low} and {high}.
+
+    With ``source`` the judge sees the source image of the edit first, then the result.
+    """
 
     name: str
     endpoint: Endpoint
     question: str = RATE
     low: float = 0.0
     high: float = 10.0
+    source: bool = False
     differentiable: bool = False
 
     @property
@@ -184,9 +193,12 @@ class RatingJudge:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Score images (B, 3, H, W), float, [0, 1]: (B,) float32 on the CPU."""
 
+        sources = source_images(metadata, (images.shape[-2], images.shape[-1])) if self.source else None
+
         def query(i: int) -> float:
             text = self.question.format(prompt=prompts[i], low=f"{self.low:g}", high=f"{self.high:g}")
-            return self.endpoint.ask(text, [self.endpoint.encode(images[i])]).number(self.low, self.high)
+            seen = [images[i]] if sources is None else [sources[i], images[i]]
+            return self.endpoint.ask(text, list(map(self.endpoint.encode, seen))).number(self.low, self.high)
 
         found = query_all(self.name, self.endpoint.client, query, range(len(images)), math.nan)
         return torch.tensor(found, dtype=torch.float32)
@@ -322,7 +334,7 @@ class AxesJudge:
         return (axes @ shares / shares.sum()).float(), table
 
 
-OPTIONS = ("question", "low", "high", "most_pairs")
+OPTIONS = ("question", "low", "high", "source", "most_pairs")
 
 
 @register("vlm_rating", RewardCard("what a judge is asked for, as a number", 0.5), judge=RatingJudge)
@@ -350,6 +362,8 @@ def vlm_judge(
     if "question" in options:
         blanks = {"prompt", "low", "high"} if judge is RatingJudge else {"prompt"}
         check_template(name, str(options["question"]), blanks)
+    if options.get("source") and "question" not in options:
+        options["question"] = RATE_EDIT
     return judge(name, endpoint, **options)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffalign.data.epoch_order import take
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
+from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
 from diffalign.rewards.base import Reward, wants_latents
@@ -95,6 +96,7 @@ class Collector:
             raise ValueError(
                 f"plan.preset {self.config.plan.preset!r} samples trees, and this trainer reads chains only"
             )
+        check_sources(self.model, prompts)
         self.prompts, self.rewards, self.weights = prompts, rewards, weights
         self.decodes = run.config.save_rollouts or not all(map(wants_latents, rewards.values()))
         self.levels = run.model.levels(self.config.plan.num_steps, self.config.schedule)
@@ -216,7 +218,7 @@ class Collector:
             buffer = RolloutBuffer.allocate(
                 plan, group, sample, prompts, shape, device=device, means=means, steps=steps, pinned=outside
             )
-        conditioning = self.run.prompts([p.text for p in prompts])
+        conditioning = self.run.prompts([p.input for p in prompts])
         return Rollout(buffer, SamplingPlan(plan, self.levels, self.run.guidance), conditioning)
 
     def restored(self, iteration: int, tensors: Mapping[str, Tensor], metrics: Metrics) -> Rollout:

@@ -14,7 +14,7 @@ from diffalign.diffusion.parameterization import add_noise, target
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import POLICY
 from diffalign.runtime.run import Run
-from diffalign.structures import Conditioning, Guidance, Level
+from diffalign.structures import Conditioning, EditInput, Guidance, Input, Level
 
 H = TypeVar("H", bound=Hashable)
 
@@ -97,7 +97,7 @@ class ForwardProcess:
 
     def conditioning(
         self,
-        texts: Sequence[str],
+        inputs: Sequence[Input],
         ids: Sequence[int],
         step: int,
         sizes: Sequence[SizeConditioning] | None = None,
@@ -105,19 +105,31 @@ class ForwardProcess:
         """Return the conditioning of samples, with dropped prompts; a row per sample.
 
         Args:
-            texts: B prompts.
+            inputs: B prompts. A dropped one keeps its source image.
             ids: Identity of each sample; samples of one identity are dropped together.
             step: Index of the optimizer step, from 0.
             sizes: Crop and original size of each image, for models that are conditioned on them.
         """
-        known, row_of = _unique(texts)
         dropped = {i: self.run.rng.generator("dropout", step, i).random() < self.prompt_dropout for i in set(ids)}
-        rows = torch.where(torch.tensor([dropped[i] for i in ids]), len(known), row_of)
-        conditioning = Conditioning.cat([self.run.prompts(known), self.run.prompts.empty])[rows]
+        conditioning = self._encoded(inputs, [dropped[i] for i in ids])
         if sizes is None:
             return conditioning
         names = ("original_size", "crop_top_left", "target_size")
         return self.model.with_sizes(conditioning, *(torch.tensor([getattr(s, n) for s in sizes]) for n in names))
+
+    def _encoded(self, inputs: Sequence[Input], dropped: Sequence[bool]) -> Conditioning:
+        """Encode prompts, those that are dropped as the empty one."""
+        prompts = self.run.prompts
+        if self.model.edits:
+            return prompts(
+                [
+                    prompts.dropped(given) if drop and isinstance(given, EditInput) else given
+                    for given, drop in zip(inputs, dropped, strict=True)
+                ]
+            )
+        known, row_of = _unique(inputs)
+        rows = torch.where(torch.tensor(dropped), len(known), row_of)
+        return Conditioning.cat([prompts(known), prompts.empty])[rows]
 
     def predict(
         self,

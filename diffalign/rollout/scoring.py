@@ -87,8 +87,8 @@ def _score(
     if len(table) != len(named):
         raise ValueError(f"rewards share a name: {[name for name, _ in named]}; pass a mapping with names")
     if groups is None:
-        place = {prompt.text: i for i, prompt in enumerate(prompts)}
-        groups = torch.tensor([place[prompt.text] for prompt in prompts])
+        place = {prompt.input: i for i, prompt in enumerate(prompts)}
+        groups = torch.tensor([place[prompt.input] for prompt in prompts])
     found: dict[str, Tensor] = {}
     for name, reward in table.items():
         batch = Batch(images, prompts, groups.cpu(), latents)

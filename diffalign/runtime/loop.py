@@ -24,10 +24,11 @@ from diffalign.config import to_dict
 from diffalign.fsdp import full_tensor
 from diffalign.log import get_logger, log_to_file
 from diffalign.runtime import checkpoint
+from diffalign.runtime.callbacks import Callbacks, TrainerCallback
 from diffalign.runtime.checkpointer import Checkpointer
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import CannotTrain, Interrupted, NotFinite, SaveFailed, StopRequested
-from diffalign.runtime.gradient_guard import STREAK, first_bad
+from diffalign.runtime.failures import bad_steps, blame_weights, too_many_bad_steps
 from diffalign.runtime.interfaces import IterationBatch, LoopAlgorithm, Metrics, MiniBatch, RunOutputs
 from diffalign.runtime.lock import claimed
 from diffalign.runtime.oom import make_room, memory_errors
@@ -36,12 +37,12 @@ from diffalign.runtime.processes import shortfall
 from diffalign.runtime.products import all_exported, check_products, prepare_folder, write_exports
 from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
 from diffalign.runtime.run import Run, last_good
-from diffalign.runtime.state import LoopState, indexed
+from diffalign.runtime.state import LoopState
+from diffalign.runtime.step_metrics import reduce_step
 from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers
 
 logger = get_logger(__name__)
 
-SCALER_STREAK = 20  # fp16 overflows in a row before the run ends; a few are normal while GradScaler calibrates
 B = TypeVar("B", bound=IterationBatch)
 
 
@@ -54,8 +55,16 @@ class Loop(Generic[B]):
             optimizer step, which is not repeated.
     """
 
-    def __init__(self, run: Run, state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
+    def __init__(
+        self,
+        run: Run,
+        state: LoopState,
+        algorithm: LoopAlgorithm[B],
+        outputs: RunOutputs,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
         self.run, self.state, self.algorithm, self.outputs = run, state, algorithm, outputs
+        self.callbacks = Callbacks(run, callbacks)
         self.config, self.accelerator, self.progress = run.config, run.accelerator, state.progress
         self.checkpointer = Checkpointer(run, state, algorithm, outputs)
         self.batch: B | None = None
@@ -82,17 +91,19 @@ class Loop(Generic[B]):
             try:
                 if not self._begin():
                     return
+                self.callbacks("on_train_begin")
                 with self._bar() as bar:
                     while not self._finished(bar):
                         with self._retry_in_smaller_batches():
                             self._iterate(bar)
                 self._export()
+                self.callbacks("on_train_end")
             except StopRequested:
                 self._leave()
             except (NotFinite, SaveFailed, CannotTrain):
                 raise  # their checkpoints are written already, or cannot be written
             except Exception as error:
-                self._blame_weights(error)
+                blame_weights(self.run, self.state, error)
                 self._save_before_end()
                 raise
 
@@ -121,7 +132,7 @@ class Loop(Generic[B]):
     def _remaining_minibatches(self, batch: B) -> Iterator[MiniBatch]:
         """Yield the iteration's minibatches that have no optimizer step yet, up to ``max_train_steps``."""
         remaining = islice(self.algorithm.minibatches(batch, self.progress.iteration), self.progress.update, None)
-        while self.progress.step < self.config.max_train_steps and (minibatch := next(remaining, None)) is not None:
+        while not self.over and (minibatch := next(remaining, None)) is not None:
             yield minibatch
 
     def _next_iteration(self) -> None:
@@ -129,8 +140,9 @@ class Loop(Generic[B]):
 
     @property
     def over(self) -> bool:
-        """Whether all steps are done, or the algorithm stops early."""
-        return self.progress.step >= self.config.max_train_steps or self.algorithm.done
+        """Whether all steps are done, or the algorithm or a callback stops early."""
+        finished = self.progress.step >= self.config.max_train_steps
+        return finished or self.algorithm.done or self.callbacks.agreed.should_training_stop
 
     def _begin(self) -> bool:
         """Load the checkpoint to resume from and open the logs; return False if the run is already finished."""
@@ -184,11 +196,12 @@ class Loop(Generic[B]):
         step = self.progress
         if step.update:
             return
-        due = step.evaluated < 0 or (self.over and step.evaluated != step.step)
+        asked = self.callbacks.take()
+        due = step.evaluated < 0 or ((self.over or asked.should_evaluate) and step.evaluated != step.step)
         if due or self._crossed(step.evaluated, self.config.eval_steps):
             self._evaluate()
         last = self.over  # an evaluation may end the run
-        due = last or self._crossed(self.checkpointer.saved[0], self.config.checkpointing_steps)
+        due = last or asked.should_save or self._crossed(self.checkpointer.saved[0], self.config.checkpointing_steps)
         if step.step and due and not self.checkpointer.is_current:
             self.save(last)
         if last and not self.evaluated_here:
@@ -249,18 +262,14 @@ class Loop(Generic[B]):
 
     def _reduced(self, passes: Sequence[dict[str, Tensor]]) -> tuple[Metrics, str | None]:
         """Clip the gradient; return the metrics of the step over all processes, and why to skip it."""
-        guard, device = self.state.guard, self.accelerator.device  # metrics may be numbers of the CPU
         clipped = self.accelerator.clip_grad_norm_(self.state.parameters, self.config.max_grad_norm)
         norm = full_tensor(torch.as_tensor(clipped))
-        found = {name: torch.stack([one[name].float().to(device) for one in passes]) for name in passes[0]}
-        # `mean` for the loss, so NaN reaches the guard; `nanmean` for metrics that some micro-batches do not report.
-        means = torch.stack([x.mean() if name == "loss" else x.nanmean() for name, x in found.items()])
-        stopping = torch.tensor([float(self.run.heartbeat.signals.received is not None)])
-        seen = torch.cat([means, guard.flags(means[0], norm.to(means)), stopping.to(means)])
-        *values, norm = torch.cat([self.accelerator.reduce(seen, "mean"), norm[None].to(means)]).tolist()
-        *shares, stop = values[len(found) :]
-        self.stop_agreed = stop > 0
-        return {**dict(zip(found, values, strict=False)), "grad_norm": norm}, guard.reason(shares)
+        asked = (self.run.heartbeat.signals.received is not None, *self.callbacks.asked())
+        metrics, reason, (self.stop_agreed, *agreed) = reduce_step(
+            self.accelerator, self.state.guard, passes, norm, asked
+        )
+        self.callbacks.agree(agreed)
+        return metrics, reason
 
     @torch.no_grad()
     def _before_first_update(self, batch: B) -> None:
@@ -298,7 +307,10 @@ class Loop(Generic[B]):
             raise failed
         bar.update()
         bar.set_postfix_str(progress(row))
-        self._stop_on_streak()
+        if too_many_bad_steps(self.state):
+            self.save()
+            raise bad_steps(self.run, self.state)
+        self.callbacks("on_step_end", metrics=dict(row))
         if self.stop_agreed:
             raise StopRequested
         self.phase = "update"
@@ -321,10 +333,12 @@ class Loop(Generic[B]):
         while found is None:
             with self._retry_in_smaller_batches():
                 found = self.outputs.evaluate(self.progress.step)
-        self._record({f"eval/{name}": value for name, value in found.items()})
+        figures = {f"eval/{name}": value for name, value in found.items()}
+        self._record(figures)
         self.time_left.evaluation = time.perf_counter() - started if found else 0.0
         self.progress.evaluated, self.evaluated_here = self.progress.step, True
         self.checkpointer.take_snapshot()  # an evaluation may change it
+        self.callbacks("on_evaluate", metrics=figures)
 
     def _record(self, metrics: Metrics) -> None:
         if self.accelerator.is_main_process:
@@ -340,6 +354,7 @@ class Loop(Generic[B]):
         if (path := self.checkpointer.save(self.batch, rows, last)) is not None:
             self._record({SAVE: time.perf_counter() - started})
             self.log.sync()
+            self.callbacks("on_save", path=path)
         return path
 
     # End of the run -------------------------------------------------------------------------------------------------
@@ -368,16 +383,6 @@ class Loop(Generic[B]):
         self.trackers.finish()
         raise Interrupted(self.run.heartbeat.signals.received or signal.SIGTERM)
 
-    def _blame_weights(self, error: Exception) -> None:
-        """Raise NotFinite if the weights are not finite, which explains any later error."""
-        step, config = self.progress.step, self.config
-        if step and first_bad(indexed(self.state.parameters)) is not None:
-            raise NotFinite(
-                f"the trained weights are not finite after step {step}: lower learning_rate "
-                f"({config.learning_rate:g}), or train in float32; last good checkpoint: {last_good(config)}"
-                f"{extremes(config)}. What failed on them: {type(error).__name__}: {str(error)[:300]}"
-            ) from error
-
     def _save_before_end(self) -> None:
         """Save finished steps before an error ends a run of one process; several may be at different points."""
         step = self.progress.step
@@ -386,14 +391,3 @@ class Loop(Generic[B]):
         with contextlib.suppress(Exception):  # must not hide the error that ends the run
             self.state.optimizer.zero_grad(set_to_none=True)
             logger.info(f"step {step} is saved before the run ends: {self.save()}")
-
-    def _stop_on_streak(self) -> None:
-        """Save and raise NotFinite after too many non-finite steps in a row."""
-        bad = self.state.guard.bad
-        if bad < (STREAK if self.state.scaler is None else SCALER_STREAK):
-            return
-        self.save()
-        raise NotFinite(
-            f"{bad} steps in a row were not finite: lower learning_rate, or train in float32; skipped.jsonl names "
-            f"their samples; last good checkpoint: {last_good(self.config)}{extremes(self.config)}"
-        )

@@ -78,9 +78,12 @@ def bf16(value: str) -> str | None:
     return "bf16" if value == "no" else None
 
 
-def smaller(value: int) -> int | None:
-    """Return three quarters of a resolution, in steps of 64 pixels."""
-    return value * 3 // 4 // 64 * 64 or None
+def smaller(value: int | list[int]) -> int | list[int] | None:
+    """Return three quarters of a resolution, in steps of 64 pixels; None if a side would be 0."""
+    if isinstance(value, int):
+        return value * 3 // 4 // 64 * 64 or None
+    sides = [side * 3 // 4 // 64 * 64 for side in value]
+    return sides if all(sides) else None
 
 
 # Texts of a plain RuntimeError of torch's CPU allocator, cuBLAS and others.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.config import option
+from diffalign.config import from_dict, load_yaml, option
 from diffalign.config.held_out import held_out_table
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import LoraConfig, RewardConfig
@@ -47,9 +47,9 @@ class TrainerConfig(TrainingConfig):
     max_sequence_length: int | None = option(
         None, "text tokens per prompt; default: the pipeline's own", section="model", ge=1, le=100_000
     )
-    resolution: int | None = option(
+    resolution: int | tuple[int, int] | None = option(
         None,
-        "side length of the square images, in pixels; default: the pipeline's own",
+        "side length of square images, or height and width ([768, 1344]), in pixels; default: the pipeline's own",
         section="model",
         ge=1,
         le=100_000,
@@ -174,6 +174,14 @@ class TrainerConfig(TrainingConfig):
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: dotted name -> reason, as "is read only with ..."."""
         return {}
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **fields: Any) -> Self:
+        """Read a configuration file; ``fields`` win over it. Raises ConfigError, a ValueError, as ``from_dict`` does.
+
+        FlowGRPOConfig.from_yaml("configs/flow_grpo/shapes.yaml", max_train_steps=20, lora=LoraConfig(rank=8))
+        """
+        return dataclasses.replace(from_dict(cls, load_yaml(path), str(path)), **fields)
 
     def validate(self) -> None:
         """Check field combinations. Raises ValueError with a suggested fix; does no I/O."""

@@ -80,13 +80,14 @@ def scene_for(spec: Spec, rng: random.Random) -> tuple[Object, ...]:
     for item in spec["include"]:
         kinds += [(item["class"], item.get("color") or free.pop())] * item["count"]
     relation = next((item["position"][0] for item in spec["include"] if "position" in item), None)
-    objects = _place(kinds, rng)
+    objects = draw_scene(kinds, rng)
     while relation is not None and not _clearly(objects[1], relation, objects[0]):
-        objects = _place(kinds, rng)
+        objects = draw_scene(kinds, rng)
     return objects
 
 
-def _place(kinds: Sequence[tuple[str, str]], rng: random.Random) -> tuple[Object, ...]:
+def draw_scene(kinds: Sequence[tuple[str, str]], rng: random.Random) -> tuple[Object, ...]:
+    """Place shapes of (shape, color) at random, apart from each other."""
     low, high = (9.0, 13.0) if len(kinds) <= 2 else (7.5, 9.5)
     while True:
         objects: list[Object] = []

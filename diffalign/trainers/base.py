@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
+from diffalign.data.prompts import as_prompts
 from diffalign.fsdp import FSDPConfig
 from diffalign.log import get_logger
 from diffalign.models import DiffusionModel, load_model
@@ -20,6 +21,7 @@ from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import Reward, RewardFunction, check_latents
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rng import KeyedRNG
+from diffalign.runtime.callbacks import TrainerCallback
 from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop
 from diffalign.runtime.processes import check_world, connect, wants_shards
@@ -34,9 +36,11 @@ from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
 from diffalign.trainers.inputs import Inputs, load_optional, with_held_out
 from diffalign.trainers.outputs import Outputs
+from diffalign.trainers.result import TrainingResult, read_result
 
 logger = get_logger(__name__)
 C = TypeVar("C", bound=TrainerConfig)
+Prompts = Iterable[Prompt | str | Mapping[str, Any]]
 
 
 class Trainer(Generic[C]):
@@ -47,8 +51,10 @@ class Trainer(Generic[C]):
         args: The configuration; default: that of the algorithm.
         reward_funcs: Rewards (names, functions or instances), alone, in a list, or as a mapping from reward name to
             weight where names are registered; default: ``args.rewards``.
-        train_dataset: Training data in memory; default: the files that ``args`` names.
-        eval_dataset: Held-out prompts; default: ``args.eval_prompts``.
+        train_dataset: Training data in memory; default: the files that ``args`` names. Prompts are a list of
+            ``Prompt``, texts or rows, or a ``datasets.Dataset``.
+        eval_dataset: Held-out prompts, likewise; default: ``args.eval_prompts``.
+        callbacks: Called on steps, evaluations and checkpoints, in order.
 
     Attributes:
         run: What the training shares.
@@ -68,7 +74,8 @@ class Trainer(Generic[C]):
         args: C | None = None,
         reward_funcs: str | RewardFunction | Reward | Sequence[Any] | Mapping[str, float] | None = None,
         train_dataset: Any = None,
-        eval_dataset: Sequence[Prompt] | None = None,
+        eval_dataset: Prompts | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         kind = self.algorithm_class
         config = with_model_name(args or kind.config_class(), model)
@@ -105,7 +112,7 @@ class Trainer(Generic[C]):
         )
         self.algorithm = kind(self.run, inputs)
         self.outputs = Outputs(self.run, inputs, self.algorithm, state.ema, even=shards is not None)
-        self.loop = Loop(self.run, state, self.algorithm, self.outputs)
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs, callbacks)
 
     def _connect(self, inputs: Inputs[C]) -> tuple[Accelerator, FSDPConfig | None]:
         """Start the processes, and check that batches divide over them."""
@@ -140,13 +147,18 @@ class Trainer(Generic[C]):
         """The model."""
         return self.run.model
 
-    def train(self) -> None:
-        """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid."""
+    def train(self) -> TrainingResult:
+        """Train to ``max_train_steps``; write the LoRA, the model card, curves and a base-versus-tuned grid.
+
+        Returns:
+            The figures, and the paths of what was written.
+        """
         self.model.about = self.outputs.about()
         logger.info(opening(self.run, self.inputs, self.loop.state.parameters))
         self.loop.train()
         if self.outputs.report.paths:
             logger.info(closing(self.outputs.report))
+        return read_result(self.run.config.output_dir, self.run.progress.step)
 
 
 def with_model_name(config: C, model: str | Path | DiffusionModel | None) -> C:
@@ -159,10 +171,11 @@ def with_model_name(config: C, model: str | Path | DiffusionModel | None) -> C:
     return config if model is None else dataclasses.replace(config, model=str(model))
 
 
-def with_evaluation(inputs: Inputs[C], eval_dataset: Sequence[Prompt] | None) -> Inputs[C]:
+def with_evaluation(inputs: Inputs[C], eval_dataset: Prompts | None) -> Inputs[C]:
     """Add the held-out prompts, and try the rewards that only evaluations use. Raises ValueError without a reward."""
     config = inputs.config
-    prompts = eval_dataset if eval_dataset is not None else load_optional(config.eval_prompts)
+    given = None if eval_dataset is None else as_prompts(eval_dataset, "eval_dataset")
+    prompts = load_optional(config.eval_prompts) if given is None else given
     if not prompts:
         return inputs
     inputs = with_held_out(inputs)

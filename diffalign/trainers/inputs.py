@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from diffalign.config.held_out import PANEL, WORD, held_out_table, spec_of
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompts import as_prompts, load_prompts
 from diffalign.rewards.base import Reward, get_reward, names, needs_groups, registered
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.record import reward_record
@@ -184,12 +184,14 @@ def check_groups(rewards: Mapping[str, Reward], num_groups: int, processes: int)
         )
 
 
-def dataset(given: Sequence[Prompt] | None, path: Path | None, field: str) -> list[Prompt]:
-    """Return the prompts that were passed, or load a file. Raises ValueError without either."""
+def dataset(given: Any, path: Path | None, field: str) -> list[Prompt]:
+    """Return the prompts that were passed, see ``as_prompts``, or load a file. Raises ValueError without either."""
+    if isinstance(given, str | Path):
+        given, path = None, Path(given)
     if given is not None:
-        if not given:
+        if not (prompts := as_prompts(given, "train_dataset")):
             raise ValueError(f"{field}: the list of prompts is empty; pass at least one Prompt")
-        return list(given)
+        return prompts
     if path is None:
         raise ValueError(f"{field} is missing: write {field}: prompts.txt, or pass a list of Prompt")
     return load_prompts(path)

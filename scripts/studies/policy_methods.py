@@ -112,7 +112,7 @@ def forward(preset: str, note: str = "", rates: tuple[float, ...] = RATES, **cha
     lag = "{kind: type1, slope: 0.01}"
     common: dict[str, object] = {
         "preset": preset, "num_times": 2, "time_fraction": 0.9, "reference_weight": "null", "sample_lag": lag,
-        "old_lag": lag,
+        "old_lag": lag, "train_prompts": "assets/prompts/shapes_train.jsonl", "ema_decay": 0.95,
     }  # fmt: skip
     return Method("forward_rl", "forward_rl/shapes.yaml", {**common, **changes}, rates, note=note)
 

@@ -273,3 +273,17 @@ def test_images_are_embedded_by_a_model_of_transformers(tmp_path):
     assert found.shape[0] == 3
     assert torch.allclose(ImageEmbedder(tmp_path)(images[1:2]), found[1:2], atol=1e-5)
     assert not torch.allclose(found[0], found[1])
+
+
+def test_models_are_compared_at_a_height_and_a_width(run_folder, tmp_path):
+    """The grid has wide cells; a second call finds the images of the first."""
+    out = tmp_path / "out"
+    command = ["compare", str(run_folder), "--output_dir", str(out), "--limit", "2", "--num_steps", "2"]
+    assert main([*command, "--resolution", "48,80"]) in (0, None)
+    images = sorted((out / "images").rglob("*.png"))
+    assert {Image.open(file).size for file in images} == {(80, 48)}
+    times = [file.stat().st_mtime_ns for file in images]
+    assert main([*command, "--resolution", "[48, 80]"]) in (0, None)
+    assert [file.stat().st_mtime_ns for file in images] == times
+    with Image.open(out / "compare.png") as grid:
+        assert grid.size[1] < 400

@@ -27,7 +27,7 @@ def rehearsed(name, options, images, gradients, side=64):
     counter = Counter(64)
     found = RehearsedReward(name, get_reward(name, **options), counter)
     with FiniteValues(), counter, counter.during("score"):
-        found.prepare(side)
+        found.prepare((side, side))
         with counter.fake:
             pixels = torch.empty(images, 3, side, side).requires_grad_(gradients)
         counter.restart()
@@ -68,7 +68,7 @@ def test_a_published_network_has_the_parameters_of_its_card(name):
     reward = get_reward(name)
     found = RehearsedReward(name, reward, counter)
     with FiniteValues(), counter, counter.during("score"):
-        found.prepare(512)
+        found.prepare((512, 512))
     assert found.note is None
     width = getattr(getattr(reward, "weights", None), "dtype", torch.float32).itemsize
     assert found.size / width == pytest.approx(registered(name).facts.millions * 1e6, rel=0.03)
@@ -90,7 +90,7 @@ def test_what_is_not_rehearsed_is_said_in_a_line():
         ):
             continue
         with FiniteValues(), counter, counter.during("score"):
-            found.prepare(512)
+            found.prepare((512, 512))
         assert found.note is not None, name
         assert found.note.startswith(f"reward {name}: ")
         assert "\n" not in found.note
@@ -111,7 +111,7 @@ def test_weights_on_a_server_are_neither_counted_nor_rehearsed():
     counter = Counter()
     found = RehearsedReward("far", get_reward("unified_reward", url="http://127.0.0.1:1"), counter)
     with counter, counter.during("score"):
-        found.prepare(64)
+        found.prepare((64, 64))
     assert found.note is None
     assert found.size == 0
 
@@ -134,7 +134,7 @@ def test_a_reward_of_the_user_is_named():
     counter = Counter()
     found = RehearsedReward("mine", get_reward(lambda images, prompts, metadata: images.mean((1, 2, 3))), counter)
     with counter, counter.during("score"):
-        found.prepare(64)
+        found.prepare((64, 64))
         assert len(found(torch.rand(2, 3, 64, 64), PROMPTS, [{}] * 2)) == 2
     assert found.note == "reward mine: what it computes is not rehearsed: it is not among the registered rewards"
 
@@ -145,7 +145,7 @@ def test_a_network_that_is_offloaded_is_resident_while_it_scores(offload):
     reward = get_reward("pickscore", **OPTIONS["pickscore"], offload=offload)
     found = RehearsedReward("pickscore", reward, counter)
     with FiniteValues(), counter, counter.during("score"), torch.no_grad():
-        found.prepare(64)
+        found.prepare((64, 64))
         held = counter.live
         with counter.fake:
             images = torch.empty(2, 3, 64, 64)
@@ -159,7 +159,7 @@ def test_scores_beside_sampling_hold_their_activations_meanwhile():
     counter = Counter(64)
     found = RehearsedReward("pickscore", get_reward("pickscore", **OPTIONS["pickscore"]), counter, overlaps=True)
     with FiniteValues(), counter, counter.during("sample"), torch.no_grad():
-        found.prepare(64)
+        found.prepare((64, 64))
         with counter.fake:
             images = torch.empty(2, 3, 64, 64)
         before = counter.live

@@ -160,7 +160,7 @@ def size_of(name, entry):
     """Bytes of a reward's network."""
     found = RehearsedReward(name, get_reward(name, **entry["options"]), counter := Counter())
     with FiniteValues(), counter, counter.during(EVALUATING):
-        found.prepare(32)
+        found.prepare((32, 32))
     return found.size
 
 

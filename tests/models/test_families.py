@@ -62,6 +62,21 @@ def test_our_ode_draws_the_pipelines_images(models, plain, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_at_a_height_and_a_width_it_draws_the_pipelines_images(family_pipelines, plain, name):
+    family, pipe = FAMILIES[name], plain(name)
+    unit = load_model(family_pipelines[name], **family.options).resolution_unit
+    height, width = unit, 2 * unit
+    model = load_model(family_pipelines[name], **{**family.options, "resolution": (height, width)})
+    noise = noise_of(model, 2)
+    call = {**family.call, "height": height, "width": width}
+    call |= {"latents": packed(pipe, noise), "num_inference_steps": 3, "output_type": "pt"}
+    expected = pipe(prompt=MANY[:2], **call).images
+    images = images_of(family, model, noise, MANY[:2], 3, 1.0)
+    assert images.shape == (2, 3, height, width)
+    assert (images - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_level_per_sample_equals_one_level_each(models, name):
     model = models[name]
     x, conditioning, levels = noise_of(model, 3), model.encode(MANY), model.levels(5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.rng import KeyedRNG
+from diffalign.runtime.callbacks import TrainerCallback
 from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.interfaces import IterationBatch, MicroBatch, MiniBatch
 from diffalign.runtime.loop import Loop
@@ -34,7 +35,13 @@ class NullTrainer:
             before it begins; what it does is the fault.
     """
 
-    def __init__(self, config: TrainingConfig, hook: Hook | None = None, width: int = 8) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        hook: Hook | None = None,
+        width: int = 8,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
         self.hook = hook or (lambda phase, trainer: None)
         config = replace(config, output_dir=config.output_dir.absolute())  # as every trainer does
         module = nn.Linear(width, width, bias=False)
@@ -46,7 +53,7 @@ class NullTrainer:
         self.run: Run[Any] = Run(config, unused, state.module, accelerator, rng, unused, state.progress, heartbeat)
         self.algorithm = NullAlgorithm(self.run, self._enter, width)
         self.outputs = NullOutputs(self.run, state, self._enter)
-        self.loop = Loop(self.run, state, self.algorithm, self.outputs)
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs, callbacks)
 
     def _enter(self, phase: str) -> None:
         self.hook(phase, self)

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import math
+import tempfile
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from diffalign.commands.score import reward_table
@@ -25,7 +28,10 @@ PROMPTS = ['a red circle and the word "sign"', "two squares", 'a red circle and 
 IMAGES = torch.randint(50, 206, (4, 3, 45, 61), generator=torch.Generator().manual_seed(0)).float() / 255
 SHAPES = {"include": [{"class": "circle", "count": 1, "color": "red"}], "tag": "colors", "text": "sign"}
 SHAPES |= {"vqa_list": [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]}
-METADATA = [dict(SHAPES) for _ in PROMPTS]
+SOURCE = Path(tempfile.mkdtemp()) / "source.png"
+Image.effect_noise((45, 61), 40).convert("RGB").save(SOURCE)
+EDIT = {"image": str(SOURCE), "edit": {"kind": "add", "class": "circle", "color": "red"}}
+METADATA = [SHAPES | EDIT for _ in PROMPTS]
 GROUPS = torch.tensor([0, 1, 0, 1])
 # Networks that compute norms or attention in float32 whatever their weights are need wider steps.
 STEPS = {"vqascore": (1e-3, 1e-2), "vqascore_xl": (1e-3, 1e-2), "f_clipscore": (1e-3, 1e-3)}
@@ -53,6 +59,7 @@ class Judge(BaseHTTPRequestHandler):
             said = {"digit": str(best), "<answer>": f"<answer>Image {best} is better</answer>"}
             pair = f"Score:\n Image 1: {share}\n Image 2: {1 - share}"
             said |= {"Coherence": "\n".join(f"{axis} {pair}" for axis in ("Alignment", "Coherence", "Style"))}
+        said = {"reasoning": json.dumps({"score": [25 * light[-1]] * 2}), **said}
         text = next(answer for word, answer in said.items() if word in words["text"])
         reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)
@@ -89,6 +96,7 @@ def options(small):
             **dict.fromkeys(("vlm_rating", "vlm_checklist", "vlm_pairwise"), vlm),
             **dict.fromkeys(("image_doctor", *(f"unified_reward{kind}" for kind in ("", "_pairs", "_think"))), url),
             "vision_reward": {**url, "alignment": None},
+            "editscore": {**url, "model": "light"},
             "combined": {"rewards": {"brightness": 1.0, "sharpness": {"weight": 2.0}}, "rule": "soft_and"},
         }
 

@@ -100,9 +100,11 @@ def serve():
         server.server_close()
 
 
+SOURCE = "data:image/*;base64,UDYKMSAxCjI1NQoAAAA="  # a black pixel, of which only judges of edits read anything
 OPTIONS = {
     "remote": {"reward": "r"},
     "vlm_rating": {"model": "m"},
+    "editscore": {"model": "m"},
     "vlm_checklist": {"model": "m"},
     "vlm_pairwise": {"model": "m"},
     "unified_reward": {},
@@ -124,7 +126,7 @@ def test_what_a_server_throws_back_shows_no_token_and_moves_no_terminal(name, st
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            reward(torch.rand(2, 3, 8, 8), ["a", "b"], [{}, {}], *groups)
+            reward(torch.rand(2, 3, 8, 8), ["a", "b"], [{"image": SOURCE}] * 2, *groups)
         except ValueError as error:  # where the server says that it can score nothing
             caught.append(f"{error!r} {error.__cause__!r}")
     said = " ".join(str(getattr(one, "message", one)) for one in caught)

@@ -176,7 +176,7 @@ def test_log_probabilities_are_asked_for_where_they_are_read():
 
 
 def test_options_that_a_judge_does_not_take_are_refused():
-    with pytest.raises(ValueError, match="'vlm_rating' takes no hi; it takes question, low, high"):
+    with pytest.raises(ValueError, match="'vlm_rating' takes no hi; it takes question, low, high, source"):
         get_reward("vlm_rating", url="http://x", model="m", hi=3)
     with pytest.raises(ValueError, match="'vlm_checklist' takes no differentiable; it takes none"):
         get_reward("vlm_checklist", url="http://x", model="m", differentiable=True)

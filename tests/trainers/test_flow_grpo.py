@@ -330,8 +330,12 @@ def test_missing_prompts_are_refused(small):
 
 def test_a_run_folder_answers_by_itself(small, train_prompts):
     args = small(ema_decay=0.5, eval_rewards=("shapes_strict", "shapes"), save_rollouts=True)
-    FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts).train()
+    result = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts).train()
     folder = args.output_dir
+    assert (result.step, list(result.evaluations)) == (2, [0, 2])
+    assert result.weights == (folder / "pytorch_lora_weights.safetensors",)
+    assert result.card == folder / "README.md"
+    assert 0 <= result.tuned["eval/accuracy"] <= 1
     for name in (
         "config.yaml",
         "metrics.jsonl",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from diffalign.config import Checked, option
+from diffalign.embedded import ASSETS, root
 
 PIPELINE = "shapes-sd3"
-SOURCE = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class DoctorConfig(Checked):
 
     output_dir: Path = option(Path("runs"), "folder of run folders, whose disk is tested", section="run")
     assets: Path | None = option(
-        None, "folder of the embedded world; default: assets/ here, else in the package's checkout", section="run"
+        None, "folder of the embedded world; default: assets/ here, else the package's own", section="run"
     )
 
     def world(self) -> Path | None:
         """Return the folder of the embedded world; None without one."""
-        places = (self.assets,) if self.assets else (Path("assets"), SOURCE / "assets")
+        places = (self.assets,) if self.assets else (Path(ASSETS), root() / ASSETS)
         return next((place for place in places if (place / PIPELINE / "model_index.json").is_file()), None)

@@ -15,6 +15,7 @@ from diffalign.device import default_device, supports_bf16
 from diffalign.models import DiffusionModel, LoraConfig, load_model, with_tuned_weights
 from diffalign.models.attention import LISTED, NATIVE, choose_attention, refusal
 from diffalign.models.compiling import compile_refusal
+from diffalign.models.editing import example_prompt
 from diffalign.structures import Conditioning
 
 # diffusers may multiply the factors of a LoRA in another order
@@ -88,7 +89,9 @@ def lora_round_trip(pipeline: Path) -> Iterator[Finding]:
 
 def _probe_input(model: DiffusionModel) -> tuple[Tensor, Conditioning]:
     noise = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
-    return noise.to(model.device), model.encode(["a red circle", "two blue squares"])
+    return noise.to(model.device), Conditioning.cat(
+        [model.encode_input(example_prompt(model, text).input) for text in ("a red circle", "two blue squares")]
+    )
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from diffalign.device import default_device
 from diffalign.rewards.base import RECIPE, FunctionReward, Reward, RewardUnavailable, needs_groups, wants_latents
 from diffalign.rewards.support.isolation import copy_metadata, isolated, said
 from diffalign.rewards.support.weights import resident
-from diffalign.structures import Prompt
+from diffalign.structures import Prompt, Resolution, image_size
 
 COUNT, SIDE = 2, 64
 _OFF: ContextVar[bool] = ContextVar("off", default=False)
@@ -33,7 +33,7 @@ def untried() -> Iterator[None]:
 
 
 def try_rewards(
-    rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolution: int | None = None, *, leave: bool = False
+    rewards: Mapping[str, Reward], prompts: Sequence[Prompt], resolution: Resolution = None, *, leave: bool = False
 ) -> None:
     """Call each reward on two small images.
 
@@ -56,7 +56,14 @@ def try_rewards(
         _check_signature(name, reward)
         refuse = bool(prompts) and not wants_latents(reward)
         with resident(leave=leave):
-            _try(name, _copied(reward), samples, refuse, min(SIDE, resolution or SIDE))
+            _try(name, _copied(reward), samples, refuse, _test_size(resolution))
+
+
+def _test_size(resolution: Resolution) -> tuple[int, int]:
+    """Return the size of the test images: the run's, shrunk to at most ``SIDE`` pixels a side."""
+    height, width = image_size(resolution) or (SIDE, SIDE)
+    scale = min(1.0, SIDE / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _copied(reward: Reward) -> Reward:
@@ -85,8 +92,8 @@ def _check_signature(name: str, reward: Reward) -> None:
 
 
 @torch.no_grad()
-def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, side: int) -> None:
-    images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0)).to(default_device())
+def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, size: tuple[int, int]) -> None:
+    images = torch.rand(COUNT, 3, *size, generator=torch.Generator().manual_seed(0)).to(default_device())
     errors: list[BaseException] = []
     for rows in ([0, 1], [0], [1]):  # a reward may support only single images
         try:
@@ -104,7 +111,7 @@ def _try(name: str, reward: Reward, prompts: Sequence[Prompt], refuse: bool, sid
     if refuse and not later:
         what = said(first, 300).removeprefix("RewardExit: it raised ")
         raise ValueError(
-            f"reward {name!r} raised {what} (on {COUNT} test images of {side} x {side} pixels, prompt "
+            f"reward {name!r} raised {what} (on {COUNT} test images of {size[0]} x {size[1]} pixels, prompt "
             f"{prompts[0].text[:100]!r}): fix it, or leave it out"
         ) from first
 

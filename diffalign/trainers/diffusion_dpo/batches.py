@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +23,12 @@ from diffalign.rollout.collector import Collector, Rollout
 from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Pair, Prompt
+from diffalign.structures import Pair, Prompt, text_of
+from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 from diffalign.trainers.diffusion_dpo.latents import Examples, LatentEncoder, Loaded
 from diffalign.trainers.diffusion_dpo.step_pairs import StepExamples
+from diffalign.trainers.inputs import dataset
 
 Data = Samples | PairStream | Sequence[Prompt]
 DIGESTED = 16
@@ -56,7 +58,7 @@ class PreferenceBatch(IterationBatch):
 
     def ids(self, rows: Tensor) -> list[dict[str, Any]]:
         """Return number and prompt of examples."""
-        return [{"number": self.ranked.number[i], "prompt": self.ranked.texts[i]} for i in rows.tolist()]
+        return [{"number": self.ranked.number[i], "prompt": text_of(self.ranked.texts[i])} for i in rows.tolist()]
 
 
 class Source(ABC):
@@ -94,7 +96,11 @@ def read_data(config: DiffusionDPOConfig, given: Data | None) -> Data | None:
         ValueError: Nothing to train on, pairs where single images are needed or the other way round, or no liked image
             where a loss learns from no other.
     """
-    data = _named_data(config) if given is None and not (config.streaming and config.train_data) else given
+    data = (
+        _named_data(config)
+        if given is None and not (config.streaming and config.train_data)
+        else _passed(config, given)
+    )
     liked_only = get_loss(config.loss).liked_only or config.losers == "reference"
     singles = liked_only or not get_loss(config.loss).paired
     if isinstance(data, Samples | PairStream) and isinstance(data, LabelledData) != singles:
@@ -104,6 +110,20 @@ def read_data(config: DiffusionDPOConfig, given: Data | None) -> Data | None:
     return data.liked() if liked_only and isinstance(data, LabelledData) else data
 
 
+def _passed(config: DiffusionDPOConfig, given: Any) -> Data | None:
+    """Convert data in memory: prompts for online training, else a ``datasets.Dataset`` of pairs or labelled images."""
+    if given is None or isinstance(given, Samples | PairStream):
+        return given
+    if config.online:
+        return dataset(given, None, "train_prompts")
+    return _load(config)(given, settings=config.data)
+
+
+def _load(config: DiffusionDPOConfig) -> Callable[..., Samples]:
+    """Return the function that loads what the loss needs: pairs, or single images."""
+    return load_pairs if get_loss(config.loss).paired and config.losers == "data" else load_labelled
+
+
 def _named_data(config: DiffusionDPOConfig) -> Data:
     if config.online:
         if not (config.train_prompts and config.rewards):
@@ -111,8 +131,7 @@ def _named_data(config: DiffusionDPOConfig) -> Data:
         return load_prompts(config.train_prompts)
     if not config.train_data:
         raise ValueError("train_data is missing: write train_data: [pairs.parquet], or train_prompts and rewards")
-    paired = get_loss(config.loss).paired and config.losers == "data"
-    return (load_pairs if paired else load_labelled)(*config.train_data, settings=config.data)
+    return _load(config)(*config.train_data, settings=config.data)
 
 
 def open_stream(run: Run[DiffusionDPOConfig]) -> PairStream:
@@ -136,17 +155,31 @@ def sampled_digest(data: Samples) -> str:
 
 
 class DataSource(Source):
-    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch."""
+    """Examples of a data set: ``num_pairs`` per optimizer step, in a new order each epoch.
+
+    Attributes:
+        buckets: Samples by size; None if all are cropped to the resolution.
+    """
 
     def __init__(self, run: Run[DiffusionDPOConfig], data: Samples, encoder: LatentEncoder) -> None:
         self.run, self.data, self.encoder = run, data, encoder
+        step, count = run.config.aspect_buckets, run.config.num_pairs
+        self.buckets = make_buckets(run, data, range(len(data)), step, count, "data") if step else None
 
     def sample(self, iteration: int) -> PreferenceBatch:
         """Read the samples of one optimizer step."""
-        count, rng = len(self.data), self.run.rng
-        indices = take(count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch))
+        size, indices = self._indices(iteration)
         own = [indices[number] for number in self.encoder.share]
-        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own))
+        return PreferenceBatch(self.encoder([partial(self.data.load, index) for index in own], iteration, own, size))
+
+    def _indices(self, iteration: int) -> tuple[tuple[int, int] | None, list[int]]:
+        """Return the size of an optimizer step's samples, if it is not the model's, and their indices."""
+        if self.buckets is not None:
+            return self.buckets.take(iteration)
+        count, rng = len(self.data), self.run.rng
+        return None, take(
+            count, self.run.config.num_pairs, iteration, lambda epoch: rng.permutation(count, "data", epoch)
+        )
 
 
 class StreamSource(Source):
@@ -248,7 +281,7 @@ class RolloutSource(Source):
         examples = Examples(
             torch.stack([buffer.x[leaves[list(row)]] for row in rows]),
             torch.tensor(labels),
-            [buffer.prompts[groups[row[0]]].text for row in rows],
+            [buffer.prompts[groups[row[0]]].input for row in rows],
             numbers,
             weight,
         )

@@ -70,6 +70,14 @@ class DiffusionDPOConfig(RolloutConfig):
         SiblingsConfig(), "which steps are compared, and what is sampled from the children", section="sampling"
     )
     streaming: bool = option(False, "stream the data, for sets that do not fit on disk", section="data")
+    aspect_buckets: int = option(
+        0,
+        "train each image at the size of its aspect ratio: sizes of the resolution's area, with sides that are "
+        "multiples of this many pixels, 64 is usual; 0: all at the resolution",
+        section="data",
+        ge=0,
+        le=4096,
+    )
     random_crop: bool = option(False, "crop pairs at a random place instead of the centre", section="data")
     random_flip: bool = option(
         False, "mirror half of the pairs; not where captions mention left and right", section="data"
@@ -183,7 +191,7 @@ class DiffusionDPOConfig(RolloutConfig):
     def _unread_of_the_source(self) -> dict[str, str]:
         if self.online:
             data = (field.name for field in dataclasses.fields(self.data) if field.name != "rollouts")
-            names = dict.fromkeys(("num_pairs", "streaming", "random_crop", "random_flip"), ONLINE)
+            names = dict.fromkeys(("num_pairs", "streaming", "aspect_buckets", "random_crop", "random_flip"), ONLINE)
             names |= dict.fromkeys((f"data.{name}" for name in data), ONLINE)
             names |= super().unread()
         else:
@@ -258,6 +266,8 @@ class DiffusionDPOConfig(RolloutConfig):
         if self.streaming and not (paired and self.losers == "data"):
             what = repr(self.loss) if self.losers == "data" else "losers: reference"
             raise ValueError(f"{what} learns from single images, which are not streamed: set streaming: false")
+        if self.streaming and self.aspect_buckets:
+            raise ValueError("aspect_buckets needs the sizes of all images, unknown in a stream: set streaming: false")
         if self.losers == "data":
             return
         if self.online:

@@ -16,7 +16,7 @@ from diffalign.data.images import decode
 from diffalign.losses.errors import latent_mask
 from diffalign.models.offload import VAE
 from diffalign.runtime.run import Run
-from diffalign.structures import ImageSource, LabelledImage, Pair
+from diffalign.structures import ImageSource, Input, LabelledImage, Pair, Prompt
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 
 
@@ -27,7 +27,7 @@ class Examples:
     Attributes:
         latents: (P, K, C, *spatial).
         label: (P,), probability that the first image is preferred; for single images 1 if liked, 0 if disliked.
-        texts: P prompts.
+        texts: P prompts, with source images for models that edit.
         number: P integers that identify the examples of an optimizer step over all processes.
         weight: (P,), 1 on average over all processes, 0 for padding that equalises the passes of each process.
         sizes: Crop and original size of each image of each example; None for images that the model sampled.
@@ -36,7 +36,7 @@ class Examples:
 
     latents: Tensor
     label: Tensor
-    texts: list[str]
+    texts: list[Input]
     number: list[int]
     weight: Tensor
     sizes: list[tuple[SizeConditioning, ...]] | None = None
@@ -54,7 +54,7 @@ class _Row:
     latents: Tensor
     sizes: tuple[SizeConditioning, ...]
     label: float
-    text: str
+    text: Input
     mask: Tensor | None
 
 
@@ -68,13 +68,14 @@ class LatentEncoder:
     def __init__(self, run: Run[DiffusionDPOConfig]) -> None:
         self.model, self.cache, self.identity = run.model, run.prompts.cache, run.prompts.identity
         self.config, self.rng, self.share = run.config, run.rng, run.share(run.config.num_pairs)
-        height, width = self.model.default_resolution
-        assert height == width
-        self.resolution = height
-        self._rows: OrderedDict[tuple[int, CropParams], _Row] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, CropParams, tuple[int, int]], _Row] = OrderedDict()
 
     def __call__(
-        self, samples: Sequence[Callable[[], Loaded]], iteration: int, indices: Sequence[int] | None = None
+        self,
+        samples: Sequence[Callable[[], Loaded]],
+        iteration: int,
+        indices: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Examples:
         """Encode this process's samples, in order.
 
@@ -83,10 +84,12 @@ class LatentEncoder:
             iteration: Index of the optimizer step, which keys crops and flips.
             indices: Index of each sample in its data set; samples of earlier epochs that are still in memory, cropped
                 alike, are not read again. None: do not keep them.
+            size: (height, width) to crop to; default: the model's.
         """
+        size = size or self.model.default_resolution
         with self.model.keeping(VAE):
             rows = [
-                self._row(sample, self._crop(iteration, number), None if indices is None else indices[i])
+                self._row(sample, self._crop(iteration, number), size, None if indices is None else indices[i])
                 for i, (number, sample) in enumerate(zip(self.share, samples, strict=True))
             ]
         label = torch.tensor([row.label for row in rows])
@@ -107,29 +110,38 @@ class LatentEncoder:
         drawn = self.rng.generator("framing", iteration, number).integers(0, DRAWS, 3).tolist()
         return CropParams.drawn(drawn, "random" if self.config.random_crop else "center", self.config.random_flip)
 
-    def _row(self, load: Callable[[], Loaded], crop: CropParams, index: int | None) -> _Row:
+    def _row(self, load: Callable[[], Loaded], crop: CropParams, size: tuple[int, int], index: int | None) -> _Row:
         if index is None or self.config.random_crop:  # random crops do not repeat
-            return self._encode(*load(), crop)
-        if (row := self._rows.get((index, crop))) is None:
-            row = self._rows[index, crop] = self._encode(*load(), crop)
+            return self._encode(*load(), crop, size)
+        if (row := self._rows.get((index, crop, size))) is None:
+            row = self._rows[index, crop, size] = self._encode(*load(), crop, size)
             if len(self._rows) * row.latents.nbytes > KEPT:
                 self._rows.popitem(last=False)
         return row
 
-    def _encode(self, sample: Pair | LabelledImage, images: Sequence[Image.Image], crop: CropParams) -> _Row:
+    def _encode(
+        self, sample: Pair | LabelledImage, images: Sequence[Image.Image], crop: CropParams, size: tuple[int, int]
+    ) -> _Row:
         if isinstance(sample, Pair):
             images, label = images if sample.label >= 0.5 else images[::-1], max(sample.label, 1 - sample.label)
         else:
             label = float(sample.liked)
-        framed = [frame(image, self.resolution, crop) for image in images]
+        framed = [frame(image, size, crop) for image in images]
         latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
-        mask = None if sample.mask is None else self._mask(sample.mask, crop, latents.shape[-2:])
-        return _Row(latents, tuple(size for _, size in framed), label, sample.prompt.text, mask)
+        mask = None if sample.mask is None else self._mask(sample.mask, crop, size, latents.shape[-2:])
+        return _Row(latents, tuple(sizes for _, sizes in framed), label, self._input(sample.prompt, size), mask)
 
-    def _mask(self, source: ImageSource, crop: CropParams, size: Sequence[int]) -> Tensor:
+    def _input(self, prompt: Prompt, size: tuple[int, int]) -> Input:
+        """Return the model's input; a source image has the size of the images."""
+        given = prompt.input
+        if isinstance(given, str) or size == self.model.default_resolution:
+            return given
+        return given._replace(size=size)
+
+    def _mask(self, source: ImageSource, crop: CropParams, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
         """Crop and flip a mask as its images, and resize it to the latent grid: (1, h, w)."""
-        pixels, _ = frame(decode(source), self.resolution, crop)
-        return latent_mask(pixels[None, :1].float() / 255, size)[0]
+        pixels, _ = frame(decode(source), size, crop)
+        return latent_mask(pixels[None, :1].float() / 255, grid)[0]
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:

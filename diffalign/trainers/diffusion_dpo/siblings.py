@@ -86,7 +86,7 @@ class SiblingSource(Source):
         """Sample this process's paths; children are scored on the way, because the next step depends on it."""
         steps, plan = self._steps(iteration), self._plan(iteration)
         prompts = [self.collector.prompts_of(iteration)[group] for group in self.own.tolist()]
-        conditioning = self.run.prompts([prompt.text for prompt in prompts])
+        conditioning = self.run.prompts([prompt.input for prompt in prompts])
         family, shape = self.config.group_size, self.model.latent_shape()
         device = self.model.device
         paths = SiblingPaths(
@@ -156,7 +156,7 @@ class SiblingSource(Source):
             paths.children.flatten(0, 2)[torch.tensor(chosen)],
             torch.tensor(steps)[state % len(steps)],
             torch.tensor([self.pairing.label(scores[better] - scores[worse]) for better, worse in chosen]),
-            [prompts[index].text for index in group.tolist()],
+            [prompts[index].input for index in group.tolist()],
             digits,
             weight,
             self._plan(paths.iteration),
@@ -328,7 +328,7 @@ class PathSource(RolloutSource):
             self._states(rollout, both, step + 1),
             step,
             torch.tensor([self.pairing.label(scores[better] - scores[worse]) for (better, worse), _ in chosen]),
-            [buffer.prompts[group].text for group in groups],
+            [buffer.prompts[group].input for group in groups],
             [((first + b) * base + first + w) * len(rollout.plan.plan) + s for (b, w), s in chosen],
             weight,
             rollout.plan,

@@ -37,25 +37,25 @@ class SelfPlaySource(Source):
         examples = batch.ranked
         assert isinstance(examples, Examples)
         assert examples.latents.shape[1] == 1
-        height, width = self.run.model.default_resolution
-        own = SizeConditioning((height, width), (0, 0), (height, width))
         known = examples.sizes
+        size = self.run.model.default_resolution if known is None else known[0][0].target_size
+        own = SizeConditioning(size, (0, 0), size)
         sizes: list[tuple[SizeConditioning, ...]] | None = None if known is None else [(*size, own) for size in known]
-        latents = torch.cat([examples.latents, self._losers(examples, iteration)[:, None].cpu()], 1)
+        latents = torch.cat([examples.latents, self._losers(examples, iteration, size)[:, None].cpu()], 1)
         return PreferenceBatch(replace(examples, latents=latents, sizes=sizes), metrics=batch.metrics)
 
-    def _losers(self, examples: Examples, iteration: int) -> Tensor:
-        """Sample the losers; return their latents, (P, C, *spatial)."""
+    def _losers(self, examples: Examples, iteration: int, size: tuple[int, int]) -> Tensor:
+        """Sample the losers at the (height, width) of the winners; return their latents, (P, C, *spatial)."""
         run, config, model = self.run, self.run.config, self.run.model
-        levels = model.levels(config.plan.num_steps, config.schedule)
+        levels = model.levels(config.plan.num_steps, config.schedule, size)
         plan = SamplingPlan(make_plan(config.plan, iteration, config.seed), levels, run.guidance)
         number = torch.tensor(examples.number)
         keys = NoiseKeys(run.rng, "self play", iteration, number, torch.zeros_like(number))
-        shape, latents = model.latent_shape(), []
+        shape, latents = model.latent_shape(size), []
         run.prompts.prepare(examples.texts, empty=True)
         with model.using(REFERENCE):
             for rows in micro_batches(len(number), config.rollout_batch_size):
-                part, conditioning = keys[rows], run.prompts(examples.texts[rows])
+                part, conditioning = keys[rows], model.at_size(run.prompts(examples.texts[rows]), size)
                 start = part.start(shape).to(model.device, non_blocking=True)
                 draw = lambda index, part=part: part.step(shape, index)  # noqa: E731
                 latents.append(sample(model, plan, conditioning, start, draw=draw))

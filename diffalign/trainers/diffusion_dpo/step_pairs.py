@@ -22,7 +22,7 @@ from diffalign.losses.errors import Denoised
 from diffalign.models import DiffusionModel
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.sampler import SamplingPlan
-from diffalign.structures import Conditioning, Level
+from diffalign.structures import Conditioning, Input, Level
 from diffalign.trainers.diffusion_dpo.siblings_config import Siblings
 
 
@@ -42,7 +42,7 @@ class StepExamples:
     x_next: Tensor
     step: Tensor
     label: Tensor
-    texts: list[str]
+    texts: list[Input]
     number: list[int]
     weight: Tensor
     plan: SamplingPlan

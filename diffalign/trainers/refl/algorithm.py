@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffalign.fsdp import FSDPConfig, is_sharded
 from diffalign.log import get_logger
 from diffalign.models import DiffusionModel
+from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.models.performance import checkpoint_decoder
 from diffalign.rewards.support.probe import try_rewards
@@ -33,7 +34,7 @@ from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics, MicroBatch, MiniBatch, State
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Prompt
+from diffalign.structures import Input, Prompt
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.contents import sample_contents
@@ -164,7 +165,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         config = self.config
         if not config.train_images:
             return None
-        return Pictures(config.train_images, config.data, self.model, self.run.rng, config.num_groups)
+        return Pictures(self.run, config.num_groups)
 
     def _starts(self, prompts: Sequence[Prompt] | None) -> Starts:
         config, recipe, rng, shape = self.config, self.recipe, self.run.rng, self.model.latent_shape()
@@ -176,6 +177,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
             assert self.pictures is not None
             return ImageStarts(self.pictures, self.levels, recipe.first)
         assert prompts is not None
+        check_sources(self.model, prompts)
         return NoiseStarts(prompts, config.num_groups, rng, shape)
 
     # An iteration ---------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         own = [divmod(index, config.group_size) for index in run.share(total)]
         unload()  # the rewards' networks, which the last update used
         batch, sharded = PathBatches(), is_sharded(self.model.raw_denoiser)
-        run.prompts.prepare(self._texts(iteration, own))
+        run.prompts.prepare(self._inputs(iteration, own))
 
         with self.model.keeping(VAE):
             for rows in micro_batches(len(own), config.rollout_batch_size):
@@ -198,27 +200,29 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         batch.metrics = {"images_per_second": total / (time.perf_counter() - started)}
         return batch
 
-    def _texts(self, iteration: int, samples: Sequence[tuple[int, int]]) -> list[str]:
+    def _inputs(self, iteration: int, samples: Sequence[tuple[int, int]]) -> list[Input]:
         """Return all prompts that an iteration encodes, its update included."""
         prompts = self.starts.prompts_of(iteration, samples)
         if self.recipe.regulariser == "pretraining":
             assert self.pictures is not None
             prompts += self.pictures.prompts_of(iteration, [group for group, _ in samples])
-        return [prompt.text for prompt in prompts]
+        return [prompt.input for prompt in prompts]
 
     def _part(self, iteration: int, samples: Sequence[tuple[int, int]], lead: tuple[int, int]) -> Batch:
         """Sample a batch up to its gradient paths. lead: the sample whose random numbers choose the paths."""
         paths = draw_courses(self.recipe, self.run.rng, iteration, lead)
         kept = places(paths, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
-        conditioning = self.run.prompts([prompt.text for prompt in start.prompts])
+        conditioning = self.run.prompts([prompt.input for prompt in start.prompts])
+        if start.size is not None:
+            conditioning = self.model.at_size(conditioning, start.size)
         plan = sampling_plan(self.recipe)
         group, sample = torch.tensor(samples).T
         buffer = RolloutBuffer.allocate(
             plan, group, sample, start.prompts, start.x.shape[1:], device=self.model.device, steps=kept
         )
 
-        keys, shape = NoiseKeys(self.run.rng, "refl", iteration, group, sample), self.model.latent_shape()
+        keys, shape = NoiseKeys(self.run.rng, "refl", iteration, group, sample), tuple(start.x.shape[1:])
         draw = lambda index: keys.step(shape, index)  # noqa: E731
         sampling = SamplingPlan(plan, self.levels, self.guidance.plain)
         advance(self.model, sampling, conditioning, start, buffer, draw)

@@ -39,6 +39,14 @@ class ReFLConfig(ScoredSamplesConfig):
     data: PreferenceDataConfig = option(
         PreferenceDataConfig(), "how train_images are read; of pairs the preferred image is used", section="data"
     )
+    aspect_buckets: int = option(
+        0,
+        "read each of train_images at the size of its aspect ratio: sizes of the resolution's area, with sides that "
+        "are multiples of this many pixels, 64 is usual; 0: all at the resolution",
+        section="data",
+        ge=0,
+        le=4096,
+    )
     thresholds: dict[str, float] = option(
         {}, "thresholds of the losses hinge and distance, by reward, in its units", section="loss", infinite=False
     )
@@ -104,7 +112,7 @@ class ReFLConfig(ScoredSamplesConfig):
 
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: see ``TrainerConfig``."""
-        names = {} if self.train_images else {"data": "read only with train_images"}
+        names = {} if self.train_images else dict.fromkeys(("data", "aspect_buckets"), "read only with train_images")
         return names if self.sharpness_step else names | {"alarm_factor": "read only with a sharpness_step above 0"}
 
     def validate(self) -> None:

@@ -84,7 +84,7 @@ class HackingMonitor:
         if not model.has_adapter and REFERENCE not in model.weights.names:
             return {}
         prompts = evaluated.prompts[:PROBES]
-        conditioning = self.run.prompts([p.text for p in prompts])
+        conditioning = self.run.prompts([p.input for p in prompts])
         index = torch.arange(len(prompts))
         keys = NoiseKeys(KeyedRNG(EVALUATION_SEED), "evaluation", 0, index, torch.zeros_like(index))
         states = [keys.start(model.latent_shape()).to(model.device)]

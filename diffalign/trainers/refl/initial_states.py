@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.crops import CropParams, SizeConditioning, frame
 from diffalign.data.epoch_order import take
 from diffalign.data.unpaired import LabelledData, load_labelled
@@ -22,7 +21,10 @@ from diffalign.models import DiffusionModel
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Draw, SamplingPlan, sample
+from diffalign.runtime.run import Run
 from diffalign.structures import Conditioning, Level, Prompt, StepResult
+from diffalign.trainers.aspect_buckets import make_buckets
+from diffalign.trainers.refl.config import ReFLConfig
 
 Samples = Sequence[tuple[int, int]]  # (group, index in the group) of each sample of an iteration
 
@@ -35,11 +37,13 @@ class Start:
         x: (B, C, h, w).
         place: Index of the level.
         prompts: B prompts.
+        size: (height, width) of the images in pixels; None for the model's.
     """
 
     x: Tensor
     place: int
     prompts: list[Prompt]
+    size: tuple[int, int] | None = None
 
 
 class Starts(Protocol):
@@ -118,25 +122,24 @@ class BufferStarts:
 class Pictures:
     """Real images with captions: centre-cropped, read once per iteration, and encoded to latents on each call.
 
+    An iteration's images have one size: the model's, or with ``aspect_buckets`` that of a bucket.
+
     Args:
-        paths: Data files; only liked images are used.
-        settings: How to read them.
-        model: Encodes, and gives the resolution.
-        noise: Random numbers, which order the images.
+        run: The training, whose configuration names the data; only liked images are used.
         count: Images per iteration.
 
     Raises:
         ValueError: The data have no liked image.
     """
 
-    def __init__(
-        self, paths: Sequence[str], settings: PreferenceDataConfig, model: DiffusionModel, noise: KeyedRNG, count: int
-    ) -> None:
-        self.data: LabelledData = load_labelled(*paths, settings=settings)
-        self.model, self.noise, self.count = model, noise, count
+    def __init__(self, run: Run[ReFLConfig], count: int) -> None:
+        paths, step = run.config.train_images, run.config.aspect_buckets
+        self.data: LabelledData = load_labelled(*paths, settings=run.config.data)
+        self.model, self.noise, self.count = run.model, run.rng, count
         self.liked = self.data.liked_indices
         if not self.liked:
             raise ValueError(f"train_images: {', '.join(paths)} hold no image that is liked")
+        self.buckets = make_buckets(run, self.data, self.liked, step, count, "images") if step else None
         self._iteration, self._read = -1, dict[int, tuple[Tensor, SizeConditioning, Prompt]]()
 
     @torch.no_grad()
@@ -155,12 +158,18 @@ class Pictures:
         """Return pixels, size conditioning and prompt of each image; images of the current iteration are cached."""
         if iteration != self._iteration:
             self._iteration, self._read = iteration, {}
-        order = _order(len(self.liked), self.count, iteration, self.noise, "images")
+        size, order = self._order(iteration)
         for number in numbers:
             if number not in self._read:
                 one, images = self.data.load(self.liked[order[number]])
-                self._read[number] = (*frame(images[0], self.model.default_resolution[0], CropParams()), one.prompt)
+                self._read[number] = (*frame(images[0], size, CropParams()), one.prompt)
         return [self._read[number] for number in numbers]
+
+    def _order(self, iteration: int) -> tuple[tuple[int, int], list[int]]:
+        """Return the size of an iteration's images and their places among the liked ones."""
+        if self.buckets is not None:
+            return self.buckets.take(iteration)
+        return self.model.default_resolution, _order(len(self.liked), self.count, iteration, self.noise, "images")
 
 
 class ImageStarts:
@@ -171,11 +180,11 @@ class ImageStarts:
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Noise the image of each sample's group, with noise of its own per sample."""
-        latents, prompts, _ = self.pictures(iteration, [group for group, _ in samples])
+        latents, prompts, sizes = self.pictures(iteration, [group for group, _ in samples])
         noise = self.pictures.noise.normal_batch(
             latents.shape[1:], "refl/start", [(iteration, *own) for own in samples]
         )
-        return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts)
+        return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts, sizes[0].target_size)
 
     def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
         """Return the captions of the images."""

@@ -149,7 +149,7 @@ class RewardGradient:
         images = noised(model, latents.to(model.device), noise, level)
         names = ("original_size", "crop_top_left", "target_size")
         columns = (torch.tensor([getattr(size, name) for size in sizes]) for name in names)
-        conditioning = model.with_sizes(self.run.prompts([prompt.text for prompt in prompts]), *columns)
+        conditioning = model.with_sizes(self.run.prompts([prompt.input for prompt in prompts]), *columns)
         return squared_distance(model.predict(images.x, level, conditioning), images.target)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:

@@ -1,0 +1,71 @@
+"""Result of a training: its figures, and the paths of what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffalign.runtime.manifest import checked
+from diffalign.runtime.products import CARD, DENOISERS, EXPORTS, WEIGHTS
+from diffalign.runtime.tracking import MetricsLog
+
+PREFIX = "eval/"
+ACCURACY = f"{PREFIX}accuracy"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Figures and paths of a training, as the files in its folder have them.
+
+    Attributes:
+        output_dir: Folder of the run.
+        step: Optimizer steps, those of earlier processes of a resumed run included.
+        weights: Exported weights: the LoRA, or the folder of the denoiser.
+        card: Model card; None before the end of the run.
+        evaluations: Step -> figures ``eval/...`` of each evaluation.
+        metrics: Metrics of the last optimizer step.
+    """
+
+    output_dir: Path
+    step: int
+    weights: tuple[Path, ...] = ()
+    card: Path | None = None
+    evaluations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation by ``eval/accuracy``, the earlier of two; None without evaluations."""
+        return max(self.evaluations, key=lambda step: self.evaluations[step][ACCURACY], default=None)
+
+    @property
+    def base(self) -> Mapping[str, float]:
+        """Figures of the base model; empty without evaluations."""
+        return self.evaluations.get(0, {})
+
+    @property
+    def tuned(self) -> Mapping[str, float]:
+        """Figures of the last evaluation; empty without evaluations."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else {}
+
+
+def read_result(folder: Path, step: int) -> TrainingResult:
+    """Read the result of a run from its folder."""
+    rows = MetricsLog.read(folder / "metrics.jsonl")
+    evaluations = {row["step"]: row for row in rows if ACCURACY in row}
+    metrics: Mapping[str, float] = next((row for row in reversed(rows) if "loss" in row), {})
+    named = checked(folder / EXPORTS)[0].get("files", {})
+    parts = dict.fromkeys(part for name in named if (part := name.split("/")[0]) in (*WEIGHTS, *DENOISERS))
+    return TrainingResult(
+        folder,
+        step,
+        tuple(folder / part for part in parts),
+        folder / CARD if CARD in named else None,
+        {at: _without_step(row) for at, row in evaluations.items()},
+        _without_step(metrics),
+    )
+
+
+def _without_step(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step"}

@@ -1,0 +1,116 @@
+"""Prompts with a source image: paths relative to the prompt file, and columns of tables and data sets."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from diffalign import media
+from diffalign.data.prompts import load_prompts
+from diffalign.structures import EditInput, Prompt
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def png(color, size=(8, 6)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+ROWS = [("make it blue", "red"), ("add a square", "green")]
+
+
+def written(folder, suffix):
+    (folder / "pictures").mkdir()
+    rows = []
+    for text, color in ROWS:
+        (folder / f"pictures/{color}.png").write_bytes(png(color))
+        rows.append({"prompt": text, "image": f"pictures/{color}.png", "kind": color})
+    path = folder / f"prompts.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("option", ["", "?image=image"])
+def test_a_path_starts_from_the_folder_of_the_prompts(tmp_path, monkeypatch, suffix, option):
+    (tmp_path / "data").mkdir()
+    path = written(tmp_path / "data", suffix)
+    monkeypatch.chdir(tmp_path)
+    for source in (path, path.relative_to(tmp_path)):
+        prompts = load_prompts(f"{source}{option}")
+        assert [p.metadata["image"] for p in prompts] == [
+            str(tmp_path / f"data/pictures/{color}.png") for _, color in ROWS
+        ]
+        assert [p.metadata["kind"] for p in prompts] == [color for _, color in ROWS]
+        assert prompts[0].input == EditInput("make it blue", prompts[0].metadata["image"])
+
+
+@pytest.mark.parametrize("kind", ["binary", "feature"])
+def test_a_column_of_images_is_read_when_it_is_named(tmp_path, kind):
+    table = {"prompt": [text for text, _ in ROWS], "before": [png(color) for _, color in ROWS]}
+    features = Features({"prompt": Value("string"), "before": ImageFeature() if kind == "feature" else Value("binary")})
+    if kind == "feature":
+        table["before"] = [{"bytes": content, "path": None} for content in table["before"]]
+    path = tmp_path / "prompts.parquet"
+    Dataset.from_dict(table, features=features).to_parquet(path)
+    assert all("image" not in p.metadata and "before" not in p.metadata for p in load_prompts(path))
+    assert not (tmp_path / "cache").exists(), "nobody asked for the images"
+    for _ in range(2):
+        prompts = load_prompts(f"{path}?image=before")
+        colors = [media.decode(Path(p.metadata["image"]).read_bytes()).getpixel((0, 0)) for p in prompts]
+        assert colors == [(255, 0, 0), (0, 128, 0)]
+        assert all("before" not in p.metadata for p in prompts)
+    assert len(list((tmp_path / "cache").rglob("*.img"))) == 2
+
+
+def test_metadata_of_the_name_that_are_no_files_stay(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "image": "cat-17"}\n{"prompt": "b", "image": 3}\n{"prompt": "c", "image": null}\n')
+    assert [p.metadata for p in load_prompts(path)] == [{"image": "cat-17"}, {"image": 3}, {}]
+
+
+@pytest.mark.parametrize(
+    ("row", "option", "message"),
+    [
+        ({"image": "none.png"}, "image", r"line 1: image: .*none\.png"),
+        ({"image": ""}, "image", "line 1: image: no image; fill it or delete the line"),
+        ({"picture": "x"}, "image", "line 1: no 'image' among picture; name another column: image=NAME"),
+        ({"image": "prompts.jsonl"}, "other", "line 1: no 'other' among"),
+    ],
+)
+def test_a_named_column_without_an_image_is_an_error(tmp_path, row, option, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a", **row}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(f"{path}?image={option}")
+
+
+def test_text_files_have_no_images(tmp_path):
+    (tmp_path / "p.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="image is not read of a text file; write limit, unique"):
+        load_prompts(f"{tmp_path / 'p.txt'}?image=image")
+
+
+def test_two_sources_of_one_text_are_two_inputs():
+    one, other = (Prompt("make it blue", {"image": path}).input for path in ("a.png", "b.png"))
+    assert len({one, other, Prompt("make it blue").input}) == 3
