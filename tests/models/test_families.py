@@ -17,6 +17,8 @@ from diffalign import (
     DiffusionDPOTrainer,
     FlowGRPOConfig,
     FlowGRPOTrainer,
+    ForwardRLConfig,
+    ForwardRLTrainer,
     LoraConfig,
     Prompt,
     ReFLConfig,
@@ -231,10 +233,18 @@ def refl(name, folder, pipeline, pairs):
     return ReFLTrainer(args=args, reward_funcs=reward, train_dataset=[Prompt(text) for text in MANY])
 
 
-TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl}
+def forward_rl(name, folder, pipeline, pairs):
+    solver = PlanConfig("ode", num_steps=2)
+    args = ForwardRLConfig(
+        **shared(name, folder, pipeline), plan=solver, num_groups=2, group_size=2, num_times=1, **guidance(name)
+    )
+    return ForwardRLTrainer(args=args, reward_funcs=redness, train_dataset=[Prompt(text) for text in MANY])
+
+
+TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl, "forward_rl": forward_rl}
 # The decoder's backward pass is slow: SDXL and a packed transformer represent the other families.
 DEFAULT = [name for name, family in FAMILIES.items() if not family.slow]
-QUICK = {"refl": ("sdxl", "flux_dev")}
+QUICK = {"refl": ("sdxl", "flux_dev"), "forward_rl": ()}
 RUNS = [
     pytest.param(name, kind, marks=[] if name in QUICK.get(kind, DEFAULT) else pytest.mark.slow)
     for name, kind in product(FAMILIES, TRAINERS)
