@@ -6,7 +6,8 @@ standard deviation derive from, and rounding them would change the density of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +82,13 @@ def vp_level_at(alphas_cumprod: Tensor, time: Tensor) -> Level:
     index = _times(time, len(alphas_cumprod)).long().clamp_max(len(alphas_cumprod) - 1)
     abar = _float64(alphas_cumprod)[index]
     return Level(abar.sqrt(), (1 - abar).sqrt(), index.double())
+
+
+def ddim_spacing(config: Mapping[str, Any], schedule: str) -> dict[str, str]:
+    """Return the timestep spacing of DDIM where it is not that of a scheduler's configuration.
+
+    DDIM steps over "linspace" timesteps by a constant number of them, which does not lead from one to the next.
+    """
+    if schedule == "uniform":
+        return {"timestep_spacing": "trailing"}
+    return {"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoTokenizer, BatchEncoding
 
 from diffalign.models import DiffusionModel
@@ -89,8 +90,14 @@ def make_fake(module: nn.Module, fake: FakeTensorMode) -> None:
             for name, tensor in table.items():
                 table[name] = copied(tensor)
         for name, value in vars(part).items():
-            if isinstance(value, Tensor) and value.is_meta:
-                setattr(part, name, copied(value))
+            if any(tensor.is_meta for tensor in _tensors(value)):
+                setattr(part, name, tree_map_only(Tensor, copied, value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """List the tensors of a module's attribute: itself, or those that it is a list of."""
+    found = value if isinstance(value, (list, tuple)) else [value]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def offload(model: DiffusionModel, parts: Sequence[str]) -> None:
@@ -104,6 +111,7 @@ class BlankTokenizer:
     """A tokenizer of unknown vocabulary: prompts are as long as they may be, of token 0."""
 
     model_max_length = TOKENS
+    pad_token_id = 0
     padding_side = "right"
     unique_no_split_tokens: Sequence[str] = ()
     added_tokens_encoder: Mapping[str, int] = {}
@@ -130,9 +138,9 @@ class BlankTokenizer:
         """Return the ids of a short text."""
         return [0] * 8
 
-    def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:
-        """Return a text."""
-        return ""
+    def apply_chat_template(self, messages: Sequence[Any], tokenize: bool = True, **options: Any) -> Any:
+        """Return a text, or the tokens of a conversation each."""
+        return self([""] * len(messages), **options) if tokenize else ""
 
     def batch_decode(self, ids: Tensor, **_: Any) -> list[str]:
         """Return empty texts."""

@@ -137,7 +137,7 @@ class ChatTokenizer(BlankTokenizer):
         """Return no tokens."""
         return {}
 
-    def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[Any], tokenize: bool = False, **_: Any) -> str:
         """Return an image."""
         return qwen_vl.IMAGE
 

@@ -22,6 +22,7 @@ from diffalign.forecast.counter import BLOCK, Counter
 from diffalign.forecast.fake_model import fake_model, offload
 from diffalign.forecast.fake_rewards import RehearsedReward
 from diffalign.forecast.stand_ins import (
+    LONG,
     FakeNoise,
     FakePrompts,
     FiniteValues,
@@ -192,7 +193,7 @@ def _setting(entry: Entry, config: Any, world: int, folder: Path, counter: Count
         config = replace(config, streaming=False)
     prompts = None
     if getattr(config, "train_prompts", None):
-        prompts = [example_prompt(shape, f"prompt {number}") for number in range(config.num_groups)]
+        prompts = [example_prompt(shape, f"{number} {LONG}") for number in range(config.num_groups)]
 
     # One is enough: evaluations are not rehearsed, and early stopping only asks whether there are any.
     held_out = [example_prompt(shape, HELD_OUT)] if config.eval_prompts else []

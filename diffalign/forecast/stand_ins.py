@@ -27,6 +27,7 @@ from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LONG = "prompt " * 1024  # as long as any model reads: some families' memory grows with a prompt's tokens
 NOISE = 4096  # elements of a draw from which it has no values: these matter only to images
 
 
@@ -49,6 +50,9 @@ class FakePrompts(PromptEmbeddingCache):
     """A prompt cache whose model has no values to be identified by."""
 
     identity = "rehearsed"
+
+    def _warn_of_length(self, texts: Sequence[str]) -> None:
+        """Accept prompts that are longer than the limit: see ``LONG``."""
 
 
 @dataclass
@@ -180,7 +184,7 @@ def one_pair(folder: Path, size: tuple[int, int]) -> Path:
         buffer = io.BytesIO()
         Image.new("RGB", size[::-1], colour).save(buffer, "PNG")
         images[name] = [buffer.getvalue()]
-    columns = {"caption": ["a prompt"], **images, "label_0": [1.0], "label_1": [0.0]}
+    columns = {"caption": [LONG], **images, "label_0": [1.0], "label_1": [0.0]}
     parquet.write_table(table(columns), folder / "pair.parquet")
     return folder / "pair.parquet"
 
@@ -255,6 +259,8 @@ def _shape(value: Any) -> Callable[[], Any]:
     if isinstance(value, Conditioning):
         made = {name: _shape(tensor) for name, tensor in value.tensors.items()}
         return lambda: Conditioning({name: make() for name, make in made.items()}, value.shared)
+    if not isinstance(value, FakeTensor):  # values such as the number of a prompt's tokens decide shapes
+        return value.clone
     empty = value.new_empty(0)
     size, stride, dtype = value.size(), value.stride(), value.dtype
     return lambda: empty.new_empty_strided(size, stride, dtype=dtype)

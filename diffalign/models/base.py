@@ -58,6 +58,10 @@ class DiffusionModel(TrainableModel):
     parameterization: str
     # The pipeline applies guidance at scales above this one.
     unguided_scale: float = 1.0
+    # Pipeline argument with the scale of classifier-free guidance; None: the pipeline has no such guidance.
+    guidance_argument: str | None = "guidance_scale"
+    # Negative prompt of a pipeline that does not guide without one.
+    negative_text: str | None = None
     denoiser_name: str = "transformer"
     # Whether prompts need a source image, which the pipeline edits.
     edits: bool = False
@@ -145,16 +149,21 @@ class DiffusionModel(TrainableModel):
 
     def unconditional(self) -> Conditioning:
         """Encode the default negative prompt of guidance, which also replaces dropped prompts: one row."""
-        return self.encode([""])
+        return self.encode([self.negative_text or ""])
 
     @property
     @abstractmethod
     def token_limit(self) -> int:
         """Maximum prompt tokens of the text encoder with the longest context, counted like ``count_tokens``."""
 
-    @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Count the prompt tokens for that encoder, including those that the pipeline adds."""
+        return self.prompt_tokens(self.pipeline.tokenizer, text)
+
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
+        """Count the tokens that one of the pipeline's tokenizers makes of a prompt, chat template included."""
+        return len(tokenizer(text, verbose=False).input_ids)
 
     @property
     def idle_layers(self) -> tuple[str, ...]:
@@ -180,6 +189,11 @@ class DiffusionModel(TrainableModel):
     def match_images(self, negative: Conditioning, conditioning: Conditioning) -> Conditioning:
         """Give a negative the inputs of ``conditioning`` that describe the image, not the prompt; B rows each."""
         return negative
+
+    @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Further arguments, as Python source, of a pipeline call with height and width."""
+        return {}
 
     # What all families share ----------------------------------------------------------------------------------------
 
@@ -237,7 +251,7 @@ class DiffusionModel(TrainableModel):
         """
         resolution = resolution or self.default_resolution
         self.check_resolution(resolution)
-        height, width = (side // self.pipeline.vae_scale_factor for side in resolution)
+        height, width = (side // self.latent_stride for side in resolution)
         return self.latent_channels, height, width
 
     @property
@@ -246,9 +260,14 @@ class DiffusionModel(TrainableModel):
         return self.raw_denoiser.config.in_channels
 
     @property
+    def latent_stride(self) -> int:
+        """Pixels per side of a latent position."""
+        return self.pipeline.vae_scale_factor
+
+    @property
     def resolution_unit(self) -> int:
         """Number of pixels that image sides must be multiples of, as the pipeline checks it."""
-        return self.pipeline.vae_scale_factor
+        return self.latent_stride
 
     def check_resolution(self, resolution: tuple[int, int]) -> None:
         """Raise ValueError, with valid sizes, for a (height, width) in pixels that this family cannot generate."""
@@ -292,8 +311,28 @@ class DiffusionModel(TrainableModel):
         return self.guide(against, towards, guidance.scale)
 
     def guides(self, scale: float | None) -> bool:
-        """Tell whether the pipeline applies guidance at ``scale``; None is no guidance."""
-        return scale is not None and scale > self.unguided_scale
+        """Tell whether the pipeline applies guidance at ``scale``; None is no guidance.
+
+        Raises:
+            ValueError: The scale asks for guidance, and the pipeline has none.
+        """
+        guided = scale is not None and scale > self.unguided_scale
+        if guided and self.guidance_argument is None:
+            raise ValueError(
+                f"guidance_scale {scale:g}: a {type(self.pipeline).__name__} has no classifier-free guidance; leave it "
+                "out (embedded_guidance sets the scale that a guidance-distilled model takes as an input)"
+            )
+        return guided
+
+    def guidance_arguments(self, scale: float | None) -> dict[str, str]:
+        """Return the arguments of the pipeline call that guide at ``scale``, as Python source."""
+        guided = self.guides(scale)
+        if self.guidance_argument is None:
+            return {}
+        if not guided:
+            return {self.guidance_argument: f"{self.unguided_scale:.1f}"}
+        negative = {} if self.negative_text is None else {"negative_prompt": f'"{self.negative_text}"'}
+        return {self.guidance_argument: f"{scale:g}", **negative}
 
     def resolve_guidance(self, guidance: Guidance | None) -> Guidance | None:
         """Fill in a missing negative at scales that guide, to encode it once for several steps."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
@@ -69,7 +71,7 @@ class FlowModel(DiffusionModel):
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         uniform = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
         grid = uniform if schedule == "uniform" or self.uniform_grid else {"num_inference_steps": num_steps}
-        scheduler.set_timesteps(**grid, **self._shift(scheduler, resolution))
+        scheduler.set_timesteps(**grid, **self._shift(scheduler, resolution, num_steps))
         return flow_levels(scheduler.sigmas, self.num_train_timesteps)
 
     def level_at(self, time: Tensor) -> Level:
@@ -94,9 +96,10 @@ class FlowModel(DiffusionModel):
     @property
     def resolution_unit(self) -> int:
         """Pixels per side of a token."""
-        return self.pipeline.vae_scale_factor * self.patch_size
+        return self.latent_stride * self.patch_size
 
-    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None) -> dict[str, float]:
+    def _shift(self, scheduler: SchedulerMixin, resolution: tuple[int, int] | None, num_steps: int) -> dict[str, float]:
+        """Return the argument of ``set_timesteps`` that shifts the sigmas by image size; empty for a fixed shift."""
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
         *_, height, width = self.latent_shape(resolution)
@@ -131,3 +134,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     batch, _, channels = tokens.shape
     squares = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+@lru_cache(maxsize=16)
+def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the position ids of the image tokens, (h w, 3): 0, row, column. Cached to avoid a device sync."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, pack, unpack
+from diffalign.models.flow import JOINT_ATTENTION, PackedFlowModel, image_ids, pack, unpack
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning, Resolution
@@ -32,6 +31,8 @@ class FluxModel(PackedFlowModel):
         ValueError: ``embedded_guidance`` is given for a model without a guidance embedding, such as FLUX.1-schnell.
     """
 
+    guidance_argument = "true_cfg_scale"
+    negative_text = ""
     negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
     lora_targets = JOINT_ATTENTION
 
@@ -54,7 +55,12 @@ class FluxModel(PackedFlowModel):
 
     def count_tokens(self, text: str) -> int:
         """Count T5 tokens."""
-        return len(self.pipeline.tokenizer_2(text).input_ids)
+        return self.prompt_tokens(self.pipeline.tokenizer_2, text)
+
+    def guidance_arguments(self, scale: float | None) -> dict[str, str]:
+        """Return the arguments of guidance and of the embedded guidance, as Python source."""
+        embedded = {} if self.embedded_guidance is None else {"guidance_scale": f"{self.embedded_guidance:g}"}
+        return {**embedded, **super().guidance_arguments(scale)}
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
@@ -87,10 +93,3 @@ class FluxModel(PackedFlowModel):
     def _image_tokens(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """Return the image tokens, (B, N, 4 C), those of ``x`` first, and their position ids, (N, 3)."""
         return pack(x), image_ids(x.shape[-2] // 2, x.shape[-1] // 2, x.device, x.dtype)
-
-
-@lru_cache(maxsize=16)
-def image_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the position ids of the image tokens, (h w, 3): 0, row, column. Cached to avoid a device sync."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from diffalign.models.editing import SOURCE, edit_input, source_pixels, with_source
-from diffalign.models.flow import pack
-from diffalign.models.flux import FluxModel, image_ids
+from diffalign.models.flow import image_ids, pack
+from diffalign.models.flux import FluxModel
 from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning, Input
 
@@ -22,6 +24,12 @@ class FluxKontextModel(FluxModel):
 
     edits = True
     negative_call = "image = pipe(source, {prompt}, **negative, true_cfg_scale={scale:g}, _auto_resize=False).images[0]"
+
+    @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Keep the pipeline from resizing the source and the result to about a million pixels."""
+        height, width = self.default_resolution
+        return {"max_area": str(height * width), "_auto_resize": "False"}
 
     def encode_input(self, given: Input) -> Conditioning:
         """Encode an instruction and its source: "source" has latents (1, C, h, w) beside the tensors of ``encode``."""

@@ -80,9 +80,10 @@ def edits(path: str | Path, revision: str | None = None) -> bool:
 
 def default_guidance(path: str | Path, revision: str | None = None) -> float:
     """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none."""
-    parameters = inspect.signature(getattr(diffusers, pipeline_class(path, revision)).__call__).parameters
-    name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
-    scale = parameters[name].default if name in parameters else None
+    kind = pipeline_class(path, revision)
+    parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    name = get_family(kind).guidance_argument
+    scale = parameters[name].default if name is not None and name in parameters else None
     return float(scale) if isinstance(scale, int | float) else unguided_scale(path, revision)
 
 

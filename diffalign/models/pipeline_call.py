@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffalign.diffusion.schedule import ddim_spacing
 from diffalign.models.base import DiffusionModel
 
 
@@ -45,7 +46,7 @@ def pipeline_call(model: DiffusionModel, sampled: Sampled) -> PipelineCall:
     Steps, guidance and prompt length are always given, because the defaults differ between versions of diffusers.
     """
     setup, imports, steps = _schedule(model, sampled)
-    arguments = {**steps, **_guidance(model, sampled.guidance)}
+    arguments = {**steps, **model.guidance_arguments(sampled.guidance)}
     if (length := getattr(model, "max_sequence_length", None)) is not None:
         arguments["max_sequence_length"] = str(length)
     arguments |= _size(model)
@@ -71,7 +72,7 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
     config = model.pipeline.scheduler.config
     if model.parameterization != "flow":
         # Evaluations use DDIM, whatever the pipeline's scheduler is.
-        spacing = ', timestep_spacing="trailing"' if sampled.schedule == "uniform" else ""
+        spacing = "".join(f', {name}="{value}"' for name, value in ddim_spacing(config, sampled.schedule).items())
         change = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{spacing})"
         return [change], ["DDIMScheduler"], steps
     uniform = {"sigmas": f"[1 - i / {count} for i in range({count})]"}
@@ -87,57 +88,9 @@ def _schedule(model: DiffusionModel, sampled: Sampled) -> tuple[list[str], list[
     return [], [], steps
 
 
-def _guidance(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    kind = type(model.pipeline).__name__
-    return GUIDANCE.get(kind, _usual)(model, scale)
-
-
-def _guides(model: DiffusionModel, scale: float | None) -> bool:
-    return scale is not None and scale > getattr(model, "unguided_scale", 1.0)
-
-
-def _usual(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    return {"guidance_scale": f"{scale:g}" if _guides(model, scale) and scale is not None else "1.0"}
-
-
-def _flux(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    embedded = getattr(model, "embedded_guidance", None)
-    own = {} if embedded is None else {"guidance_scale": f"{embedded:g}"}
-    return {**own, **_true_cfg(model, scale, "")}
-
-
-def _true_cfg(model: DiffusionModel, scale: float | None, negative: str) -> dict[str, str]:
-    if not _guides(model, scale):
-        return {"true_cfg_scale": "1.0"}
-    return {"true_cfg_scale": f"{scale:g}", "negative_prompt": f'"{negative}"'}
-
-
-def _qwen(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    return _true_cfg(model, scale, " ")
-
-
-def _z_image(model: DiffusionModel, scale: float | None) -> dict[str, str]:
-    """Write the scale relative to the scale that turns guidance off, which is 0 in Z-Image's pipeline."""
-    offset = getattr(model, "unguided_scale", 1.0)
-    return {"guidance_scale": f"{scale - offset:g}" if _guides(model, scale) and scale is not None else "0.0"}
-
-
-GUIDANCE: dict[str, Callable[[DiffusionModel, float | None], dict[str, str]]] = {
-    "FluxPipeline": _flux,
-    "FluxKontextPipeline": _flux,
-    "QwenImagePipeline": _qwen,
-    "QwenImageEditPipeline": _qwen,
-    "ZImagePipeline": _z_image,
-}
-
-
 def _size(model: DiffusionModel) -> dict[str, str]:
-    """Height and width if the run sets them; pipelines that would change them are told not to."""
-    kind = type(model.pipeline).__name__
+    """Return height and width if the run sets them or the model would take those of the source."""
     if model.resolution is None and not getattr(model, "edits", False):
         return {}
     height, width = model.default_resolution
-    own = {"use_resolution_binning": "False"} if kind == "SanaPipeline" else {}
-    if kind == "FluxKontextPipeline":
-        own = {"max_area": str(height * width), "_auto_resize": "False"}
-    return {"height": str(height), "width": str(width), **own}
+    return {"height": str(height), "width": str(width), **model.size_arguments}

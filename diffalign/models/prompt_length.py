@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,9 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer
 
 from diffalign.files import shorten
+from diffalign.models.base import DiffusionModel
 from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.registry import get_family
-
-# Text that a pipeline appends to a prompt.
-SUFFIX = {"QwenImagePipeline": "<|im_end|>\n<|im_start|>assistant\n"}
-BESIDE = {"SanaPipeline": 1}  # tokens of the instruction that share the window
 
 
 @dataclass(frozen=True)
@@ -42,34 +40,26 @@ def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> l
         path: Folder in diffusers' layout, or hub id.
         max_sequence_length: Tokens per prompt of all encoders except CLIP; default: the family's.
     """
-    kind = pipeline_class(path)
-    parameter = inspect.signature(get_family(kind)).parameters.get("max_sequence_length")
+    family = get_family(pipeline_class(path))
+    parameter = inspect.signature(family).parameters.get("max_sequence_length")
     length = max_sequence_length or (parameter.default if parameter else None)
     index = DiffusionPipeline.load_config(path)
-    absent = absent_parts(path, get_family(kind))
+    absent = absent_parts(path, family)
     names = [name for name in index if name.startswith("tokenizer") and name not in absent]
     try:
         return [
-            _encoder(kind, name, AutoTokenizer.from_pretrained(path, subfolder=name, trust_remote_code=False), length)
+            _encoder(family, name, AutoTokenizer.from_pretrained(path, subfolder=name, trust_remote_code=False), length)
             for name in names
         ]
     except (OSError, ImportError) as error:
         raise ValueError(f"model {shorten(path)}: no tokenizer to count with ({shorten(error, 300)})") from error
 
 
-def _encoder(kind: str, name: str, tokenizer: Any, length: int | None) -> Encoder:
+def _encoder(family: type[DiffusionModel], name: str, tokenizer: Any, length: int | None) -> Encoder:
     clip = "CLIP" in type(tokenizer).__name__
     limit = tokenizer.model_max_length if clip or length is None else length
 
-    def count(text: str) -> int:
-        if kind == "ZImagePipeline":
-            messages = [{"role": "user", "content": text}]
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-            text = tokenizer.apply_chat_template(messages, **options)
-        ids = tokenizer(text + SUFFIX.get(kind, ""), verbose=False).input_ids
-        return len(ids) + BESIDE.get(kind, 0)
-
-    return Encoder(name, limit, count)
+    return Encoder(name, limit, partial(family.prompt_tokens, tokenizer))
 
 
 def cut(text: str, encoders: Sequence[Encoder]) -> str | None:

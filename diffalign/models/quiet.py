@@ -19,6 +19,7 @@ NOISE = (
     re.compile(r"No LoRA keys associated"),
     re.compile(r"was truncated because"),
     re.compile(r"Token indices sequence length is longer"),
+    re.compile(r"have to be in `processor_kwargs` dict"),
 )
 RANDOM = re.compile("newly initialized")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")

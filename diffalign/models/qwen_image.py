@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class QwenImageModel(PackedFlowModel):
     for ``FlowModel``, a multiple of 16 pixels.
     """
 
+    guidance_argument = "true_cfg_scale"
+    negative_text = " "  # the model card's; the pipeline does not guide without one
     negative_names: Mapping[str, str] = {"embeds": "negative_prompt_embeds", "mask": "negative_prompt_embeds_mask"}
     negative_call = "image = pipe({prompt}, **negative, true_cfg_scale={scale:g}).images[0]"
     lora_targets = JOINT_ATTENTION
@@ -45,6 +48,11 @@ class QwenImageModel(PackedFlowModel):
         whole = self.pipeline.prompt_template_encode.format(text)
         return len(self.pipeline.tokenizer(whole).input_ids) - self.pipeline.prompt_template_encode_start_idx
 
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
+        """Count tokens of the prompt and of what the pipeline appends to it."""
+        return len(tokenizer(f"{text}<|im_end|>\n<|im_start|>assistant\n", verbose=False).input_ids)
+
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -56,10 +64,6 @@ class QwenImageModel(PackedFlowModel):
         rest = self.max_sequence_length - embeds.shape[1]
         padded = {"embeds": pad(embeds, (0, 0, 0, rest)), "mask": pad(mask.bool(), (0, rest))}
         return Conditioning(padded).to(self.device)
-
-    def unconditional(self) -> Conditioning:
-        """Encode a space, the model card's negative prompt; the pipeline does not guide without one."""
-        return self.encode([" "])
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer once, through accelerate's wrapper."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -58,6 +59,11 @@ image = pipe(
         self.instruction = call.parameters["complex_human_instruction"].default
 
     @property
+    def size_arguments(self) -> Mapping[str, str]:
+        """Keep the pipeline from rounding sizes to its resolution bins."""
+        return {"use_resolution_binning": "False"}
+
+    @property
     def longest_sequence(self) -> int:
         """Positions of the text encoder; the pipeline sets no maximum."""
         return self.pipeline.text_encoder.config.max_position_embeddings
@@ -85,6 +91,11 @@ image = pipe(
         """Count tokens after the instruction, plus the two that the pipeline counts for its ends."""
         instruction, read = "\n".join(self.instruction), self.pipeline.tokenizer.encode
         return len(read(instruction + text.lower().strip())) - len(read(instruction)) + 2
+
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
+        """Count tokens, plus the one of the instruction that shares the window."""
+        return len(tokenizer(text, verbose=False).input_ids) + 1
 
     def _encode(self, texts: Sequence[str], instruction: Sequence[str] | None) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(

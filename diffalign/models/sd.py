@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from diffalign.diffusion.schedule import vp_level_at, vp_levels
+from diffalign.diffusion.schedule import ddim_spacing, vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
@@ -85,10 +85,6 @@ class SDModel(DiffusionModel):
         """CLIP's positions, 77, including the start and end tokens."""
         return self.pipeline.tokenizer.model_max_length
 
-    def count_tokens(self, text: str) -> int:
-        """Count CLIP tokens."""
-        return len(self.pipeline.tokenizer(text).input_ids)
-
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -96,8 +92,9 @@ class SDModel(DiffusionModel):
         embeds, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.text_encoder.device, 1, False)
         return Conditioning({"embeds": embeds}).to(self.device)
 
-    def _scheduler(self, **changes: str) -> DDIMScheduler:
-        return DDIMScheduler.from_config(self.pipeline.scheduler.config, **changes)
+    def _scheduler(self, schedule: str = "pipeline") -> DDIMScheduler:
+        config = self.pipeline.scheduler.config
+        return DDIMScheduler.from_config(config, **ddim_spacing(config, schedule))
 
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
         """Return the levels of DDIM's timesteps, ending at ``final_alpha_cumprod``, whatever the resolution.
@@ -105,7 +102,7 @@ class SDModel(DiffusionModel):
         "pipeline" uses the ``timestep_spacing`` of the scheduler's config, "uniform" uses "trailing".
         """
         check_schedule(schedule)
-        scheduler = self._scheduler(**{"timestep_spacing": "trailing"} if schedule == "uniform" else {})
+        scheduler = self._scheduler(schedule)
         scheduler.set_timesteps(num_steps)
         return vp_levels(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod))
 

@@ -51,7 +51,7 @@ class SD3Model(FlowModel):
         """Count T5 tokens, or CLIP tokens if the pipeline has no T5."""
         pipeline = self.pipeline
         reader = pipeline.tokenizer if pipeline.text_encoder_3 is None else pipeline.tokenizer_3
-        return len(reader(text).input_ids)
+        return self.prompt_tokens(reader, text)
 
     def check_resolution(self, resolution: tuple[int, int]) -> None:
         """Raise ValueError for a (height, width) in pixels of partial tokens or beyond the position embedding."""

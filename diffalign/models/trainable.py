@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
@@ -81,7 +82,16 @@ class TrainableModel(ABC):
             keep_reference: Support ``using("reference")``; costs a copy of the weights in full fine-tuning and nothing
                 for a LoRA.
             shards: FSDP2 settings; None keeps the whole denoiser on each process.
+
+        Raises:
+            ValueError: A LoRA of a pipeline that cannot load one, or see ``lora.inject``.
         """
+        loads = hasattr(self.pipeline, "load_lora_weights") and hasattr(self.raw_denoiser, "add_adapter")
+        if config.rank and not loads:
+            raise ValueError(
+                f"lora.rank {config.rank}: diffusers {diffusers.__version__} loads no LoRA into a "
+                f"{type(self.pipeline).__name__}; train its weights in full with lora.rank: 0"
+            )
         reference = config.reference
         if config.init is not None:
             self._start_from(config.init, merged=not config.rank)

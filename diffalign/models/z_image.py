@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,13 +45,12 @@ class ZImageModel(FlowModel):
         """``resolution``, or 1024."""
         return self.resolution or (1024, 1024)
 
-    def count_tokens(self, text: str) -> int:
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
         """Count tokens, including the chat template."""
         message = [{"role": "user", "content": text}]
-        whole = self.pipeline.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return len(self.pipeline.tokenizer(whole).input_ids)
+        whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return len(tokenizer(whole, verbose=False).input_ids)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()

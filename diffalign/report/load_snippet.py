@@ -73,7 +73,8 @@ def _shared_steps(args: Any) -> list[str]:
 def _draw(model: DiffusionModel, args: TrainerConfig, call: PipelineCall, prompt: str) -> str:
     if model.negative is None:
         source = ["source"] if getattr(model, "edits", False) else []
-        lines = [*source, literal(prompt), *(f"{name}={value}" for name, value in call.arguments.items())]
+        text = f"prompt={literal(prompt)}"
+        lines = [*source, text, *(f"{name}={value}" for name, value in call.arguments.items())]
         return "image = pipe(\n" + "".join(f"    {line},\n" for line in lines) + ").images[0]"
     text = model.negative_call
     more = {name: value for name, value in call.arguments.items() if f"{name}=" not in text}

@@ -210,6 +210,7 @@ def record_model(inputs: Inputs[C], model: DiffusionModel) -> Inputs[C]:
         config = dataclasses.replace(config, revision=known)  # a branch may move
     if config.guidance_scale is None:
         config = dataclasses.replace(config, guidance_scale=model.unguided_scale)
+    model.guides(config.guidance_scale)  # refuses a scale that the pipeline cannot apply
     return dataclasses.replace(inputs, config=config)
 
 

@@ -10,18 +10,23 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMS
 from diffalign.diffusion.plan import PRESETS, PUBLISHED_NOISE_LEVEL, Plan, PlanConfig, Row, make_plan, possible_plans
 from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import FLOW_ONLY, step, transition
+from diffalign.models.cogview4 import CogView4Model
 from diffalign.models.flow import FlowModel
 from diffalign.models.flux import FluxModel
+from diffalign.models.flux2 import Flux2Model
+from diffalign.models.lumina2 import Lumina2Model
+from diffalign.models.pixart_sigma import PixArtSigmaModel
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.sana import SanaModel
 from diffalign.models.sd import SDModel
 from diffalign.models.sd3 import SD3Model
 from diffalign.models.z_image import ZImageModel
-from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER
+from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SD35_SCHEDULER, SDXL_SCHEDULER, settings
 from tests.models.published_flow_configs import (
     FLUX_SCHEDULER,
     QWEN_SCHEDULER,
     SANA_SCHEDULER,
+    SCHEDULERS,
     SCHNELL_SCHEDULER,
     Z_IMAGE_SCHEDULER,
     flow_scheduler,
@@ -31,12 +36,21 @@ FAMILIES = {
     "sd15": (SDModel, partial(PNDMScheduler.from_config, SD15_SCHEDULER)),
     "sd21": (SDModel, partial(PNDMScheduler.from_config, SD21_SCHEDULER)),
     "sdxl": (SDModel, partial(EulerDiscreteScheduler.from_config, SDXL_SCHEDULER)),
+    "pixart_sigma": (
+        PixArtSigmaModel,
+        partial(
+            DPMSolverMultistepScheduler.from_config, settings("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "scheduler")
+        ),
+    ),
     "sd35": (SD3Model, partial(flow_scheduler, SD35_SCHEDULER)),
     "flux_dev": (FluxModel, partial(flow_scheduler, FLUX_SCHEDULER)),
     "flux_schnell": (FluxModel, partial(flow_scheduler, SCHNELL_SCHEDULER)),
     "qwen_image": (QwenImageModel, partial(flow_scheduler, QWEN_SCHEDULER)),
     "sana": (SanaModel, partial(DPMSolverMultistepScheduler.from_config, SANA_SCHEDULER)),
     "z_image": (ZImageModel, partial(flow_scheduler, Z_IMAGE_SCHEDULER)),
+    "lumina2": (Lumina2Model, partial(flow_scheduler, SCHEDULERS["lumina2"])),
+    "cogview4": (CogView4Model, partial(flow_scheduler, SCHEDULERS["cogview4"])),
+    "flux2_dev": (Flux2Model, partial(flow_scheduler, SCHEDULERS["flux2_dev"])),
 }
 STEPS = range(4, 51)
 

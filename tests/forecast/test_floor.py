@@ -37,6 +37,11 @@ MODELS = {
     "qwen": "Qwen/Qwen-Image",
     "z_image": "Tongyi-MAI/Z-Image-Turbo",
     "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "flux2": "black-forest-labs/FLUX.2-dev",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
+    "chroma": "lodestones/Chroma1-HD",
+    "cogview4": "THUDM/CogView4-6B",
 }
 GUIDED = {"guidance_scale": 3.0}
 DDIM = {"plan": {"preset": "first_steps", "num_steps": 3, "window_size": 1, "solver": "ddim"}}
@@ -62,6 +67,11 @@ SLOW = [
     ("refl", "flux", {}),
     ("refl", "sd15", GUIDED),
     ("refl", "sana", {}),
+    ("flow_grpo", "klein", GUIDED),
+    ("diffusion_dpo", "flux2", {}),
+    ("flow_grpo", "lumina2", GUIDED),
+    ("forward_rl", "chroma", GUIDED),
+    ("flow_grpo", "cogview4", GUIDED),
 ]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
@@ -72,7 +82,8 @@ def shallow(tmp_path, monkeypatch):
     folder = tmp_path / "published"
     shutil.copytree(published_configs.FOLDER, folder)
     for file in folder.rglob("*.json"):
-        if file.parent.name != "vae":
+        layers_are_read = file.parent.name == "text_encoder" and "FLUX.2" in str(file)  # the 30th of them
+        if file.parent.name != "vae" and not layers_are_read:
             file.write_text(json.dumps(shortened(json.loads(file.read_text()))))
     monkeypatch.setattr(published_configs, "FOLDER", folder)
 
@@ -108,7 +119,7 @@ def cost_of_one(config, x, time, conditioning):
     counter = Counter()
     model, _ = fake_model(config, counter.fake, lambda model: model.raw_denoiser.requires_grad_(False), late=True)
     first = {
-        name: tensor if name in conditioning.shared else tensor.new_empty(1, *tensor.shape[1:])
+        name: tensor[:1]  # lengths of prompts have values
         for name, tensor in conditioning.tensors.items()
     }
     with counter, torch.no_grad(), counter.watched() as seen:

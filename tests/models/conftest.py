@@ -8,15 +8,36 @@ from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES
 
 
+def ddim_options(pipe) -> dict:
+    """Return what sampling with DDIM changes in a scheduler's configuration."""
+    linspace = pipe.scheduler.config.get("timestep_spacing") == "linspace"  # DDIM cannot step over it
+    return {"clip_sample": False, **({"timestep_spacing": "leading"} if linspace else {})}
+
+
+class Lazy(dict):
+    """A dictionary that makes a missing value from its key."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
 @pytest.fixture(scope="session")
 def family_pipelines(tmp_path_factory):
-    """Family -> folder, the same at every call; no test may write there."""
+    """Family -> folder, written when first asked for and the same at every call; no test may write there."""
     root = tmp_path_factory.mktemp("pipelines")
-    folders = {name: PIPELINE if family.build is None else root / name for name, family in FAMILIES.items()}
-    for name, family in FAMILIES.items():
-        if family.build is not None:
-            tiny.write(family.build, folders[name])
-    return folders
+
+    def written(name):
+        if (build := FAMILIES[name].build) is None:
+            return PIPELINE
+        tiny.write(build, root / name)
+        return root / name
+
+    return Lazy(written)
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +52,8 @@ def plain(family_pipelines):
 
     def load(name):
         pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
-        if "unet" in pipe.components:
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if "unet" in pipe.components or type(pipe).__name__ == "PixArtSigmaPipeline":
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **ddim_options(pipe))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 
@@ -16,6 +18,7 @@ from tests.models import tiny_flow_pipelines as tiny_flow
 from tests.models import tiny_unet_pipelines as tiny
 from tests.models.plain_diffusers import STEPS, TEXTS
 
+ATTENTION = "attention_kwargs"
 PACKED = {"height": 16, "width": 16, "max_sequence_length": 24}
 
 
@@ -27,19 +30,25 @@ class Family:
         build: Builds the pipeline; None for the shipped one.
         options: Options of ``load_model``.
         call: Equivalent arguments of ``pipe(...)`` without guidance.
-        guided: (scale, batch size) -> arguments that add classifier-free guidance.
+        guided: (scale, batch size) -> arguments that add classifier-free guidance; None: the pipeline has none.
         scale: Pipeline argument with the LoRA's scale.
         solver: Solver of ODE rows that fits the scheduler.
         stochastic: Solver of SDE rows that fits the scheduler.
+        negative: Whether a negative prompt can be trained.
+        lora: Whether diffusers loads LoRAs into the pipeline.
+        slow: Whether all but the comparison with the pipeline's images is left to the slow tests.
     """
 
     build: Callable[[], DiffusionPipeline] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
-    guided: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
+    guided: Callable[[float, int], Mapping[str, Any]] | None = lambda scale, count: {"guidance_scale": scale}
     scale: str = "joint_attention_kwargs"
     solver: str = "ode"
     stochastic: str = "flow_sde"
+    negative: bool = True
+    lora: bool = True
+    slow: bool = False
 
 
 def _unet(build: Callable[[], DiffusionPipeline]) -> Family:
@@ -74,7 +83,45 @@ FAMILIES: dict[str, Family] = {
         PACKED | {"guidance_scale": 0.0},
         lambda scale, count: {"guidance_scale": scale},
     ),
+    "pixart_sigma": Family(
+        tiny.pixart_sigma,
+        {"max_sequence_length": 24, "resolution": 16},
+        PACKED | {"use_resolution_binning": False, "guidance_scale": 1.0},
+        stochastic="ddim",
+        lora=False,
+        slow=True,
+    ),
+    "lumina2": Family(
+        tiny_flow.lumina2,
+        {"max_sequence_length": 48, "resolution": 32},
+        {"height": 32, "width": 32, "max_sequence_length": 48, "guidance_scale": 1.0},
+        scale=ATTENTION,
+        slow=True,
+    ),
+    "chroma": Family(tiny_flow.chroma, SHORT, PACKED | {"guidance_scale": 1.0}, slow=True),
+    "cogview4": Family(
+        tiny_flow.cogview4, SHORT, PACKED | {"guidance_scale": 1.0}, scale=ATTENTION, negative=False, slow=True
+    ),
+    "flux2_dev": Family(
+        tiny_flow.flux2_dev,
+        SHORT | {"max_sequence_length": 48},
+        PACKED | {"guidance_scale": 4.0, "max_sequence_length": 48},
+        None,
+        scale=ATTENTION,
+        slow=True,
+    ),
+    "flux2_klein": Family(tiny_flow.flux2_klein, SHORT, PACKED | {"guidance_scale": 1.0}, scale=ATTENTION, slow=True),
 }
+
+
+def _params(names: Iterable[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if FAMILIES[name].slow else name for name in names]
+
+
+NAMES = _params(FAMILIES)
+LORA = _params(name for name, family in FAMILIES.items() if family.lora)
+GUIDED = _params(name for name, family in FAMILIES.items() if family.guided)
+NEGATIVE = _params(name for name, family in FAMILIES.items() if family.guided and family.negative)
 
 
 def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:
@@ -82,8 +129,9 @@ def noise_of(model: DiffusionModel, count: int) -> torch.Tensor:
 
 
 def packed(pipe: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
-    """Pack latents as the pipeline takes them."""
-    return pipe._pack_latents(noise, *noise.shape) if hasattr(pipe, "_pack_latents") else noise
+    """Pack latents as the pipeline takes them; FLUX.2's packs them itself."""
+    outside = hasattr(pipe, "_pack_latents") and len(signature(pipe._pack_latents).parameters) > 1
+    return pipe._pack_latents(noise, *noise.shape) if outside else noise
 
 
 def images_of(

@@ -20,6 +20,7 @@ SCRIPT = """
 import json, os, sys
 import diffusers, peft, torch
 from importlib import import_module
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -27,8 +28,9 @@ from safetensors.torch import load_file, save_file
 def load(path):
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    if "unet" in pipe.components:
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    if "unet" in pipe.components or type(pipe).__name__ == "PixArtSigmaPipeline":
+        spacing = {"timestep_spacing": "leading"} if pipe.scheduler.config.get("timestep_spacing") == "linspace" else {}
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **spacing)
     return pipe
 
 def draw_all(path, jobs):
@@ -36,12 +38,13 @@ def draw_all(path, jobs):
     for _, folder, scale, call in jobs:
         folder = Path(folder)
         noise = load_file(folder / "noise.safetensors")["noise"]
-        if hasattr(pipe, "_pack_latents"):
+        if hasattr(pipe, "_pack_latents") and len(signature(pipe._pack_latents).parameters) > 1:
             noise = pipe._pack_latents(noise, *noise.shape)
         name = "unet" if "unet" in pipe.components else "transformer"
 
         def draw(**more):
-            return pipe(list(TEXTS), latents=noise, num_inference_steps=STEPS, output_type="pt", **call, **more).images
+            options = dict(latents=noise, num_inference_steps=STEPS, output_type="pt", **call, **more)
+            return pipe(prompt=list(TEXTS), **options).images
 
         base = draw()
         if (folder / name).exists():

@@ -20,9 +20,15 @@ HUB = {
     "qwen_image": "Qwen/Qwen-Image",
     "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     "z_image": "Tongyi-MAI/Z-Image-Turbo",
+    "flux2_dev": "black-forest-labs/FLUX.2-dev",
+    "flux2_klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
+    "chroma": "lodestones/Chroma1-HD",
+    "cogview4": "THUDM/CogView4-6B",
 }
+SCHEDULERS = {name: settings(hub, "scheduler") for name, hub in HUB.items()}
 FLUX_SCHEDULER, SCHNELL_SCHEDULER, QWEN_SCHEDULER, SANA_SCHEDULER, Z_IMAGE_SCHEDULER = (
-    settings(name, "scheduler") for name in HUB.values()
+    SCHEDULERS[name] for name in ("flux_dev", "flux_schnell", "qwen_image", "sana", "z_image")
 )
 FLUX_TRANSFORMER, FLUX_VAE, T5_XXL = (
     settings(HUB["flux_dev"], part) for part in ("transformer", "vae", "text_encoder_2")
@@ -58,5 +64,10 @@ FLOW_COUNTED = {
     },
     "qwen_image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656},
     "sana": {"text_encoder": 2_614_341_888},
+    "flux2_dev": {"text_encoder": 24_011_361_280},
+    "flux2_klein": {"text_encoder": 4_022_468_096},
+    "lumina2": {"text_encoder": 2_614_341_888, "vae": 83_819_683},
+    "chroma": {"text_encoder": 4_762_310_656, "vae": 83_819_683},
+    "cogview4": {"text_encoder": 9_399_951_360 - 151_552 * 4096},  # without the output layer
     "z_image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
 }

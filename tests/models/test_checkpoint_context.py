@@ -16,7 +16,7 @@ from diffalign.cli import main
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.checkpoint_context import ADAPTER
 from tests.conftest import PROMPTS
-from tests.models.families import FAMILIES, noise_of
+from tests.models.families import FAMILIES, LORA, noise_of
 
 NAME = "pytorch_lora_weights.safetensors"
 
@@ -116,7 +116,7 @@ def renamed(state):
 # Layers that the model lacks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LORA)
 def test_layers_that_the_model_lacks_are_named_or_left_out_with_a_warning(bases, loras, name, tmp_path):
     model, file = bases(name), rewritten(loras(name), tmp_path, renamed)
     before, count = contents(model), len(load_file(file))

@@ -18,7 +18,7 @@ def gradient(model, latents):
     return latents.grad
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux_dev", "qwen_image", "sana", "z_image"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux_dev", "qwen_image", "sana", "z_image", "flux2_klein"])
 def test_gradients_of_a_checkpointed_decoder_are_equal(name, tmp_path):
     family, folder = FAMILIES[name], "assets/shapes-sd3"
     if family.build is not None:

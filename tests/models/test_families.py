@@ -17,6 +17,8 @@ from diffalign import (
     DiffusionDPOTrainer,
     FlowGRPOConfig,
     FlowGRPOTrainer,
+    ForwardRLConfig,
+    ForwardRLTrainer,
     LoraConfig,
     Prompt,
     ReFLConfig,
@@ -31,7 +33,8 @@ from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PROMPTS
-from tests.models.families import FAMILIES, images_of, noise_of, packed
+from tests.models.conftest import Lazy
+from tests.models.families import FAMILIES, NAMES, images_of, noise_of, packed
 from tests.models.plain_diffusers import TEXTS, draw_fresh
 from tests.phases import collect
 
@@ -41,25 +44,26 @@ MANY = ["a red circle", "a blue square left of a yellow circle", "three triangle
 @pytest.fixture(scope="module")
 def models(family_pipelines):
     """No test may change them."""
-    return {name: load_model(folder, **FAMILIES[name].options) for name, folder in family_pipelines.items()}
+    return Lazy(lambda name: load_model(family_pipelines[name], **FAMILIES[name].options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_ode_draws_the_pipelines_images(models, plain, name):
     family, model, pipe = FAMILIES[name], models[name], plain(name)
     noise = noise_of(model, len(MANY))
-    for scale in (1.0, 3.0):
+    for scale in (1.0, 3.0) if family.guided else (1.0,):
         call = {**family.call, **(family.guided(scale, len(MANY)) if scale != 1 else {})}
-        expected = pipe(list(MANY), latents=packed(pipe, noise), num_inference_steps=5, output_type="pt", **call).images
+        call |= {"latents": packed(pipe, noise), "num_inference_steps": 5, "output_type": "pt"}
+        expected = pipe(prompt=list(MANY), **call).images
         images = images_of(family, model, noise, MANY, 5, scale)
         assert images.std() > 0.01
         assert (images - expected).abs().max() < 1e-5 * scale
         if scale == 1:
             unguided = images
-    assert (images - unguided).abs().max() > 1e-3
+    assert family.guided is None or (images - unguided).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_at_a_height_and_a_width_it_draws_the_pipelines_images(family_pipelines, plain, name):
     family, pipe = FAMILIES[name], plain(name)
     unit = load_model(family_pipelines[name], **family.options).resolution_unit
@@ -67,13 +71,14 @@ def test_at_a_height_and_a_width_it_draws_the_pipelines_images(family_pipelines,
     model = load_model(family_pipelines[name], **{**family.options, "resolution": (height, width)})
     noise = noise_of(model, 2)
     call = {**family.call, "height": height, "width": width}
-    expected = pipe(MANY[:2], latents=packed(pipe, noise), num_inference_steps=3, output_type="pt", **call).images
+    call |= {"latents": packed(pipe, noise), "num_inference_steps": 3, "output_type": "pt"}
+    expected = pipe(prompt=MANY[:2], **call).images
     images = images_of(family, model, noise, MANY[:2], 3, 1.0)
     assert images.shape == (2, 3, height, width)
     assert (images - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_level_per_sample_equals_one_level_each(models, name):
     model = models[name]
     x, conditioning, levels = noise_of(model, 3), model.encode(MANY), model.levels(5)
@@ -84,7 +89,7 @@ def test_a_level_per_sample_equals_one_level_each(models, name):
     assert (together - torch.cat(alone)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_is_encoded_alike_alone_and_in_company(models, name):
     together = models[name].encode(MANY)
     for i, text in enumerate(MANY):
@@ -96,13 +101,14 @@ def test_a_prompt_is_encoded_alike_alone_and_in_company(models, name):
     assert (embeds[0] - embeds[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stored_step_is_replayed_to_the_bit(models, name):
     model = models[name]
     noise, kind = noise_of(model, len(MANY)), FAMILIES[name].stochastic
     plan = Plan((Row(kind, 1.0, trained=True), Row(kind, 0.5, trained=True), *ode_plan(2).rows))
     plan.validate(model.levels(4))
-    route = SamplingPlan(plan, model.levels(4), Guidance(2.0, model.unconditional()))
+    guidance = Guidance(2.0, model.unconditional()) if FAMILIES[name].guided else None
+    route = SamplingPlan(plan, model.levels(4), guidance)
     conditioning, seen, drawn = model.encode(MANY), [noise], {}
 
     def observe(index, result):
@@ -116,7 +122,7 @@ def test_a_stored_step_is_replayed_to_the_bit(models, name):
         assert torch.equal(again.log_prob, drawn[index])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_latents_and_images_have_each_others_shapes_and_gradients(models, name):
     model = models[name]
     images = torch.rand(2, 3, *model.default_resolution, generator=torch.Generator().manual_seed(0))
@@ -152,7 +158,7 @@ def test_in_bfloat16_the_transformer_gets_the_inputs_of_the_pipeline(family_pipe
     pipe.set_progress_bar_config(disable=True)
     noise = noise_of(model, 2).to(half)
     call = {"latents": packed(pipe, noise), "num_inference_steps": 4, "output_type": "latent", **family.call}
-    theirs = recorded_inputs(pipe.transformer, lambda: pipe(list(TEXTS), **call))
+    theirs = recorded_inputs(pipe.transformer, lambda: pipe(prompt=list(TEXTS), **call))
     ours = recorded_inputs(model.raw_denoiser, lambda: images_of(family, model, noise))
     assert len(ours) == len(theirs) == 4
     for mine, other in zip(ours, theirs, strict=True):
@@ -163,9 +169,13 @@ def test_in_bfloat16_the_transformer_gets_the_inputs_of_the_pipeline(family_pipe
 
 
 @pytest.mark.parametrize("rank", [2, 0])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient_and_leaves_none_out(family_pipelines, name, rank):
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    if rank and not FAMILIES[name].lora:
+        with pytest.raises(ValueError, match=r"lora\.rank 2: .* loads no LoRA into a \w+; train .* lora\.rank: 0"):
+            model.train(LoraConfig(rank=rank))
+        return
     model.train(LoraConfig(rank=rank))
     model.raw_denoiser.train()
     x, level, conditioning = noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS)
@@ -191,7 +201,7 @@ def shared(name, folder, pipeline):
         "model": str(pipeline),
         **FAMILIES[name].options,
         "output_dir": folder,
-        "lora": LoraConfig(rank=2),
+        "lora": LoraConfig(rank=2 if FAMILIES[name].lora else 0),
         "rollout_batch_size": 4,
         "train_batch_size": 4,
         "max_train_steps": 2,
@@ -199,9 +209,14 @@ def shared(name, folder, pipeline):
     }
 
 
+def guidance(name):
+    """Return the guidance of a run, if the family has one."""
+    return {"guidance_scale": 2.0} if FAMILIES[name].guided else {}
+
+
 def flow_grpo(name, folder, pipeline, pairs):
     plan = PlanConfig(num_steps=3, solver=FAMILIES[name].stochastic)
-    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2, guidance_scale=2.0)
+    args = FlowGRPOConfig(**shared(name, folder, pipeline), plan=plan, num_groups=2, group_size=2, **guidance(name))
     prompts = [Prompt(text) for text in MANY]
     return FlowGRPOTrainer(args=args, reward_funcs=redness, train_dataset=prompts)
 
@@ -213,16 +228,25 @@ def diffusion_dpo(name, folder, pipeline, pairs):
 
 def refl(name, folder, pipeline, pairs):
     recipe = RecipeConfig("draft_k", num_steps=3, gradient_steps=2)
-    args = ReFLConfig(**shared(name, folder, pipeline), recipe=recipe, num_groups=4, guidance_scale=2.0)
+    args = ReFLConfig(**shared(name, folder, pipeline), recipe=recipe, num_groups=4, **guidance(name))
     reward = FunctionReward("redness", redness, differentiable=True)
     return ReFLTrainer(args=args, reward_funcs=reward, train_dataset=[Prompt(text) for text in MANY])
 
 
-TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl}
+def forward_rl(name, folder, pipeline, pairs):
+    solver = PlanConfig("ode", num_steps=2)
+    args = ForwardRLConfig(
+        **shared(name, folder, pipeline), plan=solver, num_groups=2, group_size=2, num_times=1, **guidance(name)
+    )
+    return ForwardRLTrainer(args=args, reward_funcs=redness, train_dataset=[Prompt(text) for text in MANY])
+
+
+TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl, "forward_rl": forward_rl}
 # The decoder's backward pass is slow: SDXL and a packed transformer represent the other families.
-QUICK = {"refl": ("sdxl", "flux_dev")}
+DEFAULT = [name for name, family in FAMILIES.items() if not family.slow]
+QUICK = {"refl": ("sdxl", "flux_dev"), "forward_rl": ()}
 RUNS = [
-    pytest.param(name, kind, marks=[] if name in QUICK.get(kind, FAMILIES) else pytest.mark.slow)
+    pytest.param(name, kind, marks=[] if name in QUICK.get(kind, DEFAULT) else pytest.mark.slow)
     for name, kind in product(FAMILIES, TRAINERS)
 ]
 
@@ -288,7 +312,7 @@ def runs(wanted, family_pipelines, pairs, tmp_path_factory):
             save_file({"noise": noise}, folder / "noise.safetensors")
             found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
             jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
-    draw_fresh(jobs, loras=len(jobs))
+    draw_fresh(jobs, loras=sum(FAMILIES[name].lora for name, _ in wanted))
     return found
 
 
@@ -300,7 +324,7 @@ def test_exported_weights_sample_the_trainers_images_in_a_fresh_process(runs, na
     assert (run.images - fresh["base"]).abs().max() > 1e-3, "training must matter"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_exported_weights_load_into_the_model(runs, family_pipelines, name):
     run = runs[name, "flow_grpo"]
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
@@ -310,7 +334,7 @@ def test_exported_weights_load_into_the_model(runs, family_pipelines, name):
     assert (images_of(FAMILIES[name], model, noise) - run.images).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_before_the_first_update_every_ratio_is_exactly_one(runs, name):
     ratios = runs[name, "flow_grpo"].ratios
     assert torch.equal(ratios, torch.ones(2, 4))

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from diffalign.models import load_model
-from diffalign.models.flow import pack, unpack
-from diffalign.models.flux import FluxModel, image_ids
+from diffalign.models.flow import image_ids, pack, unpack
+from diffalign.models.flux import FluxModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sana import SanaModel
 from diffalign.models.tensor_cache import TensorCache

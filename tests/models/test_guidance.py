@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
-from diffalign.models import load_model
+from diffalign.models import get_family, load_model
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.families import FAMILIES, noise_of, packed
+from tests.models.families import FAMILIES, GUIDED, noise_of, packed
 from tests.models.plain_diffusers import TEXTS
 
 STEPS = 3
@@ -27,7 +27,7 @@ def draw(model, family, noise, guidance):
     return model.decode(sample(model, route, model.encode(TEXTS), noise))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GUIDED)
 def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
     family, pipe = FAMILIES[name], plain(name)
     model = load_model(family_pipelines[name], **family.options)
@@ -35,7 +35,7 @@ def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
     for scale in SCALES:
         call = {**family.call, **family.guided(scale, len(TEXTS))}
         expected = pipe(
-            list(TEXTS), latents=packed(pipe, noise), num_inference_steps=STEPS, output_type="pt", **call
+            prompt=list(TEXTS), latents=packed(pipe, noise), num_inference_steps=STEPS, output_type="pt", **call
         ).images
         # At 1 there is no negative, to save an encoding that most families do not need.
         negative = model.unconditional() if scale != 1 else None
@@ -44,7 +44,7 @@ def test_every_scale_draws_the_pipelines_images(family_pipelines, plain, name):
         assert (draw(model, family, noise, PromptEmbeddingCache(model).guidance(scale)) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GUIDED)
 def test_a_scale_that_does_not_guide_costs_one_evaluation(family_pipelines, name):
     model, batches = load_model(family_pipelines[name], **FAMILIES[name].options), []
     evaluate = model.evaluate
@@ -55,6 +55,19 @@ def test_a_scale_that_does_not_guide_costs_one_evaluation(family_pipelines, name
             model.predict(noise_of(model, 2), model.levels(4)[1], model.encode(TEXTS), Guidance(scale, negative))
     guided = [scale > (0 if name == "z_image" else 1) for scale in SCALES]
     assert batches == [4 if doubled else 2 for doubled in guided]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_guidance_of_a_pipeline_that_has_none_is_refused(family_pipelines, distilled):
+    name = "flux2_klein" if distilled else "flux2_dev"
+    pipe = DiffusionPipeline.from_pretrained(family_pipelines[name])
+    if distilled:
+        pipe.register_to_config(is_distilled=True)
+    model = get_family(type(pipe).__name__)(pipe, **FAMILIES[name].options)
+    assert not model.guides(1.0)
+    for ask in (model.guides, model.guidance_arguments, PromptEmbeddingCache(model).guidance):
+        with pytest.raises(ValueError, match=r"guidance_scale 2: a Flux2\w*Pipeline has no classifier-free guidance"):
+            ask(2.0)
 
 
 def test_a_unet_with_a_guidance_embedding_gets_the_scale():

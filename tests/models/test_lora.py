@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.models import LoraConfig, load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora import export, learned_nothing
-from tests.models.families import FAMILIES, images_of, noise_of
+from tests.models.families import FAMILIES, LORA, images_of, noise_of
 from tests.models.plain_diffusers import TEXTS, draw_fresh
 
 STABLE = ("sd3", "sd15", "sd2", "sdxl")
@@ -107,7 +107,7 @@ def test_metadata_of_a_unet_has_its_name(tiny_pipelines, tmp_path):
     assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LORA)
 def test_a_reader_that_ignores_the_header_gets_the_same_update(family_pipelines, family, tmp_path):
     model = load_model(family_pipelines[family], **FAMILIES[family].options)
     trained(family, model, LoraConfig(rank=4, alpha=6.0), tmp_path)

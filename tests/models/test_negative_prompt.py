@@ -17,7 +17,7 @@ from diffalign.models.weights import POLICY
 from diffalign.report.run_report import Report
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Conditioning, Guidance
-from tests.models.families import FAMILIES, noise_of, packed
+from tests.models.families import FAMILIES, NEGATIVE, noise_of, packed
 
 
 def prediction(model, guidance, scale=1.0):
@@ -63,7 +63,7 @@ def test_a_detached_negative_is_the_same_output_with_less_gradient(model):
 TEXT, STEPS, SCALE = 'a "red" circle', 3, 3.0
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=NEGATIVE)
 def trained(request, family_pipelines):
     """(family name, model, negative prompt) with the prompt moved from its initial value."""
     model = load_model(family_pipelines[request.param], **FAMILIES[request.param].options)

@@ -10,7 +10,7 @@ from diffalign import LoraConfig
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.quiet import quiet_libraries
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, LORA, NAMES
 
 NOISE = (
     "kept in float32",
@@ -24,7 +24,7 @@ NOISE = (
 )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", LORA)
 def test_loading_a_model_and_a_lora_says_one_line_each(family_pipelines, name, capfd, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -43,7 +43,7 @@ def test_loading_a_model_and_a_lora_says_one_line_each(family_pipelines, name, c
     assert not [str(w.message) for w in seen if any(noise in str(w.message) for noise in NOISE)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_prompts_that_are_too_long_are_counted_once(family_pipelines, name, capfd):
     model = load_model(family_pipelines[name], **FAMILIES[name].options)
     limit = model.token_limit
@@ -61,7 +61,7 @@ def test_prompts_that_are_too_long_are_counted_once(family_pipelines, name, capf
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_limit_is_where_the_end_of_a_prompt_is_no_longer_read(family_pipelines, name):
     """The last word that fits changes the embeddings; one well behind it does not."""
     model = load_model(family_pipelines[name], **FAMILIES[name].options)

@@ -1,4 +1,4 @@
-"""FLUX.1, Qwen-Image, SANA and Z-Image at their published sizes, on the meta device."""
+"""FLUX.1, Qwen-Image, SANA and later flow models at their published sizes, on the meta device."""
 
 import pytest
 import torch
@@ -19,6 +19,12 @@ LORA = {
     "qwen_image": RANK * 2 * 3072 * (60 * 8 - 1),
     "sana": RANK * 2 * 2240 * 20 * (4 + 4),
     "z_image": RANK * 2 * 3840 * (30 + 2 + 2) * 4,
+    # Of a single block: one projection to 9 widths (q, k, v and a gated MLP of 3), and one from 4.
+    "flux2_dev": RANK * 6144 * (8 * 8 * 2 + 48 * (10 + 5)),
+    "flux2_klein": RANK * 3072 * (5 * 8 * 2 + 20 * (10 + 5)),
+    "lumina2": RANK * (26 + 2 + 2) * (2 * (2304 + 2304) + 2 * (2304 + 8 * 96)),  # 8 heads of keys and values
+    "chroma": FLUX_LORA,
+    "cogview4": RANK * 2 * 4096 * 28 * 4,
 }
 NAMES = {
     "flux_dev": ("transformer.single_transformer_blocks.37.attn.to_v.lora_A.weight", (RANK, 3072)),
@@ -26,10 +32,30 @@ NAMES = {
     "qwen_image": ("transformer.transformer_blocks.59.attn.add_k_proj.lora_A.weight", (RANK, 3072)),
     "sana": ("transformer.transformer_blocks.19.attn2.to_out.0.lora_B.weight", (2240, RANK)),
     "z_image": ("transformer.noise_refiner.1.attention.to_q.lora_A.weight", (RANK, 3840)),
+    "flux2_dev": ("transformer.single_transformer_blocks.47.attn.to_qkv_mlp_proj.lora_B.weight", (9 * 6144, RANK)),
+    "flux2_klein": ("transformer.single_transformer_blocks.19.attn.to_out.lora_A.weight", (RANK, 4 * 3072)),
+    "lumina2": ("transformer.context_refiner.1.attn.to_k.lora_B.weight", (8 * 96, RANK)),
+    "chroma": ("transformer.single_transformer_blocks.37.attn.to_v.lora_A.weight", (RANK, 3072)),
+    "cogview4": ("transformer.transformer_blocks.27.attn1.to_out.0.lora_B.weight", (4096, RANK)),
 }
-LATENT = dict.fromkeys(FLOW_PIPELINES, 16 * 128 * 128) | {"sana": 32 * 32 * 32}
+LATENT = dict.fromkeys(FLOW_PIPELINES, 16 * 128 * 128) | {
+    "sana": 32 * 32 * 32,
+    "flux2_dev": 128 * 64 * 64,
+    "flux2_klein": 128 * 64 * 64,
+}
 # Numbers that are no parameters: frequencies of rotations, of a text encoder, twice each, and a scale.
-BUFFERS = {"qwen_image": 2 * (20 + 64), "sana": 2 * 128 + 1, "z_image": 2 * 64}
+BUFFERS = {
+    "qwen_image": 2 * (20 + 64),
+    "sana": 2 * 128 + 1,
+    "z_image": 2 * 64,
+    "flux2_dev": 2 * (64 + 32),
+    "flux2_klein": 2 * 64,
+    "lumina2": 2 * 128 + 1,
+    "chroma": 344 * 32,  # of its modulations, embedded
+    "cogview4": 2 * 32,
+}
+# Mean and variance of a VAE's batch norm.
+NORM = {"flux2_dev": 2 * 128, "flux2_klein": 2 * 128}
 
 
 def counts(pipeline):
@@ -51,10 +77,10 @@ def test_parts_and_lora_have_the_published_sizes_and_names(name, tmp_path):
     assert sum(p.numel() for p in model.weights.trainable) == LORA[name]
 
     needs = memory_needs(model, pairs=8)
-    # CLIP's positions are whole numbers.
-    whole = {torch.int64: 8 * 77} if name.startswith("flux") else {}
+    # CLIP's positions, and the steps that a batch norm counts, are whole numbers.
+    whole = {torch.int64: 8 * 77} if name in ("flux_dev", "flux_schnell") else {torch.int64: 8} if name in NORM else {}
     half = sum(found.values()) - found["vae"] + BUFFERS.get(name, 0)
-    assert needs.frozen == {torch.bfloat16: 2 * half, torch.float32: 4 * found["vae"], **whole}
+    assert needs.frozen == {torch.bfloat16: 2 * half, torch.float32: 4 * (found["vae"] + NORM.get(name, 0)), **whole}
     assert (needs.trainable, needs.gradients, needs.moments) == (4 * LORA[name], 4 * LORA[name], 8 * LORA[name])
     assert needs.pair_latents == 8 * 2 * LATENT[name] * 4
 
@@ -65,4 +91,4 @@ def test_parts_and_lora_have_the_published_sizes_and_names(name, tmp_path):
     assert shapes[key] == shape
     layers = {key.rsplit(".", 2)[0].removeprefix("transformer.") for key in shapes}
     assert layers <= own
-    assert all(any(layer.endswith(f".{target}") for layer in layers) for target in model.lora_targets)
+    assert all(any(f".{layer}".endswith(f".{target}") for layer in layers) for target in model.lora_targets)

@@ -70,7 +70,7 @@ BROKEN = {
     "absent": ("x = 1", "no class of that name has @register_family"),
     "undecorated": (FAMILY.replace('@register_family("StableDiffusion3PAGPipeline")', ""), "no class of that name has"),
     "raises": ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
-    "abstract": (FAMILY.replace("SD3Model", "DiffusionModel").replace("models.sd3", "models"), "must define count_tok"),
+    "abstract": (FAMILY.replace("SD3Model", "DiffusionModel").replace("models.sd3", "models"), "must define encode"),
     "other": (
         'from diffalign.models import register_family\n@register_family("X")\nclass OwnModel: ...',
         "no subclass",

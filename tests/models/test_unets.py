@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from diffalign.diffusion.parameterization import add_noise, target
 from diffalign.diffusion.plan import Plan, Row
 from diffalign.models import LoraConfig, load_model
+from diffalign.models.pipeline_call import Sampled, pipeline_call
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
 from diffalign.rng import KeyedRNG
@@ -100,6 +101,14 @@ def test_alpha_one_at_the_end_and_other_spacings_where_the_scheduler_says_so():
     assert (levels.alpha[-1], levels.sigma[-1]) == (1, 0)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     assert SDModel(pipe).levels(4).time.tolist() == [999, 749, 499, 249, 0]
+
+
+def test_linspace_timesteps_which_ddim_cannot_step_over_are_leading_ones(models):
+    pipe = tiny.sd15()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(SD15_SCHEDULER | {"timestep_spacing": "linspace"})
+    assert torch.equal(SDModel(pipe).levels(10).time, models["sd15"].levels(10).time)
+    call = pipeline_call(SDModel(pipe), Sampled(10))
+    assert 'timestep_spacing="leading"' in call.setup[0]
 
 
 @pytest.mark.parametrize("solver", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])

@@ -1,4 +1,4 @@
-"""Small random pipelines in the layouts of SD 1.5, SD 2 and SDXL, with the schedulers that those publish."""
+"""Small random pipelines in the layouts of SD 1.5, SD 2, SDXL and PixArt-Sigma, with their published schedulers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from tests.conftest import PIPELINE
-from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SDXL_SCHEDULER
+from tests.models.published_configs import SD15_SCHEDULER, SD21_SCHEDULER, SDXL_SCHEDULER, settings
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -113,6 +124,27 @@ def sdxl(force_zeros: bool = True) -> StableDiffusionXLPipeline:
         scheduler=EulerDiscreteScheduler.from_config(SDXL_SCHEDULER),
         force_zeros_for_empty_prompt=force_zeros,
         add_watermarker=False,
+    )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    words = T5TokenizerFast.from_pretrained(PIPELINE / "tokenizer_3")
+    text = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
+    small = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 24,
+    }
+    hub = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
+    return PixArtSigmaPipeline(
+        tokenizer=words,
+        text_encoder=T5EncoderModel(T5Config(**settings(hub, "text_encoder") | text)),
+        vae=vae(),
+        transformer=PixArtTransformer2DModel(**settings(hub, "transformer") | small),
+        scheduler=DPMSolverMultistepScheduler.from_config(settings(hub, "scheduler")),
     )
 
 
