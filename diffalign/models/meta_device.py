@@ -15,6 +15,7 @@ from torch import nn
 from diffalign.models.base import DiffusionModel
 from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.published_configs import published_folder
+from diffalign.models.quiet import pass_on, quiet_libraries
 from diffalign.models.registry import get_family
 
 
@@ -37,10 +38,12 @@ def model_on_meta(
     for key, value in given.items():
         if isinstance(value, (list, tuple)) and len(value) == 2:
             given[key] = None if key in left_out else _part(path, key, revision, *value)
-    pipeline = kind(**{**given, **family.load_options})
-    for key, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            part.to(torch.float32 if key == "vae" else dtype)
+    with quiet_libraries() as lines:
+        pipeline = kind(**{**given, **family.load_options})
+        for key, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.to(torch.float32 if key == "vae" else dtype)
+    pass_on(f"model {path}", lines)
     return family(pipeline, **{key: value for key, value in options.items() if value is not None})
 
 

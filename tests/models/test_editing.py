@@ -1,6 +1,7 @@
 """Families that edit a source image: the pipelines' images, every trainer, and LoRAs that plain diffusers loads."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import EditInput
+from diffalign.trainers.diffusion_dpo.latents import LatentEncoder
 from tests.models import tiny_edit_pipelines as edits
 from tests.models import tiny_unet_pipelines as tiny
 from tests.phases import collect
@@ -159,6 +161,13 @@ def trainer_of(kind, args, prompts):
         return ReFLTrainer(args=config, reward_funcs=reward, train_dataset=prompts)
     config = DiffusionDPOConfig(**args, plan=plan, beta=500.0, prompt_dropout=0.5, **few)
     return DiffusionDPOTrainer(args=config, reward_funcs=redness, train_dataset=prompts)
+
+
+@pytest.mark.parametrize("name", ["random_crop", "random_flip"])
+def test_pairs_that_would_move_without_their_sources_are_refused(name):
+    run = SimpleNamespace(config=DiffusionDPOConfig(model="m", **{name: True}), model=SimpleNamespace(edits=True))
+    with pytest.raises(ValueError, match=f"{name}: the sources that a model edits would stay as they are"):
+        LatentEncoder(run)
 
 
 @pytest.mark.parametrize("kind", ["flow_grpo", "forward_rl", "diffusion_dpo", "refl"])

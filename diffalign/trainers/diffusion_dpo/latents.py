@@ -66,6 +66,9 @@ class LatentEncoder:
     """
 
     def __init__(self, run: Run[DiffusionDPOConfig]) -> None:
+        moved = [name for name in ("random_crop", "random_flip") if getattr(run.config, name)]
+        if moved and run.model.edits:
+            raise ValueError(f"{' and '.join(moved)}: the sources that a model edits would stay as they are; leave out")
         self.model, self.cache, self.identity = run.model, run.prompts.cache, run.prompts.identity
         self.config, self.rng, self.share = run.config, run.rng, run.share(run.config.num_pairs)
         self._rows: OrderedDict[tuple[int, CropParams, tuple[int, int]], _Row] = OrderedDict()
