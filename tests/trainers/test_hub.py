@@ -44,8 +44,8 @@ def test_a_run_is_uploaded_with_its_card(hub, small, train_prompts, capfd):
     assert all(files[name].startswith(b"\x89PNG") for name in shown)
 
     assert set(hub.tokens) == {"Bearer hf_secret"}
-    told = "".join(capfd.readouterr()) + (args.output_dir / "train.log").read_text()
-    assert "hf_secret" not in told + "".join(map(str, files))
+    output = "".join(capfd.readouterr()) + (args.output_dir / "train.log").read_text()
+    assert "hf_secret" not in output + "".join(map(str, files))
     assert not any(b"hf_secret" in content for content in files.values())
 
 
@@ -64,10 +64,10 @@ def test_a_hub_that_fails_later_costs_no_run(hub, small, train_prompts):
     hub.refuse = 400
     with pytest.warns(
         UserWarning, match=f"push_to_hub {NAME} failed: .*the run is complete: hf upload {NAME} "
-    ) as told:
+    ) as warned:
         result = trainer.train()
     assert result.weights[0].is_file()
-    assert not any("hf_secret" in str(warning.message) for warning in told)
+    assert not any("hf_secret" in str(warning.message) for warning in warned)
 
 
 def test_an_existing_repository_and_a_wrong_name(hub, small, train_prompts):
