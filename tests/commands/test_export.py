@@ -68,7 +68,7 @@ def export(run, folder, *options):
     assert main(["export", *([str(run)] if run else []), *options, "--output_dir", str(folder)]) == 0
 
 
-SLOW = ("sd2", "flux_schnell", "qwen_image")  # of the layouts of others
+SLOW = ("sd2", "sdxl", "flux_schnell", "qwen_image")  # of the layouts of others
 BY_FAMILY = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES]
 
 

@@ -43,6 +43,8 @@ CALLS = {
     "qwen_image_edit": lambda h, w: {"height": h, "width": w},
 }
 NEGATIVES = {"flux_kontext": "", "qwen_image_edit": " "}
+# The pairs of trainer and family that default tests train.
+FIRST = (("flow_grpo", "flux_kontext"), ("diffusion_dpo", "qwen_image_edit"))
 
 
 @pytest.fixture(autouse=True)
@@ -170,8 +172,14 @@ def test_pairs_that_would_move_without_their_sources_are_refused(name):
         LatentEncoder(run)
 
 
-@pytest.mark.parametrize("kind", ["flow_grpo", "forward_rl", "diffusion_dpo", "refl"])
-@pytest.mark.parametrize("name", edits.FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=() if (kind, name) in FIRST else pytest.mark.slow)
+        for kind in ("flow_grpo", "forward_rl", "diffusion_dpo", "refl")
+        for name in edits.FAMILIES
+    ],
+)
 def test_every_trainer_trains_and_diffusers_loads_the_lora(pipelines, prompts, tmp_path, name, kind):
     trainer = trainer_of(kind, shared(tmp_path, pipelines / name), prompts)
     trainer.train()

@@ -114,7 +114,7 @@ def test_full_fine_tuning_starts_from_base_and_lora(family_pipelines, source):
         assert (images("sd3", model) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_text_encoder_layers_are_kept(family_pipelines, source, family, tmp_path):
     """They are merged while the denoiser trains, and written beside its layers."""
     folder, _ = source(family)

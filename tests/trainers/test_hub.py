@@ -70,6 +70,7 @@ def test_a_hub_that_fails_later_costs_no_run(hub, small, train_prompts):
     assert not any("hf_secret" in str(warning.message) for warning in warned)
 
 
+@pytest.mark.slow
 def test_an_existing_repository_and_a_wrong_name(hub, small, train_prompts):
     hub.repositories[NAME] = {"other.txt": b"kept"}
     trainer, _ = train(small, train_prompts, max_train_steps=1)

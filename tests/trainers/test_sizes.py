@@ -58,7 +58,11 @@ def seen_by(function, shapes):
     return reward
 
 
-@pytest.mark.parametrize("trainer", ["flow_grpo", "forward_rl", "refl", "diffusion_dpo", "online", "self_play"])
+LATER = pytest.mark.slow
+OTHERS = [pytest.param(name, marks=LATER) for name in ("forward_rl", "refl", "online", "self_play")]
+
+
+@pytest.mark.parametrize("trainer", ["flow_grpo", "diffusion_dpo", *OTHERS])
 def test_every_trainer_trains_at_a_height_and_a_width(trainer, small, dpo, refl, train_prompts, tmp_path):
     shapes, own = set(), {"resolution": WIDE, "max_train_steps": 1}
     reward = seen_by(redness.function, shapes)
@@ -112,7 +116,7 @@ def test_each_batch_has_the_size_of_its_images(dpo, mixed):
     trainer.train()
 
 
-@pytest.mark.parametrize("loss", ["kto", "dpo"])
+@pytest.mark.parametrize("loss", ["kto", pytest.param("dpo", marks=LATER)])
 @pytest.mark.parametrize("losers", ["data", "reference"])
 def test_single_images_and_self_play_have_buckets(dpo, mixed, loss, losers):
     if losers == "reference" and loss == "kto":
@@ -150,7 +154,7 @@ def test_two_processes_sort_the_images_that_one_sorts(mixed, frozen):
     assert [both.take(i) for i in range(20)] == [alone.take(i) for i in range(20)]
 
 
-@pytest.mark.parametrize("preset", ["imagerefl", "refl_script"])
+@pytest.mark.parametrize("preset", ["imagerefl", pytest.param("refl_script", marks=LATER)])
 def test_real_images_of_refl_have_buckets(refl, mixed, train_prompts, preset):
     recipe = {} if preset == "imagerefl" else {"regulariser": "pretraining"}
     shapes = set()

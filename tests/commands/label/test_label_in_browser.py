@@ -268,6 +268,7 @@ def test_a_broken_image_does_not_stop_the_rater(browser, tmp_path):
         assert len(reported) == 2
 
 
+@pytest.mark.slow  # its limits are for a machine that does nothing else
 def test_two_thousand_pairs_open_in_two_seconds(browser, tmp_path):
     """From an empty tab to images that can be answered; and the command, in time of the processor."""
     rows = [json.loads(line) for line in write_pairs(tmp_path).read_text().splitlines()]
