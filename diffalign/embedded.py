@@ -14,7 +14,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 ASSETS, CONFIGS = "assets", "configs"
-MODELS = ("shapes-sd3", "shapes-sd")
+MODELS = ("shapes-sd3", "shapes-sd", "shapes-kontext")
 MODEL_FIELDS = ("model", "models")
 
 

@@ -161,7 +161,7 @@ def test_files_names_and_rewards_are_listed_together(command, tmp_path, monkeypa
     known = CLASSES[command].__dataclass_fields__
     types = {name: str(field.type) for name, field in known.items()}
     given = {name: value for name, value in fields.items() if name in known and types[name] != "bool"}
-    positional = ["nothing.parquet"] if command in ("eval", "compare", "score", "check", "relabel") else []
+    positional = ["nothing.parquet"] if command in ("eval", "compare", "score", "check", "relabel", "export") else []
     argv = [*command.split(), *positional, *(f"--{name}={value}" for name, value in given.items())]
     argv += ["--assets", "noassets"] if command == "doctor" else []
     assert main(argv) == 2

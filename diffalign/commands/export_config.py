@@ -61,7 +61,12 @@ class ExportConfig(Checked):
         return [parse_checkpoint(text) for text in self.models]
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with each of ``models``: a missing path, or a malformed weight."""
+        """Yield what is wrong with the base, and with each of ``models``: a missing path, or a malformed weight."""
+        from diffalign.models.published_configs import published_folder
+        from diffalign.preflight import model_problem
+
+        if self.model is not None and published_folder(self.model) is None:
+            yield from model_problem("model", self.model, self)
         for text in self.models:
             try:
                 parse_checkpoint(text)

@@ -218,6 +218,7 @@ class Report:
         """Write the first images of the last evaluation, for the widget of the card; return (prompt, name) of each."""
         found = []
         if self.shown is not None:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             for number, (text, image) in enumerate(zip(self.shown.texts[:EXAMPLES], self.shown.images, strict=False)):
                 name = f"samples/example-{number}.png"
                 with replacing(self.folder / name) as staged:

@@ -28,7 +28,7 @@ class StopWhenSure(TrainerCallback):
 
 
 def main(folder: str, **changes: Any) -> None:
-    args = DiffusionDPOConfig.from_yaml("configs/diffusion_dpo/shapes.yaml", loss="steep", output_dir=folder, **changes)
+    args = DiffusionDPOConfig.from_yaml("diffusion_dpo/shapes", loss="steep", output_dir=folder, **changes)
     result = DiffusionDPOTrainer(args=args, callbacks=[StopWhenSure()]).train()
     print(f"step {result.step}: {result.base.get('eval/accuracy')} -> {result.tuned.get('eval/accuracy')}")
 

@@ -99,9 +99,9 @@ VARIANTS: dict[str, Variant] = {
     "dpo, anchored": pairs("dpo", beta=50.0, anchor_weight=1.0),
     "dpo, auto beta": pairs("dpo", auto_beta=0.2),
     "dpo, masked": pairs("dpo", beta=50.0, **{"data.mask": "mask"}),
-    "dpo, all weights": pairs("dpo", beta=50.0, learning_rate=1e-4, **{"lora.rank": 0}),
+    "dpo, all weights": pairs("dpo", beta=50.0, learning_rate=1e-4, **{"lora.rank": 0, "lora.targets": "null"}),
     "dpo, epsilon": Variant("shapes_sd"),
-    "dpo, epsilon, all weights": Variant("shapes_sd", {"learning_rate": 5e-5, "lora.rank": 0}),
+    "dpo, epsilon, all weights": Variant("shapes_sd", {"learning_rate": 5e-5, "lora.rank": 0, "lora.targets": "null"}),
     "spin": Variant("shapes_spin", {"reference_steps": 34}),  # three iterations
     "online dpo": Variant("shapes_online"),
     "online kto": Variant("shapes_online", {"loss": "kto", "beta": 25.0, "train_batch_size": 128}),

@@ -54,7 +54,7 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "KL": {str(beta): {"kl_beta": beta} for beta in (0.03,)},
     "weights": {
         "rank 32": {"lora.rank": 32},
-        "all": {"lora.rank": 0, "learning_rate": 1.5e-4},
+        "all": {"lora.rank": 0, "lora.targets": "null", "learning_rate": 1.5e-4},
     },
     "loss": {"GRPO-Guard": {"loss": "grpo_guard"}, "TempFlow weights": {"step_weights": "tempflow"}},
 }

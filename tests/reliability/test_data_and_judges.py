@@ -32,7 +32,11 @@ ASKING = (
     "vlm_rating",
     "vlm_checklist",
     "vlm_pairwise",
-)  # networks, a server, or other rewards
+    "editscore",
+    "shapes_edit",
+    "shapes_edit_strict",
+    "source_similarity",
+)  # networks, a server, other rewards, or the source of an edit
 WITHOUT_WEIGHTS = [name for name in names() if not registered(name).facts.weights and name not in ASKING]
 
 

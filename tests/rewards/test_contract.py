@@ -59,7 +59,8 @@ class Judge(BaseHTTPRequestHandler):
             said = {"digit": str(best), "<answer>": f"<answer>Image {best} is better</answer>"}
             pair = f"Score:\n Image 1: {share}\n Image 2: {1 - share}"
             said |= {"Coherence": "\n".join(f"{axis} {pair}" for axis in ("Alignment", "Coherence", "Style"))}
-        said = {"reasoning": json.dumps({"score": [25 * light[-1]] * 2}), **said}
+        edit = json.dumps({"score": [25 * light[-1]] * 2})
+        said = {"edited": edit, "naturalness": edit, **said}
         text = next(answer for word, answer in said.items() if word in words["text"])
         reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)

@@ -18,12 +18,12 @@ from diffalign.trainers.inputs import reward_table
 @pytest.mark.parametrize("has_adapter", [True, False])
 def test_any_prompt_model_and_folder_stand_in_the_card_as_they_are(tmp_path, has_adapter):
     prompt, name, folder = 'a "red"\\circle\non {two} lines', 'C:\\models\\"mine"', tmp_path / 'my "runs"'
-    model = SimpleNamespace(
-        negative=None, has_adapter=has_adapter, denoiser_name="transformer", raw_denoiser=nn.Linear(1, 1)
-    )
+    pipeline = SimpleNamespace(components={}, _optional_components=[])
+    parts = {"pipeline": pipeline, "denoiser_name": "transformer", "raw_denoiser": nn.Linear(1, 1)}
+    model = SimpleNamespace(negative=None, has_adapter=has_adapter, **parts)
     args = FlowGRPOConfig(model=name, revision="v1", output_dir=folder)
     report = Report(model, args, "flow_grpo", "accelerate launch", POLICY)
-    report.shown = SimpleNamespace(texts=[prompt])
+    report.shown = SimpleNamespace(texts=[prompt], images=torch.zeros(1, 3, 8, 8))
     card = report._card("", [])
     said = [node.value for node in ast.walk(ast.parse(card.load_snippet)) if isinstance(node, ast.Constant)]
     weights = str(folder if has_adapter else folder / "transformer")
