@@ -14,7 +14,8 @@ from diffalign.rewards import get_reward
 from diffalign.rewards.editscore import two_scores
 from diffalign.rewards.source_similarity import ssim
 from diffalign.rewards.support.http_client import RemoteError
-from diffalign.rewards.support.sources import portable, source_images
+from diffalign.rewards.support.reward_server import ScoreRequest
+from diffalign.rewards.support.sources import portable, source_images, without_paths
 from diffalign.rewards.vlm_judge import Answer
 from diffalign.shapes import render
 from diffalign.shapes.edits import KINDS, judge_edits, phrase, random_edit, vocabulary, wrong_edit
@@ -150,6 +151,12 @@ def test_a_server_gets_the_source_itself(metadata):
     assert not any("/" in entry["image"][:4] for entry in sent)
     assert torch.equal(source_images(sent, (64, 64)), source_images(metadata[:3], (64, 64)))
     assert portable({"image": "no file", "tag": 1}) == {"image": "no file", "tag": 1}
+    # A client names no file of the server: there, only images that were sent are sources.
+    assert [without_paths(entry) for entry in sent] == sent
+    body = {"reward": "r", "prompts": ["a", "b"], "metadata": [{**metadata[0], "tag": 1}, sent[1]], "images": [0, 0]}
+    first, second = ScoreRequest.parse(json.dumps(body).encode()).prompts
+    assert first.metadata == {k: v for k, v in body["metadata"][0].items() if k != "image"}
+    assert second.metadata == sent[1]
 
 
 def test_sources_are_fitted_to_the_results(tmp_path):

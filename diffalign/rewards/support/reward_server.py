@@ -29,6 +29,7 @@ from diffalign.rewards.support.asyncio_http import HTTPError, HTTPServer, Limits
 from diffalign.rewards.support.fault_isolation import Batch, guarded
 from diffalign.rewards.support.http_client import decode_images
 from diffalign.rewards.support.isolation import said
+from diffalign.rewards.support.sources import without_paths
 from diffalign.structures import Prompt
 from diffalign.tokens import printable
 
@@ -261,7 +262,8 @@ class ScoreRequest:
             if wrong := [item for item in items if not isinstance(item, str if key == "prompts" else dict)]:
                 raise ValueError(f'"{key}" holds {_short(wrong[0])}: write texts as prompts, objects as metadata')
 
-        return cls(name, [Prompt(text, data) for text, data in zip(prompts, metadata, strict=True)], images)
+        pairs = zip(prompts, map(without_paths, metadata), strict=True)
+        return cls(name, [Prompt(text, data) for text, data in pairs], images)
 
     def decode(self) -> list[Tensor]:
         """Decode the images to (3, H, W), uint8. Raises ValueError for invalid images or too many pixels."""

@@ -51,6 +51,13 @@ def portable(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "image": DATA + base64.b64encode(read_bytes(Path(found))).decode()}
 
 
+def without_paths(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata of a client without a source image that is a path, which would be one of the server's files."""
+    found = entry.get("image")
+    outside = isinstance(found, str) and not found.startswith(DATA)
+    return {name: value for name, value in entry.items() if not (outside and name == "image")}
+
+
 def _content(path: str) -> bytes:
     return base64.b64decode(path.removeprefix(DATA)) if path.startswith(DATA) else read_bytes(Path(path))
 
