@@ -104,7 +104,7 @@ def ours(model, noise, prompts, steps, scale=1.0):
 
 
 @pytest.mark.parametrize("name", edits.FAMILIES)
-@pytest.mark.parametrize("size", [(16, 16), (16, 32)])
+@pytest.mark.parametrize("size", [pytest.param((16, 16), marks=pytest.mark.slow), (16, 32)])
 def test_our_ode_draws_the_pipelines_images(pipelines, prompts, name, size):
     model, pipe = load_model(pipelines / name, **{**OPTIONS, "resolution": size}), plain(pipelines / name)
     noise = torch.randn(3, *model.latent_shape(), generator=torch.Generator().manual_seed(0))

@@ -278,6 +278,7 @@ def test_r26_one_pass_of_many_or_many_of_one_give_one_gradient(name, tmp_path):
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
+@pytest.mark.slow
 def test_r26_the_folder_it_runs_in_and_the_order_of_hashes_change_nothing(tmp_path):
     code = "import json, sys; from tests.reliability.golden import digests; print(json.dumps(digests(sys.argv[1])))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}

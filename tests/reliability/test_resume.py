@@ -88,7 +88,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+DEFAULT = ("flow_grpo", "online_dpo")  # of the trainers that every run of the tests stops anywhere
+ANYWHERE = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in TRAINERS]
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_r8_a_run_stopped_anywhere_goes_on_bit_for_bit(name, straight, tmp_path, record_property):
     args, places = straight(name)
     assert {place.phase for place in places} == KINDS[name]

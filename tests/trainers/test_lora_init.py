@@ -58,6 +58,7 @@ def test_every_trainer_goes_on_from_a_lora_and_resumes_bit_for_bit(name, source,
     assert f"going on from the LoRA `{source}`" in (tmp_path / "whole/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_went_on_from_it_is_exported(source, tmp_path):
     run = tmp_path / "run"
     args = short("flow_grpo", run, lora=LoraConfig(init=str(source)), max_train_steps=1)
