@@ -16,10 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
-# A process that has used CUDA cannot fork: there, a server that has imported everything and done nothing does.
-CONTEXT = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
-if torch.cuda.is_available():
-    CONTEXT.set_forkserver_preload(["pytest", "tests.reliability.faults"])
+# A process that has used CUDA, or in which autograd has started its threads, cannot fork: a server that has imported
+# everything and done nothing does.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "tests.reliability.faults"])
 LIMIT = 60  # seconds; nothing here takes as long
 
 
