@@ -77,14 +77,14 @@ class HubCallback(TrainerCallback):
             return
         self._finish_upload(args)
         try:
-            url = self.api.upload_folder(
+            self.api.upload_folder(
                 repo_id=self.name, folder_path=args.output_dir, allow_patterns=list(PUBLISHED),
                 ignore_patterns=list(NOT_PUBLISHED), commit_message=f"Step {state.global_step}, end of training",
             )  # fmt: skip
         except Exception as error:  # whatever it is, the run is on disk
             self._warn(args, error)
         else:
-            logger.info(f"hub         {url.repo_url if hasattr(url, 'repo_url') else self.name}")
+            logger.info(f"hub         {self.name}")
 
     def _finish_upload(self, args: Any) -> None:
         """Wait for the upload of the last checkpoint."""

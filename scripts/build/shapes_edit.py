@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import sys
 import time
@@ -23,14 +22,10 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
@@ -39,6 +34,7 @@ from diffalign.models.flux import image_ids
 from diffalign.shapes import render
 from diffalign.shapes.edits import judge_edits, phrase, random_edit, vocabulary, wrong_edit
 from scripts import ROOT
+from scripts.build.shapes_tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from scripts.build.shapes_training import CLIP_LENGTH, clip_config, cosine, follow, ship
 
 WIDTH = 96
@@ -62,27 +58,6 @@ def make_transformer() -> FluxTransformer2DModel:
     )
 
 
-def make_clip_tokenizer() -> CLIPTokenizer:
-    """Learn a byte-level BPE in which each word of an instruction is one token."""
-    learned = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trainer = BpeTrainer(end_of_word_suffix="</w>", vocab_size=10_000, min_frequency=1, show_progress=False)
-    learned.pre_tokenizer = WhitespaceSplit()
-    learned.train_from_iterator(vocabulary() * 2, trainer)
-    merges = [tuple(m) for m in json.loads(learned.to_str())["model"]["merges"]]
-    alphabet = ByteLevel.alphabet()
-    pieces = sorted(alphabet) + [c + "</w>" for c in sorted(alphabet)] + ["".join(m) for m in merges]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
-
-
-def make_t5_tokenizer() -> T5TokenizerFast:
-    """Make a Unigram vocabulary of the words of instructions and of single characters."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [(f"▁{word}", -3.0) for word in vocabulary()]
-    pieces += [(chr(i), -10.0) for i in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=256)
-
-
 def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -99,7 +74,7 @@ def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
 
 
 def make_pipeline() -> FluxKontextPipeline:
-    clip, t5 = make_clip_tokenizer(), make_t5_tokenizer()
+    clip, t5 = make_clip_tokenizer(vocabulary(), CLIP_LENGTH), make_t5_tokenizer(vocabulary())
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(ROOT / "assets/shapes-sd3/vae", torch_dtype=torch.float32),

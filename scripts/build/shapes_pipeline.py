@@ -27,10 +27,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
-from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
@@ -46,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installat
 
 from diffalign.shapes import disjoint_prompt_set, judge_batch, prompt_set, render
 from diffalign.shapes.captions import vocabulary
+from scripts.build.shapes_tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from scripts.build.shapes_training import (
     CLIP_LENGTH,
     clip_config,
@@ -98,28 +95,6 @@ def make_transformer() -> SD3Transformer2DModel:
     )
 
 
-def make_clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE: every byte, alone and at a word's end, and merges learned on the words of the captions."""
-    learned = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trainer = BpeTrainer(end_of_word_suffix="</w>", vocab_size=10_000, min_frequency=1, show_progress=False)
-    # A word alone on its line, often: then each becomes one token.
-    learned.pre_tokenizer = WhitespaceSplit()
-    learned.train_from_iterator(vocabulary() * 2, trainer)
-    merges = [tuple(m) for m in json.loads(learned.to_str())["model"]["merges"]]
-    alphabet = ByteLevel.alphabet()
-    pieces = sorted(alphabet) + [c + "</w>" for c in sorted(alphabet)] + ["".join(m) for m in merges]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
-
-
-def make_t5_tokenizer() -> T5TokenizerFast:
-    """A Unigram vocabulary of caption words, and single characters so that any ASCII text can be spelled."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [(f"▁{word}", -3.0) for word in vocabulary()]
-    pieces += [(chr(i), -10.0) for i in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=256)
-
-
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(clip_config(tokenizer, 64))
 
@@ -141,7 +116,7 @@ def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
 
 
 def make_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    clip, t5 = make_clip_tokenizer(), make_t5_tokenizer()
+    clip, t5 = make_clip_tokenizer(vocabulary(), CLIP_LENGTH), make_t5_tokenizer(vocabulary())
     return StableDiffusion3Pipeline(
         transformer=make_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -96,7 +96,9 @@ def test_batches_are_of_one_bucket_and_every_epoch_of_it_uses_each_image_once(co
 
 
 def test_an_iteration_depends_on_its_number_alone():
-    make = lambda: Buckets(((8, 8), (8, 16)), [0, 1, 0, 1, 0], 2, permutation, "data")  # noqa: E731
+    def make():
+        return Buckets(((8, 8), (8, 16)), [0, 1, 0, 1, 0], 2, permutation, "data")
+
     whole = [make().take(iteration) for iteration in range(30)]
     resumed = make()
     assert [resumed.take(iteration) for iteration in range(17, 30)] == whole[17:]

@@ -143,7 +143,10 @@ def test_two_processes_sort_the_images_that_one_sorts(mixed, frozen):
     data, own = load_pairs(mixed), []
 
     def buckets(rank, world):
-        gather = lambda found: own.extend(found) or list(own)  # noqa: E731
+        def gather(found):
+            own.extend(found)
+            return list(own)
+
         run = SimpleNamespace(rank=rank, world=world, model=frozen, rng=KeyedRNG(0), gather_objects=gather)
         return make_buckets(run, data, range(len(data)), 16, 3, "data")
 
@@ -179,9 +182,9 @@ def test_sdxl_is_told_size_crop_and_bucket(dpo, mixed, tmp_path):
     tiny.build("sdxl", tmp_path / "sdxl")
     options = {"model": str(tmp_path / "sdxl"), "max_sequence_length": None, "resolution": 64, "cache": False}
     trainer = DiffusionDPOTrainer(args=dpo(**options, train_data=(str(mixed),), prompt_dropout=0.0, **BUCKETS))
-    told, predict = [], trainer.model.predict
+    seen, predict = [], trainer.model.predict
     trainer.model.predict = lambda x, level, conditioning, *rest: (
-        told.append((conditioning.tensors["time_ids"], tuple(8 * side for side in x.shape[-2:])))
+        seen.append((conditioning.tensors["time_ids"], tuple(8 * side for side in x.shape[-2:])))
         or predict(x, level, conditioning, *rest)
     )
     scale = trainer.model.pipeline.vae_scale_factor
@@ -189,7 +192,7 @@ def test_sdxl_is_told_size_crop_and_bucket(dpo, mixed, tmp_path):
         batch = collect(trainer, iteration)
         trainer.algorithm.denoise(batch.ranked, torch.arange(3), iteration)
         size, indices = trainer.algorithm.source.buckets.take(iteration)
-        rows = told[-1][0].tolist()
+        rows = seen[-1][0].tolist()
         for row, index in zip(rows, indices, strict=False):  # winners first
             original = image_sizes(trainer.algorithm.source.data[index])[0]
             assert tuple(row[:2]) == original
