@@ -56,7 +56,7 @@ MISTAKES = [
     ("flow_grpo", "clip_range", "0", "clip_range must be more than 0, got 0"),
     ("flow_grpo", "advantage_clip", "-1", "advantage_clip must be more than 0, got -1"),
     ("flow_grpo", "kl_beta", "-0.1", "kl_beta must be at least 0, got -0.1"),
-    ("flow_grpo", "resolution", "wide", r"resolution: expected 2 values \(tuple\[int, int\]\), got 1"),
+    ("flow_grpo", "resolution", "wide", r"resolution: expected int\|tuple\[int, int\]\|null, got 'wide'"),
     ("diffusion_dpo", "num_pairs", "0", "num_pairs must be at least 1 and at most 1000000, got 0"),
     ("diffusion_dpo", "prompt_dropout", "1", "prompt_dropout must be at least 0 and less than 1, got 1"),
     ("diffusion_dpo", "times", "[2000]", "times.0 must be at least 0 and at most 1000, got 2000"),

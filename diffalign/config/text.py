@@ -47,7 +47,9 @@ def read(hint: Any, text: str, place: Place, bare: Any = None) -> Any:
     if bare is not None:
         return dict(_entry(hint, item, place, bare) for item in _split(text, ()))
     if (arm := _arm(hint, (list, tuple))) is not None:
-        return _sequence(arm, [(item, None) for item in _split(text, typing.get_args(arm))], place)
+        items = _split(text, typing.get_args(arm))
+        if len(items) > 1 or not {int, float} & set(arms_of(hint)):  # else it was meant as the number
+            return _sequence(arm, [(item, None) for item in items], place)
     raise place.error(f"expected {type_name(hint)}, got {shown(text)}{_spelling(hint, place)}")
 
 
