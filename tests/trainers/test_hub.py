@@ -1,10 +1,14 @@
 """A run reaches the hub with its card; a hub that refuses costs a clear error before the training, and no run after."""
 
+import shlex
+
 import pytest
 import yaml
+from huggingface_hub.cli.hf import app as hf
 from safetensors.torch import load
 
 from diffalign import FlowGRPOTrainer
+from diffalign.trainers.hub import upload_command
 from tests.hub_server import hub_server
 
 NAME = "me/circles"
@@ -23,11 +27,17 @@ def train(small, train_prompts, **changes):
 
 
 def test_a_run_is_uploaded_with_its_card(hub, small, train_prompts, capfd):
-    trainer, args = train(small, train_prompts, hub_strategy="checkpoints", checkpointing_steps=1)
+    trainer, args = train(small, train_prompts, hub_strategy="checkpoints", checkpointing_steps=1, cache=True)
     assert hub.private == {NAME: True}
     assert hub.repositories == {NAME: {}}
+    private = ("earlier/checkpoint-9/optimizer.safetensors", "mine/faces.png", "notes.safetensors")
+    for name in private:
+        (args.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / name).write_bytes(b"private")
     trainer.train()
+    assert list((args.output_dir / "cache").rglob("*.safetensors"))
     files = hub.repositories[NAME]
+    assert not [name for name in files if name in private or name.startswith(("cache", "samples/step"))]
     assert {"README.md", "config.yaml", "pytorch_lora_weights.safetensors", "compare.png", "curves.png"} <= set(files)
     assert files["README.md"] == (args.output_dir / "README.md").read_bytes()
     assert load(files["pytorch_lora_weights.safetensors"])
@@ -66,6 +76,13 @@ def test_a_hub_that_fails_later_costs_no_run(hub, small, train_prompts):
         UserWarning, match=f"push_to_hub {NAME} failed: .*the run is complete: hf upload {NAME} "
     ) as warned:
         result = trainer.train()
+    hub.refuse = 0
+    command = upload_command(NAME, result.output_dir)
+    assert any(command in str(warning.message) for warning in warned)
+    hf(shlex.split(command)[1:], standalone_mode=False)
+    files = set(hub.repositories[NAME])
+    assert {"README.md", "config.yaml", "metrics.jsonl", "pytorch_lora_weights.safetensors"} <= files
+    assert not [name for name in files if name.startswith(("checkpoint-", "samples/step", "rollouts", "cache"))]
     assert result.weights[0].is_file()
     assert not any("hf_secret" in str(warning.message) for warning in warned)
 
