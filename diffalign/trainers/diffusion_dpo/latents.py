@@ -148,7 +148,9 @@ class LatentEncoder:
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:
-        key = f"latent {self.identity} {hashlib.blake2b(pixels.numpy().tobytes(), digest_size=20).hexdigest()}"
+        content = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=20).hexdigest()
+        # A white image has the same bytes in any shape.
+        key = f"latent {self.identity} {tuple(pixels.shape)} {content}"
         if (kept := self.cache.get(key)) is not None:
             return kept["latent"]
         # One at a time: the batch shape changes the last bits, and a cached latent must not depend on its neighbours.
