@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,16 @@ def as_metadata(value: Any) -> dict[str, Any]:
     return found
 
 
+def with_source(metadata: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Make the path of a source image ("image") absolute; a relative one starts from ``root``.
+
+    A value that names no file there stays: other data have metadata of this name too.
+    """
+    value = metadata.get("image")
+    found = isinstance(value, str) and value.strip() and _is_path(value) and os.path.isfile(root / value)
+    return {**metadata, "image": os.path.abspath(root / value)} if found else dict(metadata)
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a table.
@@ -137,10 +148,12 @@ class Row:
     def prompt(self) -> Prompt:
         """Read the text ("prompt", "caption" or "text"; may be empty) and the mapping in "metadata".
 
+        Its "image", the source image of an edit, starts from the folder of images as the other paths of a row do.
+
         Raises:
             SampleError: "bad_row": the text is not text, or the metadata are not a mapping.
         """
-        return Prompt(self.text(), self.metadata())
+        return Prompt(self.text(), with_source(self.metadata(), self.root))
 
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
         """Read the mapping in "metadata", completed by the cells of ``others``.

@@ -31,6 +31,14 @@ def edit_input(given: Input) -> EditInput:
     return given
 
 
+def sized_input(model: DiffusionModel, prompt: Prompt, size: tuple[int, int] | None) -> Input:
+    """Return the input of a prompt whose source image, if it has one, is fitted to (height, width) of the result."""
+    given = prompt.input
+    if isinstance(given, str) or size in (None, model.default_resolution):
+        return given
+    return given._replace(size=size)
+
+
 def source_pixels(given: EditInput, size: tuple[int, int]) -> Tensor:
     """Read a source image, fitted to (height, width): (1, 3, H, W), float32, in [0, 1].
 

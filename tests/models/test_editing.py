@@ -1,5 +1,7 @@
 """Families that edit a source image: the pipelines' images, every trainer, and LoRAs that plain diffusers loads."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,6 +165,42 @@ def trainer_of(kind, args, prompts):
         return ReFLTrainer(args=config, reward_funcs=reward, train_dataset=prompts)
     config = DiffusionDPOConfig(**args, plan=plan, beta=500.0, prompt_dropout=0.5, **few)
     return DiffusionDPOTrainer(args=config, reward_funcs=redness, train_dataset=prompts)
+
+
+@pytest.mark.parametrize("preset", ["imagerefl", "draft_1"])
+def test_refl_fits_sources_to_the_bucket_of_their_results(pipelines, sources, tmp_path, monkeypatch, preset):
+    """The data name sources relative to their own folder."""
+    (tmp_path / "data").mkdir()
+    rows = []
+    for number, size in enumerate([(64, 16), (16, 64)] * 2):
+        shutil.copy(sources[number % 3], tmp_path / f"data/source-{number}.png")
+        Image.new("RGB", size, (60 * number, 90, 20)).save(tmp_path / f"data/{number}.png")
+        source = {"image": f"source-{number}.png"}
+        rows.append({"image": f"{number}.png", "prompt": f"make it {number}", "liked": True, "metadata": source})
+    (tmp_path / "data/images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {} if preset == "imagerefl" else {"regulariser": "pretraining", "regulariser_weight": 1.0}
+    recipe = RecipeConfig(preset, num_steps=3, reward_loss="negative", **own)
+    few = {"num_groups": 2, "group_size": 1, "train_images": (str(tmp_path / "data/images.jsonl"),)}
+    settings = {**shared(tmp_path / "run", pipelines / "flux_kontext"), **few, "aspect_buckets": 8}
+    own = None if preset == "imagerefl" else [Prompt("a star", {"image": str(sources[0])})] * 2
+    trainer = ReFLTrainer(
+        args=ReFLConfig(**settings, recipe=recipe),
+        reward_funcs=FunctionReward("redder", redder, differentiable=True),
+        train_dataset=own,
+    )
+    seen, predict = set(), trainer.model.predict
+
+    def noted(x, level, conditioning, *rest):
+        seen.add((tuple(x.shape[-2:]), tuple(conditioning.tensors["source"].shape[-2:])))
+        return predict(x, level, conditioning, *rest)
+
+    monkeypatch.setattr(trainer.model, "predict", noted)
+    for iteration in range(2):
+        batch = trainer.algorithm.sample(iteration)
+        ((micro,),) = (minibatch.micros for minibatch in trainer.algorithm.minibatches(batch, iteration))
+        trainer.algorithm.loss(micro)
+    assert len(seen) > 1
+    assert all(result == source for result, source in seen)
 
 
 @pytest.mark.parametrize("name", ["random_crop", "random_flip"])
