@@ -86,8 +86,9 @@ def with_source(metadata: Mapping[str, Any], root: Path) -> dict[str, Any]:
     A value that names no file there stays: other data have metadata of this name too.
     """
     value = metadata.get("image")
-    found = isinstance(value, str) and value.strip() and _is_path(value) and os.path.isfile(root / value)
-    return {**metadata, "image": os.path.abspath(root / value)} if found else dict(metadata)
+    if not isinstance(value, str) or not value.strip() or not _is_path(value) or not os.path.isfile(root / value):
+        return dict(metadata)
+    return {**metadata, "image": os.path.abspath(root / value)}
 
 
 @dataclass(frozen=True)
@@ -148,15 +149,15 @@ class Row:
     def prompt(self) -> Prompt:
         """Read the text ("prompt", "caption" or "text"; may be empty) and the mapping in "metadata".
 
-        Its "image", the source image of an edit, starts from the folder of images as the other paths of a row do.
-
         Raises:
             SampleError: "bad_row": the text is not text, or the metadata are not a mapping.
         """
-        return Prompt(self.text(), with_source(self.metadata(), self.root))
+        return Prompt(self.text(), self.metadata())
 
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
         """Read the mapping in "metadata", completed by the cells of ``others``.
+
+        Its "image", the source image of an edit, starts from ``root`` as other paths of a row do.
 
         Args:
             others: Further columns; "metadata" takes precedence.
@@ -167,7 +168,7 @@ class Row:
         """
         value = self.values.get("metadata")
         try:
-            own = as_metadata(value() if callable(value) else value)
+            own = with_source(as_metadata(value() if callable(value) else value), self.root)
         except ValueError as error:
             raise self.error("bad_row", "metadata", str(error)) from error
         cells = {name: self.values[name] for name in others}

@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffalign import media
+from diffalign.commands import image_sources
 from diffalign.data.images import content_key
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
@@ -76,7 +77,11 @@ def images_of(path):
     return [load_labelled(str(path))[0].prompt]
 
 
-@pytest.mark.parametrize("read", [pairs_of, images_of, load_prompts])
+def scored_of(path):
+    return [item.prompt for item in image_sources.read(str(path))]
+
+
+@pytest.mark.parametrize("read", [pairs_of, images_of, scored_of, load_prompts])
 @pytest.mark.parametrize("as_text", [False, True])
 def test_a_source_in_the_metadata_starts_from_the_folder_of_the_data(tmp_path, monkeypatch, read, as_text):
     """Not from the working folder, which may hold another file of that name."""
@@ -87,7 +92,7 @@ def test_a_source_in_the_metadata_starts_from_the_folder_of_the_data(tmp_path, m
     (tmp_path / "data/other.png").write_bytes(png("green", (32, 32)))
     metadata = {"image": "source.png"}
     row = {"prompt": "make it blue", "metadata": json.dumps(metadata) if as_text else metadata}
-    row |= {"image": "result.png", "liked": True} if read is images_of else {}
+    row |= {"image": "result.png", "liked": True} if read in (images_of, scored_of) else {}
     row |= {"image_0": "result.png", "image_1": "other.png", "label": 1} if read is pairs_of else {}
     path = tmp_path / "data/rows.jsonl"
     path.write_text(json.dumps(row) + "\n")

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub.cli.hf import app as hf
 from safetensors.torch import load
 
-from diffalign import FlowGRPOTrainer
+from diffalign import FlowGRPOTrainer, LoraConfig
 from diffalign.trainers.hub import upload_command
 from tests.hub_server import hub_server
 
@@ -85,6 +85,12 @@ def test_a_hub_that_fails_later_costs_no_run(hub, small, train_prompts):
     assert not [name for name in files if name.startswith(("checkpoint-", "samples/step", "rollouts", "cache"))]
     assert result.weights[0].is_file()
     assert not any("hf_secret" in str(warning.message) for warning in warned)
+
+
+def test_checkpoints_without_a_lora_have_nothing_to_upload(small):
+    config = small(push_to_hub=NAME, hub_strategy="checkpoints", lora=LoraConfig(rank=0))
+    with pytest.raises(ValueError, match="hub_strategy checkpoints uploads LoRAs, and lora"):
+        config.validate()
 
 
 @pytest.mark.slow
