@@ -1,5 +1,6 @@
 """A run reaches the hub with its card; a hub that refuses costs a clear error before the training, and no run after."""
 
+import dataclasses
 import shlex
 
 import pytest
@@ -96,10 +97,16 @@ def test_checkpoints_without_a_lora_have_nothing_to_upload(small):
 @pytest.mark.slow
 def test_an_existing_repository_and_a_wrong_name(hub, small, train_prompts):
     hub.repositories[NAME] = {"other.txt": b"kept"}
-    trainer, _ = train(small, train_prompts, max_train_steps=1)
+    trainer, args = train(small, train_prompts, max_train_steps=1)
     trainer.train()
     assert hub.repositories[NAME]["other.txt"] == b"kept"
     assert "README.md" in hub.repositories[NAME]
     assert hub.messages == ["Step 1, end of training"]
+    hub.repositories[NAME] = {}
+    again = FlowGRPOTrainer(
+        args=dataclasses.replace(args, resume_from_checkpoint="latest"), train_dataset=train_prompts[:2]
+    )
+    again.train()
+    assert "README.md" in hub.repositories[NAME], "nothing to do but to upload"
     with pytest.raises(ValueError, match="push_to_hub 'circles' is no owner/name, such as me/my-lora"):
         small(push_to_hub="circles").validate()
