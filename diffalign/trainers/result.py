@@ -20,6 +20,8 @@ ACCURACY = f"{PREFIX}accuracy"
 class TrainingResult:
     """Figures and paths of a training, as the files in its folder have them.
 
+    The main process writes these files; another one may read them before they are complete.
+
     Attributes:
         output_dir: Folder of the run.
         step: Optimizer steps, those of earlier processes of a resumed run included.
