@@ -87,7 +87,7 @@ def test_ids_of_the_text_have_no_batch_axis_and_survive_the_cache_on_disk(loaded
 def test_one_step_needs_a_schedule_that_has_it(loaded):
     """The pipeline of Qwen-Image divides by zero, and returns black images."""
     assert len(loaded("flux_dev").levels(1)) == 2
-    with pytest.raises(ValueError, match="num_steps 1: .*shift_terminal, which takes two; give 2 or more"):
+    with pytest.raises(ValueError, match=r"num_steps 1: .*shift_terminal, which takes two; give 2 or more"):
         loaded("qwen_image").levels(1)
     assert len(loaded("qwen_image").levels(2)) == 3
 
