@@ -1,5 +1,7 @@
 """Guidance scales have the meaning of the family's pipeline wherever they can be set."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
@@ -8,6 +10,7 @@ from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import get_family, load_model
+from diffalign.models.load import default_guidance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
@@ -69,6 +72,14 @@ def test_guidance_of_a_pipeline_that_has_none_is_refused(family_pipelines, disti
     for ask in (model.guides, model.guidance_arguments, PromptEmbeddingCache(model).guidance):
         with pytest.raises(ValueError, match=r"guidance_scale 2: a Flux2\w*Pipeline has no classifier-free guidance"):
             ask(2.0)
+
+
+@pytest.mark.parametrize(("distilled", "scale"), [(False, 4.0), (True, 1.0)])
+def test_a_distilled_model_has_no_guidance_by_default(tmp_path, distilled, scale):
+    """Its pipeline ignores the scale, which is refused above 1."""
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert default_guidance(tmp_path) == scale
 
 
 @pytest.mark.parametrize("build", [tiny.sdxl, tiny_flow.cogview4], ids=["sdxl", "cogview4"])
