@@ -26,7 +26,8 @@ def edit_input(given: Input) -> EditInput:
     if isinstance(given, str):
         raise ValueError(
             f"prompt {shorten(given, 80)!r} has no source image, and this model edits one: add "
-            '"image": "FILE", relative to the prompt file, or name a column of images: prompts.parquet?image=COLUMN'
+            '"image": "FILE", of pairs to their "metadata", relative to the file that names it, or name a column of '
+            "images: prompts.parquet?image=COLUMN"
         )
     return given
 

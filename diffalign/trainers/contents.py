@@ -15,6 +15,8 @@ from diffalign.data.images import source_image
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
+from diffalign.models import DiffusionModel
+from diffalign.models.editing import check_sources
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
@@ -70,6 +72,17 @@ def source_contents(prompts: Sequence[Prompt]) -> Fingerprints:
     chosen, read = list(sources.values()), min(len(sources), READ)
     images = (_image(chosen[number * len(chosen) // read]) for number in range(read))
     return {"source images of train_prompts": of_bytes((str(len(chosen)).encode(), *images))}
+
+
+def check_sample_sources(model: DiffusionModel, data: Samples) -> None:
+    """Check the source images of ``READ`` samples, spread evenly, for a model that edits.
+
+    Raises:
+        ValueError: A sample without a source image, or with a file that is missing or no image.
+    """
+    count = len(data) if model.edits else 0
+    read = min(count, READ)
+    check_sources(model, (data[number * count // read].prompt for number in range(read)))
 
 
 def _row(sample: Any) -> bytes:

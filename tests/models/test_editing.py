@@ -24,6 +24,7 @@ from diffalign import (
     ReFLConfig,
     ReFLTrainer,
 )
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model
@@ -284,6 +285,18 @@ def test_prompts_without_a_source_are_refused_before_training(pipelines, tmp_pat
     config = FlowGRPOConfig(**shared(tmp_path, pipelines / "flux_kontext"), num_groups=2, group_size=2)
     with pytest.raises(ValueError, match=message):
         FlowGRPOTrainer(args=config, reward_funcs=redder, train_dataset=[Prompt("a red circle", metadata)])
+
+
+@pytest.mark.parametrize("source", [None, "none.png"])
+def test_pairs_without_a_source_are_refused_before_training(pipelines, sources, tmp_path, source):
+    metadata = {} if source is None else {"metadata": {"image": source}}
+    images = {"image_0": str(sources[0]), "image_1": str(sources[1])}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "make it red", "label": 1, **images, **metadata}))
+    data = PreferenceDataConfig(allow_outside=True)
+    shown = "make it red" if source is None else "none.png of 'make it red': no such file"
+    args = {**shared(tmp_path / "run", pipelines / "flux_kontext"), "train_data": (str(tmp_path / "pairs.jsonl"),)}
+    with pytest.raises(ValueError, match=shown):
+        DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
 
 
 def test_other_models_ignore_sources(frozen, prompts):

@@ -37,7 +37,7 @@ from diffalign.runtime.run import Run
 from diffalign.structures import Input, Prompt
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.contents import sample_contents
+from diffalign.trainers.contents import check_sample_sources, sample_contents
 from diffalign.trainers.inputs import (
     Inputs,
     check_differentiable,
@@ -158,6 +158,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         self.gradient = RewardGradient(run, self.judge, recipe, self.guidance, self.levels, self.pictures)
         self.monitor = HackingMonitor(run, inputs)
         if self.pictures is not None:
+            check_sample_sources(run.model, self.pictures.data)
             self.data_contents = {"samples of train_images": sample_contents(self.pictures.data)}
         self.data_digest = digest([prompt.text for prompt in inputs.data or ()])
 
