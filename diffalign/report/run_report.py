@@ -140,7 +140,8 @@ class Report:
         scores = {name: {first: own[first]} for name, own in marks.items()}
         found = {name: own.rewards[first] for name, own in self.figures(before).items()}
         means = {name: math.nan if mean is None else mean.mean for name, mean in found.items()}
-        totals = OverallMeans(len(shown.prompt), {first: means})
+        count = len(shown.prompt)
+        totals = OverallMeans(count, {first: means}, count / len(shown.prompt.unique()))
         compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals, shown.sources)
 
     def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
