@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign.runtime.manifest import checked
 from diffalign.runtime.products import CARD, DENOISERS, EXPORTS, WEIGHTS
@@ -24,6 +25,8 @@ ACCURACY = f"{PREFIX}accuracy"
 @dataclass(frozen=True)
 class TrainingResult:
     """Figures and paths of a training, as the files in its folder have them.
+
+    The main process writes these files; another one may read them before they are complete.
 
     Attributes:
         output_dir: Folder of the run.
@@ -43,8 +46,9 @@ class TrainingResult:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best evaluation by ``eval/accuracy``, the earlier of two; None without evaluations."""
-        return max(self.evaluations, key=lambda step: self.evaluations[step][ACCURACY], default=None)
+        """Step of the best evaluation by ``eval/accuracy``, the earlier of two; None without one that is a number."""
+        known = {step: row[ACCURACY] for step, row in self.evaluations.items() if not math.isnan(row[ACCURACY])}
+        return max(known, key=lambda step: known[step], default=None)
 
     @property
     def base(self) -> Mapping[str, float]:
@@ -68,9 +72,10 @@ class TrainingResult:
 
     def _repr_html_(self) -> str:
         """Format the result for a notebook: held-out figures before and after, and the curves."""
-        named = {"base": self.base, f"step {max(self.evaluations, default=0)}": self.tuned}
-        if self.best_step not in (None, 0, max(self.evaluations, default=0)):
-            named[f"best, step {self.best_step}"] = self.evaluations[self.best_step or 0]
+        last, best = max(self.evaluations, default=0), self.best_step
+        named = {"base": self.base} | ({f"step {last}": self.tuned} if last else {})
+        if best not in (None, 0, last):
+            named[f"best, step {best}"] = self.evaluations[best or 0]
         heads = "".join(f"<th>{escape(name)}</th>" for name in ("held-out prompts", *named))
         lines = [
             "".join(f"<td>{escape(cell)}</td>" for cell in (name, *(_figure(own.get(name)) for own in named.values())))
@@ -91,8 +96,8 @@ def _picture(path: Path) -> Image | None:
         return opened.convert("RGB")
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) and not math.isnan(value) else "–"
 
 
 def _embedded(path: Path) -> str:
@@ -114,10 +119,13 @@ def read_result(folder: Path, step: int) -> TrainingResult:
         step,
         tuple(folder / part for part in parts),
         folder / CARD if CARD in named else None,
-        {at: _without_step(row) for at, row in evaluations.items()},
-        _without_step(metrics),
+        {at: _figures(row) for at, row in evaluations.items()},
+        _figures(metrics),
     )
 
 
-def _without_step(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without its step; the log writes NaN as null, and infinity as text."""
+    special = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+    named = ((name, value) for name, value in row.items() if name != "step")
+    return {n: special[v] if v is None or v in ("inf", "-inf") else v for n, v in named}
