@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from diffalign.lazy import attribute
 
 if TYPE_CHECKING:
+    from diffalign.commands.evaluate import compare, evaluate
+    from diffalign.commands.evaluate_config import EvaluationConfig
     from diffalign.commands.score import score_images
     from diffalign.config.sections import LoraConfig
     from diffalign.models import DiffusionModel, load_model
@@ -37,6 +39,7 @@ __all__ = [
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
     "DiffusionModel",
+    "EvaluationConfig",
     "FlowGRPOConfig",
     "FlowGRPOTrainer",
     "ForwardRLConfig",
@@ -49,6 +52,8 @@ __all__ = [
     "TrainerControl",
     "TrainerState",
     "TrainingResult",
+    "compare",
+    "evaluate",
     "get_reward",
     "load_model",
     "register",
@@ -59,6 +64,7 @@ _HOMES = {
     "DiffusionDPOConfig": "diffalign.trainers.diffusion_dpo.config",
     "DiffusionDPOTrainer": "diffalign.trainers.diffusion_dpo.algorithm",
     "DiffusionModel": "diffalign.models",
+    "EvaluationConfig": "diffalign.commands.evaluate_config",
     "FlowGRPOConfig": "diffalign.trainers.flow_grpo.config",
     "FlowGRPOTrainer": "diffalign.trainers.flow_grpo.algorithm",
     "ForwardRLConfig": "diffalign.trainers.forward_rl.config",
@@ -71,6 +77,8 @@ _HOMES = {
     "TrainerControl": "diffalign.runtime.callbacks",
     "TrainerState": "diffalign.runtime.callbacks",
     "TrainingResult": "diffalign.trainers.result",
+    "compare": "diffalign.commands.evaluate",
+    "evaluate": "diffalign.commands.evaluate",
     "get_reward": "diffalign.rewards",
     "load_model": "diffalign.models",
     "register": "diffalign.rewards",

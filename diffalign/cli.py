@@ -53,7 +53,7 @@ SUMMARIES = {
     "fit": ("TRAINER --config FILE.yaml [--field VALUE ...]", "print settings that fit into 12 to 80 GB of memory"),
     "doctor": ("[--field VALUE ...]", "check this machine; exit with 1 if something does not work"),
     "configs": ("[copy NAME [FILE] | path NAME]", "list the configurations of the package; copy one to edit"),
-    "explain": ("KEY", "say what an option does, its default, and its value in each preset"),
+    "explain": ("KEY", "say what an option does, with its defaults and presets, or what a metric means"),
     "completion": ("bash|zsh", "print a script that completes commands and options in a shell"),
     "schema": ("TRAINER", "print the JSON Schema of a trainer's configuration"),
 }

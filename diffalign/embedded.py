@@ -38,9 +38,10 @@ def located(value: Any, field: str = "") -> Any:
 
 def _path(value: str | Path, field: str) -> str | Path:
     text = f"{ASSETS}/{value}" if field in MODEL_FIELDS and str(value) in MODELS else str(value)
-    if not text.startswith(f"{ASSETS}/") or Path(value).exists() or not (found := root() / text).exists():
+    file = text.partition("?")[0]  # of a prompt source such as prompts.jsonl?limit=60
+    if not text.startswith(f"{ASSETS}/") or Path(value).exists() or Path(file).exists() or not (root() / file).exists():
         return value
-    return type(value)(found)
+    return type(value)(root() / text)
 
 
 def config_file(name: str) -> Path:

@@ -33,6 +33,35 @@ def pipeline() -> DiffusionPipeline:
     return pipe
 
 
+class Lazy(dict):
+    """A dictionary that makes a missing value from its key."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
+@pytest.fixture(scope="session")
+def family_pipelines(tmp_path_factory):
+    """Family -> folder, written when first asked for and the same at every call; no test may write there."""
+    from tests.models import tiny_unet_pipelines as tiny
+    from tests.models.families import FAMILIES
+
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def written(name):
+        if (build := FAMILIES[name].build) is None:
+            return PIPELINE
+        tiny.write(build, root / name)
+        return root / name
+
+    return Lazy(written)
+
+
 @pytest.fixture(scope="session")
 def frozen():
     """The shipped pipeline behind the model interface; no test may change it."""

@@ -54,6 +54,10 @@ def test_files_of_the_working_folder_come_first(home):
     assert FlowGRPOConfig(model="m", train_prompts=PROMPTS).train_prompts == PROMPTS
     missing = Path("assets/prompts/none.jsonl")
     assert FlowGRPOConfig(model="m", train_prompts=missing).train_prompts == missing
+    query = Path(f"{PROMPTS}?limit=3")
+    assert FlowGRPOConfig(model="m", train_prompts=query).train_prompts == query
+    PROMPTS.unlink()
+    assert FlowGRPOConfig(model="m", train_prompts=query).train_prompts == home / query
 
 
 def test_configurations_are_listed_and_copied(home, capsys):

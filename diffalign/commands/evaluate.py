@@ -120,7 +120,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
     write_text(folder / "results.json", json.dumps(to_json(results, settings), indent=1) + "\n")
     table = f"{set_line(results[base], len(prompts), resolved.prompts)}\n\n{to_markdown(results)}"
     write_text(folder / "results.md", table + "\n")
-    plot_figures(results, folder / "results.png")
+    plot_figures(results, folder / "results.png", len(prompts))
     print(table)
     return results
 
@@ -187,7 +187,8 @@ def _grid(
     first = next(iter(scored.values()))
     means = {r: {name: own.scores[r].nanmean().item() for name, own in scored.items()} for r in first.scores}
     # If the grid shows every image, its own means are the overall ones.
-    totals = OverallMeans(len(first.prompt), means) if len(first.prompt) > len(rows) else None
+    count = len(first.prompt)
+    totals = OverallMeans(count, means, count / len(first.prompt.unique())) if count > len(rows) else None
     height, width = next(iter(columns.values())).shape[-2:]
     sources = source_images([prompt.metadata for prompt in prompts], (height, width)) if shows_sources else None
     compare_grid(columns, [prompt.text for prompt in prompts], scores, path, totals, sources)

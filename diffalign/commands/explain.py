@@ -1,4 +1,7 @@
-"""``diffalign explain KEY``: what an option does, its default, and what presets and configurations set it to."""
+"""``diffalign explain KEY``: what an option does, its default, and what presets and configurations set it to.
+
+A metric of ``metrics.jsonl`` is explained too, and ``metrics`` lists those to watch.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,36 @@ from diffalign.config.schema import Leaf, leaves, type_name
 from diffalign.config.unread import plain
 from diffalign.diffusion import plan, reward_gradient_presets
 from diffalign.embedded import config_file, config_names
+from diffalign.report import metrics
 from diffalign.trainers import registry
 from diffalign.trainers.forward_rl import presets as forward_presets
 
-USAGE = "write diffalign explain KEY, such as learning_rate or plan.num_steps"
+USAGE = "write diffalign explain KEY, such as learning_rate, plan.num_steps, eval/diversity or metrics"
+LEGEND = "metrics"
 
 
 def run(argv: Sequence[str]) -> None:
-    """Print what is known of an option. ValueError: no option of that name."""
+    """Print what is known of an option or a metric. ValueError: none of that name."""
     if len(argv) != 1:
-        raise ValueError(f"explain takes one option: {USAGE}")
+        raise ValueError(f"explain takes one option or metric: {USAGE}")
     print("\n".join(explained(argv[0].lstrip("-"))))
 
 
 def explained(key: str) -> Iterator[str]:
-    """Yield the lines about an option."""
+    """Yield the lines about an option, a metric, or both if they share the name."""
+    if key == LEGEND:
+        yield from metrics.legend()
+        return
     options = _options()
     found = {name: own[key] for name, own in options.items() if key in own}
-    if not found:
-        every = sorted({path for own in options.values() for path in own})
+    metric = metrics.explained(key)
+    if not (found or metric):
+        every = sorted({path for own in options.values() for path in own} | {one.name for one in metrics.METRICS})
         close = [path for path in every if path.rpartition(".")[2] == key] or difflib.get_close_matches(key, every, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`diffalign train TRAINER --help` lists all"
-        raise ValueError(f"no trainer has an option {key[:60]!r}; {hint}")
+        raise ValueError(f"no trainer has an option or a metric {key[:60]!r}; {hint}")
 
+    yield from metric
     for leaf, names in _alike(found):
         default = "required" if leaf.default is MISSING else f"default {_shown(leaf.default)}"
         limits = f", {leaf.range}" if str(leaf.range) != str(ANY) else ""

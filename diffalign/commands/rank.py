@@ -1,7 +1,7 @@
 """``diffalign rank``: sample n images of each prompt, and keep the best by a reward: files, a grid, training data.
 
 <output_dir>/<model>/best/00012-1.png     the best image of prompt 12; -2 the second
-             <model>.png                  prompts by rank, scores below
+             <model>.png                  a row per prompt, images by rank, scores below
              <model>-ranking.jsonl        prompt, image, rank and scores of every image
              <model>-sft.jsonl            the best image of each prompt, liked: for ``--loss sft``
              <model>-pairs.jsonl          the best and the worst: for ``train diffusion_dpo``
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign.atomic import replacing, write_text
@@ -27,7 +28,7 @@ from diffalign.evaluation.checkpoints import CheckpointSpec
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.preflight import inspect
-from diffalign.report.grids import image_grid
+from diffalign.report.grids import compare_grid
 from diffalign.structures import Prompt
 
 IMAGES = 9  # per prompt, as GenAI-Rank
@@ -115,7 +116,7 @@ def _write(folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, 
     }
     for kind, lines in tables.items():
         write_text(folder / f"{stem}-{kind}.jsonl", "".join(lines))
-    _grid(folder / f"{stem}.png", order, own)
+    _grid(folder / f"{stem}.png", order, own, reward)
     count = len(tables["pairs"])
     means = [(one.scores[0], sum(one.scores) / len(one.scores)) for one in order if one.rows]
     if not means:
@@ -124,15 +125,30 @@ def _write(folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, 
     return f"{name}: best by {reward} {top:.4g}, mean {mean:.4g}; {count} pairs in {folder / f'{stem}-pairs.jsonl'}"
 
 
-def _grid(path: Path, order: Sequence[Ranked], own: ScoredImages) -> None:
-    """Draw a row per prompt, best image first; of more than ``COLUMNS`` images, evenly spread ranks."""
+def _grid(path: Path, order: Sequence[Ranked], own: ScoredImages, reward: str) -> None:
+    """Draw a row per prompt, best image first; of more than ``COLUMNS`` images, evenly spread ranks.
+
+    Where fewer images of a prompt have a score, the last places are blank.
+    """
     most = max((len(one.rows) for one in order), default=0)
-    places = spread_evenly(most, COLUMNS) if most else []
-    shown = [order[i] for i in spread_evenly(len(order), GRID_ROWS)]
-    full = [one for one in shown if len(one.rows) == most]
-    if not full or not places:
+    if not most:
         return
-    rows = [one.rows[place] for one in full for place in places]
-    labels = [f"{one.scores[place]:.3g}" for one in full for place in places]
-    with replacing(path) as staged:
-        image_grid(own.images(rows), len(places), labels, scale=1).save(staged)
+    places = spread_evenly(most, COLUMNS)
+    shown = [order[i] for i in spread_evenly(len(order), GRID_ROWS)]
+    blank = torch.ones_like(own.images([next(one.rows[0] for one in order if one.rows)])[0])
+    columns, scores = {}, {}
+    for place in places:
+        name = _place_name(place, most)
+        there = [place < len(one.rows) for one in shown]
+        columns[name] = torch.stack(
+            [own.images([one.rows[place]])[0] if has else blank for one, has in zip(shown, there, strict=True)]
+        )
+        values = [one.scores[place] if has else math.nan for one, has in zip(shown, there, strict=True)]
+        scores[name] = {reward: torch.tensor(values)}
+    compare_grid(columns, [one.prompt.text for one in shown], scores, path)
+
+
+def _place_name(place: int, count: int) -> str:
+    if place == 0:
+        return "best"
+    return f"worst of {count}" if place == count - 1 else str(place + 1)

@@ -42,6 +42,7 @@ from diffalign.config.schema import (
     shown,
     truth,
 )
+from diffalign.config.taken_back import take_back
 from diffalign.config.text import read
 from diffalign.config.unread import plain, unread_names
 from diffalign.embedded import config_file
@@ -265,6 +266,7 @@ def parse(cls: type[T], argv: Sequence[str], positional: str | None = None) -> T
 
     for sections, value in typed:
         _put(mapping, sections, value)
+    take_back(cls, from_file, mapping, [[section.name for section in sections] for sections, _ in typed])
     if positional is not None and free:
         mapping[positional] = (*free, *mapping.get(positional, ()))
     try:

@@ -18,7 +18,13 @@ class LoraConfig(Checked):
 
     bare_field: ClassVar[str] = "rank"
 
-    rank: int = option(32, "rank of the adapter; 0 trains all weights of the denoiser instead", ge=0, le=65_536)
+    rank: int = option(
+        32,
+        "rank of the adapter; 0 trains all weights of the denoiser instead, and on the command line leaves out, with a "
+        "warning, what a config file sets for a LoRA",
+        ge=0,
+        le=65_536,
+    )
     alpha: float | None = option(
         None,
         "numerator of the adapter's scale alpha / rank; default: the rank",

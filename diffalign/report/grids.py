@@ -28,10 +28,12 @@ class OverallMeans:
     Attributes:
         images: Number of images per model.
         means: Reward -> model -> mean, NaN if no image has a score.
+        each: Images per prompt.
     """
 
     images: int
     means: Mapping[str, Mapping[str, float]]
+    each: float = 1.0
 
 
 def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None, scale: int = 2) -> Image.Image:
@@ -74,7 +76,8 @@ def compare_grid(
     """Write a comparison image: a row per prompt, a column per model, scores below each image.
 
     A reward whose scores are all 0 or 1 is drawn as green ticks and red crosses, others as numbers (the best of a row
-    in green), NaN as a dash. The header gives the mean of each model over the rows shown, and over all images.
+    in green), NaN as a dash. The header gives the mean of each model over the rows shown, and over all images; a line
+    at the foot says how many these are.
 
     Args:
         columns: Model -> images (P, 3, H, W) in [0, 1], one per prompt.
@@ -100,7 +103,10 @@ def compare_grid(
     heights = [max(tallest + foot, len(text) * (FONT + 4)) for text in texts]
     lines = _means(tables, totals)
     header = (1 + len(lines)) * (FONT + 6)
-    size = (TEXT_WIDTH + 2 * GAP + len(columns) * (width + GAP), header + sum(heights) + GAP * (len(prompts) + 1))
+    wide = TEXT_WIDTH + 2 * GAP + len(columns) * (width + GAP)
+    notes = _wrap(_note(len(prompts), totals), wide - 2 * GAP) if tables else []
+    below = header + sum(heights) + GAP * (len(prompts) + 1)
+    size = (wide, below + len(notes) * (FONT + 4) + GAP * bool(notes))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, name in enumerate(columns):
@@ -123,6 +129,8 @@ def compare_grid(
         position = (GAP, GAP / 2 + k * (FONT + 6) + FONT / 2 + 3)
         draw.text(position, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=_font(), anchor="lm")
     _write_prompts(draw, texts, heights, header, size[0])
+    for k, note in enumerate(notes):
+        draw.text((GAP, below + k * (FONT + 4)), note, fill=GREY, font=_font())
     with replacing(path) as staged:
         sheet.save(staged)
 
@@ -154,12 +162,18 @@ def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: OverallMeans | No
     found = {}
     for reward, table in tables.items():
         count = len(next(iter(table.values())))
-        found[f"mean of these {count}: {reward}"] = {name: _mean(values) for name, values in table.items()}
+        found[f"mean of {count}: {reward}"] = {name: _mean(values) for name, values in table.items()}
         if totals is not None:
-            found[f"mean of all {totals.images}: {reward}"] = {
+            found[f"mean of {totals.images}: {reward}"] = {
                 name: "–" if math.isnan(mean) else f"{mean:.3g}" for name, mean in totals.means[reward].items()
             }
     return found
+
+
+def _note(shown: int, totals: OverallMeans | None) -> str:
+    """Say what the means of the header are over."""
+    note = f"Means over the {shown} images shown, 1 per prompt"
+    return f"{note}, and over all {totals.images} images, {totals.each:g} per prompt." if totals else f"{note}."
 
 
 def _mean(values: Tensor) -> str:

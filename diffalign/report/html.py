@@ -1,4 +1,4 @@
-"""Write a comparison as one self-contained HTML file with zoom, sorting by gain, and filters by task and words."""
+"""Write a comparison as one self-contained HTML file: images in a grid, enlarged, sorted and filtered."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def write_page(
     models: Mapping[str, ScoredImages],
     sources: bool = False,
 ) -> None:
-    """Write a page with a row per prompt and a column per model: its first image of the prompt, rewards below.
+    """Write a page that shows the first image of each prompt by each model, its scores below.
 
-    The header has means over the images shown and, with several images per prompt, over all images. Gains are relative
-    to the first model. With ``sources`` the source image of each edit stands below its prompt. Small images are
+    Tables give means over the images shown and, with several images per prompt, over all images. Gains are relative to
+    the first model. With ``sources`` the source image of an edit stands before those of the models. Small images are
     embedded losslessly, larger ones as WebP at the best quality within ``BUDGET``.
     """
     first = {
@@ -51,6 +51,7 @@ def write_page(
             **(_source(prompt, pictures[0][i].size, small) if sources else {}),
             "task": str(prompt.metadata.get("tag", "")),
             "images": [column[i] for column in columns],
+            "sizes": [column[i].size for column in pictures],
             "scores": [
                 [_plain(judged.scores[reward][first[name][i]].item()) for reward in rewards]
                 for name, judged in models.items()
@@ -61,13 +62,23 @@ def write_page(
     every = max(len(judged.prompt) for judged in models.values())
     content = {"title": title, "models": list(models), "rewards": rewards, "small": small, "rows": rows}
     if every > len(prompts):
-        means = [[_plain(judged.scores[reward].nanmean().item()) for reward in rewards] for judged in models.values()]
-        content["all"] = {"images": every, "means": means}
+        own = [[judged.scores[reward] for reward in rewards] for judged in models.values()]
+        content["all"] = {
+            "images": every,
+            "each": f"{every / len(prompts):g}",
+            "means": [[_plain(values.nanmean().item()) for values in row] for row in own],
+            "scored": [[int(values.isfinite().sum()) for values in row] for row in own],
+        }
 
     # "</script>" in a prompt would end the data block
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
-    template = files("diffalign.report").joinpath("page.html").read_text(encoding="utf-8")
-    write_text(path, template.replace("/*DATA*/", text))
+    # The data comes last: it may hold any text, the other marks included.
+    page = _part("html").replace("/*STYLE*/", _part("css")).replace("/*CODE*/", _part("js")).replace("/*DATA*/", text)
+    write_text(path, page)
+
+
+def _part(kind: str) -> str:
+    return files("diffalign.report").joinpath(f"page/compare.{kind}").read_text(encoding="utf-8")
 
 
 def _source(prompt: Prompt, size: tuple[int, int], small: bool) -> dict[str, str]:

@@ -18,12 +18,20 @@ COLORS = ("#8f9bab", "#1f5fa8", "#d98e23", "#3c9d63", "#a5488f", "#5bb5c9", "#c8
 BAR = 0.8  # of the distance between groups
 
 
-def plot_figures(models: Mapping[str, ModelResults], path: str | Path) -> None:
-    """Write up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, win rates against the base."""
+def plot_figures(models: Mapping[str, ModelResults], path: str | Path, prompts: int) -> None:
+    """Write up to three panels to ``path`` (PNG, SVG or PDF): rewards, tasks, win rates against the base.
+
+    Args:
+        models: Model -> results.
+        path: Output file.
+        prompts: Number of prompts that the images are of.
+    """
     first = next(iter(models.values()))
     wins = {name: {reward: won.rate for reward, won in f.wins.items()} for name, f in models.items() if f.wins}
     panels: dict[str, Mapping[str, Mapping[str, Interval | None]]] = {
-        f"mean over {first.images} images": {name: f.rewards for name, f in models.items()},
+        f"mean over {first.images} images, {first.images / prompts:g} per prompt": {
+            name: f.rewards for name, f in models.items()
+        },
         f"{first.primary} by task": {name: f.tasks for name, f in models.items() if f.tasks},
         "win rate over base, by reward": wins,
     }

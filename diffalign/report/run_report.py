@@ -28,7 +28,7 @@ from diffalign.evaluation.image_quality import ruined
 from diffalign.models import DiffusionModel
 from diffalign.models.lora import learned_nothing
 from diffalign.models.weights import POLICY
-from diffalign.report.curves import plot_curves
+from diffalign.report.curves import Known, plot_curves, score_axis
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.load_snippet import load_snippet
 from diffalign.report.markdown import inert
@@ -95,14 +95,14 @@ class Report:
             learned_nothing(weights[0])
         written = [*weights] if self.shown is None else [*weights, self._keep("tuned", self.shown)]
         log = MetricsLog.read(self.folder / "metrics.jsonl")
-        plot_curves(log, self.folder / "curves.png", meanings=self._meanings)
+        plot_curves(log, self.folder / "curves.png", self._known)
         before, shown = self._before(), self.shown
         if before is not None and shown is not None:
             self._compare(before, shown)
             for fault in ruined(before["images"], shown.images):
                 warnings.warn(f"{self.folder}: {fault}; look at compare.png, and train less far", stacklevel=2)
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
-        pictures = [name for name in drawn if (self.folder / name).is_file()]
+        pictures = [name for name in drawn if (self.folder / name).is_file()]  # the card has no curves_all.png
         source = self.args.eval_prompts or "held-out prompts"
         evaluation = [] if self.shown is None else eval_results(self.figures(before)["tuned"], source)
         results = self._results(before) + (f"\n\n**Alarm.** {inert(self.alarm)}" if self.alarm else "")
@@ -140,7 +140,8 @@ class Report:
         scores = {name: {first: own[first]} for name, own in marks.items()}
         found = {name: own.rewards[first] for name, own in self.figures(before).items()}
         means = {name: math.nan if mean is None else mean.mean for name, mean in found.items()}
-        totals = OverallMeans(len(shown.prompt), {first: means})
+        count = len(shown.prompt)
+        totals = OverallMeans(count, {first: means}, count / len(shown.prompt.unique()))
         compare_grid(columns, shown.texts, scores, self.folder / "compare.png", totals, shown.sources)
 
     def figures(self, before: dict[str, Tensor] | None) -> dict[str, ModelResults]:
@@ -178,14 +179,25 @@ class Report:
         return f", weights averaged over steps (ema_decay {decay:g}; the last ones are in `raw/`)" if decay else ""
 
     @property
-    def _meanings(self) -> dict[str, str]:
-        """What curves of a name that does not say it are of."""
+    def _known(self) -> Known:
+        """What this run knows of its metrics: the rewards that are summed, and the ranges of held-out scores."""
         weights = {name: getattr(entry, "weight", entry) for name, entry in getattr(self.args, "rewards", {}).items()}
         summed = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
-        found = {"reward/mean": summed, "reward/std": summed} if len(weights) > 1 else {}
+        meanings = {"reward/mean": f"mean of {summed} over the images of a step"} if summed else {}
+        axes = {}
         if self.shown is not None:
-            found["eval/accuracy"] = f"mean of {next(iter(self.shown.scores))}"
-        return found
+            scores, prompts = self.shown.scores, len(self.shown.prompt.unique())
+            first, images = next(iter(scores)), len(self.shown.prompt)
+            over = f"over {images} held-out images, {images / prompts:g} per prompt"
+            meanings |= {"eval/accuracy": f"mean of {first} {over}"}
+            meanings |= {f"eval/{name}": f"mean {over}" for name in scores}
+            axes = {f"{kind}/{name}": score_axis(own) for name, own in scores.items() for kind in ("eval", "reward")}
+            axes |= dict.fromkeys(("eval/accuracy", *self._tasks), axes[f"eval/{first}"])
+        return Known(meanings, axes)
+
+    @property
+    def _tasks(self) -> list[str]:
+        return [] if self.shown is None else [f"eval/accuracy/{tag}" for tag in dict.fromkeys(self.shown.tags)]
 
     @property
     def compare_command(self) -> str:

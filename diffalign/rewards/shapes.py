@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,38 +13,23 @@ from diffalign.files import shorten
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.geneval_spec import read_spec
 from diffalign.rewards.support.preprocess import on_images
+from diffalign.rewards.support.verdict import VerdictReward
 from diffalign.shapes import judge_batch
 from diffalign.shapes.scene import COLORS, SHAPES
-
-VERDICTS = ("score", "strict", "correct")
 
 
 @register("shapes", RewardCard("share of what is asked for, embedded world", 0.1), verdict="score")
 @register("shapes_strict", RewardCard("exactly what is asked for, embedded world", 1.0), verdict="strict")
 @register("shapes_correct", RewardCard("what is asked for, by GenEval's rule, embedded world", 1.0), verdict="correct")
 @dataclass(frozen=True)
-class ShapesReward:
+class ShapesReward(VerdictReward):
     """Score images by one field of the verifier's ``Verdict`` on the specification in each prompt's metadata.
 
-    Args:
-        name: under which scores are stored.
-        verdict: "score", graded in [0, 1]; "strict", 1 for exactly the specified objects, else 0; or "correct", 1 by
-            GenEval's rule, which allows other objects except when counting, else 0.
-        differentiable: False.
-        range: lowest and highest score.
+    Verdicts: "score", graded in [0, 1]; "strict", 1 for exactly the specified objects, else 0; or "correct", 1 by
+    GenEval's rule, which allows other objects except when counting, else 0.
     """
 
-    name: str
-    verdict: str
-    differentiable: bool = False
-    range: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        """Check the verdict."""
-        if self.verdict not in VERDICTS:
-            raise ValueError(
-                f"reward {self.name!r}: verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}"
-            )
+    verdicts: ClassVar[tuple[str, ...]] = ("score", "strict", "correct")
 
     @on_images()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:

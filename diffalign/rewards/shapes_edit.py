@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from diffalign.files import shorten
 from diffalign.rewards.base import Extras, Metadata, RewardCard, register
 from diffalign.rewards.support.preprocess import on_images
 from diffalign.rewards.support.sources import source_images
+from diffalign.rewards.support.verdict import VerdictReward
 from diffalign.shapes.edits import judge_edits
 from diffalign.shapes.scene import COLORS, SHAPES
 
@@ -24,27 +25,14 @@ DIFFERENCE = "unedited_difference"
 @register("shapes_edit", RewardCard("share of an edit's objects, embedded world", 0.1), verdict="score")
 @register("shapes_edit_strict", RewardCard("exactly the edit asked for, embedded world", 1.0), verdict="correct")
 @dataclass(frozen=True)
-class ShapesEditReward:
+class ShapesEditReward(VerdictReward):
     """Score images by one field of the verifier's ``EditVerdict``, of "edit" and "image" in each prompt's metadata.
 
-    The extra "unedited_difference" is the mean absolute difference of the pixels that the edit must not change.
-
-    Args:
-        name: under which scores are stored.
-        verdict: "score", graded in [0, 1]; or "correct", 1 for exactly the edited source, else 0.
-        differentiable: False.
-        range: lowest and highest score.
+    Verdicts: "score", graded in [0, 1]; or "correct", 1 for exactly the edited source, else 0. The extra
+    "unedited_difference" is the mean absolute difference of the pixels that the edit must not change.
     """
 
-    name: str
-    verdict: str
-    differentiable: bool = False
-    range: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        """Check the verdict."""
-        if self.verdict not in ("score", "correct"):
-            raise ValueError(f"reward {self.name!r}: verdict must be score or correct, got {self.verdict!r}")
+    verdicts: ClassVar[tuple[str, ...]] = ("score", "correct")
 
     @on_images(DIFFERENCE)
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:

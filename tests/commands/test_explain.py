@@ -7,6 +7,7 @@ import pytest
 from diffalign.cli import COMMANDS, main
 from diffalign.commands.explain import explained
 from diffalign.config.schema import leaves
+from diffalign.report.metrics import METRICS, describe
 from diffalign.trainers import registry
 
 TRAINERS = registry.algorithm_names()
@@ -38,13 +39,31 @@ def test_defaults_presets_and_configurations(capsys):
     assert any("flow_grpo_fast" in line for line in lines(capsys, "plan.window_size"))
 
 
+@pytest.mark.parametrize("name", ["eval/diversity", "reward/pickscore", "eval/accuracy/counting", "time/update"])
+def test_a_metric_is_explained(name, capsys):
+    first, meaning, *watch = lines(capsys, name)
+    assert first.startswith(f"{name}: a metric of metrics.jsonl (")
+    assert meaning == f"  {describe(name).meaning}"
+    assert bool(watch) == bool(describe(name).watch)
+
+
+def test_a_name_of_both_kinds_and_the_legend(capsys):
+    found = lines(capsys, "loss")
+    assert found[1] == f"  {describe('loss').meaning}"
+    assert any(line.startswith("loss: ") and "diffusion_dpo" in line for line in found[2:])
+    legend = lines(capsys, "metrics")
+    for metric in METRICS:
+        assert (f"  {metric.name}: {metric.meaning}" in legend) == bool(metric.watch)
+    assert max(map(len, legend)) < 120
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["num_step"], "no trainer has an option 'num_step'; did you mean"),
+        (["num_step"], "no trainer has an option or a metric 'num_step'; did you mean"),
         (["kind"], "did you mean"),
         (["xyzzy"], "`diffalign train TRAINER --help` lists all"),
-        ([], "explain takes one option: write diffalign explain KEY"),
+        ([], "explain takes one option or metric: write diffalign explain KEY"),
     ],
 )
 def test_an_unknown_option_is_named(argv, message, capsys):

@@ -14,7 +14,6 @@ from diffalign.models import LoraConfig, load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora_reading import read_updates
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.conftest import family_pipelines  # noqa: F401
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.tiny_edit_pipelines import FAMILIES as EDITS
 
@@ -48,7 +47,7 @@ def deltas(pipeline, file):
 
 
 @pytest.fixture(scope="module")
-def trained(family_pipelines, tmp_path_factory):  # noqa: F811
+def trained(family_pipelines, tmp_path_factory):
     """Family -> (base model, folder of its LoRA, its images), made once."""
     made = {}
 
@@ -108,7 +107,7 @@ def test_plain_diffusers_reads_kohyas_format(trained, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "qwen_image"))])
-def test_plain_diffusers_reads_layers_of_several_ranks_from_kohyas_format(family_pipelines, family, tmp_path):  # noqa: F811
+def test_plain_diffusers_reads_layers_of_several_ranks_from_kohyas_format(family_pipelines, family, tmp_path):
     """It takes the alpha of one layer of a UNet for that of all."""
     model = load_model(family_pipelines[family], **FAMILIES[family].options)
     perturb(model, LoraConfig(rank=4, alpha=6.0, rank_pattern={"to_q": 2, "to_v": 6}, alpha_pattern={"to_k": 9.0}))
@@ -178,7 +177,7 @@ def load_header(file):
 
 
 @pytest.fixture(scope="module")
-def second(family_pipelines, tmp_path_factory):  # noqa: F811
+def second(family_pipelines, tmp_path_factory):
     """Another LoRA of SD 1.5, with convolutions and another rank."""
     model = load_model(family_pipelines["sd15"])
     perturb(model, LoraConfig(rank=6, targets=("to_q", "conv1")), seed=5)
@@ -217,7 +216,7 @@ def test_merged_weights_have_the_dtype(trained, tmp_path):
         assert floats == {torch.bfloat16}, file
 
 
-def test_full_weights_are_written_as_a_pipeline(family_pipelines, tmp_path):  # noqa: F811
+def test_full_weights_are_written_as_a_pipeline(family_pipelines, tmp_path):
     model = load_model(family_pipelines["sd15"])
     perturb(model, LoraConfig(rank=0))
     model.save(tmp_path / "run")

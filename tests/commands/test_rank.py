@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from diffalign.cli import main
-from diffalign.commands.rank import ranked
+from diffalign.commands.rank import _grid, ranked
 from diffalign.evaluation.scored_images import ScoredImages
+from diffalign.report.grids import TEXT_WIDTH
 from diffalign.structures import Prompt
 from tests.conftest import PIPELINE
 
@@ -21,6 +22,23 @@ def test_images_are_sorted_by_prompt_and_those_without_a_score_left_out():
     assert second.rows == [3, 4, 5]
     assert first.told_apart
     assert not second.told_apart
+
+
+def test_the_grid_has_every_prompt_and_blanks_for_images_without_a_score(tmp_path, monkeypatch):
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(file)
+    nan = float("nan")
+    own = ScoredImages(torch.tensor([0, 0, 0, 1, 1, 1]), {"r": torch.tensor([0.1, 0.3, 0.2, nan, 0.5, nan])}, files)
+    drawn = {}
+    monkeypatch.setattr("diffalign.commands.rank.compare_grid", lambda *found: drawn.update(enumerate(found)))
+    _grid(tmp_path / "grid.png", ranked([Prompt("a"), Prompt("b")], own, "r"), own, "r")
+    columns, prompts, scores = drawn[0], drawn[1], drawn[2]
+    assert prompts == ["a", "b"]
+    assert list(columns) == ["best", "2", "worst of 3"]
+    reds = {name: (images[:, 0, 0, 0] * 255).round().int().tolist() for name, images in columns.items()}
+    assert reds == {"best": [40, 160], "2": [80, 255], "worst of 3": [0, 255]}
+    assert [scores[name]["r"].isnan().tolist() for name in columns] == [[False, False], [False, True], [False, True]]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +70,7 @@ def test_best_of_n_as_files_grid_and_tables(folder):
     assert [row["image"] for row in lines(folder / "base-sft.jsonl")] == [row["image"] for row in best]
     assert (folder / best[0]["image"]).read_bytes() == (folder / "base/best/00000-1.png").read_bytes()
     with Image.open(folder / "base.png") as grid:
-        assert grid.width > 3 * 64
+        assert grid.width == TEXT_WIDTH + 2 * 8 + 3 * (128 + 8)  # prompts, then the images by rank
 
 
 @pytest.mark.parametrize(("table", "loss"), [("pairs", "dpo"), ("sft", "sft")])

@@ -1,43 +1,15 @@
-"""The small random pipelines, written once."""
+"""The small random pipelines, as plain diffusers loads them."""
 
 import pytest
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from tests.conftest import PIPELINE
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.families import FAMILIES
 
 
 def ddim_options(pipe) -> dict:
     """Return what sampling with DDIM changes in a scheduler's configuration."""
     linspace = pipe.scheduler.config.get("timestep_spacing") == "linspace"  # DDIM cannot step over it
     return {"clip_sample": False, **({"timestep_spacing": "leading"} if linspace else {})}
-
-
-class Lazy(dict):
-    """A dictionary that makes a missing value from its key."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, key):
-        self[key] = self.make(key)
-        return self[key]
-
-
-@pytest.fixture(scope="session")
-def family_pipelines(tmp_path_factory):
-    """Family -> folder, written when first asked for and the same at every call; no test may write there."""
-    root = tmp_path_factory.mktemp("pipelines")
-
-    def written(name):
-        if (build := FAMILIES[name].build) is None:
-            return PIPELINE
-        tiny.write(build, root / name)
-        return root / name
-
-    return Lazy(written)
 
 
 @pytest.fixture(scope="session")

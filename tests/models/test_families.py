@@ -32,8 +32,7 @@ from diffalign.models import load_model, with_tuned_weights
 from diffalign.rewards.base import FunctionReward
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
-from tests.conftest import PROMPTS
-from tests.models.conftest import Lazy
+from tests.conftest import PROMPTS, Lazy
 from tests.models.families import FAMILIES, NAMES, images_of, noise_of, packed
 from tests.models.plain_diffusers import TEXTS, draw_fresh
 from tests.phases import collect

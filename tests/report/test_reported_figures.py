@@ -212,9 +212,12 @@ def test_the_results_file_says_the_same(reported):
 
 def test_the_runs_picture_says_which_set_each_mean_is_over(reported):
     shown = len(reported.prompts)
-    these, every = (f"mean of {what}: {reported.primary}" for what in (f"these {shown}", f"all {shown * PER_PROMPT}"))
-    assert these in reported.drawn
-    assert every in reported.drawn
+    for count in (shown, shown * PER_PROMPT):
+        assert f"mean of {count}: {reported.primary}" in reported.drawn
+    note = (
+        f"Means over the {shown} images shown, 1 per prompt, and over all {shown * PER_PROMPT} images, {PER_PROMPT} per"
+    )
+    assert note in " ".join(reported.drawn)
     figures = [text for text in reported.drawn if re.fullmatch(r"-?[\d.]+(e-?\d+)?( \(\d+ scored\))?", text)]
     for model in ("base", "run"):
         scores = reported.scores(model, reported.primary)
@@ -258,8 +261,9 @@ def test_page_and_grid_of_a_limited_comparison_agree(reported, compared):
             )
             assert data["all"]["means"][m][r] == pytest.approx(np.nanmean(scores), **CLOSE)
     for name in reported.order:
-        assert f"mean of these 4: {name}" in drawn
-        assert f"mean of all 8: {name}" in drawn
+        assert f"mean of 4: {name}" in drawn
+        assert f"mean of 8: {name}" in drawn
+    assert "Means over the 4 images shown, 1 per prompt, and over all 8 images, 2 per prompt." in " ".join(drawn)
 
 
 def test_a_header_names_its_set_and_leaves_out_what_has_no_score(tmp_path, monkeypatch):
@@ -269,7 +273,7 @@ def test_a_header_names_its_set_and_leaves_out_what_has_no_score(tmp_path, monke
     images = {name: torch.rand(2, 3, 64, 64) for name in scores}
     totals = OverallMeans(40, {"r": {"base": 0.125, "tuned": math.nan}})
     compare_grid(images, ["a", "b"], scores, tmp_path / "a.png", totals)
-    for label in ("mean of these 2: r", "mean of all 40: r", "0.25 (1 scored)", "0.125"):
+    for label in ("mean of 2: r", "mean of 40: r", "0.25 (1 scored)", "0.125"):
         assert label in drawn
     assert drawn.count("–") == 2
 

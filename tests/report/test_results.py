@@ -72,13 +72,13 @@ def test_a_reward_that_scored_nothing_has_no_figure_and_costs_no_other_one(lost,
     assert rows["right: wins over base"] == "| right: wins over base | – | – |"
     assert ("right: a" in rows) == ("base" not in lost)
     assert json.loads(json.dumps(to_json(found, {}), allow_nan=False))["models"]["tuned"]["rewards"]["right"] is None
-    plot_figures(found, tmp_path / "results.png")
+    plot_figures(found, tmp_path / "results.png", 2)
 
 
 def test_the_picture_is_written(models, tmp_path):
-    plot_figures(models, tmp_path / "results.png")
+    plot_figures(models, tmp_path / "results.png", 2)
     assert (tmp_path / "results.png").stat().st_size > 5000
-    plot_figures({"base": models["base"]}, tmp_path / "alone.png")  # no win rates
+    plot_figures({"base": models["base"]}, tmp_path / "alone.png", 2)  # no win rates
 
 
 def test_diversity_by_pixels_and_by_embedding():

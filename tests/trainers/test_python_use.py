@@ -1,10 +1,12 @@
 """What Python users rely on: data in memory, configurations from files, results."""
 
+import base64
 import dataclasses
 import math
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ForwardRLConfig, Prompt, ReFLConfig
 from diffalign.config.sections import LoraConfig
@@ -93,12 +95,21 @@ def test_a_result_of_rows(tmp_path):
     assert (result.best_step, result.step, result.weights, result.card) == (2, 3, (), None)
     assert (result.base, result.tuned) == ({"eval/accuracy": 0.3}, {"eval/accuracy": 0.5})
     assert result.metrics == {"loss": 1.0}
+    assert (result.curves, result.comparison) == (None, None)
+    Image.new("RGB", (8, 6)).save(tmp_path / "curves.png")
+    assert result.curves.size == (8, 6)
+    shown = result._repr_html_()
+    assert "<tr><td>eval/accuracy</td><td>0.3</td><td>0.5</td><td>0.6</td></tr>" in shown
+    assert "<th>base</th><th>step 3</th><th>best, step 2</th>" in shown
+    assert f"base64,{base64.b64encode((tmp_path / 'curves.png').read_bytes()).decode()}" in shown
     lines += ['{"step": 4, "eval/accuracy": null}', '{"step": 5, "eval/accuracy": "inf", "loss": null}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     result = read_result(tmp_path, 4)
     assert result.best_step == 2, "a reward that failed on every image decides nothing"
     assert math.isnan(result.tuned["eval/accuracy"])
+    assert "<tr><td>eval/accuracy</td><td>0.3</td><td>–</td><td>0.6</td></tr>" in result._repr_html_()
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert read_result(tmp_path, 5).tuned["eval/accuracy"] == math.inf
     empty = read_result(tmp_path / "none", 0)
+    assert "no weights yet" in empty._repr_html_()
     assert (empty.best_step, empty.base, empty.tuned, empty.metrics) == (None, {}, {}, {})
