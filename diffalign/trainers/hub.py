@@ -10,16 +10,17 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from diffalign.config.sections import JUDGE_FILES
 from diffalign.log import get_logger
 from diffalign.runtime.callbacks import TrainerCallback, TrainerControl, TrainerState
-from diffalign.runtime.trainer_config import TrainerConfig
+from diffalign.runtime.config import TrainingConfig
 
 logger = get_logger(__name__)
 
 # What others need of a run folder: no optimizer state, logs of this machine, rollouts or raw evaluations.
 PUBLISHED = (
     "*.safetensors", "README.md", "config.yaml", "*.png", "metrics.jsonl", "samples/example-*.png", "unet/*",
-    "transformer/*",
+    "transformer/*", *JUDGE_FILES,
 )  # fmt: skip
 NOT_PUBLISHED = (
     "checkpoint-*",
@@ -97,7 +98,7 @@ class HubCallback(TrainerCallback):
         warnings.warn(f"push_to_hub {self.name} failed: {_short(error)}; the run is complete: {again}", stacklevel=2)
 
 
-def hub_callbacks(config: TrainerConfig) -> list[TrainerCallback]:
+def hub_callbacks(config: TrainingConfig) -> list[TrainerCallback]:
     """Return the callback that uploads a run, if its configuration names a repository."""
     if config.push_to_hub is None:
         return []

@@ -9,7 +9,7 @@ from diffalign.commands.explain import explained
 from diffalign.config.schema import leaves
 from diffalign.trainers import registry
 
-TRAINERS = registry.algorithm_names()
+TRAINERS = registry.trainer_names()
 
 
 def lines(capsys, *argv):
