@@ -10,14 +10,19 @@ import torch
 
 from diffalign import RewardTrainer, RewardTrainerConfig
 from diffalign.cli import main
-from diffalign.config.sections import JUDGE_FILES, LoraConfig
+from diffalign.commands.label.config import LabelConfig
+from diffalign.commands.label.order import ORDERS
+from diffalign.commands.label.sources import collect
+from diffalign.config.sections import JUDGE_FILES, LoraConfig, RewardConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.rewards import get_reward
 from diffalign.rewards.support.images import from_pil
 from diffalign.runtime.products import EXPORTS
 from diffalign.runtime.tracking import MetricsLog
+from diffalign.structures import ImageSource, Pair, Prompt
 from diffalign.trainers.reward.data import Example, read_judge_data, split_by_prompt
 from diffalign.trainers.reward.figures import Judged
+from diffalign.trainers.reward.label_next import Candidate, choose
 from tests.conftest import ROOT
 
 BACKBONE, SHAPES = ROOT / "assets/judges/pickscore", ROOT / "assets/preferences/shapes.parquet"
@@ -204,3 +209,56 @@ def test_a_configuration_that_was_written_is_read_again(pairs, tmp_path):
     again = RewardTrainerConfig.from_yaml(tmp_path / "judge/config.yaml")
     assert dataclasses.replace(again, output_dir=trainer.args.output_dir) == trainer.args
     assert re.search("reward", trainer.outputs.resume_command)
+
+
+# Label next ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_certain_pairs_come_first_unlabelled_ones_if_any_and_prompts_in_turn():
+    def candidate(text, labelled, *probabilities):
+        pair = Pair(text, Prompt(text), (ImageSource("a", b""), ImageSource("b", b"")), 0.5)
+        return Candidate(pair, labelled, torch.tensor(probabilities, dtype=torch.float64))
+
+    sure, split, unsure, again = (
+        candidate("sure", True, 0.9, 0.9), candidate("split", True, 0.05, 0.97), candidate("unsure", True, 0.55, 0.5),
+        candidate("split", True, 0.5, 0.5),
+    )  # fmt: skip
+    chosen = choose([sure, split, unsure, again], 4)
+    assert [one.pair.key for one in chosen] == ["split", "unsure", "sure", "split"]
+    assert chosen[0] is again
+    open_one = candidate("open", False, 0.99, 0.99)
+    assert choose([sure, split, open_one], 3) == [open_one]
+
+
+@pytest.mark.parametrize("prototypes", [1, 2])
+def test_pairs_to_label_next_are_shown_by_label_in_their_order(prototypes, pairs, table, tmp_path):
+    pool = [{**row, "label_0": None, "label_1": None, "has_label": False} for row in table[24:34]]
+    label_data = written(tmp_path / "pool.parquet", [*table[:2], *pool])
+    trained(pairs, tmp_path / "judge", label_next=6, label_data=(label_data,), prototypes=prototypes)
+    found = parquet.read_table(tmp_path / "judge/label_next.parquet").to_pylist()
+    assert len(found) == 6
+    assert {row["caption"] for row in found} <= {row["caption"] for row in pool}
+    first = {}
+    for row in found:
+        first.setdefault(row["caption"], abs(row["probability"] - 0.5))
+    assert list(first.values()) == sorted(first.values())
+    assert (max(row["disagreement"] for row in found) > 0) == (prototypes > 1)
+
+    config = LabelConfig(models=(str(tmp_path / "judge/label_next.parquet"),), order="given")
+    shown = collect(config)
+    order = ORDERS["given"](shown, 0)
+    seen = []
+    while (index := order.next("Ada", lambda i: i not in seen, list)) is not None:
+        seen.append(index)
+    assert [shown[i].prompt.text for i in seen] == [row["caption"] for row in found]
+    assert "--order given" in (tmp_path / "judge/README.md").read_text()
+
+
+def test_the_judge_gives_label_its_order_by_path(pairs, tmp_path):
+    trained(pairs, tmp_path / "judge")
+    options = {"mine": RewardConfig(path=str(tmp_path / "judge"))}
+    config = LabelConfig(models=(pairs,), output_dir=tmp_path / "label", order="disagreement", rewards=("mine",),
+                         reward_options=options, limit=8)  # fmt: skip
+    shown = collect(config)
+    gaps = [abs(shown[i].gap("mine")) for i in ORDERS["disagreement"](shown, 0).order]
+    assert gaps == sorted(gaps)

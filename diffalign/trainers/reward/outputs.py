@@ -29,10 +29,11 @@ from diffalign.runtime.tracking import MetricsLog, Pictures
 from diffalign.trainers.reward.algorithm import JudgeRun, RewardModelling
 from diffalign.trainers.reward.figures import Figures, Judged
 from diffalign.trainers.reward.judging import score_pairs
+from diffalign.trainers.reward.label_next import Candidate, choose, probabilities, read_candidates, write_table
 from diffalign.trainers.reward.report import card
 
 logger = get_logger(__name__)
-REPORT = "report.json"
+REPORT, LABEL_NEXT = "report.json", "label_next.parquet"
 
 
 class JudgeOutputs:
@@ -148,23 +149,41 @@ class JudgeOutputs:
                 config.backbone, tuple(run.data.raters), config.tie_model, run.model.tie.item(), _short(figures)
             )
             written = save_judge(run.model, run.tokenizer, config.output_dir, about)
-        return [*written, *self._report(figures)]
+            chosen = choose(self._candidates(), config.label_next) if config.label_next else []
+        table = write_table(config.output_dir / LABEL_NEXT, chosen)
+        return [*written, *self._report(figures, table), *([] if table is None else [table])]
 
     def _others(self) -> dict[str, Tensor]:
         positions = sorted(self.run.data.held_out)
         return score_pairs(self.judges, self.run.data, positions, self.run.config.eval_batch_size, self.run.device)
 
-    def _report(self, figures: Figures) -> list[Path]:
+    def _candidates(self) -> list[Candidate]:
+        """Judge the pairs of ``label_data``; by default those of the training, which are read already."""
+        run, config = self.run, self.run.config
+        if config.label_data:
+            return read_candidates(config.label_data, config.data, run.model, run.tokenizer, config.eval_batch_size)
+        found, everything = [], sorted({*run.data.train, *run.data.held_out})
+        for i in range(0, len(everything), config.eval_batch_size):
+            run.heartbeat()
+            positions, arguments = run.inputs(everything[i : i + config.eval_batch_size], run.device)
+            rows = probabilities(run.model, arguments)
+            found += [Candidate(run.data.pair(p), True, row) for p, row in zip(positions, rows, strict=True)]
+        return found
+
+    def _report(self, figures: Figures, table: Path | None) -> list[Path]:
         config, folder = self.run.config, self.run.config.output_dir
         write_text(folder / REPORT, json.dumps(figures, indent=1) + "\n")
         plot_curves(MetricsLog.read(folder / "metrics.jsonl"), folder / "curves.png")
         name = str(portable(config).output_dir)
-        write_text(folder / CARD, card(folder.name, config.backbone, name, figures, self.run.data.raters, ""))
+        label = "" if table is None else f"diffalign label {shlex.quote(f'{name}/{LABEL_NEXT}')} --order given"
+        write_text(folder / CARD, card(folder.name, config.backbone, name, figures, self.run.data.raters, label))
         rate = figures["accuracy"]
         logger.info(
             f"judge       {folder}: right about {100 * rate['rate']:.1f} % of {rate['pairs']} held-out pairs "
             f"({100 * rate['low']:.1f} to {100 * rate['high']:.1f}); use it as rewards: {{mine: {{path: {name}}}}}"
         )
+        if label:
+            logger.info(f"label next  {label}")
         return [folder / file for file in (REPORT, "curves.png", CARD)]
 
 

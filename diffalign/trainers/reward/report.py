@@ -40,8 +40,8 @@ def to_markdown(figures: Figures) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def card(title: str, backbone: str, folder: str, figures: Figures, raters: Sequence[str], label_next: str) -> str:
-    """Return the model card of a judge."""
+def card(title: str, backbone: str, folder: str, figures: Figures, raters: Sequence[str], label: str) -> str:
+    """Return the model card of a judge. label: command that labels the pairs it is least sure of; empty for none."""
     metrics = [{"type": "accuracy", "value": round(figures["accuracy"]["rate"], 4), "name": "held-out pairs"}]
     result = {"task": {"type": "image-text-to-text", "name": "preference of pairs"},
               "dataset": {"type": "preferences", "name": "held-out pairs"}, "metrics": metrics}  # fmt: skip
@@ -70,7 +70,21 @@ rewards:
 ## Held-out pairs
 
 {to_markdown(figures)}
-{label_next}"""
+{_next(label)}"""
+
+
+def _next(label: str) -> str:
+    if not label:
+        return ""
+    return f"""
+## Label next
+
+The pairs that the judge is least sure of are in `label_next.parquet`:
+
+```bash
+{label}
+```
+"""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
