@@ -7,12 +7,14 @@ import re
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from transformers import AutoModel
 
 from diffalign import RewardTrainer, RewardTrainerConfig
 from diffalign.cli import main
 from diffalign.commands.label.config import LabelConfig
 from diffalign.commands.label.order import ORDERS
 from diffalign.commands.label.sources import collect
+from diffalign.config import parse
 from diffalign.config.sections import JUDGE_FILES, LoraConfig, RewardConfig
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.rewards import get_reward
@@ -23,7 +25,9 @@ from diffalign.structures import ImageSource, Pair, Prompt
 from diffalign.trainers.reward.data import Example, read_judge_data, split_by_prompt
 from diffalign.trainers.reward.figures import Judged
 from diffalign.trainers.reward.label_next import Candidate, choose
+from scripts.studies import own_judge
 from tests.conftest import ROOT
+from tests.rewards import tiny_judges
 
 BACKBONE, SHAPES = ROOT / "assets/judges/pickscore", ROOT / "assets/preferences/shapes.parquet"
 SMALL = {"backbone": str(BACKBONE), "max_train_steps": 4, "num_pairs": 8, "learning_rate": 1e-2, "label_next": 0}
@@ -45,6 +49,11 @@ def written(path, rows):
 def pairs(table, tmp_path):
     raters = ["ann", "bob", "", None]
     return written(tmp_path / "pairs.parquet", [{**row, "user_id": raters[i % 4]} for i, row in enumerate(table[:24])])
+
+
+@pytest.fixture
+def judge_folder(tmp_path):
+    return tiny_judges.own_judge(tmp_path / "mine", BACKBONE)
 
 
 def trained(pairs, folder, **changes):
@@ -80,6 +89,19 @@ def test_a_judge_trains_and_scores_what_the_network_scored(changes, pairs, tmp_p
     plain = get_reward("pickscore", path=str(BACKBONE), tokenizer=str(BACKBONE))
     before = plain(images, [trainer.run.data.examples[position].text] * 2, [{}] * 2)
     assert not torch.allclose(own, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("train", ["head", "lora"])
+def test_siglip_trains_too(train, pairs, tmp_path):
+    backbone = tiny_judges.siglip(tmp_path / "siglip")
+    trained(pairs, tmp_path / "judge", backbone=str(backbone), train=train, prototypes=2, max_train_steps=2)
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (backbone, tmp_path / "judge"))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    tower = {"text_model.head.weight", "text_model.head.bias", "logit_scale"}
+    assert moved >= tower
+    assert any(name.endswith("q_proj.weight") for name in moved) == (train == "lora")
+    assert moved == tower or train == "lora"
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_weights(pairs, tmp_path):
@@ -204,11 +226,67 @@ def test_raters_who_disagree_are_told_apart(table, tmp_path):
     assert result.tuned["eval/accuracy/own_rater"] > 0.65
 
 
+@pytest.mark.parametrize("judges", ["{x: {reward: evil.py:f}}", "{evil.py:f: 1}", "{x: {path: evil.py:f}}",
+                                    "{x: {reward: remote, options: {url: 'http://127.0.0.1:9'}}}"])  # fmt: skip
+def test_a_file_names_no_code_and_no_server_among_the_judges(judges, pairs, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"backbone: {BACKBONE}\ntrain_data: [{pairs}]\njudges: {judges}\noutput_dir: {tmp_path}/judge\n")
+    assert main(["train", "reward", "--config", str(file)]) == 2
+    assert "allow_reward_code" in capsys.readouterr().err
+    assert not (tmp_path / "judge").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backbone", "tests/nowhere"], "no such folder tests/nowhere"),
+        (["--backbone", "assets/prompts"], "has no config.json"),
+        (["--train_data", "nowhere.parquet"], "no preference data at nowhere.parquet"),
+        (["--judges", "pickscor"], "did you mean 'pickscore'"),
+        (["--dry_run", "--card", "h100"], "--card: the memory and time"),
+        (["--train", "heads"], "expected head|lora|full"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(words, message, pairs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    base = {"--backbone": str(BACKBONE), "--train_data": pairs}
+    given = [text for option, value in base.items() if option not in words for text in (option, value)]
+    assert main(["train", "reward", *given, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fit_is_of_diffusion_models(capsys):
+    assert main(["fit", "reward", "--backbone", "b"]) == 2
+    assert "fit is of diffusion models" in capsys.readouterr().err
+
+
+def test_a_part_of_the_data_section_keeps_ties_as_soft_labels():
+    config = parse(RewardTrainerConfig, ["--data.format", "pick_a_pic", "--backbone", "b"])
+    assert (config.data.ties, config.data.format) == ("soft", "pick_a_pic")
+
+
+@pytest.mark.parametrize("command", ["compare", "eval", "label", "export --format kohya"])
+def test_commands_of_diffusion_models_refuse_the_folder_of_a_judge(command, judge_folder, tmp_path, capsys):
+    (judge_folder / "config.yaml").write_text("backbone: b\n")
+    name, *options = command.split()
+    assert main([name, str(judge_folder), *options, "--output_dir", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err) < 2000
+
+
 def test_a_configuration_that_was_written_is_read_again(pairs, tmp_path):
     trainer, _ = trained(pairs, tmp_path / "judge", train="lora", lora=LoraConfig(rank=2))
     again = RewardTrainerConfig.from_yaml(tmp_path / "judge/config.yaml")
     assert dataclasses.replace(again, output_dir=trainer.args.output_dir) == trainer.args
     assert re.search("reward", trainer.outputs.resume_command)
+
+
+@pytest.mark.slow
+def test_a_judge_of_300_labels_agrees_with_the_verifier_who_gave_them(tmp_path):
+    """The backbone has seen captions and no preference: it agrees with the verifier less, and is overconfident."""
+    row = own_judge.judge("clip", 0, tmp_path)
+    assert row["after"] >= 0.8
+    assert row["after"] > row["before"]
+    assert row["ece"] < row["before/ece"] / 2
 
 
 # Label next ---------------------------------------------------------------------------------------------------------

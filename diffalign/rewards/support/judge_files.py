@@ -53,7 +53,7 @@ class About:
 
 def load_backbone(path: str, revision: str | None = None) -> PreTrainedModel:
     """Load a CLIP or SigLIP model in float32. ValueError: another kind of model, or weights that do not fit."""
-    layout = layout_of(AutoConfig.from_pretrained(path, revision=revision), path)
+    layout = layout_of(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False), path)
     model, report = layout.model.from_pretrained(path, revision=revision, output_loading_info=True)
     check_report(report, path, layout.model.__name__)
     found: PreTrainedModel = model.float()

@@ -95,12 +95,6 @@ def make_trainable(network: JudgeNetwork, config: RewardTrainerConfig) -> JudgeN
     config=RewardTrainerConfig,
     trainer_class="diffalign.trainers.reward.trainer:RewardTrainer",
     plan="diffalign.trainers.reward.trainer:print_plan",
-    trial={
-        "backbone": "{assets}/judges/pickscore",
-        "train_data": ["{assets}/preferences/shapes.parquet"],
-        "num_pairs": 8,
-        "label_next": 0,
-    },
 )
 class RewardModelling:
     """Fit the judge's preferences to labels. An iteration is one optimizer step on ``num_pairs`` pairs."""
