@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,17 @@ def as_metadata(value: Any) -> dict[str, Any]:
     return found
 
 
+def with_source(metadata: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Make the path of a source image ("image") absolute; a relative one starts from ``root``.
+
+    A value that names no file there stays: other data have metadata of this name too.
+    """
+    value = metadata.get("image")
+    if not isinstance(value, str) or not value.strip() or not _is_path(value) or not os.path.isfile(root / value):
+        return dict(metadata)
+    return {**metadata, "image": os.path.abspath(root / value)}
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of a table.
@@ -145,6 +157,8 @@ class Row:
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
         """Read the mapping in "metadata", completed by the cells of ``others``.
 
+        Its "image", the source image of an edit, starts from ``root`` as other paths of a row do.
+
         Args:
             others: Further columns; "metadata" takes precedence.
             typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
@@ -154,7 +168,7 @@ class Row:
         """
         value = self.values.get("metadata")
         try:
-            own = as_metadata(value() if callable(value) else value)
+            own = with_source(as_metadata(value() if callable(value) else value), self.root)
         except ValueError as error:
             raise self.error("bad_row", "metadata", str(error)) from error
         cells = {name: self.values[name] for name in others}

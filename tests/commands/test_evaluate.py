@@ -157,7 +157,7 @@ def test_a_prompt_is_encoded_once_for_all_models_and_commands(frozen, run_folder
 
 def test_offload_and_cache_dir_default_to_those_of_the_run(eval_prompts, tmp_path):
     lines = [f"model: {PIPELINE}", f"eval_prompts: {eval_prompts}", "rewards: {shapes: 1.0}"]
-    (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae]", "cache_dir: kept"]))
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae, rewards]", "cache_dir: kept"]))
     found = resolve(EvaluationConfig(models=(str(tmp_path),), allow_reward_code=True), tmp_path, 1)
     assert (found.offload, found.cache_dir, found.prompts) == (("vae",), Path("kept"), eval_prompts)
     own = resolve(EvaluationConfig(models=(str(tmp_path),), prompts=eval_prompts, offload=()), tmp_path, 1)

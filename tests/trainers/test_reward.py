@@ -77,6 +77,7 @@ def test_a_judge_trains_and_scores_what_the_network_scored(changes, pairs, tmp_p
     rows = MetricsLog.read(tmp_path / "judge/metrics.jsonl")
     assert sum("grad_norm" in row for row in rows) == 4
     assert set(result.evaluations) == {0, 4}
+    assert result.weights == (tmp_path / "judge/model.safetensors",)
 
     reward = get_reward("judge", path=str(tmp_path / "judge"))
     position = trainer.run.data.held_out[0]

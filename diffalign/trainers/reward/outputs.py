@@ -151,7 +151,7 @@ class JudgeOutputs:
             written = save_judge(run.model, run.tokenizer, config.output_dir, about)
             chosen = choose(self._candidates(), config.label_next) if config.label_next else []
         table = write_table(config.output_dir / LABEL_NEXT, chosen)
-        return [*written, *self._report(figures, table), *([] if table is None else [table])]
+        return [*written, *self._report(figures, table)]  # without the table: exports may be published, data may not
 
     def _others(self) -> dict[str, Tensor]:
         positions = sorted(self.run.data.held_out)
