@@ -93,12 +93,12 @@ def test_a_path_alone_names_a_judge_in_every_table_of_rewards(judge_folder):
 
 
 def test_what_holds_no_judge_is_refused_when_the_reward_is_built(judge_folder, clip_folder, tmp_path):
-    (tmp_path / "begun/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "unfinished/checkpoint-3").mkdir(parents=True)
     cases = {
         str(tmp_path / "nowhere"): r"there is no folder .*nowhere.*diffalign train reward",
         "tests/nowhere": r"there is no folder tests/nowhere",
         str(clip_folder): r"holds no judge \(there is no judge.json in it\).*options.path",
-        str(tmp_path / "begun"): r"has not finished.*--resume_from_checkpoint latest",
+        str(tmp_path / "unfinished"): r"has not finished.*--resume_from_checkpoint latest",
     }
     for path, message in cases.items():
         with pytest.raises(ValueError, match=message):
