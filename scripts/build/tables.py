@@ -163,7 +163,7 @@ def own_judge() -> str:
     """Tabulate how often judges that learned from few labels agree with the verifier, by backbone and seed."""
     found = results("own_judge")
     rows = [
-        (f"`{BACKBONES[name]}`, seed {row['seed']}", row["pairs"], f"{row['before']:.1%}", f"{row['after']:.1%}",
+        (f"`{BACKBONES[name]}`, seed {row['seed']}", str(row["pairs"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
          f"{row['low']:.1%} to {row['high']:.1%}", f"{row['before/ece']:.3f}", f"{row['ece']:.3f}")
         for name in BACKBONES if name in found for row in found[name]
     ]  # fmt: skip

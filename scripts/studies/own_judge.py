@@ -1,7 +1,7 @@
 """Teach a judge with few labels, and train on it: does it agree with the verifier, and does Flow-GRPO gain?
 
     python scripts/studies/own_judge.py                 # three judges of 300 labels, seconds each
-    python scripts/studies/own_judge.py --iterations 40 # and Flow-GRPO on the first of them
+    python scripts/studies/own_judge.py --iterations 50 # and Flow-GRPO on the first of them
 
 The labels are the verifier's, on the pipeline's own pictures (``assets/preferences/shapes.parquet``). Each seed draws
 300 pairs to learn from, and the pairs of 400 other prompts to be judged by. Writes ``assets/results/own_judge.json``.
@@ -81,6 +81,7 @@ def train_on(folder: Path, iterations: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "diffalign", "train", "flow_grpo", "--config", str(GRPO), "--output_dir", str(out)]
     command += ["--rewards", f"{{mine: {{path: {folder}}}}}", "--max_train_steps", str(iterations)]
     command += ["--eval_steps", str(iterations), "--resume_from_checkpoint", "latest"]
+    command += ["--num_groups", "16", "--rollout_batch_size", "128", "--train_batch_size", "128"]  # half of its images
     subprocess.run(command, check=True, cwd=ROOT)
     rows = [row for row in MetricsLog.read(out / "metrics.jsonl") if "eval/accuracy" in row]
     kept = ("eval/accuracy", "eval/shapes")

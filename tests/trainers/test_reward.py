@@ -287,8 +287,9 @@ def test_a_judge_of_300_labels_agrees_with_the_verifier_who_gave_them(backbone, 
     """The first backbone has seen captions and no preference; it is less often right, and too sure of itself."""
     row = own_judge.judge(backbone, 0, tmp_path)
     assert row["after"] >= least
-    assert row["ece"] < row["before/ece"]
-    assert row["after"] > row["before"] or backbone == "pickscore"
+    if backbone == "clip":
+        assert row["after"] > row["before"]
+        assert row["ece"] < row["before/ece"]
 
 
 # Label next ---------------------------------------------------------------------------------------------------------
