@@ -21,6 +21,7 @@ from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
 from diffalign.models.load import edits
+from diffalign.models.meta_device import model_on_meta
 from diffalign.preflight import inspect
 from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.report.html import write_page
@@ -124,7 +125,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
     return results
 
 
+def check_sizes(config: EvaluationConfig) -> None:
+    """Raise ValueError for a size that the model cannot have, before images of another one are sampled."""
+    resolved = resolve(config, Path("runs/eval"), images_per_prompt=1)
+    for size in config.sizes:
+        model_on_meta(resolved.model, revision=resolved.revision, resolution=size)
+
+
 def _evaluate_sizes(config: EvaluationConfig) -> dict[str, ModelResults] | None:
+    check_sizes(config)
     root, speaks = config.output_dir or Path("runs/eval"), joined().is_main_process
     found: dict[str, ModelResults] = {}
     tables, files = [], {}
@@ -149,6 +158,7 @@ def compare(config: EvaluationConfig) -> Path | None:
     With ``sizes`` there is one of each per size, in a folder such as ``768x1344``. Returns the (last) page.
     """
     if config.sizes:
+        check_sizes(config)
         return [compare(one) for _, one in config.by_size(config.output_dir or Path("runs/compare"))][-1]
     resolved = resolve(config, Path("runs/compare"), images_per_prompt=1)
     inspect(resolved, weights=True)

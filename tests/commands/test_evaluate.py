@@ -317,8 +317,11 @@ def test_an_evaluation_at_several_sizes_is_that_at_each_of_them(run_folder, tmp_
         (["--sizes", "[0]"], "sizes"),
         (["--sizes", "[[48, 80, 3]]"], "sizes"),
         (["--sizes", "wide"], "sizes"),
+        (["--sizes", "[48, 50]"], "resolution 50 x 50: sides of this model's images are multiples of 16"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(run_folder, argv, message, capsys):
-    assert main(["eval", str(run_folder), *argv]) == 2
+def test_sizes_that_cannot_be_are_refused(run_folder, tmp_path, argv, message, capsys):
+    out = tmp_path / "out"
+    assert main(["eval", str(run_folder), "--output_dir", str(out), *argv]) == 2
     assert message in capsys.readouterr().err
+    assert not out.exists()
