@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         ForwardRLTrainer,
         ReFLConfig,
         ReFLTrainer,
+        RewardTrainer,
+        RewardTrainerConfig,
     )
     from diffalign.trainers.result import TrainingResult
 
@@ -48,6 +50,8 @@ __all__ = [
     "Prompt",
     "ReFLConfig",
     "ReFLTrainer",
+    "RewardTrainer",
+    "RewardTrainerConfig",
     "TrainerCallback",
     "TrainerControl",
     "TrainerState",
@@ -73,6 +77,8 @@ _HOMES = {
     "Prompt": "diffalign.structures",
     "ReFLConfig": "diffalign.trainers.refl.config",
     "ReFLTrainer": "diffalign.trainers.refl.algorithm",
+    "RewardTrainer": "diffalign.trainers.reward.trainer",
+    "RewardTrainerConfig": "diffalign.trainers.reward.config",
     "TrainerCallback": "diffalign.runtime.callbacks",
     "TrainerControl": "diffalign.runtime.callbacks",
     "TrainerState": "diffalign.runtime.callbacks",

@@ -92,9 +92,14 @@ def train(argv: Sequence[str]) -> int | None:
     use_all_cores()
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
-    place = load("diffalign.forecast.dry_run:place_of")(world, card) if dry or args.memory else None
-    if args.memory:
-        print(f"memory {args.memory}: rehearsing settings, about a minute", file=sys.stderr)
+    if dry and entry.plan:
+        _refuse_place(argv[0], world, card)
+        with closing_pipes():
+            return load(entry.plan)(args)
+    memory = getattr(args, "memory", None)
+    place = load("diffalign.forecast.dry_run:place_of")(world, card) if dry or memory else None
+    if memory:
+        print(f"memory {memory}: rehearsing settings, about a minute", file=sys.stderr)
         args, chosen, place = load("diffalign.forecast.fit:choose")(entry, args, place, dry=dry)
         print(chosen, file=sys.stderr)
     if dry:
@@ -106,6 +111,14 @@ def train(argv: Sequence[str]) -> int | None:
         trainer = entry.trainer(args=args)
     trainer.train()
     return None
+
+
+def _refuse_place(name: str, world: int | None, card: str | None) -> None:
+    """Raise ValueError for options of a forecast that a trainer has none of."""
+    if given := [f"--{key}" for key, value in (("world", world), ("card", card)) if value is not None]:
+        raise ValueError(
+            f"command line: {', '.join(given)}: the memory and time of `train {name}` are not forecast; leave it out"
+        )
 
 
 def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
@@ -132,7 +145,8 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 def _not_read(config: Any) -> tuple[str, ...]:
     """Return the fields of which a forecast reads nothing: prompts, and the model if the package has its configs."""
-    known = load("diffalign.models.published_configs:published_folder")(config.model)
+    model = getattr(config, "model", None)
+    known = load("diffalign.models.published_configs:published_folder")(model) if model else None
     return (*(("model",) if known else ()), *not_needed_to_forecast(config))
 
 
@@ -207,6 +221,8 @@ def fit(argv: Sequence[str]) -> None:
     if _asks_for_help(argv):
         print(describe(config_class))
         return
+    if argv[0] in registry.JUDGES:
+        raise ValueError(f"fit is of diffusion models, not of `train {argv[0]}`: lower its train_batch_size instead")
     args = parse(config_class, argv[1:])
     inspect(args, skip=_not_read(args))
     use_all_cores()
@@ -289,7 +305,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def command_parser() -> argparse.ArgumentParser:
     """Return the parser of ``--help``, ``--version`` and the commands; their options are none of its own."""
-    notes = NOTES.format(trainers=", ".join(registry.algorithm_names()))
+    notes = NOTES.format(trainers=", ".join(registry.trainer_names()))
     style: Any = argparse.RawDescriptionHelpFormatter
     summary = "Preference fine-tuning of diffusion and flow models."
     parser = CommandParser("diffalign", description=summary, epilog=notes, formatter_class=style, allow_abbrev=False)

@@ -117,6 +117,20 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         yield f"model {text}: no such folder{_near(path)}; {problem}"
 
 
+def backbone_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Check a CLIP or SigLIP model: a folder in transformers' layout, or a hub id."""
+    text, path = str(value), Path(value or ".")
+    if not text:
+        return
+    if path.exists():
+        if not (path / "config.json").is_file():
+            yield f"{name}: {text} has no config.json; give a folder that save_pretrained of transformers wrote"
+    elif not HUB_ID.fullmatch(text) or text.startswith(".") or path.parent.is_dir():
+        yield f"{name}: no such folder {text}{_near(path)}; give a CLIP or SigLIP model, a folder or a hub id"
+    elif problem := hub_problem(text, getattr(config, "revision", None), "model", "config.json"):
+        yield f"{name}: {problem}"
+
+
 def lora_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check a LoRA: a file, a folder with one, or a hub id."""
     from diffalign.lora_source import find_lora, lora_file
@@ -215,7 +229,7 @@ def weights_problems(config: Any) -> Iterator[str]:
 def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """List (registered name, options) of each reward that a configuration names."""
     options = getattr(config, "reward_options", None) or {}
-    for field in ("rewards", "held_out", "eval_rewards"):
+    for field in ("rewards", "held_out", "eval_rewards", "judges"):
         value = getattr(config, field, None) or {}
         table = dict(value) if isinstance(value, Mapping) else {name: options.get(name) for name in value}
         if field == "held_out" and table.pop(WORD, None) is not None:
@@ -244,6 +258,10 @@ CHECKS: dict[str, Check] = {
     "rewards": reward_problem,
     "eval_rewards": reward_problem,
     "held_out": reward_problem,
+    "judges": reward_problem,
+    "backbone": backbone_problem,
+    "eval_data": data_problem,
+    "label_data": data_problem,
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from diffalign.cli import COMMANDS, Command
 from diffalign.config.schema import arms_of, leaves
 from diffalign.lazy import load
-from diffalign.trainers.registry import algorithm_names, config_class
+from diffalign.trainers.registry import config_class, trainer_names
 
-CLASSES = {f"train {name}": config_class(name) for name in algorithm_names()}
+CLASSES = {f"train {name}": config_class(name) for name in trainer_names()}
 CLASSES |= {name: load(command.config) for name, command in COMMANDS.items() if isinstance(command, Command)}
 
 

@@ -11,7 +11,7 @@ import pytest
 import diffalign
 from diffalign.cli import COMMANDS, main
 from diffalign.config.schema import leaves, type_name
-from diffalign.trainers.registry import algorithm_names
+from diffalign.trainers.registry import trainer_names
 from tests.config_classes import CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_a_wrong_command_is_named_with_the_closest(argv, message, capsys):
 def test_the_help_names_every_command_and_trainer(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in (*COMMANDS, *algorithm_names()):
+    for name in (*COMMANDS, *trainer_names()):
         assert name in text
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{diffalign.__version__}\n"

@@ -17,7 +17,7 @@ from diffalign.config.renamed import REMOVED, RENAMED
 from diffalign.config.schema import arms_of, config_arm, init_fields, leaves
 from diffalign.config.sections import RewardConfig
 from diffalign.config.unread import refuse_unread
-from diffalign.trainers.registry import algorithm_names, config_class
+from diffalign.trainers.registry import algorithm_names, config_class, trainer_names
 from tests.config_classes import CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_help_has_usage_examples_the_options_that_matter_and_sections(command, w
     assert all(len(line) <= width or " " not in line.strip() for line in lines)
 
 
-@pytest.mark.parametrize("trainer", algorithm_names())
+@pytest.mark.parametrize("trainer", trainer_names())
 def test_the_examples_of_help_are_valid_options(trainer, monkeypatch):
     import shlex
 
@@ -90,7 +90,7 @@ def test_the_examples_of_help_are_valid_options(trainer, monkeypatch):
 # JSON Schema --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainer", algorithm_names())
+@pytest.mark.parametrize("trainer", trainer_names())
 def test_the_committed_schema_is_up_to_date(trainer, capsys):
     text = (ROOT / f"configs/schema/{trainer}.json").read_text(encoding="utf-8")
     assert text == schema_text(config_class(trainer)), f"run: diffalign schema {trainer} > configs/schema/..."
@@ -100,7 +100,7 @@ def test_the_committed_schema_is_up_to_date(trainer, capsys):
 
 def test_a_schema_of_no_trainer_names_those_there_are(capsys):
     assert main(["schema", "flow"]) == 2
-    assert "diffusion_dpo, flow_grpo, forward_rl, refl, not 'flow'" in capsys.readouterr().err
+    assert "diffusion_dpo, flow_grpo, forward_rl, refl, reward, not 'flow'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", algorithm_names())
@@ -117,7 +117,7 @@ def test_a_schema_says_what_the_fields_say(trainer):
     json.dumps(properties, allow_nan=False)
 
 
-SHIPPED = sorted(path for name in algorithm_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
+SHIPPED = sorted(path for name in trainer_names() for path in (ROOT / "configs" / name).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")

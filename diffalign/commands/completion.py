@@ -50,7 +50,7 @@ def run(argv: Sequence[str], commands: Mapping[str, str]) -> None:
 
 def script(commands: Mapping[str, str]) -> str:
     """Return the script of bash, with the options of every command and trainer in it."""
-    trainers = registry.algorithm_names()
+    trainers = registry.trainer_names()
     cases = {f"{name} {trainer}": registry.config_class(trainer) for name in ("train", "fit") for trainer in trainers}
     cases |= {f"{name} *": load(path) for name, path in commands.items() if path}
     seconds: dict[str, Sequence[str]] = {

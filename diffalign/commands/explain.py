@@ -63,7 +63,7 @@ def explained(key: str) -> Iterator[str]:
 @cache
 def _options() -> dict[str, dict[str, Leaf]]:
     """Return the options of each trainer, by name."""
-    kinds = {name: registry.config_class(name) for name in registry.algorithm_names()}
+    kinds = {name: registry.config_class(name) for name in registry.trainer_names()}
     return {name: {leaf.path: leaf for leaf in leaves(kind)} for name, kind in kinds.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from diffalign.config import Checked, option
+from diffalign.config import Checked, Given, option
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class RewardConfig(Checked):
     """One reward of a run: ``pickscore: 1.0``, or
 
     look: {reward: pickscore, weight: 0.5, options: {path: my/weights, precision: bf16}}
+
+    mine: {path: runs/judge} is a judge of one's own, short for {reward: judge, options: {path: runs/judge}}
     """
 
     weight: float = option(1.0, "factor of the reward's score, or of its advantage", section="rewards", infinite=False)
@@ -93,7 +95,30 @@ class RewardConfig(Checked):
         section="rewards",
         infinite=True,
     )
+    path: str | None = option(
+        None,
+        "short for reward: judge with options.path: the folder of a judge of one's own, which `diffalign train reward` "
+        "wrote",
+        section="rewards",
+    )
+
+    def __post_init__(self, given: Given = None) -> None:  # noqa: RUF033 (of an InitVar)
+        """Check every field, and write ``path`` out. ValueError: two paths."""
+        super().__post_init__(given)
+        if self.path is None:
+            return
+        if "path" in self.options:
+            raise ValueError(f"path {self.path[:200]!r} and options.path: give one of them")
+        object.__setattr__(self, "options", {"path": self.path, **self.options})
+        object.__setattr__(self, "reward", self.reward or JUDGE)
+        object.__setattr__(self, "path", None)
 
 
+JUDGE = "judge"  # the registered reward of what `diffalign train reward` writes
+JUDGE_FILES = (  # of which some tokenizers write others
+    "model.safetensors", "config.json", "preprocessor_config.json", "judge.json", "raters.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model",
+    "tokenizer.model", "added_tokens.json",
+)  # fmt: skip
 PASSED = "passed from Python"  # recorded for a reward object, which no file can name
 RewardTable = Mapping[str, float | RewardConfig]

@@ -103,6 +103,22 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(("image_0", "image_1", "label", PROMPTS), pairs),
 }
 
+
+def _maybe_labelled(row: Row) -> Iterator[Judgement]:
+    """Read a row of Pick-a-Pic, also without a label."""
+    if row.cell("label_0") is None:
+        yield row.image("jpg_0", row.values.get("image_0_uid")), row.image("jpg_1", row.values.get("image_1_uid")), None
+    else:
+        yield from pick_a_pic(row)
+
+
+# The same formats, of which those with a column of labels do not need it.
+LABELLESS: dict[str, Format] = {
+    **FORMATS,
+    "pick_a_pic": Format(("jpg_0", "jpg_1", PROMPTS), _maybe_labelled),
+    "pairs": Format(("image_0", "image_1", PROMPTS), pairs),
+}
+
 # Labels of single images: numbers, and the splits of Diffusion-KTO's tables (arXiv 2404.04465).
 LIKED: dict[Any, bool] = {1: True, 0: False, "exclusive_win": True, "intersections": True, "exclusive_lose": False}
 

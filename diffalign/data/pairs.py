@@ -63,16 +63,20 @@ class Samples(ABC, Generic[T]):
     def __getitem__(self, index: int) -> T: ...
 
     def load(self, index: int) -> tuple[T, tuple[Image.Image, ...]]:
-        """Load the sample at ``index`` with its images, or the next usable one.
+        """Load the sample at ``index`` with its images, or the next usable one, as ``load_first``."""
+        _, sample, images = self.load_first((index + step) % len(self) for step in range(len(self)))
+        return sample, images
+
+    def load_first(self, positions: Iterable[int]) -> tuple[int, T, tuple[Image.Image, ...]]:
+        """Load the first usable sample at ``positions``: its position, the sample, and its images.
 
         A ``DataWarning`` names an unusable sample the first time. ValueError: too many of them, or none is usable.
         """
-        for step in range(len(self)):
-            position = (index + step) % len(self)
+        for position in positions:
             sample, known = self[position], len(self.quarantine.dropped)
             if (images := usable_images(sample, self.settings, self.quarantine)) is not None:
                 self.confirm(position, sample)
-                return sample, images
+                return position, sample, images
 
             if len(self.quarantine.dropped) > known:
                 warnings.warn(f"left out: {sample.key}: {self.quarantine.why(sample.key)}", DataWarning, stacklevel=2)
@@ -177,6 +181,11 @@ class PairData(Samples[Pair]):
     def __getitem__(self, index: int) -> Pair:
         part, row, pair = self._location(index)
         return self.parts[part].pair(row, pair)
+
+    def row(self, index: int) -> Row:
+        """Return the row of the table that holds the pair at ``index``."""
+        part, row, _ = self._location(index)
+        return self.parts[part].table.row(row)
 
     def _location(self, index: int) -> tuple[int, ...]:
         if not -len(self) <= index < len(self):

@@ -15,13 +15,14 @@ from typing import Any
 from diffalign.config import from_dict, load_yaml
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.schema import Place
+from diffalign.config.sections import JUDGE
 from diffalign.rewards.base import names
 from diffalign.rewards.config import RewardConfig
 
 CONFIG = "config.yaml"
 HELD_OUT = "eval_prompts.jsonl"  # copy of the held-out prompts in the run folder
 # reward options whose string value selects a mode, not a file, repository or server
-CHOICES = frozenset({"answer", "precision", "quantize", "reward", "rule", "scale", "verdict"})
+CHOICES = frozenset({"answer", "precision", "quantize", "rater", "reward", "rule", "scale", "verdict"})
 TRUST = "if the run is yours, or you trust it, type --allow_reward_code"
 
 
@@ -107,6 +108,10 @@ class RunConfig:
 
     def _check_reward(self, name: str, entry: Any) -> None:
         settings = entry if isinstance(entry, Mapping) else {}
+        if settings.get("path") is not None:  # short for a judge at that path
+            given = settings.get("options")
+            options = {**(given if isinstance(given, Mapping) else {}), "path": settings["path"]}
+            settings = {"reward": settings.get("reward") or JUDGE, "options": options}
         spec = settings.get("reward") or name
         if spec not in names():
             raise ValueError(

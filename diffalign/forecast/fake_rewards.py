@@ -26,9 +26,10 @@ from diffalign.forecast.counter import Counter, Seen
 from diffalign.forecast.fake_model import TOKENS, BlankTokenizer, make_fake
 from diffalign.models.offload import tensors_of
 from diffalign.models.published_configs import published_reward_folder
-from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, mps, vqascore
+from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, judge, mps, vqascore
 from diffalign.rewards.base import IMAGES, RECIPE, Metadata, Reward, names, needs_groups, registered
 from diffalign.rewards.support import qwen_vl
+from diffalign.rewards.support.judge_network import JudgeNetwork, layout_of
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import PRECISIONS, Weights, frozen, loading_with, quiet, split
 
@@ -159,6 +160,13 @@ def _qwen(weights: Weights) -> tuple[Any, ...]:
     return frozen(model, weights), ChatTokenizer(config.image_token_id), patches
 
 
+def _judge(weights: Weights, rater: str | None) -> tuple[Any, ...]:
+    found = _config(weights.path)
+    config = AutoConfig.for_model(found.pop("model_type"), **found)
+    network = JudgeNetwork(layout_of(config, weights.path).model(config))
+    return frozen(network, weights), _tokenizer(weights.path)
+
+
 # Loader of a reward's weights -> the like of what it returns, without weights.
 BUILDERS: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     clip._load: _clip,
@@ -170,6 +178,7 @@ BUILDERS: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     image_reward._load: _image_reward,
     vqascore._load: _vqascore,
     mps._load: _mps,
+    judge._load: _judge,
     qwen_vl.load: _qwen,
     qwen_vl.load_with_own_limits: _qwen,
 }
@@ -348,4 +357,5 @@ def has_network(reward: Reward) -> bool:
     if not name or name not in names():
         return True
     card = registered(name).facts
-    return bool(card.millions) and not card.served
+    held = bool(card.millions) or isinstance(getattr(reward, "weights", None), Weights)
+    return held and not card.served

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.atomic import replacing
 from diffalign.config.sections import LoraConfig
@@ -23,12 +23,12 @@ from diffalign.models.lora_layers import namesakes, select_layers
 
 
 def inject(
-    module: ModelMixin, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
+    module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
 ) -> None:
     """Add a trainable float32 adapter to ``module`` and freeze the rest.
 
     Args:
-        module: The denoiser, changed in place.
+        module: The denoiser, or a model of transformers, changed in place.
         config: Rank, alpha, layers and variants.
         targets: Default targets: layer names or their ends.
         seed: Seed of the adapter's initial weights.
@@ -77,12 +77,16 @@ def inject_initial(module: ModelMixin, layers: Mapping[str, Factors], alpha: flo
                 weight.copy_(own.magnitude.reshape(weight.shape))
 
 
-def _add(module: ModelMixin, seed: int, **settings: Any) -> None:
+def _add(module: nn.Module, seed: int, **settings: Any) -> None:
     module.requires_grad_(False)
     # peft uses the global generator: fork it, so that the weights depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(PeftLoraConfig(init_lora_weights="gaussian", **settings))
+        config = PeftLoraConfig(init_lora_weights="gaussian", **settings)
+        if isinstance(module, ModelMixin):
+            module.add_adapter(config)
+        else:
+            inject_adapter_in_model(config, module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

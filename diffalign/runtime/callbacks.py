@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.runtime.run import Run
+from diffalign.runtime.run import BaseRun
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Callbacks:
         agreed: Requests that hold for all processes, and are not carried out.
     """
 
-    def __init__(self, run: Run[Any], callbacks: Sequence[TrainerCallback]) -> None:
+    def __init__(self, run: BaseRun[Any], callbacks: Sequence[TrainerCallback]) -> None:
         for callback in callbacks:
             if not isinstance(callback, TrainerCallback):
                 kind = callback.__name__ if isinstance(callback, type) else type(callback).__name__

@@ -20,7 +20,7 @@ from diffalign.runtime.gradient_guard import first_bad
 from diffalign.runtime.interfaces import IterationBatch, LoopAlgorithm, RunOutputs
 from diffalign.runtime.oom import is_out_of_memory
 from diffalign.runtime.provenance import check_origin
-from diffalign.runtime.run import Run, last_good
+from diffalign.runtime.run import BaseRun, last_good
 from diffalign.runtime.state import LoopState, Tensors
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ class Checkpointer(Generic[B]):
         saved: ``Progress.position`` of the last checkpoint.
     """
 
-    def __init__(self, run: Run, state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
+    def __init__(self, run: BaseRun[Any], state: LoopState, algorithm: LoopAlgorithm[B], outputs: RunOutputs) -> None:
         self.run, self.state, self.algorithm, self.outputs = run, state, algorithm, outputs
         self.snapshot = algorithm.state_dict()
         self.saved = (0, 0, -1)

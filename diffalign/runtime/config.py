@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffalign.config import Checked, Given, option
 
@@ -19,6 +19,8 @@ class TrainingConfig(Checked):
     Fields with ``resume="free"`` may differ when a run is resumed: they choose what is written or evaluated, or how
     work is split into batches, and leave the weights the same up to rounding.
     """
+
+    products: ClassVar[tuple[str, ...]] = ()  # files that this kind of run writes into its folder, besides those of all
 
     given: InitVar[Given] = None
     output_dir: Path = option(Path("runs/default"), "run folder", section="run", resume="free")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -36,7 +36,7 @@ from diffalign.runtime.output import steady_output
 from diffalign.runtime.processes import shortfall
 from diffalign.runtime.products import all_exported, check_products, prepare_folder, write_exports
 from diffalign.runtime.progress import TimeLeft, crossed, paused, progress
-from diffalign.runtime.run import Run, last_good
+from diffalign.runtime.run import BaseRun, last_good
 from diffalign.runtime.state import LoopState
 from diffalign.runtime.step_metrics import reduce_step
 from diffalign.runtime.tracking import SAVE, MetricsLog, Trackers, pictures_of
@@ -57,7 +57,7 @@ class Loop(Generic[B]):
 
     def __init__(
         self,
-        run: Run,
+        run: BaseRun[Any],
         state: LoopState,
         algorithm: LoopAlgorithm[B],
         outputs: RunOutputs,

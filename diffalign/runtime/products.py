@@ -55,7 +55,8 @@ def keep_others(args: Any) -> dict[str, Path]:
         edited = (folder / CARD).is_file() and CARD in manifest.get("files", {}) and _is_changed(folder, CARD)
         others = [name for name, foreign in ((CONFIG, not generated), (CARD, edited)) if foreign]
     else:
-        others = [name for name in (*FILES, *WEIGHTS, *DENOISERS) if name not in LOGS]  # logs are kept by themselves
+        every = (*FILES, *WEIGHTS, *DENOISERS, *args.products)
+        others = [name for name in every if name not in LOGS]  # logs are kept by themselves
     return {name: aside for name in others if (aside := keep_aside(folder / name))}
 
 

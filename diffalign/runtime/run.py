@@ -17,6 +17,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.runtime import checkpoint
+from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.errors import NotFinite, StopRequested
 from diffalign.runtime.signals import Signals
@@ -25,7 +26,8 @@ from diffalign.runtime.watchdog import Watchdog
 from diffalign.runtime.working_folder import return_to
 from diffalign.structures import Guidance
 
-C = TypeVar("C", bound=TrainerConfig, covariant=True)
+C = TypeVar("C", bound=TrainingConfig, covariant=True)
+D = TypeVar("D", bound=TrainerConfig, covariant=True)
 
 
 @dataclass
@@ -93,9 +95,8 @@ class Heartbeat:
             raise StopRequested
 
 
-@dataclass(frozen=True)
-class Run(Generic[C]):
-    """Shared objects of a training, passed to algorithm, loop and outputs, none of which it refers to.
+class BaseRun(Generic[C]):
+    """What the loop reads of a training, whatever model it trains; subclasses are frozen dataclasses of these fields.
 
     Attributes:
         config: The validated configuration.
@@ -103,17 +104,15 @@ class Run(Generic[C]):
         module: The trained module as the loop calls it, wrapped for several processes.
         accelerator: Processes and devices.
         rng: Keyed random numbers.
-        prompts: Prompt embeddings.
         progress: Counters, which only the loop changes.
         heartbeat: Call it between two micro-batches.
     """
 
     config: C
-    model: DiffusionModel
+    model: Any
     module: nn.Module
     accelerator: Accelerator
     rng: KeyedRNG
-    prompts: PromptEmbeddingCache
     progress: Progress
     heartbeat: Heartbeat
 
@@ -144,6 +143,25 @@ class Run(Generic[C]):
     def gather_objects(self, objects: list[Any]) -> list[Any]:
         """Concatenate lists of all processes, in the order of processes."""
         return gather_object(objects) if self.world > 1 else objects
+
+
+@dataclass(frozen=True)
+class Run(BaseRun[D]):
+    """Shared objects of a training, passed to algorithm, loop and outputs, none of which it refers to.
+
+    Attributes besides those of ``BaseRun``:
+        model: The diffusion model, with its trained weights.
+        prompts: Prompt embeddings.
+    """
+
+    config: D
+    model: DiffusionModel
+    module: nn.Module
+    accelerator: Accelerator
+    rng: KeyedRNG
+    prompts: PromptEmbeddingCache
+    progress: Progress
+    heartbeat: Heartbeat
 
     @property
     def guidance_scale(self) -> float:

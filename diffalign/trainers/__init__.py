@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffalign.trainers.forward_rl.config import ForwardRLConfig
     from diffalign.trainers.refl.algorithm import ReFLTrainer
     from diffalign.trainers.refl.config import ReFLConfig
+    from diffalign.trainers.reward.config import RewardTrainerConfig
+    from diffalign.trainers.reward.trainer import RewardTrainer
 
 __all__ = [
     "DiffusionDPOConfig",
@@ -23,6 +25,8 @@ __all__ = [
     "ForwardRLTrainer",
     "ReFLConfig",
     "ReFLTrainer",
+    "RewardTrainer",
+    "RewardTrainerConfig",
 ]
 
 _HOMES = {
@@ -34,6 +38,8 @@ _HOMES = {
     "ForwardRLTrainer": "diffalign.trainers.forward_rl.algorithm",
     "ReFLConfig": "diffalign.trainers.refl.config",
     "ReFLTrainer": "diffalign.trainers.refl.algorithm",
+    "RewardTrainer": "diffalign.trainers.reward.trainer",
+    "RewardTrainerConfig": "diffalign.trainers.reward.config",
 }
 
 

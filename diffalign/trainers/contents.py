@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.sections import JUDGE, JUDGE_FILES
 from diffalign.data.ai_labels import labels_path
 from diffalign.data.images import source_image
 from diffalign.data.pairs import Samples
@@ -116,6 +117,10 @@ def _paths(value: Any, depth: int = 0) -> Iterator[str]:
     """Yield the local paths in a reward, a configuration or a container of them."""
     if isinstance(value, Weights):
         value = Path(value.path)
+        if (value / JUDGE_FILES[0]).is_file() and (value / f"{JUDGE}.json").is_file():
+            # A run folder holds more, such as checkpoints, which may go.
+            yield from (str(value / name) for name in JUDGE_FILES if (value / name).is_file())
+            return
     if isinstance(value, (str, Path)):
         named = isinstance(value, Path) or os.sep in value or os.path.splitext(value)[1] in MODEL_FILES
         if named and 0 < len(str(value)) < 1000 and "\0" not in str(value) and os.path.exists(value):

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 
 from diffalign.log import get_logger
 from diffalign.runtime.callbacks import TrainerCallback, TrainerControl, TrainerState
+from diffalign.runtime.config import TrainingConfig
 from diffalign.runtime.manifest import checked
 from diffalign.runtime.products import CONFIG, EXPORTS
-from diffalign.runtime.trainer_config import TrainerConfig
 
 logger = get_logger(__name__)
 
@@ -107,7 +107,7 @@ def upload_command(name: str, folder: Path) -> str:
     return f"hf upload {name} {shlex.quote(str(folder))} . {chosen}"
 
 
-def hub_callbacks(config: TrainerConfig) -> list[TrainerCallback]:
+def hub_callbacks(config: TrainingConfig) -> list[TrainerCallback]:
     """Return the callback that uploads a run, if its configuration names a repository."""
     if config.push_to_hub is None:
         return []

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from diffalign.lazy import load
 from diffalign.plugins import entry_points
 from diffalign.user_code import consented, load_code
 
 if TYPE_CHECKING:
-    from diffalign.trainers.algorithm import Algorithm
-    from diffalign.trainers.base import Trainer
     from diffalign.trainers.cost import Cost
 
 GROUP = "diffalign.algorithms"
 PACKAGE = __name__.rpartition(".")[0]
-A = TypeVar("A", bound="type[Algorithm[Any, Any]]")
+JUDGES = ("reward",)  # trainers of a reward, which have no diffusion model
+A = TypeVar("A", bound=type[Any])
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,25 @@ class Entry:
         cost: What a run costs, for dry runs; None: not estimated.
         trial: Configuration of the two steps that ``diffalign doctor`` trains on the embedded world, besides its own
             defaults; "{assets}" stands for the folder of the embedded world.
+        trainer_class: Import path of a trainer of its own; empty for the one of diffusion models.
+        plan: Import path of a function that prints what a run of a configuration does, instead of the forecast of
+            diffusion models; empty for that.
     """
 
     name: str
-    algorithm: type[Algorithm[Any, Any]]
+    algorithm: type[Any]
     config: type[Any]
     cost: Cost | None = None
     trial: Mapping[str, Any] = field(default_factory=dict)
+    trainer_class: str = ""
+    plan: str = ""
 
     @property
-    def trainer(self) -> type[Trainer[Any]]:
+    def trainer(self) -> type[Any]:
         """A trainer class of the algorithm."""
+        if self.trainer_class:
+            found: type[Any] = load(self.trainer_class)
+            return found
         from diffalign.trainers.base import Trainer
 
         title = "".join(part.capitalize() for part in self.name.split("_"))
@@ -61,7 +69,13 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register_algorithm(
-    name: str, *, config: type[Any], cost: Cost | None = None, trial: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    config: type[Any],
+    cost: Cost | None = None,
+    trial: Mapping[str, Any] | None = None,
+    trainer_class: str = "",
+    plan: str = "",
 ) -> Callable[[A], A]:
     """Register an algorithm under a name. For the arguments see ``Entry``.
 
@@ -75,20 +89,25 @@ def register_algorithm(
             raise ValueError(f"algorithm {name!r} is registered by {known.algorithm.__module__}: choose another name")
         algorithm.name, algorithm.config_class = name, config
         _set_command(algorithm, name)
-        _ENTRIES[name] = Entry(name, algorithm, config, cost, trial or {})
+        _ENTRIES[name] = Entry(name, algorithm, config, cost, trial or {}, trainer_class, plan)
         return algorithm
 
     return register
 
 
-def _set_command(algorithm: type[Algorithm[Any, Any]], command: str) -> None:
+def _set_command(algorithm: type[Any], command: str) -> None:
     script = f"scripts/train_{command}.py" if command in _built_in() else f"-m diffalign train {command}"
     algorithm.command, algorithm.launch_command = command, f"accelerate launch {script}"
 
 
 def algorithm_names() -> list[str]:
-    """List the names of all algorithms, importing none of this package."""
-    return sorted({*_built_in(), *_ENTRIES, *entry_points(GROUP).names})
+    """List the names of all algorithms for diffusion models, importing none of this package."""
+    return sorted({*_built_in(), *_ENTRIES, *entry_points(GROUP).names} - {*JUDGES})
+
+
+def trainer_names() -> list[str]:
+    """List the names that ``diffalign train`` takes: those of all algorithms, and of the trainers of a reward."""
+    return sorted({*algorithm_names(), *JUDGES})
 
 
 def find_algorithm(name: str, allow_code: bool = False) -> Entry:
@@ -130,7 +149,7 @@ def config_class(name: str, allow_code: bool = False) -> type[Any]:
 
 def unknown(name: str | None = None) -> str:
     """Return the message for a name that no algorithm has."""
-    known = algorithm_names()
+    known = trainer_names()
     if name is None:
         return f"name a trainer: {', '.join(known)}"
     close = difflib.get_close_matches(name, known, n=1)

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.config.sections import JUDGE_FILES
 from diffalign.runtime.manifest import checked
 from diffalign.runtime.products import CARD, DENOISERS, EXPORTS, WEIGHTS
 from diffalign.runtime.tracking import MetricsLog
@@ -31,7 +32,7 @@ class TrainingResult:
     Attributes:
         output_dir: Folder of the run.
         step: Optimizer steps, those of earlier processes of a resumed run included.
-        weights: Exported weights: the LoRA, or the folder of the denoiser.
+        weights: Exported weights: the LoRA, the folder of the denoiser, or those of a judge.
         card: Model card; None before the end of the run.
         evaluations: Step -> figures ``eval/...`` of each evaluation.
         metrics: Metrics of the last optimizer step.
@@ -113,7 +114,9 @@ def read_result(folder: Path, step: int) -> TrainingResult:
     evaluations = {row["step"]: row for row in rows if ACCURACY in row}
     metrics: Mapping[str, float] = next((row for row in reversed(rows) if "loss" in row), {})
     named = checked(folder / EXPORTS)[0].get("files", {})
-    parts = dict.fromkeys(part for name in named if (part := name.split("/")[0]) in (*WEIGHTS, *DENOISERS))
+    parts = dict.fromkeys(
+        part for name in named if (part := name.split("/")[0]) in (*WEIGHTS, *DENOISERS, JUDGE_FILES[0])
+    )
     return TrainingResult(
         folder,
         step,

@@ -24,6 +24,7 @@ from diffalign.commands.score import reward_table
 from diffalign.losses import tables as losses
 from scripts import ROOT
 from scripts.studies import compare_recipes, repeat_seeds
+from scripts.studies.own_judge import BACKBONES
 
 RESULTS = ROOT / "assets/results"
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "diffalign/rewards/README.md", losses.README)
@@ -158,6 +159,18 @@ def judges() -> str:
     return markdown(("pairs ranked as the verifier ranks them", *(f"`{name}`" for name in names)), rows)
 
 
+def own_judge() -> str:
+    """Tabulate how often judges that learned from few labels agree with the verifier, by backbone and seed."""
+    found = results("own_judge")
+    rows = [
+        (f"`{BACKBONES[name]}`, seed {row['seed']}", str(row["pairs"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+         f"{row['low']:.1%} to {row['high']:.1%}", f"{row['before/ece']:.3f}", f"{row['ece']:.3f}")
+        for name in BACKBONES if name in found for row in found[name]
+    ]  # fmt: skip
+    heads = ("backbone", "held-out pairs", "before", "after", "95 % interval", "calibration error before", "after")
+    return markdown(heads, rows)
+
+
 def common_rewards() -> str:
     """Take the header and the rows of ``COMMON_REWARDS`` from the table of all registered rewards."""
     header, rule, *lines = reward_table().splitlines()
@@ -182,6 +195,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "reward_speed": reward_speed,
     "memory": memory,
     "judges": judges,
+    "own_judge": own_judge,
     "rewards": common_rewards,
     "all_rewards": reward_table,
     **losses.TABLES,

@@ -10,7 +10,7 @@ from diffalign.config.schema import leaves
 from diffalign.report.metrics import METRICS, describe
 from diffalign.trainers import registry
 
-TRAINERS = registry.algorithm_names()
+TRAINERS = registry.trainer_names()
 
 
 def lines(capsys, *argv):

@@ -89,9 +89,15 @@ def evalmuse_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory, clip_folder):
+    return tiny_judges.own_judge(tmp_path_factory.mktemp("judge") / "mine", clip_folder)
+
+
+@pytest.fixture(scope="session")
 def small(
     clip_folder, aesthetic_file, hps_folder, clip_t5_folder, qwen_folders, hpsv3_parts, image_reward_folder,
     ict_hp_folders, detector_folder, dina_folder, deqa_folder, mps_folder, siglip_folder, evalmuse_folder,
+    judge_folder,
 ):  # fmt: skip
     """Registered name -> the options that make it of small weights; a reward without weights needs none."""
     clip = {"path": str(clip_folder), "tokenizer": str(clip_folder)}
@@ -100,6 +106,7 @@ def small(
     return {
         "pickscore": clip,
         "clipscore": clip,
+        "judge": {"path": str(judge_folder)},
         "aesthetic": {"path": str(aesthetic_file), **base},
         "hpsv2": {"path": str(hps_folder)},
         "hpsv2.1": {"path": str(hps_folder)},

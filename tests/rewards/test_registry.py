@@ -30,6 +30,7 @@ NAMES = [
     "image_reward",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "judge",
     "mps",
     "ocr",
     "pickscore",

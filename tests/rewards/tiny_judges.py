@@ -9,12 +9,23 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from diffalign.rewards.aesthetic_v25 import Head as HeadV25
 from diffalign.rewards.dina_lrm import Network
 from diffalign.rewards.evalmuse import FILE as EVALMUSE_FILE
 from diffalign.rewards.mps import Network as MpsNetwork
+from diffalign.rewards.support.judge_files import About, load_backbone, load_tokenizer, save_judge
+from diffalign.rewards.support.judge_network import JudgeNetwork
 from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from tests.rewards.tiny_checkpoints import PIPELINE, WORDS, clip, linear, norm
 
@@ -156,4 +167,28 @@ def evalmuse(folder):
     linear(w, "Qformer.cls.predictions.transform.dense", width, width)
     w["temp"] = torch.ones(())
     torch.save({"model": w}, folder / EVALMUSE_FILE)
+    return folder
+
+
+def own_judge(folder, backbone):
+    """A judge of three raters, mixtures of two prototypes that differ."""
+    network = JudgeNetwork(load_backbone(str(backbone)), raters=3, prototypes=2)
+    with torch.no_grad():
+        network.prototypes[1].weight.copy_(network.prototypes[1].weight.flip(0))
+        network.rater_logits.copy_(torch.tensor([[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0]]))
+    save_judge(network, load_tokenizer(str(backbone)), folder, About(str(backbone), ("ann", "bob", "carl")))
+    return folder
+
+
+def siglip(folder):
+    """A SigLIP model with both towers."""
+    torch.manual_seed(9)
+    tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}))
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

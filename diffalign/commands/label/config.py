@@ -46,9 +46,10 @@ class LabelConfig(ScoringConfig):
         section="model",
     )
     data: PreferenceDataConfig = option(PreferenceDataConfig(), "how pairs are read", section="data")
-    order: Literal["random", "disagreement", "ranking"] = option(
+    order: Literal["random", "given", "disagreement", "ranking"] = option(
         "random",
-        "next pair: random; disagreement: hardest for the rewards first; ranking: what says most about the models",
+        "next pair: random; given: as listed, e.g. in a judge's label_next.parquet; disagreement: hardest for the "
+        "rewards first; ranking: what says most about the models",
         section="data",
     )
     raters_per_pair: int | None = option(

@@ -40,6 +40,17 @@ class Random:
         return next(filter(is_open, self._shuffled[rater]), None)
 
 
+class Given:
+    """Show the pairs in the order of their sources, the same for every rater."""
+
+    def __init__(self, pairs: Sequence[Comparison], seed: int) -> None:
+        self.count = len(pairs)
+
+    def next(self, rater: str, is_open: Callable[[int], bool], answers: Callable[[], Sequence[Answer]]) -> int | None:
+        """Return the first open pair."""
+        return next(filter(is_open, range(self.count)), None)
+
+
 class Disagreement:
     """Show first the pairs that the rewards disagree on; with one reward, those that it can hardly tell apart."""
 
@@ -129,6 +140,7 @@ def count_wins(answers: Sequence[Answer], places: Mapping[str, int]) -> np.ndarr
 
 ORDERS: dict[str, Callable[[Sequence[Comparison], int], Order]] = {
     "random": Random,
+    "given": Given,
     "disagreement": Disagreement,
     "ranking": Ranking,
 }

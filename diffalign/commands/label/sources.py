@@ -15,9 +15,8 @@ from diffalign.commands.label.kinds import BASE_NAME, Kind, kind_of
 from diffalign.commands.label.pictures import pair_folders
 from diffalign.commands.label.rollouts import Line, buffer_rows, read_buffer, scores_of, stored_rewards
 from diffalign.data.config import PreferenceDataConfig
-from diffalign.data.formats import FORMATS, Format, Judgement, detect, pairs, pick_a_pic
+from diffalign.data.formats import LABELLESS, detect
 from diffalign.data.pairs import Part, open_part
-from diffalign.data.row import PROMPTS, Row
 from diffalign.data.tables import Table
 from diffalign.data.validation import Quarantine
 from diffalign.evaluation.checkpoints import BASE, CheckpointSpec, parse_checkpoints
@@ -26,22 +25,6 @@ from diffalign.structures import ImageSource, Pair, Prompt
 
 if TYPE_CHECKING:
     from diffalign.evaluation.scored_images import ScoredImages
-
-
-def _maybe_labelled(row: Row) -> Iterator[Judgement]:
-    """Read a row of Pick-a-Pic, also without a label."""
-    if row.cell("label_0") is None:
-        yield row.image("jpg_0", row.values.get("image_0_uid")), row.image("jpg_1", row.values.get("image_1_uid")), None
-    else:
-        yield from pick_a_pic(row)
-
-
-# The formats of preference data, of which those with a column of labels do not need it here.
-LABELLESS = {
-    **FORMATS,
-    "pick_a_pic": Format(("jpg_0", "jpg_1", PROMPTS), _maybe_labelled),
-    "pairs": Format(("image_0", "image_1", PROMPTS), pairs),
-}
 
 
 def collect(config: LabelConfig) -> list[Comparison]:

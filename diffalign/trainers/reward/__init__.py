@@ -1,0 +1,1 @@
+"""Train a reward, a judge of one's own, on preference labels."""

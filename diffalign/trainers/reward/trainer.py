@@ -1,0 +1,204 @@
+"""Train a judge of one's own: build the network, read the pairs, and run the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from diffalign.config import to_yaml
+from diffalign.log import get_logger
+from diffalign.rewards.base import Reward, needs_groups
+from diffalign.rewards.config import build_rewards
+from diffalign.rewards.support.judge_files import load_backbone, load_tokenizer
+from diffalign.rewards.support.judge_network import JudgeNetwork
+from diffalign.rewards.support.probe import try_rewards
+from diffalign.rewards.support.weights import split
+from diffalign.rng import KeyedRNG
+from diffalign.runtime.callbacks import TrainerCallback
+from diffalign.runtime.lock import refuse_busy
+from diffalign.runtime.loop import Loop
+from diffalign.runtime.processes import check_world, connect, wants_shards
+from diffalign.runtime.products import check_products
+from diffalign.runtime.run import Heartbeat
+from diffalign.runtime.state import LoopState
+from diffalign.runtime.tracking import tracker_names
+from diffalign.runtime.watchdog import Watchdog
+from diffalign.trainers.hub import create_repository, hub_callbacks
+from diffalign.trainers.result import TrainingResult, read_result
+from diffalign.trainers.reward.algorithm import JudgeRun, RewardModelling, make_trainable
+from diffalign.trainers.reward.config import RewardTrainerConfig
+from diffalign.trainers.reward.data import JudgeData, read_judge_data
+from diffalign.trainers.reward.inputs import PairInputs, PooledInputs
+from diffalign.trainers.reward.outputs import JudgeOutputs
+
+logger = get_logger(__name__)
+
+
+class RewardTrainer:
+    """Train a reward on preference labels.
+
+    Args:
+        model: CLIP or SigLIP model, a path or hub id; default: ``args.backbone``.
+        args: The configuration.
+        train_dataset: Pairs in memory, a ``datasets.Dataset`` or what ``load_pairs`` returned; default:
+            ``args.train_data``.
+        callbacks: Called on steps, evaluations and checkpoints, in order.
+
+    Attributes:
+        run: What the training shares.
+        algorithm: The algorithm.
+        loop: The loop that trains it.
+        outputs: Evaluations and products.
+
+    Raises:
+        ValueError, FileNotFoundError: Before any work, if something is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        args: RewardTrainerConfig | None = None,
+        train_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        config = args or RewardTrainerConfig()
+        config = dataclasses.replace(config, output_dir=config.output_dir.absolute())
+        if model is not None:
+            config = dataclasses.replace(config, backbone=str(model))
+        config.validate()
+        judges = read_judges(config)
+        data = read_judge_data(config, train_dataset)
+        try_rewards(judges, [data.pair(i).prompt for i in data.held_out[:2]], leave=True)
+        accelerator = self._connect(config)
+
+        network = make_trainable(build_network(config, data), config).to(accelerator.device)
+        tokenizer = load_tokenizer(*split(config.tokenizer)) if config.tokenizer else _own_tokenizer(config)
+        state = LoopState(network, config, accelerator)
+        inputs = (
+            PooledInputs(data, network, tokenizer, config.eval_batch_size)
+            if config.train == "head"
+            else PairInputs(data, network, tokenizer)
+        )
+        self.run = JudgeRun(
+            config=config,
+            model=network,
+            module=state.module,
+            accelerator=accelerator,
+            rng=KeyedRNG(config.seed),
+            progress=state.progress,
+            heartbeat=Heartbeat(accelerator, Watchdog(config.hang_timeout, config.output_dir)),
+            data=data,
+            inputs=inputs,
+            tokenizer=tokenizer,
+        )
+        self.algorithm = RewardModelling(self.run)
+        self.outputs = JudgeOutputs(self.run, self.algorithm, judges, state.ema)
+        self.loop: Loop[Any] = Loop(self.run, state, self.algorithm, self.outputs, [*callbacks, *hub_callbacks(config)])
+
+    def _connect(self, config: RewardTrainerConfig) -> Accelerator:
+        """Start the processes, and check that batches divide over them."""
+        connect()
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker_names(config.report_to) or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        check_world(accelerator.num_processes)
+        if wants_shards(accelerator.device) is not None:
+            raise ValueError("a judge trains whole on each process, without FSDP2: launch with ddp.yaml")
+        if config.num_pairs % accelerator.num_processes:
+            raise ValueError(
+                f"num_pairs {config.num_pairs} do not divide over {accelerator.num_processes} processes: make it a "
+                "multiple"
+            )
+        if accelerator.is_main_process:
+            refuse_busy(config.output_dir)
+            check_products(config.output_dir)
+            if config.push_to_hub is not None:
+                create_repository(config.push_to_hub, config.hub_private)
+        return accelerator
+
+    @property
+    def args(self) -> RewardTrainerConfig:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def model(self) -> JudgeNetwork:
+        """The judge."""
+        return self.run.model
+
+    def train(self) -> TrainingResult:
+        """Train to ``max_train_steps``; write the judge, its report and the pairs to label next.
+
+        Returns:
+            The figures, and the paths of what was written.
+        """
+        run = self.run
+        logger.info(opening(run.config, run.data, sum(p.numel() for p in self.loop.state.parameters)))
+        if isinstance(run.inputs, PooledInputs):
+            run.inputs.compute(run.device, run.is_main)
+        self.loop.train()
+        return read_result(run.config.output_dir, run.progress.step)
+
+
+def read_judges(config: RewardTrainerConfig) -> dict[str, Reward]:
+    """Build the rewards to compare with. ValueError: one ranks images within a group."""
+    judges, _ = build_rewards(config.judges, config.allow_reward_code)
+    if ranks := [name for name, reward in judges.items() if needs_groups(reward)]:
+        raise ValueError(f"judges: {', '.join(ranks)} rank images within a group of one prompt: name others")
+    return judges
+
+
+def build_network(config: RewardTrainerConfig, data: JudgeData) -> JudgeNetwork:
+    """Load the backbone. ValueError: it cannot be read, or is no CLIP or SigLIP model."""
+    try:
+        backbone = load_backbone(config.backbone, config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone {config.backbone}: {str(error)[:500]}") from error
+    return JudgeNetwork(backbone, len(data.raters), config.prototypes, config.seed)
+
+
+def _own_tokenizer(config: RewardTrainerConfig) -> Any:
+    try:
+        return load_tokenizer(config.backbone, config.revision)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"backbone {config.backbone} has no tokenizer ({str(error).splitlines()[0][:200]}): name one, such as "
+            "tokenizer: laion/CLIP-ViT-H-14-laion2B-s32B-b79K for PickScore"
+        ) from error
+
+
+def opening(config: RewardTrainerConfig, data: JudgeData, parameters: int | None = None) -> str:
+    """Describe the run's model, data, steps and folder, a line each."""
+    kind = {"head": "its projections", "lora": f"a LoRA of rank {config.lora.rank} and its projections", "full": "all"}
+    size = "" if parameters is None else f": {parameters:,} parameters"
+    prompts = [len({data.examples[i].text for i in part}) for part in (data.train, data.held_out)]
+    lines: Mapping[str, str] = {
+        "backbone": f"{config.backbone}, of which {kind[config.train]} train{size}",
+        "data": f"{len(data.train)} pairs of {prompts[0]} prompts",
+        "held out": f"{len(data.held_out)} pairs of {prompts[1]} other prompts",
+        "raters": f"{len(data.raters)}, mixtures of {config.prototypes} prototypes" if data.raters else "",
+        "judges": ", ".join(config.judges),
+        "steps": f"{config.max_train_steps} optimizer steps, of {config.num_pairs} pairs each",
+        "output": str(config.output_dir),
+    }
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)
+
+
+def print_plan(config: RewardTrainerConfig) -> int:
+    """Print configuration and data of a run, for ``--dry_run``; load no weights, write nothing. Return 0.
+
+    ValueError: the run cannot start.
+    """
+    config.validate()
+    read_judges(config)
+    data = read_judge_data(config)
+    print(f"configuration\n{to_yaml(config)}\n{opening(config, data)}\nmemory and time of a judge are not forecast")
+    return 0
