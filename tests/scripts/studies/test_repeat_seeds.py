@@ -30,7 +30,10 @@ def test_seconds_are_those_of_all_updates_of_an_iteration_and_checkpoints_have_t
     assert seeds.checkpoint_share(tmp_path) == pytest.approx(0.5 / 20)
 
 
-@pytest.mark.parametrize("name", ["flow_grpo/shapes", "flow_grpo/shapes_long", "refl/shapes_draft_k"])
+@pytest.mark.parametrize(
+    "name",
+    ["flow_grpo/shapes", "flow_grpo/shapes_long", "refl/shapes_draft_k", "forward_rl/shapes", "forward_rl/shapes_sd"],
+)
 def test_the_seeds_csv_is_of_the_shipped_config(name):
     config = safe_load((ROOT / f"configs/{name}.yaml").read_text())
     rows = list(csv.DictReader((ROOT / f"assets/results/{name.replace('/', '_')}_seeds.csv").open()))
@@ -81,7 +84,7 @@ def test_test_prompts_are_evaluated_once_with_base_and_last_weights(run_folder, 
     assert "training" not in seeds.table([[base, tuned]])
 
 
-@pytest.mark.parametrize("name", ["forward_rl/shapes"])
+@pytest.mark.parametrize("name", ["forward_rl/shapes", "forward_rl/shapes_sd"])
 def test_the_test_csv_has_every_seed_of_a_shipped_config(name):
     assert (ROOT / f"configs/{name}.yaml").is_file()
     rows = list(csv.DictReader((ROOT / f"assets/results/{name.replace('/', '_')}_test.csv").open()))
