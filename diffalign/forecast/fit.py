@@ -14,7 +14,8 @@ from diffalign.config.fields import given_names
 from diffalign.device import default_device, total_memory
 from diffalign.forecast.dry_run import Place, free_memory, place_of
 from diffalign.forecast.fitter import SAVINGS, SPARE, Fit, Fitter
-from diffalign.runtime.checkpoint import CheckpointError, recorded_config, resolve
+from diffalign.runtime.checkpoint import CheckpointError, recorded_config
+from diffalign.runtime.output_copy import find_checkpoint
 from diffalign.trainers.registry import Entry
 
 SIZES = (12, 16, 24, 40, 48, 80)  # GB of the table of ``diffalign fit``
@@ -128,7 +129,7 @@ def resumed(config: Any) -> tuple[Any, dict[str, Any]]:
     """
     fixed = {name for saving in SAVINGS for name in saving} - free_fields(type(config)) - set(given_names(config))
     try:
-        path = resolve(config.output_dir, config.resume_from_checkpoint)
+        path = find_checkpoint(config)
     except CheckpointError:
         return config, {}  # the run itself says what is wrong
     if path is None:

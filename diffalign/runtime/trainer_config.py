@@ -118,7 +118,7 @@ class TrainerConfig(TrainingConfig):
     )
     eval_prompts: Path | None = option(
         None,
-        "held-out prompts: file, hub id or named set, e.g. geneval?split=test; default: no evaluation",
+        "held-out prompts: file, address (s3://...), hub id or named set (geneval?split=test); default: no evaluation",
         section="evaluation",
         resume="free",
     )

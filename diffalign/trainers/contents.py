@@ -14,6 +14,7 @@ from diffalign.data.ai_labels import labels_path
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
+from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
@@ -36,12 +37,12 @@ def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
         found[f"lora.init {args.lora.init}"] = fingerprint(lora_file(Path(args.lora.init)))
     for name in ("train_prompts", "eval_prompts"):
         if (source := getattr(args, name, None)) and (file := parse_source(source).path):
-            found[f"{name} {file}"] = fingerprint(file)
+            found[f"{name} {shown(file)}"] = fingerprint(file)
     if rollouts := getattr(args, "train_rollouts", None):
-        found[f"train_rollouts {rollouts}"] = fingerprint(rollouts)
+        found[f"train_rollouts {shown(rollouts)}"] = fingerprint(mapped(rollouts))
     for name in ("train_data", "train_images"):
         for source in getattr(args, name, ()):
-            found[f"{name} {source}"] = fingerprint(source)
+            found[f"{name} {source}"] = fingerprint(mapped(source))
             if args.data.labels and os.path.exists(source):
                 labels = labels_path(source, args.data.labels)
                 found[f"labels {labels}"] = fingerprint(labels)
