@@ -115,12 +115,8 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     if not text:
         return
     path = Path(text)
-    if path.is_file():
-        yield (
-            f"model {text}: is a single file, without the configuration and tokenizers that runs need; convert it: "
-            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the class of its family, and "
-            "give that folder"
-        )
+    if path.is_file() or (not path.is_dir() and text.partition("?")[0].endswith((".safetensors", ".ckpt"))):
+        yield from _single_file_problem(text, config)
     elif path.exists():
         if not (path / "model_index.json").is_file():
             yield f"model {text}: has no model_index.json; give the folder that save_pretrained wrote"
@@ -128,6 +124,32 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         yield f"model {text}: no such folder{_near(path)}; give a folder in diffusers' layout, or a hub id 'owner/name'"
     elif problem := hub_problem(text, getattr(config, "revision", None), "model", "model_index.json"):
         yield f"model {text}: no such folder{_near(path)}; {problem}"
+
+
+def _single_file_problem(text: str, config: Any) -> Iterator[str]:
+    """Check a model that is a single file, and the base that has what the file lacks."""
+    from diffalign.models.single_file import check_kind, header, layout, single_file
+
+    try:
+        found = single_file(text)
+        if found is None:
+            yield f"model {text}: is a file of another kind; give a folder in diffusers' layout, or a .safetensors file"
+            return
+        if (hub := found.on_hub) is not None:
+            if problem := hub_problem(hub[0], hub[1], "model", hub[2]):
+                yield f"model {text}: {problem}"
+                return
+        else:
+            check_kind(found.name, header(found.path()))
+        base = str(layout(text))
+    except (ValueError, OSError) as error:
+        yield str(error)
+        return
+    for problem in model_problem("model", base, config):
+        yield (
+            f"{problem}. {found.name} needs a base, for its configuration, its tokenizers and the parts that it lacks: "
+            "FILE?base=FOLDER or ?base=owner/name"
+        )
 
 
 def lora_problem(name: str, value: Any, config: Any) -> Iterator[str]:

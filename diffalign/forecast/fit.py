@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from diffalign.config import free_fields
@@ -14,6 +13,7 @@ from diffalign.config.fields import given_names
 from diffalign.device import default_device, total_memory
 from diffalign.forecast.dry_run import Place, free_memory, place_of
 from diffalign.forecast.fitter import SAVINGS, SPARE, Fit, Fitter
+from diffalign.models.single_file import is_local
 from diffalign.runtime.checkpoint import CheckpointError, recorded_config
 from diffalign.runtime.output_copy import find_checkpoint
 from diffalign.trainers.registry import Entry
@@ -109,7 +109,7 @@ def choose(entry: Entry, config: Any, place: Place, *, dry: bool = False) -> tup
     Returns:
         The configuration with the settings, a line that says what was chosen, and the place with its memory.
     """
-    budget = find_budget(config.memory, place, Path(config.model).exists(), dry)
+    budget = find_budget(config.memory, place, is_local(config.model), dry)
     config, kept = resumed(config)
     found = Fitter(entry, config, budget.place, budget.place.cpu, frozenset(kept)).fit(budget.size)
     if found is None:

@@ -37,7 +37,11 @@ class TrainerConfig(TrainingConfig):
     examples: ClassVar[tuple[str, ...]] = ()
     essential: ClassVar[tuple[str, ...]] = ()
 
-    model: str = option("", "model folder in diffusers' layout, or a hub id", section="model")
+    model: str = option(
+        "",
+        "model folder in diffusers' layout, hub id, or single file, FILE.safetensors or FILE.safetensors?base=FOLDER",
+        section="model",
+    )
     revision: str | None = option(
         None, "branch, tag or commit of a hub model; config.yaml records the commit", section="model"
     )

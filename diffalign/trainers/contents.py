@@ -14,6 +14,7 @@ from diffalign.data.ai_labels import labels_path
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
+from diffalign.models.single_file import layout, single_file
 from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
@@ -32,7 +33,10 @@ def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
 
     Repositories of the hub are known by their commits, and are not among them.
     """
-    found = {f"model {args.model}": fingerprint(args.model, MODEL_FILES)}
+    base = layout(args.model)
+    found = {f"model {base}": fingerprint(base, MODEL_FILES)}
+    if (one := single_file(args.model)) is not None:
+        found[f"model {one.name}"] = fingerprint(one.path())
     if args.lora.init and Path(args.lora.init).exists():
         found[f"lora.init {args.lora.init}"] = fingerprint(lora_file(Path(args.lora.init)))
     for name in ("train_prompts", "eval_prompts"):
