@@ -199,6 +199,8 @@ class TrainerConfig(TrainingConfig):
             from diffalign.models.registry import load_family
 
             load_family(self.family, self.allow_reward_code)
+        if self.lora.text_encoder and "text_encoders" in self.offload:
+            raise ValueError("lora.text_encoder uses them at every step: leave text_encoders out of offload")
         if self.quantise != "no" and self.lora.rank == 0:
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:

@@ -50,7 +50,7 @@ def assert_same(found, expected):
     assert found.scheduler.config == expected.scheduler.config
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "sd2" else ()) for n in WHOLE])
 def test_a_file_with_all_parts_is_its_folder(name, files):
     file, folder = files(name)
     model = load_model(f"{file}?base={folder}")
@@ -176,7 +176,7 @@ def test_a_missing_base_is_named_with_what_to_try(files, capsys):
         assert "FILE?base=FOLDER or ?base=owner/name" in message
 
 
-@pytest.mark.parametrize(("name", "only"), [("sd15", ""), ("sdxl", ""), ("sd3", LDM), ("sd3", "clips")])
+@pytest.mark.parametrize(("name", "only"), [("sdxl", ""), ("sd3", LDM), ("sd3", "clips")])
 def test_the_lines_of_the_card_make_the_same_pipeline(name, only, files, tmp_path):
     file, folder = files(name, "" if only == "clips" else only)
     if only == "clips":
