@@ -13,11 +13,10 @@ from tests.reliability.trainers import TRAINERS, short
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PLANS = {
-    "flow_grpo": {"plan": PlanConfig(preset="ddpo", num_steps=2)},
-    "forward_rl": {"plan": PlanConfig(preset="ode", num_steps=2, solver="ddim")},
-    "online_dpo": {"plan": PlanConfig(preset="ode", num_steps=2, solver="ddim")},
+    "flow_grpo": {"plan": PlanConfig(preset="flow_grpo", num_steps=2, noise_level=1.0, solver="ddim")},
+    "forward_rl": {"plan": PlanConfig(preset="ode", num_steps=2, ode_solver="dpmpp_2m")},
+    "online_dpo": {"plan": PlanConfig(preset="ode", num_steps=2, ode_solver="dpmpp_2m")},
 }
-OTHERS = [name for name in TRAINERS if name != "diffusion_dpo"]
 CASES = [
     ("diffusion_dpo", "sd15"),
     ("diffusion_dpo", "sdxl"),
