@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from diffalign.files import check_inside, read_bytes
 
@@ -27,6 +27,10 @@ def without_nulls(value: Any) -> Any:
 Resolution = int | tuple[int, int] | None  # of a configuration: a side, (height, width), or the model's own
 
 
+@overload
+def image_size(resolution: int | tuple[int, int]) -> tuple[int, int]: ...
+@overload
+def image_size(resolution: Resolution) -> tuple[int, int] | None: ...
 def image_size(resolution: Resolution) -> tuple[int, int] | None:
     """Return (height, width) in pixels of a configured resolution; one side means a square."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution

@@ -175,12 +175,14 @@ def test_a_stale_table_is_rewritten():
 
 def test_the_figures_of_the_readme_are_those_on_disk():
     trust, flow = tables.results("trust"), tables.results("bench_flow_grpo")
-    tuned = [100 * run[-1]["accuracy"] for run in tables.evaluations("shapes")]
-    assert f"**+{tables.gain('shapes')}** points" in PROSE
+    tuned = [100 * run[-1]["accuracy"] for run in tables.evaluations("flow_grpo_shapes")]
+    assert f"**+{tables.gain('flow_grpo_shapes')}** points" in PROSE
     assert f"to {tables.repeat_seeds.spread(tuned)} %" in PROSE
-    long = [100 * run[-1]["accuracy"] for run in tables.evaluations("shapes_long")]
+    long = [100 * run[-1]["accuracy"] for run in tables.evaluations("flow_grpo_shapes_long")]
     assert f"to {tables.repeat_seeds.spread(long)} %" in PROSE
-    assert PROSE.count(tables.gain("shapes_draft_k")) == 2
+    assert PROSE.count(tables.gain("refl_shapes_draft_k")) == 2
+    nft = [100 * row["accuracy"] for row in tables.tests("forward_rl_shapes") if row["weights"] == "tuned"]
+    assert f"to {tables.repeat_seeds.spread(nft)} %" in PROSE
     assert f"takes **{flow['ratio']:.2f}** times" in PROSE
     assert f"**{trust['kills_survived']} of {trust['kills']}**" in PROSE
     assert f"{trust['resume_points_exact']} of {trust['resume_points']} stop points" in PROSE

@@ -21,6 +21,7 @@ from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import load_model
 from diffalign.models.checkpoint_context import check_weights
 from diffalign.models.load import edits
+from diffalign.models.meta_device import model_on_meta
 from diffalign.preflight import inspect
 from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.report.html import write_page
@@ -86,7 +87,13 @@ def draw_all(
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
-    """Write ``results.json``, ``results.md`` and ``results.png`` to ``output_dir``; return model name -> results."""
+    """Write ``results.json``, ``results.md`` and ``results.png`` to ``output_dir``; return model name -> results.
+
+    With ``sizes`` they are those of each size, in a folder such as ``768x1344``, and ``output_dir`` has the tables of
+    all; the names returned are those of model and size, e.g. ``base 768x1344``.
+    """
+    if config.sizes:
+        return _evaluate_sizes(config)
     resolved = resolve(config, Path("runs/eval"), images_per_prompt=2)
     inspect(resolved, weights=True)
     drawn = draw_all(resolved)
@@ -118,8 +125,41 @@ def evaluate(config: EvaluationConfig) -> dict[str, ModelResults] | None:
     return results
 
 
+def check_sizes(config: EvaluationConfig) -> None:
+    """Raise ValueError for a size that the model cannot have, before images of another one are sampled."""
+    resolved = resolve(config, Path("runs/eval"), images_per_prompt=1)
+    for size in config.sizes:
+        model_on_meta(resolved.model, revision=resolved.revision, resolution=size)
+
+
+def _evaluate_sizes(config: EvaluationConfig) -> dict[str, ModelResults] | None:
+    check_sizes(config)
+    root, speaks = config.output_dir or Path("runs/eval"), joined().is_main_process
+    found: dict[str, ModelResults] = {}
+    tables, files = [], {}
+    for size, one in config.by_size(root):
+        if speaks:
+            print(f"\n{size}, height x width:")
+        own = evaluate(one)
+        if own is not None:
+            found |= {f"{name} {size}": results for name, results in own.items()}
+            tables.append(f"## {size}\n\n{(root / size / 'results.md').read_text()}")
+            files[size] = json.loads((root / size / "results.json").read_text())
+    if not files:  # not the main process
+        return None
+    write_text(root / "results.md", "\n".join(tables))
+    write_text(root / "results.json", json.dumps({"sizes": files}, indent=1) + "\n")
+    return found
+
+
 def compare(config: EvaluationConfig) -> Path | None:
-    """Write ``compare.png`` and ``compare.html``: a row per prompt, a column per model, rewards below each image."""
+    """Write ``compare.png`` and ``compare.html``: a row per prompt, a column per model, rewards below each image.
+
+    With ``sizes`` there is one of each per size, in a folder such as ``768x1344``. Returns the (last) page.
+    """
+    if config.sizes:
+        check_sizes(config)
+        return [compare(one) for _, one in config.by_size(config.output_dir or Path("runs/compare"))][-1]
     resolved = resolve(config, Path("runs/compare"), images_per_prompt=1)
     inspect(resolved, weights=True)
     drawn = draw_all(resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +11,7 @@ from diffalign.commands.models_config import ModelsConfig, fill_in, find_record,
 from diffalign.config import option
 from diffalign.config.reward_consent import guard_rewards
 from diffalign.config.sections import RewardConfig
+from diffalign.structures import image_size
 
 if TYPE_CHECKING:
     from diffalign.evaluation.runs import RunConfig
@@ -53,6 +55,34 @@ class EvaluationConfig(ScoringConfig):
     embedder: str | None = option(
         None, "image model of transformers, to measure diversity in its embedding space", section="rewards"
     )
+    sizes: tuple[int | tuple[int, int], ...] = option(
+        (),
+        "evaluate at each of these sizes, each a resolution ([512, [768, 1344]]), in a folder of its own",
+        section="model",
+        ge=1,
+        le=100_000,
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the models, and with the sizes."""
+        yield from super().problems()
+        if self.sizes and self.resolution is not None:
+            yield "resolution: sizes are given as well: list every size in sizes, or leave sizes out"
+        names = [size_name(size) for size in self.sizes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield f"sizes: {', '.join(twice)} is given more than once: give each size once"
+
+    def by_size(self, output_dir: Path) -> Iterator[tuple[str, EvaluationConfig]]:
+        """Yield the name of each of ``sizes`` and the evaluation at that size alone, in a folder of ``output_dir``."""
+        for size in self.sizes:
+            name = size_name(size)
+            yield name, replace(self, sizes=(), resolution=size, output_dir=output_dir / name)
+
+
+def size_name(resolution: int | tuple[int, int]) -> str:
+    """Return height and width as text, e.g. ``768x1344``."""
+    height, width = image_size(resolution)
+    return f"{height}x{width}"
 
 
 @dataclass(kw_only=True)

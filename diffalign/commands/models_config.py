@@ -152,7 +152,7 @@ def run_values(config: ModelsConfig, record: RunConfig) -> dict[str, Any]:
         "guidance_scale": run.get("guidance_scale"),
         "embedded_guidance": run.get("embedded_guidance"),
         "base_share": run.get("base_share", 0.0),
-        "offload": run.get("offload", ()),
+        "offload": _sampling_parts(run.get("offload", ())),
         "batch_size": run.get("rollout_batch_size", 16),
     }
     open_fields = left_open(config, known)
@@ -175,6 +175,11 @@ def load_own_family(config: ModelsConfig) -> None:
         from diffalign.models.registry import load_family
 
         load_family(config.family, config.allow_reward_code)
+
+
+def _sampling_parts(offload: Any) -> Any:
+    """Return the parts of a model among those that a run keeps on the CPU, without the rewards it trains on."""
+    return [part for part in offload if part != "rewards"] if isinstance(offload, list | tuple) else offload
 
 
 def _steps(run: Mapping[str, Any]) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -13,7 +15,8 @@ from PIL import Image
 
 from diffalign import media
 from diffalign.data.validation import SampleError
-from diffalign.structures import ImageSource, LabelledImage, Pair
+from diffalign.files import shorten
+from diffalign.structures import ImageSource, LabelledImage, Pair, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,8 +131,22 @@ def digest(source: ImageSource) -> str:
     return hashlib.blake2b(_read(source), digest_size=16).hexdigest()
 
 
+def source_image(prompt: Prompt) -> ImageSource | None:
+    """Return the source image of an editing instruction; None without a file of that name."""
+    given = prompt.input
+    if isinstance(given, str) or not os.path.isfile(given.image):
+        return None
+    return ImageSource(shorten(given.image), Path(given.image))
+
+
 def content_key(pair: Pair) -> str:
-    """Hash a pair's text, metadata and encoded images, in order, to 32 hexadecimal digits; labels are excluded."""
-    text = json.dumps([pair.prompt.text, pair.prompt.metadata], sort_keys=True, default=str)
+    """Hash a pair's text, metadata and encoded images, in order, to 32 hexadecimal digits; labels are excluded.
+
+    Of a source image the content counts, wherever it lies.
+    """
+    metadata = dict(pair.prompt.metadata)
+    if (source := source_image(pair.prompt)) is not None:
+        metadata["image"] = digest(source)
+    text = json.dumps([pair.prompt.text, metadata], sort_keys=True, default=str)
     parts = "\0".join([text, *map(digest, pair.images)])
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()

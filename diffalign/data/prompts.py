@@ -12,7 +12,7 @@ from typing import Any
 from diffalign.data.prompt_sets import generate, held_out
 from diffalign.data.prompt_source import GENERATED, HUB, PromptSource, parse_source
 from diffalign.data.records import parse_object, read_chunks
-from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed
+from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed, with_source
 from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.remote import local
@@ -285,6 +285,7 @@ def _from_row(row: Mapping[str, Any], asked: PromptSource, keys: tuple[str, ...]
     entry = {name: value for name, value in entry.items() if not _is_image(value)}
     nested = entry.get("metadata")
     nested = _nested(entry.pop("metadata")) if isinstance(nested, dict) or str(nested).lstrip().startswith("{") else {}
+    nested = with_source(nested, Path() if asked.path is None else asked.path.parent)
     return Prompt(text.strip(), {**without_nulls(entry), **nested, **source})
 
 

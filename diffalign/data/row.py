@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 from diffalign.data.records import parse_json
 from diffalign.data.validation import SampleError
 from diffalign.files import check_inside, printable, shorten
-from diffalign.remote import address, copy_path
+from diffalign.remote import RemoteError, address, address_of, copy_path, ensure
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
 PROMPTS = ("prompt", "caption", "text")
@@ -78,6 +79,29 @@ def as_metadata(value: Any) -> dict[str, Any]:
         raise ValueError(f"{shorten(repr(value), 60)} is not a mapping of names to values")
     found: dict[str, Any] = without_nulls(value)
     return found
+
+
+def with_source(metadata: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Make the path of a source image ("image") absolute; a relative one starts from ``root``.
+
+    A value that names no file there stays: other data have metadata of this name too.
+    """
+    value = metadata.get("image")
+    if not isinstance(value, str) or not value.strip() or not _is_path(value) or not _is_file(root, value):
+        return dict(metadata)
+    return {**metadata, "image": os.path.abspath(root / value)}
+
+
+def _is_file(root: Path, value: str) -> bool:
+    """Return whether a file is there; one of a store is downloaded."""
+    if address_of(root) is not None:
+        if ".." in Path(value).parts:
+            return False
+        try:
+            ensure(root / value)
+        except RemoteError:
+            return False
+    return os.path.isfile(root / value)
 
 
 @dataclass(frozen=True)
@@ -146,6 +170,8 @@ class Row:
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
         """Read the mapping in "metadata", completed by the cells of ``others``.
 
+        Its "image", the source image of an edit, starts from ``root`` as other paths of a row do.
+
         Args:
             others: Further columns; "metadata" takes precedence.
             typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
@@ -155,7 +181,7 @@ class Row:
         """
         value = self.values.get("metadata")
         try:
-            own = as_metadata(value() if callable(value) else value)
+            own = with_source(as_metadata(value() if callable(value) else value), self.root)
         except ValueError as error:
             raise self.error("bad_row", "metadata", str(error)) from error
         cells = {name: self.values[name] for name in others}

@@ -82,7 +82,8 @@ class Evaluation:
         """
         self.model, self.rewards, self.encoded, self.heartbeat = run.model, rewards, run.prompts, run.heartbeat
         self.device, self.trained = run.accelerator.device, trained
-        self.digest = hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]
+        inputs = [p.input if run.model.edits else p.text for p in prompts]
+        self.digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
         self.index = list(range(len(prompts)))[run.rank :: run.world]
         self.prompts = [prompts[i] for i in self.index]
         check_sources(run.model, self.prompts)

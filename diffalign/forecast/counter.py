@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ ATTENTION = {
 def storage_bytes(tensor: Tensor, block: int) -> int:
     """Return the bytes of a tensor's storage, rounded up to blocks of the allocator."""
     return -(-tensor.untyped_storage().nbytes() // block) * block
+
+
+TABLES = ("flops", "traffic", "calls")  # what ``Counter`` counts by phase and part, apart from peaks
+
+
+@dataclass
+class Recording:
+    """What a context counted: bytes beyond those alive at its start, and operations and calls by phase and part."""
+
+    extra: int = 0
+    tables: Mapping[str, Tally[tuple[str, str]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -152,12 +163,28 @@ class Counter(TorchDispatchMode):
     @contextmanager
     def repeated(self, times: float) -> Iterator[None]:
         """Count operations and calls within the context so many times."""
-        before = {name: Tally(getattr(self, name)) for name in ("flops", "traffic", "calls")}
+        before = {name: Tally(getattr(self, name)) for name in TABLES}
         yield
         for name, known in before.items():
             table = getattr(self, name)
             for key in table:
                 table[key] = round(known[key] + times * (table[key] - known[key]))
+
+    @contextmanager
+    def recorded(self) -> Iterator[Recording]:
+        """Yield what the context counts, for ``repeat``; known at its end."""
+        recording = Recording()
+        before = {name: Tally(getattr(self, name)) for name in TABLES}
+        with self.watched() as seen:
+            yield recording
+        recording.extra = seen.extra
+        recording.tables = {name: getattr(self, name) - known for name, known in before.items()}
+
+    def repeat(self, recording: Recording) -> None:
+        """Count what a recorded context counted once more, with its peak on top of what is alive."""
+        self.touch(recording.extra)
+        for name, table in recording.tables.items():
+            getattr(self, name).update(table)
 
     @contextmanager
     def watched(self) -> Iterator[Seen]:

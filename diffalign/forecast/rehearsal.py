@@ -28,6 +28,7 @@ from diffalign.forecast.stand_ins import (
     FiniteValues,
     OneOfMany,
     cuda_autocast,
+    first_gradients,
     first_slices,
     one_pair,
     remember,
@@ -125,6 +126,7 @@ def rehearse(
             stack.enter_context(cuda_autocast())
         stack.enter_context(FiniteValues())
         stack.enter_context(first_slices(counter))
+        stack.enter_context(first_gradients(counter))
         setting = _setting(entry, config, world, folder, counter)
         model, trained = _model(entry, setting, counter, cpu)
         stack.enter_context(counter)

@@ -20,11 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from diffalign.diffusion import trajectory
-from diffalign.forecast.counter import Counter, Seen
+from diffalign.forecast.counter import Counter, Recording, Seen
 from diffalign.models import DiffusionModel
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.structures import Conditioning
+from diffalign.trainers.diffusion_dpo import siblings
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONG = "prompt " * 1024  # as long as any model reads: some families' memory grows with a prompt's tokens
@@ -162,6 +163,26 @@ def first_slices(counter: Counter) -> Iterator[None]:
         yield
     finally:
         trajectory.in_slices = kept
+
+
+@contextmanager
+def first_gradients(counter: Counter) -> Iterator[None]:
+    """Run the reward's gradient of a step of TailorPO-G once per shape; later steps repeat its operations and peak."""
+    known: dict[torch.Size, Recording] = {}
+    kept = siblings.reward_gradient
+
+    def gradient(sampler: siblings.PathSampler, x: Tensor, index: int) -> Tensor:
+        if x.shape in known:
+            counter.repeat(known[x.shape])
+            return torch.zeros_like(x)
+        with counter.recorded() as known[x.shape]:
+            return kept(sampler, x, index)
+
+    siblings.reward_gradient = gradient
+    try:
+        yield
+    finally:
+        siblings.reward_gradient = kept
 
 
 @contextmanager

@@ -65,6 +65,8 @@ class DiffusionModel(TrainableModel):
     denoiser_name: str = "transformer"
     # Whether prompts need a source image, which the pipeline edits.
     edits: bool = False
+    # Conditioning tensor with the sizes of the image, for denoisers that have it: see ``with_sizes``.
+    sizes_name: str | None = None
     # Text of a dropped prompt of a model that edits, whose source image stays.
     empty_text: str = ""
     lora_targets: tuple[str, ...]
@@ -179,7 +181,11 @@ class DiffusionModel(TrainableModel):
             crop: (B, 2), top and left of the crop after resizing.
             target: (B, 2), height and width of the training image.
         """
-        return conditioning
+        if self.sizes_name is None:
+            return conditioning
+        # float32, because bfloat16 has no odd integers above 256.
+        sizes = torch.cat([original, crop, target], dim=1).float().to(self.device)
+        return Conditioning({**conditioning.tensors, self.sizes_name: sizes}, conditioning.shared)
 
     def at_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
         """Add the size conditioning of uncropped images of (height, width), as the pipeline does when it samples."""
@@ -188,7 +194,10 @@ class DiffusionModel(TrainableModel):
 
     def match_images(self, negative: Conditioning, conditioning: Conditioning) -> Conditioning:
         """Give a negative the inputs of ``conditioning`` that describe the image, not the prompt; B rows each."""
-        return negative
+        if self.sizes_name is None:
+            return negative
+        sizes = {self.sizes_name: conditioning.tensors[self.sizes_name]}
+        return Conditioning({**negative.tensors, **sizes}, negative.shared)
 
     @property
     def size_arguments(self) -> Mapping[str, str]:

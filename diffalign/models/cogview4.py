@@ -41,6 +41,7 @@ class CogView4Model(FlowModel):
     """
 
     uniform_grid = False
+    sizes_name = "sizes"
     lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 1024, resolution: Resolution = None):
@@ -106,11 +107,6 @@ class CogView4Model(FlowModel):
         size = torch.tensor([self.default_resolution], dtype=torch.float32).expand(len(embeds), 2)
         bare = Conditioning({"embeds": embeds, "mask": mask}).to(self.device)
         return self.with_sizes(bare, size, torch.zeros_like(size), size)
-
-    def with_sizes(self, conditioning: Conditioning, original: Tensor, crop: Tensor, target: Tensor) -> Conditioning:
-        """Add ``sizes`` to a conditioning: original, crop and target."""
-        sizes = torch.cat([original, crop, target], dim=1).float().to(self.device)
-        return Conditioning({**conditioning.tensors, "sizes": sizes}, conditioning.shared)
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer once, through accelerate's wrapper."""

@@ -26,9 +26,18 @@ def edit_input(given: Input) -> EditInput:
     if isinstance(given, str):
         raise ValueError(
             f"prompt {shorten(given, 80)!r} has no source image, and this model edits one: add "
-            '"image": "FILE", relative to the prompt file, or name a column of images: prompts.parquet?image=COLUMN'
+            '"image": "FILE", of pairs to their "metadata", relative to the file that names it, or name a column of '
+            "images: prompts.parquet?image=COLUMN"
         )
     return given
+
+
+def sized_input(model: DiffusionModel, prompt: Prompt, size: tuple[int, int] | None) -> Input:
+    """Return the input of a prompt whose source image, if it has one, is fitted to (height, width) of the result."""
+    given = prompt.input
+    if isinstance(given, str) or size in (None, model.default_resolution):
+        return given
+    return given._replace(size=size)
 
 
 def source_pixels(given: EditInput, size: tuple[int, int]) -> Tensor:

@@ -68,6 +68,11 @@ class FlowModel(DiffusionModel):
     def levels(self, num_steps: int, schedule: str = "pipeline", resolution: tuple[int, int] | None = None) -> Level:
         """Return the levels of the scheduler's sigmas, including dynamic shift."""
         check_schedule(schedule)
+        if num_steps < 2 and self.pipeline.scheduler.config.get("shift_terminal"):
+            raise ValueError(
+                f"num_steps {num_steps}: the scheduler of this {type(self.pipeline).__name__} stretches its sigmas "
+                "from 1 to shift_terminal, which takes two; give 2 or more"
+            )
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         uniform = {"sigmas": np.linspace(1, 1 / num_steps, num_steps).tolist()}
         grid = uniform if schedule == "uniform" or self.uniform_grid else {"num_inference_steps": num_steps}

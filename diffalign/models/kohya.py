@@ -114,7 +114,9 @@ def _flat(prefix: str, name: str) -> str:
 
 
 def to_kohya(pipeline: DiffusionPipeline, updates: Updates) -> dict[str, Tensor]:
-    """Return updates as tensors of a kohya file; each module's alpha is its rank.
+    """Return updates as tensors of a kohya file; each module's alpha is its rank, with a UNet the highest of all.
+
+    diffusers applies one alpha to all layers of a UNet, so that alphas that differ would be misread.
 
     Raises:
         ValueError: A layer has no published name, or there is a DoRA or a bias, which the format lacks.
@@ -130,14 +132,15 @@ def to_kohya(pipeline: DiffusionPipeline, updates: Updates) -> dict[str, Tensor]
         )
     if any(own.bias is not None for layers in updates.values() for own in layers.values()):
         raise ValueError("kohya's format has no LoRA biases: use --format diffusers")
+    parts = {m.name: [updates.get(m.component, {}).get(layer) for layer in m.layers] for m in modules}
+    joined = {module.name: _joined(module, parts[module.name]) for module in modules if any(parts[module.name])}
+    highest = max(own.rank for own in joined.values())
     tensors: dict[str, Tensor] = {}
-    for module in modules:
-        parts = [updates.get(module.component, {}).get(layer) for layer in module.layers]
-        if any(parts):
-            own = _joined(module, parts)
-            tensors[f"{module.name}.lora_down.weight"] = own.down
-            tensors[f"{module.name}.lora_up.weight"] = own.up
-            tensors[f"{module.name}.alpha"] = torch.tensor(float(own.rank))
+    for name, own in joined.items():
+        alpha = highest if "unet" in pipeline.components else own.rank
+        tensors[f"{name}.lora_down.weight"] = own.down
+        tensors[f"{name}.lora_up.weight"] = own.up * (own.rank / alpha)
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
 

@@ -84,8 +84,10 @@ def edits(path: str | Path, revision: str | None = None) -> bool:
 
 
 def default_guidance(path: str | Path, revision: str | None = None) -> float:
-    """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none."""
+    """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none, or ignores it."""
     kind = pipeline_class(path, revision)
+    if DiffusionPipeline.load_config(layout(path), revision=revision).get("is_distilled"):
+        return unguided_scale(path, revision)
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
     name = get_family(kind).guidance_argument
     scale = parameters[name].default if name is not None and name in parameters else None

@@ -53,8 +53,8 @@ def write_kohya(
     named = to_kohya(pipeline, updates)
     # alpha stays float32, because bfloat16 has no odd integers above 256.
     tensors = _cast(named, dtype) | {name: t for name, t in named.items() if name.endswith(".alpha")}
-    ranks = {own.rank for layers in updates.values() for own in layers.values()}
-    known = {key: str(value) for key, value in {**header(pipeline, max(ranks)), **about}.items()}
+    rank = max(len(tensor) for name, tensor in named.items() if name.endswith(".lora_down.weight"))
+    known = {key: str(value) for key, value in {**header(pipeline, rank), **about}.items()}
     known = {"modelspec.title": folder.name, "ss_output_name": folder.name, **known}
     training = {key: value for key, value in known.items() if key.startswith("ss_")}
     # The hashes by which web UIs identify a file: of its tensors, and of a slice of the whole.

@@ -136,7 +136,17 @@ def merge(pipeline: Any, updates: Updates) -> None:
 
 
 def adapter_config(layers: Mapping[str, Factors]) -> dict[str, Any]:
-    """Return peft's settings of a component's factors: alpha is the rank, layer by layer."""
+    """Return peft's settings of a component's factors: alpha is the rank, layer by layer.
+
+    Raises:
+        ValueError: A DoRA of some layers only, which peft would complete with wrong norms.
+    """
+    plain = [layer for layer, factors in layers.items() if factors.magnitude is None]
+    if 0 < len(plain) < len(layers):
+        raise ValueError(
+            f"{len(plain)} of {len(layers)} layers, such as {plain[0]}, lack the norms of DoRA: only diffalign export "
+            "--format merged takes such a LoRA"
+        )
     common = Counter(f.rank for f in layers.values()).most_common(1)[0][0]
     other = {f"^{layer}": f.rank for layer, f in layers.items() if f.rank != common}
     return {

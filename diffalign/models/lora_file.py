@@ -256,6 +256,10 @@ def _misfit(layer: nn.Module, part: str, tensor: Tensor) -> str:
         return ""
     if tensor.ndim < 2 or tensor.shape[axis] != wanted:
         return f"{'input' if part == 'lora_A' else 'output'} is {wanted} wide here, shape {tuple(tensor.shape)} there"
+    kernel = tuple(getattr(layer, "kernel_size", ())) if part == "lora_A" else (1,) * (getattr(weight, "ndim", 2) - 2)
+    if tuple(tensor.shape[2:]) != kernel:
+        kind = f"a convolution of {list(kernel)}" if kernel else "a linear layer"
+        return f"{kind} here, shape {tuple(tensor.shape)} there"
     return ""
 
 

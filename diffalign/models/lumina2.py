@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, Lumina2Pipeline, SchedulerMixin
 from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from torch import Tensor
 
@@ -55,9 +56,10 @@ image = pipe(
         # The pipeline takes the number of channels for that of tokens; published schedulers have a fixed shift.
         return {"mu": calculate_shift(self.latent_channels, *(scheduler.config.get(*pair) for pair in SHIFT.items()))}
 
-    def count_tokens(self, text: str) -> int:
-        """Count tokens, including the system prompt."""
-        return self.prompt_tokens(self.pipeline.tokenizer, f"{self.pipeline.system_prompt} <Prompt Start> {text}")
+    @staticmethod
+    def prompt_tokens(tokenizer: Any, text: str) -> int:
+        """Count tokens, including the pipeline's system prompt."""
+        return len(tokenizer(f"{_system_prompt()} <Prompt Start> {text}", verbose=False).input_ids)
 
     def _conditioning(self, embeds: Tensor, mask: Tensor) -> Conditioning:
         return Conditioning({"embeds": embeds, "mask": mask}).to(self.device)
@@ -100,3 +102,9 @@ image = pipe(
             return_dict=False,
         )[0]
         return -output.float()
+
+
+@cache
+def _system_prompt() -> str:
+    """Return the pipeline's system prompt, which only its constructor names."""
+    return str(Lumina2Pipeline(*[None] * 5).system_prompt)

@@ -112,13 +112,17 @@ class PromptEmbeddingCache:
 
     @cached_property
     def identity(self) -> str:
-        """Hash that identifies the text encoders and VAE: configs, the first values of each tensor and adapter scales.
+        """Hash that identifies what encodes: the pipeline, its options, its text encoders and its VAE.
 
-        Hashing whole tensors would read gigabytes, and a fine-tuned encoder differs everywhere.
+        Of each tensor the first values count: hashing all would read gigabytes, and a fine-tuned encoder differs
+        everywhere. Pipelines with the same encoders may differ in their negative, as SDXL's by
+        ``force_zeros_for_empty_prompt``, and Qwen-Image-Edit from Qwen-Image.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        pipeline, digest = self.model.pipeline, hashlib.blake2b(digest_size=16)
+        options = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
+        digest.update(f"{type(pipeline).__name__} {sorted(options.items())} ".encode())
         digest.update(f"{getattr(self.model, 'max_sequence_length', None)}".encode())
-        for name, component in sorted(self.model.pipeline.components.items()):
+        for name, component in sorted(pipeline.components.items()):
             if isinstance(component, nn.Module) and name.startswith(("vae", "text_encoder")):
                 scales = [getattr(layer, "scaling", None) for layer in component.modules()]
                 digest.update(f"{name} {component.dtype} {component.config} {scales}".encode())

@@ -94,8 +94,8 @@ image = pipe(
 
     @staticmethod
     def prompt_tokens(tokenizer: Any, text: str) -> int:
-        """Count tokens, plus the one of the instruction that shares the window."""
-        return len(tokenizer(text, verbose=False).input_ids) + 1
+        """Count tokens in lower case, plus the one of the instruction that shares the window."""
+        return len(tokenizer(text.lower().strip(), verbose=False).input_ids) + 1
 
     def _encode(self, texts: Sequence[str], instruction: Sequence[str] | None) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(

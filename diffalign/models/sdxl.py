@@ -24,6 +24,7 @@ class SDXLModel(SDModel):
     model's resolution.
     """
 
+    sizes_name = "time_ids"
     load_options: Mapping[str, Any] = {}
     # The first encoder's last layer is not read: the UNet takes the output of the one before.
     text_encoders: Mapping[str, int] = {"text_encoder": 1, "text_encoder_2": 0}
@@ -77,16 +78,6 @@ class SDXLModel(SDModel):
         size = torch.tensor([self.default_resolution], dtype=torch.float32).expand(len(next(iter(tensors.values()))), 2)
         bare = Conditioning(tensors).to(self.device)
         return self.with_sizes(bare, size, torch.zeros_like(size), size)
-
-    def with_sizes(self, conditioning: Conditioning, original: Tensor, crop: Tensor, target: Tensor) -> Conditioning:
-        """Add ``time_ids`` of these sizes to a conditioning."""
-        # float32, because bfloat16 has no odd integers above 256; the UNet embeds in float32 anyway.
-        time_ids = torch.cat([original, crop, target], dim=1).float().to(self.device)
-        return Conditioning({**conditioning.tensors, "time_ids": time_ids}, conditioning.shared)
-
-    def match_images(self, negative: Conditioning, conditioning: Conditioning) -> Conditioning:
-        """Give a negative the sizes of the positive, as the pipeline does."""
-        return Conditioning({**negative.tensors, "time_ids": conditioning.tensors["time_ids"]}, negative.shared)
 
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor]:
         tensors = conditioning.tensors

@@ -68,7 +68,7 @@ class TrainerCallback:
         """Act after a checkpoint is complete on disk. path (keyword): its folder."""
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Act after the exports are written; not after an error or a signal."""
+        """Act after the exports are written, also if an earlier process wrote them; not after an error or a signal."""
 
 
 class Callbacks:

@@ -90,6 +90,7 @@ class Loop(Generic[B]):
         with steady_output(), lock, self.run.heartbeat, self._log_file:
             try:
                 if not self._begin():
+                    self.callbacks("on_train_end")  # which may upload what an earlier process could not
                     return
                 self.callbacks("on_train_begin")
                 with self._bar() as bar:

@@ -210,6 +210,12 @@ class TrainerConfig(TrainingConfig):
                 "base_share takes the first steps from the base, and lora.reference: init compares with base and LoRA: "
                 "set lora.reference: base"
             )
+        trains_negative = getattr(getattr(self, "recipe", None), "negative", None)
+        if self.hub_strategy == "checkpoints" and self.lora.rank == 0 and not trains_negative:
+            raise ValueError(
+                "hub_strategy checkpoints uploads LoRAs, and lora.rank 0 trains all weights, which are uploaded at the "
+                "end: leave it out"
+            )
         if self.cache_dir and not self.cache:
             raise ValueError(f"cache_dir {self.cache_dir}, and nothing is kept: set cache: true, or leave it out")
 

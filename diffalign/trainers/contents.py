@@ -6,20 +6,23 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.ai_labels import labels_path
+from diffalign.data.images import source_image
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
+from diffalign.models import DiffusionModel
+from diffalign.models.editing import check_sources
 from diffalign.models.single_file import layout, single_file
 from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
-from diffalign.structures import ImageSource
+from diffalign.structures import ImageSource, Prompt
 
 Fingerprints = dict[str, dict[str, str]]
 PACKAGE = Path(__file__).parents[1]
@@ -61,8 +64,30 @@ def sample_contents(data: Samples) -> dict[str, str]:
     seen, read = min(count, SEEN), min(count, READ)
     rows = (_row(data[number * count // seen]) for number in range(seen))
     chosen = (data[number * count // read] for number in range(read))
-    images = (_image(image) for sample in chosen for image in (*sample.images, sample.mask) if image is not None)
+    seen_images = ((*sample.images, sample.mask, source_image(sample.prompt)) for sample in chosen)
+    images = (_image(image) for own in seen_images for image in own if image is not None)
     return of_bytes((str(count).encode(), *rows, *images))
+
+
+def source_contents(prompts: Sequence[Prompt]) -> Fingerprints:
+    """Return the fingerprint of the source images of prompts, of ``READ`` files spread evenly; empty without one."""
+    sources = {source.content: source for prompt in prompts if (source := source_image(prompt)) is not None}
+    if not sources:
+        return {}
+    chosen, read = list(sources.values()), min(len(sources), READ)
+    images = (_image(chosen[number * len(chosen) // read]) for number in range(read))
+    return {"source images of train_prompts": of_bytes((str(len(chosen)).encode(), *images))}
+
+
+def check_sample_sources(model: DiffusionModel, data: Samples) -> None:
+    """Check the source images of ``READ`` samples, spread evenly, for a model that edits.
+
+    Raises:
+        ValueError: A sample without a source image, or with a file that is missing or no image.
+    """
+    count = len(data) if model.edits else 0
+    read = min(count, READ)
+    check_sources(model, (data[number * count // read].prompt for number in range(read)))
 
 
 def _row(sample: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import warnings
 from concurrent.futures import Future
@@ -12,22 +13,14 @@ from huggingface_hub import HfApi
 
 from diffalign.log import get_logger
 from diffalign.runtime.callbacks import TrainerCallback, TrainerControl, TrainerState
+from diffalign.runtime.manifest import checked
+from diffalign.runtime.products import CONFIG, EXPORTS
 from diffalign.runtime.trainer_config import TrainerConfig
 
 logger = get_logger(__name__)
 
-# What others need of a run folder: no optimizer state, logs of this machine, rollouts or raw evaluations.
-PUBLISHED = (
-    "*.safetensors", "README.md", "config.yaml", "*.png", "metrics.jsonl", "samples/example-*.png", "unet/*",
-    "transformer/*",
-)  # fmt: skip
-NOT_PUBLISHED = (
-    "checkpoint-*",
-    "rollouts/*",
-    "samples/base.safetensors",
-    "samples/tuned.safetensors",
-    "samples/step-*",
-)
+# Beside the exports: what others need to repeat the run. Caches, optimizer states and rollouts hold private data.
+PUBLISHED = (CONFIG, "metrics.jsonl", "samples/example-*.png")
 OF_CHECKPOINTS = ("pytorch_lora_weights.safetensors", "negative_prompt.safetensors")
 
 
@@ -64,7 +57,7 @@ class HubCallback(TrainerCallback):
         """Upload the LoRA of a checkpoint, unless the last upload still runs."""
         if not self.checkpoints or (self.waiting is not None and not self.waiting.done()):
             return
-        self._finish_upload(args)
+        self._finish_upload()
         folder: Path = kwargs["path"]
         self.waiting = self.api.upload_folder(
             repo_id=self.name, folder_path=folder, path_in_repo=folder.name, allow_patterns=list(OF_CHECKPOINTS),
@@ -75,26 +68,43 @@ class HubCallback(TrainerCallback):
         """Upload the run."""
         if not state.is_world_process_zero:
             return
-        self._finish_upload(args)
+        self._finish_upload()
         try:
             self.api.upload_folder(
-                repo_id=self.name, folder_path=args.output_dir, allow_patterns=list(PUBLISHED),
-                ignore_patterns=list(NOT_PUBLISHED), commit_message=f"Step {state.global_step}, end of training",
+                repo_id=self.name, folder_path=args.output_dir, allow_patterns=published(args.output_dir),
+                commit_message=f"Step {state.global_step}, end of training",
             )  # fmt: skip
         except Exception as error:  # whatever it is, the run is on disk
-            self._warn(args, error)
+            again = upload_command(self.name, args.output_dir)
+            self._warn(f"failed: {_short(error)}; the run is complete: {again}")
         else:
             logger.info(f"hub         {self.name}")
 
-    def _finish_upload(self, args: Any) -> None:
+    def _finish_upload(self) -> None:
         """Wait for the upload of the last checkpoint."""
         if self.waiting is not None and (error := self.waiting.exception()) is not None:
-            self._warn(args, error)
+            self._warn(f"failed for a checkpoint, and goes on: {_short(error)}")
         self.waiting = None
 
-    def _warn(self, args: Any, error: BaseException) -> None:
-        again = f"hf upload {self.name} {shlex.quote(str(args.output_dir))} --exclude 'checkpoint-*' 'rollouts/*'"
-        warnings.warn(f"push_to_hub {self.name} failed: {_short(error)}; the run is complete: {again}", stacklevel=2)
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"push_to_hub {self.name} {text}", stacklevel=2)
+
+
+def published(folder: Path) -> list[str]:
+    """List the patterns of the files that a run publishes: its exports, and ``PUBLISHED``.
+
+    The hub's client matches ``*`` across folders, so a pattern of a suffix would match caches and checkpoints too.
+    """
+    names = checked(folder / EXPORTS)[0].get("files", {})
+    tops = {name.split("/")[0]: "/" in name for name in names}
+    exports = (f"{glob.escape(top)}/*" if nested else glob.escape(top) for top, nested in sorted(tops.items()))
+    return [*(pattern for pattern in exports if pattern != "samples/*"), *PUBLISHED]
+
+
+def upload_command(name: str, folder: Path) -> str:
+    """Return the shell command that uploads what a run publishes."""
+    chosen = " ".join(f"--include {shlex.quote(pattern)}" for pattern in published(folder))
+    return f"hf upload {name} {shlex.quote(str(folder))} . {chosen}"
 
 
 def hub_callbacks(config: TrainerConfig) -> list[TrainerCallback]:

@@ -29,7 +29,7 @@ from diffalign.runtime.provenance import commit, origin
 from diffalign.runtime.run import Run
 from diffalign.runtime.tracking import MetricsLog, Pictures
 from diffalign.trainers.algorithm import Algorithm, Evaluated
-from diffalign.trainers.contents import contents
+from diffalign.trainers.contents import contents, source_contents
 from diffalign.trainers.inputs import Inputs
 
 EMA_SET = "ema"
@@ -86,7 +86,9 @@ class Outputs:
     def contents(self) -> Mapping[str, Mapping[str, str]]:
         """Fingerprints of the local files and data that this run depends on, taken at its start."""
         rewards = {**self.inputs.eval_rewards, **self.inputs.rewards}
-        return {**contents(self.run.config, rewards), **self.algorithm.data_contents}
+        data = self.inputs.data
+        prompts = data if self.run.model.edits and isinstance(data, list | tuple) else ()
+        return {**contents(self.run.config, rewards), **source_contents(prompts), **self.algorithm.data_contents}
 
     def origin(self) -> dict[str, Any]:
         """Describe the configuration, data and machine of the run, for its checkpoints."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffalign.runtime.manifest import checked
 from diffalign.runtime.products import CARD, DENOISERS, EXPORTS, WEIGHTS
@@ -17,6 +19,8 @@ ACCURACY = f"{PREFIX}accuracy"
 @dataclass(frozen=True)
 class TrainingResult:
     """Figures and paths of a training, as the files in its folder have them.
+
+    The main process writes these files; another one may read them before they are complete.
 
     Attributes:
         output_dir: Folder of the run.
@@ -36,8 +40,9 @@ class TrainingResult:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best evaluation by ``eval/accuracy``, the earlier of two; None without evaluations."""
-        return max(self.evaluations, key=lambda step: self.evaluations[step][ACCURACY], default=None)
+        """Step of the best evaluation by ``eval/accuracy``, the earlier of two; None without one that is a number."""
+        known = {step: row[ACCURACY] for step, row in self.evaluations.items() if not math.isnan(row[ACCURACY])}
+        return max(known, key=lambda step: known[step], default=None)
 
     @property
     def base(self) -> Mapping[str, float]:
@@ -62,10 +67,13 @@ def read_result(folder: Path, step: int) -> TrainingResult:
         step,
         tuple(folder / part for part in parts),
         folder / CARD if CARD in named else None,
-        {at: _without_step(row) for at, row in evaluations.items()},
-        _without_step(metrics),
+        {at: _figures(row) for at, row in evaluations.items()},
+        _figures(metrics),
     )
 
 
-def _without_step(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without its step; the log writes NaN as null, and infinity as text."""
+    special = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+    named = ((name, value) for name, value in row.items() if name != "step")
+    return {n: special[v] if v is None or v in ("inf", "-inf") else v for n, v in named}

@@ -71,6 +71,18 @@ def seeds(name: str) -> str:
     return repeat_seeds.table(evaluations(name)).partition("\n\n")[0]
 
 
+def tests(name: str) -> list[dict[str, Any]]:
+    """Read ``assets/results/NAME_test.csv``: a row for base and tuned weights of each seed."""
+    with (RESULTS / f"{name}_test.csv").open(newline="") as file:
+        return [{k: v if k == "weights" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def tested(name: str) -> str:
+    """Tabulate base and tuned figures of a recipe on the test prompts, over its seeds."""
+    rows = tests(name)
+    return repeat_seeds.table([rows[i : i + 2] for i in range(0, len(rows), 2)]).partition("\n\n")[0]
+
+
 def recipes() -> str:
     """Tabulate each variant of the quickstart at its tuned learning rate, most gained first."""
     with (RESULTS / "recipes.csv").open(newline="") as file:
@@ -159,9 +171,8 @@ def study(name: str) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    "shapes": partial(seeds, "shapes"),
-    "shapes_long": partial(seeds, "shapes_long"),
-    "shapes_draft_k": partial(seeds, "shapes_draft_k"),
+    **{name: partial(seeds, name) for name in ("flow_grpo_shapes", "flow_grpo_shapes_long", "refl_shapes_draft_k")},
+    **{f"{name}_test": partial(tested, name) for name in ("forward_rl_shapes",)},
     "recipes": recipes,
     "losses": partial(study, "losses"),
     "refl": partial(study, "refl"),

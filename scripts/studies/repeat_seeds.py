@@ -6,26 +6,33 @@
     python scripts/studies/repeat_seeds.py --check runs/shapes  # exit 1 unless accuracy rose well
 
 A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
-tuned weights on the same held-out prompts, noise, steps and guidance scale. Prints the README's table and writes
-``assets/results/NAME_seeds.csv``, a line per evaluation, for the name of the config; more than three evaluations a run
-are drawn, task by task, in ``assets/pictures/NAME_seeds.png``.
+tuned weights on the validation prompts of its config, with the same noise, steps and guidance scale, and this script
+the last weights on ``--test_prompts``, which no setting is chosen on. Writes ``assets/results/NAME_seeds.csv``, a line
+per validation, and ``NAME_test.csv``, a line for base and tuned weights of each seed, where NAME is trainer and config,
+e.g. ``flow_grpo_shapes``; prints the table of either. More than three validations a run are drawn, task by task, in
+``assets/pictures/NAME_seeds.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone needs no installation
 
+from diffalign.commands.evaluate import evaluate
+from diffalign.commands.evaluate_config import EvaluationConfig
 from diffalign.config import load_yaml
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.shapes import TAGS
@@ -38,7 +45,7 @@ FIGURES = ("accuracy", *TASKS, "shapes", "pickscore", "hpsv2.1", "vqascore", "di
 
 TIMES = (("collect", "update"), ("save",))
 
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 def evaluations(folder: Path) -> list[Row]:
@@ -52,6 +59,33 @@ def evaluations(folder: Path) -> list[Row]:
             figures = {name: row[f"eval/{name}"] for name in FIGURES if f"eval/{name}" in row}
             found.append({"seed": seed, "step": row["step"], "training_seconds": seconds, **figures})
     return found
+
+
+def tested(folder: Path, prompts: Path) -> list[Row]:
+    """Evaluate base and last weights of a run on other prompts, or read it from the folder ``test`` of the run."""
+    out = folder / "test"
+    if not (out / "results.json").is_file():
+        evaluate(EvaluationConfig(models=(f"tuned={folder}",), prompts=prompts, output_dir=out))
+    found = json.loads((out / "results.json").read_text(encoding="utf-8"))["models"]
+    seed = load_yaml(folder / "config.yaml")["seed"]
+
+    rows = []
+    for weights in ("base", "tuned"):
+        own = found[weights]
+        rewards = {name: value["mean"] for name, value in own["rewards"].items()}
+        tasks = {f"accuracy/{tag}": value["mean"] for tag, value in own["tasks"].items()}
+        figures = {"accuracy": rewards[own["primary"]], **tasks, **rewards, "diversity": own["diversity"]["pixels"]}
+        rows.append({"seed": seed, "weights": weights, **{k: figures[k] for k in FIGURES if k in figures}})
+    return rows
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def checkpoint_share(folder: Path) -> float:
@@ -75,9 +109,9 @@ def table(runs: list[list[Row]]) -> str:
         cells = [spread([run[place][name] for run in runs], factor, digits) for place in (0, -1)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     gains = [run[-1]["accuracy"] - run[0]["accuracy"] for run in runs]
-    seconds = [run[-1]["training_seconds"] for run in runs]
-    lines += ["", f"gain {spread(gains, 100)} points; training {spread(seconds, 1, 0)} s"]
-    return "\n".join(lines)
+    seconds = [run[-1]["training_seconds"] for run in runs if "training_seconds" in run[-1]]
+    training = f"; training {spread(seconds, 1, 0)} s" if seconds else ""
+    return "\n".join([*lines, "", f"gain {spread(gains, 100)} points{training}"])
 
 
 def draw(runs: list[list[Row]], path: Path) -> None:
@@ -118,28 +152,27 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, help="default: runs/NAME_seeds")
+    parser.add_argument("--test_prompts", type=Path, default=ROOT / "assets/prompts/shapes_test.jsonl")
     parser.add_argument("--check", type=Path, metavar="RUN")
     args, overrides = parser.parse_known_args()
     if args.check:
         return check(args.check)
-    name = f"{args.config.stem}_seeds"
-    runs = []
+    trainer = args.config.parent.name
+    name = f"{trainer}_{args.config.stem}"
+    runs, tests = [], []
     for seed in args.seeds:
-        folder = (args.output_dir or Path("runs") / name) / f"seed-{seed}"
+        folder = (args.output_dir or Path("runs") / f"{name}_seeds") / f"seed-{seed}"
         if not (folder / "README.md").is_file():  # the last file that a run writes
             options = ["--config", str(args.config), "--seed", str(seed), "--output_dir", str(folder), *overrides]
-            script = ROOT / f"scripts/train_{args.config.parent.name}.py"
+            script = ROOT / f"scripts/train_{trainer}.py"
             subprocess.run([sys.executable, str(script), *options], check=True)
         runs.append(evaluations(folder))
-    path = ROOT / f"assets/results/{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, runs[0][0])
-        writer.writeheader()
-        writer.writerows(row for run in runs for row in run)
+        tests.append(tested(folder, args.test_prompts))
+    write(ROOT / f"assets/results/{name}_seeds.csv", [row for run in runs for row in run])
+    write(ROOT / f"assets/results/{name}_test.csv", [row for pair in tests for row in pair])
     if len(runs[0]) > 3:
-        draw(runs, ROOT / f"assets/pictures/{name}.png")
-    print(table(runs))
+        draw(runs, ROOT / f"assets/pictures/{name}_seeds.png")
+    print(f"validation prompts\n\n{table(runs)}\n\n{args.test_prompts.name}\n\n{table(tests)}")
     return 0
 
 

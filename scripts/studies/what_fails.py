@@ -1,6 +1,6 @@
 """Count why images of the embedded world are wrong, by task, for every model of an evaluation.
 
-    diffalign eval tuned=runs/shapes_long_seeds/seed-2 --output_dir runs/eval_long
+    diffalign eval tuned=runs/flow_grpo_shapes_long_seeds/seed-2 --output_dir runs/eval_long
     python scripts/studies/what_fails.py runs/eval_long --name shapes_long_fails
 
 Reads the images that ``diffalign eval`` left, of all prompts. Writes ``assets/results/NAME.csv`` and

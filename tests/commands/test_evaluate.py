@@ -157,7 +157,7 @@ def test_a_prompt_is_encoded_once_for_all_models_and_commands(frozen, run_folder
 
 def test_offload_and_cache_dir_default_to_those_of_the_run(eval_prompts, tmp_path):
     lines = [f"model: {PIPELINE}", f"eval_prompts: {eval_prompts}", "rewards: {shapes: 1.0}"]
-    (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae]", "cache_dir: kept"]))
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "offload: [vae, rewards]", "cache_dir: kept"]))
     found = resolve(EvaluationConfig(models=(str(tmp_path),), allow_reward_code=True), tmp_path, 1)
     assert (found.offload, found.cache_dir, found.prompts) == (("vae",), Path("kept"), eval_prompts)
     own = resolve(EvaluationConfig(models=(str(tmp_path),), prompts=eval_prompts, offload=()), tmp_path, 1)
@@ -287,3 +287,41 @@ def test_models_are_compared_at_a_height_and_a_width(run_folder, tmp_path):
     assert [file.stat().st_mtime_ns for file in images] == times
     with Image.open(out / "compare.png") as grid:
         assert grid.size[1] < 400
+
+
+def test_an_evaluation_at_several_sizes_is_that_at_each_of_them(run_folder, tmp_path, capsys):
+    """Each size has its folder, the same figures as alone, and its section in the tables of all."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    common = [str(run_folder), "--limit", "2", "--num_steps", "2", "--images_per_prompt", "1"]
+    assert main(["eval", *common, "--output_dir", str(out), "--sizes", "[48, [48, 80]]"]) in (0, None)
+    assert main(["eval", *common, "--output_dir", str(alone), "--resolution", "[48, 80]"]) in (0, None)
+
+    found = json.loads((out / "results.json").read_text())["sizes"]
+    assert list(found) == ["48x48", "48x80"]
+    assert found["48x80"]["models"] == json.loads((alone / "results.json").read_text())["models"]
+    assert found["48x48"]["settings"]["resolution"] == 48
+    sections = (out / "results.md").read_text().split("## ")[1:]
+    assert [section.split("\n")[0] for section in sections] == list(found)
+
+    assert main(["compare", *common, "--output_dir", str(out), "--sizes", "[48, [48, 80]]"]) in (0, None)
+    assert all((out / size / "compare.html").is_file() for size in found)
+    assert {Image.open(file).size for file in (out / "48x80" / "images").rglob("*.png")} == {(80, 48)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sizes", "[48, 48]"], "sizes: 48x48 is given more than once"),
+        (["--sizes", "[48, [48, 48]]"], "sizes: 48x48 is given more than once"),
+        (["--sizes", "[48]", "--resolution", "64"], "resolution: sizes are given as well"),
+        (["--sizes", "[0]"], "sizes"),
+        (["--sizes", "[[48, 80, 3]]"], "sizes"),
+        (["--sizes", "wide"], "sizes"),
+        (["--sizes", "[48, 50]"], "resolution 50 x 50: sides of this model's images are multiples of 16"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(run_folder, tmp_path, argv, message, capsys):
+    out = tmp_path / "out"
+    assert main(["eval", str(run_folder), "--output_dir", str(out), *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -107,6 +107,22 @@ def test_plain_diffusers_reads_kohyas_format(trained, family, tmp_path):
         )
 
 
+@pytest.mark.parametrize("family", ["sd15", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "qwen_image"))])
+def test_plain_diffusers_reads_layers_of_several_ranks_from_kohyas_format(family_pipelines, family, tmp_path):  # noqa: F811
+    """It takes the alpha of one layer of a UNet for that of all."""
+    model = load_model(family_pipelines[family], **FAMILIES[family].options)
+    perturb(model, LoraConfig(rank=4, alpha=6.0, rank_pattern={"to_q": 2, "to_v": 6}, alpha_pattern={"to_k": 9.0}))
+    file = model.save(tmp_path / "run")
+    export(file, tmp_path / "lora", "--format", "kohya", "--model", str(family_pipelines[family]))
+    pipe = DiffusionPipeline.from_pretrained(family_pipelines[family])
+    expected = deltas(pipe, file)
+    pipe.load_lora_weights(tmp_path / "lora" / "lora.safetensors", adapter_name="read")
+    loaded = {n: m for n, m in getattr(pipe, model.denoiser_name).named_modules() if hasattr(m, "get_delta_weight")}
+    assert loaded.keys() == {layer for _, layer in expected}
+    for (_, name), update in expected.items():
+        torch.testing.assert_close(loaded[name].get_delta_weight("read"), update, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", EDITS)
 def test_editing_models_are_exported(family, tmp_path):
     """Their layers are those of the models that make images, whose files are sampled above."""

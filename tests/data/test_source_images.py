@@ -11,8 +11,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffalign import media
+from diffalign.commands import image_sources
+from diffalign.data.images import content_key
+from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
-from diffalign.structures import EditInput, Prompt
+from diffalign.data.unpaired import load_labelled
+from diffalign.structures import EditInput, ImageSource, Pair, Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,48 @@ def test_a_path_starts_from_the_folder_of_the_prompts(tmp_path, monkeypatch, suf
         ]
         assert [p.metadata["kind"] for p in prompts] == [color for _, color in ROWS]
         assert prompts[0].input == EditInput("make it blue", prompts[0].metadata["image"])
+
+
+def pairs_of(path):
+    return [load_pairs(str(path))[0].prompt]
+
+
+def images_of(path):
+    return [load_labelled(str(path))[0].prompt]
+
+
+def scored_of(path):
+    return [item.prompt for item in image_sources.read(str(path))]
+
+
+@pytest.mark.parametrize("read", [pairs_of, images_of, scored_of, load_prompts])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_source_in_the_metadata_starts_from_the_folder_of_the_data(tmp_path, monkeypatch, read, as_text):
+    """Not from the working folder, which may hold another file of that name."""
+    for folder, color in (("data", "red"), (".", "blue")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("source.png", "result.png"):
+            (tmp_path / folder / name).write_bytes(png(color, (32, 32)))
+    (tmp_path / "data/other.png").write_bytes(png("green", (32, 32)))
+    metadata = {"image": "source.png"}
+    row = {"prompt": "make it blue", "metadata": json.dumps(metadata) if as_text else metadata}
+    row |= {"image": "result.png", "liked": True} if read in (images_of, scored_of) else {}
+    row |= {"image_0": "result.png", "image_1": "other.png", "label": 1} if read is pairs_of else {}
+    path = tmp_path / "data/rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (prompt,) = read(path)
+    assert prompt.input == EditInput("make it blue", str(tmp_path / "data/source.png"))
+
+
+def test_the_content_of_a_pair_is_that_of_its_source_wherever_it_lies(tmp_path):
+    def key(name, color):
+        (tmp_path / name).write_bytes(png(color))
+        images = (ImageSource("a", png("white")), ImageSource("b", png("black")))
+        return content_key(Pair("k", Prompt("make it blue", {"image": str(tmp_path / name)}), images, 1.0))
+
+    assert key("one.png", "red") == key("two.png", "red")
+    assert key("one.png", "red") != key("one.png", "green")
 
 
 @pytest.mark.parametrize("kind", ["binary", "feature"])

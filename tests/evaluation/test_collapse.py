@@ -59,7 +59,7 @@ def test_no_alarm_in_the_quickstart():
     assert follow(rows_of(json.loads(HEALTHY.read_text())))[0] == []
 
 
-@pytest.mark.parametrize("name", ["shapes_seeds", "shapes_long_seeds", "shapes_draft_k_seeds"])
+@pytest.mark.parametrize("name", ["flow_grpo_shapes_seeds", "flow_grpo_shapes_long_seeds", "refl_shapes_draft_k_seeds"])
 def test_no_alarm_in_evaluations_of_record(name):
     runs = {}
     for row in csv.DictReader((ROOT / f"assets/results/{name}.csv").open()):

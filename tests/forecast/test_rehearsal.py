@@ -1,11 +1,13 @@
 """A rehearsal on fake tensors forecasts what a run allocates and computes."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
 from diffalign.config import from_dict
+from diffalign.forecast import rehearsal
 from diffalign.forecast.counter import Counter
 from diffalign.forecast.fake_rewards import JUDGING, RehearsedReward
 from diffalign.forecast.rehearsal import EVALUATING, WEIGHTS, rehearse
@@ -13,6 +15,7 @@ from diffalign.forecast.stand_ins import FiniteValues
 from diffalign.models.weight_memory import Spread
 from diffalign.rewards import get_reward
 from diffalign.rewards.base import FunctionReward
+from diffalign.trainers.diffusion_dpo import siblings
 from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
 from tests.forecast.measured import measure
@@ -76,6 +79,34 @@ def test_images_that_are_decoded_one_by_one_are_rehearsed_once(tmp_path):
     assert sliced.calls == whole.calls
     assert sliced.peak_of("train") < whole.peak_of("train")
     assert sliced.flops["train", "decode"] == pytest.approx(whole.flops["train", "decode"], rel=0.01)
+
+
+def test_nudges_of_alike_steps_are_rehearsed_once(tmp_path, monkeypatch):
+    """TailorPO-G: every phase's peak, operations and calls as if each compared step took its gradient."""
+    nudged = {"preset": "tailorpo_g", "first_step": 1, "nudge": 0.1}
+    more = {
+        "pairs": "siblings", "siblings": nudged, "loss": "tailorpo", "rewards": {"pickscore": JUDGE},
+        "plan": {"preset": "flow_grpo", "solver": "cps", "num_steps": 4}, **ONLINE, "group_size": 2,
+        "rollout_batch_size": 4, "train_batch_size": 4, "gradient_checkpointing": True, "lora": {"rank": 4},
+    }  # fmt: skip
+    entry = find_algorithm("diffusion_dpo")
+    config = from_dict(entry.config, {"model": str(PIPELINE), "output_dir": str(tmp_path), **more})
+    taken, gradient = [], siblings.reward_gradient
+
+    def counted(sampler, x, index):
+        taken.append(index)
+        return gradient(sampler, x, index)
+
+    monkeypatch.setattr(siblings, "reward_gradient", counted)
+    one = rehearse(entry, config)
+    assert len(taken) == 1
+    monkeypatch.setattr(rehearsal, "first_gradients", lambda counter: nullcontext())
+    each = rehearse(entry, config)
+    assert len(taken) == 1 + 2
+    assert (one.flops, one.calls) == (each.flops, each.calls)
+    assert one.traffic == pytest.approx(each.traffic, rel=0.01)
+    assert all(one.peak_of(phase) == each.peak_of(phase) for phase, _ in each.peaks)
+    assert one.peak_of("sample") > one.peak_of("score")
 
 
 @pytest.mark.parametrize(

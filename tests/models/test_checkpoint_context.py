@@ -15,6 +15,7 @@ from diffalign import LoraConfig
 from diffalign.cli import main
 from diffalign.models import load_model, with_tuned_weights
 from diffalign.models.checkpoint_context import ADAPTER
+from diffalign.models.lora_file import _unfit
 from tests.conftest import PROMPTS
 from tests.models.families import FAMILIES, LORA, noise_of
 
@@ -316,6 +317,11 @@ def wide(state):
     return {**state, first: torch.ones(4, 999)}
 
 
+def kernels(state):
+    first = next(name for name in state if "lora_A" in name)
+    return {**state, first: state[first][..., None, None]}
+
+
 def infinite(state):
     return {name: t / 0 if index == 0 else t for index, (name, t) in enumerate(state.items())}
 
@@ -326,6 +332,7 @@ def infinite(state):
     [
         (half, "half of a pair"),
         (wide, "wide here"),
+        (kernels, r"a linear layer here, shape \(\d+, \d+, 1, 1\) there"),
         (infinite, "not finite"),
         (lambda state: {}, "holds no weights"),
         (lambda state: {"something.else": torch.ones(2)}, "do not fit this model|is no LoRA for"),
@@ -333,6 +340,19 @@ def infinite(state):
 )
 def test_damaged_loras_are_refused(bases, loras, name, change, message, tmp_path):
     refused(bases(name), rewritten(loras(name), tmp_path, change), message)
+
+
+def test_a_convolution_needs_factors_of_its_kernel(bases):
+    """Added to its weight, those of a linear layer would be repeated over the kernel."""
+    part = bases("sd15").pipeline.unet
+    name, layer = next((n, m) for n, m in part.named_modules() if getattr(m, "kernel_size", ()) == (3, 3))
+    down, up = torch.ones(2, layer.in_channels), torch.ones(layer.out_channels, 2)
+
+    def found(down, up):
+        return _unfit(part, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+
+    assert len(found(down, up)) == 2
+    assert not found(down[..., None, None].expand(-1, -1, 3, 3), up[..., None, None])
 
 
 @pytest.mark.parametrize(

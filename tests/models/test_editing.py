@@ -1,5 +1,7 @@
 """Families that edit a source image: the pipelines' images, every trainer, and LoRAs that plain diffusers loads."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from diffalign import (
     ReFLConfig,
     ReFLTrainer,
 )
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model
@@ -165,6 +168,42 @@ def trainer_of(kind, args, prompts):
     return DiffusionDPOTrainer(args=config, reward_funcs=redness, train_dataset=prompts)
 
 
+@pytest.mark.parametrize("preset", ["imagerefl", "draft_1"])
+def test_refl_fits_sources_to_the_bucket_of_their_results(pipelines, sources, tmp_path, monkeypatch, preset):
+    """The data name sources relative to their own folder."""
+    (tmp_path / "data").mkdir()
+    rows = []
+    for number, size in enumerate([(64, 16), (16, 64)] * 2):
+        shutil.copy(sources[number % 3], tmp_path / f"data/source-{number}.png")
+        Image.new("RGB", size, (60 * number, 90, 20)).save(tmp_path / f"data/{number}.png")
+        source = {"image": f"source-{number}.png"}
+        rows.append({"image": f"{number}.png", "prompt": f"make it {number}", "liked": True, "metadata": source})
+    (tmp_path / "data/images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {} if preset == "imagerefl" else {"regulariser": "pretraining", "regulariser_weight": 1.0}
+    recipe = RecipeConfig(preset, num_steps=3, reward_loss="negative", **own)
+    few = {"num_groups": 2, "group_size": 1, "train_images": (str(tmp_path / "data/images.jsonl"),)}
+    settings = {**shared(tmp_path / "run", pipelines / "flux_kontext"), **few, "aspect_buckets": 8}
+    own = None if preset == "imagerefl" else [Prompt("a star", {"image": str(sources[0])})] * 2
+    trainer = ReFLTrainer(
+        args=ReFLConfig(**settings, recipe=recipe),
+        reward_funcs=FunctionReward("redder", redder, differentiable=True),
+        train_dataset=own,
+    )
+    seen, predict = set(), trainer.model.predict
+
+    def noted(x, level, conditioning, *rest):
+        seen.add((tuple(x.shape[-2:]), tuple(conditioning.tensors["source"].shape[-2:])))
+        return predict(x, level, conditioning, *rest)
+
+    monkeypatch.setattr(trainer.model, "predict", noted)
+    for iteration in range(2):
+        batch = trainer.algorithm.sample(iteration)
+        ((micro,),) = (minibatch.micros for minibatch in trainer.algorithm.minibatches(batch, iteration))
+        trainer.algorithm.loss(micro)
+    assert len(seen) > 1
+    assert all(result == source for result, source in seen)
+
+
 @pytest.mark.parametrize("name", ["random_crop", "random_flip"])
 def test_pairs_that_would_move_without_their_sources_are_refused(name):
     run = SimpleNamespace(config=DiffusionDPOConfig(model="m", **{name: True}), model=SimpleNamespace(edits=True))
@@ -246,6 +285,18 @@ def test_prompts_without_a_source_are_refused_before_training(pipelines, tmp_pat
     config = FlowGRPOConfig(**shared(tmp_path, pipelines / "flux_kontext"), num_groups=2, group_size=2)
     with pytest.raises(ValueError, match=message):
         FlowGRPOTrainer(args=config, reward_funcs=redder, train_dataset=[Prompt("a red circle", metadata)])
+
+
+@pytest.mark.parametrize("source", [None, "none.png"])
+def test_pairs_without_a_source_are_refused_before_training(pipelines, sources, tmp_path, source):
+    metadata = {} if source is None else {"metadata": {"image": source}}
+    images = {"image_0": str(sources[0]), "image_1": str(sources[1])}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "make it red", "label": 1, **images, **metadata}))
+    data = PreferenceDataConfig(allow_outside=True)
+    shown = "make it red" if source is None else "none.png of 'make it red': no such file"
+    args = {**shared(tmp_path / "run", pipelines / "flux_kontext"), "train_data": (str(tmp_path / "pairs.jsonl"),)}
+    with pytest.raises(ValueError, match=shown):
+        DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
 
 
 def test_other_models_ignore_sources(frozen, prompts):

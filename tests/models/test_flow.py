@@ -84,6 +84,14 @@ def test_ids_of_the_text_have_no_batch_axis_and_survive_the_cache_on_disk(loaded
     assert torch.equal(kept[1:].shared["text_ids"], made.shared["text_ids"])
 
 
+def test_one_step_needs_a_schedule_that_has_it(loaded):
+    """The pipeline of Qwen-Image divides by zero, and returns black images."""
+    assert len(loaded("flux_dev").levels(1)) == 2
+    with pytest.raises(ValueError, match=r"num_steps 1: .*shift_terminal, which takes two; give 2 or more"):
+        loaded("qwen_image").levels(1)
+    assert len(loaded("qwen_image").levels(2)) == 3
+
+
 @pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "z_image"])
 def test_sizes_that_are_not_whole_tokens_are_refused(loaded, name):
     with pytest.raises(ValueError, match=r"resolution 18 x 18: sides of this model's images are multiples of 4 pixels"):

@@ -1,5 +1,7 @@
 """Guidance scales have the meaning of the family's pipeline wherever they can be set."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
@@ -8,11 +10,13 @@ from diffalign import DiffusionDPOConfig, FlowGRPOConfig, ReFLConfig
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import get_family, load_model
+from diffalign.models.load import default_guidance
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.structures import Guidance
 from tests.conftest import PIPELINE, PROMPTS
+from tests.models import tiny_flow_pipelines as tiny_flow
 from tests.models import tiny_unet_pipelines as tiny
 from tests.models.families import FAMILIES, GUIDED, noise_of, packed
 from tests.models.plain_diffusers import TEXTS
@@ -68,6 +72,25 @@ def test_guidance_of_a_pipeline_that_has_none_is_refused(family_pipelines, disti
     for ask in (model.guides, model.guidance_arguments, PromptEmbeddingCache(model).guidance):
         with pytest.raises(ValueError, match=r"guidance_scale 2: a Flux2\w*Pipeline has no classifier-free guidance"):
             ask(2.0)
+
+
+@pytest.mark.parametrize(("distilled", "scale"), [(False, 4.0), (True, 1.0)])
+def test_a_distilled_model_has_no_guidance_by_default(tmp_path, distilled, scale):
+    """Its pipeline ignores the scale, which is refused above 1."""
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert default_guidance(tmp_path) == scale
+
+
+@pytest.mark.parametrize("build", [tiny.sdxl, tiny_flow.cogview4], ids=["sdxl", "cogview4"])
+def test_a_negative_has_the_sizes_of_the_image(build, monkeypatch):
+    """As the pipelines do where no negative sizes are given."""
+    pipe = build()
+    model = get_family(type(pipe).__name__)(pipe, resolution=16)
+    rows, seen = model.at_size(model.encode(["a star", "a circle"]), (32, 16)), []
+    monkeypatch.setattr(model, "evaluate", lambda x, time, given: seen.append(given.tensors[model.sizes_name]) or x)
+    model.predict(noise_of(model, 2), model.levels(2)[0], rows, Guidance(4.0))
+    assert seen[0].tolist() == [[32, 16, 0, 0, 32, 16]] * 4
 
 
 def test_a_unet_with_a_guidance_embedding_gets_the_scale():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.models import LoraConfig, load_model
 from diffalign.models.checkpoint_context import with_tuned_weights
 from diffalign.models.lora_export import write_diffusers, write_kohya, write_peft
-from diffalign.models.lora_factors import Factors
+from diffalign.models.lora_factors import Factors, adapter_config
 from diffalign.models.lora_reading import read_updates
 from tests.models.families import FAMILIES, images_of, noise_of
 from tests.models.test_lora import trained
@@ -159,3 +159,11 @@ def test_what_is_the_loras_own_is_refused(family_pipelines, source, tmp_path):
     save_file(broken | {name: broken[name] * float("nan")}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="not finite"):
         load_model(family_pipelines["sd15"]).train(LoraConfig(init=str(tmp_path)))
+
+
+def test_norms_of_some_layers_only_are_refused():
+    """Peft would take the base's norms for the others, which a plain LoRA changes."""
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
+    layers = {"a": Factors(down, up, magnitude=torch.ones(4)), "b": Factors(down, up)}
+    with pytest.raises(ValueError, match="1 of 2 layers, such as b, lack the norms of DoRA"):
+        adapter_config(layers)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from diffalign.cli import main
+from diffalign.models import load_model
 from diffalign.models.prompt_length import cut, text_encoders
 from tests.conftest import PIPELINE
 from tests.data.preference_files import pick_a_pic, pick_row
+from tests.models.families import FAMILIES
 
 
 def test_tokens_are_those_that_the_pipeline_reads(pipeline):
@@ -26,6 +28,18 @@ def test_tokens_are_those_that_the_pipeline_reads(pipeline):
 def test_max_sequence_length_counts_for_all_but_clip():
     encoders = text_encoders(PIPELINE, max_sequence_length=20)
     assert [encoder.limit for encoder in encoders] == [16, 16, 20]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("sana", "lumina2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_checks_and_trainings_count_alike(family_pipelines, name):
+    """Templates, system prompts and changes of case count in both."""
+    model = load_model(family_pipelines[name], **FAMILIES[name].options)
+    longest = text_encoders(family_pipelines[name], FAMILIES[name].options.get("max_sequence_length"))[-1]
+    for text in ("a red circle", " A Blue Square  "):
+        assert longest.count(text) == model.count_tokens(text)
+    assert longest.limit == model.token_limit
 
 
 def same(model, first, second):

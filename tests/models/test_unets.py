@@ -15,6 +15,7 @@ from diffalign.models import LoraConfig, load_model
 from diffalign.models.pipeline_call import Sampled, pipeline_call
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.models.sd import SDModel
+from diffalign.models.sdxl import SDXLModel
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
@@ -197,6 +198,16 @@ def test_size_conditioning_of_sdxl_is_not_cached_for_another_size(models, monkey
         encoded = PromptEmbeddingCache(models["sdxl"], folder=tmp_path)
         for row in (encoded(TEXTS[:1]), encoded.empty):
             assert row.tensors["time_ids"].tolist() == [[resolution, resolution, 0, 0, resolution, resolution]]
+
+
+def test_a_cached_negative_follows_the_configuration_of_the_pipeline(tmp_path):
+    """SDXL models with the same encoders may share a cache, and differ in their negative."""
+    pipe, found = tiny.sdxl(), []
+    for zeros in (True, False):
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        found.append(PromptEmbeddingCache(SDXLModel(pipe), folder=tmp_path).empty.tensors["embeds"])
+    assert not found[0].any()
+    assert found[1].any()
 
 
 def test_sdxl_gets_the_sizes_of_each_image(models, ddim):

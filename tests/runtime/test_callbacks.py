@@ -76,6 +76,14 @@ def test_a_run_that_a_callback_stopped_goes_on_when_resumed(tmp_path):
     assert all(map(torch.equal, resumed.loop.state.parameters, whole.loop.state.parameters))
 
 
+def test_a_run_that_had_ended_ends_again(tmp_path):
+    """An upload that failed is made up for by the same command."""
+    train(tmp_path, Recorder())
+    recorder = Recorder()
+    train(tmp_path, recorder, resume_from_checkpoint="latest")
+    assert recorder.seen == [("on_train_end", 8)]
+
+
 def test_requests_to_save_and_evaluate_are_carried_out_once_at_the_end_of_the_iteration(tmp_path):
     recorder = Recorder(should_save=("on_step_end", 2), should_evaluate=("on_step_end", 5))
     train(tmp_path, recorder)

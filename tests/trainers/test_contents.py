@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffalign.runtime.provenance import check_origin
+from diffalign.structures import Prompt
 from tests.conftest import PIPELINE, PROMPTS
 from tests.reliability.trainers import TRAINERS, held_out, short
 
@@ -134,3 +135,16 @@ def test_checkpoints_from_before_know_no_contents_and_are_accepted(world):
     now = trainer.loop.outputs.origin()
     then = {name: value for name, value in now.items() if name != "contents"}
     assert not check_origin(then, now, trainer.args)
+
+
+def test_the_source_images_of_edits_are_looked_at(tmp_path):
+    from diffalign.trainers.contents import source_contents
+
+    path = tmp_path / "source.png"
+    prompts = [Prompt(text, {"image": str(path)}) for text in ("make it blue", "add a square")]
+    found = []
+    for color in ("red", "red", "green"):
+        Image.new("RGB", (8, 8), color).save(path)
+        found.append(source_contents(prompts))
+    assert found[0] == found[1] != found[2]
+    assert source_contents([Prompt("a red circle"), Prompt("a star", {"image": "cat-17"})]) == {}

@@ -1,6 +1,7 @@
 """What Python users rely on: data in memory, configurations from files, results."""
 
 import dataclasses
+import math
 
 import pytest
 from datasets import Dataset
@@ -92,5 +93,12 @@ def test_a_result_of_rows(tmp_path):
     assert (result.best_step, result.step, result.weights, result.card) == (2, 3, (), None)
     assert (result.base, result.tuned) == ({"eval/accuracy": 0.3}, {"eval/accuracy": 0.5})
     assert result.metrics == {"loss": 1.0}
+    lines += ['{"step": 4, "eval/accuracy": null}', '{"step": 5, "eval/accuracy": "inf", "loss": null}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    result = read_result(tmp_path, 4)
+    assert result.best_step == 2, "a reward that failed on every image decides nothing"
+    assert math.isnan(result.tuned["eval/accuracy"])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_result(tmp_path, 5).tuned["eval/accuracy"] == math.inf
     empty = read_result(tmp_path / "none", 0)
     assert (empty.best_step, empty.base, empty.tuned, empty.metrics) == (None, {}, {}, {})

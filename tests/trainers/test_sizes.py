@@ -9,13 +9,14 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from diffalign import DiffusionDPOTrainer, FlowGRPOTrainer
+from diffalign import DiffusionDPOConfig, DiffusionDPOTrainer, FlowGRPOTrainer
 from diffalign.data.buckets import image_sizes, nearest_bucket
 from diffalign.data.pairs import load_pairs
 from diffalign.diffusion.plan import PlanConfig
-from diffalign.models import load_model
+from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.trainers.aspect_buckets import make_buckets, model_buckets
+from diffalign.trainers.diffusion_dpo.latents import LatentEncoder
 from tests.models import tiny_unet_pipelines as tiny
 from tests.phases import collect
 from tests.reliability.compare import same_checkpoint
@@ -114,6 +115,16 @@ def test_each_batch_has_the_size_of_its_images(dpo, mixed):
         seen.add(size)
     assert {(64, 64), (80, 48), (48, 80)} <= seen
     trainer.train()
+
+
+def test_blank_images_of_two_sizes_are_cached_apart(frozen, tmp_path):
+    """Their bytes are equal."""
+    prompts = PromptEmbeddingCache(frozen, folder=tmp_path)
+    run = SimpleNamespace(config=DiffusionDPOConfig(model="m"), model=frozen, prompts=prompts, rng=None, share=range)
+    encoder = LatentEncoder(run)
+    for height, width in ((48, 80), (80, 48)):
+        latent = encoder._latent(torch.full((3, height, width), 255, dtype=torch.uint8))
+        assert latent.shape[-2:] == (height // 8, width // 8)
 
 
 @pytest.mark.parametrize("loss", ["kto", pytest.param("dpo", marks=LATER)])
@@ -229,16 +240,3 @@ def test_buckets_that_cannot_be_are_refused(dpo, changes, message, train_prompts
 def test_buckets_without_real_images_are_refused(refl):
     with pytest.raises(ValueError, match="aspect_buckets: read only with train_images"):
         refl(aspect_buckets=16).validate()
-
-
-@LATER
-def test_a_negative_has_the_sizes_of_the_image(tmp_path):
-    """As diffusers does where no negative sizes are given."""
-    tiny.build("sdxl", tmp_path / "sdxl")
-    model = load_model(tmp_path / "sdxl", resolution=(64, 96))
-    rows = model.at_size(model.encode(["a star", "a circle"]), (96, 64))
-    negative = model.unconditional()[torch.tensor([0, 0])]
-    assert negative.tensors["time_ids"][0].tolist() == [64, 96, 0, 0, 64, 96]
-    matched = model.match_images(negative, rows)
-    assert matched.tensors["time_ids"].tolist() == [[96, 64, 0, 0, 96, 64]] * 2
-    assert torch.equal(matched.tensors["embeds"], negative.tensors["embeds"])

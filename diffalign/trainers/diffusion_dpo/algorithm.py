@@ -39,7 +39,7 @@ from diffalign.runtime.state import indexed, restore
 from diffalign.structures import Level
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.contents import sample_contents
+from diffalign.trainers.contents import check_sample_sources, sample_contents
 from diffalign.trainers.diffusion_dpo.batches import (
     DataSource,
     PreferenceBatch,
@@ -143,6 +143,7 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         data = open_stream(run) if data is None else data
         if isinstance(data, PairStream):
             return StreamSource(run, data, encoder)
+        check_sample_sources(run.model, data)
         self.data_digest = sampled_digest(data)
         self.data_contents = {"samples of train_data": sample_contents(data)}
         source = DataSource(run, data, encoder)

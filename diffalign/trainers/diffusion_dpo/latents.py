@@ -14,9 +14,10 @@ from torch import Tensor
 from diffalign.data.crops import DRAWS, CropParams, SizeConditioning, frame
 from diffalign.data.images import decode
 from diffalign.losses.errors import latent_mask
+from diffalign.models.editing import sized_input
 from diffalign.models.offload import VAE
 from diffalign.runtime.run import Run
-from diffalign.structures import ImageSource, Input, LabelledImage, Pair, Prompt
+from diffalign.structures import ImageSource, Input, LabelledImage, Pair
 from diffalign.trainers.diffusion_dpo.config import DiffusionDPOConfig
 
 
@@ -132,14 +133,9 @@ class LatentEncoder:
         framed = [frame(image, size, crop) for image in images]
         latents = torch.stack([self._latent(pixels) for pixels, _ in framed])
         mask = None if sample.mask is None else self._mask(sample.mask, crop, size, latents.shape[-2:])
-        return _Row(latents, tuple(sizes for _, sizes in framed), label, self._input(sample.prompt, size), mask)
-
-    def _input(self, prompt: Prompt, size: tuple[int, int]) -> Input:
-        """Return the model's input; a source image has the size of the images."""
-        given = prompt.input
-        if isinstance(given, str) or size == self.model.default_resolution:
-            return given
-        return given._replace(size=size)
+        return _Row(
+            latents, tuple(sizes for _, sizes in framed), label, sized_input(self.model, sample.prompt, size), mask
+        )
 
     def _mask(self, source: ImageSource, crop: CropParams, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
         """Crop and flip a mask as its images, and resize it to the latent grid: (1, h, w)."""
@@ -148,7 +144,9 @@ class LatentEncoder:
 
     @torch.no_grad()
     def _latent(self, pixels: Tensor) -> Tensor:
-        key = f"latent {self.identity} {hashlib.blake2b(pixels.numpy().tobytes(), digest_size=20).hexdigest()}"
+        content = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=20).hexdigest()
+        # A white image has the same bytes in any shape.
+        key = f"latent {self.identity} {tuple(pixels.shape)} {content}"
         if (kept := self.cache.get(key)) is not None:
             return kept["latent"]
         # One at a time: the batch shape changes the last bits, and a cached latent must not depend on its neighbours.

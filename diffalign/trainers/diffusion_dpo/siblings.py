@@ -98,7 +98,7 @@ class SiblingSource(Source):
         with self.model.keeping(VAE):
             for rows in micro_batches(len(prompts), max(1, self.config.rollout_batch_size // family)):
                 keys = NoiseKeys(self.run.rng, "rollout", iteration, self.own[rows], torch.zeros_like(self.own[rows]))
-                sampler = _PathSampler(self, plan, conditioning[rows], prompts[rows], keys)
+                sampler = PathSampler(self, plan, conditioning[rows], prompts[rows], keys)
                 sampler.run(steps, paths, rows)
         return PreferenceBatch(rollout=paths)
 
@@ -179,7 +179,7 @@ class SiblingSource(Source):
 
 
 @dataclass
-class _PathSampler:
+class PathSampler:
     """Sample the paths of a micro-batch of prompts, and the children of their compared states."""
 
     source: SiblingSource
@@ -213,7 +213,7 @@ class _PathSampler:
             children = x.reshape(count, family, *shape)
             output = output.reshape(count, family, *shape)[alone, chosen]
             if self.source.method.nudge:
-                children[alone, best] = self._nudged(children[alone, best], index + 1)
+                children[alone, best] = self.nudged(children[alone, best], index + 1)
             x = children[alone, chosen]
             if self.source.method.nudge and index < steps[-1]:
                 output = self._predict(x, index + 1)
@@ -239,7 +239,7 @@ class _PathSampler:
         parts = micro_batches(len(x), self.source.config.rollout_batch_size)
         return torch.cat([model.predict(x[part], self.plan.levels[index], own[part], guidance) for part in parts])
 
-    def _asked(self, index: int) -> list[Prompt]:
+    def asked(self, index: int) -> list[Prompt]:
         """Return the prompts with the time of the level in their metadata."""
         time = float(self.plan.levels[index].time)
         return [replace(prompt, metadata={**prompt.metadata, "time": time}) for prompt in self.prompts]
@@ -249,12 +249,12 @@ class _PathSampler:
         source, level, family = self.source, self.plan.levels[index], len(x) // len(self.prompts)
         clean = to_x0(source.model.parameterization, x, output, level)
         images = decode(source.model, clean, source.config.decode_dtype) if source.collector.decodes else None
-        prompts = [prompt for prompt in self._asked(index) for _ in range(family)]
+        prompts = [prompt for prompt in self.asked(index) for _ in range(family)]
         groups = torch.arange(len(x)) // family
         found = score(source.collector.rewards, images, prompts, groups, clean)
         return {name: found[name] for name in source.collector.rewards}
 
-    def _ask(
+    def ask(
         self,
         reward: Reward,
         images: Tensor | None,
@@ -262,6 +262,7 @@ class _PathSampler:
         texts: list[str],
         metadata: list[Mapping[str, Any]],
     ) -> Tensor:
+        """Score images or latents with a gradient."""
         return ask(reward, wanted(reward, images, latents), texts, metadata)[0]
 
     def _survivors(self, totals: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -276,34 +277,41 @@ class _PathSampler:
         ]
         return torch.tensor(drawn), best
 
-    def _nudged(self, x: Tensor, index: int) -> Tensor:
+    def nudged(self, x: Tensor, index: int) -> Tensor:
         """Return x + nudge dr/dx, r being the reward of the clean image that the policy predicts from x: (b, C, ...).
 
         Where the gradient is not finite, x stays.
         """
-        source, model, level = self.source, self.source.model, self.plan.levels[index]
-        x = x.detach().requires_grad_()
-        prompts = self._asked(index)
-        with torch.enable_grad():
-            output = model.predict(x, level, self.conditioning, model.resolve_guidance(self.plan.guidance))
-            clean = to_x0(model.parameterization, x, output, level)
-            images = model.decode(clean) if source.collector.decodes else None
-            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-            try:
-                total = sum(
-                    weight * self._ask(source.collector.rewards[name], images, clean, texts, metadata).to(x).sum()
-                    for name, weight in source.weights.items()
-                )
-                assert isinstance(total, Tensor)
-                (gradient,) = torch.autograd.grad(total, x)
-            except RewardUnavailable:
-                raise
-            except Exception as error:  # scored before, so that only this winner's nudge is lost
-                warnings.warn(
-                    f"no nudge: a reward failed with a gradient ({str(error)[:300]})", RewardWarning, stacklevel=2
-                )
-                return x.detach()
-        return x.detach() + source.method.nudge * gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        gradient = reward_gradient(self, x.detach(), index)
+        return x.detach() + self.source.method.nudge * gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def reward_gradient(sampler: PathSampler, x: Tensor, index: int) -> Tensor:
+    """Return the gradient of the total reward of clean images that are predicted from x, with respect to x.
+
+    Zero, with a warning, where a reward fails.
+    """
+    source, model, level = sampler.source, sampler.source.model, sampler.plan.levels[index]
+    x, prompts = x.requires_grad_(), sampler.asked(index)
+    with torch.enable_grad():
+        output = model.predict(x, level, sampler.conditioning, model.resolve_guidance(sampler.plan.guidance))
+        clean = to_x0(model.parameterization, x, output, level)
+        images = model.decode(clean) if source.collector.decodes else None
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        try:
+            total = sum(
+                weight * sampler.ask(source.collector.rewards[name], images, clean, texts, metadata).to(x).sum()
+                for name, weight in source.weights.items()
+            )
+            assert isinstance(total, Tensor)
+            (gradient,) = torch.autograd.grad(total, x)
+        except RewardUnavailable:
+            raise
+        except Exception as error:  # scored before, so that only this winner's nudge is lost
+            said = f"no nudge: a reward failed with a gradient ({str(error)[:300]})"
+            warnings.warn(said, RewardWarning, stacklevel=2)
+            return torch.zeros_like(x).detach()
+    return gradient
 
 
 class PathSource(RolloutSource):

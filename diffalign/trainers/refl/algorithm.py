@@ -37,7 +37,7 @@ from diffalign.runtime.run import Run
 from diffalign.structures import Input, Prompt
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.base import Trainer
-from diffalign.trainers.contents import sample_contents
+from diffalign.trainers.contents import check_sample_sources, sample_contents
 from diffalign.trainers.inputs import (
     Inputs,
     check_differentiable,
@@ -158,6 +158,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         self.gradient = RewardGradient(run, self.judge, recipe, self.guidance, self.levels, self.pictures)
         self.monitor = HackingMonitor(run, inputs)
         if self.pictures is not None:
+            check_sample_sources(run.model, self.pictures.data)
             self.data_contents = {"samples of train_images": sample_contents(self.pictures.data)}
         self.data_digest = digest([prompt.text for prompt in inputs.data or ()])
 
@@ -202,18 +203,18 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
 
     def _inputs(self, iteration: int, samples: Sequence[tuple[int, int]]) -> list[Input]:
         """Return all prompts that an iteration encodes, its update included."""
-        prompts = self.starts.prompts_of(iteration, samples)
+        inputs = self.starts.inputs_of(iteration, samples)
         if self.recipe.regulariser == "pretraining":
             assert self.pictures is not None
-            prompts += self.pictures.prompts_of(iteration, [group for group, _ in samples])
-        return [prompt.input for prompt in prompts]
+            inputs += self.pictures.inputs_of(iteration, [group for group, _ in samples])
+        return inputs
 
     def _part(self, iteration: int, samples: Sequence[tuple[int, int]], lead: tuple[int, int]) -> Batch:
         """Sample a batch up to its gradient paths. lead: the sample whose random numbers choose the paths."""
         paths = draw_courses(self.recipe, self.run.rng, iteration, lead)
         kept = places(paths, self.recipe.num_steps)
         start = self.starts(iteration, samples, kept[0])
-        conditioning = self.run.prompts([prompt.input for prompt in start.prompts])
+        conditioning = self.run.prompts(self.starts.inputs_of(iteration, samples))
         if start.size is not None:
             conditioning = self.model.at_size(conditioning, start.size)
         plan = sampling_plan(self.recipe)

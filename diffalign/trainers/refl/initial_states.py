@@ -18,11 +18,12 @@ from diffalign.diffusion.plan import Plan, Row
 from diffalign.diffusion.reward_gradient_presets import Recipe, draw
 from diffalign.diffusion.trajectory import GradientPath
 from diffalign.models import DiffusionModel
+from diffalign.models.editing import sized_input
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.rollout.sampler import Draw, SamplingPlan, sample
 from diffalign.runtime.run import Run
-from diffalign.structures import Conditioning, Level, Prompt, StepResult
+from diffalign.structures import Conditioning, Input, Level, Prompt, StepResult
 from diffalign.trainers.aspect_buckets import make_buckets
 from diffalign.trainers.refl.config import ReFLConfig
 
@@ -52,8 +53,8 @@ class Starts(Protocol):
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Return initial states of some samples of an iteration, at level ``latest`` or an earlier one."""
 
-    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """Return the prompts that the ``Start`` of these samples will have."""
+    def inputs_of(self, iteration: int, samples: Samples) -> list[Input]:
+        """Return the model's inputs for the ``Start`` of these samples."""
 
 
 class NoiseStarts:
@@ -65,10 +66,13 @@ class NoiseStarts:
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Draw the initial noise of samples."""
         x = self.noise.normal_batch(self.shape, "refl/start", [(iteration, *own) for own in samples])
-        return Start(x, 0, self.prompts_of(iteration, samples))
+        return Start(x, 0, self._prompts(iteration, samples))
 
-    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """Return the prompt of each sample's group."""
+    def inputs_of(self, iteration: int, samples: Samples) -> list[Input]:
+        """Return the input of each sample's group."""
+        return [prompt.input for prompt in self._prompts(iteration, samples)]
+
+    def _prompts(self, iteration: int, samples: Samples) -> list[Prompt]:
         order = _order(len(self.prompts), self.num_groups, iteration, self.noise, "prompts")
         return [self.prompts[order[group]] for group, _ in samples]
 
@@ -106,10 +110,13 @@ class BufferStarts:
         own = self._groups(iteration, samples)
         rows = torch.tensor([self.members[g][member] for g, (_, member) in zip(own, samples, strict=True)])
         nodes = self.buffer.nodes(rows, usable[-1])
-        return Start(self.buffer.x[nodes], usable[-1], self.prompts_of(iteration, samples))
+        return Start(self.buffer.x[nodes], usable[-1], self._prompts(iteration, samples))
 
-    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
-        """Return the prompts of samples, from the buffer."""
+    def inputs_of(self, iteration: int, samples: Samples) -> list[Input]:
+        """Return the inputs of samples, from the buffer."""
+        return [prompt.input for prompt in self._prompts(iteration, samples)]
+
+    def _prompts(self, iteration: int, samples: Samples) -> list[Prompt]:
         return [self.buffer.prompts[group] for group in self._groups(iteration, samples)]
 
     def _groups(self, iteration: int, samples: Samples) -> list[int]:
@@ -150,9 +157,10 @@ class Pictures:
         latents = self.model.encode_images(pixels.to(self.model.device)).float().cpu()
         return latents, list(prompts), list(sizes)
 
-    def prompts_of(self, iteration: int, numbers: Sequence[int]) -> list[Prompt]:
-        """Return the captions of images."""
-        return [prompt for _, _, prompt in self._framed(iteration, numbers)]
+    def inputs_of(self, iteration: int, numbers: Sequence[int]) -> list[Input]:
+        """Return the captions of images, with source images of their size for models that edit."""
+        framed = self._framed(iteration, numbers)
+        return [sized_input(self.model, prompt, sizes.target_size) for _, sizes, prompt in framed]
 
     def _framed(self, iteration: int, numbers: Sequence[int]) -> list[tuple[Tensor, SizeConditioning, Prompt]]:
         """Return pixels, size conditioning and prompt of each image; images of the current iteration are cached."""
@@ -186,9 +194,9 @@ class ImageStarts:
         )
         return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts, sizes[0].target_size)
 
-    def prompts_of(self, iteration: int, samples: Samples) -> list[Prompt]:
+    def inputs_of(self, iteration: int, samples: Samples) -> list[Input]:
         """Return the captions of the images."""
-        return self.pictures.prompts_of(iteration, [group for group, _ in samples])
+        return self.pictures.inputs_of(iteration, [group for group, _ in samples])
 
 
 def _order(count: int, wanted: int, iteration: int, noise: KeyedRNG, stream: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -79,7 +80,7 @@ class RewardGradient:
         """Unroll some samples on gradient path ``number`` of their batch."""
         course, steps = batch.courses[number], self.recipe.num_steps
         start = batch.state(rows, steps if course.renoise else course.start)
-        noise = self._known_noise(batch, rows, number).to(start) if course.renoise else None
+        noise = self._known_noise(batch, rows, number, start.shape[1:]).to(start) if course.renoise else None
         return unroll(
             self.denoiser(batch.conditioning[rows]),
             course,
@@ -91,9 +92,9 @@ class RewardGradient:
             checkpointed=self.run.config.step_checkpointing,
         )
 
-    def _known_noise(self, batch: Batch, rows: Tensor, number: int) -> Tensor:
+    def _known_noise(self, batch: Batch, rows: Tensor, number: int, shape: Sequence[int]) -> Tensor:
         keys = [(batch.iteration, *batch.samples[row], number) for row in rows.tolist()]
-        return self.run.rng.normal_batch(self.model.latent_shape(), "refl/known", keys)
+        return self.run.rng.normal_batch(shape, "refl/known", keys)
 
     def _judged(
         self, found: Unrolled, batch: Batch, rows: Tensor, course: GradientPath
@@ -136,7 +137,8 @@ class RewardGradient:
         assert self.pictures is not None
         model, rng = self.model, self.run.rng
         samples = [batch.samples[row] for row in rows.tolist()]
-        latents, prompts, sizes = self.pictures(batch.iteration, [group for group, _ in samples])
+        groups = [group for group, _ in samples]
+        latents, _, sizes = self.pictures(batch.iteration, groups)
         keys = [(batch.iteration, *sample) for sample in samples]
         if self.recipe.from_images:
             stream, level = "refl/start", self.levels[self.recipe.first]
@@ -149,7 +151,8 @@ class RewardGradient:
         images = noised(model, latents.to(model.device), noise, level)
         names = ("original_size", "crop_top_left", "target_size")
         columns = (torch.tensor([getattr(size, name) for size in sizes]) for name in names)
-        conditioning = model.with_sizes(self.run.prompts([prompt.input for prompt in prompts]), *columns)
+        inputs = self.pictures.inputs_of(batch.iteration, groups)
+        conditioning = model.with_sizes(self.run.prompts(inputs), *columns)
         return squared_distance(model.predict(images.x, level, conditioning), images.target)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:

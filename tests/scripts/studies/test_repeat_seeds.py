@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_seconds_are_those_of_all_updates_of_an_iteration_and_checkpoints_have_t
 @pytest.mark.parametrize("name", ["flow_grpo/shapes", "flow_grpo/shapes_long", "refl/shapes_draft_k"])
 def test_the_seeds_csv_is_of_the_shipped_config(name):
     config = safe_load((ROOT / f"configs/{name}.yaml").read_text())
-    rows = list(csv.DictReader((ROOT / f"assets/results/{Path(name).name}_seeds.csv").open()))
+    rows = list(csv.DictReader((ROOT / f"assets/results/{name.replace('/', '_')}_seeds.csv").open()))
     steps = range(0, config["max_train_steps"] + 1, config["eval_steps"])
     assert [(row["seed"], int(row["step"])) for row in rows] == [(seed, step) for seed in "012" for step in steps]
 
@@ -58,3 +59,30 @@ def test_seeds_are_summed_up_and_drawn(monkeypatch, tmp_path):
     seeds.draw(runs, tmp_path / "seeds.png")
     assert (tmp_path / "seeds.png").stat().st_size > 5000
     assert [seeds.check(tmp_path / f"seed-{seed}") for seed in (0, 1)] == [1, 0]
+
+
+def test_test_prompts_are_evaluated_once_with_base_and_last_weights(run_folder, tmp_path, monkeypatch):
+    """Rows have the columns of validation, from the figures of ``diffalign eval``."""
+    seeds = importlib.import_module("scripts.studies.repeat_seeds")
+    folder = tmp_path / "seed-0"
+    shutil.copytree(run_folder, folder)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (ROOT / "assets/prompts/shapes_test.jsonl").read_text().splitlines()
+    prompts.write_text("\n".join(lines[::105]))
+
+    base, tuned = seeds.tested(folder, prompts)
+    found = json.loads((folder / "test/results.json").read_text())["models"]
+    assert (base["weights"], tuned["weights"]) == ("base", "tuned")
+    assert tuned["shapes"] == found["tuned"]["rewards"]["shapes"]["mean"] != base["shapes"]
+    tag, task = next(iter(found["base"]["tasks"].items()))
+    assert base[f"accuracy/{tag}"] == task["mean"]
+    monkeypatch.setattr(seeds, "evaluate", None)
+    assert seeds.tested(folder, prompts) == [base, tuned]
+    assert "training" not in seeds.table([[base, tuned]])
+
+
+@pytest.mark.parametrize("name", ["forward_rl/shapes"])
+def test_the_test_csv_has_every_seed_of_a_shipped_config(name):
+    assert (ROOT / f"configs/{name}.yaml").is_file()
+    rows = list(csv.DictReader((ROOT / f"assets/results/{name.replace('/', '_')}_test.csv").open()))
+    assert [(row["seed"], row["weights"]) for row in rows] == [(s, w) for s in "012" for w in ("base", "tuned")]
