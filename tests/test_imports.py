@@ -37,7 +37,7 @@ ALLOWED = {
     "lazy": set(),
     "messages": set(),
     "config": {"embedded", "files", "atomic", "remote", "tokens"},
-    "preflight": {"config", "lora_source", "remote", "messages", "plugins", "rewards", "data"},
+    "preflight": {"config", "lora_source", "remote", "messages", "models", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),
     "fsdp": set(),
