@@ -5,11 +5,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from diffalign import FlowGRPOConfig, LoraConfig
+from diffalign import DiffusionDPOConfig, FlowGRPOConfig, LoraConfig
 from diffalign.commands.export import run as export
 from diffalign.commands.export_config import ExportConfig
+from diffalign.forecast import fitter, report
+from diffalign.forecast.dry_run import Place
 from diffalign.models import load_model
 from diffalign.structures import Guidance
+from diffalign.trainers.cost import Share
+from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE
 
 TEXTS = ["a red circle", "two blue squares beside a dog"]
@@ -129,3 +133,11 @@ def test_other_families_are_refused():
     model = load_model(PIPELINE, max_sequence_length=16)
     with pytest.raises(ValueError, match=r"lora\.text_encoder: .* StableDiffusion3Pipeline do not train, only"):
         model.train(LoraConfig(text_encoder=True))
+
+
+def test_no_forecast_offloads_text_encoders_that_train():
+    args = DiffusionDPOConfig(model="x", train_data=("x",), lora=LoraConfig(text_encoder=True))
+    found = fitter.Fitter(find_algorithm("diffusion_dpo"), args, Place(Share(0, 1)))._ladder
+    assert any("vae" in settings.get("offload", ()) for settings in found)
+    assert not any("text_encoders" in settings.get("offload", ()) for settings in found)
+    assert not report._can_set(args, "offload", "text_encoders")
