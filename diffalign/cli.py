@@ -145,8 +145,13 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 def _not_read(config: Any) -> tuple[str, ...]:
     """Return the fields of which a forecast reads nothing: prompts, and the model if the package has its configs."""
-    model = getattr(config, "model", None)
-    known = load("diffalign.models.published_configs:published_folder")(model) if model else None
+    if not (model := getattr(config, "model", None)):
+        return not_needed_to_forecast(config)
+    try:
+        base = load("diffalign.models.single_file:layout")(model)
+    except (ValueError, OSError):  # the check of the model says what is wrong
+        return not_needed_to_forecast(config)
+    known = load("diffalign.models.published_configs:published_folder")(base)
     return (*(("model",) if known else ()), *not_needed_to_forecast(config))
 
 

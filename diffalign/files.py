@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from diffalign import remote
+
 MAX_BYTES = 1 << 29  # of an image file, and of a line of text
 MAX_TEXT = 1 << 20  # bytes of a caption file or a configuration
 MAX_MESSAGE = 2000  # characters
@@ -18,7 +20,11 @@ _OTHER_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def printable(text: Path | str) -> str:
-    """Escape what a terminal cannot show: undecodable bytes of file names as ``\\xff``, control characters too."""
+    """Escape what a terminal cannot show: undecodable bytes of file names as ``\\xff``, control characters too.
+
+    The copy of a remote file is shown by its address.
+    """
+    text = (remote.address_of(text) or text) if isinstance(text, Path) else text
     decoded = os.fsencode(text).decode("utf-8", "backslashreplace") if isinstance(text, Path) else str(text)
     decoded = decoded.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c in " \u200d" else repr(c)[1:-1] for c in decoded)
@@ -64,8 +70,10 @@ def natural(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; pipes, sockets and devices could block or never end.
 
-    OSError: it cannot be opened. ValueError: it is no regular file.
+    The copy of a remote file is downloaded first if it is not current. OSError: it cannot be opened. ValueError: it is
+    no regular file.
     """
+    remote.ensure(path)
     # A pipe without a writer would block in open() itself.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(handle).st_mode

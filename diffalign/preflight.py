@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign import remote
 from diffalign.config.held_out import PANEL, WORD
 from diffalign.config.schema import ConfigError, shown
 from diffalign.config.sections import PASSED
@@ -50,8 +51,19 @@ def _problems(config: Any, prefix: str, skip: Collection[str] = ()) -> Iterator[
 def path_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check that a file or folder exists."""
     path = Path(value)
-    if not path.exists():
+    if address_like(value):
+        if problem := remote.problem(value):
+            yield f"{name}: {problem}"
+    elif not path.exists():
         yield f"{name}: there is no file {path}{_near(path)}; check the path (relative to {Path.cwd()})"
+
+
+def address_like(source: str | Path) -> bool:
+    """Return whether a source is an fsspec address, valid or not."""
+    try:
+        return remote.address(source) is not None
+    except remote.RemoteError:
+        return True
 
 
 def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
@@ -69,7 +81,7 @@ def prompts_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         yield from [f"{name}: {error}"] if path.exists() or not path.suffix else path_problem(name, path, config)
         return
     if source.path is not None:
-        yield from path_problem(name, source.path, config)
+        yield from path_problem(name, source.name, config)
     elif source.kind == HUB:
         for file in source.files or (None,):
             if problem := hub_problem(source.name, source.revision, "dataset", file):
@@ -91,7 +103,8 @@ def not_needed_to_forecast(config: Any) -> tuple[str, ...]:
             found.append(name)
     for name in ("train_data", "train_images"):
         sources = getattr(config, name, ())
-        if sources and not any(Path(source).exists() or _is_local(str(source)) for source in sources):
+        here = (not address_like(one) and (Path(one).exists() or _is_local(str(one))) for one in sources)
+        if sources and not any(here):
             found.append(name)
     return tuple(found)
 
@@ -102,12 +115,8 @@ def model_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     if not text:
         return
     path = Path(text)
-    if path.is_file():
-        yield (
-            f"model {text}: is a single file, without the configuration and tokenizers that runs need; convert it: "
-            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), or the class of its family, and "
-            "give that folder"
-        )
+    if path.is_file() or (not path.is_dir() and text.partition("?")[0].endswith((".safetensors", ".ckpt"))):
+        yield from _single_file_problem(text, config)
     elif path.exists():
         if not (path / "model_index.json").is_file():
             yield f"model {text}: has no model_index.json; give the folder that save_pretrained wrote"
@@ -131,6 +140,32 @@ def backbone_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         yield f"{name}: {problem}"
 
 
+def _single_file_problem(text: str, config: Any) -> Iterator[str]:
+    """Check a model that is a single file, and the base that has what the file lacks."""
+    from diffalign.models.single_file import check_kind, header, layout, single_file
+
+    try:
+        found = single_file(text)
+        if found is None:
+            yield f"model {text}: is a file of another kind; give a folder in diffusers' layout, or a .safetensors file"
+            return
+        if (hub := found.on_hub) is not None:
+            if problem := hub_problem(hub[0], hub[1], "model", hub[2]):
+                yield f"model {text}: {problem}"
+                return
+        else:
+            check_kind(found.name, header(found.path()))
+        base = str(layout(text))
+    except (ValueError, OSError) as error:
+        yield str(error)
+        return
+    for problem in model_problem("model", base, config):
+        yield (
+            f"{problem}. {found.name} needs a base, for its configuration, its tokenizers and the parts that it lacks: "
+            "FILE?base=FOLDER or ?base=owner/name"
+        )
+
+
 def lora_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check a LoRA: a file, a folder with one, or a hub id."""
     from diffalign.lora_source import find_lora, lora_file
@@ -147,6 +182,9 @@ def data_problem(name: str, value: Any, config: Any) -> Iterator[str]:
         path = Path(source)
         if getattr(config, "of_prompts", False):
             yield from prompts_problem(name, source, config)
+            continue
+        if address_like(source):
+            yield from path_problem(name, source, config)
             continue
         if path.exists():
             continue
@@ -166,7 +204,9 @@ def _is_local(source: str) -> bool:
 def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check that files and folders of images exist."""
     for source in value:
-        if not Path(source).exists():
+        if address_like(source):
+            yield from path_problem(name, source, config)
+        elif not Path(source).exists():
             yield f"nothing at {source}{_near(Path(source))}: check the path (relative to {Path.cwd()})"
 
 

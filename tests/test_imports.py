@@ -8,12 +8,25 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffalign"
 
 # Room -> the rooms that it may import besides itself.
-FOUNDATION = {"device", "embedded", "files", "atomic", "media", "structures", "config", "fsdp", "rng", "tokens"}
+FOUNDATION = {
+    "device",
+    "embedded",
+    "files",
+    "remote",
+    "atomic",
+    "media",
+    "structures",
+    "config",
+    "fsdp",
+    "rng",
+    "tokens",
+}
 FOUNDATION |= {"lora_source"}
 ALLOWED = {
     "device": set(),
     "embedded": set(),
-    "files": set(),
+    "files": {"remote"},
+    "remote": {"tokens"},
     "atomic": set(),
     "media": {"files"},
     "structures": {"files"},
@@ -23,8 +36,8 @@ ALLOWED = {
     "user_code": set(),
     "lazy": set(),
     "messages": set(),
-    "config": {"embedded", "files", "atomic", "tokens"},
-    "preflight": {"config", "lora_source", "messages", "plugins", "rewards", "data"},
+    "config": {"embedded", "files", "atomic", "remote", "tokens"},
+    "preflight": {"config", "lora_source", "remote", "messages", "models", "plugins", "rewards", "data"},
     "console": {"models"},
     "log": set(),
     "fsdp": set(),

@@ -27,7 +27,9 @@ class CheckConfig(PreferenceDataConfig):
     )
     essential: ClassVar[tuple[str, ...]] = ("data", "prompts", "model", "scan", "unpaired", "streaming", "json")
 
-    data: tuple[str, ...] = option((), "preference data or prompts: files, folders or hub ids", section="data")
+    data: tuple[str, ...] = option(
+        (), "preference data or prompts: files, folders, addresses (s3://...) or hub ids", section="data"
+    )
     prompts: bool = option(False, "read the data as prompts; .txt files and named sets always are", section="data")
     scan: int | None = option(None, "number of samples to check, from the first; null: all", section="data", ge=0)
     model: str | None = option(

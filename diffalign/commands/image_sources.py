@@ -20,6 +20,7 @@ from diffalign.data.row import PROMPTS, Row
 from diffalign.data.tables import LOADERS, TEXTS, Table, open_table
 from diffalign.data.validation import DataWarning
 from diffalign.files import bounded, check_inside, printable, shorten, some
+from diffalign.remote import address, address_of, local, mapped
 from diffalign.rewards.support.images import as_image, from_pil
 from diffalign.structures import ImageSource, Prompt
 
@@ -63,7 +64,7 @@ def read(source: str, image_root: Path | None = None, allow_outside: bool = Fals
     "file_name", or Pick-a-Pic's "jpg_0") and a prompt per row. Any other file is one image.
 
     Args:
-        source: File or folder.
+        source: File, folder or fsspec address of one.
         image_root: Folder that paths in a table are relative to; default: the folder of the table.
         allow_outside: Read images outside the folder of their table, also through links.
 
@@ -71,6 +72,7 @@ def read(source: str, image_root: Path | None = None, allow_outside: bool = Fals
         FileNotFoundError: ``source`` does not exist.
         ValueError: It has no image, or no known image column.
     """
+    source = source if address(source) is None else str(local(source))
     path = Path(source)
     settings = PreferenceDataConfig(image_root=image_root, allow_outside=allow_outside)
     if not os.path.lexists(source):  # unlike Path.exists, False for names that are too long
@@ -111,9 +113,9 @@ def _warn_unread(listing: Listing, folder: Path) -> None:
 
 
 def _listed(folder: Path, entries: Records, settings: PreferenceDataConfig) -> Iterator[Item]:
-    within = None if settings.allow_outside else (*filter(None, [settings.image_root]), folder)
-    name = printable(entries.paths[0])
-    yield from _table(Table(name, entries, settings.image_root or folder, within=within))
+    root = folder if settings.image_root is None else mapped(settings.image_root)
+    within = None if settings.allow_outside else (root, folder)
+    yield from _table(Table(printable(entries.paths[0]), entries, root, within=within))
 
 
 def _file(path: Path, within: Path | None) -> Item:
@@ -145,7 +147,7 @@ def _table(table: Table) -> Iterator[Item]:
 
 def _content(source: ImageSource) -> str:
     try:
-        if not isinstance(source.content, Path):
+        if not isinstance(source.content, Path) or address_of(source.content):
             return hashlib.blake2b(source.read(), digest_size=16).hexdigest()
         found = source.content.stat()
     except media.BROKEN:  # `load` reports the error

@@ -26,7 +26,7 @@ class ModelsConfig(Checked):
         "PATH, NAME=PATH or PATH@SCALE: run folders, checkpoints, LoRAs (or hub ids), full weights, negative prompts",
         section="model",
     )
-    model: str | None = option(None, "base model: a folder in diffusers' layout, or a hub id", section="model")
+    model: str | None = option(None, "base model: a folder in diffusers' layout, a hub id or a file", section="model")
     revision: str | None = option(None, "branch, tag or commit of a hub model", section="model")
     family: str | None = option(
         None, "your own model family, for a pipeline of another class: file.py:Class or module:Class", section="model"

@@ -22,7 +22,9 @@ class RelabelConfig(PreferenceDataConfig):
     )
     essential: ClassVar[tuple[str, ...]] = ("data", "rewards", "labels", "rule", "scale", "batch_size", "streaming")
 
-    data: tuple[str, ...] = option((), "preference data: files, folders or hub ids", section="data")
+    data: tuple[str, ...] = option(
+        (), "preference data: files, folders, addresses (s3://...) or hub ids", section="data"
+    )
     labels: str = option("ai", "name of the labels, or a .parquet file to write them to", section="output")
     rewards: tuple[str, ...] = option((), "reward names", section="rewards", guard=guard_rewards)
     reward_options: dict[str, float | RewardConfig] = option(

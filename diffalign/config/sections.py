@@ -48,6 +48,10 @@ class LoraConfig(Checked):
     alpha_pattern: dict[str, float] = option({}, "alpha of single layers; default: that of all", gt=0)
     use_dora: bool = option(False, "train the norms of the weights' rows too (DoRA, arXiv 2402.09353)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)")
+    text_encoder: bool = option(
+        False,
+        "train a LoRA of the same rank on the CLIP text encoders too, on their attention (SD 1.x, 2.x and SDXL)",
+    )
     init: str | None = option(
         None,
         "LoRA to go on from, a path or hub id; its rank, alpha and layers are taken; with rank 0 it is merged into "
@@ -64,7 +68,7 @@ class LoraConfig(Checked):
         if self.layers is not None:
             found["targets"] = "is not read with lora.layers, which names layers too"
         if not self.rank:
-            found |= dict.fromkeys(shape, "is read only with a LoRA (lora.rank above 0)")
+            found |= dict.fromkeys((*shape, "text_encoder"), "is read only with a LoRA (lora.rank above 0)")
         if self.init is None:
             found["reference"] = "is read only with lora.init"
         elif self.rank:

@@ -17,6 +17,7 @@ from typing import Any
 from diffalign.config.fields import given_names
 from diffalign.config.renamed import REMOVED
 from diffalign.config.schema import ConfigError
+from diffalign.remote import shown
 
 
 def covering(names: Collection[str], path: str) -> str | None:
@@ -70,4 +71,4 @@ def plain(value: Any, unread: Collection[str] = (), path: str = "") -> Any:
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+    return shown(value) if isinstance(value, Path) else value

@@ -25,7 +25,7 @@ class PreferenceDataConfig(Checked):
     subset: str | None = option(None, "configuration name of a hub data set", section="data")
     revision: str | None = option(None, "branch, tag or commit of a hub data set", section="data")
     image_root: Path | None = option(
-        None, "base folder of relative image paths; default: the folder of the table", section="data"
+        None, "base folder of relative image paths, or its address; default: the folder of the table", section="data"
     )
     allow_outside: bool = option(
         False,

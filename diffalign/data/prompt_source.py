@@ -1,6 +1,7 @@
 """Name prompts by a file, a data set on the hub, or one word, with options after a question mark.
 
-``prompts.csv?column=caption``, ``owner/name?split=test&metadata=category&limit=500``, ``geneval?split=test``.
+``prompts.csv?column=caption``, ``s3://bucket/prompts.jsonl?limit=500``,
+``owner/name?split=test&metadata=category&limit=500``, ``geneval?split=test``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.files import shorten
+from diffalign.remote import address, mapped, shown
 
 TEXT, TABLE, HUB, GENERATED = "text file", "table", "hub data set", "generated set"
 SUFFIXES = {".txt": TEXT, ".jsonl": TABLE, ".csv": TABLE, ".parquet": TABLE, ".json": TABLE}
@@ -93,7 +95,7 @@ class PromptSource:
     Attributes:
         text: The source as written, for messages.
         kind: Text file, table, hub data set or generated set.
-        name: Path, hub id, or word of a generated set.
+        name: Path or address, hub id, or word of a generated set.
         split: Split of a hub data set; of a set known by a word, "train" or "test".
         subset: Configuration name of a hub data set.
         revision: Branch, tag or commit of a hub data set.
@@ -134,8 +136,8 @@ class PromptSource:
 
     @property
     def path(self) -> Path | None:
-        """The local file; None for other kinds."""
-        return Path(self.name) if self.kind in (TEXT, TABLE) else None
+        """The local file, of an address its copy in the cache; None for other kinds."""
+        return mapped(self.name) if self.kind in (TEXT, TABLE) else None
 
 
 def parse_source(source: str | Path) -> PromptSource:
@@ -144,13 +146,15 @@ def parse_source(source: str | Path) -> PromptSource:
     Raises:
         ValueError: An unknown suffix or word, an option that this kind of source does not read, or a bad value.
     """
-    text = str(source)
+    text = shown(source)
     if Path(text).exists() and Path(text).suffix.lower() in SUFFIXES:
         return PromptSource(text, SUFFIXES[Path(text).suffix.lower()], text)
     name, _, options = text.partition("?")
     if name in LISTED:
         return _listed(text, name, _options(text, options))
     suffix = Path(name).suffix.lower()
+    if address(text) is not None and suffix in SUFFIXES:
+        return _with(PromptSource(text, SUFFIXES[suffix], address(name) or name), _options(text, options))
     if suffix not in SUFFIXES and HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
         return _with(PromptSource(text, HUB, name), _options(text, options))
     if suffix not in SUFFIXES:

@@ -15,6 +15,7 @@ from diffalign.data.records import parse_object, read_chunks
 from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed, with_source
 from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
+from diffalign.remote import local
 from diffalign.structures import Prompt, without_nulls
 
 TEXT_KEYS = ("prompt", "text")
@@ -30,7 +31,7 @@ def load_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     ``.csv``, ``.parquet``, ``.json`` and of data sets on the hub likewise, from "prompt", "caption" or "text".
 
     Args:
-        source: A file, a hub id, or a set by one word, with options: see ``prompt_source``.
+        source: A file, an fsspec address, a hub id, or a set by one word, with options: see ``prompt_source``.
         limit: Largest number of prompts; later ones are not read.
 
     Raises:
@@ -84,6 +85,7 @@ def prompt_source(source: str | Path) -> PromptSource:
     asked = parse_source(source)
     if asked.path is None:
         return asked
+    local(asked.name)
     try:
         open_regular(asked.path).close()
     except FileNotFoundError:
@@ -143,7 +145,8 @@ def read_entries(asked: PromptSource) -> Iterator[Entry]:
     if asked.kind == GENERATED:
         drawn = enumerate(generate(asked.name, asked.split, asked.seed), start=1)
         return ((f"{asked.name}, prompt {n}", Prompt(text, metadata)) for n, (text, metadata) in drawn)
-    entries = _hub_entries(asked) if asked.kind == HUB else _file_entries(Path(asked.name), asked)
+    path = asked.path
+    entries = _hub_entries(asked) if path is None else _file_entries(path, asked)
     if asked.held_out is None:
         return entries
     return ((w, e) for w, e in entries if not isinstance(e, Prompt) or held_out(e.text) == asked.held_out)
@@ -297,7 +300,9 @@ def _source_image(entry: dict[str, Any], asked: PromptSource) -> dict[str, str]:
         return {}  # data sets of captions have images too, which are not read unasked
     if column not in entry:
         raise _Unusable("no_image", f"no {column!r} among {some(entry, 10, 40)}; name another column: image=NAME")
-    row = Row("", "", entry, Path() if asked.path is None else asked.path.parent)
+    root = Path() if asked.path is None else asked.path.parent
+    # Files may lie anywhere. Of addresses, those in the folder of the prompts: a table must not choose what is fetched.
+    row = Row("", "", entry, root, within=(root,) if isinstance(value, str) and "://" in value else None)
     try:
         found = row.image(column)
         content = found.content() if callable(found.content) else found.content

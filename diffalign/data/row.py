@@ -15,7 +15,8 @@ from typing import Any
 
 from diffalign.data.records import parse_json
 from diffalign.data.validation import SampleError
-from diffalign.files import printable, shorten
+from diffalign.files import check_inside, printable, shorten
+from diffalign.remote import RemoteError, address, address_of, copy_path, ensure
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
 PROMPTS = ("prompt", "caption", "text")
@@ -86,9 +87,21 @@ def with_source(metadata: Mapping[str, Any], root: Path) -> dict[str, Any]:
     A value that names no file there stays: other data have metadata of this name too.
     """
     value = metadata.get("image")
-    if not isinstance(value, str) or not value.strip() or not _is_path(value) or not os.path.isfile(root / value):
+    if not isinstance(value, str) or not value.strip() or not _is_path(value) or not _is_file(root, value):
         return dict(metadata)
     return {**metadata, "image": os.path.abspath(root / value)}
+
+
+def _is_file(root: Path, value: str) -> bool:
+    """Return whether a file is there; one of a store is downloaded."""
+    if address_of(root) is not None:
+        if ".." in Path(value).parts:
+            return False
+        try:
+            ensure(root / value)
+        except RemoteError:
+            return False
+    return os.path.isfile(root / value)
 
 
 @dataclass(frozen=True)
@@ -203,10 +216,25 @@ class Row:
         return _content(value) if path is None else path
 
     def _path(self, value: Any) -> Path | None:
-        """Resolve the path in a cell; None if it holds something else."""
+        """Resolve the path in a cell, of an address that of its copy; None if it holds something else."""
+        if isinstance(value, str) and (found := self._address(value)) is not None:
+            return found
         if isinstance(value, Path) or (isinstance(value, str) and value.strip() and _is_path(value)):
             return self.root / value
         return None
+
+    def _address(self, value: str) -> Path | None:
+        """Return the copy of an address in the folder of the data; None for anything else."""
+        if not _URL.match(value) or len(value) > 4096:
+            return None
+        try:
+            if (found := address(value)) is None:
+                return None
+            path = copy_path(found)
+            check_inside(path, (path.parent,) if self.within is None else self.within)
+        except ValueError:  # a table does not choose what is downloaded: ``_content`` refuses it
+            return None
+        return path
 
     def number(self, column: str) -> float | None:
         """Read a number; None for an empty cell or NaN. Raises SampleError "bad_label" for anything else."""
@@ -278,7 +306,10 @@ def _content(value: Any) -> bytes | None:
     if match := _DATA_URL.match(value[:300]):
         return _from_base64(value[match.end() :])
     if _URL.match(value):
-        raise ValueError(f"{shorten(value, 80)} is an address, and nothing is fetched: download it, name its file")
+        raise ValueError(
+            f"{shorten(value.partition('?')[0], 80)} is an address, and nothing is fetched: download it, name its file "
+            "(of addresses, only those below the folder of the data or image_root are read)"
+        )
     if "\0" in value or not _is_base64(value):
         raise ValueError(f"a text of {len(value):,} characters is neither a path nor an image in base64")
     return _from_base64(value)

@@ -1,9 +1,10 @@
 """Open the rows of files, folders and hub data sets.
 
-A source is a .parquet, .arrow, .jsonl, .json or .csv file; a folder that ``datasets`` can load or has saved, a folder
-of pairs (see ``folders``), a folder with pictures and a ``metadata.jsonl``, or a rollout buffer (see
-``RolloutBuffer.save``); or the id of a data set on the hub. Text files are read as written (see ``records``), the
-others by ``datasets``. Encoded images stay on disk until an image is read.
+A source is a path or an fsspec address (see ``remote``): of a .parquet, .arrow, .jsonl, .json or .csv file; of a folder
+that ``datasets`` can load or has saved, a folder of pairs (see ``folders``), a folder with pictures and a
+``metadata.jsonl``, or a rollout buffer (see ``RolloutBuffer.save``). Or it is the id of a data set on the hub. Text
+files are read as written (see ``records``), the others by ``datasets``. Encoded images stay on disk until an image is
+read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffalign.data.rollouts import rollout_pairs
 from diffalign.data.row import Row, columns_of, named_row
 from diffalign.data.validation import printable
 from diffalign.files import open_regular, shorten, some
+from diffalign.remote import address, local, mapped
 
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = (".jsonl", ".json", ".csv")
@@ -57,7 +59,7 @@ class Opened:
         """List the folders that may contain image files; None allows any."""
         if settings.allow_outside:
             return None
-        asked = () if settings.image_root is None else (settings.image_root,)
+        asked = () if settings.image_root is None else (mapped(settings.image_root),)
         return (*asked, *((self.root,) if self.local else ()), *self.inside)
 
 
@@ -178,6 +180,7 @@ def open_table(source: Any, settings: PreferenceDataConfig) -> Table:
         opened = Opened(source, Path.cwd(), _caches(), local=False)
         source = IN_MEMORY
     else:
+        source = _found(source)
         opened = _open(source, settings, streaming=False)
     data: Any = Records(opened.files) if opened.files and opened.data is None else opened.data
     if _is("Dataset", data):
@@ -186,18 +189,25 @@ def open_table(source: Any, settings: PreferenceDataConfig) -> Table:
                 data = data.cast_column(column, raw)
     if not len(data):
         raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
-    root = settings.image_root or opened.root
+    root = opened.root if settings.image_root is None else mapped(settings.image_root)
     return Table(printable(Path(source)), data, root, settings.mask, opened.within(settings), opened.notes)
 
 
 def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
     """Open ``source`` as a stream; folders of pairs and buffers are lists of names, which are held in memory."""
+    source = _found(source)
     opened = _open(source, settings, streaming=True)
-    root, within = settings.image_root or opened.root, opened.within(settings)
+    root = opened.root if settings.image_root is None else mapped(settings.image_root)
+    within = opened.within(settings)
     data = opened.data.decode(False) if _is("IterableDataset", opened.data) else opened.files
     if not data:
         data = open_table(source, settings)
     return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes)
+
+
+def _found(source: str | Path) -> str | Path:
+    """Return a source, an address as the path of its current copy."""
+    return source if address(source) is None else local(source)
 
 
 def _open(source: str | Path, settings: PreferenceDataConfig, streaming: bool) -> Opened:

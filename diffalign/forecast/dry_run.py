@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from diffalign.forecast.rehearsal import NOT_FAKE, rehearse
 from diffalign.forecast.report import GIB, peak_line, phase_lines, time_lines
 from diffalign.forecast.timing import Pace, measure
 from diffalign.models.meta_device import model_on_meta
+from diffalign.models.single_file import is_local
 from diffalign.models.weight_memory import Spread
 from diffalign.rewards.support.probe import untried
 from diffalign.runtime.progress import duration
@@ -139,7 +139,7 @@ def counted_config(config: Any) -> Any:
 def _measured(entry: Entry, config: Any, work: Work | None, show: Show) -> int:
     """Load the model of a folder, and time passes on this machine."""
     show("\ntime")
-    if not Path(config.model).exists():
+    if not is_local(config.model):
         show(
             _indented(["not measured, because weights are not fetched: name a card, e.g. --card h100, for a forecast"])
         )

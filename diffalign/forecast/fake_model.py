@@ -16,6 +16,7 @@ from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.offload import OffloadedModule, part_of
 from diffalign.models.quantise import BYTES
+from diffalign.models.single_file import layout
 from diffalign.models.weights import WeightSets
 from diffalign.runtime.trainer_config import TrainerConfig
 
@@ -52,7 +53,7 @@ def fake_model(
         if isinstance(part, nn.Module):
             make_fake(part, fake)
         elif part is None and name.startswith("tokenizer"):
-            setattr(model.pipeline, name, _tokenizer(config.model, name))
+            setattr(model.pipeline, name, _tokenizer(str(layout(config.model)), name))
     if hasattr(model.pipeline, "tokenizer_max_length") and model.pipeline.tokenizer.model_max_length < UNBOUNDED:
         model.pipeline.tokenizer_max_length = model.pipeline.tokenizer.model_max_length  # unknown to the constructor
     if trained is None:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from diffalign.config import free_fields
@@ -14,7 +13,9 @@ from diffalign.config.fields import given_names
 from diffalign.device import default_device, total_memory
 from diffalign.forecast.dry_run import Place, free_memory, place_of
 from diffalign.forecast.fitter import SAVINGS, SPARE, Fit, Fitter
-from diffalign.runtime.checkpoint import CheckpointError, recorded_config, resolve
+from diffalign.models.single_file import is_local
+from diffalign.runtime.checkpoint import CheckpointError, recorded_config
+from diffalign.runtime.output_copy import find_checkpoint
 from diffalign.trainers.registry import Entry
 
 SIZES = (12, 16, 24, 40, 48, 80)  # GB of the table of ``diffalign fit``
@@ -108,7 +109,7 @@ def choose(entry: Entry, config: Any, place: Place, *, dry: bool = False) -> tup
     Returns:
         The configuration with the settings, a line that says what was chosen, and the place with its memory.
     """
-    budget = find_budget(config.memory, place, Path(config.model).exists(), dry)
+    budget = find_budget(config.memory, place, is_local(config.model), dry)
     config, kept = resumed(config)
     found = Fitter(entry, config, budget.place, budget.place.cpu, frozenset(kept)).fit(budget.size)
     if found is None:
@@ -128,7 +129,7 @@ def resumed(config: Any) -> tuple[Any, dict[str, Any]]:
     """
     fixed = {name for saving in SAVINGS for name in saving} - free_fields(type(config)) - set(given_names(config))
     try:
-        path = resolve(config.output_dir, config.resume_from_checkpoint)
+        path = find_checkpoint(config)
     except CheckpointError:
         return config, {}  # the run itself says what is wrong
     if path is None:

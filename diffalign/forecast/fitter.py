@@ -110,8 +110,13 @@ class Fitter:
         settings: dict[str, Any] = {}
         for saving in SAVINGS:
             new = {name: v for name, v in saving.items() if hasattr(self.config, name) and name not in self._given}
-            if "offload" in new and not getattr(self.config, "rewards", {}):
-                new["offload"] = tuple(part for part in new["offload"] if part != "rewards")
+            if "offload" in new:
+                kept = {
+                    "rewards": not getattr(self.config, "rewards", {}),
+                    "text_encoders": self.config.lora.text_encoder,
+                }
+                new["offload"] = tuple(part for part in new["offload"] if not kept.get(part, False))
+                new = {name: value for name, value in new.items() if value != ()}
             if self.config.lora.rank == 0:
                 new = {name: value for name, value in new.items() if name not in ("base_precision", "quantise")}
             if self.cpu:  # main memory is where offloading moves to, and bitsandbytes needs a GPU

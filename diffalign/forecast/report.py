@@ -106,6 +106,8 @@ def _can_set(config: Any, name: str, value: Any) -> bool:
     given = getattr(config, name)
     if (name == "base_precision" and config.lora.rank == 0) or (name == "quantise" and config.lora.rank == 0):
         return False
+    if value == "text_encoders" and config.lora.text_encoder:
+        return False
     return value not in given if isinstance(given, tuple) else given != value
 
 

@@ -23,6 +23,7 @@ from diffalign.models.base import DiffusionModel
 from diffalign.models.quantise import quantisation
 from diffalign.models.quiet import pass_on, quiet_libraries
 from diffalign.models.registry import get_family
+from diffalign.models.single_file import SingleFile, layout, load_parts, single_file
 
 COMMIT = re.compile("[0-9a-f]{40}")
 LIBRARIES = ("diffusers", "transformers")
@@ -42,7 +43,11 @@ def local_files(path: str | Path) -> Iterator[None]:
 
 
 def pipeline_class(path: str | Path, revision: str | None = None) -> str:
-    """Return the pipeline class named in ``model_index.json``. Raises as ``load_model`` does."""
+    """Return the pipeline class named in ``model_index.json``, of a single file in its base's.
+
+    Raises as ``load_model`` does.
+    """
+    path = layout(path)
     local = Path(path)
     if not local.exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/"))):
         raise FileNotFoundError(
@@ -81,7 +86,7 @@ def edits(path: str | Path, revision: str | None = None) -> bool:
 def default_guidance(path: str | Path, revision: str | None = None) -> float:
     """Return the default guidance scale of a model's pipeline; ``unguided_scale`` if it has none, or ignores it."""
     kind = pipeline_class(path, revision)
-    if DiffusionPipeline.load_config(path, revision=revision).get("is_distilled"):
+    if DiffusionPipeline.load_config(layout(path), revision=revision).get("is_distilled"):
         return unguided_scale(path, revision)
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
     name = get_family(kind).guidance_argument
@@ -120,10 +125,10 @@ def load_model(
     """Load a pipeline with diffusers and wrap it in the model of its family.
 
     Args:
-        path: Folder in diffusers' layout, hub id, or name of an embedded model (``embedded.MODELS``); an fp16 variant
-            alone is enough.
+        path: Folder in diffusers' layout, hub id, single file (see ``single_file``), or name of an embedded model
+            (``embedded.MODELS``); of a folder, an fp16 variant alone is enough.
         dtype: Dtype of the frozen weights; the VAE stays float32.
-        revision: Branch, tag or commit of a hub id.
+        revision: Branch, tag or commit of a hub id, of a single file's base.
         quantise: "8bit" or "4bit" loads the denoiser quantised, for a LoRA on it: see ``quantisation``.
         options: Options of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
 
@@ -140,10 +145,13 @@ def load_model(
     quantised = {} if quantise == "no" else {"quantization_config": quantisation(quantise, family.denoiser_name)}
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {path} ({name})", file=sys.stderr)
+    base = layout(path)
     with quiet_libraries() as lines, local_files(path):
         try:
-            parts = {**absent_parts(path, family, revision), **family.load_options, **quantised}
-            pipeline = _from_pretrained(path, dtype=dtype, revision=revision, **parts)
+            parts = {**absent_parts(base, family, revision), **family.load_options, **quantised}
+            if (file := single_file(path)) is not None:
+                parts = _with_file(file, parts, family, revision, dtype)
+            pipeline = _from_pretrained(base, dtype=dtype, revision=revision, **parts)
         except (RuntimeError, SafetensorError, ValueError) as error:
             elsewhere = isinstance(error, ValueError) and "expected shape" not in str(error)
             if elsewhere or isinstance(error, torch.OutOfMemoryError):
@@ -154,6 +162,18 @@ def load_model(
     pass_on(f"model {path}", lines)
     pipeline.set_progress_bar_config(disable=True)
     return family(pipeline, **given)
+
+
+def _with_file(
+    file: SingleFile, parts: Mapping[str, Any], family: type[DiffusionModel], revision: str | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Add the parts that a single file holds to the arguments of ``from_pretrained``."""
+    others, base = dict(parts), layout(file.text)
+    quantised = others.pop("quantization_config", None)
+    options = {} if quantised is None else {"quantization_config": quantised.quant_mapping[family.denoiser_name]}
+    options |= {} if revision is None else {"config_revision": revision}
+    index = DiffusionPipeline.load_config(base, revision=revision)
+    return {**others, **load_parts(file, index["_class_name"], index, family.denoiser_name, dtype, **options)}
 
 
 def absent_parts(path: str | Path, family: type[DiffusionModel], revision: str | None = None) -> dict[str, None]:

@@ -21,6 +21,8 @@ from diffalign.lora_source import WEIGHTS_NAME as WEIGHTS_NAME
 from diffalign.models.lora_factors import Factors, Updates, adapter_config, save_arguments
 from diffalign.models.lora_layers import namesakes, select_layers
 
+NESTED = "trained_text_encoders"  # submodule of a denoiser with text encoders, whose adapters have files of their own
+
 
 def inject(
     module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int, idle: tuple[str, ...] = ()
@@ -38,7 +40,7 @@ def inject(
         ValueError: A target or pattern matches no layer.
     """
     adapted, excluded = select_layers(module, config, targets, idle)
-    _add(
+    add_adapter(
         module,
         seed,
         r=config.rank,
@@ -63,7 +65,7 @@ def inject_initial(module: ModelMixin, layers: Mapping[str, Factors], alpha: flo
     settings = adapter_config(layers)
     if alpha is not None and not settings["rank_pattern"]:
         settings["lora_alpha"] = alpha
-    _add(module, 0, **settings, exclude_modules=namesakes(module, tuple(layers)) or None)
+    add_adapter(module, 0, **settings, exclude_modules=namesakes(module, tuple(layers)) or None)
     with torch.no_grad():
         for name, own in layers.items():
             layer: Any = module.get_submodule(name)
@@ -77,16 +79,17 @@ def inject_initial(module: ModelMixin, layers: Mapping[str, Factors], alpha: flo
                 weight.copy_(own.magnitude.reshape(weight.shape))
 
 
-def _add(module: nn.Module, seed: int, **settings: Any) -> None:
+def add_adapter(module: Any, seed: int, **settings: Any) -> None:
+    """Add a trainable float32 adapter with settings of peft, and freeze the rest."""
     module.requires_grad_(False)
     # peft uses the global generator: fork it, so that the weights depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = PeftLoraConfig(init_lora_weights="gaussian", **settings)
+        own = PeftLoraConfig(init_lora_weights="gaussian", **settings)
         if isinstance(module, ModelMixin):
-            module.add_adapter(config)
-        else:
-            inject_adapter_in_model(config, module)
+            module.add_adapter(own)
+        else:  # transformers' own method asks for newer versions of peft than its other parts
+            inject_adapter_in_model(own, module, "default")
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -114,7 +117,8 @@ def export(
     """
     module = getattr(pipeline, component)
     trained = get_peft_model_state_dict(module, state_dict=whole)
-    layers = {name: t.detach().float().cpu().clone() for name, t in trained.items()}
+    own = {name: tensor for name, tensor in trained.items() if not name.startswith(f"{NESTED}.")}
+    layers = {name: t.detach().float().cpu().clone() for name, t in own.items()}
     metadata = module.peft_config["default"].to_dict()
     fold_scale(module, layers, metadata)
     metadata["target_modules"] = sorted(metadata["target_modules"])  # sort the set, so that files are reproducible

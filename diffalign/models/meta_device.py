@@ -17,6 +17,7 @@ from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.published_configs import published_folder
 from diffalign.models.quiet import pass_on, quiet_libraries
 from diffalign.models.registry import get_family
+from diffalign.models.single_file import layout
 
 
 def model_on_meta(
@@ -26,6 +27,7 @@ def model_on_meta(
 
     Arguments and errors are those of ``load_model``; only configuration files of a hub id are fetched.
     """
+    path = layout(path)
     if not Path(path).exists() and (known := published_folder(path)) is not None:
         path, revision = known, None
     name = pipeline_class(path, revision)

@@ -16,6 +16,7 @@ from diffalign.files import shorten
 from diffalign.models.base import DiffusionModel
 from diffalign.models.load import absent_parts, pipeline_class
 from diffalign.models.registry import get_family
+from diffalign.models.single_file import layout
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def text_encoders(path: str | Path, max_sequence_length: int | None = None) -> l
         path: Folder in diffusers' layout, or hub id.
         max_sequence_length: Tokens per prompt of all encoders except CLIP; default: the family's.
     """
+    path = layout(path)
     family = get_family(pipeline_class(path))
     parameter = inspect.signature(family).parameters.get("max_sequence_length")
     length = max_sequence_length or (parameter.default if parameter else None)

@@ -14,6 +14,7 @@ from diffalign.diffusion.schedule import ddim_spacing, vp_level_at, vp_levels
 from diffalign.models.base import DiffusionModel, check_schedule
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
+from diffalign.models.text_training import hidden, trains_text
 from diffalign.structures import Conditioning, Guidance, Level, Resolution
 
 # ``prediction_type`` of the scheduler -> parameterization of this package.
@@ -42,6 +43,7 @@ class SDModel(DiffusionModel):
     denoiser_name = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     # The checker would black out training images, and is as large as the UNet in half precision.
+    text_encoders: Mapping[str, int] = {"text_encoder": 0}
     load_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: Resolution = None) -> None:
@@ -88,9 +90,26 @@ class SDModel(DiffusionModel):
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encode with the pipeline: embeddings (B, L, D)."""
+        """Encode with the pipeline: embeddings (B, L, D); token ids (B, L) where the text encoder trains."""
+        if trains_text(self.raw_denoiser):
+            return Conditioning({"ids": self._ids(self.pipeline.tokenizer, texts)}).to(self.device)
         embeds, _ = self.pipeline.encode_prompt(list(texts), self.pipeline.text_encoder.device, 1, False)
         return Conditioning({"embeds": embeds}).to(self.device)
+
+    @staticmethod
+    def _ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+        """Tokenize as the pipeline does."""
+        length = tokenizer.model_max_length
+        return tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def _embedded(self, conditioning: Conditioning) -> Conditioning:
+        """Replace token ids by embeddings, with gradients to the text encoders that train."""
+        if "ids" not in conditioning.tensors:
+            return conditioning
+        embeds, _ = hidden(self.pipeline.text_encoder, conditioning.tensors["ids"])
+        return Conditioning({**conditioning.tensors, "embeds": embeds}, conditioning.shared)
 
     def _scheduler(self, schedule: str = "pipeline") -> DDIMScheduler:
         config = self.pipeline.scheduler.config
@@ -112,6 +131,7 @@ class SDModel(DiffusionModel):
 
     def evaluate(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the UNet once, through accelerate's wrapper."""
+        conditioning = self._embedded(conditioning)
         embedded = conditioning.tensors.get("scale")
         output = self.denoiser(
             x.to(self.dtype),

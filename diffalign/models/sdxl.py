@@ -11,6 +11,7 @@ from torch import Tensor
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.registry import register_family
 from diffalign.models.sd import SDModel
+from diffalign.models.text_training import ZERO, hidden, trains_text, without_zeros
 from diffalign.structures import Conditioning
 
 
@@ -25,11 +26,18 @@ class SDXLModel(SDModel):
 
     sizes_name = "time_ids"
     load_options: Mapping[str, Any] = {}
+    # The first encoder's last layer is not read: the UNet takes the output of the one before.
+    text_encoders: Mapping[str, int] = {"text_encoder": 1, "text_encoder_2": 0}
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encode with the pipeline: embeddings (B, L, D) of both encoders, pooled (B, P) of the second."""
+        """Encode with the pipeline: embeddings (B, L, D) of both encoders, pooled (B, P) of the second.
+
+        Where the text encoders train: token ids (B, L) of both.
+        """
+        if trains_text(self.raw_denoiser):
+            return self._tokens(texts)
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), device=self.pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
@@ -39,12 +47,36 @@ class SDXLModel(SDModel):
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
         """Encode the empty prompt; zeros if the pipeline sets ``force_zeros_for_empty_prompt``, as SDXL trained."""
+        if trains_text(self.raw_denoiser):
+            row = self._tokens([""])
+            if not self.pipeline.config.force_zeros_for_empty_prompt:
+                return row
+            zeros = {name: torch.full_like(row.tensors[name], ZERO) for name in ("ids", "ids_2")}
+            return Conditioning({**row.tensors, **zeros})
         _, embeds, _, pooled = self.pipeline.encode_prompt("", device=self.pipeline.text_encoder_2.device)
         return self._conditioning(embeds, pooled)
 
+    def _tokens(self, texts: Sequence[str]) -> Conditioning:
+        first, second = (self._ids(t, texts) for t in (self.pipeline.tokenizer, self.pipeline.tokenizer_2))
+        return self._sized({"ids": first, "ids_2": second})
+
+    def _embedded(self, conditioning: Conditioning) -> Conditioning:
+        """Replace token ids by embeddings, with gradients to the text encoders that train."""
+        if "ids" not in conditioning.tensors:
+            return conditioning
+        first, second = conditioning.tensors["ids"], conditioning.tensors["ids_2"]
+        _, ours = hidden(self.pipeline.text_encoder, first)
+        pooled, theirs = hidden(self.pipeline.text_encoder_2, second)
+        embeds = without_zeros(first, torch.cat([ours[-2], theirs[-2]], dim=-1))
+        found = {"embeds": embeds, "pooled": without_zeros(second, pooled)}
+        return Conditioning({**conditioning.tensors, **found}, conditioning.shared)
+
     def _conditioning(self, embeds: Tensor, pooled: Tensor) -> Conditioning:
-        size = torch.tensor([self.default_resolution], dtype=torch.float32).expand(len(embeds), 2)
-        bare = Conditioning({"embeds": embeds, "pooled": pooled}).to(self.device)
+        return self._sized({"embeds": embeds, "pooled": pooled})
+
+    def _sized(self, tensors: Mapping[str, Tensor]) -> Conditioning:
+        size = torch.tensor([self.default_resolution], dtype=torch.float32).expand(len(next(iter(tensors.values()))), 2)
+        bare = Conditioning(tensors).to(self.device)
         return self.with_sizes(bare, size, torch.zeros_like(size), size)
 
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,10 +21,11 @@ from diffalign.config.sections import LoraConfig
 from diffalign.fsdp import FSDPConfig, gathered, is_sharded, shard, unsharded
 from diffalign.lora_source import find_lora, lora_file
 from diffalign.models import lora
-from diffalign.models.lora_factors import Updates, merge, refuse_dora
+from diffalign.models.lora_factors import Factors, Updates, merge, refuse_dora
 from diffalign.models.lora_file import read_tensors
 from diffalign.models.lora_reading import read_updates, trained_alpha
 from diffalign.models.negative_prompt import NEGATIVE_NAME, NegativePrompt
+from diffalign.models.text_training import attach, idle_layers, trained_updates
 from diffalign.models.weights import REFERENCE, WeightSets
 from diffalign.structures import Conditioning
 
@@ -39,6 +41,8 @@ class TrainableModel(ABC):
         "embeds": "negative_prompt_embeds",
         "pooled": "negative_pooled_prompt_embeds",
     }
+    # Text encoders that can train -> number of their last layers that the pipeline does not use.
+    text_encoders: Mapping[str, int] = MappingProxyType({})
     weights: WeightSets
     has_adapter: bool
     negative: NegativePrompt | None
@@ -92,11 +96,15 @@ class TrainableModel(ABC):
                 f"lora.rank {config.rank}: diffusers {diffusers.__version__} loads no LoRA into a "
                 f"{type(self.pipeline).__name__}; train its weights in full with lora.rank: 0"
             )
+        if config.text_encoder:
+            self._check_text_encoders(config, shards)
         reference = config.reference
         if config.init is not None:
-            self._start_from(config.init, merged=not config.rank)
+            self._start_from(config, seed)
         elif config.rank:
             lora.inject(self.raw_denoiser, config, self.lora_targets, seed, self.idle_layers)
+            if config.text_encoder:
+                self._train_text_encoders(config, seed, {}, None)
         if config.rank and shards is not None and self._adapter().use_dora:
             raise ValueError("lora: DoRA is not known to work with FSDP2: launch with ddp.yaml, or train a plain LoRA")
         if not config.rank:
@@ -111,14 +119,42 @@ class TrainableModel(ABC):
         if from_init or (keep_reference and not self.has_adapter):
             self.weights.keep_copy(REFERENCE)
 
-    def _start_from(self, source: str, merged: bool) -> None:
-        """Load the LoRA to go on from: as the adapter, or merged into the denoiser; text encoders get theirs merged.
+    def _check_text_encoders(self, config: LoraConfig, shards: FSDPConfig | None) -> None:
+        """Raise ValueError where text encoders cannot train."""
+        kind = type(self.pipeline).__name__
+        if not self.text_encoders:
+            raise ValueError(
+                f"lora.text_encoder: the text encoders of a {kind} do not train, only those of SD 1.x, 2.x and SDXL; "
+                "leave it out"
+            )
+        if config.use_dora:
+            raise ValueError("lora.text_encoder: diffusers loads no DoRA into text encoders; set lora.use_dora: false")
+        if shards is not None:
+            raise ValueError("lora.text_encoder is not known to work with FSDP2: launch with ddp.yaml, or leave it out")
+        if any(
+            getattr(getattr(self.pipeline, name).config, "use_attention_mask", False) for name in self.text_encoders
+        ):
+            raise ValueError("lora.text_encoder: this text encoder reads attention masks; leave it out")
+
+    def _not_trained(self, name: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
+        """Select the layers of a text encoder's LoRA that have no effect in this pipeline."""
+        idle = idle_layers(getattr(self.pipeline, name), self.text_encoders.get(name, 0))
+        return {layer: own for layer, own in layers.items() if layer in idle}
+
+    def _train_text_encoders(self, config: LoraConfig, seed: int, initial: Updates, alpha: float | None) -> None:
+        encoders = {name: getattr(self.pipeline, name) for name in self.text_encoders}
+        attach(self.raw_denoiser, encoders, self.text_encoders, config, seed, initial, alpha)
+
+    def _start_from(self, config: LoraConfig, seed: int) -> None:
+        """Load the LoRA to go on from: as the adapter, or merged into the denoiser.
+
+        Its parts of text encoders are merged, or go on too where these train.
 
         Raises:
             FileNotFoundError: There is no such file or repository.
             ValueError: It does not fit the model, or cannot be merged.
         """
-        file = lora_file(find_lora(source))
+        merged, file = not config.rank, lora_file(find_lora(str(config.init)))
         updates = dict(read_updates(self.pipeline, file))
         layers = {n: f for n, f in updates.pop(self.denoiser_name, {}).items() if n not in self.idle_layers}
         if not layers:
@@ -128,11 +164,16 @@ class TrainableModel(ABC):
                 f"lora.init: {file} holds layers of {', '.join(updates)}, which full fine-tuning does not save: write "
                 "diffalign export --format merged, and train the result"
             )
+        alpha, trained = trained_alpha(self.pipeline, file), updates if config.text_encoder else {}
+        updates = {} if config.text_encoder else updates
         refuse_dora(updates if not merged else {self.denoiser_name: layers}, "merged here")
+        refuse_dora(trained, "trained on a text encoder")
         merge(self.pipeline, updates if not merged else {self.denoiser_name: layers})
-        self.beside = updates
+        self.beside = {name: self._not_trained(name, own) for name, own in trained.items()} or updates
         if not merged:
-            lora.inject_initial(self.raw_denoiser, layers, trained_alpha(self.pipeline, file))
+            lora.inject_initial(self.raw_denoiser, layers, alpha)
+        if config.text_encoder:
+            self._train_text_encoders(replace(config, rank=self.adapter_rank, alpha=alpha), seed, trained, alpha)
 
     def _adapter(self) -> Any:
         """The adapter's settings in peft."""
@@ -199,7 +240,11 @@ class TrainableModel(ABC):
                 save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, staged)
             return directory / NEGATIVE_NAME
         if self.has_adapter:
-            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights, self.beside)
+            trained = trained_updates(self.raw_denoiser)
+            beside = {
+                name: {**self.beside.get(name, {}), **trained.get(name, {})} for name in {**self.beside, **trained}
+            }
+            return lora.export(self.pipeline, self.denoiser_name, directory, self.about, weights, beside)
         denoiser: ModelMixin = self.raw_denoiser if weights is None else unsharded(self.raw_denoiser, weights)
         with replacing_folder(directory / self.denoiser_name) as folder:
             denoiser.save_pretrained(folder)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from diffalign.fsdp import plain_class
 from diffalign.models import DiffusionModel
 from diffalign.models.negative_prompt import NEGATIVE_NAME
 from diffalign.models.pipeline_call import PipelineCall, Sampled, pipeline_call
+from diffalign.models.single_file import held_parts, layout, single_file
 from diffalign.report.model_card import literal
 from diffalign.runtime.trainer_config import TrainerConfig
 
@@ -29,7 +32,6 @@ def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str
         prompt: What to draw.
     """
     call = evaluation_call(model, args)
-    source = ", revision=".join(literal(name) for name in (args.model, args.revision) if name)
     folder, part = Path(args.output_dir), model.denoiser_name
     imports, component, load, between = [], "", [], []
     if model.negative is not None:
@@ -40,13 +42,14 @@ def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str
         name = plain_class(model.raw_denoiser).__name__
         imports, component = [name], f", {part}=denoiser"
         load = [f"denoiser = {name}.from_pretrained({literal(folder / part)})"]
+    more, pipeline = _pipeline(model, args, component)
     return "\n".join(
         [
-            f"from diffusers import {', '.join(sorted({*imports, *call.imports, 'DiffusionPipeline'}))}",
+            f"from diffusers import {', '.join(sorted({*imports, *call.imports, *more}))}",
             *(["from safetensors.torch import load_file"] if model.negative is not None else []),
             "",
             *load,
-            f"pipe = DiffusionPipeline.from_pretrained({source}{component}{_left_out(model)})",
+            *pipeline,
             *call.setup,
             *between,
             *_shared_steps(args),
@@ -54,6 +57,31 @@ def load_snippet(model: DiffusionModel, args: TrainerConfig, prompt: str) -> str
             "",
         ]
     )
+
+
+def _pipeline(model: DiffusionModel, args: TrainerConfig, component: str) -> tuple[list[str], list[str]]:
+    """Return what to import from diffusers, and the lines that make ``pipe``."""
+    file, revision = single_file(args.model), f", revision={literal(args.revision)}" if args.revision else ""
+    base = literal(str(layout(args.model)))
+    if file is None:
+        source = f"{base}{revision}{component}{_left_out(model)}"
+        return ["DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({source})"]
+    kind, part, name = type(model.pipeline), model.denoiser_name, literal(file.name)
+    held = held_parts(file, kind.__name__, part)
+    if held == {part}:
+        network, arguments = plain_class(model.raw_denoiser).__name__, component or f", {part}={part}"
+        own = f"{part} = {network}.from_single_file({name}, config={base}, subfolder={literal(part)})"
+        source = f"{base}{revision}{arguments}{_left_out(model)}"
+        lines = ([] if component else [own]) + [f"pipe = DiffusionPipeline.from_pretrained({source})"]
+        return ["DiffusionPipeline", *([] if component else [network])], lines
+    parts = {key: value for key, value in model.pipeline.components.items() if isinstance(value, nn.Module)}
+    others = ", ".join(f"{key}=None" for key in parts if key not in held)
+    source = f"{base}{revision}" + (f", {', '.join(f'{key}=None' for key in sorted(held))}" if others else "")
+    rest = [f"rest = DiffusionPipeline.from_pretrained({source})"] if others else []
+    given = "".join(f", {key}=rest.{key}" for key in parts if key not in held)
+    arguments = f"{name}, config={base}{given}{component}{_left_out(model)}"
+    lines = [*rest, f"pipe = {kind.__name__}.from_single_file({arguments})"]
+    return [kind.__name__, *(["DiffusionPipeline"] if rest else [])], lines
 
 
 def evaluation_call(model: DiffusionModel, args: Any) -> PipelineCall:

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from diffalign.atomic import write_text
 from diffalign.files import printable
+from diffalign.models.single_file import single_file
 from diffalign.report.markdown import inert, inline_code
 from diffalign.report.results import ModelResults
 
@@ -96,8 +97,10 @@ def write_model_card(path: str | Path, card: ModelCard) -> Path:
 
 def card_data(card: ModelCard) -> ModelCardData:
     """Return the metadata of a card. There is no ``instance_prompt``: preference tuning teaches no trigger word."""
-    base = _hub_id(card.base_model)
-    license: dict[str, Any] = dict(_license_of(card.base_model))
+    file = single_file(card.base_model)
+    source = card.base_model if file is None else (file.on_hub or ("",))[0]  # a fine-tuned file is not its base
+    base = _hub_id(source)
+    license: dict[str, Any] = dict(_license_of(source))
     kind = ["lora"] if card.lora else []
     relation: dict[str, Any] = {"base_model_relation": "adapter" if card.lora else "finetune"} if base else {}
     shown = [{"text": printable(text), "output": {"url": quote(name)}} for text, name in card.examples if text.strip()]

@@ -23,6 +23,7 @@ from diffalign.atomic import replacing, write_text
 from diffalign.device import float64_device
 from diffalign.diffusion.plan import Plan
 from diffalign.files import read_text
+from diffalign.remote import local
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.rollout import pinned_memory
 from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree
@@ -378,7 +379,11 @@ class RolloutBuffer:
 
     @classmethod
     def load(cls, directory: Path) -> RolloutBuffer:
-        """Read all parts that ``save`` wrote as one buffer. Raises FileNotFoundError if a file is missing."""
+        """Read all parts that ``save`` wrote, to a folder or an fsspec address, as one buffer.
+
+        Raises FileNotFoundError if a file is missing.
+        """
+        directory = local(directory)
         parts = [load_file(file) for file in (directory / NODES, *sorted(directory.glob("nodes-*.safetensors")))]
         begin = 0
         for part in parts:

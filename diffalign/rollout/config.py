@@ -25,7 +25,7 @@ class ScoredSamplesConfig(TrainerConfig):
 
     train_prompts: Path | None = option(
         None,
-        "training prompts: file, hub id or named set, e.g. geneval",
+        "training prompts: file, address (s3://...), hub id or named set, e.g. geneval",
         section="data",
     )
     rewards: dict[str, float | RewardConfig] = option(

@@ -19,6 +19,7 @@ from diffalign.runtime.errors import NotFinite, SaveFailed
 from diffalign.runtime.gradient_guard import first_bad
 from diffalign.runtime.interfaces import IterationBatch, LoopAlgorithm, RunOutputs
 from diffalign.runtime.oom import is_out_of_memory
+from diffalign.runtime.output_copy import find_checkpoint
 from diffalign.runtime.provenance import check_origin
 from diffalign.runtime.run import BaseRun, last_good
 from diffalign.runtime.state import LoopState, Tensors
@@ -128,11 +129,11 @@ class Checkpointer(Generic[B]):
         """Return the checkpoint to resume from, or None; the main process chooses for all."""
         config, accelerator = self.run.config, self.run.accelerator
         if accelerator.num_processes == 1:
-            return checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)
+            return find_checkpoint(config)
         chosen: list[Any] = [None]
         if accelerator.is_main_process:
             try:
-                chosen = [checkpoint.resolve(config.output_dir, config.resume_from_checkpoint)]
+                chosen = [find_checkpoint(config)]
             except checkpoint.CheckpointError as error:
                 chosen = [error]
         broadcast_object_list(chosen)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffalign.config import Checked, Given, option
+from diffalign.remote import address
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -71,7 +72,17 @@ class TrainingConfig(Checked):
         hint="with 1, a crash while saving leaves none",
     )
     resume_from_checkpoint: str | None = option(
-        None, '"latest", or the path of a checkpoint', section="checkpoints", resume="free"
+        None,
+        '"latest", the path of a checkpoint, or the fsspec address of one or of a run (s3://bucket/runs/x)',
+        section="checkpoints",
+        resume="free",
+    )
+    output_copy: str | None = option(
+        None,
+        "fsspec address (s3://bucket/runs/x, gs://...) or folder to which the run is copied after each checkpoint and "
+        "at the end; `latest` also resumes from it",
+        section="output",
+        resume="free",
     )
     report_to: str = option(
         "none", "none, all, or some of tensorboard, wandb and trackio, with commas", section="run", resume="free"
@@ -120,5 +131,14 @@ class TrainingConfig(Checked):
         self.check()  # fields may have been assigned since the construction
         if self.push_to_hub is not None and not HUB_ID.fullmatch(self.push_to_hub):
             raise ValueError(f"push_to_hub {self.push_to_hub[:100]!r} is no owner/name, such as me/my-lora")
+        if self.output_copy is not None:
+            self._check_copy(self.output_copy)
         if 0 < self.hang_timeout < 1:
             raise ValueError(f"hang_timeout must be at least 1 second, got {self.hang_timeout}; 0 turns it off")
+
+    def _check_copy(self, target: str) -> None:
+        """Refuse an address with credentials, and a folder that holds the run folder or lies in it."""
+        found = address(target)
+        here, there = self.output_dir.absolute(), Path(target).absolute()
+        if not target.strip() or (found is None and (there.is_relative_to(here) or here.is_relative_to(there))):
+            raise ValueError(f"output_copy {target[:100]!r} overlaps with output_dir {here}: name another place")

@@ -37,7 +37,11 @@ class TrainerConfig(TrainingConfig):
     examples: ClassVar[tuple[str, ...]] = ()
     essential: ClassVar[tuple[str, ...]] = ()
 
-    model: str = option("", "model folder in diffusers' layout, or a hub id", section="model")
+    model: str = option(
+        "",
+        "model folder in diffusers' layout, hub id, or single file, FILE.safetensors or FILE.safetensors?base=FOLDER",
+        section="model",
+    )
     revision: str | None = option(
         None, "branch, tag or commit of a hub model; config.yaml records the commit", section="model"
     )
@@ -118,7 +122,7 @@ class TrainerConfig(TrainingConfig):
     )
     eval_prompts: Path | None = option(
         None,
-        "held-out prompts: file, hub id or named set, e.g. geneval?split=test; default: no evaluation",
+        "held-out prompts: file, address (s3://...), hub id or named set (geneval?split=test); default: no evaluation",
         section="evaluation",
         resume="free",
     )
@@ -195,6 +199,8 @@ class TrainerConfig(TrainingConfig):
             from diffalign.models.registry import load_family
 
             load_family(self.family, self.allow_reward_code)
+        if self.lora.text_encoder and "text_encoders" in self.offload:
+            raise ValueError("lora.text_encoder uses them at every step: leave text_encoders out of offload")
         if self.quantise != "no" and self.lora.rank == 0:
             raise ValueError(f"quantise {self.quantise} freezes the base: give lora.rank, or set quantise: no")
         if self.base_precision != "no" and self.lora.rank == 0:

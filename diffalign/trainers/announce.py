@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign.remote import shown
 from diffalign.report.run_report import Report
 from diffalign.runtime.progress import evaluations_left
 from diffalign.runtime.run import Run
@@ -39,7 +40,7 @@ def _data(args: Any) -> str:
     """Return the sources of prompts, pairs or images; empty if they were passed from Python."""
     names = ("train_data", "train_prompts", "train_rollouts", "train_images")
     found = [getattr(args, name, None) for name in names]
-    sources = [str(one) for value in found if value for one in (value if isinstance(value, tuple) else (value,))]
+    sources = [shown(one) for value in found if value for one in (value if isinstance(value, tuple) else (value,))]
     return ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
 
 

@@ -24,6 +24,7 @@ from diffalign.rng import KeyedRNG
 from diffalign.runtime.callbacks import TrainerCallback
 from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop
+from diffalign.runtime.output_copy import OutputCopy, check_target
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products
 from diffalign.runtime.run import Heartbeat, Run
@@ -61,6 +62,7 @@ class Trainer(Generic[C]):
         run: What the training shares.
         algorithm: The algorithm.
         loop: The loop that trains it.
+        output_copy: Copies the run folder elsewhere.
         outputs: Evaluations and exports.
 
     Raises:
@@ -113,7 +115,10 @@ class Trainer(Generic[C]):
         )
         self.algorithm = kind(self.run, inputs)
         self.outputs = Outputs(self.run, inputs, self.algorithm, state.ema, even=shards is not None)
-        self.loop = Loop(self.run, state, self.algorithm, self.outputs, [*callbacks, *hub_callbacks(config)])
+        target = config.output_copy if self.run.is_main else None
+        self.output_copy = OutputCopy(config.output_dir, target, config.checkpoints_total_limit)
+        every = [*callbacks, *hub_callbacks(config), self.output_copy]
+        self.loop = Loop(self.run, state, self.algorithm, self.outputs, every)
 
     def _connect(self, inputs: Inputs[C]) -> tuple[Accelerator, FSDPConfig | None]:
         """Start the processes, and check that batches divide over them."""
@@ -138,6 +143,7 @@ class Trainer(Generic[C]):
             check_products(config.output_dir)
             if config.push_to_hub is not None:
                 create_repository(config.push_to_hub, config.hub_private)
+            check_target(config)
         return accelerator, shards
 
     @property
@@ -158,7 +164,8 @@ class Trainer(Generic[C]):
         """
         self.model.about = self.outputs.about()
         logger.info(opening(self.run, self.inputs, self.loop.state.parameters))
-        self.loop.train()
+        with self.output_copy:
+            self.loop.train()
         if self.outputs.report.paths:
             logger.info(closing(self.outputs.report))
         return read_result(self.run.config.output_dir, self.run.progress.step)

@@ -18,6 +18,8 @@ from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
 from diffalign.models import DiffusionModel
 from diffalign.models.editing import check_sources
+from diffalign.models.single_file import layout, single_file
+from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
@@ -35,17 +37,20 @@ def contents(args: Any, rewards: Mapping[str, Any]) -> Fingerprints:
 
     Repositories of the hub are known by their commits, and are not among them.
     """
-    found = {f"model {args.model}": fingerprint(args.model, MODEL_FILES)}
+    base = layout(args.model)
+    found = {f"model {base}": fingerprint(base, MODEL_FILES)}
+    if (one := single_file(args.model)) is not None:
+        found[f"model {one.name}"] = fingerprint(one.path())
     if args.lora.init and Path(args.lora.init).exists():
         found[f"lora.init {args.lora.init}"] = fingerprint(lora_file(Path(args.lora.init)))
     for name in ("train_prompts", "eval_prompts"):
         if (source := getattr(args, name, None)) and (file := parse_source(source).path):
-            found[f"{name} {file}"] = fingerprint(file)
+            found[f"{name} {shown(file)}"] = fingerprint(file)
     if rollouts := getattr(args, "train_rollouts", None):
-        found[f"train_rollouts {rollouts}"] = fingerprint(rollouts)
+        found[f"train_rollouts {shown(rollouts)}"] = fingerprint(mapped(rollouts))
     for name in ("train_data", "train_images"):
         for source in getattr(args, name, ()):
-            found[f"{name} {source}"] = fingerprint(source)
+            found[f"{name} {source}"] = fingerprint(mapped(source))
             if args.data.labels and os.path.exists(source):
                 labels = labels_path(source, args.data.labels)
                 found[f"labels {labels}"] = fingerprint(labels)

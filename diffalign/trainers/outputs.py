@@ -17,6 +17,7 @@ from diffalign.evaluation.collapse import COLLAPSE, WATCHED, CollapseMonitor
 from diffalign.evaluation.hacking import ALARM, PREFIX, panel_alarm, plot_hacking
 from diffalign.evaluation.heldout import Evaluation
 from diffalign.evaluation.runs import HELD_OUT
+from diffalign.models.single_file import layout
 from diffalign.report.run_report import Report, consent_option, keep_prompts
 from diffalign.rewards.support.weights import repositories
 from diffalign.rollout.config import ScoredSamplesConfig
@@ -76,7 +77,8 @@ class Outputs:
         named = [(name, config.data.revision, "dataset") for name in sources]
         if config.lora.init:
             named.append(("/".join(config.lora.init.split("/")[:2]), None, "model"))  # a hub id may name a file
-        named += [(config.model, config.revision, "model"), *((*found, "model") for found in repositories())]
+        named.append((str(layout(config.model)), config.revision, "model"))
+        named += [(*found, "model") for found in repositories()]
         known = {name: commit(name, revision, kind) for name, revision, kind in named}
         return {name: found for name, found in known.items() if found is not None}
 

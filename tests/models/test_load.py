@@ -7,7 +7,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffalign import FlowGRPOConfig
-from diffalign.cli import main
 from diffalign.models import load_model
 from diffalign.models.meta_device import model_on_meta
 from diffalign.models.prompt_length import text_encoders
@@ -70,10 +69,3 @@ def test_sd3_is_loaded_without_t5(without_t5):
     args = FlowGRPOConfig(model=str(without_t5), rewards={"brightness": 1.0}, output_dir="run")
     model.train(args.lora)
     assert "text_encoder_3=None, tokenizer_3=None)" in load_snippet(model, args, "a red circle")
-
-
-def test_a_single_file_is_refused_with_how_to_convert_it(tmp_path, capsys):
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    assert main(["train", "flow_grpo", "--model", str(file), "--rewards", "brightness"]) == 2
-    assert "from_single_file(FILE).save_pretrained(FOLDER)" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from diffalign.data.tables import Table
 from diffalign.data.validation import Quarantine
 from diffalign.evaluation.checkpoints import BASE, CheckpointSpec, parse_checkpoints
 from diffalign.files import bounded, printable, shorten, some
+from diffalign.remote import address, local, mapped
 from diffalign.structures import ImageSource, Pair, Prompt
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def read_pairs(source: str, config: LabelConfig, name: str) -> list[Comparison]:
     Raises:
         ValueError: No row has a pair, or more than ``data.max_bad_share`` are faulty.
     """
+    source = source if address(source) is None else str(local(source))
     buffer = read_buffer(Path(source))
     part = open_pairs_quickly(source, config.data, buffer)
     quarantine = Quarantine(config.data.on_fault, config.data.max_bad_share)
@@ -107,7 +109,7 @@ def open_pairs_quickly(source: str, settings: PreferenceDataConfig, buffer: Sequ
         return open_part(source, settings, LABELLESS)
     if not rows:
         raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
-    root = settings.image_root or path.parent
+    root = path.parent if settings.image_root is None else mapped(settings.image_root)
     within = None if settings.allow_outside else (root, path.parent)
     table = Table(printable(path), rows, root, settings.mask, within)
     return Part(table, detect(table.columns, settings.format, LABELLESS, table.name))

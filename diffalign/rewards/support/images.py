@@ -13,6 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign import media
 from diffalign.files import read_bytes, shorten
+from diffalign.remote import local
 
 # Values outside are in [0, 255] or [-1, 1]; a VAE may overshoot [0, 1] slightly.
 LOWEST, HIGHEST = -0.5, 2.0
@@ -25,15 +26,15 @@ def as_image(picture: Picture) -> Tensor:
     Files and PIL images are decoded as by all commands: see ``media.decode``. float64 is kept.
 
     Args:
-        picture: a PIL image, a path, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor with channels
-            first; uint8, or floats in [0, 1].
+        picture: a PIL image, a path or fsspec address, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
+            with channels first; uint8, or floats in [0, 1].
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another type, shape or dtype, floats far outside [0, 1], or a file that cannot be decoded.
     """
     if isinstance(picture, (str, Path)):
-        return _from_file(Path(picture))
+        return _from_file(local(picture))
     if isinstance(picture, Image.Image):
         return from_pil(media.to_rgb(picture))
     if isinstance(picture, np.ndarray):

@@ -50,7 +50,7 @@ class DiffusionDPOConfig(RolloutConfig):
     )
     shared_start: bool = option(False, "start the images of a group from the same noise", section="sampling")
     train_data: tuple[str, ...] = option(
-        (), "preference pairs: files, folders, rollout buffers or hub ids", section="data"
+        (), "preference pairs: files, folders, rollout buffers, addresses (s3://...) or hub ids", section="data"
     )
     data: PreferenceDataConfig = option(
         PreferenceDataConfig(), "how train_data is read; data.rollouts: how scored images become pairs", section="data"

@@ -34,7 +34,9 @@ class ReFLConfig(ScoredSamplesConfig):
         section="data",
     )
     train_images: tuple[str, ...] = option(
-        (), "real images with captions, for recipes that use them: files, folders or hub ids", section="data"
+        (),
+        "real images with captions, for recipes that use them: files, folders, addresses (s3://...) or hub ids",
+        section="data",
     )
     data: PreferenceDataConfig = option(
         PreferenceDataConfig(), "how train_images are read; of pairs the preferred image is used", section="data"
