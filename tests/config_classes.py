@@ -48,7 +48,7 @@ def samples(hint: Any, bare: Any = None) -> list[tuple[str, Any]]:
 def _sequences(arm: Any, origin: type, inner: Any, or_text: bool) -> list[tuple[str, Any]]:
     count = 2 if origin is list or inner[1:] == (...,) else len(inner)
     items = [inner[0]] * count if origin is list or inner[1:] == (...,) else list(inner)
-    if any(typing.get_origin(item) for item in items if typing.get_origin(item) is not Literal):
+    if any(all(typing.get_origin(arm) not in (None, Literal) for arm in arms_of(item)) for item in items):
         return []  # a list of lists is written in brackets; see test_config
     text, value = zip(*(samples(item)[0] for item in items), strict=True)
     brackets = (f"[{', '.join(text)}]", origin(value))
