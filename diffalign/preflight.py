@@ -21,6 +21,7 @@ from diffalign.plugins import declared_names, entry_points
 TIMEOUT = 10  # seconds for the hub to answer
 PLUGINS = "diffalign.rewards"
 FILE_SUFFIXES = frozenset({".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt", ".safetensors", ".tar"})
+REWARD_FIELDS = ("rewards", "held_out", "eval_rewards")  # of a configuration, where it names no others
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -210,6 +211,12 @@ def picture_problem(name: str, value: Any, config: Any) -> Iterator[str]:
             yield f"nothing at {source}{_near(Path(source))}: check the path (relative to {Path.cwd()})"
 
 
+def _judge_problem(name: str, value: Any, config: Any) -> Iterator[str]:
+    """Check judges where they are rewards by name; those of a benchmark are named by what they answer."""
+    if name in getattr(config, "reward_fields", ()):
+        yield from reward_problem(name, value, config)
+
+
 def reward_problem(name: str, value: Any, config: Any) -> Iterator[str]:
     """Check reward names: registered, or code in an existing file."""
     listed = [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value)
@@ -269,7 +276,7 @@ def weights_problems(config: Any) -> Iterator[str]:
 def _reward_specs(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """List (registered name, options) of each reward that a configuration names."""
     options = getattr(config, "reward_options", None) or {}
-    for field in ("rewards", "held_out", "eval_rewards", "judges"):
+    for field in getattr(config, "reward_fields", REWARD_FIELDS):
         value = getattr(config, field, None) or {}
         table = dict(value) if isinstance(value, Mapping) else {name: options.get(name) for name in value}
         if field == "held_out" and table.pop(WORD, None) is not None:
@@ -298,7 +305,7 @@ CHECKS: dict[str, Check] = {
     "rewards": reward_problem,
     "eval_rewards": reward_problem,
     "held_out": reward_problem,
-    "judges": reward_problem,
+    "judges": _judge_problem,
     "backbone": backbone_problem,
     "eval_data": data_problem,
     "label_data": data_problem,

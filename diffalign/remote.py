@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffalign.atomic import write_text
 from diffalign.tokens import printable, redacted
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"} | {
@@ -210,7 +211,7 @@ def _copy_file(fs: Any, info: Mapping[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _retried(lambda: _download(fs, info, path))
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(state)
+        write_text(note, state)
     _current.add(str(path))
 
 

@@ -11,6 +11,7 @@ that diffusers knows for files of this kind. diffusers converts the weights.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ def single_file(model: str | Path) -> SingleFile | None:
         ValueError: A file that is not safetensors, or an option other than ``base``.
     """
     text = str(model)
-    name, mark, options = (text, "", "") if Path(text).exists() else text.partition("?")
+    name, mark, options = (text, "", "") if os.path.exists(text) else text.partition("?")
     suffix = Path(name).suffix.lower()
     if suffix not in (SUFFIX, *OTHERS) or Path(name).is_dir():
         return None

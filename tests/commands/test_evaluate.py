@@ -109,6 +109,7 @@ def page_data(path):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
 
 
+@pytest.mark.slow
 def test_a_page_of_100_prompts_and_4_models_stays_below_10_megabytes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     noise = (torch.rand(512, 512, 3, generator=generator) * 255).byte().numpy()  # the worst to compress

@@ -18,6 +18,7 @@ from tests.rewards.conftest import (  # noqa: F401
     hpsv3_parts,
     ict_hp_folders,
     image_reward_folder,
+    judge_folder,
     mps_folder,
     nothing_loaded,
     qwen_folders,

@@ -81,6 +81,7 @@ def test_images_that_are_decoded_one_by_one_are_rehearsed_once(tmp_path):
     assert sliced.flops["train", "decode"] == pytest.approx(whole.flops["train", "decode"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_nudges_of_alike_steps_are_rehearsed_once(tmp_path, monkeypatch):
     """TailorPO-G: every phase's peak, operations and calls as if each compared step took its gradient."""
     nudged = {"preset": "tailorpo_g", "first_step": 1, "nudge": 0.1}

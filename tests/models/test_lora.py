@@ -42,6 +42,7 @@ OTHER_TARGETS = {
 }
 
 
+@pytest.mark.slow
 def test_a_fresh_process_draws_the_trainers_images(family_pipelines, tmp_path):
     jobs, expected = [], {}
     for family in STABLE:

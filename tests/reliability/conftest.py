@@ -7,7 +7,7 @@ import torch
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing curves takes longer than the runs here, and is tested where it is written."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda rows, path, **_: None)
+    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from tests.trainers.made_refl import close, differentiable, gradients, redness, 
 from tests.trainers.made_refl import config as made_refl
 
 ASKING = (
+    "judge",
     "ocr",
     "remote",
     "combined",

@@ -120,6 +120,7 @@ def test_work_that_ended_before_its_end_gives_no_figures(trust):
         trust.together(work, 2)
 
 
+@pytest.mark.slow
 def test_kills_go_on_where_they_stopped_and_count_when_the_run_was_compared(trust, tmp_path, monkeypatch):
     trust.run_kills(tmp_path, 2, 0, 1)
     first = trust.Ledger(tmp_path / "kills-0.jsonl").rows()

@@ -166,6 +166,8 @@ def test_keys_reach_every_picture_and_view(page):
 
 
 def test_views_enlarge_and_compare(page):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     page.find_elements("css selector", "#rows .picture")[3].click()
     widths = "return [...document.querySelectorAll('#stage img')].map(image => image.clientWidth)"
     first, second = page.execute_script(widths)
@@ -173,14 +175,14 @@ def test_views_enlarge_and_compare(page):
     press(page, "+", "+")
     assert one(page, "#said").text == "tuned, prompt 2 of 3, 2.25 times"
     sizes = "return [...document.querySelectorAll('.pane')].map(p => [p.scrollLeft, p.scrollWidth > 2 * p.clientWidth])"
+    WebDriverWait(page, 10).until(lambda page: page.execute_script(sizes)[1][0] > 0)  # a frame later
     (left, wide), again = page.execute_script(sizes)
     assert wide
     assert again == [left, True]
     assert left > 100  # around the middle
     page.execute_script("document.querySelector('.pane').scrollTo(7, 9)")
-    after_scroll = """const done = arguments[0];
-        requestAnimationFrame(() => setTimeout(() => done(document.querySelectorAll('.pane')[1].scrollLeft)))"""
-    assert page.execute_async_script(after_scroll) == 7  # panes scroll together
+    second = "return document.querySelectorAll('.pane')[1].scrollLeft"
+    WebDriverWait(page, 10).until(lambda page: page.execute_script(second) == 7)  # panes scroll together
     press(page, "0")
     assert page.execute_script(sizes) == [[0, False], [0, False]]
 

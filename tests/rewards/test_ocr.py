@@ -48,6 +48,7 @@ def test_the_target_is_given_or_quoted():
         target_of("a sign", {})
 
 
+@pytest.mark.slow
 def test_signs_are_read():
     texts = ["HELLO WORLD", "diffusion", "HELP WORLD"]
     images = as_images([sign(text) for text in texts])

@@ -104,7 +104,9 @@ def test_the_base_is_good_but_improvable(frozen):
         assert rate > chance[tag], tag
 
 
-@pytest.mark.parametrize("tag", ["single_object", "colors", "position", "color_attr"])
+@pytest.mark.parametrize(
+    "tag", ["single_object", *(pytest.param(t, marks=pytest.mark.slow) for t in ("colors", "position", "color_attr"))]
+)
 def test_plain_defaults_of_diffusers_draw_the_prompt(pipeline, tag):
     """No argument but the prompt: 28 steps, guidance 7, 256 T5 tokens."""
     prompts = [p for p in load_prompts(PROMPTS / "shapes_train.jsonl") if p.metadata["tag"] == tag][:12]

@@ -76,6 +76,7 @@ def test_what_is_known_of_the_batch_leaves_company_out(loss):
         assert found[0][0].item() == pytest.approx(1 - torch.sigmoid(2 * (gain[0] - z)).item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_single_images_in_two_processes_do_what_they_do_in_one(tmp_path):
     alone, both = (finished(count, tmp_path / str(count), write) for count in (1, 2))
     one, first, second = map(load_file, (alone / "0.safetensors", both / "0.safetensors", both / "1.safetensors"))

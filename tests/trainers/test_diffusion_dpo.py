@@ -164,7 +164,7 @@ def test_the_models_own_images_make_examples(dpo, train_prompts, loss):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"reference_decay": 0.9, "ema_decay": 0.9},
+        pytest.param({"reference_decay": 0.9, "ema_decay": 0.9}, marks=pytest.mark.slow),
         {"auto_beta": 0.2, "streaming": True},
         {"loss": "bco", "random_crop": True},
     ],

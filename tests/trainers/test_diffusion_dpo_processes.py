@@ -9,7 +9,7 @@ from tests.reliability.forks import finished
 from tests.trainers.short_dpo import write
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, loss):
     alone, both = (finished(count, tmp_path / str(count), write, loss) for count in (1, 2))
     one, first, second = map(load_file, (alone / "0.safetensors", both / "0.safetensors", both / "1.safetensors"))

@@ -233,6 +233,7 @@ def test_options_run_and_learn(small, train_prompts, setting):
 # Resume -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resume_is_bit_exact(small, train_prompts, tmp_path):
     settings = {
         "ema_decay": 0.9,

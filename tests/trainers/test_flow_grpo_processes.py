@@ -89,6 +89,7 @@ def same_rollouts(alone, both):
     assert all((both / line["file_name"]).is_file() for line in listed[1])
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_too_few_is_refused(tmp_path):
     command = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", SCRIPT, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -9,7 +9,7 @@ from tests.trainers.short_forward_rl import write
 
 @pytest.mark.parametrize(
     ("preset", "updates"),
-    [("nft", 1), ("dgpo", 1), ("crd", 2), pytest.param("v_grpo", 2, marks=pytest.mark.slow)],
+    [("dgpo", 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("nft", 1), ("crd", 2), ("v_grpo", 2)))],
 )
 def test_two_processes_do_what_one_does(preset, updates, tmp_path):
     """Sums over groups, shared noise and times, filters and copies."""

@@ -8,7 +8,7 @@ from tests.reliability.forks import finished
 from tests.trainers.short_refl import write
 
 
-@pytest.mark.parametrize("preset", ["alignprop", "reneg"])
+@pytest.mark.parametrize("preset", ["alignprop", pytest.param("reneg", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, preset):
     alone, both = (finished(count, tmp_path / str(count), write, preset) for count in (1, 2))
     one, first, second = map(load_file, (alone / "0.safetensors", both / "0.safetensors", both / "1.safetensors"))

@@ -136,7 +136,7 @@ def test_figures_that_nothing_was_measured_of_are_kept_in_a_checkpoint():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"preset": "alignprop", "ema_decay": 0.9},
+        pytest.param({"preset": "alignprop", "ema_decay": 0.9}, marks=pytest.mark.slow),
         pytest.param({"preset": "reneg"}, marks=pytest.mark.slow),
         pytest.param({"preset": "srpo"}, marks=pytest.mark.slow),
         pytest.param({"preset": "imagerefl"}, marks=pytest.mark.slow),

@@ -217,6 +217,7 @@ def test_figures_by_hand():
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_raters_who_disagree_are_told_apart(table, tmp_path):
     """Ann judges as the verifier, bob the other way round: the mean rater is right about half, their own about most."""
     rows = [{**row, "user_id": name, "label_0": label, "label_1": 1 - label, "best_image_uid": None}

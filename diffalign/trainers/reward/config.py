@@ -21,6 +21,7 @@ NO_LORA = "read only with train: lora"
 class RewardTrainerConfig(TrainingConfig):
     """Configuration of the training of a reward on preference pairs. ``validate`` refuses what cannot train."""
 
+    reward_fields: ClassVar[tuple[str, ...]] = ("judges",)
     products: ClassVar[tuple[str, ...]] = (*JUDGE_FILES, "report.json", "label_next.parquet")
     usage: ClassVar[str] = "diffalign train reward --config FILE.yaml [--field VALUE ...] [--dry_run]"
     examples: ClassVar[tuple[str, ...]] = (

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_bench_of_pairs_adds_up(tmp_path):
     tiny = ["--num_pairs", "4", "--train_batch_size", "2", "--eval_prompts", "null", "--data.scan", "2"]
     command = [sys.executable, "scripts/bench/dpo.py", *tiny, "--repeats", "1", "--write", str(tmp_path / "bench.json")]

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_rewards_are_timed_against_their_networks(tmp_path):
     tiny = ["--images", "2", "--side", "32", "--layers", "1", "--width", "64", "--repeats", "1"]
     command = [sys.executable, "scripts/bench/rewards.py", *tiny, "--write", str(tmp_path / "bench.json")]
