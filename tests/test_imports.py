@@ -26,7 +26,7 @@ ALLOWED = {
     "device": set(),
     "embedded": set(),
     "files": {"remote"},
-    "remote": {"tokens"},
+    "remote": {"tokens", "atomic"},
     "atomic": set(),
     "media": {"files"},
     "structures": {"files"},

@@ -28,6 +28,7 @@ def test_the_two_sides_mirror_each_other():
     assert (there.low, there.high) == pytest.approx((1 - back.high, 1 - back.low))
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth():
     """Images of a prompt agree with each other: an interval that took them for independent would cover too rarely."""
     rng = np.random.default_rng(0)

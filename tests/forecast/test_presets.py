@@ -85,6 +85,7 @@ def forward_flops(config):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_what_flow_grpo_computes_is_within_3_percent_of_the_floor(monkeypatch):
     """No evaluation is wasted, each prompt is encoded once, and frozen weights get no gradient."""
     plain = {"gradient_checkpointing": "false", "rewards": "jpeg_compressibility", "eval_prompts": "null"}

@@ -49,7 +49,10 @@ def attempt(name, folder, path, value):
         return None, str(error)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+QUICK = [pytest.param(name, marks=() if name in ("flow_grpo", "forward_rl") else pytest.mark.slow) for name in TRAINERS]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_a_number_is_refused_by_name_or_comes_back_from_every_file(name, tmp_path, record_property):
     """Deterministic: it reads configurations and trains nothing."""
     refused = legal = 0

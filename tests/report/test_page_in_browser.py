@@ -135,6 +135,8 @@ def test_it_shows_sorts_and_filters_with_the_set_of_each_mean(page):
 
 
 def test_keys_reach_every_picture_and_view(page):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     tabs = "return [...document.querySelectorAll('#rows button')].filter(b => b.tabIndex === 0).length"
     assert page.execute_script(tabs) == 1
     one(page, "#find").click()
@@ -144,7 +146,9 @@ def test_keys_reach_every_picture_and_view(page):
                      (LEFT, "base: prompt <0>"), (LEFT, "base: prompt <0>"), (END, "tuned: prompt <0>")):  # fmt: skip
         press(page, key)
         assert focused(page) == alt
-    resize(page, 390, 800)  # a prompt per row
+    resize(page, 390, 800)  # a prompt per row, once the page is laid out again
+    cards = "return document.documentElement.style.getPropertyValue('--cards')"
+    WebDriverWait(page, 10).until(lambda page: page.execute_script(cards) == "1")
     for key, alt in ((DOWN, "tuned: prompt <1>"), (DOWN, "tuned: prompt <2>"), (DOWN, "tuned: prompt <2>"),
                      (UP, "tuned: prompt <1>"), (HOME, "base: prompt <1>")):  # fmt: skip
         press(page, key)

@@ -31,7 +31,7 @@ def _no_curves(monkeypatch):
 PIPELINES = {"flow": {}, "epsilon": {"model": str(EPSILON), "max_sequence_length": None}}
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("kind", ["flow", pytest.param("epsilon", marks=pytest.mark.slow)])
 def test_it_learns_a_reward_in_a_few_steps(kind, tmp_path):
     """The iterations draw the same six prompts, so that their rewards can be compared."""
     options = {"num_groups": 6, "group_size": 4, "rollout_batch_size": 24, "train_batch_size": 24, "num_times": 2}

@@ -75,7 +75,10 @@ def options(name, reward, folder):
     return {"eval_prompts": held_out(folder), "eval_rewards": (reward,)}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+QUICK = [pytest.param(name, marks=() if name in ("flow_grpo", "online_dpo") else pytest.mark.slow) for name in TRAINERS]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_a_hostile_reward_changes_nothing_of_a_run(name, tmp_path, registered):
     weights = []
     for function in (light, harmful):

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_bench_adds_up(tmp_path):
     tiny = ["--num_groups", "2", "--group_size", "4", "--eval_prompts", "null", "--repeats", "1"]
     tiny += ["--plan.window_range", "[2, 4]"]
