@@ -99,7 +99,7 @@ def test_each_fault_is_one_sentence_that_ends_with_what_to_try(kind, store, monk
     type(store).error, type(store).failing = error, {"info"}
     with pytest.raises(raised, match=message):
         remote.ensure(copy_path("store://b/x.txt"))
-    with pytest.raises(RemoteError, match=message):  # before the training every fault is the user's to mend
+    with pytest.raises(RemoteError, match=message):  # the user corrects it before the training
         local("store://b/x.txt")
     assert problem("store://b/x.txt") is not None
 

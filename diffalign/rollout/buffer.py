@@ -379,10 +379,7 @@ class RolloutBuffer:
 
     @classmethod
     def load(cls, directory: Path) -> RolloutBuffer:
-        """Read all parts that ``save`` wrote, to a folder or an fsspec address, as one buffer.
-
-        Raises FileNotFoundError if a file is missing.
-        """
+        """Read all parts that ``save`` wrote as one buffer. Raises FileNotFoundError if a file is missing."""
         directory = local(directory)
         parts = [load_file(file) for file in (directory / NODES, *sorted(directory.glob("nodes-*.safetensors")))]
         begin = 0
@@ -392,7 +389,6 @@ class RolloutBuffer:
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
         prompts = _read_prompts(directory / "prompts.json")
-        rewards = {name.removeprefix("reward/"): t for name, t in columns.items() if name.startswith("reward/")}
         return cls(
             **{name: columns[name] for name in COLUMNS},
             path=columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64)),
@@ -400,5 +396,5 @@ class RolloutBuffer:
             leaf=columns["step"] == columns["step"].max(),
             prompts=prompts,
             mean=columns.get("mean"),
-            rewards=rewards,
+            rewards={n.removeprefix("reward/"): t for n, t in columns.items() if n.startswith("reward/")},
         )

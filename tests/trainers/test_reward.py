@@ -28,6 +28,7 @@ from diffalign.trainers.reward.label_next import Candidate, choose
 from scripts.studies import own_judge
 from tests.conftest import ROOT
 from tests.rewards import tiny_judges
+from tests.store import opened
 
 BACKBONE, SHAPES = ROOT / "assets/judges/pickscore", ROOT / "assets/preferences/shapes.parquet"
 SMALL = {"backbone": str(BACKBONE), "max_train_steps": 4, "num_pairs": 8, "learning_rate": 1e-2, "label_next": 0}
@@ -117,6 +118,16 @@ def test_a_run_that_is_resumed_ends_with_the_same_weights(pairs, tmp_path):
     assert result.step == 4
     with pytest.raises(ValueError, match=r"(?s)another configuration:.*tie_model"):
         trained(pairs, twice, **options, tie_model="davidson", resume_from_checkpoint="latest")
+
+
+def test_a_run_is_copied_to_a_store_and_goes_on_from_there(pairs, tmp_path, monkeypatch):
+    store, where = opened(monkeypatch, tmp_path / "cache"), "store://b/runs/judge"
+    options = {"checkpointing_steps": 2, "output_copy": where}
+    trained(pairs, tmp_path / "here", **options, max_train_steps=2)
+    assert store.cat_file("/b/runs/judge/model.safetensors") == (tmp_path / "here/model.safetensors").read_bytes()
+    _, result = trained(pairs, tmp_path / "there", **options, resume_from_checkpoint="latest")
+    assert result.step == 4
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "there/metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_the_command_trains_reports_and_its_judge_is_a_reward(pairs, tmp_path, capsys, monkeypatch):

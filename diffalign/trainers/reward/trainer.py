@@ -22,6 +22,7 @@ from diffalign.rng import KeyedRNG
 from diffalign.runtime.callbacks import TrainerCallback
 from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop
+from diffalign.runtime.output_copy import OutputCopy, check_target
 from diffalign.runtime.processes import check_world, connect, wants_shards
 from diffalign.runtime.products import check_products
 from diffalign.runtime.run import Heartbeat
@@ -98,7 +99,10 @@ class RewardTrainer:
         )
         self.algorithm = RewardModelling(self.run)
         self.outputs = JudgeOutputs(self.run, self.algorithm, judges, state.ema)
-        self.loop: Loop[Any] = Loop(self.run, state, self.algorithm, self.outputs, [*callbacks, *hub_callbacks(config)])
+        target = config.output_copy if self.run.is_main else None
+        self.output_copy = OutputCopy(config.output_dir, target, config.checkpoints_total_limit)
+        every = [*callbacks, *hub_callbacks(config), self.output_copy]
+        self.loop: Loop[Any] = Loop(self.run, state, self.algorithm, self.outputs, every)
 
     def _connect(self, config: RewardTrainerConfig) -> Accelerator:
         """Start the processes, and check that batches divide over them."""
@@ -122,6 +126,7 @@ class RewardTrainer:
             check_products(config.output_dir)
             if config.push_to_hub is not None:
                 create_repository(config.push_to_hub, config.hub_private)
+            check_target(config)
         return accelerator
 
     @property
@@ -144,7 +149,8 @@ class RewardTrainer:
         logger.info(opening(run.config, run.data, sum(p.numel() for p in self.loop.state.parameters)))
         if isinstance(run.inputs, PooledInputs):
             run.inputs.compute(run.device, run.is_main)
-        self.loop.train()
+        with self.output_copy:
+            self.loop.train()
         return read_result(run.config.output_dir, run.progress.step)
 
 
