@@ -15,7 +15,6 @@ from diffalign.commands.evaluate_config import EvaluationConfig, ResolvedEvaluat
 from diffalign.commands.gallery import Gallery
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.checkpoints import CheckpointSpec
-from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.models import load_model
@@ -27,6 +26,7 @@ from diffalign.report.grids import OverallMeans, compare_grid
 from diffalign.report.html import write_page
 from diffalign.report.plots import plot_figures
 from diffalign.report.results import ModelResults, diversity_of, figures, set_line, to_json, to_markdown
+from diffalign.rewards.support.embedding import ImageEmbedder
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.sources import source_images
 from diffalign.runtime.processes import joined

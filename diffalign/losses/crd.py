@@ -12,7 +12,7 @@ from diffalign.losses.registry import forward_objective
 MAX_EXPONENT = 300.0  # of a group weight; sums of its exponential stay finite in float64
 
 
-def group_statistic(step: ForwardStep, *, beta: float = 1.0, weight_temp: float = -1.0, bce: float = 0.0) -> Tensor:
+def group_statistic(step: ForwardStep, *, weight_temp: float = -1.0, **options: float) -> Tensor:
     """Return what the centres of a group are made of, by means over it: (B, 2) or (B, 8), float64.
 
     (r, A) for uniform weights; with others also (w, w r, w A) for the weights towards the best samples, and for those
@@ -62,11 +62,12 @@ def centres(mean: Tensor) -> list[tuple[Tensor, Tensor]]:
     statistic_old=True,
 )
 def crd(
-    step: ForwardStep, *, beta: float = 1.0, weight_temp: float = -1.0, bce: float = 0.0
+    step: ForwardStep, *, beta: float = 1.0, weight_temp: float = -1.0, bce: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(beta (r - sg(mean r)) - (A - mean A))^2 with r = E - E_old and means over the group: (B,), and metrics.
+    """scale (beta (r - sg(mean r)) - (A - mean A))^2, r = E - E_old, means over the group: (B,), and metrics.
 
-    The paper's r has the estimator ``adaptive_output``.
+    The paper's r has the estimator ``adaptive_output``. In the code of Flow-Factory A is clip(A / 10 + 1/2, 0, 1), the
+    advantage scaled by 0.1 but for a constant, and scale is 5 / beta, 5 being the bound of advantages.
 
     Args:
         step: With ``old``, and with ``group_mean`` of ``group_statistic``.
@@ -74,6 +75,7 @@ def crd(
         weight_temp: T of the group's weights softmax(A / T) and softmax(-A / T), whose two losses are averaged; 0: the
             samples of each sign of A alone; negative: uniform weights, and one loss.
         bce: 1: the cross-entropy of sigmoid(A - mean A) and sigmoid(beta (r - mean r)) instead of the square; 0: not.
+        scale: Factor of the loss, which weighs it against anchors.
 
     Raises:
         ValueError: ``group_mean`` is missing, or ``bce`` is neither 0 nor 1.
@@ -89,4 +91,4 @@ def crd(
             losses.append(binary_cross_entropy_with_logits(implicit, wanted.sigmoid(), reduction="none"))
         else:
             losses.append((implicit - wanted).square())
-    return torch.stack(losses).mean(0), {"implicit_reward": r.detach().abs().mean()}
+    return scale * torch.stack(losses).mean(0), {"implicit_reward": r.detach().abs().mean()}

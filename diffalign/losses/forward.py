@@ -11,12 +11,13 @@ are those of the model's own training loss. |.|^2 is the mean over a sample's el
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import expand, inverse, mixture, widen
+from diffalign.losses.registry import ForwardObjective, Options
 from diffalign.structures import Level
 
 # Smallest mean absolute error to divide by, as in the released code of NFT and of those who follow it.
@@ -37,7 +38,8 @@ class ForwardStep:
         old: v_old, output of the lagged weights; None for objectives that need none.
         reference: v_ref, output of the base model; None for objectives that need none.
         group_mean: (B, S), mean of the objective's ``statistic`` over all rows of the sample's group at the same
-            time, on all processes; None for objectives without one.
+            time, on all processes, or over the image's times; None for objectives without one.
+        trust_region: A key of ``policy.TRUST_REGIONS``, for objectives of a clipped ratio.
     """
 
     output: Tensor
@@ -49,6 +51,7 @@ class ForwardStep:
     old: Tensor | None = None
     reference: Tensor | None = None
     group_mean: Tensor | None = None
+    trust_region: str = "clip"
 
     @property
     def x0_scale(self) -> Tensor:
@@ -110,6 +113,16 @@ def anchor_weight(kind: str, level: Level) -> Tensor:
     alpha, sigma = level.alpha.double(), level.sigma.double()
     t = (sigma / (alpha + sigma)).clamp(min=1e-3)
     return (1 - t.clamp(max=0.99)) / (2 * 0.49 * t) if kind == "elbo" else torch.ones_like(t)
+
+
+def check_options(objective: ForwardObjective, options: Options) -> None:
+    """Call an objective on one sample of zeros, which finds values that it refuses. Raises ValueError."""
+    nothing, one = torch.zeros(1, 1, 1, 1), torch.full((1,), 0.5)
+    step = ForwardStep(nothing, nothing, Level(one, one, one), one, old=nothing, reference=nothing)
+    if objective.wants("statistic", options):
+        assert objective.statistic is not None
+        step = replace(step, group_mean=objective.statistic(step, **options))
+    objective.function(step, **options)
 
 
 def log_ratio(step: ForwardStep) -> Tensor:

@@ -34,6 +34,8 @@ def nft(step: ForwardStep, *, beta: float = 1.0, advantage_max: float = 5.0) -> 
     1. w is computed in the precision of the errors, float32 or wider, not in float64.
     2. Epsilon and v models are covered: x0+- is predicted by their own parameterization.
     """
+    if not (beta > 0 and advantage_max > 0):
+        raise ValueError(f"objective_options: beta and advantage_max must be positive, got {beta:g}, {advantage_max:g}")
     v, v_old = widen(step.output), widen(required(step.old, "old").detach())
     v_plus = (1 - beta) * v_old + beta * v
     v_minus = (1 + beta) * v_old - beta * v

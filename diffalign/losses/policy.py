@@ -74,14 +74,34 @@ def surrogate(step: PolicyStep, log_ratio: Tensor, bound: float | Tensor) -> tup
     log_ratio: (B,), with the gradient. bound: > 0, of the ratio or, for "dppo" and "kl", of the divergence.
     ValueError: an unknown trust region, or one that needs means, without them.
     """
-    if step.trust_region not in TRUST_REGIONS:
-        raise ValueError(f"unknown trust region {step.trust_region!r}; known: {', '.join(TRUST_REGIONS)}")
-    region, divergence = TRUST_REGIONS[step.trust_region], None
-    if region.means:
+
+    def divergence() -> Tensor:
         if step.old_mean is None:
             raise ValueError(f"trust_region {step.trust_region!r} compares means: give PolicyStep the mean as sampled")
-        divergence = gaussian_kl(step.mean, step.old_mean, step.std)
-    return region.function(log_ratio, step.advantage, bound, divergence)
+        return gaussian_kl(step.mean, step.old_mean, step.std)
+
+    return region_loss(step.trust_region, log_ratio, step.advantage, bound, divergence)
+
+
+def region_loss(
+    name: str, log_ratio: Tensor, advantage: Tensor, bound: float | Tensor, divergence: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss per sample (B,) of a log-ratio in a trust region, and metrics.
+
+    Args:
+        name: A key of ``TRUST_REGIONS``.
+        log_ratio: (B,), with the gradient.
+        advantage: (B,).
+        bound: > 0, of the ratio or, for "dppo" and "kl", of the divergence.
+        divergence: Computes the divergence from the sampling policy, (B,), if the region needs it.
+
+    Raises:
+        ValueError: An unknown trust region.
+    """
+    if name not in TRUST_REGIONS:
+        raise ValueError(f"unknown trust region {name!r}; known: {', '.join(TRUST_REGIONS)}")
+    region = TRUST_REGIONS[name]
+    return region.function(log_ratio, advantage, bound, divergence() if region.means else None)
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:

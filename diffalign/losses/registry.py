@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -87,25 +87,34 @@ class PolicyObjective(Loss):
 
 
 Options = Mapping[str, float]
+Wanted = bool | Callable[[Options], bool]
 
 
 @dataclass(frozen=True)
 class ForwardObjective(Loss):
     """A loss of noised final images, (step, **options) -> (B,) and metrics.
 
-    old, reference: whether it needs the outputs of the lagged weights, and of the base model; may depend on options.
+    old, reference: whether it needs the outputs of the lagged weights, and of the base model.
     estimator: whether it reads ``ForwardStep.log_p``. linear: whether an advantage of 0 gives no loss and no gradient.
-    statistic: function (step, **options) -> (B, S), whose mean over each group the objective needs; None: no groups.
-    statistic_old, statistic_reference: outputs that the statistic needs besides the policy's.
+    regions: whether its ratio may have any trust region.
+    statistic: function (step, **options) -> (B, S), whose mean the objective needs; None: it needs none.
+    statistic_over: what the mean is over: the images of a "group" at the same time, or the times of an "image".
+    statistic_wanted: whether the options ask for it. statistic_old, statistic_reference: outputs that it needs besides
+        the policy's.
+
+    ``old`` and what begins with ``statistic_`` may depend on the options, see ``wants``.
     """
 
-    old: bool | Callable[[Options], bool] = False
+    old: Wanted = False
     reference: bool = False
     estimator: bool = True
     linear: bool = False
+    regions: bool = False
     statistic: Callable[..., Tensor] | None = None
-    statistic_old: bool = False
-    statistic_reference: bool = False
+    statistic_over: Literal["group", "image"] = "group"
+    statistic_wanted: Wanted = True
+    statistic_old: Wanted = False
+    statistic_reference: Wanted = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -120,9 +129,19 @@ class ForwardObjective(Loss):
             raise ValueError(f"objective_options: unknown {', '.join(unknown)}; this objective has {known}")
         return {name: given.get(name, parameters[name].default) for name in self.options}
 
-    def needs_old(self, options: Options) -> bool:
-        """Whether the loss needs the output of the lagged weights."""
-        return self.old(options) if callable(self.old) else self.old
+    def wants(self, need: str, options: Options) -> bool:
+        """Return whether the objective has a need, a field such as "old" or "statistic_old", with these options."""
+        if need.startswith("statistic") and (self.statistic is None or not _wanted(self.statistic_wanted, options)):
+            return False
+        return need == "statistic" or _wanted(getattr(self, need), options)
+
+    def skips_zero(self, options: Options) -> bool:
+        """Return whether a sample with an advantage of 0 changes nothing, neither by itself nor in its group."""
+        return self.linear and not (self.wants("statistic", options) and self.statistic_over == "group")
+
+
+def _wanted(need: Wanted, options: Options) -> bool:
+    return need(options) if callable(need) else need
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {}
@@ -178,19 +197,12 @@ def forward_objective(
     *,
     idea: str,
     source: str,
-    old: bool | Callable[[Options], bool] = False,
-    reference: bool = False,
-    estimator: bool = True,
-    linear: bool = False,
-    statistic: Callable[..., Tensor] | None = None,
-    statistic_old: bool = False,
-    statistic_reference: bool = False,
+    **needs: Any,
 ) -> Callable[[F], F]:
     """Register a forward objective; arguments as the fields of ``ForwardObjective``. ValueError: the name is taken."""
 
     def add(function: F) -> F:
-        needs = (old, reference, estimator, linear, statistic, statistic_old, statistic_reference)
-        return _add(FORWARD_OBJECTIVES, name, ForwardObjective(function, idea, source, *needs), function)
+        return _add(FORWARD_OBJECTIVES, name, ForwardObjective(function, idea, source, **needs), function)
 
     return add
 

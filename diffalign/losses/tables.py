@@ -61,7 +61,7 @@ def forward_table() -> str:
             loss.idea,
             _paper(loss.source),
             ", ".join(_outputs(loss)),
-            "yes" if loss.statistic else "no",
+            "yes" if loss.wants("statistic", loss.resolve({})) else "no",
             ", ".join(f"`{option}` {value:g}" for option, value in loss.resolve({}).items()),
         )
         for name, loss in sorted(FORWARD_OBJECTIVES.items())
@@ -70,8 +70,9 @@ def forward_table() -> str:
 
 
 def _outputs(loss: ForwardObjective) -> list[str]:
-    old = loss.needs_old(loss.resolve({})) or loss.statistic_old
-    found = {"old": old, "reference": loss.reference or loss.statistic_reference}
+    options = loss.resolve({})
+    old, reference = (loss.wants(n, options) or loss.wants(f"statistic_{n}", options) for n in ("old", "reference"))
+    found = {"old": old, "reference": reference}
     return [name for name, needed in found.items() if needed]
 
 

@@ -23,6 +23,7 @@ def group_advantages(
     aggregate: Literal["rewards", "advantages"] = "rewards",
     epsilon: float = 1e-4,
     clip: float | None = 5.0,
+    diversity: Tensor | None = None,
 ) -> Tensor:
     """Compute advantages A = (r - mean of its group) / (std + epsilon), clipped to +-clip: (N,), float32.
 
@@ -38,6 +39,8 @@ def group_advantages(
         aggregate: "rewards" normalises the weighted sum; "advantages" sums the weighted advantages of each reward.
         epsilon: Added to the standard deviation.
         clip: Largest absolute value; None for no bound.
+        diversity: (N,), d >= 0; positive advantages are multiplied by d / mean of its group (GARDO, arXiv 2512.24138),
+            but where that is not finite.
 
     Raises:
         ValueError: An unknown option or weight, no reward of non-zero weight, or lengths that differ.
@@ -54,6 +57,9 @@ def group_advantages(
         terms = [(1.0, sum((w * r for w, r, _ in terms), zero), sum((abs(w) * m for w, _, m in terms), zero))]
     members = _Groups(groups, finite)
     total = sum((w * members.normalise(r, m, std, epsilon) for w, r, m in terms), zero)
+    if diversity is not None:
+        share = members.relative(diversity.double())
+        total = torch.where((total > 0) & share.isfinite(), total * share, total)
     return (total if clip is None else total.clamp(-clip, clip)).float()
 
 
@@ -290,6 +296,12 @@ class _Groups:
         """Subtract the mean of the group, (N,); 0 where unusable."""
         mean = self.sum(values) / self.count.clamp(min=1)
         return torch.where(self.finite, values - mean[self.index], 0.0)
+
+    def relative(self, values: Tensor) -> Tensor:
+        """Divide values by the mean of their group over those that are finite: (N,); not finite where that is 0."""
+        known = values.isfinite()
+        mean = self.sum(torch.where(known, values, 0.0)) / self.sum(known.double())
+        return values / mean[self.index]
 
     def flat(self, values: Tensor, magnitude: Tensor) -> Tensor:
         """Return whether the usable values of each group are equal up to rounding or fewer than two: (G,) bool."""

@@ -278,6 +278,7 @@ class Collector:
                 aggregate=config.aggregate,
                 epsilon=config.advantage_epsilon,
                 clip=config.advantage_clip,
+                diversity=rewards[config.advantage_diversity] if config.advantage_diversity else None,
             )
             share = self.run.share(len(advantages))
             own_total = sum((self.weights[name] * own[name] for name in own), torch.zeros(len(group)))

@@ -170,6 +170,12 @@ class AdvantageConfig:
     aggregate: Literal["rewards", "advantages"] = option(
         "rewards", "what to sum over several rewards", section="advantages"
     )
+    advantage_diversity: str = option(
+        "",
+        "name of a reward, such as novelty with weight 0, by which positive advantages are multiplied, relative to its "
+        "mean in the group (GARDO); default: none",
+        section="advantages",
+    )
     advantage_rule: Literal["leaf", "subtree_mean", "per_depth", "per_depth_weighted", "granular"] | None = option(
         None,
         "advantage of a tree's nodes: leaf (nothing above the last branching), subtree_mean of the leaves below, "

@@ -33,6 +33,12 @@ class RolloutAlgorithm(Algorithm[R, Rollout]):
         """Validate the configuration, and read rewards and prompts."""
         config.validate()
         config, rewards, weights = read_rewards(config, reward_funcs)
+        named = getattr(config, "advantage_diversity", "")
+        if named and named not in rewards:
+            raise ValueError(
+                f"advantage_diversity {named!r} is none of the rewards {', '.join(rewards)}: add it, with weight 0 "
+                "if it is for that alone, as rewards: {novelty: 0}"
+            )
         prompts = dataset(train_dataset, config.train_prompts, "train_prompts")
         try_rewards(rewards, prompts, config.resolution)
         judges = evaluation_rewards(config.eval_rewards, rewards, config.allow_reward_code)

@@ -18,10 +18,10 @@ from diffalign.commands import gallery
 from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.commands.gallery import Gallery, SamplingSettings
 from diffalign.evaluation.checkpoints import BASE, CheckpointSpec
-from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.report.html import write_page
 from diffalign.rewards import get_reward
+from diffalign.rewards.support.embedding import ImageEmbedder
 from diffalign.rng import KeyedRNG
 from diffalign.rollout.generate import NoiseKeys, generate
 from diffalign.rollout.sampler import SamplingPlan, ode_plan

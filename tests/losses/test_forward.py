@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffalign.losses.forward import ESTIMATORS, anchor_weight
+from diffalign.losses.forward import ESTIMATORS, anchor_weight, check_options
 from diffalign.losses.registry import FORWARD_OBJECTIVES, get_forward_objective
 from diffalign.structures import Level
 from tests.losses.conftest import draw
@@ -35,7 +35,7 @@ FORMULAS = {
 def completed(step, name):
     """The step with the group means that an objective needs, of its two halves."""
     objective = FORWARD_OBJECTIVES[name]
-    if objective.statistic is None:
+    if not objective.wants("statistic", objective.resolve({})):
         return step
     values = objective.statistic(step, **objective.resolve({}))
     halves = values.unflatten(0, (2, -1)).mean(1, keepdim=True).expand(2, 3, values.shape[1])
@@ -114,10 +114,10 @@ def test_an_advantage_of_zero_pulls_elsewhere(name):
 def test_an_objective_runs_without_the_outputs_that_it_does_not_declare(name):
     objective, options = FORWARD_OBJECTIVES[name], FORWARD_OBJECTIVES[name].resolve({})
     step = completed(make_step(estimator="adaptive"), name)
-    missing = {} if objective.needs_old(options) else {"old": None}
+    missing = {} if objective.wants("old", options) else {"old": None}
     missing |= {} if objective.reference else {"reference": None}
     objective.function(type(step)(**{**vars(step), **missing}), **options)
-    if objective.needs_old(options):
+    if objective.wants("old", options):
         with pytest.raises(ValueError, match="old"):
             objective.function(type(step)(**{**vars(step), "old": None}), **options)
 
@@ -125,7 +125,51 @@ def test_an_objective_runs_without_the_outputs_that_it_does_not_declare(name):
 def test_an_unknown_option_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown gamma; this objective has beta"):
         get_forward_objective("nft").resolve({"gamma": 1.0})
-    assert get_forward_objective("dgpo").resolve({"beta": 3.0}) == {"beta": 3.0, "clip_range": math.inf}
+    resolved = get_forward_objective("dgpo").resolve({"beta": 3.0})
+    assert resolved == {"beta": 3.0, "clip_range": math.inf, "lagged_reference": 0.0}
+
+
+REFUSED = {
+    "nft": {"beta": 0.0},
+    "awm": {"sum_first": 0.5},
+    "v_grpo": {"clip_range": 0.0},
+    "dgpo": {"lagged_reference": 2.0},
+    "crd": {"bce": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_that_an_objective_refuses_are_found_before_a_run(name):
+    objective = FORWARD_OBJECTIVES[name]
+    with pytest.raises(ValueError, match=f"objective_options.*{next(iter(REFUSED[name]))}"):
+        check_options(objective, objective.resolve(REFUSED[name]))
+
+
+def test_every_objective_passes_its_own_check():
+    for objective in FORWARD_OBJECTIVES.values():
+        check_options(objective, objective.resolve({}))
+
+
+@pytest.mark.parametrize("name", ["awm", "v_grpo"])
+def test_the_ratio_of_a_mean_log_likelihood(name):
+    """Two images at three times: the surrogate of exp(mean_k E - mean_k E_old), with its gradient in float64."""
+    objective, clip_range = FORWARD_OBJECTIVES[name], 0.01
+    step = make_step(estimator="adaptive", moved=0.05)
+    log_rho = (step.log_p - step.old_log_p).unflatten(0, (2, 3)).mean(1)
+    advantage = torch.tensor([1.5, -0.7], dtype=torch.float64)
+    ratio = log_rho.exp()
+    expected = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+    options = objective.resolve({"sum_first": 1.0, "clip_range": clip_range})
+    step = type(step)(**{**vars(step), "advantage": advantage.repeat_interleave(3)})
+    mean = objective.statistic(step, **options).unflatten(0, (2, 3)).mean(1).repeat_interleave(3, 0)
+    losses, _ = objective.function(type(step)(**{**vars(step), "group_mean": mean}), **options)
+    torch.testing.assert_close(losses.unflatten(0, (2, 3)).mean(1), expected)
+    torch.testing.assert_close(gradient(losses / 3, step.output), gradient(expected, step.output))
+    apart, _ = objective.function(step, **objective.resolve({"clip_range": clip_range}))
+    assert not torch.allclose(apart.unflatten(0, (2, 3)).mean(1), expected)
+    with pytest.raises(ValueError, match="sum_first needs means over times"):
+        objective.function(step, **options)
 
 
 def test_code_is_an_objective(tmp_path):

@@ -7,7 +7,6 @@ import torch
 
 from diffalign.diffusion.schedule import flow_levels
 from diffalign.diffusion.steps import transition
-from diffalign.losses.awm import clipped
 from diffalign.losses.dppo import divergence_mask, divergence_penalty, dppo
 from diffalign.losses.fdfo import fdfo, quadratic_surrogate
 from diffalign.losses.flow_grpo import clipped_surrogate, flow_grpo
@@ -15,6 +14,7 @@ from diffalign.losses.grpo_guard import grpo_guard, guarded_surrogate
 from diffalign.losses.policy import TRUST_REGIONS, PolicyStep
 from diffalign.losses.registry import FORWARD_OBJECTIVES, POLICY_OBJECTIVES
 from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
+from tests.losses.forward_steps import gradient, make_step
 
 LEVELS = flow_levels(torch.linspace(1, 0, 5, dtype=torch.float64))
 BOUND = 0.1
@@ -200,12 +200,15 @@ def test_the_error_of_the_best_path_is_that_of_velocities():
     torch.testing.assert_close(found, ((velocity - best) ** 2).flatten(1).mean(1))
 
 
-def test_clipped_forward_losses_take_the_quadratic_region_too():
-    log_rho, advantage = float64(0.2, -0.2, 0.0).requires_grad_(), float64(1.3, -0.7, 0.4)
-    loss, metrics = clipped(log_rho, advantage, BOUND, 1.0)
-    expected, _ = quadratic_surrogate(log_rho, advantage, BOUND, None)
-    assert torch.equal(loss, expected)
-    assert metrics["clip_share"] == pytest.approx(2 / 3)
-    assert not torch.equal(clipped(log_rho, advantage, BOUND)[0], loss)
-    for name in ("awm", "v_grpo"):
-        assert "quadratic" in FORWARD_OBJECTIVES[name].options
+@pytest.mark.parametrize("region", sorted(TRUST_REGIONS))
+@pytest.mark.parametrize("name", ["awm", "v_grpo"])
+def test_clipped_forward_losses_take_every_region(name, region):
+    """With |v - v_old|^2 as divergence, also in the gradient."""
+    step = make_step(estimator="uniform", moved=0.3, trust_region=region)
+    losses, metrics = FORWARD_OBJECTIVES[name].function(step, clip_range=BOUND)
+    log_rho = step.log_p - step.old_log_p
+    divergence = (step.output - step.old).square().mean((1, 2, 3))
+    expected, _ = TRUST_REGIONS[region].function(log_rho, step.advantage, BOUND, divergence)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient(losses, step.output), gradient(expected, step.output))
+    assert ("divergence" in metrics) == TRUST_REGIONS[region].means

@@ -14,9 +14,9 @@ from diffalign.commands.evaluate_config import EvaluationConfig, resolve
 from diffalign.commands.relabel import RelabelConfig
 from diffalign.commands.score import ScoreConfig
 from diffalign.config import from_dict, load_yaml, parse
-from diffalign.evaluation.embedding import ImageEmbedder
 from diffalign.models.load import pipeline_class
 from diffalign.rewards.base import PLUGINS, get_reward, names
+from diffalign.rewards.support.embedding import ImageEmbedder
 from diffalign.trainers.registry import algorithm_names, config_class
 from tests.conftest import PIPELINE, PROMPTS
 

@@ -32,6 +32,7 @@ NAMES = [
     "jpeg_incompressibility",
     "judge",
     "mps",
+    "novelty",
     "ocr",
     "pickscore",
     "prompt_echo",

@@ -149,6 +149,19 @@ def test_the_two_ways_to_aggregate_differ_in_scale():
     assert group_advantages(rewards, groups, aggregate="advantages")[0].abs() < 1e-3
 
 
+@pytest.mark.parametrize("std", ["unit", "group"])
+def test_diversity_multiplies_positive_advantages_by_its_share_of_the_group(std):
+    """GARDO: A d / mean d where A > 0; a distance that is not finite, or a group without any, changes nothing."""
+    reward, groups = torch.tensor([3.0, 1.0, 2.0, 0.0, 1.0, 5.0, 4.0]), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    diversity = torch.tensor([0.3, 0.1, math.nan, 0.6, 0.2, 0.0, 0.0])
+    plain = group_advantages({"a": reward}, groups, std=std)
+    found = group_advantages({"a": reward}, groups, std=std, diversity=diversity)
+    factor = torch.tensor([0.3 / 0.2, 1.0, 1.0, 1.0, 0.2 / 0.4, 1.0, 1.0])
+    torch.testing.assert_close(found, plain * torch.where(plain > 0, factor, 1.0))
+    bound = group_advantages({"a": reward * 100}, groups, std="unit", diversity=diversity, clip=5.0)
+    assert bound.abs().max() == 5.0
+
+
 def test_flat_share_counts_groups_that_teach_nothing():
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     rewards = {

@@ -102,22 +102,25 @@ def test_rules_of_trees_refuse_chains(rule):
 
 @pytest.mark.parametrize("pruning", ["best", "best_worst"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_pruning_keeps_the_best_branches_after_the_last_split(pruning, flat):
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.7, 1.0])
+def test_pruning_keeps_the_best_branches_after_the_last_split(pruning, flat, ratio):
     buffer, rewards = tree_buffer()
     rewards = torch.zeros_like(rewards) if flat else rewards.index_fill(0, torch.tensor([4]), math.nan)
-    kept = kept_nodes(buffer, TREE, pruning, rewards)
+    kept = kept_nodes(buffer, TREE, pruning, rewards, ratio)
     assert kept[buffer.step <= 2].all()
-    leaves, count = buffer.leaves.tolist(), {"best": 6, "best_worst": 6}[pruning]
+    leaves, each = buffer.leaves.tolist(), 3 if pruning == "best" else 6  # of a state that splits last, or of a tree
+    share = max(1 if pruning == "best" else 2, int(each * ratio))
+    best = share if pruning == "best" else share // 2
     for level in buffer.steps:
-        assert int(kept[buffer.step == level].sum()) == 3 * kept_per_level(TREE, pruning, level)
+        assert int(kept[buffer.step == level].sum()) == 3 * kept_per_level(TREE, pruning, level, ratio)
     chosen = [index for index, leaf in enumerate(leaves) if kept[leaf]]
-    assert len(chosen) == count
-    if not flat:
-        each = 3 if pruning == "best" else 6  # leaves of a state that splits last, and of a tree
-        parts = [rewards[i : i + each].numpy() for i in range(0, len(leaves), each)]
-        wanted = {i * each + np.nanargmax(part) for i, part in enumerate(parts)}
-        wanted |= set() if pruning == "best" else {i * each + np.nanargmin(part) for i, part in enumerate(parts)}
-        assert set(chosen) == wanted
+    assert len(chosen) == len(leaves) // each * share
+    if not flat and ratio < 1:
+        for begin in range(0, len(leaves), each):
+            finite = [i for i in range(begin, begin + each) if not math.isnan(rewards[i])]
+            ranked = sorted(finite, key=lambda i: -rewards[i].item())
+            wanted = {*ranked[:best], *ranked[len(ranked) - (share - best) :]}
+            assert {i for i in chosen if begin <= i < begin + each} == wanted
     # What lies above a kept leaf is kept, and nothing else.
     for row in range(len(buffer.step)):
         below = [leaf for leaf in leaves if kept[leaf] and row in _above(buffer, leaf)]

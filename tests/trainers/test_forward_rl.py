@@ -45,12 +45,19 @@ def test_it_learns_a_reward_in_a_few_steps(kind, tmp_path):
 # Exactness ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_neither_images_nor_train_times_per_forward_change_gradients(preset, tmp_path):
-    """Passes of 3 images cut groups, so that sums over groups take passes of their own."""
-    found = []
+CUT = {preset: (preset, {}) for preset in PRESETS} | {
+    "a ratio per image": ("awm", {"objective_options": {"sum_first": 1.0}, "advantage_scale": 1.0}),
+    "groups against lagged weights": ("dgpo", {"objective_options": {"lagged_reference": 1.0}}),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_neither_images_nor_train_times_per_forward_change_gradients(name, tmp_path):
+    """Passes of 3 images cut groups, so that sums over groups take passes of their own; so do means over times."""
+    found, (preset, changes) = [], CUT[name]
     for size, times in ((4, 1), (3, 1), (4, 2), (1, 2)):
-        args = config(tmp_path, preset, num_times=2, train_batch_size=size, train_times_per_forward=times)
+        changes |= {"num_times": 2, "train_batch_size": size, "train_times_per_forward": times}
+        args = config(tmp_path, preset, **changes)
         trainer = trainer_of(args)
         batch = collect(trainer)
         stir(trainer)
@@ -182,6 +189,22 @@ def test_modes_choose_advantages(mode, tmp_path):
     assert torch.equal(found, expected[mode] * 0.5)
 
 
+def test_good_images_that_differ_from_their_group_count_more(tmp_path):
+    changes = {"preset": "nft", "group_size": 3, "rollout_batch_size": 6, "advantage_std": "unit"}
+    rewards = {"brightness": 1.0, "novelty": 0.0}
+    plain, shaped = (
+        collect(trainer_of(config(tmp_path, **changes, advantage_diversity=name, advantage_scale=9.0), reward=rewards))
+        for name in ("", "novelty")
+    )
+    before, after = (batch.buffer.advantage[batch.buffer.leaves].view(2, 3) for batch in (plain, shaped))
+    novelty = shaped.buffer.rewards["novelty"][shaped.buffer.leaves].view(2, 3)
+    share = novelty / novelty.mean(1, keepdim=True)
+    torch.testing.assert_close(after, torch.where(before > 0, before * share, before))
+    assert (share[before > 0] != 1).all()
+    with pytest.raises(ValueError, match="advantage_diversity 'novelty' is none of the rewards redness"):
+        trainer_of(config(tmp_path, advantage_diversity="novelty"))
+
+
 def test_images_without_advantage_are_skipped_where_they_have_no_gradient(tmp_path):
     anchors = {"reference_weight": 0.0, "ema_weight": 0.0}
     options = {"advantage_mode": "positive", "num_times": 2, **anchors}
@@ -207,6 +230,23 @@ def test_a_failed_image_trains_nothing(tmp_path):
     batch = collect(trainer_of(args, nearly))
     assert batch.buffer.advantage[0] == 0
     assert batch.buffer.advantage[1:].all()
+
+
+def test_an_anchor_grows_with_the_advantage(tmp_path):
+    """With low + (high - low) r, r = clip(A / (2 A_max) + 1/2, 0, 1) of the advantage before it is scaled."""
+    options = {"reference_weight": 0.5, "reference_weight_min": 0.1, "advantage_scale": 0.1, "advantage_clip": 2.0}
+    trainer = trainer_of(config(tmp_path, **options))
+    weight = trainer.algorithm._reference_weight(torch.tensor([-1.0, -0.2, 0.0, 0.05, 0.2]))
+    torch.testing.assert_close(weight, torch.tensor([0.1, 0.1, 0.3, 0.35, 0.5]))
+
+    gradients, batch = [], collect(trainer)
+    stir(trainer)
+    for low, high in ((0.1, 0.5), (0.1, 0.1), (0.5, 0.5)):
+        trainer.args.reference_weight, trainer.args.reference_weight_min = high, low
+        trainer.algorithm.method = trainer.args.method
+        gradients.append(gradient(trainer, batch))
+    found = (gradients[0] - gradients[1]).norm() / (gradients[2] - gradients[1]).norm()
+    assert 0.3 < found < 0.9, "between the two"
 
 
 def test_a_weighted_anchor_adds_its_weighted_distance(tmp_path):

@@ -47,6 +47,8 @@ UNREAD = {
     "time_std": ("nft", 0.5),
     "ema_lag": ("nft", LagConfig("linear")),
     "reference_guidance": ("ram", 4.5),
+    "reference_weight_min": ("ram", 0.1),
+    "trust_region": ("dgpo", "kl"),
     "filter_zero_advantage": ("nft", False),
     "advantage_epsilon": ("pepg", 0.1),
     "advantage_rule": ("nft", "leaf"),
@@ -70,6 +72,9 @@ MISTAKES = {
     "give 1 to 4, or raise time_fraction": {"num_times": 9},
     "has 1 of plan.num_steps 4 steps": {"times": "stratified", "num_times": 3, "time_fraction": 0.5},
     "give at least 1": {"times": "uniform", "num_times": 0},
+    "is above reference_weight 0.0001": {"reference_weight_min": 0.1},
+    "needs a finite advantage_clip": {"reference_weight_min": 0.0, "advantage_clip": float("inf")},
+    "beta and advantage_max must be positive": {"objective_options": {"beta": 0.0}},
     "anchors nothing": {"ema_weight": 0.1, "ema_lag": LagConfig("current")},
     "plan.branch": {"plan": PlanConfig("flow_grpo", num_steps=4, branch=(2,))},
 }

@@ -46,6 +46,16 @@ def test_a_run_of_each_preset_computes_what_was_forecast(preset, tmp_path):
 
 
 VARIANTS = {
+    "a ratio per image, whose times are in several passes": (
+        "awm",
+        {
+            "objective_options": {"sum_first": 1.0},
+            "num_times": 2,
+            "updates_per_rollout": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 1,
+        },
+    ),
     "an anchor with guidance, and guided rollouts": ("nft", {"reference_guidance": 3.0, "guidance_scale": 2.0}),
     "passes that cut groups, of several times": ("dgpo", {"train_batch_size": 3, "train_times_per_forward": 2}),
     "two updates on two copies": ("awm", {"updates_per_rollout": 2, "max_train_steps": 3, "train_batch_size": 3}),
@@ -74,6 +84,22 @@ PASSES = {
     "awm without anchors": ("awm", {"reference_weight": 0.0, "ema_weight": 0.0}, 0),
     "dgpo without clipping": ("dgpo", {"objective_options": {"clip_range": float("inf")}}, 1),
     "dgpo with clipping": ("dgpo", {}, 2),
+    "dgpo against lagged weights": (
+        "dgpo",
+        {"reference_weight": 0.0, "objective_options": {"lagged_reference": 1.0}},
+        1,
+    ),
+    "a ratio per image in passes of all its times": (
+        "awm",
+        {
+            "reference_weight": 0.0,
+            "ema_weight": 0.0,
+            "updates_per_rollout": 2,
+            "train_times_per_forward": 2,
+            "objective_options": {"sum_first": 1.0},
+        },
+        1,
+    ),
     "ram": ("ram", {}, 2),
     "ram with an anchor, which is the same pass": ("ram", {"reference_weight": 0.1}, 2),
     "ram with a guided anchor": ("ram", {"reference_weight": 0.1, "reference_guidance": 2.0}, 4),
@@ -84,7 +110,7 @@ PASSES = {
 def test_only_passes_with_a_weight_are_run(name, tmp_path):
     preset, changes, comparing = PASSES[name]
     args = config(tmp_path, preset, **changes)
-    work = COST.iteration(args, Share(), 0, 1)
+    work = COST.iteration(args, Share(), 0, args.updates_per_rollout)
     images = args.num_groups * args.group_size * args.times_per_image
     assert (work.training, work.comparing) == (images, images * comparing)
 

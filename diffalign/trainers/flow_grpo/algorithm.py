@@ -175,7 +175,8 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
         pruning = self.config.width_pruning
         if pruning == "none":
             return None
-        return kept_nodes(rollout.buffer, rollout.plan.plan, pruning, self._total(rollout))
+        ratio = self.config.width_pruning_ratio
+        return kept_nodes(rollout.buffer, rollout.plan.plan, pruning, self._total(rollout), ratio)
 
     def _total(self, rollout: Rollout) -> Tensor:
         """Return the weighted rewards of the leaves: (L,)."""

@@ -71,9 +71,12 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
     )
     width_pruning: Literal["none", "best", "best_worst"] = option(
         "none",
-        "branches after the last split of a tree to train: all, that of the best image per split state, or those of "
-        "the best and the worst image of a tree",
+        "branches after the last split of a tree to train: all, those of the best images per split state, or those of "
+        "the best and the worst images of a tree",
         section="loss",
+    )
+    width_pruning_ratio: float = option(
+        0.5, "share of these images that width_pruning keeps, at least one of each", section="loss", gt=0, le=1
     )
     best_path_weight: float = option(
         0.0,
@@ -124,6 +127,8 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         names |= {} if self.kl_beta else {"kl_kind": "read only with a kl_beta above 0"}
         if not get_objective(self.loss, self.allow_reward_code).regions:
             names |= {"trust_region": f"read only by losses of a ratio, flow_grpo and grpo_guard, unlike {self.loss!r}"}
+        if self.width_pruning == "none":
+            names |= {"width_pruning_ratio": "read only with width_pruning"}
         if self.clip_range == math.inf:
             names |= {"clip_growth": "read only with a finite clip_range"}
         if self.partners:
@@ -134,7 +139,7 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
         from diffalign.rollout.advantages import ADVANTAGE_RULES
 
         if ADVANTAGE_RULES[self.rule].of == "rewards":
-            own = ("advantage_std", "advantage_epsilon", "aggregate")
+            own = ("advantage_std", "advantage_epsilon", "aggregate", "advantage_diversity")
             names |= dict.fromkeys(own, f"not read by advantage_rule {self.rule!r}, which normalises rewards itself")
         if self.plan.anchored:
             names |= {"width_pruning": "read only by trees with several splits, as branch_grpo's"}

@@ -25,14 +25,18 @@ from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 
 def _evaluations(config: FlowGRPOConfig, plan: Plan, trees: int) -> int:
-    """Return the evaluations that replay every transition of some trees once; children of one parent share one."""
+    """Return the evaluations that replay every transition of some trees once; children of one parent share one.
+
+    With ``width_pruning: best_worst`` it is the most: kept images may come from fewer states than there could be.
+    """
     if config.width_pruning == "none":
         return trees * parents_per_tree(plan) * guided(config)
-    parents = sum(
-        min(kept_per_level(plan, config.width_pruning, step), kept_per_level(plan, config.width_pruning, step + 1))
-        for step in plan.trained_steps
-    )
+    parents = sum(min(_kept(config, plan, step), _kept(config, plan, step + 1)) for step in plan.trained_steps)
     return trees * parents * guided(config)
+
+
+def _kept(config: FlowGRPOConfig, plan: Plan, level: int) -> int:
+    return kept_per_level(plan, config.width_pruning, level, config.width_pruning_ratio)
 
 
 def _iteration(config: FlowGRPOConfig, share: Share, iteration: int, updates: int) -> Work:
@@ -78,12 +82,13 @@ def _batches(config: FlowGRPOConfig, share: Share) -> list[str]:
 def _transitions(config: FlowGRPOConfig, plan: Plan, trees: int) -> str:
     """Describe how many transitions of trees are trained, and in how many evaluations."""
     each, shared = transitions_per_tree(plan), parents_per_tree(plan)
-    if (pruning := config.width_pruning) != "none":
-        each = sum(kept_per_level(plan, pruning, step + 1) for step in plan.trained_steps)
+    most = "at most " if config.width_pruning == "best_worst" else ""
+    if config.width_pruning != "none":
+        each = sum(_kept(config, plan, step + 1) for step in plan.trained_steps)
         shared = _evaluations(config, plan, 1) // guided(config)
     return (
-        f"each trains {trees * each} transitions of {trees} trees, in {trees * shared} evaluations: those from one "
-        "state share one"
+        f"each trains {trees * each} transitions of {trees} trees, in {most}{trees * shared} evaluations: those from "
+        "one state share one"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.forward import ForwardStep, anchor_weight, mean_square
+from diffalign.losses.nft import optimality
 from diffalign.losses.registry import get_forward_objective
 from diffalign.models.weights import POLICY, REFERENCE
 from diffalign.rollout.collector import Rollout
@@ -57,7 +58,7 @@ class UpdateData:
         samples: (n,), the rows of this process in the step.
         iteration: Index of the iteration.
         times: (L, K), drawn times of every leaf of the rollout.
-        group_mean: (L, K, S), means of the objective's statistic over groups; None until the first pass needs them.
+        group_mean: (L, K, S), means of the objective's statistic; None until the first pass needs them.
     """
 
     rollout: Rollout
@@ -136,7 +137,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         """Assign the iteration's images to optimizer steps, and split each step into passes over (images, times)."""
         config, count = self.config, len(batch.buffer.leaves)
         order = self.run.rng.permutation(count, "minibatches", iteration, self.run.rank)
-        if self.objective.statistic is not None:
+        if self.needs.statistic is not None and self.needs.over == "group":
             order = torch.arange(count)  # whole groups stay together
         update_of = self.collector.update_index(iteration, batch.plan.plan)[order]
         blocks = micro_batches(config.times_per_image, config.train_times_per_forward)
@@ -180,19 +181,26 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         loss = losses.mean()
         for name, weight, anchor in self._anchors(found):
             distance = mean_square(step.output.float() - anchor.float())
-            scaled = distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
-            loss, metrics[name] = loss + weight * scaled.mean(), distance.mean().detach()
+            scaled = weight * distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
+            loss, metrics[name] = loss + scaled.mean(), distance.mean().detach()
         return loss, metrics
 
-    def _anchors(self, found: Denoised) -> Iterator[tuple[str, float, Tensor]]:
-        """Yield the name, weight and output of each anchor."""
+    def _anchors(self, found: Denoised) -> Iterator[tuple[str, float | Tensor, Tensor]]:
+        """Yield the name, weight (of all samples or of each) and output of each anchor."""
         method = self.method
         if method.reference_weight:
             guided = found.guided_reference
             anchor = found.outputs[REFERENCE] if guided is None else guided
-            yield "reference_distance", method.reference_weight, anchor
+            yield "reference_distance", self._reference_weight(found.step.advantage), anchor
         if method.ema_weight:
             yield "ema_distance", method.ema_weight, found.outputs[self.copies.sets["ema"]]
+
+    def _reference_weight(self, advantage: Tensor) -> float | Tensor:
+        """Return the weight of the reference's anchor, of each sample where it grows with the advantage: (B,)."""
+        high, low = self.method.reference_weight, self.method.reference_weight_min
+        if low is None:
+            return high
+        return low + (high - low) * optimality(advantage, self.config.advantage_clip * self.method.advantage_scale)
 
     def _denoise(self, data: UpdateData, samples: Tensor, tag: int, roles: frozenset[str]) -> Denoised:
         """Noise samples at the times of a block, and predict with the policy and the weights of ``roles``."""
@@ -215,6 +223,7 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
             buffer.advantage[rows],
             self.model.parameterization,
             self.method.estimator,
+            trust_region=self.method.trust_region,
             **compared,
         )
         return Denoised(step, outputs, guided, buffer.group[rows.cpu()], slot)
@@ -239,18 +248,21 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
     # Groups ---------------------------------------------------------------------------------------------------------
 
     def _group_mean_of(self, found: Denoised, data: UpdateData, samples: Tensor) -> Tensor:
-        """Return the group means of a pass: of its own rows if it has whole groups, else of the first pass."""
+        """Return the means of a pass: of its own rows if it has whole groups or images, else of the first pass."""
+        pairs = samples.repeat(len(found.slot) // len(samples))
         if data.group_mean is not None:
-            pairs = samples.repeat(len(found.slot) // len(samples))
             return data.group_mean[pairs, found.slot].to(found.step.output.device)
         assert self.needs.statistic is not None
         values = self.needs.statistic(found.step, **self.options)
-        label = found.slot * self.config.num_groups + found.group
+        label = pairs if self.needs.over == "image" else found.slot * self.config.num_groups + found.group
         return means_within(values, label.to(values.device))
 
     @torch.no_grad()
     def _group_means(self, data: UpdateData) -> Tensor:
-        """Return the mean of the objective's statistic over each sample's group, on all processes: (L, K, S)."""
+        """Return the mean of the objective's statistic over each sample's group, on all processes: (L, K, S).
+
+        Over an "image" it is the mean over its times.
+        """
         assert self.needs.statistic is not None
         count, slots = len(data.samples), self.config.times_per_image
         values: dict[int, Tensor] = {}
@@ -264,9 +276,12 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
                     values.setdefault(slot, rows.new_empty(count, rows.shape[1]))[part] = rows
 
         own = torch.stack([values[slot] for slot in range(slots)], 1)
+        table = own.new_zeros(len(data.rollout.buffer.leaves), *own.shape[1:])
+        if self.needs.over == "image":
+            table[data.samples] = own.mean(1, keepdim=True).expand_as(own)
+            return table
         group = data.rollout.buffer.group[data.rollout.buffer.leaves[data.samples]]
         means = means_within(self.run.gather(own), self.run.gather(group))
-        table = own.new_zeros(len(data.rollout.buffer.leaves), *own.shape[1:])
         table[data.samples] = means[self.run.share(len(means)).start :][:count]
         return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -60,6 +61,12 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
     estimator: Literal["uniform", "t", "t2", "adaptive", "adaptive_output", "exact", "huber", "ghuber"] | None = option(
         None, "weighting of the denoising error that stands for a log-likelihood", section="loss"
     )
+    trust_region: Literal["clip", "quadratic", "dppo", "kl"] | None = option(
+        None,
+        "what bounds the ratios of awm and v_grpo to 1 +- clip_range: clip, a quadratic penalty, dropped images of "
+        "large divergence (dppo), or a KL penalty; clip_range bounds the divergence for the last two",
+        section="loss",
+    )
     old_lag: LagConfig = option(LagConfig(), "lag of the weights that the objective compares with", section="loss")
     times: Literal["grid", "stratified", "stratified_with_first", "logit_normal", "uniform"] | None = option(
         None, "training times: the rollout's own, permuted or in strata, or continuous ones in strata", section="loss"
@@ -84,6 +91,14 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
     )
     reference_weight: float | None = option(
         None, "weight of the squared distance from the base model's output; 0: no such pass", section="loss", ge=0
+    )
+    reference_weight_min: float | None = option(
+        None,
+        "its weight for the images of the lowest reward, from which it grows with the advantage; default: the "
+        "preset's, else one weight for all",
+        section="loss",
+        ge=0,
+        infinite=False,
     )
     reference_guidance: float | None = option(
         None, "guidance scale of the base model's output, which the policy then learns", section="loss", ge=0
@@ -146,9 +161,12 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         names = {**super().unread(), "plan.branch": chains, "advantage_rule": chains}
         if not objective.estimator:
             names["estimator"] = f"objective {method.objective!r} weighs errors itself"
-        if not (objective.needs_old(objective.resolve(method.objective_options)) or objective.statistic_old):
+        options = objective.resolve(method.objective_options)
+        if not any(objective.wants(need, options) for need in ("old", "statistic_old")):
             names["old_lag"] = f"objective {method.objective!r} compares with no lagged weights"
-        if not objective.linear or objective.statistic or method.reference_weight or method.ema_weight:
+        if not objective.regions:
+            names["trust_region"] = f"read only by clipped ratios, awm and v_grpo, unlike {method.objective!r}"
+        if not objective.skips_zero(options) or method.reference_weight or method.ema_weight:
             names["filter_zero_advantage"] = "images with zero advantage have a gradient in this method"
         if method.times in GRIDS:
             names |= dict.fromkeys(("time_min", "time_shift"), "read only with times: logit_normal or uniform")
@@ -159,7 +177,8 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         if not method.ema_weight:
             names["ema_lag"] = "read only with an ema_weight above 0"
         if not method.reference_weight:
-            names["reference_guidance"] = "read only with a reference_weight above 0"
+            anchored = ("reference_guidance", "reference_weight_min")
+            names |= dict.fromkeys(anchored, "read only with a reference_weight above 0")
         if not (method.reference_weight or method.ema_weight):
             names["anchor_weighting"] = "read only with a reference_weight or an ema_weight above 0"
         if method.advantage_std == "unit":
@@ -196,14 +215,32 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
             )
 
     def _validate_objective(self) -> None:
-        from diffalign.losses.registry import get_forward_objective
+        from diffalign.losses.forward import check_options
+        from diffalign.losses.registry import FORWARD_OBJECTIVES, get_forward_objective
 
-        method = self.method
-        get_forward_objective(method.objective).resolve(method.objective_options)
+        method, objective = self.method, get_forward_objective(self.method.objective)
+        options = objective.resolve(method.objective_options)
+        if objective is FORWARD_OBJECTIVES.get(method.objective):
+            check_options(objective, options)
+        self._validate_anchor()
         for name in ("sample_lag", "old_lag", "ema_lag"):
             if getattr(method, name).maximum >= 1:
                 raise ValueError(f"{name}.maximum must be below 1: the copy would never move")
         if method.ema_weight and method.ema_lag.follows(self.updates_per_rollout):  # type: ignore[union-attr]
             raise ValueError(
                 "ema_lag current is the policy itself, which anchors nothing: give a lag, or ema_weight: 0"
+            )
+
+    def _validate_anchor(self) -> None:
+        low, weight = self.method.reference_weight_min, self.method.reference_weight
+        if low is None or not weight:
+            return
+        if low > weight:
+            raise ValueError(
+                f"reference_weight_min {low:g} is above reference_weight {weight:g}, to which it grows with the "
+                "advantage: lower it, or raise reference_weight"
+            )
+        if not math.isfinite(self.advantage_clip):
+            raise ValueError(
+                "reference_weight_min needs a finite advantage_clip, at which the anchor has its full weight: give one"
             )

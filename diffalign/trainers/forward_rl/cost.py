@@ -36,15 +36,18 @@ class Needs:
     Attributes:
         lags: Role -> lag, of the roles "sample", "old" and "ema" that the run has.
         sets: Roles of the passes with gradients.
-        statistic: The objective's statistic over groups, if any.
+        statistic: The objective's statistic over groups or over times, if it wants one.
+        over: What the statistic's mean is over: "group" or "image".
         statistic_sets: Roles of the passes that compute it.
-        first_pass: Whether the statistic takes passes of its own, because passes do not have whole groups.
+        first_pass: Whether the statistic takes passes of its own, because passes do not have whole groups, or all times
+            of their images.
         filters: Whether images with zero advantage are skipped.
     """
 
     lags: dict[str, Lag]
     sets: frozenset[str]
     statistic: Callable[..., Tensor] | None
+    over: str
     statistic_sets: frozenset[str]
     first_pass: bool
     filters: bool
@@ -55,8 +58,10 @@ class Needs:
         return bool({"reference", "guided"} & (self.sets | self.statistic_sets))
 
 
-def whole_groups(config: ForwardRLConfig, processes: int) -> bool:
-    """Return whether every pass has whole groups of images."""
+def whole(config: ForwardRLConfig, processes: int, over: str) -> bool:
+    """Return whether every pass has whole groups of images or, over an "image", all of its times."""
+    if over == "image":
+        return config.train_times_per_forward >= config.times_per_image
     sizes = (config.train_batch_size, config.num_groups * config.group_size // processes)
     return config.updates_per_rollout == 1 and not any(size % config.group_size for size in sizes)
 
@@ -65,23 +70,23 @@ def needs(config: ForwardRLConfig, processes: int) -> Needs:
     """Return what a configuration needs over so many processes; what has weight 0 is not needed."""
     method = config.method
     objective = get_forward_objective(method.objective)
-    old = objective.needs_old(objective.resolve(method.objective_options))
+    options = objective.resolve(method.objective_options)
     guided = method.reference_guidance is not None
     anchored = {"ema": method.ema_weight > 0, "guided": method.reference_weight > 0 and guided}
     reference = objective.reference or (method.reference_weight > 0 and not guided)
-    own = {"old": old, "reference": reference, **anchored}
-    of_groups = {"old": objective.statistic_old, "reference": objective.statistic_reference}
+    own = {"old": objective.wants("old", options), "reference": reference, **anchored}
 
-    statistic_sets = frozenset(role for role, needed in of_groups.items() if needed)
+    statistic = objective.statistic if objective.wants("statistic", options) else None
+    statistic_sets = frozenset(role for role in ("old", "reference") if objective.wants(f"statistic_{role}", options))
     sets = frozenset(role for role, needed in own.items() if needed)
-    first_pass = objective.statistic is not None and not whole_groups(config, processes)
+    first_pass = statistic is not None and not whole(config, processes, objective.statistic_over)
     if not first_pass:
         sets |= statistic_sets
     roles = {"sample"} | ((sets | statistic_sets) & {"old", "ema"})
     lags: dict[str, Any] = {role: getattr(method, name) for role, name in ROLES.items() if role in roles}
-    plain = objective.linear and objective.statistic is None and not (method.reference_weight or method.ema_weight)
+    plain = objective.skips_zero(options) and not (method.reference_weight or method.ema_weight)
     filters = plain and config.filter_zero_advantage
-    return Needs(lags, sets, objective.statistic, statistic_sets, first_pass, filters)
+    return Needs(lags, sets, statistic, objective.statistic_over, statistic_sets, first_pass, filters)
 
 
 def _compared(config: ForwardRLConfig, required: Needs, roles: frozenset[str]) -> int:
