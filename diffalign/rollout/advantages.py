@@ -74,6 +74,17 @@ def flat_share(rewards: Mapping[str, Tensor], groups: Tensor, weights: Mapping[s
     return float(flat.double().mean())
 
 
+def weighted_total(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum rewards by their weights, in their dtype; NaN where one failed that has a weight other than 0.
+
+    Args:
+        rewards: Tensors of one shape, by name.
+        weights: Factors of those that count.
+    """
+    known = next(iter(rewards.values()))
+    return sum((weight * rewards[name] for name, weight in weights.items() if weight), torch.zeros_like(known))
+
+
 def subtree_mean(leaf_values: Tensor, leaf: Tensor, parent: Tensor) -> Tensor:
     """Average values of the leaves over the subtree of each node: (N,), float64. NaN where no leaf has a value.
 

@@ -18,7 +18,7 @@ from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
 from diffalign.models.sampling_cache import cached, check_supported, first_block, taylorseer
 from diffalign.rewards.base import Reward, wants_latents
-from diffalign.rollout.advantages import ADVANTAGE_RULES, flat_share, group_advantages
+from diffalign.rollout.advantages import ADVANTAGE_RULES, flat_share, group_advantages, weighted_total
 from diffalign.rollout.anchored import allocate_anchored, anchored_latents, anchored_trees
 from diffalign.rollout.buffer import RolloutBuffer, bytes_needed, clear_buffer, stored_steps
 from diffalign.rollout.config import AdvantageConfig, RolloutConfig
@@ -281,13 +281,12 @@ class Collector:
                 diversity=rewards[config.advantage_diversity] if config.advantage_diversity else None,
             )
             share = self.run.share(len(advantages))
-            own_total = sum((self.weights[name] * own[name] for name in own), torch.zeros(len(group)))
-            buffer.set_advantages(advantages[share.start : share.stop], config.rule, rewards=own_total)
+            total = weighted_total(own, self.weights)
+            buffer.set_advantages(advantages[share.start : share.stop], config.rule, rewards=total)
             if ADVANTAGE_RULES[config.rule].of == "rewards":
                 buffer.advantage.clamp_(-config.advantage_clip, config.advantage_clip)
 
-        zero = torch.zeros(len(groups), dtype=torch.float64)
-        total = sum((self.weights[name] * rewards[name].double() for name in rewards), zero)
+        total = weighted_total({name: values.double() for name, values in rewards.items()}, self.weights)
         finite = total[~total.isnan()]
         return {
             "reward/mean": finite.mean().item(),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.rollout.advantages import flat_share, group_advantages
+from diffalign.rollout.advantages import flat_share, group_advantages, weighted_total
 
 OPTIONS = [(std, aggregate) for std in ("group", "global", "unit") for aggregate in ("rewards", "advantages")]
 WEIGHTS = {"a": 0.7, "b": -1.3}
@@ -160,6 +160,12 @@ def test_diversity_multiplies_positive_advantages_by_its_share_of_the_group(std)
     torch.testing.assert_close(found, plain * torch.where(plain > 0, factor, 1.0))
     bound = group_advantages({"a": reward * 100}, groups, std="unit", diversity=diversity, clip=5.0)
     assert bound.abs().max() == 5.0
+
+
+def test_a_total_ignores_what_has_no_weight_and_is_missing_where_another_failed():
+    rewards = {"a": torch.tensor([1.0, 2.0, math.nan]), "b": torch.tensor([math.nan, 3.0, 4.0])}
+    torch.testing.assert_close(weighted_total(rewards, {"a": 2.0, "b": 0.0}), rewards["a"] * 2, equal_nan=True)
+    assert weighted_total(rewards, {"a": 2.0, "b": 1.0}).isnan().tolist() == [True, False, True]
 
 
 def test_flat_share_counts_groups_that_teach_nothing():

@@ -43,7 +43,9 @@ def write(folder: Path, method: str) -> None:
         **METHODS[method],
     )
     trainer = FlowGRPOTrainer(args=args)
+    start = {name: t.detach().clone() for name, t in indexed(trainer.loop.state.parameters).items()}
     trainer.train()
     found = {"world": torch.tensor(trainer.run.world)}
-    found |= {f"weight/{name}": t.detach().contiguous() for name, t in indexed(trainer.loop.state.parameters).items()}
+    trained = indexed(trainer.loop.state.parameters)
+    found |= {f"moved/{name}": (t.detach() - start[name]).contiguous() for name, t in trained.items()}
     save_file(found, folder / f"{trainer.run.accelerator.process_index}.safetensors")

@@ -46,11 +46,15 @@ def test_a_permuted_grid_holds_each_of_its_times_once(frozen, tmp_path):
     assert few.max() == 6
 
 
-@pytest.mark.parametrize("times", ["stratified", "stratified_with_first"])
+@pytest.mark.parametrize("times", ["stratified", "stratified_with_first", "stratified_all"])
 def test_there_is_one_index_in_each_stratum(times, frozen, tmp_path):
     made = times_of(frozen, tmp_path, times=times, num_times=6, time_fraction=0.9)
     drawn = made.draw(RNG, KEYS)
-    parts = strata(1, 12, 6) if times == "stratified" else [(0, 1), *strata(1, 12, 5)]
+    parts = {
+        "stratified": strata(1, 12, 6),
+        "stratified_with_first": [(0, 1), *strata(1, 12, 5)],
+        "stratified_all": strata(0, 12, 6),
+    }[times]
     for column, (low, high) in zip(drawn.T, parts, strict=True):
         assert set(column.tolist()) == set(range(low, high))
     levels = made.level(drawn[:, 0])

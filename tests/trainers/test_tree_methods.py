@@ -105,6 +105,18 @@ def test_the_gradient_of_trees_is_the_sum_over_their_transitions(trained, method
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
 
 
+def test_a_reward_of_weight_zero_costs_no_image_where_it_fails(trained, monkeypatch):
+    monkeypatch.setattr("diffalign.rewards.novelty.nearest_distance", lambda vectors, _: vectors[:, 0] * torch.nan)
+    found = []
+    for rewards in ({"brightness": 1.0}, {"brightness": 1.0, "novelty": 0.0}):
+        trainer = trained("pruned", rewards=rewards)
+        batch = collect(trainer)
+        found.append((batch.buffer.advantage, trainer.algorithm._kept(batch), batch.metrics["unscored"]))
+    assert all(torch.equal(one, other) for one, other in zip(*(f[:2] for f in found), strict=True))
+    assert found[1][0].any()
+    assert found[1][2] == 0
+
+
 @pytest.mark.parametrize("method", ["pruned", "g2", "tree_rpo"])
 def test_a_run_computes_what_was_forecast(trained, method):
     changes = {"max_train_steps": 3, "updates_per_rollout": 2, "num_groups": 4, "guidance_scale": 2.0}
@@ -182,6 +194,8 @@ def test_every_region_trains(trained, region, loss):
     [
         ("fdfo", {"group_size": 4}, "'fdfo' compares two images of a prompt, got group_size 4"),
         ("fdfo", {"clip_range": float("inf")}, "give a finite one, 0.03 is published"),
+        ("fdfo", {"shared_start": False}, "'fdfo' compares images that start from one noise"),
+        ("fdfo", {"advantage_std": "group"}, "got 'group': set advantage_std: unit"),
         ("fdfo", {"trust_region": "kl"}, "trust_region: read only by losses of a ratio"),
         (
             "fdfo",
@@ -218,7 +232,8 @@ def test_two_processes_do_what_one_does(tmp_path, method):
     assert (one.pop("world"), first.pop("world"), second.pop("world")) == (1, 2, 2)
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=2e-6)  # of three steps of 1e-5
+        assert (first[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    assert sum(tensor.norm() for tensor in one.values()) > 0
     logs = [[row for row in MetricsLog.read(folder / "run/metrics.jsonl") if "loss" in row] for folder in (alone, both)]
     for single, double in zip(*logs, strict=True):
         for name in ("grad_norm", "reward/mean"):

@@ -19,6 +19,7 @@ from diffalign.data.rollouts import pick_pairs
 from diffalign.data.stream import Cursor, PairStream, stream_pairs
 from diffalign.data.unpaired import LabelledData, load_labelled
 from diffalign.losses.registry import PreferenceLoss, get_loss
+from diffalign.rollout.advantages import weighted_total
 from diffalign.rollout.collector import Collector, Rollout
 from diffalign.runtime.interfaces import IterationBatch
 from diffalign.runtime.provenance import digest
@@ -254,9 +255,8 @@ class RolloutSource(Source):
     def pairs(self, rollout: Rollout) -> tuple[list[tuple[int, int]], list[float]]:
         """Return pairs of leaves, the better first, and the score of each leaf."""
         leaves = rollout.buffer.leaves
-        zero = torch.zeros(len(leaves))
-        rewards = rollout.buffer.rewards
-        scores = sum((weight * rewards[name][leaves] for name, weight in self.weights.items()), zero).tolist()
+        rewards = {name: values[leaves] for name, values in rollout.buffer.rewards.items()}
+        scores = weighted_total(rewards, self.weights).tolist()
         return pick_pairs(rollout.buffer.group[leaves].tolist(), scores, self.pairing), scores
 
     def examples(self, rollout: Rollout) -> tuple[Examples | StepExamples, int]:

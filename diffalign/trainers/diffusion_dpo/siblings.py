@@ -32,6 +32,7 @@ from diffalign.diffusion.parameterization import to_x0
 from diffalign.diffusion.plan import make_plan
 from diffalign.models.offload import VAE
 from diffalign.rewards.base import Reward, RewardUnavailable, ask, wanted
+from diffalign.rollout.advantages import weighted_total
 from diffalign.rollout.collector import Collector, Rollout
 from diffalign.rollout.generate import NoiseKeys, decode
 from diffalign.rollout.sampler import SamplingPlan, Solver, micro_batches
@@ -125,7 +126,7 @@ class SiblingSource(Source):
 
     def total(self, rewards: Mapping[str, Tensor]) -> Tensor:
         """Sum the rewards that pairs are ranked by; NaN where one failed."""
-        return torch.stack([weight * rewards[name] for name, weight in self.weights.items()]).sum(0)
+        return weighted_total(rewards, self.weights)
 
     def _steps(self, iteration: int) -> tuple[int, ...]:
         return compared_steps(self.config.plan, self.method, self.config.seed, iteration)
@@ -167,8 +168,7 @@ class SiblingSource(Source):
         own = torch.stack([paths.rewards[name].flatten() for name in self.collector.rewards], 1)
         table = self.run.gather(own.contiguous())
         rewards = dict(zip(self.collector.rewards, table.T, strict=True))
-        weights = self.collector.weights
-        total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(0)
+        total = weighted_total({name: values.double() for name, values in rewards.items()}, self.collector.weights)
         finite = total[~total.isnan()]
         return {
             "reward/mean": finite.mean().item(),
@@ -302,6 +302,7 @@ def reward_gradient(sampler: PathSampler, x: Tensor, index: int) -> Tensor:
             total = sum(
                 weight * sampler.ask(source.collector.rewards[name], images, clean, texts, metadata).to(x).sum()
                 for name, weight in source.weights.items()
+                if weight
             )
             assert isinstance(total, Tensor)
             (gradient,) = torch.autograd.grad(total, x)

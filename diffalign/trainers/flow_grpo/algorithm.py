@@ -20,6 +20,7 @@ from diffalign.losses.registry import get_objective
 from diffalign.losses.tempflow_grpo import noise_aware_weights
 from diffalign.losses.tree_rpo import best_path_error, reward_clip_range
 from diffalign.models.weights import REFERENCE
+from diffalign.rollout.advantages import weighted_total
 from diffalign.rollout.collector import Rollout
 from diffalign.rollout.generate import replay_steps
 from diffalign.rollout.prune import best_paths, kept_nodes
@@ -180,8 +181,9 @@ class FlowGRPO(RolloutAlgorithm[FlowGRPOConfig]):
 
     def _total(self, rollout: Rollout) -> Tensor:
         """Return the weighted rewards of the leaves: (L,)."""
-        buffer, weights = rollout.buffer, self.collector.weights
-        return torch.stack([weight * buffer.rewards[name][buffer.leaves] for name, weight in weights.items()]).sum(0)
+        buffer = rollout.buffer
+        own = {name: values[buffer.leaves] for name, values in buffer.rewards.items()}
+        return weighted_total(own, self.collector.weights)
 
     def _transitions(self, rollout: Rollout, chosen: Tensor, step: int, kept: Tensor | None = None) -> Tensor:
         """Return the rows of the trained nodes that end step ``step`` of some trees, tree after tree."""

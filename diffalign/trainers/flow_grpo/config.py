@@ -165,5 +165,12 @@ class FlowGRPOConfig(AdvantageConfig, RolloutConfig):
                 f"{self.loss!r} compares two images of a prompt, got group_size {self.group_size}"
                 f"{' in trees' if self.plan.leaves != 1 else ''}: set group_size: 2, and no plan.branch"
             )
+        if not self.shared_start:
+            raise ValueError(f"{self.loss!r} compares images that start from one noise: set shared_start: true")
+        if self.advantage_std != "unit":
+            raise ValueError(
+                f"{self.loss!r} weighs images by half the difference of their rewards, without a deviation, got "
+                f"{self.advantage_std!r}: set advantage_std: unit"
+            )
         if self.clip_range == math.inf:
             raise ValueError(f"clip_range bounds the penalty of {self.loss!r}: give a finite one, 0.03 is published")

@@ -13,7 +13,7 @@ from diffalign.rollout.config import AdvantageConfig, RolloutConfig
 from diffalign.trainers.forward_rl.lag import LagConfig
 from diffalign.trainers.forward_rl.presets import LAG_FIELDS, Method, changeable, resolve
 
-GRIDS = ("grid", "stratified", "stratified_with_first")
+GRIDS = ("grid", "stratified", "stratified_with_first", "stratified_all")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -68,8 +68,13 @@ class ForwardRLConfig(AdvantageConfig, RolloutConfig):
         section="loss",
     )
     old_lag: LagConfig = option(LagConfig(), "lag of the weights that the objective compares with", section="loss")
-    times: Literal["grid", "stratified", "stratified_with_first", "logit_normal", "uniform"] | None = option(
-        None, "training times: the rollout's own, permuted or in strata, or continuous ones in strata", section="loss"
+    times: (
+        Literal["grid", "stratified", "stratified_with_first", "stratified_all", "logit_normal", "uniform"] | None
+    ) = option(
+        None,
+        "training times: the rollout's own, permuted (grid) or in strata, of all but the noisiest, with the noisiest "
+        "always, or of all; or continuous ones in strata",
+        section="loss",
     )
     num_times: int | None = option(
         None, "times per image; 0: all of the grid, -1: all but one", section="loss", ge=-10_000, le=10_000

@@ -17,9 +17,9 @@ class Method:
         objective: Name of a forward objective.
         objective_options: Its options.
         estimator: Stand-in for log-likelihoods.
-        times: "grid": the rollout's own times, permuted; "stratified": one of them per stratum;
-            "stratified_with_first": the noisiest, and one per stratum of the others; "logit_normal", "uniform":
-            continuous, one per stratum.
+        times: "grid": the rollout's own times, permuted; "stratified": one of them per stratum,
+            without the noisiest; "stratified_with_first": the noisiest, and one per stratum of the others;
+            "stratified_all": one per stratum of all; "logit_normal", "uniform": continuous, one per stratum.
         num_times: Times per image; 0: all of a grid, -1: all but one.
         time_fraction: Share of the rollout's steps, from the noisiest, that times are taken from.
         time_mean: Mean of the logit of the time, for "logit_normal".

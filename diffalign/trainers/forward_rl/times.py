@@ -64,8 +64,9 @@ class TrainingTimes:
         method, count = self.method, self.count
         if method.times == "grid":
             return generator.permutation(self.grid_steps)[:count]
-        if method.times == "stratified":
-            return np.array([generator.integers(*part) for part in strata(1, self.grid_steps, count)])
+        if method.times in ("stratified", "stratified_all"):
+            first = int(method.times == "stratified")
+            return np.array([generator.integers(*part) for part in strata(first, self.grid_steps, count)])
         if method.times == "stratified_with_first":
             return np.array([0, *(generator.integers(*part) for part in strata(1, self.grid_steps, count - 1))])
         return generator.permutation(self._positions(generator.random(count)))
