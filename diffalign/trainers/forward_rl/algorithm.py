@@ -181,8 +181,9 @@ class ForwardRL(RolloutAlgorithm[ForwardRLConfig]):
         loss = losses.mean()
         for name, weight, anchor in self._anchors(found):
             distance = mean_square(step.output.float() - anchor.float())
-            scaled = weight * distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
-            loss, metrics[name] = loss + scaled.mean(), distance.mean().detach()
+            scaled = distance * anchor_weight(self.method.anchor_weighting, step.level).to(distance)
+            term = (weight * scaled).mean() if isinstance(weight, Tensor) else weight * scaled.mean()
+            loss, metrics[name] = loss + term, distance.mean().detach()
         return loss, metrics
 
     def _anchors(self, found: Denoised) -> Iterator[tuple[str, float | Tensor, Tensor]]:
