@@ -16,7 +16,7 @@ from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed, wit
 from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.remote import local
-from diffalign.structures import Prompt, without_nulls
+from diffalign.structures import Input, Prompt, without_nulls
 
 TEXT_KEYS = ("prompt", "text")
 
@@ -102,13 +102,13 @@ def _usable(asked: PromptSource) -> Iterator[Prompt]:
 
 
 def _different(asked: PromptSource) -> Iterator[Prompt]:
-    seen = set[str]()
+    seen = set[Input]()
     for _, found in read_entries(asked):
         if isinstance(found, LineError):
             raise found
-        if found is None or (asked.unique and found.text in seen):
+        if found is None or (asked.unique and found.input in seen):
             continue
-        seen.add(found.text)
+        seen.add(found.input)
         yield found
 
 

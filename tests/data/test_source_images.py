@@ -11,12 +11,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffalign import media
+from diffalign.cli import main
 from diffalign.commands import image_sources
 from diffalign.data.images import content_key
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
 from diffalign.data.unpaired import load_labelled
 from diffalign.structures import EditInput, ImageSource, Pair, Prompt
+from tests.data.preference_files import jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +157,19 @@ def test_text_files_have_no_images(tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     with pytest.raises(ValueError, match="image is not read of a text file; write limit, unique"):
         load_prompts(f"{tmp_path / 'p.txt'}?image=image")
+
+
+def test_one_text_with_two_sources_is_two_prompts(tmp_path, capsys):
+    for color in ("red", "green"):
+        (tmp_path / f"{color}.png").write_bytes(png(color))
+    path = jsonl(
+        tmp_path / "p.jsonl", [{"prompt": "make it blue", "image": f"{c}.png"} for c in ("red", "green", "red")]
+    )
+    assert len(load_prompts(f"{path}?unique=true")) == 2
+    assert main(["check", str(path), "--prompts"]) == 0
+    said = capsys.readouterr().out
+    assert "2 different" in said
+    assert "repeated: 1" in said
 
 
 def test_two_sources_of_one_text_are_two_inputs():
