@@ -13,12 +13,15 @@ from PIL import Image
 from diffalign import media
 from diffalign.cli import main
 from diffalign.commands import image_sources
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import content_key
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
+from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
+from diffalign.data.validation import DataWarning
 from diffalign.structures import EditInput, ImageSource, Pair, Prompt
-from tests.data.preference_files import jsonl
+from tests.data.preference_files import image_table, jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +132,50 @@ def test_a_column_of_images_is_read_when_it_is_named(tmp_path, kind):
         assert colors == [(255, 0, 0), (0, 128, 0)]
         assert all("before" not in p.metadata for p in prompts)
     assert len(list((tmp_path / "cache").rglob("*.img"))) == 2
+
+
+def streamed(source, settings):
+    return list(stream_pairs(source, settings=settings).once())
+
+
+READERS = [load_pairs, streamed, load_labelled]
+
+
+def pair_rows(before):
+    """Rows of two pairs, each with a source in the column "before"."""
+    results = {"chosen": png("white", (32, 32)), "rejected": png("black", (32, 32))}
+    return [{"prompt": "make it blue", **results, "before": source} for source in before]
+
+
+@pytest.mark.parametrize("load", READERS)
+def test_pairs_have_a_column_of_sources_too(tmp_path, load):
+    rows = pair_rows([png("red"), png("green")])
+    path = image_table(tmp_path / "pairs.parquet", rows, ("chosen", "rejected", "before"))
+    samples = load(path, settings=PreferenceDataConfig(source="before"))
+    found = [media.decode(Path(sample.prompt.metadata["image"]).read_bytes()).getpixel((0, 0)) for sample in samples]
+    assert sorted(set(found)) == [(0, 128, 0), (255, 0, 0)]
+    assert all(isinstance(sample.prompt.input, str) for sample in load(path, settings=PreferenceDataConfig()))
+
+
+@pytest.mark.parametrize("load", READERS)
+def test_a_column_of_sources_may_hold_paths_of_files_beside_the_data(tmp_path, load):
+    for name in ("red.png", "data/green.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(name.split("/")[-1].split(".")[0]))
+    for name, color in (("chosen", "white"), ("rejected", "black")):
+        (tmp_path / f"data/{name}.png").write_bytes(png(color, (32, 32)))
+    rows = [
+        {"prompt": f"edit {before}", "chosen": "chosen.png", "rejected": "rejected.png", "before": before}
+        for before in ("green.png", "none.png", "../red.png", "")
+    ]
+    path = jsonl(tmp_path / "data/pairs.jsonl", rows)
+    with pytest.warns(DataWarning, match="bad_row: 3 ") as said:
+        samples = load(path, settings=PreferenceDataConfig(source="before", max_bad_share=0.8))
+    assert {sample.prompt.metadata["image"] for sample in samples} == {str(tmp_path / "data/green.png")}
+    for reason in ("lies outside the folder of the data", "no such file", "no image"):
+        assert any(reason in str(one.message) for one in said)
+    with pytest.raises(ValueError, match=r"has no column 'after' of sources: name one of .* as data\.source"):
+        load(path, settings=PreferenceDataConfig(source="after"))
 
 
 def test_metadata_of_the_name_that_are_no_files_stay(tmp_path):
