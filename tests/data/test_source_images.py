@@ -157,6 +157,15 @@ def test_pairs_have_a_column_of_sources_too(tmp_path, load):
     assert all(isinstance(sample.prompt.input, str) for sample in load(path, settings=PreferenceDataConfig()))
 
 
+def test_pairs_of_other_sources_are_no_repetitions(tmp_path, capsys):
+    rows = pair_rows([png("red"), png("green"), png("red")])
+    path = image_table(tmp_path / "pairs.parquet", rows, ("chosen", "rejected", "before"))
+    main(["check", str(path), "--source", "before"])
+    said = capsys.readouterr().out
+    assert "prompts: 2 different" in said
+    assert "repeated: 1, of which 0" in said
+
+
 @pytest.mark.parametrize("load", READERS)
 def test_a_column_of_sources_may_hold_paths_of_files_beside_the_data(tmp_path, load):
     for name in ("red.png", "data/green.png"):
