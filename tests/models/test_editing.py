@@ -299,6 +299,7 @@ def test_pairs_without_a_source_are_refused_before_training(pipelines, sources, 
         DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
 
 
+@pytest.mark.slow
 def test_offline_pairs_are_learned_with_the_source_of_each(pipelines, sources, tmp_path):
     """Of one instruction, named in a column, and bit for bit the same after a resume."""
     first, second, third = map(str, sources[:3])
@@ -309,11 +310,11 @@ def test_offline_pairs_are_learned_with_the_source_of_each(pipelines, sources, t
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def trained(name, **more):
-        args = shared(tmp_path / name, pipelines / "flux_kontext")
-        args |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_data": (str(tmp_path / "pairs.jsonl"),), **more}
+        args = {"model": str(pipelines / "flux_kontext"), **OPTIONS, "output_dir": tmp_path / name, **more}
+        args |= {"lora": LoraConfig(rank=2), "learning_rate": 0.05, "max_train_steps": 2, "checkpointing_steps": 1}
+        args |= {"num_pairs": 2, "train_batch_size": 2, "train_data": (str(tmp_path / "pairs.jsonl"),)}
         data = PreferenceDataConfig(allow_outside=True, source="before")
-        config = DiffusionDPOConfig(**args, data=data, num_pairs=2, train_batch_size=2, prompt_dropout=0.0)
-        trainer = DiffusionDPOTrainer(args=config)
+        trainer = DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
         trainer.train()
         return trainer
 
