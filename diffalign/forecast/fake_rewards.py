@@ -29,7 +29,9 @@ from diffalign.models.published_configs import published_reward_folder
 from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, judge, mps, vqascore
 from diffalign.rewards.base import IMAGES, RECIPE, Metadata, Reward, names, needs_groups, registered
 from diffalign.rewards.support import qwen_vl
-from diffalign.rewards.support.judge_network import JudgeNetwork, layout_of
+from diffalign.rewards.support.judge_files import read_about
+from diffalign.rewards.support.judge_network import layout_of
+from diffalign.rewards.support.judge_raters import network_class
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import PRECISIONS, Weights, frozen, loading_with, quiet, split
 
@@ -163,7 +165,8 @@ def _qwen(weights: Weights) -> tuple[Any, ...]:
 def _judge(weights: Weights, rater: str | None) -> tuple[Any, ...]:
     found = _config(weights.path)
     config = AutoConfig.for_model(found.pop("model_type"), **found)
-    network = JudgeNetwork(layout_of(config, weights.path).model(config))
+    backbone = layout_of(config, weights.path).model(config)
+    network = network_class(read_about(weights).rater_model).single(backbone)
     return frozen(network, weights), _tokenizer(weights.path)
 
 

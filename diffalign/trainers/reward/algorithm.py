@@ -77,14 +77,10 @@ def make_trainable(network: JudgeNetwork, config: RewardTrainerConfig) -> JudgeN
     network.requires_grad_(config.train == "full").eval()
     if config.train == "lora":
         inject(network.backbone, config.lora, TARGETS, config.seed)
-    for module in (network.image_head, *(network.prototypes or [network.text_head])):
-        module.requires_grad_(True)
+    network.train_head()
     scale: Any = network.backbone.logit_scale
     scale.requires_grad_(True)
     network.tie.requires_grad_(config.tie_model != "soft")
-    if network.prototypes:
-        network.text_head.requires_grad_(False)
-        network.rater_logits.requires_grad_(True)
     if hasattr(network.backbone, "logit_bias"):  # cancels in a comparison
         network.backbone.logit_bias.requires_grad_(False)
     return network

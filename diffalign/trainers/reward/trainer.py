@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from transformers import PreTrainedModel
 
 from diffalign.config import to_yaml
 from diffalign.log import get_logger
@@ -16,6 +17,7 @@ from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.judge_files import load_backbone, load_tokenizer
 from diffalign.rewards.support.judge_network import JudgeNetwork
+from diffalign.rewards.support.judge_raters import NETWORKS
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.weights import split
 from diffalign.rng import KeyedRNG
@@ -38,6 +40,7 @@ from diffalign.trainers.reward.inputs import PairInputs, PooledInputs
 from diffalign.trainers.reward.outputs import JudgeOutputs
 
 logger = get_logger(__name__)
+RATER_MODELS = {"pal_a": "with ideal points between {} prototypes", "pal_b": "mixtures of {} prototypes"}
 
 
 class RewardTrainer:
@@ -168,7 +171,14 @@ def build_network(config: RewardTrainerConfig, data: JudgeData) -> JudgeNetwork:
         backbone = load_backbone(config.backbone, config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {config.backbone}: {str(error)[:500]}") from error
-    return JudgeNetwork(backbone, len(data.raters), config.prototypes, config.seed)
+    return new_network(backbone, config, len(data.raters))
+
+
+def new_network(backbone: PreTrainedModel, config: RewardTrainerConfig, raters: int) -> JudgeNetwork:
+    """Return the untrained judge of a configuration. raters: their number; 0 for one judge of all."""
+    if not raters:
+        return JudgeNetwork(backbone)
+    return NETWORKS[config.rater_model](backbone, raters, config.prototypes, config.seed)
 
 
 def _own_tokenizer(config: RewardTrainerConfig) -> Any:
@@ -190,7 +200,9 @@ def opening(config: RewardTrainerConfig, data: JudgeData, parameters: int | None
         "backbone": f"{config.backbone}, of which {kind[config.train]} train{size}",
         "data": f"{len(data.train)} pairs of {prompts[0]} prompts",
         "held out": f"{len(data.held_out)} pairs of {prompts[1]} other prompts",
-        "raters": f"{len(data.raters)}, mixtures of {config.prototypes} prototypes" if data.raters else "",
+        "raters": f"{len(data.raters)}, {RATER_MODELS[config.rater_model].format(config.prototypes)}"
+        if data.raters
+        else "",
         "judges": ", ".join(config.judges),
         "steps": f"{config.max_train_steps} optimizer steps, of {config.num_pairs} pairs each",
         "output": str(config.output_dir),
