@@ -23,6 +23,17 @@ from diffalign.trainers.reward.data import JudgeData
 from diffalign.trainers.reward.inputs import PairInputs
 
 TARGETS = ("q_proj", "k_proj", "v_proj")
+# A LoRA, because the outputs of frozen towers would be computed for all pairs of the table.
+TRIAL = {
+    "backbone": "{assets}/judges/pickscore",
+    "train": "lora",
+    "lora": {"rank": 2},
+    "train_data": ["{assets}/preferences/shapes.parquet"],
+    "data": {"scan": 8},
+    "held_out_share": 0.005,
+    "num_pairs": 4,
+    "label_next": 0,
+}
 PROBED = 8  # pairs whose scores the first update must change
 
 
@@ -90,7 +101,8 @@ def make_trainable(network: JudgeNetwork, config: RewardTrainerConfig) -> JudgeN
     "reward",
     config=RewardTrainerConfig,
     trainer_class="diffalign.trainers.reward.trainer:RewardTrainer",
-    plan="diffalign.trainers.reward.trainer:print_plan",
+    plan="diffalign.forecast.judge:print_plan",
+    trial=TRIAL,
 )
 class RewardModelling:
     """Fit the judge's preferences to labels. An iteration is one optimizer step on ``num_pairs`` pairs."""
