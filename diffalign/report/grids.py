@@ -169,7 +169,7 @@ def _means(tables: Mapping[str, Mapping[str, Tensor]], totals: OverallMeans | No
         found[f"mean of {count}: {reward}"] = {name: _mean(values) for name, values in table.items()}
         if totals is not None:
             found[f"mean of {totals.images}: {reward}"] = {
-                name: "-" if math.isnan(mean) else f"{mean:.3g}" for name, mean in totals.means[reward].items()
+                name: "–" if math.isnan(mean) else f"{mean:.3g}" for name, mean in totals.means[reward].items()
             }
     return found
 
@@ -183,7 +183,7 @@ def _note(shown: int, totals: OverallMeans | None) -> str:
 def _mean(values: Tensor) -> str:
     scored = values[values.isfinite()].cpu().double()
     if not len(scored):
-        return "-"
+        return "–"
     return f"{scored.mean().item():.3g}" + (f" ({len(scored)} scored)" if len(scored) < len(values) else "")
 
 
