@@ -136,6 +136,8 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 def _not_read(config: Any) -> tuple[str, ...]:
     """Return the fields of which a forecast reads nothing: prompts, and the model if the package has its configs."""
+    if backbone := getattr(config, "backbone", None):
+        return ("backbone",) if load("diffalign.models.published_configs:published_reward_folder")(backbone) else ()
     if not (model := getattr(config, "model", None)):
         return not_needed_to_forecast(config)
     try:

@@ -72,23 +72,20 @@ BUFFER = "read where train_data is a rollout buffer"
 SINGLE = {
     **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
 }
+DATA_SETS = {
+    "data.split": "read for folders and data sets of the hub",
+    "data.subset": "read for data sets of the hub",
+    "data.ties": "read at a label of 0.5",
+    **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
+}
 KNOWN = {
     "": {
         "auto_batch": "read when memory runs out",
         "cache_dir": "read with cache: true, and refused by validate without",
     },
-    "diffusion_dpo": {
-        "data.split": "read for folders and data sets of the hub",
-        "data.subset": "read for data sets of the hub",
-        "data.ties": "read at a label of 0.5",
-        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
-    },
-    "refl images": {
-        "data.split": "read for folders and data sets of the hub",
-        "data.subset": "read for data sets of the hub",
-        "data.ties": "read at a label of 0.5",
-        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
-    },
+    "diffusion_dpo": DATA_SETS,
+    "refl images": DATA_SETS,
+    "reward": DATA_SETS,
     "diffusion_dpo single": SINGLE,
     "diffusion_dpo online single": {**SINGLE, "losers": "refused unless it is data"},
 }
@@ -164,7 +161,9 @@ def extra(name, folder):
     return {"output_dir": folder / "run", "eval_prompts": held_out(folder), "eval_rewards": ("brightness",)}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow) if mode == "reward heads" else mode for mode in MODES]
+)
 def test_a_run_reads_every_field_that_its_mode_accepts(mode, tmp_path):
     name, settings = MODES[mode]
     case = TRAINERS[name] if name in TRAINERS else Case(RewardTrainer, RewardTrainerConfig, {})

@@ -50,9 +50,15 @@ PHASES = {
 
 
 def blank_backbone(config: RewardTrainerConfig) -> PreTrainedModel:
-    """Build the backbone of a folder, or of a published configuration, on the meta device. ValueError: not known."""
-    found = reward_config(config.backbone)
-    known = AutoConfig.for_model(found.pop("model_type"), **found)
+    """Build the backbone of a folder or a hub id on the meta device. Unpublished: its configuration is not known."""
+    try:
+        found = reward_config(config.backbone)
+        known = AutoConfig.for_model(found.pop("model_type"), **found)
+    except Unpublished as error:
+        try:
+            known = AutoConfig.from_pretrained(config.backbone, revision=config.revision, trust_remote_code=False)
+        except OSError:
+            raise error from None
     with torch.device("meta"):
         backbone: PreTrainedModel = layout_of(known, config.backbone).model(known)
     return backbone

@@ -128,6 +128,7 @@ def test_a_failing_trainer_is_a_problem_and_the_next_one_runs(monkeypatch):
     assert second.status == "ok", second.text
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_reward_scores_with_what_it_trained(monkeypatch):
     (found,) = trials(["reward"], ASSETS)
     assert (found.name, found.status) == ("trainer reward", "ok"), found.text

@@ -4,17 +4,24 @@ import math
 
 import pytest
 import torch
+from pyarrow import parquet
 
 from diffalign.cli import main
 from diffalign.config import parse
-from diffalign.forecast.judge import blank_backbone, rehearse_judge
+from diffalign.forecast.dry_run import place_of
+from diffalign.forecast.judge import blank_backbone, print_plan, rehearse_judge
 from diffalign.forecast.rehearsal import ENCODE, SAMPLING, STEPPING, TRAINING, WEIGHTS
 from diffalign.trainers.reward.algorithm import make_trainable
 from diffalign.trainers.reward.config import RewardTrainerConfig
 from diffalign.trainers.reward.trainer import new_network
 from tests.conftest import ROOT
 
-PAIRS = "assets/preferences/shapes.parquet"
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    parquet.write_table(parquet.read_table(ROOT / "assets/preferences/shapes.parquet").slice(0, 12), path)
+    return str(path)
 
 
 def preset(name, monkeypatch, **changes):
@@ -85,9 +92,9 @@ def test_pickscore_fits_80_gb_at_full_size(changes, least, most, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "text"), [("siglip", "frozen towers"), ("shapes", "forward and backward")])
-def test_a_dry_run_prints_memory_and_the_time_on_a_card(name, text, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_memory_and_the_time_on_a_card(name, text, pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    options = ["--train_data", PAIRS, "--output_dir", str(tmp_path / "judge")]
+    options = ["--train_data", pairs, "--output_dir", str(tmp_path / "judge")]
     assert main(["train", "reward", "--config", f"reward/{name}", *options, "--dry_run", "--card", "h100"]) == 0
     said = capsys.readouterr().out
     assert text in said
@@ -97,8 +104,7 @@ def test_a_dry_run_prints_memory_and_the_time_on_a_card(name, text, tmp_path, mo
     assert math.isfinite(float(said.partition("peak: ")[2].split()[0]))
 
 
-def test_a_dry_run_says_what_it_cannot_forecast(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    options = ["--train_data", PAIRS, "--output_dir", str(tmp_path / "judge"), "--backbone", "someone/model"]
-    assert main(["train", "reward", "--config", "reward/siglip", *options, "--dry_run"]) == 0
+def test_a_dry_run_says_what_it_cannot_forecast(pairs, monkeypatch, capsys):
+    config = preset("siglip", monkeypatch, train_data=f"[{pairs}]", backbone="someone/model")
+    assert print_plan(config, place_of()) == 0
     assert "not forecast: the package has no configuration of someone/model" in capsys.readouterr().out

@@ -124,7 +124,9 @@ class RewardTrainerConfig(TrainingConfig):
         if self.train != "lora":
             found |= {"lora": NO_LORA}
         else:
-            found |= dict.fromkeys(("lora.init", "lora.reference"), "is for LoRAs of diffusion models")
+            found |= dict.fromkeys(
+                ("lora.init", "lora.reference", "lora.text_encoder"), "is for LoRAs of diffusion models"
+            )
         if self.eval_data:
             found["held_out_share"] = "is replaced by eval_data"
         if self.prototypes == 1:
