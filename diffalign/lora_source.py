@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # of diffusers
 HALF_NAME = WEIGHTS_NAME.replace(".safetensors", ".fp16.safetensors")
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?")
 HOW = "give a run folder, a checkpoint, a LoRA file or a hub id (owner/name, or owner/name/file.safetensors)"
 
@@ -59,6 +61,10 @@ def _download(repository: str, file: str | None) -> Path:
             continue
         if usual == PEFT_WEIGHTS:
             hf_hub_download(repository, PEFT_CONFIG)
+            for encoder in TEXT_ENCODERS:  # where ``diffalign export --format peft`` writes their adapters
+                with suppress(EntryNotFoundError):
+                    hf_hub_download(repository, f"{encoder}/{PEFT_WEIGHTS}")
+                    hf_hub_download(repository, f"{encoder}/{PEFT_CONFIG}")
         return found
     files = [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
     if len(files) != 1:

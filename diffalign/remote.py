@@ -229,8 +229,8 @@ def _download(fs: Any, info: Mapping[str, Any], path: Path) -> None:
 
 def _copy_folder(fs: Any, name: str, path: Path) -> None:
     """Download what a folder holds and is not current, and delete copies of what it no longer holds."""
-    files = {key: info for key, info in _retried(lambda: fs.find(name, detail=True)).items() if info["type"] == "file"}
-    targets = {path / _inside(key, name): info for key, info in files.items()}
+    found = listed(fs, name)
+    targets = {path / _inside(key, name): info for key, info in found.items()}
     path.mkdir(parents=True, exist_ok=True)
     for stale in [file for file in path.rglob("*") if file.is_file() and file not in targets]:
         stale.unlink()
@@ -242,6 +242,17 @@ def _copy_folder(fs: Any, name: str, path: Path) -> None:
         )
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda item: _copy_file(fs, item[1], item[0]), targets.items()))
+
+
+def listed(fs: Any, folder: str) -> dict[str, Any]:
+    """List the files below a folder: name -> info. Consoles of S3 mark folders by empty objects, which are no files."""
+    found: dict[str, Any] = _retried(lambda: fs.find(folder, detail=True))
+    folders = {key.rstrip("/").rpartition("/")[0] for key in found} | {folder.rstrip("/")}
+    return {
+        key: info
+        for key, info in found.items()
+        if info.get("type", "file") == "file" and not key.endswith("/") and (info.get("size") or key not in folders)
+    }
 
 
 def _inside(key: str, folder: str) -> str:

@@ -7,7 +7,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class Store(MemoryFileSystem):
-    """``store://``: fails with ``error`` in calls of the names in ``failing``, and counts the files it has sent."""
+    """``store://``: fails with ``error`` in calls of the names in ``failing``, and counts the files it has sent.
+
+    Lists an empty object for each folder if ``marks``, as S3 does for folders that were made in its console: with a
+    slash at the end, or without.
+    """
 
     protocol = "store"
     store: ClassVar = {}
@@ -15,6 +19,7 @@ class Store(MemoryFileSystem):
     failing: ClassVar = set()
     error: ClassVar = OSError("connection reset by peer")
     sent: ClassVar = []
+    marks: ClassVar[str | None] = None
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -23,6 +28,13 @@ class Store(MemoryFileSystem):
     def _check(self, name):
         if name in self.failing:
             raise type(self.error)(*self.error.args)
+
+    def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
+        found = super().find(path, detail=True)
+        if self.marks is not None:
+            folders = {key.rpartition("/")[0] for key in found} | {self._strip_protocol(path).rstrip("/")}
+            found |= {f"{key}{self.marks}": {"name": key, "size": 0, "type": "file"} for key in folders}
+        return found if detail else sorted(found)
 
     def info(self, path, **kwargs):
         self._check("info")
@@ -44,7 +56,7 @@ def opened(monkeypatch, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr("diffalign.remote.WAIT", 0)
     monkeypatch.setattr("diffalign.remote._current", set())
-    for name, value in (("store", {}), ("pseudo_dirs", [""]), ("failing", set()), ("sent", [])):
+    for name, value in (("store", {}), ("pseudo_dirs", [""]), ("failing", set()), ("sent", []), ("marks", None)):
         monkeypatch.setattr(Store, name, value)
     monkeypatch.setattr(Store, "error", OSError("connection reset by peer"))
     return fsspec.filesystem("store")

@@ -17,13 +17,13 @@ from diffalign.commands.check_config import CheckConfig
 from diffalign.commands.check_prompts import examine_prompts, prompts_text, too_long
 from diffalign.config.unread import refuse_unread
 from diffalign.data.config import PreferenceDataConfig
-from diffalign.data.images import digest, fetched
+from diffalign.data.images import digest, fetched, source_image
 from diffalign.data.pairs import PairData, usable_images
 from diffalign.data.stream import PairStream
 from diffalign.data.unpaired import LabelledData
 from diffalign.data.validation import EXAMPLES, fault_lines
 from diffalign.files import shorten, some
-from diffalign.structures import LabelledImage, Pair
+from diffalign.structures import Input, LabelledImage, Pair, text_of
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Tally:
 
 
 class Repeats:
-    """Find samples with the same prompt and the same images in any order."""
+    """Find samples with the same prompt, the same source of an edit, and the same images in any order."""
 
     def __init__(self) -> None:
         self.seen: dict[bytes, tuple[str, bool | None]] = {}
@@ -57,7 +57,9 @@ class Repeats:
     def add(self, sample: Pair | LabelledImage) -> None:
         """Add a sample whose images are in memory."""
         digests = [digest(source) for source in sample.images]
-        text = "\0".join([sample.prompt.text, *sorted(digests)])
+        source = source_image(sample.prompt)
+        edited = [] if source is None else ["source", digest(source)]
+        text = "\0".join([sample.prompt.text, *edited, *sorted(digests)])
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         liked = sample.liked if isinstance(sample, LabelledImage) else _preferred(sample, digests)
         first = self.seen.setdefault(key, (sample.key, liked))
@@ -86,14 +88,15 @@ def examine(config: CheckConfig) -> dict[str, Any]:
     encoders = config.encoders()
     data, settings = config.open(), config.settings()
     tally, repeats, sizes = Tally(), Repeats(), Counter[str]()
-    prompts: dict[str, None] = {}
+    prompts: dict[Input, None] = {}
 
     for sample, images in _usable(data, settings, config.scan):
         tally.add(sample)
         repeats.add(sample)
         sizes.update(f"{image.width} x {image.height}" for image in images)
-        prompts[sample.prompt.text] = None
+        prompts[sample.prompt.input] = None
 
+    texts = dict.fromkeys(map(text_of, prompts))
     summary = data.quarantine.summary()
     skipped = summary.pop("skipped")
     report = {
@@ -106,7 +109,7 @@ def examine(config: CheckConfig) -> dict[str, Any]:
         "soft_labels": tally.soft,
         "repeated": {"count": len(repeats.names), "contradicting": repeats.contradicting, "samples": repeats.names},
         "prompts": len(prompts),
-        "long": [f"{length}: {shorten(text, 60)}" for text in prompts if (length := too_long(text, encoders))],
+        "long": [f"{length}: {shorten(text, 60)}" for text in texts if (length := too_long(text, encoders))],
         "sizes": dict(sizes.most_common()),
     }
     return {**report, "verdict": verdict(config, report)}

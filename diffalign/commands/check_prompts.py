@@ -14,11 +14,11 @@ from diffalign.data.prompts import LINE_ERRORS, LineError, prompt_source, read_e
 from diffalign.data.validation import EXAMPLES
 from diffalign.files import open_regular, raw_lines, shorten, some
 from diffalign.models.prompt_length import Encoder, cut
-from diffalign.structures import Prompt
+from diffalign.structures import Input, Prompt
 
 MAX_WORDS = 1024  # token limit of the longest text encoder; a word has at least one token
 ODD = {
-    "repeated": "the same text again; each copy is sampled",
+    "repeated": "the same prompt again; each copy is sampled",
     "long": "more tokens than a text encoder reads, the rest is truncated; --model MODEL counts with its tokenizers",
     "control": "invisible characters: control characters or text direction marks",
 }
@@ -52,7 +52,7 @@ def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] |
         ValueError: A file is of another kind.
     """
     found: dict[str, list[str]] = {kind: [] for kind in (*LINE_ERRORS, *ODD)}
-    seen: dict[str, str] = {}
+    seen: dict[Input, str] = {}
     files = [_examine_source(prompt_source(source), found, seen, encoders) for source in sources]
     faults = {kind: {"count": len(lines), "samples": lines} for kind, lines in found.items()}
     stops = [f"{shorten(file['path'])} has no prompts: write one per line" for file in files if not file["prompts"]]
@@ -61,19 +61,19 @@ def examine_prompts(sources: Sequence[str | Path], encoders: Sequence[Encoder] |
 
 
 def _examine_source(
-    source: PromptSource, found: dict[str, list[str]], seen: dict[str, str], encoders: Sequence[Encoder] | None
+    source: PromptSource, found: dict[str, list[str]], seen: dict[Input, str], encoders: Sequence[Encoder] | None
 ) -> dict[str, Any]:
     """Summarize a source; add faults of its lines to ``found`` and its prompts to ``seen``."""
     counts: dict[str, int] = defaultdict(int)
-    own = set[str]()
+    own = set[Input]()
     for where, line in read_entries(source):
         if counts["prompts"] == source.limit:
             break
         counts["blank"] += line is None
         if isinstance(line, LineError):
             found[line.kind].append(str(line))
-        elif line is not None and not (source.unique and line.text in own):
-            own.add(line.text)
+        elif line is not None and not (source.unique and line.input in own):
+            own.add(line.input)
             counts["prompts"] += 1
             for kind, detail in _odd(line, where, seen, encoders):
                 found[kind].append(f"{where}: {detail}")
@@ -89,10 +89,12 @@ def _layout(path: Path) -> dict[str, Any]:
     return {"byte_order_mark": mark, "line_ends": "CRLF" if b"\r\n" in ends else "CR" if b"\r" in ends else "LF"}
 
 
-def _odd(prompt: Prompt, where: str, seen: dict[str, str], encoders: Sequence[Encoder] | None) -> list[tuple[str, str]]:
+def _odd(
+    prompt: Prompt, where: str, seen: dict[Input, str], encoders: Sequence[Encoder] | None
+) -> list[tuple[str, str]]:
     """List (kind, detail) of oddities that training accepts; a repeated prompt is reported only as repeated."""
     text, oddities = prompt.text, []
-    if (first := seen.setdefault(text, where)) != where:
+    if (first := seen.setdefault(prompt.input, where)) != where:
         return [("repeated", f"{first} again")]
     if length := too_long(text, encoders):
         oddities.append(("long", f"{length}: {shorten(text, 60)}"))

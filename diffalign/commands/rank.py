@@ -27,8 +27,10 @@ from diffalign.commands.rank_config import RankConfig
 from diffalign.evaluation.checkpoints import CheckpointSpec
 from diffalign.evaluation.sampling import spread_evenly
 from diffalign.evaluation.scored_images import ScoredImages
+from diffalign.models.load import edits
 from diffalign.preflight import inspect
 from diffalign.report.grids import compare_grid
+from diffalign.rewards.support.sources import source_images
 from diffalign.structures import Prompt
 
 IMAGES = 9  # per prompt, as GenAI-Rank
@@ -66,8 +68,10 @@ def run(config: RankConfig) -> dict[str, list[Ranked]] | None:
         return None
     prompts, scored = drawn
     found = {name: ranked(prompts, own, resolved.rewards[0]) for name, own in scored.items()}
+    shows_sources = edits(resolved.model, resolved.revision)
     for name, order in found.items():
-        print(_write(resolved.output_dir, name, order, scored[name], config.best, resolved.rewards[0]))
+        own, reward = scored[name], resolved.rewards[0]
+        print(_write(resolved.output_dir, name, order, own, config.best, reward, shows_sources))
     return found
 
 
@@ -82,7 +86,9 @@ def ranked(prompts: Sequence[Prompt], own: ScoredImages, reward: str) -> list[Ra
     return found
 
 
-def _write(folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, best: int, reward: str) -> str:
+def _write(
+    folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, best: int, reward: str, shows_sources: bool
+) -> str:
     """Write files, grid and tables of one model; return a line about them."""
     stem = CheckpointSpec(name).folder_name
     kept = folder / stem / "best"
@@ -116,7 +122,7 @@ def _write(folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, 
     }
     for kind, lines in tables.items():
         write_text(folder / f"{stem}-{kind}.jsonl", "".join(lines))
-    _grid(folder / f"{stem}.png", order, own, reward)
+    _grid(folder / f"{stem}.png", order, own, reward, shows_sources)
     count = len(tables["pairs"])
     means = [(one.scores[0], sum(one.scores) / len(one.scores)) for one in order if one.rows]
     if not means:
@@ -125,7 +131,7 @@ def _write(folder: Path, name: str, order: Sequence[Ranked], own: ScoredImages, 
     return f"{name}: best by {reward} {top:.4g}, mean {mean:.4g}; {count} pairs in {folder / f'{stem}-pairs.jsonl'}"
 
 
-def _grid(path: Path, order: Sequence[Ranked], own: ScoredImages, reward: str) -> None:
+def _grid(path: Path, order: Sequence[Ranked], own: ScoredImages, reward: str, shows_sources: bool = False) -> None:
     """Draw a row per prompt, best image first; of more than ``COLUMNS`` images, evenly spread ranks.
 
     Where fewer images of a prompt have a score, the last places are blank.
@@ -145,7 +151,9 @@ def _grid(path: Path, order: Sequence[Ranked], own: ScoredImages, reward: str) -
         )
         values = [one.scores[place] if has else math.nan for one, has in zip(shown, there, strict=True)]
         scores[name] = {reward: torch.tensor(values)}
-    compare_grid(columns, [one.prompt.text for one in shown], scores, path)
+    metadata = [one.prompt.metadata for one in shown]
+    sources = source_images(metadata, (blank.shape[-2], blank.shape[-1])) if shows_sources else None
+    compare_grid(columns, [one.prompt.text for one in shown], scores, path, sources=sources)
 
 
 def _place_name(place: int, count: int) -> str:

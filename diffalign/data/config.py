@@ -46,6 +46,9 @@ class PreferenceDataConfig(Checked):
         "column of masks, one for all images of a row and of their size: white counts, black does not",
         section="data",
     )
+    source: str | None = option(
+        None, 'column of source images, for models that edit; default: "image" in "metadata"', section="data"
+    )
     max_bad_share: float = option(
         0.01, "share of unusable samples above which the run stops before its first step", section="data", ge=0, le=1
     )

@@ -13,10 +13,9 @@ from diffalign.data.prompt_sets import generate, held_out
 from diffalign.data.prompt_source import GENERATED, HUB, PromptSource, parse_source
 from diffalign.data.records import parse_object, read_chunks
 from diffalign.data.row import MAX_PROMPT, PROMPTS, Row, as_metadata, typed, with_source
-from diffalign.data.stored_images import stored_image
 from diffalign.files import decode_line, open_regular, raw_lines, read_bytes, shorten, some
 from diffalign.remote import local
-from diffalign.structures import Prompt, without_nulls
+from diffalign.structures import Input, Prompt, without_nulls
 
 TEXT_KEYS = ("prompt", "text")
 
@@ -102,13 +101,13 @@ def _usable(asked: PromptSource) -> Iterator[Prompt]:
 
 
 def _different(asked: PromptSource) -> Iterator[Prompt]:
-    seen = set[str]()
+    seen = set[Input]()
     for _, found in read_entries(asked):
         if isinstance(found, LineError):
             raise found
-        if found is None or (asked.unique and found.text in seen):
+        if found is None or (asked.unique and found.input in seen):
             continue
-        seen.add(found.text)
+        seen.add(found.input)
         yield found
 
 
@@ -304,18 +303,13 @@ def _source_image(entry: dict[str, Any], asked: PromptSource) -> dict[str, str]:
     # Files may lie anywhere. Of addresses, those in the folder of the prompts: a table must not choose what is fetched.
     row = Row("", "", entry, root, within=(root,) if isinstance(value, str) and "://" in value else None)
     try:
-        found = row.image(column)
-        content = found.content() if callable(found.content) else found.content
-        if content is None:
-            raise ValueError("no image; fill it or delete the line")
-        path = content if isinstance(content, Path) else stored_image(content)
-        open_regular(path).close()
+        path = row.source_image(column)
     except (OSError, ValueError) as error:
         if asked.image is None:  # a text that names no file is metadata like others
             return {}
         raise _Unusable("no_image", f"{column}: {shorten(error, 300)}") from error
     del entry[column]
-    return {"image": str(path.absolute())}
+    return {"image": str(path)}
 
 
 def _is_image(value: Any) -> bool:

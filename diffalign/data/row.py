@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffalign import media
 from diffalign.data.records import parse_json
+from diffalign.data.stored_images import stored_image
 from diffalign.data.validation import SampleError
-from diffalign.files import check_inside, printable, shorten
+from diffalign.files import check_inside, open_regular, printable, shorten
 from diffalign.remote import RemoteError, address, address_of, copy_path, ensure
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
@@ -115,6 +117,7 @@ class Row:
         root: Folder that relative image paths start from.
         masks: Column of masks; None if masks are not used.
         within: Folders that must contain the image files; None allows any.
+        sources: Column of the source images of edits; None: "metadata" names them.
     """
 
     name: str
@@ -123,6 +126,7 @@ class Row:
     root: Path = Path()
     masks: str | None = None
     within: tuple[Path, ...] | None = None
+    sources: str | None = None
 
     def first(self, columns: Sequence[str]) -> str:
         """Return the first of ``columns`` with a value, else the first that exists."""
@@ -170,14 +174,16 @@ class Row:
     def metadata(self, others: Iterable[str] = (), typeless: bool = False) -> dict[str, Any]:
         """Read the mapping in "metadata", completed by the cells of ``others``.
 
-        Its "image", the source image of an edit, starts from ``root`` as other paths of a row do.
+        Its "image", the source image of an edit, starts from ``root`` as other paths of a row do, or is that in the
+        column ``sources``.
 
         Args:
             others: Further columns; "metadata" takes precedence.
             typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
 
         Raises:
-            SampleError: "bad_row": "metadata" is not a mapping; "unreadable": its "image" lies outside of ``within``.
+            SampleError: "bad_row": "metadata" is not a mapping, or the source is missing or no image; "unreadable": an
+                "image" in "metadata" lies outside ``within``.
         """
         value = self.values.get("metadata")
         try:
@@ -187,7 +193,31 @@ class Row:
         self._check_source(own)
         cells = {name: self.values[name] for name in others}
         beside: dict[str, Any] = without_nulls({n: typed(cell) for n, cell in cells.items()} if typeless else cells)
-        return {**beside, **own}
+        return {**beside, **own, **self._source()}
+
+    def _source(self) -> dict[str, str]:
+        if self.sources is None:
+            return {}
+        try:
+            return {"image": str(self.source_image(self.sources))}
+        except media.BROKEN as error:
+            raise self.error("bad_row", self.sources, media.reason(error)) from error
+
+    def source_image(self, column: str) -> Path:
+        """Return the absolute path of the image in ``column``; an encoded one is written to the cache.
+
+        OSError or ValueError: there is none, it cannot be read, or it lies outside ``within``.
+        """
+        found = self.image(column)
+        content = found.content() if callable(found.content) else found.content
+        if content is None:
+            raise ValueError("no image; fill it or delete the line")
+        if not isinstance(content, Path):
+            return stored_image(content)
+        if self.within is not None:
+            check_inside(content, self.within)
+        open_regular(content).close()
+        return content.absolute()
 
     def _check_source(self, metadata: Mapping[str, Any]) -> None:
         """Hold the source image in metadata to the folders that may contain the row's images."""
@@ -341,10 +371,11 @@ def named_row(
     root: Path,
     masks: str | None,
     within: tuple[Path, ...] | None = None,
+    sources: str | None = None,
 ) -> Row:
     """Make a row; a cell "name", as in folders and rollout buffers, is added to its name."""
     own = values.get("name") if isinstance(values.get("name"), str) else None
-    return Row(f"{name} ({shorten(own, 80)})" if own else name, key, values, root, masks, within)
+    return Row(f"{name} ({shorten(own, 80)})" if own else name, key, values, root, masks, within, sources)
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -73,6 +73,7 @@ class Table:
         masks: Column of masks; None if masks are not used.
         within: Folders that may contain image files; None allows any.
         notes: A line per kind of file in a folder that is not read.
+        sources: Column of the source images of edits; None: "metadata" names them.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Table:
         masks: str | None = None,
         within: tuple[Path, ...] | None = None,
         notes: Sequence[str] = (),
+        sources: str | None = None,
     ) -> None:
         self.name, self.data, self.root, self.masks, self.within = shorten(name), data, root, masks, within
-        self.notes = tuple(notes)
+        self.notes, self.sources = tuple(notes), sources
         features = getattr(data, "features", None) or {}
         self.columns = list(features) or (data.columns if isinstance(data, Records) else columns_of(data))
-        _check_masks(self.name, masks, self.columns)
+        _check_column(self.name, "mask", masks, self.columns)
+        _check_column(self.name, "source", sources, self.columns)
         self.encoded = [column for column in features if _is_encoded(features[column])]
         plain = [column for column in self.columns if column not in self.encoded]
         # Views cost a while to make, and next to nothing to use.
@@ -125,7 +128,7 @@ class Table:
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         cells = {column: partial(self._cell, number, column) for column in self.encoded}
         name = f"{self.name}, row {number}"
-        return named_row(name, str(number), {**values, **cells}, self.root, self.masks, self.within)
+        return named_row(name, str(number), {**values, **cells}, self.root, self.masks, self.within, self.sources)
 
 
 class Stream:
@@ -142,9 +145,10 @@ class Stream:
         masks: str | None = None,
         within: tuple[Path, ...] | None = None,
         notes: Sequence[str] = (),
+        sources: str | None = None,
     ) -> None:
         self.name, self.data, self.root, self.masks, self.within = shorten(name), data, root, masks, within
-        self.notes = tuple(notes)
+        self.notes, self.sources = tuple(notes), sources
         if isinstance(data, Table):
             self.shards, self.columns = 1, data.columns
         elif _is("IterableDataset", data):
@@ -155,7 +159,8 @@ class Stream:
             self.columns = columns_of(row for path in data for row in islice(read_rows(path), PROBED))
         if not self.columns:
             raise ValueError(f"{self.name} holds no row: name a data set with at least one")
-        _check_masks(self.name, masks, self.columns)
+        _check_column(self.name, "mask", masks, self.columns)
+        _check_column(self.name, "source", sources, self.columns)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
         """Yield the rows of a shard from row ``start`` on."""
@@ -168,7 +173,7 @@ class Stream:
             part = read_rows(self.data[shard], start)
         for number, values in enumerate(part, start=start):
             name, key = f"{self.name}, shard {shard}, row {number}", f"{shard}/{number}"
-            yield named_row(name, key, values, self.root, self.masks, self.within)
+            yield named_row(name, key, values, self.root, self.masks, self.within, self.sources)
 
 
 def open_table(source: Any, settings: PreferenceDataConfig) -> Table:
@@ -190,7 +195,8 @@ def open_table(source: Any, settings: PreferenceDataConfig) -> Table:
     if not len(data):
         raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
     root = opened.root if settings.image_root is None else mapped(settings.image_root)
-    return Table(printable(Path(source)), data, root, settings.mask, opened.within(settings), opened.notes)
+    within, notes = opened.within(settings), opened.notes
+    return Table(printable(Path(source)), data, root, settings.mask, within, notes, settings.source)
 
 
 def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
@@ -202,7 +208,7 @@ def open_stream(source: str | Path, settings: PreferenceDataConfig) -> Stream:
     data = opened.data.decode(False) if _is("IterableDataset", opened.data) else opened.files
     if not data:
         data = open_table(source, settings)
-    return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes)
+    return Stream(printable(Path(source)), data, root, settings.mask, within, opened.notes, settings.source)
 
 
 def _found(source: str | Path) -> str | Path:
@@ -328,9 +334,11 @@ def _load(*args: Any, **options: Any) -> Any:
         raise ValueError(f"{_asked(args, options)} cannot be read: {shorten(error.__cause__ or error, 400)}") from error
 
 
-def _check_masks(name: str, masks: str | None, columns: Sequence[str]) -> None:
-    if masks is not None and masks not in columns:
-        raise ValueError(f"{name} has no column {masks!r} of masks: name one of {some(columns, 30, 40)} as data.mask")
+def _check_column(name: str, option: str, column: str | None, columns: Sequence[str]) -> None:
+    if column is not None and column not in columns:
+        raise ValueError(
+            f"{name} has no column {column!r} of {option}s: name one of {some(columns, 30, 40)} as data.{option}"
+        )
 
 
 def _asked(args: Sequence[Any], options: Mapping[str, Any]) -> str:

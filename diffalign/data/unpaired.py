@@ -15,7 +15,7 @@ from diffalign.data.images import digest
 from diffalign.data.pairs import Part, Samples, counted, examined, named, open_part
 from diffalign.data.row import Row
 from diffalign.data.validation import Quarantine, SampleError
-from diffalign.structures import ImageSource, LabelledImage, Pair
+from diffalign.structures import ImageSource, Input, LabelledImage, Pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,16 +26,17 @@ def identity(image: ImageSource) -> str:
     return digest(image) if image.identity is None else image.identity
 
 
-def unpair(pairs: Iterable[Pair]) -> dict[tuple[str, str], tuple[int, int, bool]]:
-    """Split pairs into single images: (text, identity) -> (index of the pair, side, liked), in the order of the pairs.
+def unpair(pairs: Iterable[Pair]) -> dict[tuple[Input, str], tuple[int, int, bool]]:
+    """Split pairs into single images: (input, identity) -> (index of the pair, side, liked), in the order of the pairs.
 
-    An image that won once for a text is liked, however often it lost. Ties are ignored.
+    An image that won once for an input, a text with its source image, is liked, however often it lost. Ties are
+    ignored.
     """
-    found: dict[tuple[str, str], tuple[int, int, bool]] = {}
+    found: dict[tuple[Input, str], tuple[int, int, bool]] = {}
     for number, pair in enumerate(pairs):
         for side, image in enumerate(pair.images):
             if not pair.tie:
-                key = (pair.prompt.text, identity(image))
+                key = (pair.prompt.input, identity(image))
                 entry = found.get(key, (number, side, False))
                 found[key] = (*entry[:2], entry[2] or (pair.label > 0.5) == (side == 0))
     return found

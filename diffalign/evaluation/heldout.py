@@ -37,8 +37,8 @@ class Shown:
     """Results of an evaluation, for grids and tables.
 
     Attributes:
-        texts: P prompts of this process.
-        images: (P, 3, H, W), the first image of each of ``texts``.
+        prompts: P prompts of this process.
+        images: (P, 3, H, W), the first image of each of ``prompts``.
         marks: Reward -> (P,) scores of ``images``, the primary reward first.
         prompt: (N,) prompt index of every image of all processes, sorted by prompt and sample.
         tags: N task tags.
@@ -48,7 +48,7 @@ class Shown:
         sources: (P, 3, H, W), source images of edits; None for models that do not edit.
     """
 
-    texts: list[str]
+    prompts: list[Prompt]
     images: Tensor
     marks: dict[str, Tensor]
     prompt: Tensor
@@ -57,6 +57,11 @@ class Shown:
     diversity: float | None
     about: str = ""
     sources: Tensor | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts of the prompts."""
+        return [prompt.text for prompt in self.prompts]
 
 
 class Evaluation:
@@ -122,7 +127,7 @@ class Evaluation:
         scale = 1.0 if plan.guidance is None else plan.guidance.scale
         chosen = torch.tensor(spread_evenly(len(self.prompts), MAX_SHOWN), dtype=torch.long) * self.per_prompt
         shown = Shown(
-            [prompts[i].text for i in chosen.tolist()],
+            [prompts[i] for i in chosen.tolist()],
             images[chosen],
             {name: scores[name][chosen] for name in scores},
             torch.tensor([row[0] for row in all_rows]),

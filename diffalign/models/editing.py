@@ -84,6 +84,12 @@ def check_sources(model: DiffusionModel, prompts: Iterable[Prompt]) -> None:
                 media.size(read_bytes(Path(edit.image)))
 
 
+def check_source_column(model: DiffusionModel, column: str | None) -> None:
+    """Raise ValueError for a column of source images if the model does not edit."""
+    if column is not None and not model.edits:
+        raise ValueError(f"data.source {column}: a {type(model.pipeline).__name__} edits no images: leave it out")
+
+
 def example_prompt(model: DiffusionModel, text: str) -> Prompt:
     """Make a prompt that a model can encode, for models that edit with a grey source image."""
     return Prompt(text, {"image": _grey_image()}) if model.edits else Prompt(text)

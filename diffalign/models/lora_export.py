@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from diffalign.atomic import replacing, replacing_folder, write_text
-from diffalign.lora_source import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
+from diffalign.lora_source import PEFT_CONFIG, PEFT_WEIGHTS, TEXT_ENCODERS, WEIGHTS_NAME
 from diffalign.models.base import DiffusionModel
 from diffalign.models.kohya import to_kohya
 from diffalign.models.kohya_header import header
@@ -73,6 +73,9 @@ def write_peft(updates: Updates, folder: Path, dtype: torch.dtype, base: str) ->
 
     The denoiser's are in ``folder``, a text encoder's in a folder of its name inside.
     """
+    for name in TEXT_ENCODERS:  # those of an earlier export would be read with these
+        if name not in updates:
+            (folder / name / PEFT_WEIGHTS).unlink(missing_ok=True)
     for component, layers in updates.items():
         own = folder / component if component.startswith("text_encoder") else folder
         own.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffalign.lora_source import PEFT_CONFIG
+from diffalign.lora_source import PEFT_CONFIG, PEFT_WEIGHTS
 from diffalign.models.kohya import from_kohya
 from diffalign.models.quiet import quiet_libraries
 
@@ -146,19 +146,39 @@ def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
 
 
 def _from_peft(pipeline: DiffusionPipeline, path: Path, raw: Mapping[str, Tensor]) -> Content:
-    """Add the component's name to peft's, and read ``adapter_config.json``, which tells alpha."""
+    """Add the component's name to peft's, and read ``adapter_config.json``, which tells alpha.
+
+    Adapters of text encoders are in folders of their names beside it, as ``write_peft`` writes them.
+    """
     layers = {name: name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in raw}
     parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
     known = {name: {layer for layer, _ in part.named_modules()} for name, part in parts.items() if part is not None}
     # The component that has most of the layers.
     component = max(known, key=lambda name: sum(layer in known[name] for layer in layers.values()))
-    file = path.parent / PEFT_CONFIG
+    adapters = {component: (path, raw)}
+    for name in known:
+        if name != component and (beside := path.parent / name / PEFT_WEIGHTS).is_file():
+            adapters[name] = beside, read_tensors(beside)
+    state: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for name, (file, tensors) in adapters.items():
+        state |= {f"{name}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in tensors.items()}
+        metadata |= {f"{name}.{key}": value for key, value in _peft_config(file).items()}
+    return Content(state, metadata, converted_here=True)
+
+
+def _peft_config(weights: Path) -> dict[str, Any]:
+    """Read the settings beside a file of peft. ValueError: they cannot be read."""
+    file = weights.parent / PEFT_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is a LoRA of peft, and {file} cannot be read: copy it beside the weights") from error
-    state = {f"{component}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in raw.items()}
-    return Content(state, {f"{component}.{key}": value for key, value in config.items()}, converted_here=True)
+        raise ValueError(
+            f"{weights} is a LoRA of peft, and {file} cannot be read: copy it beside the weights"
+        ) from error
+    return config
 
 
 def fold_alphas(state: Mapping[str, Tensor], rest: Sequence[Any]) -> tuple[dict[str, Tensor], list[Any]]:

@@ -21,7 +21,7 @@ from diffalign.models.single_file import single_file
 from diffalign.report.markdown import inert, inline_code
 from diffalign.report.results import ModelResults
 
-TASK = "text-to-image"
+TASK, EDIT = "text-to-image", "image-to-image"  # of the Hub
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -50,6 +50,7 @@ class ModelCard:
         sample_prompt: Prompt that the Hub's page offers to try; empty for none.
         examples: (prompt, file beside the card) of pictures for the Hub's page.
         datasets: Hub ids of the data that it was trained on.
+        task: ``TASK``, or ``EDIT`` for models that edit.
     """
 
     title: str
@@ -67,6 +68,7 @@ class ModelCard:
     sample_prompt: str = ""
     examples: Sequence[tuple[str, str]] = ()
     datasets: Sequence[str] = ()
+    task: str = TASK
 
 
 def write_model_card(path: str | Path, card: ModelCard) -> Path:
@@ -108,11 +110,11 @@ def card_data(card: ModelCard) -> ModelCardData:
     widget: dict[str, Any] = {"widget": shown or asked} if shown or asked else {}
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=card.task,
         base_model=base,
         **relation,
         **license,
-        tags=[printable(tag) for tag in (*kind, TASK, "diffalign", card.trainer, *card.tags)],
+        tags=[printable(tag) for tag in (*kind, card.task, "diffalign", card.trainer, *card.tags)],
         **widget,
         datasets=list(card.datasets) or None,
         model_name=printable(card.title) or "model",
@@ -120,16 +122,17 @@ def card_data(card: ModelCard) -> ModelCardData:
     )
 
 
-def eval_results(found: ModelResults, prompts: str | Path) -> list[EvalResult]:
+def eval_results(found: ModelResults, prompts: str | Path, task: str = TASK) -> list[EvalResult]:
     """Return the mean of each reward over held-out prompts, with its 95 % interval, for ``ModelCard.evaluation``.
 
     Args:
         found: Results of the tuned model; rewards that scored no image are left out.
         prompts: File of the prompts; its name becomes the dataset's name.
+        task: As in ``ModelCard``.
     """
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type="prompts",
             dataset_name=printable(Path(prompts).name),
             metric_type=printable(name),

@@ -32,7 +32,7 @@ from diffalign.report.curves import Known, plot_curves, score_axis
 from diffalign.report.grids import OverallMeans, compare_grid, image_grid
 from diffalign.report.load_snippet import load_snippet
 from diffalign.report.markdown import inert
-from diffalign.report.model_card import ModelCard, eval_results, write_model_card
+from diffalign.report.model_card import EDIT, TASK, ModelCard, eval_results, write_model_card
 from diffalign.report.results import ModelResults, figures, set_line, to_markdown
 from diffalign.rewards.support.record import passed_from_python
 from diffalign.runtime.config import HUB_ID
@@ -104,9 +104,11 @@ class Report:
         drawn = ["curves.png"] if before is None else ["compare.png", "curves.png"]
         pictures = [name for name in drawn if (self.folder / name).is_file()]  # the card has no curves_all.png
         source = self.args.eval_prompts or "held-out prompts"
-        evaluation = [] if self.shown is None else eval_results(self.figures(before)["tuned"], source)
         results = self._results(before) + (f"\n\n**Alarm.** {inert(self.alarm)}" if self.alarm else "")
-        about = dataclasses.replace(self._card(results, pictures), evaluation=evaluation)
+        about = self._card(results, pictures)
+        if self.shown is not None:
+            found = eval_results(self.figures(before)["tuned"], source, about.task)
+            about = dataclasses.replace(about, evaluation=found)
         card = write_model_card(self.folder, about)
         self.before, self.paths = before, weights
         return [*written, *(self.folder / name for name in pictures), card]
@@ -224,6 +226,7 @@ class Report:
             sample_prompt=prompt if self.shown else "",
             examples=self._examples(),
             datasets=hub_datasets(self.args),
+            task=EDIT if getattr(self.model, "edits", False) else TASK,
         )
 
     def _examples(self) -> list[tuple[str, str]]:

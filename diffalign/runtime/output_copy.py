@@ -66,7 +66,7 @@ class Store:
         """List all files of a run or of a folder in it, by their names in the run."""
         self.fs.invalidate_cache()
         base = self.path(folder).rstrip("/")
-        found = self.fs.find(base) if self.fs.exists(base) else []
+        found = remote.listed(self.fs, base) if self.fs.exists(base) else {}
         return sorted(name.lstrip("/").removeprefix(self.root.strip("/")).lstrip("/") for name in found)
 
     def checkpoints(self) -> list[str]:

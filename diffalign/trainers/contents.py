@@ -17,7 +17,7 @@ from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
 from diffalign.models import DiffusionModel
-from diffalign.models.editing import check_sources
+from diffalign.models.editing import check_source_column, check_sources
 from diffalign.models.single_file import layout, single_file
 from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
@@ -88,8 +88,10 @@ def check_sample_sources(model: DiffusionModel, data: Samples) -> None:
     """Check the source images of ``READ`` samples, spread evenly, for a model that edits.
 
     Raises:
-        ValueError: A sample without a source image, or with a file that is missing or no image.
+        ValueError: A sample without a source image, or with a file that is missing or no image; or a column of sources
+            for a model that does not edit.
     """
+    check_source_column(model, data.settings.source)
     count = len(data) if model.edits else 0
     read = min(count, READ)
     check_sources(model, (data[number * count // read].prompt for number in range(read)))

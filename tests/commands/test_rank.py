@@ -31,8 +31,12 @@ def test_the_grid_has_every_prompt_and_blanks_for_images_without_a_score(tmp_pat
     nan = float("nan")
     own = ScoredImages(torch.tensor([0, 0, 0, 1, 1, 1]), {"r": torch.tensor([0.1, 0.3, 0.2, nan, 0.5, nan])}, files)
     drawn = {}
-    monkeypatch.setattr("diffalign.commands.rank.compare_grid", lambda *found: drawn.update(enumerate(found)))
-    _grid(tmp_path / "grid.png", ranked([Prompt("a"), Prompt("b")], own, "r"), own, "r")
+    monkeypatch.setattr(
+        "diffalign.commands.rank.compare_grid", lambda *found, **more: drawn.update({**dict(enumerate(found)), **more})
+    )
+    prompts = [Prompt(text, {"image": str(file)}) for text, file in zip("ab", files[1:], strict=False)]
+    _grid(tmp_path / "grid.png", ranked(prompts, own, "r"), own, "r", True)
+    assert (drawn["sources"][:, 0, 0, 0] * 255).round().tolist() == [40, 80]
     columns, prompts, scores = drawn[0], drawn[1], drawn[2]
     assert prompts == ["a", "b"]
     assert list(columns) == ["best", "2", "worst of 3"]

@@ -11,12 +11,17 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffalign import media
+from diffalign.cli import main
 from diffalign.commands import image_sources
+from diffalign.data.config import PreferenceDataConfig
 from diffalign.data.images import content_key
 from diffalign.data.pairs import load_pairs
 from diffalign.data.prompts import load_prompts
+from diffalign.data.stream import stream_pairs
 from diffalign.data.unpaired import load_labelled
+from diffalign.data.validation import DataWarning
 from diffalign.structures import EditInput, ImageSource, Pair, Prompt
+from tests.data.preference_files import image_table, jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +134,59 @@ def test_a_column_of_images_is_read_when_it_is_named(tmp_path, kind):
     assert len(list((tmp_path / "cache").rglob("*.img"))) == 2
 
 
+def streamed(source, settings):
+    return list(stream_pairs(source, settings=settings).once())
+
+
+READERS = [load_pairs, streamed, load_labelled]
+
+
+def pair_rows(before):
+    """Rows of two pairs, each with a source in the column "before"."""
+    results = {"chosen": png("white", (32, 32)), "rejected": png("black", (32, 32))}
+    return [{"prompt": "make it blue", **results, "before": source} for source in before]
+
+
+@pytest.mark.parametrize("load", READERS)
+def test_pairs_have_a_column_of_sources_too(tmp_path, load):
+    rows = pair_rows([png("red"), png("green")])
+    path = image_table(tmp_path / "pairs.parquet", rows, ("chosen", "rejected", "before"))
+    samples = load(path, settings=PreferenceDataConfig(source="before"))
+    found = [media.decode(Path(sample.prompt.metadata["image"]).read_bytes()).getpixel((0, 0)) for sample in samples]
+    assert sorted(set(found)) == [(0, 128, 0), (255, 0, 0)]
+    assert all(isinstance(sample.prompt.input, str) for sample in load(path, settings=PreferenceDataConfig()))
+
+
+def test_pairs_of_other_sources_are_no_repetitions(tmp_path, capsys):
+    rows = pair_rows([png("red"), png("green"), png("red")])
+    path = image_table(tmp_path / "pairs.parquet", rows, ("chosen", "rejected", "before"))
+    main(["check", str(path), "--source", "before"])
+    said = capsys.readouterr().out
+    assert "prompts: 2 different" in said
+    assert "repeated: 1, of which 0" in said
+
+
+@pytest.mark.parametrize("load", READERS)
+def test_a_column_of_sources_may_hold_paths_of_files_beside_the_data(tmp_path, load):
+    for name in ("red.png", "data/green.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(name.split("/")[-1].split(".")[0]))
+    for name, color in (("chosen", "white"), ("rejected", "black")):
+        (tmp_path / f"data/{name}.png").write_bytes(png(color, (32, 32)))
+    rows = [
+        {"prompt": f"edit {before}", "chosen": "chosen.png", "rejected": "rejected.png", "before": before}
+        for before in ("green.png", "none.png", "../red.png", "")
+    ]
+    path = jsonl(tmp_path / "data/pairs.jsonl", rows)
+    with pytest.warns(DataWarning, match="bad_row: 3 ") as said:
+        samples = load(path, settings=PreferenceDataConfig(source="before", max_bad_share=0.8))
+    assert {sample.prompt.metadata["image"] for sample in samples} == {str(tmp_path / "data/green.png")}
+    for reason in ("lies outside the folder of the data", "no such file", "no image"):
+        assert any(reason in str(one.message) for one in said)
+    with pytest.raises(ValueError, match=r"has no column 'after' of sources: name one of .* as data\.source"):
+        load(path, settings=PreferenceDataConfig(source="after"))
+
+
 def test_metadata_of_the_name_that_are_no_files_stay(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a", "image": "cat-17"}\n{"prompt": "b", "image": 3}\n{"prompt": "c", "image": null}\n')
@@ -155,6 +213,19 @@ def test_text_files_have_no_images(tmp_path):
     (tmp_path / "p.txt").write_text("a\n")
     with pytest.raises(ValueError, match="image is not read of a text file; write limit, unique"):
         load_prompts(f"{tmp_path / 'p.txt'}?image=image")
+
+
+def test_one_text_with_two_sources_is_two_prompts(tmp_path, capsys):
+    for color in ("red", "green"):
+        (tmp_path / f"{color}.png").write_bytes(png(color))
+    path = jsonl(
+        tmp_path / "p.jsonl", [{"prompt": "make it blue", "image": f"{c}.png"} for c in ("red", "green", "red")]
+    )
+    assert len(load_prompts(f"{path}?unique=true")) == 2
+    assert main(["check", str(path), "--prompts"]) == 0
+    said = capsys.readouterr().out
+    assert "2 different" in said
+    assert "repeated: 1" in said
 
 
 def test_two_sources_of_one_text_are_two_inputs():

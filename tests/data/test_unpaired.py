@@ -49,6 +49,12 @@ def test_the_same_image_of_another_text_is_another_sample():
     }
 
 
+def test_the_same_result_of_another_source_is_another_sample():
+    pairs = [pair("p", "a", "b", 1), pair("p", "c", "a", 1)]
+    pairs = [replace(p, prompt=Prompt("p", {"image": f"{n}.png"})) for n, p in enumerate(pairs)]
+    assert [liked for _, _, liked in unpair(pairs).values()] == [True, False, True, False]
+
+
 def test_images_without_a_name_are_identified_by_their_bytes():
     pairs = [pair("p", "a", "b", 1), pair("p", "b", "c", 1)]
     nameless = [replace(p, images=tuple(replace(i, identity=None) for i in p.images)) for p in pairs]

@@ -28,7 +28,7 @@ from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan import PlanConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.models import load_model
-from diffalign.models.editing import check_sources
+from diffalign.models.editing import check_source_column, check_sources
 from diffalign.models.pipeline_call import Sampled, pipeline_call
 from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rewards.base import FunctionReward
@@ -297,6 +297,47 @@ def test_pairs_without_a_source_are_refused_before_training(pipelines, sources, 
     args = {**shared(tmp_path / "run", pipelines / "flux_kontext"), "train_data": (str(tmp_path / "pairs.jsonl"),)}
     with pytest.raises(ValueError, match=shown):
         DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
+
+
+@pytest.mark.slow
+def test_offline_pairs_are_learned_with_the_source_of_each(pipelines, sources, tmp_path):
+    """Of one instruction, named in a column, and bit for bit the same after a resume."""
+    first, second, third = map(str, sources[:3])
+    rows = [
+        {"prompt": "make it red", "chosen": chosen, "rejected": third, "before": before}
+        for chosen, before in ((first, second), (second, first))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def trained(name, **more):
+        args = {"model": str(pipelines / "flux_kontext"), **OPTIONS, "output_dir": tmp_path / name, **more}
+        args |= {"lora": LoraConfig(rank=2), "learning_rate": 0.05, "max_train_steps": 2, "checkpointing_steps": 1}
+        args |= {"num_pairs": 2, "train_batch_size": 2, "train_data": (str(tmp_path / "pairs.jsonl"),)}
+        data = PreferenceDataConfig(allow_outside=True, source="before")
+        trainer = DiffusionDPOTrainer(args=DiffusionDPOConfig(**args, data=data))
+        trainer.train()
+        return trainer
+
+    trainer = trained("run")
+    examples = trainer.algorithm.sample(0).ranked
+    assert {Path(given.image).name for given in examples.texts} == {Path(source).name for source in sources[:2]}
+    seen = trainer.run.prompts(examples.texts).tensors["source"]
+    assert not torch.equal(seen[0], seen[1])
+    resumed = trained("resumed", resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    files = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("run", "resumed")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert resumed.loop.progress.step == 2
+
+
+def test_a_column_of_sources_is_refused_for_a_model_that_does_not_edit(frozen):
+    with pytest.raises(
+        ValueError, match=r"data\.source before: a StableDiffusion3Pipeline edits no images: leave it out"
+    ):
+        check_source_column(frozen, "before")
+    run = SimpleNamespace(config=DiffusionDPOConfig(model="m", data=PreferenceDataConfig(source="b")), model=frozen)
+    with pytest.raises(ValueError, match="edits no images"):
+        LatentEncoder(run)
 
 
 def test_other_models_ignore_sources(frozen, prompts):

@@ -11,6 +11,8 @@ from diffalign.commands.export_config import ExportConfig
 from diffalign.forecast import fitter, report
 from diffalign.forecast.dry_run import Place
 from diffalign.models import load_model
+from diffalign.models.checkpoint_context import with_tuned_weights
+from diffalign.models.lora_reading import read_updates
 from diffalign.structures import Guidance
 from diffalign.trainers.cost import Share
 from diffalign.trainers.registry import find_algorithm
@@ -89,18 +91,39 @@ def test_plain_diffusers_loads_all_of_it(name, changes, tiny_pipelines, tmp_path
         torch.testing.assert_close(predicted(again), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sdxl", pytest.param("sd15", marks=SLOW)])
-def test_kohyas_file_has_the_text_encoders(name, tiny_pipelines, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("sdxl", "kohya"),
+        ("sd15", "peft"),
+        pytest.param("sdxl", "peft", marks=SLOW),
+        pytest.param("sd15", "kohya", marks=SLOW),
+    ],
+)
+def test_exports_of_other_formats_have_the_text_encoders(name, format, tiny_pipelines, tmp_path):
     model = trained(tiny_pipelines[name])
     model.about = {"diffalign.base_model": str(tiny_pipelines[name])}
     model.save(tmp_path / "lora")
-    path = export(ExportConfig(models=(str(tmp_path / "lora"),), format="kohya", output_dir=tmp_path / "kohya"))
-    prefixes = {key.split("_text_model")[0] for key in load_file(path) if key.startswith("lora_te")}
-    assert prefixes == ({"lora_te"} if name == "sd15" else {"lora_te1", "lora_te2"})
+    path = export(ExportConfig(models=(str(tmp_path / "lora"),), format=format, output_dir=tmp_path / "out"))
+    if format == "kohya":
+        prefixes = {key.split("_text_model")[0] for key in load_file(path) if key.startswith("lora_te")}
+        assert prefixes == ({"lora_te"} if name == "sd15" else {"lora_te1", "lora_te2"})
     again = load_model(tiny_pipelines[name])
+    with torch.no_grad():
+        expected = predicted(model)
+        with with_tuned_weights(again, path):
+            torch.testing.assert_close(predicted(again), expected, rtol=1e-5, atol=1e-5)
     again.train(LoraConfig(rank=4, init=str(path), text_encoder=True))
     with torch.no_grad():
-        torch.testing.assert_close(predicted(again), predicted(model), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(predicted(again), expected, rtol=1e-5, atol=1e-5)
+    if format == "peft":
+        (path / "text_encoder/adapter_config.json").write_text("[]")
+        with pytest.raises(ValueError, match=r"text_encoder/adapter_config\.json cannot be read: copy it beside"):
+            read_updates(again.pipeline, path / "adapter_model.safetensors")
+        trained(tiny_pipelines[name], text_encoder=False).save(tmp_path / "alone")
+        export(ExportConfig(models=(str(tmp_path / "alone"),), model=str(tiny_pipelines[name]), format=format,
+                            output_dir=path))  # fmt: skip
+        assert read_updates(again.pipeline, path / "adapter_model.safetensors").keys() == {"unet"}
 
 
 @pytest.mark.parametrize("name", ["sdxl", pytest.param("sd15", marks=SLOW)])

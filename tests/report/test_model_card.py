@@ -6,7 +6,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard as HubCard
 
-from diffalign.report.model_card import ModelCard, eval_results, literal, write_model_card
+from diffalign.report.model_card import EDIT, ModelCard, eval_results, literal, write_model_card
 from diffalign.report.results import figures
 
 CARD = ModelCard(
@@ -33,10 +33,10 @@ def test_the_hub_reads_the_front_matter(tmp_path):
     assert "widget" not in data
 
 
-def evaluation(name="pickscore"):
+def evaluation(name="pickscore", task="text-to-image"):
     scores = {name: torch.tensor([0.2, 0.4, 0.3, 0.5]), "failed": torch.full((4,), torch.nan)}
     found = figures(torch.tensor([0, 0, 1, 1]), scores, ["all"] * 4, None, {})
-    return eval_results(found, "prompts/held out.jsonl")
+    return eval_results(found, "prompts/held out.jsonl", task)
 
 
 def test_the_metadata_holds_each_reward_over_the_held_out_prompts(tmp_path):
@@ -52,6 +52,12 @@ def test_the_metadata_holds_each_reward_over_the_held_out_prompts(tmp_path):
     assert result.metric_value == pytest.approx(0.35)
     assert data.model_name == "Shapes, tuned"
     assert data.widget == [{"text": "a red circle"}]
+
+
+def test_a_model_that_edits_has_the_task_of_the_hub(tmp_path):
+    card = replace(CARD, task=EDIT, evaluation=evaluation(task=EDIT))
+    data = HubCard(write_model_card(tmp_path, card).read_text(encoding="utf-8")).data
+    assert {data.pipeline_tag, data.eval_results[0].task_type, data.tags[1]} == {"image-to-image"}
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,10 @@ def test_the_newest_of_both_places_is_resumed(store, said, tmp_path):
     assert find_checkpoint(config(tmp_path / "new", copy="store://b/empty")) is None
 
 
+@pytest.mark.parametrize("marks", [None, "/", ""])
 @pytest.mark.parametrize("resume", [WHERE, f"{WHERE}/", f"{WHERE}/checkpoint-2"])
-def test_an_address_is_resumed_in_an_empty_folder(resume, store, said, tmp_path):
+def test_an_address_is_resumed_in_an_empty_folder(resume, marks, store, said, tmp_path):
+    type(store).marks = marks
     save(tmp_path / "run", 1)
     save(tmp_path / "run", 2)
     copied(tmp_path / "run")

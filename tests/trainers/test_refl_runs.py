@@ -14,6 +14,7 @@ from diffalign.rewards.base import REWARDS, FunctionReward, Registered
 from diffalign.rollout.buffer import RolloutBuffer
 from diffalign.runtime.tracking import MetricsLog
 from diffalign.trainers.inputs import Inputs
+from diffalign.trainers.refl import hacking_monitor
 from diffalign.trainers.refl.hacking_monitor import HackingMonitor
 from tests.conftest import PIPELINE
 from tests.phases import collect
@@ -66,12 +67,18 @@ def test_a_buffer_on_disk_gives_the_states_and_the_prompts(refl, small, train_pr
 # Watching ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_tells_learning_from_hacking(refl, train_prompts):
+def test_an_evaluation_tells_learning_from_hacking(refl, train_prompts, monkeypatch):
+    """Rewards see each prompt's own metadata, also where prompts share a text, as edits of several sources do."""
+    held_out, seen = [dataclasses.replace(prompt, text="the same") for prompt in train_prompts[:3]], []
+    asked = hacking_monitor.ask
+    monkeypatch.setattr(hacking_monitor, "ask", lambda *given: seen.append(given[3]) or asked(*given))
     args = refl(
         "draft_1", eval_rewards=("shapes_strict",), held_out={"brightness": 1.0}, eval_steps=1, learning_rate=1e-2
     )
-    trainer = trainer_of(args, train_prompts, eval_dataset=train_prompts[:3])
+    trainer = trainer_of(args, train_prompts, eval_dataset=held_out)
     trainer.train()
+    assert len(seen) >= 2
+    assert all(metadata == [prompt.metadata for prompt in held_out] for metadata in seen)
     rows = [row for row in MetricsLog.read(args.output_dir / "metrics.jsonl") if "eval/accuracy" in row]
     names = ("shapes_strict", "redness", "brightness", "diversity", "reference_distance", "sharpness/redness", "alarm")
     assert all(f"eval/{name}" in row for row in rows for name in names)

@@ -12,6 +12,7 @@ from diffalign.config.sections import RewardConfig
 from diffalign.evaluation.heldout import Shown
 from diffalign.models.weights import POLICY
 from diffalign.report.run_report import Report
+from diffalign.structures import Prompt
 from diffalign.trainers.inputs import reward_table
 
 
@@ -36,8 +37,8 @@ def test_a_base_of_other_prompts_or_rewards_is_not_compared_with(tmp_path, about
     args = FlowGRPOConfig(model="m", output_dir=tmp_path)
     report = Report(SimpleNamespace(), args, "flow_grpo", "accelerate launch", POLICY)
     shown = {
-        name: Shown(["p"], torch.zeros(1, 3, 2, 2), {n: torch.zeros(1) for n in names}, torch.zeros(1).long(), ["all"],
-                    {n: torch.zeros(1) for n in names}, None, said)
+        name: Shown([Prompt("p")], torch.zeros(1, 3, 2, 2), {n: torch.zeros(1) for n in names}, torch.zeros(1).long(),
+                    ["all"], {n: torch.zeros(1) for n in names}, None, said)
         for name, names, said in (("base", rewards, about), ("tuned", ("a", "b"), "these"))
     }  # fmt: skip
     (tmp_path / "samples").mkdir()

@@ -203,6 +203,7 @@ def test_held_out_data_of_their_own_take_their_prompts_out_of_the_training(table
         (lambda rows: rows, {"train": "lora", "lora": LoraConfig(targets=("nothing",))}, "lora.targets: no layer"),
         (lambda rows: rows, {"lora": LoraConfig(rank=4)}, "lora.rank: read only with train: lora"),
         (lambda rows: rows, {"data": PreferenceDataConfig(mask="m")}, "data.mask: is read by"),
+        (lambda rows: rows, {"data": PreferenceDataConfig(source="s")}, "data.source: is read by"),
         (lambda rows: rows, {"backbone": ""}, "backbone is missing"),
         (lambda rows: rows, {"train_data": ()}, "train_data is missing"),
     ],

@@ -15,6 +15,7 @@ from diffalign import media
 from diffalign.atomic import replacing
 from diffalign.commands.label.answers import Answer, identify
 from diffalign.commands.label.comparison import Comparison
+from diffalign.structures import ImageSource
 
 ROWS = 100  # per row group: both images of a row are read together
 COLUMNS = {
@@ -61,17 +62,16 @@ class Exported:
 
 def digest_images(pair: Comparison) -> tuple[str, str]:
     """Hash the files of both images. ValueError: one cannot be read."""
-    first, second = (hashlib.blake2b(read_image(pair, side), digest_size=16).hexdigest() for side in (0, 1))
+    first, second = (hashlib.blake2b(read_image(image), digest_size=16).hexdigest() for image in pair.images)
     return first, second
 
 
-def read_image(pair: Comparison, side: int) -> bytes:
+def read_image(image: ImageSource) -> bytes:
     """Read the file of an image. ValueError: it cannot be read."""
-    source = pair.images[side]
     try:
-        return source.read()
+        return image.read()
     except media.BROKEN as error:
-        raise ValueError(f"{source.name} cannot be read: {media.reason(error)}") from error
+        raise ValueError(f"{image.name} cannot be read: {media.reason(error)}") from error
 
 
 def export(path: Path, pairs: Sequence[Comparison], answers: Sequence[Answer], both_bad: str) -> Exported:
@@ -120,7 +120,7 @@ def _rows(
             made.unused["their pairs are not among the sources of this command"] += 1
             continue
         try:
-            contents = [read_image(pair, side) for side in (0, 1)]
+            contents = [read_image(image) for image in pair.images]
         except ValueError:
             made.unused["an image can no longer be read"] += 1
             continue

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from diffalign.commands.label.answers import CHOICES, Answer, AnswerLog, identify, now, rater_name
 from diffalign.commands.label.comparison import Comparison
 from diffalign.commands.label.order import Order
+from diffalign.data.images import source_image
 from diffalign.files import shorten
+from diffalign.structures import ImageSource
 
-SIDES = ("left", "right")
+SIDES, SOURCE = ("left", "right"), "source"
 PICKS = (*SIDES, *CHOICES[2:])  # what a rater can answer
 LONGEST = 86_400.0  # seconds of an answer
 RESERVED = 900.0  # seconds for which a pair stays assigned to a rater who may have left
@@ -32,10 +34,11 @@ class UnknownPair(ValueError):
 
 @dataclass(frozen=True)
 class Shown:
-    """A pair as a rater sees it: its token, and its prompt."""
+    """A pair as a rater sees it: its token, its prompt, and whether this edits a source image."""
 
     token: str
     prompt: str
+    source: bool = False
 
 
 class Sitting:
@@ -85,7 +88,7 @@ class Sitting:
                 if found is None:
                     break
                 given[found] = time.monotonic()
-            return [Shown(self._token(rater, index), self.pairs[index].prompt.text) for index in given]
+            return [self._shown(rater, index) for index in given]
 
     def progress(self, rater: str) -> tuple[int, int]:
         """Return how many pairs the rater has answered, and how many there are for this rater."""
@@ -139,7 +142,7 @@ class Sitting:
                 return None
             given = self._given.setdefault(identify(rater), {})
             self._given[identify(rater)] = {index: time.monotonic(), **dict(list(given.items())[: AHEAD - 1])}
-            return Shown(self._token(rater, index), self.pairs[index].prompt.text)
+            return self._shown(rater, index)
 
     def find(self, rater: str, token: str) -> int:
         """Return the index of the pair that a token names to a rater. Raises UnknownPair."""
@@ -151,13 +154,16 @@ class Sitting:
                 raise UnknownPair(f"no pair {shorten(token, 40)!r} for this rater: reload the page")
             return tokens[token]
 
-    def picture(self, token: str, side: str) -> tuple[int, int] | None:
-        """Return the indices of a pair and of its image that a token and a side name; None for an unknown token."""
+    def picture(self, token: str, side: str) -> tuple[int, ImageSource] | None:
+        """Return the index of a pair, and the image that a token and a side, or "source", name; None: there is none."""
         with self._lock:
             for rater, tokens in self._tokens.items():
-                if (index := tokens.get(token)) is not None and side in SIDES:
-                    left = self.left(rater, index)
-                    return index, left if side == "left" else 1 - left
+                if (index := tokens.get(token)) is None:
+                    continue
+                pair, left = self.pairs[index], self.left(rater, index)
+                images = {"left": pair.images[left], "right": pair.images[1 - left], SOURCE: source_image(pair.prompt)}
+                found = images.get(side)
+                return None if found is None else (index, found)
         return None
 
     def left(self, rater: str, index: int) -> int:
@@ -169,6 +175,10 @@ class Sitting:
         """Show a pair to nobody any more, because an image of it cannot be read."""
         with self._lock:
             self.broken.setdefault(index, reason)
+
+    def _shown(self, rater: str, index: int) -> Shown:
+        prompt = self.pairs[index].prompt
+        return Shown(self._token(rater, index), prompt.text, source_image(prompt) is not None)
 
     def _token(self, rater: str, index: int) -> str:
         name = f"{identify(rater)}\0{self.pairs[index].key}"

@@ -111,7 +111,7 @@ def open_pairs_quickly(source: str, settings: PreferenceDataConfig, buffer: Sequ
         raise ValueError(f"{shorten(source)} holds no row: name a data set with at least one")
     root = path.parent if settings.image_root is None else mapped(settings.image_root)
     within = None if settings.allow_outside else (root, path.parent)
-    table = Table(printable(path), rows, root, settings.mask, within)
+    table = Table(printable(path), rows, root, settings.mask, within, sources=settings.source)
     return Part(table, detect(table.columns, settings.format, LABELLESS, table.name))
 
 

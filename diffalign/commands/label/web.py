@@ -3,7 +3,7 @@
     POST /api/next   {"rater"}                            -> {"pairs", "done", "total"}
     POST /api/answer {"rater", "token", "pick", "seconds"} -> the same, and "saved"
     POST /api/undo   {"rater"}                            -> the same, and "undone"
-    GET  /picture/TOKEN/left, /picture/TOKEN/right        -> an image
+    GET  /picture/TOKEN/left, .../right, .../source       -> an image
 
 Requests to other hosts than this machine's are refused where no token is asked for, so that a page of the web cannot
 reach the server through a name that it resolves to 127.0.0.1, and so are those that a page of another origin sends.
@@ -109,7 +109,10 @@ class Pages:
 
     def state(self, rater: str, **more: Any) -> dict[str, Any]:
         """Return the rater's next pairs and progress."""
-        pairs = [{"token": shown.token, "prompt": shown.prompt} for shown in self.sitting.upcoming(rater)]
+        pairs = [
+            {"token": shown.token, "prompt": shown.prompt, "source": shown.source}
+            for shown in self.sitting.upcoming(rater)
+        ]
         done, total = self.sitting.progress(rater)
         return {"rater": rater, "pairs": pairs, "done": done, "total": total, **more}
 
@@ -138,7 +141,7 @@ class Pages:
             raise HTTPException(404, "no such picture: reload the page")
         index, image = found
         try:
-            return Response(*for_browser(read_image(self.sitting.pairs[index], image)))
+            return Response(*for_browser(read_image(image)))
         except media.BROKEN as error:
             pair = self.sitting.pairs[index]
             reason = f"{shorten(printable(pair.key))} left out: {shorten(media.reason(error), 300)}"

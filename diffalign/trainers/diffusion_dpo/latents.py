@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.data.crops import DRAWS, CropParams, SizeConditioning, frame
 from diffalign.data.images import decode
 from diffalign.losses.errors import latent_mask
-from diffalign.models.editing import sized_input
+from diffalign.models.editing import check_source_column, sized_input
 from diffalign.models.offload import VAE
 from diffalign.runtime.run import Run
 from diffalign.structures import ImageSource, Input, LabelledImage, Pair
@@ -70,6 +70,7 @@ class LatentEncoder:
         moved = [name for name in ("random_crop", "random_flip") if getattr(run.config, name)]
         if moved and run.model.edits:
             raise ValueError(f"{' and '.join(moved)}: the sources that a model edits would stay as they are; leave out")
+        check_source_column(run.model, run.config.data.source)
         self.model, self.cache, self.identity = run.model, run.prompts.cache, run.prompts.identity
         self.config, self.rng, self.share = run.config, run.rng, run.share(run.config.num_pairs)
         self._rows: OrderedDict[tuple[int, CropParams, tuple[int, int]], _Row] = OrderedDict()

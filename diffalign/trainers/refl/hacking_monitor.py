@@ -105,9 +105,8 @@ class HackingMonitor:
     def _sharpness(self, evaluated: Evaluated) -> Metrics:
         """Return the sharpness of the images shown; NaN where a reward fails on them."""
         shown = evaluated.shown
-        known = {prompt.text: prompt.metadata for prompt in evaluated.prompts}
         images = shown.images.to(self.run.accelerator.device)
-        metadata, step = [known[text] for text in shown.texts], self.config.sharpness_step
+        metadata, step = [prompt.metadata for prompt in shown.prompts], self.config.sharpness_step
 
         def measured(reward: Reward) -> float:
             try:

@@ -121,6 +121,7 @@ class RewardTrainerConfig(TrainingConfig):
     def unread(self) -> Mapping[str, str]:
         """Fields that a run of this configuration does not read: dotted name -> reason."""
         found = {"data.mask": "is read by losses of denoising errors only"}
+        found["data.source"] = "is read by models that edit, and a judge sees the results alone"
         if self.train != "lora":
             found |= {"lora": NO_LORA}
         else:

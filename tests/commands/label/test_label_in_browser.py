@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,7 @@ import pytest
 from diffalign.cli import main
 from diffalign.commands.label import command
 from diffalign.commands.label.answers import AnswerLog
+from diffalign.structures import Prompt
 from tests.browser import chromium, resize, serious
 from tests.commands.label.kills import write_pairs
 from tests.commands.label.world import BLUE, RED, comparison, picture, serving, sitting_in
@@ -205,6 +207,29 @@ def test_everything_is_in_view_and_accessible_at_every_size(browser, tmp_path):
             assert (boxes["right"]["top"] > boxes["left"]["bottom"]) is (width < 640)  # below each other on a phone
             back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
             assert (int(re.findall(r"\d+", back)[0]) < 64) is dark
+
+
+def test_an_edit_shows_its_source_beside_both_results(browser, tmp_path):
+    """Whichever pairs come before and after it."""
+    (tmp_path / "source.png").write_bytes(LARGE[0])
+    pairs = [comparison(number, images=LARGE) for number in range(3)]
+    pairs[1] = replace(pairs[1], prompt=Prompt("make it red", {"image": str(tmp_path / "source.png")}))
+    with sitting_in(tmp_path, pairs, order="given") as sitting, serving(sitting) as (port, _):
+        log_in(browser, port, "Ada")
+        seen = []
+        for number in range(3):
+            seen.append(browser.find_element("id", "source").is_displayed())
+            if number == 1:
+                for (width, height), dark in (((1280, 800), False), ((360, 640), True)):
+                    resize(browser, width, height, dark)
+                    assert serious(browser) == []
+                    box = browser.execute_script(RECTANGLE, "source")
+                    assert box["right"] <= width
+                    assert box["height"] > 60
+                    assert browser.execute_script("return document.getElementById('source').naturalWidth") == 300
+                    assert browser.execute_script(RECTANGLE, "choices")["bottom"] <= height
+            answer(browser, "1")
+    assert seen == [False, True, False]
 
 
 def test_two_raters_at_once_in_one_browser(browser, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from diffalign.commands.label.command import address, page_token
 from diffalign.commands.label.config import LabelConfig
 from diffalign.commands.label.web import FILES, for_browser, is_loopback
+from diffalign.structures import Prompt
 from tests.commands.label.world import BLUE, RED, ask, comparison, picture, serving, sitting_in
 
 TOKEN = "a-token-of-some-length"
@@ -59,6 +61,18 @@ def test_an_answer_and_undo(served):
     )
     _, _, reply = ask(served, "/api/undo", {"rater": "Cleo"})
     assert (reply["undone"], reply["done"], reply["pairs"][0]) == (True, 0, pair)
+
+
+def test_the_source_of_an_edit_is_shown(tmp_path):
+    """Without it nobody can judge how much else was changed."""
+    (tmp_path / "source.png").write_bytes(picture((0, 90, 0)))
+    prompts = [Prompt("make it red", {"image": name}) for name in (str(tmp_path / "source.png"), "cat-17")]
+    pairs = [replace(comparison(i), prompt=prompt) for i, prompt in enumerate(prompts)]
+    with sitting_in(tmp_path, pairs) as sitting, serving(sitting) as (port, _):
+        given = ask(port, "/api/next", {"rater": "Ada"})[2]["pairs"]
+        replies = {pair["source"]: ask(port, f"/picture/{pair['token']}/source") for pair in given}
+        assert (replies[True][0], replies[True][2]) == (200, picture((0, 90, 0)))
+        assert replies[False][0] == 404
 
 
 def test_the_two_pictures_of_a_pair(served):

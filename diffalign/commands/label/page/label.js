@@ -7,7 +7,7 @@ const RETRY = 1000; // milliseconds
 const STEP = 1.5; // of the zoom
 
 const state = { rater: null, pairs: [], done: 0, total: 0, shown: null, busy: false, times: [] };
-const pictures = new Map(); // token -> promise of two object URLs
+const pictures = new Map(); // token -> promise of object URLs: left, right, and the source of an edit
 const clock = { spent: 0, since: null }; // the time that the pair was visible
 
 // Per tab, so that two raters may share a browser.
@@ -60,7 +60,8 @@ async function request(path, body) {
 async function load(shown) {
   if (!pictures.has(shown.token)) {
     const side = async (name) => URL.createObjectURL(await (await request(`/picture/${shown.token}/${name}`)).blob());
-    pictures.set(shown.token, Promise.all([side("left"), side("right")]));
+    const names = ["left", "right", ...(shown.source ? ["source"] : [])];
+    pictures.set(shown.token, Promise.all(names.map(side)));
   }
   return pictures.get(shown.token);
 }
@@ -130,6 +131,11 @@ async function show() {
     for (const name of [side, `${side}-large`]) $(name).src = urls[index];
     await $(side).decode().catch(() => {});
   }));
+  $("source-view").hidden = !shown.source;
+  if (shown.source) {
+    $("source").src = urls[2];
+    await $("source").decode().catch(() => {});
+  }
   for (const picture of document.querySelectorAll(".picture")) picture.classList.remove("chosen");
   $("work").setAttribute("aria-busy", "false");
   state.shown = shown;
