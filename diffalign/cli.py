@@ -93,9 +93,8 @@ def train(argv: Sequence[str]) -> int | None:
     one_line_logs()
     entry = registry.find_algorithm(argv[0], allow_code=True)
     if dry and entry.plan:
-        _refuse_place(argv[0], world, card)
         with closing_pipes():
-            return load(entry.plan)(args)
+            return load(entry.plan)(args, load("diffalign.forecast.dry_run:place_of")(world, card))
     memory = getattr(args, "memory", None)
     place = load("diffalign.forecast.dry_run:place_of")(world, card) if dry or memory else None
     if memory:
@@ -111,14 +110,6 @@ def train(argv: Sequence[str]) -> int | None:
         trainer = entry.trainer(args=args)
     trainer.train()
     return None
-
-
-def _refuse_place(name: str, world: int | None, card: str | None) -> None:
-    """Raise ValueError for options of a forecast that a trainer has none of."""
-    if given := [f"--{key}" for key, value in (("world", world), ("card", card)) if value is not None]:
-        raise ValueError(
-            f"command line: {', '.join(given)}: the memory and time of `train {name}` are not forecast; leave it out"
-        )
 
 
 def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
@@ -145,6 +136,8 @@ def take_switch(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 def _not_read(config: Any) -> tuple[str, ...]:
     """Return the fields of which a forecast reads nothing: prompts, and the model if the package has its configs."""
+    if backbone := getattr(config, "backbone", None):
+        return ("backbone",) if load("diffalign.models.published_configs:published_reward_folder")(backbone) else ()
     if not (model := getattr(config, "model", None)):
         return not_needed_to_forecast(config)
     try:

@@ -7,6 +7,7 @@ import pytest
 
 from diffalign.config import describe, from_dict, load_yaml, option, parse, save_yaml, to_dict, to_yaml, yaml_dialect
 from diffalign.diffusion.plan_config import PlanConfig
+from diffalign.trainers.flow_grpo.config import FlowGRPOConfig
 
 
 @dataclass(frozen=True)
@@ -310,3 +311,15 @@ def test_a_whole_number_beyond_all_floats_is_infinite(sign, typed):
     text = f"{sign}1{'0' * 400}"
     found = parse(Holder, ["--amount", text]) if typed else from_dict(Holder, {"amount": int(text)})
     assert found.amount == float(f"{sign}inf")
+
+
+def test_a_table_of_rewards_is_written_without_what_was_not_set():
+    config = from_dict(
+        FlowGRPOConfig, {"rewards": {"pickscore": {"weight": 0.5}, "mine": {"path": "runs/judge"}}}, "test"
+    )
+    written = to_dict(config)["rewards"]
+    assert "path" not in written["pickscore"]
+    assert "path" not in written["mine"]
+    assert from_dict(FlowGRPOConfig, {"rewards": written}, "test").rewards == config.rewards
+    older = {name: {**entry, "path": None} for name, entry in written.items()}
+    assert from_dict(FlowGRPOConfig, {"rewards": older}, "test").rewards == config.rewards

@@ -9,17 +9,19 @@ import dataclasses
 import sys
 from contextlib import contextmanager
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from diffalign import LoraConfig
+from diffalign import LoraConfig, RewardTrainer, RewardTrainerConfig
 from diffalign.config.schema import arms_of, init_fields
 from diffalign.config.unread import covering, unread_names
 from diffalign.data.config import PreferenceDataConfig
 from diffalign.diffusion.plan_config import PlanConfig
 from diffalign.diffusion.reward_gradient_config import RecipeConfig
 from diffalign.trainers.diffusion_dpo.siblings_config import SiblingsConfig
-from tests.conftest import PIPELINE, PROMPTS
-from tests.reliability.trainers import PAIRS, TRAINERS, held_out
+from tests.conftest import PIPELINE, PROMPTS, ROOT
+from tests.reliability.trainers import PAIRS, TRAINERS, Case, held_out
 
 COMMON = {"model": str(PIPELINE), "max_sequence_length": 16, "lora": LoraConfig(rank=2), "max_train_steps": 2}
 COMMON |= {"eval_images_per_prompt": 1}
@@ -33,6 +35,8 @@ SIBLINGS = {"pairs": "siblings", "siblings": SiblingsConfig("spo", first_step=0)
 REFL = {"rewards": {"brightness": 1.0}, "num_groups": 2, "rollout_batch_size": 2, "train_batch_size": 2}
 REFL |= {"eval_num_steps": 2, "recipe": RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1)}
 PRETRAINING = RecipeConfig(preset="draft_k", num_steps=2, gradient_steps=1, regulariser="pretraining")
+REWARD = {"backbone": str(ROOT / "assets/judges/pickscore"), "num_pairs": 4, "max_train_steps": 2, "label_next": 2}
+REWARD |= {"judges": {"brightness": 1.0}, "held_out_share": 0.5, "tokenizer": str(ROOT / "assets/judges/pickscore")}
 MODES = {
     "flow_grpo": ("flow_grpo", ROLLOUTS | NOISY),
     "flow_grpo trees": ("flow_grpo", ROLLOUTS | {"plan": PlanConfig("branch_grpo", num_steps=3, split_steps=(0,)),
@@ -56,6 +60,8 @@ MODES = {
     "refl": ("refl", REFL | {"train_prompts": PROMPTS / "shapes_train.jsonl"}),
     "refl images": ("refl", REFL | {"train_prompts": PROMPTS / "shapes_train.jsonl", "train_images": (PAIRS,),
                                     "recipe": PRETRAINING, "data": PreferenceDataConfig(scan=2)}),
+    "reward": ("reward", REWARD | {"prototypes": 2, "rater_model": "pal_a", "train": "lora"}),
+    "reward heads": ("reward", REWARD | {"tie_model": "davidson"}),
 }  # fmt: skip
 
 # Callers whose reads are no use of a value: they check, copy, compare or write configurations.
@@ -66,23 +72,20 @@ BUFFER = "read where train_data is a rollout buffer"
 SINGLE = {
     **dict.fromkeys(("anchor_weight", "max_margin", "winner_mu", "winner_weight"), "refused unless it is off"),
 }
+DATA_SETS = {
+    "data.split": "read for folders and data sets of the hub",
+    "data.subset": "read for data sets of the hub",
+    "data.ties": "read at a label of 0.5",
+    **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
+}
 KNOWN = {
     "": {
         "auto_batch": "read when memory runs out",
         "cache_dir": "read with cache: true, and refused by validate without",
     },
-    "diffusion_dpo": {
-        "data.split": "read for folders and data sets of the hub",
-        "data.subset": "read for data sets of the hub",
-        "data.ties": "read at a label of 0.5",
-        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
-    },
-    "refl images": {
-        "data.split": "read for folders and data sets of the hub",
-        "data.subset": "read for data sets of the hub",
-        "data.ties": "read at a label of 0.5",
-        **dict.fromkeys((f"data.rollouts.{name}" for name in ("min_gap", "rewards", "rule", "scale")), BUFFER),
-    },
+    "diffusion_dpo": DATA_SETS,
+    "refl images": DATA_SETS,
+    "reward": DATA_SETS,
     "diffusion_dpo single": SINGLE,
     "diffusion_dpo online single": {**SINGLE, "losers": "refused unless it is data"},
 }
@@ -147,12 +150,24 @@ def accepted(config):
                 yield path, cls, field.name
 
 
-@pytest.mark.parametrize("mode", MODES)
+def extra(name, folder):
+    """Settings of every mode of a trainer: where it writes, and what it is evaluated on."""
+    if name == "reward":
+        rows = parquet.read_table(PAIRS).slice(0, 12).to_pylist()
+        table = [{**row, "user_id": "ab"[i % 2]} for i, row in enumerate(rows)]
+        parquet.write_table(pyarrow.Table.from_pylist(table), folder / "pairs.parquet")
+        pairs = (str(folder / "pairs.parquet"),)
+        return {"output_dir": folder / "run", "train_data": pairs, "label_data": pairs}
+    return {"output_dir": folder / "run", "eval_prompts": held_out(folder), "eval_rewards": ("brightness",)}
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow) if mode == "reward heads" else mode for mode in MODES]
+)
 def test_a_run_reads_every_field_that_its_mode_accepts(mode, tmp_path):
     name, settings = MODES[mode]
-    case = TRAINERS[name]
-    extra = {"output_dir": tmp_path / "run", "eval_prompts": held_out(tmp_path), "eval_rewards": ("brightness",)}
-    config = case.config(**(COMMON | settings | extra))
+    case = TRAINERS[name] if name in TRAINERS else Case(RewardTrainer, RewardTrainerConfig, {})
+    config = case.config(**(({} if name == "reward" else COMMON) | settings | extra(name, tmp_path)))
     config.validate()
     with recorded(case.config) as found:
         case.trainer(args=config).train()

@@ -58,6 +58,15 @@ def refuse_unread(config: Any) -> None:
         )
 
 
+def _entry(value: Any) -> Any:
+    """Convert an entry of a table; one with fields, without those that are null by default."""
+    found = plain(value)
+    if not dataclasses.is_dataclass(value):
+        return found
+    unset = {field.name for field in dataclasses.fields(value) if field.default is None}
+    return {name: one for name, one in found.items() if one is not None or name not in unset}
+
+
 def plain(value: Any, unread: Collection[str] = (), path: str = "") -> Any:
     """Convert a value to dicts, lists and scalars, without typed-only fields and those named by ``unread``."""
     if dataclasses.is_dataclass(value):
@@ -68,7 +77,7 @@ def plain(value: Any, unread: Collection[str] = (), path: str = "") -> Any:
                 found[field.name] = plain(getattr(value, field.name), unread, own)
         return found
     if isinstance(value, Mapping):
-        return {name: plain(entry) for name, entry in value.items()}
+        return {name: _entry(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return shown(value) if isinstance(value, Path) else value

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from PIL import Image
@@ -137,6 +137,14 @@ def source_image(prompt: Prompt) -> ImageSource | None:
     if isinstance(given, str) or not os.path.isfile(given.image):
         return None
     return ImageSource(shorten(given.image), Path(given.image))
+
+
+def portable_metadata(prompt: Prompt) -> dict[str, Any]:
+    """Return the metadata of a prompt with the name of its source image, wherever the image lies."""
+    metadata = dict(prompt.metadata)
+    if isinstance(image := metadata.get("image"), str) and os.path.isabs(image):
+        metadata["image"] = os.path.basename(image)
+    return metadata
 
 
 def content_key(pair: Pair) -> str:

@@ -182,13 +182,15 @@ class Row:
             typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
 
         Raises:
-            SampleError: "bad_row": "metadata" is not a mapping, or the source is missing or no image.
+            SampleError: "bad_row": "metadata" is not a mapping, or the source is missing or no image; "unreadable": an
+                "image" in "metadata" lies outside ``within``.
         """
         value = self.values.get("metadata")
         try:
             own = with_source(as_metadata(value() if callable(value) else value), self.root)
         except ValueError as error:
             raise self.error("bad_row", "metadata", str(error)) from error
+        self._check_source(own)
         cells = {name: self.values[name] for name in others}
         beside: dict[str, Any] = without_nulls({n: typed(cell) for n, cell in cells.items()} if typeless else cells)
         return {**beside, **own, **self._source()}
@@ -216,6 +218,16 @@ class Row:
             check_inside(content, self.within)
         open_regular(content).close()
         return content.absolute()
+
+    def _check_source(self, metadata: Mapping[str, Any]) -> None:
+        """Hold the source image in metadata to the folders that may contain the row's images."""
+        image = metadata.get("image")
+        if self.within is None or not isinstance(image, str) or not os.path.isabs(image) or not os.path.isfile(image):
+            return
+        try:
+            check_inside(Path(image), self.within)
+        except ValueError as error:
+            raise self.error("unreadable", "image in metadata", str(error)) from error
 
     def image(self, column: str, identity: Any = None, index: int | None = None) -> ImageSource:
         """Return the image in ``column`` without reading it.

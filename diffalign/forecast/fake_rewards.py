@@ -29,7 +29,9 @@ from diffalign.models.published_configs import published_reward_folder
 from diffalign.rewards import aesthetic, clip, f_clipscore, hps, ict_hp, image_reward, judge, mps, vqascore
 from diffalign.rewards.base import IMAGES, RECIPE, Metadata, Reward, names, needs_groups, registered
 from diffalign.rewards.support import qwen_vl
-from diffalign.rewards.support.judge_network import JudgeNetwork, layout_of
+from diffalign.rewards.support.judge_files import read_about
+from diffalign.rewards.support.judge_network import layout_of
+from diffalign.rewards.support.judge_raters import network_class
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards.support.weights import PRECISIONS, Weights, frozen, loading_with, quiet, split
 
@@ -49,7 +51,7 @@ class WordTokenizer(BlankTokenizer):
         return 32_100  # of FlanT5, whose head is cut to it
 
 
-def _config(spec: str, file: str = "config.json") -> dict[str, Any]:
+def reward_config(spec: str, file: str = "config.json") -> dict[str, Any]:
     """Read a configuration of a local folder, or of a published model."""
     name = split(spec)[0]
     folder = Path(name) if Path(name).exists() else published_reward_folder(name)
@@ -65,7 +67,7 @@ def _tokenizer(spec: str) -> Any:
 
 
 def _clip_model(spec: str) -> CLIPModel:
-    return CLIPModel(CLIPConfig.from_dict(_config(spec)))
+    return CLIPModel(CLIPConfig.from_dict(reward_config(spec)))
 
 
 def _clip(weights: Weights, tokenizer: str) -> tuple[Any, ...]:
@@ -73,7 +75,7 @@ def _clip(weights: Weights, tokenizer: str) -> tuple[Any, ...]:
 
 
 def _f_clipscore(weights: Weights) -> tuple[Any, ...]:
-    model = CLIPModel._from_config(CLIPConfig.from_dict(_config(weights.path)), attn_implementation="eager")
+    model = CLIPModel._from_config(CLIPConfig.from_dict(reward_config(weights.path)), attn_implementation="eager")
     return frozen(model, weights), _tokenizer(weights.path)
 
 
@@ -101,15 +103,15 @@ def _hp(weights: Weights, clip: str) -> tuple[Any, ...]:
 
 
 def _image_reward(weights: Weights, tokenizer: str) -> tuple[Any, ...]:
-    vision = BlipVisionConfig(**_config(weights.path, "vision_config.json"))
-    text = image_reward.text_config(_config(weights.path, image_reward.TEXT_CONFIG), vision.hidden_size)
+    vision = BlipVisionConfig(**reward_config(weights.path, "vision_config.json"))
+    text = image_reward.text_config(reward_config(weights.path, image_reward.TEXT_CONFIG), vision.hidden_size)
     return frozen(image_reward.Network(vision, text), weights), _tokenizer(tokenizer)
 
 
 def _vqascore(weights: Weights, tokenizer: str, tower: str | None) -> tuple[Any, ...]:
-    config = vqascore.ClipT5Config.from_dict(_config(weights.path))
+    config = vqascore.ClipT5Config.from_dict(reward_config(weights.path))
     inside = Path(weights.path) / config.mm_vision_tower
-    vision = _config(tower or str(inside if inside.is_dir() else config.mm_vision_tower))
+    vision = reward_config(tower or str(inside if inside.is_dir() else config.mm_vision_tower))
     vision = vision.get("vision_config", vision)
     model = vqascore.ClipT5(config, CLIPConfig.from_dict({"vision_config": vision}).vision_config)
     words = _tokenizer(tokenizer)
@@ -118,7 +120,7 @@ def _vqascore(weights: Weights, tokenizer: str, tower: str | None) -> tuple[Any,
 
 
 def _mps(weights: Weights, clip: str) -> tuple[Any, ...]:
-    return frozen(mps.Network(CLIPConfig.from_dict(_config(clip))), weights), _tokenizer(clip)
+    return frozen(mps.Network(CLIPConfig.from_dict(reward_config(clip))), weights), _tokenizer(clip)
 
 
 class ChatTokenizer(BlankTokenizer):
@@ -144,7 +146,7 @@ class ChatTokenizer(BlankTokenizer):
 
 
 def _qwen(weights: Weights) -> tuple[Any, ...]:
-    found = _config(weights.path)
+    found = reward_config(weights.path)
     config = AutoConfig.for_model(found.pop("model_type"), **found)
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
@@ -161,9 +163,10 @@ def _qwen(weights: Weights) -> tuple[Any, ...]:
 
 
 def _judge(weights: Weights, rater: str | None) -> tuple[Any, ...]:
-    found = _config(weights.path)
+    found = reward_config(weights.path)
     config = AutoConfig.for_model(found.pop("model_type"), **found)
-    network = JudgeNetwork(layout_of(config, weights.path).model(config))
+    backbone = layout_of(config, weights.path).model(config)
+    network = network_class(read_about(weights).rater_model).single(backbone)
     return frozen(network, weights), _tokenizer(weights.path)
 
 

@@ -132,7 +132,7 @@ def rehearse(
         stack.enter_context(counter)
         with counter.during(WEIGHTS):
             algorithm, state = _algorithm(entry, setting, model, trained, counter, folder)
-            _warm_up(state, counter, config)
+            warm_up(state, counter, config)
             if spread is not None:
                 _shard(model, state, spread, counter)
             for reward in setting.every:
@@ -252,7 +252,7 @@ def _algorithm(
     return entry.algorithm(run, setting.inputs), state
 
 
-def _warm_up(state: LoopState, counter: Counter, config: Any) -> None:
+def warm_up(state: LoopState, counter: Counter, config: Any) -> None:
     """Let the optimizer make its moments; in 8 bits they take a quarter."""
     for parameter in state.parameters:
         parameter.grad = torch.zeros_like(parameter)

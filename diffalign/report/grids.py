@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffalign.atomic import replacing
+from diffalign.report.fonts import SIZE, drawable, font_of, own
 
 GAP = 8  # pixels between cells
 CELL = (128, 256)  # smallest and largest width of an image in a comparison, in pixels
 TEXT_WIDTH = 200
-FONT = 14
+FONT = SIZE
 SOURCE = "source"  # title of the column of source images
 PAPER, INK, GREY, GREEN, RED = "white", "#202020", "#808080", "#1a8f3c", "#c8322b"
 
@@ -53,6 +54,7 @@ def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one label per image")
     width, height = images.shape[3] * scale, images.shape[2] * scale
+    texts = drawable(labels or ())
     line = FONT + 6 if labels is not None else 0
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + line + GAP)), PAPER)
@@ -61,7 +63,7 @@ def image_grid(images: Tensor, columns: int, labels: Sequence[str] | None = None
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + line + GAP)
         sheet.paste(_picture(image, width), (x, y))
         if labels is not None:
-            _centred(draw, labels[i], x, y + height, width)
+            _centred(draw, texts[i], x, y + height, width)
     return sheet
 
 
@@ -98,7 +100,7 @@ def compare_grid(
     tables = {reward: {name: own[reward] for name, own in scores.items()} for reward in rewards} if scores else {}
     line = FONT + 8
     foot = line * len(rewards)
-    texts = [_wrap(prompt, TEXT_WIDTH) for prompt in prompts]
+    texts = [_wrap(prompt, TEXT_WIDTH) for prompt in drawable(prompts)]
     tallest = max(picture.height for row in pictures.values() for picture in row)
     heights = [max(tallest + foot, len(text) * (FONT + 4)) for text in texts]
     lines = _means(tables, totals)
@@ -109,9 +111,9 @@ def compare_grid(
     size = (wide, below + len(notes) * (FONT + 4) + GAP * bool(notes))
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    for j, name in enumerate(columns):
+    for j, (name, title) in enumerate(zip(columns, drawable(columns), strict=True)):
         x = TEXT_WIDTH + 2 * GAP + j * (width + GAP)
-        _centred(draw, name, x, GAP / 2, width)
+        _centred(draw, title, x, GAP / 2, width)
         for k, values in enumerate(lines.values(), start=1):
             _centred(draw, values.get(name, ""), x, GAP / 2 + k * (FONT + 6), width, GREY)
         y = header + GAP
@@ -123,14 +125,16 @@ def compare_grid(
                 middle = y + picture.height + line * (k + 0.5)
                 _mark(draw, table, name, i, x + width * (0.5 if len(rewards) == 1 else 0.8), middle)
                 if len(rewards) > 1:
-                    draw.text((x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=_font(), anchor="lm")
+                    draw.text(
+                        (x, middle), _cut(draw, reward, 0.6 * width), fill=GREY, font=font_of(reward), anchor="lm"
+                    )
             y += heights[i] + GAP
     for k, label in enumerate(lines, start=1):
         position = (GAP, GAP / 2 + k * (FONT + 6) + FONT / 2 + 3)
-        draw.text(position, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=_font(), anchor="lm")
+        draw.text(position, _cut(draw, label, TEXT_WIDTH), fill=GREY, font=font_of(label), anchor="lm")
     _write_prompts(draw, texts, heights, header, size[0])
     for k, note in enumerate(notes):
-        draw.text((GAP, below + k * (FONT + 4)), note, fill=GREY, font=_font())
+        draw.text((GAP, below + k * (FONT + 4)), note, fill=GREY, font=font_of(note))
     with replacing(path) as staged:
         sheet.save(staged)
 
@@ -153,7 +157,7 @@ def _write_prompts(
     y = header + GAP
     for text, height in zip(texts, heights, strict=True):
         draw.line((GAP, y - GAP / 2, width - GAP, y - GAP / 2), fill="#dddddd")
-        draw.multiline_text((GAP, y), "\n".join(text), fill=INK, font=_font(), spacing=4)
+        draw.multiline_text((GAP, y), "\n".join(text), fill=INK, font=font_of("".join(text)), spacing=4)
         y += height + GAP
 
 
@@ -191,7 +195,7 @@ def _mark(draw: ImageDraw.ImageDraw, scores: Mapping[str, Tensor], name: str, ro
     elif not all(v in (0, 1) or math.isnan(v) for column in scores.values() for v in column.tolist()):
         others = [v for column in scores.values() if not math.isnan(v := float(column[row]))]
         best = value == max(others) > min(others)
-        draw.text((x, y), f"{value:.3g}", fill=GREEN if best else INK, font=_font(), anchor="mm")
+        draw.text((x, y), f"{value:.3g}", fill=GREEN if best else INK, font=own(), anchor="mm")
     elif value == 1:
         draw.line((x - 6, y, x - 2, y + 5, x + 7, y - 6), fill=GREEN, width=3, joint="curve")
     else:
@@ -207,19 +211,15 @@ def _picture(image: Tensor, width: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if width % picture.width == 0 else Image.Resampling.LANCZOS)
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT)
-
-
 def _centred(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, width: int, fill: str = INK) -> None:
     """Draw one centred line, truncated to ``width``."""
-    draw.text((x + width / 2, y + FONT / 2 + 3), _cut(draw, text, width), fill=fill, font=_font(), anchor="mm")
+    draw.text((x + width / 2, y + FONT / 2 + 3), _cut(draw, text, width), fill=fill, font=font_of(text), anchor="mm")
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
     """Truncate a text to ``width`` pixels, with an ellipsis."""
-    shown = text
-    while shown and draw.textlength(shown, font=_font()) > width:
+    shown, font = text, font_of(text)
+    while shown and draw.textlength(shown, font=font) > width:
         text = text[:-1]
         shown = f"{text}…" if text else ""
     return shown
@@ -227,7 +227,7 @@ def _cut(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
 
 def _wrap(text: str, width: int) -> list[str]:
     """Wrap a text to lines of at most ``width`` pixels; longer words are broken."""
-    font = _font()
+    font = font_of(text)
     lines = [""]
     for word in text.split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from diffalign.rewards.base import Metadata, RewardCard, register
 from diffalign.rewards.support.judge_files import check_judge, check_rater, load_judge, read_about
 from diffalign.rewards.support.judge_network import JudgeNetwork, preprocess_of, tokenize
+from diffalign.rewards.support.judge_raters import network_class
 from diffalign.rewards.support.preprocess import at_least_float32, on_images, should_quantize
 from diffalign.rewards.support.prompts import unique_prompts
 from diffalign.rewards.support.weights import Weights, frozen, load_once, on_device
@@ -27,7 +29,7 @@ def _load(weights: Weights, rater: str | None) -> tuple[JudgeNetwork, Any]:
 
 @dataclass(frozen=True)
 class JudgeReward:
-    """Score by exp(logit_scale) cos(text, image), as PickScore (arXiv 2305.01569).
+    """Score by exp(logit_scale) cos(text, image), as PickScore (arXiv 2305.01569), or by PAL's model A.
 
     Args:
         name: under which scores are stored.
@@ -54,7 +56,7 @@ class JudgeReward:
             pixels = preprocess_of(config)(images, quantize=should_quantize(self.quantize, images))
             image = network.embed_images(network.pool_images(pixels.to(network.dtype)))
             text = _embed_texts(network, tokenizer, prompts, images.device)
-            return at_least_float32(network.logit_scale * (image * text).sum(-1))
+            return at_least_float32(network.logit_scale * network.similarity(image[:, None], text)[:, 0])
 
 
 @torch.no_grad()
@@ -91,6 +93,8 @@ def judge(
     """
     check_judge(path)
     weights = Weights(path, revision, precision, offload)
-    if rater is not None:
-        check_rater(read_about(weights), rater, path)
-    return JudgeReward(name, weights, rater, quantize)
+    if rater is None and not Path(path).is_dir():
+        return JudgeReward(name, weights, rater, quantize)
+    about = read_about(weights)
+    check_rater(about, rater, path)
+    return JudgeReward(name, weights, rater, quantize, range=network_class(about.rater_model).bounds)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.epoch_order import take
+from diffalign.data.images import portable_metadata
 from diffalign.diffusion.plan import Plan, make_plan, possible_plans
 from diffalign.models.editing import check_sources
 from diffalign.models.offload import VAE
@@ -29,6 +30,7 @@ from diffalign.rollout.scoring import ScoreBook, check_unscored
 from diffalign.rollout.tree import trees_per_group
 from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics
+from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.structures import Conditioning, Prompt
 
@@ -228,9 +230,12 @@ class Collector:
         rollout.metrics = metrics
         return rollout
 
-    def texts(self) -> list[str]:
-        """Return each prompt with its metadata as JSON, for the digest of the training data."""
-        return [json.dumps([p.text, p.metadata], sort_keys=True, default=str) for p in self.prompts]
+    def digests(self) -> tuple[str, str]:
+        """Return the digest of texts and metadata of the prompts, and the one of version 0.1, with paths of images."""
+        own = ([p.text, portable_metadata(p)] for p in self.prompts)
+        old = ([p.text, p.metadata] for p in self.prompts)
+        one, other = (digest(json.dumps(row, sort_keys=True, default=str) for row in rows) for rows in (own, old))
+        return one, other
 
     def prompts_of(self, iteration: int) -> list[Prompt]:
         """Return a prompt per group, the same on all processes; each epoch shuffles all prompts."""

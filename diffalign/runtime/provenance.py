@@ -18,6 +18,7 @@ from diffalign.config import free_fields, to_dict, unread
 from diffalign.device import device_name
 from diffalign.runtime.config import TrainingConfig
 
+WITH_PATHS = "with_paths"  # beside a digest: the one of early checkpoints, in which paths of source images count
 REPOSITORY = re.compile(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}")
 
 
@@ -137,7 +138,7 @@ def check_origin(then: Mapping[str, Any], now: Mapping[str, Any], args: Training
             f"this checkpoint is of another configuration:\n{table}\n"
             "resume with the original settings (config.yaml of that run), or choose a new output_dir"
         )
-    if then["data_sha256"] != now["data_sha256"]:
+    if then["data_sha256"] not in (now["data_sha256"], now.get(f"data_{WITH_PATHS}")):
         raise ValueError(
             "the training data have changed since this checkpoint: restore them, or choose a new output_dir"
         )
@@ -167,7 +168,7 @@ def _check_contents(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Map
         ValueError: Contents differ.
     """
     both = [name for name in now if name in then]
-    if changed := [name for name in both if then[name]["content"] != now[name]["content"]]:
+    if changed := [n for n in both if then[n]["content"] not in (now[n]["content"], now[n].get(WITH_PATHS))]:
         raise ValueError(
             f"changed since this checkpoint was written: {', '.join(changed[:10])}. A run goes on with the model, data "
             "and judges that it began with: restore these files, or start a new run in another output_dir"

@@ -59,6 +59,7 @@ class Algorithm(ABC, Generic[C, B]):
         updates_per_iteration: Optimizer steps on the data of an iteration.
         world_size_invariant: Whether any number of processes splits an iteration into the same updates.
         data_digest: Digest of the training data, which a resumed run compares.
+        digest_with_paths: The same with paths of source images, as early checkpoints have it; empty if it is no other.
         data_contents: Fingerprints of data in memory, by name.
         collapse_remedy: What to try where online training collapses, a sentence.
     """
@@ -72,6 +73,7 @@ class Algorithm(ABC, Generic[C, B]):
     updates_per_iteration: int = 1
     world_size_invariant: bool = True
     data_digest: str = ""
+    digest_with_paths: str = ""
     data_contents: Mapping[str, dict[str, str]] = {}
 
     # Before the model is loaded -------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
 from diffalign.data.prompts import as_prompts
 from diffalign.fsdp import FSDPConfig
@@ -22,20 +21,17 @@ from diffalign.rewards.base import Reward, RewardFunction, check_latents
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.callbacks import TrainerCallback
-from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop
-from diffalign.runtime.output_copy import OutputCopy, check_target
-from diffalign.runtime.processes import check_world, connect, wants_shards
-from diffalign.runtime.products import check_products
+from diffalign.runtime.output_copy import OutputCopy
 from diffalign.runtime.run import Heartbeat, Run
 from diffalign.runtime.state import LoopState
-from diffalign.runtime.tracking import tracker_names
 from diffalign.runtime.trainer_config import TrainerConfig
 from diffalign.runtime.watchdog import Watchdog
 from diffalign.structures import Prompt
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.announce import closing, opening
-from diffalign.trainers.hub import create_repository, hub_callbacks
+from diffalign.trainers.connect import connected
+from diffalign.trainers.hub import hub_callbacks
 from diffalign.trainers.inputs import Inputs, load_optional, with_held_out
 from diffalign.trainers.outputs import Outputs
 from diffalign.trainers.result import TrainingResult, read_result
@@ -88,7 +84,7 @@ class Trainer(Generic[C]):
                 "args, _ = diffalign.forecast.fit.fit_memory(find_algorithm(NAME), args)"
             )
         self.inputs: Inputs[C] = with_evaluation(kind.read_inputs(config, reward_funcs, train_dataset), eval_dataset)
-        accelerator, shards = self._connect(self.inputs)
+        accelerator, shards = connected(self.inputs.config, self._check_processes)
         loaded = model if isinstance(model, DiffusionModel) else load(self.inputs.config)
         check_latents({**self.inputs.eval_rewards, **self.inputs.rewards}, loaded.pipeline.vae.config)
         self.inputs = inputs = record_model(self.inputs, loaded)
@@ -120,31 +116,11 @@ class Trainer(Generic[C]):
         every = [*callbacks, *hub_callbacks(config), self.output_copy]
         self.loop = Loop(self.run, state, self.algorithm, self.outputs, every)
 
-    def _connect(self, inputs: Inputs[C]) -> tuple[Accelerator, FSDPConfig | None]:
-        """Start the processes, and check that batches divide over them."""
-        config = inputs.config
-        connect()
-        # Accelerate would shard the denoiser too late, and on CPUs not at all: let it handle processes only.
-        with patch_environment(ACCELERATE_USE_FSDP="false"):
-            accelerator = Accelerator(
-                mixed_precision=config.mixed_precision,
-                log_with=tracker_names(config.report_to) or None,
-                project_dir=config.output_dir,
-                # Buffers are constants, and processes may call the denoiser a different number of times per pass.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            )
-        check_world(accelerator.num_processes)
-        shards = wants_shards(accelerator.device)
+    def _check_processes(self, processes: int, shards: FSDPConfig | None) -> None:
+        """Raise ValueError where the run cannot be sharded, or its batches do not divide over the processes."""
         if shards is not None:
-            config.validate_shards()
-        self.algorithm_class.check_processes(inputs, accelerator.num_processes)
-        if accelerator.is_main_process:
-            refuse_busy(config.output_dir)
-            check_products(config.output_dir)
-            if config.push_to_hub is not None:
-                create_repository(config.push_to_hub, config.hub_private)
-            check_target(config)
-        return accelerator, shards
+            self.inputs.config.validate_shards()
+        self.algorithm_class.check_processes(self.inputs, processes)
 
     @property
     def args(self) -> C:

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffalign.config.sections import JUDGE, JUDGE_FILES
 from diffalign.data.ai_labels import labels_path
-from diffalign.data.images import source_image
+from diffalign.data.images import portable_metadata, source_image
 from diffalign.data.pairs import Samples
 from diffalign.data.prompt_source import parse_source
 from diffalign.lora_source import lora_file
@@ -23,6 +23,7 @@ from diffalign.remote import mapped, shown
 from diffalign.rewards.config import RewardConfig
 from diffalign.rewards.support.weights import Weights
 from diffalign.runtime.fingerprint import MODEL_FILES, fingerprint, of_bytes
+from diffalign.runtime.provenance import WITH_PATHS
 from diffalign.structures import ImageSource, Prompt
 
 Fingerprints = dict[str, dict[str, str]]
@@ -63,11 +64,14 @@ def sample_contents(data: Samples) -> dict[str, str]:
     """Return the fingerprint of samples: texts, metadata and labels of ``SEEN``, images of ``READ``, spread evenly."""
     count = len(data)
     seen, read = min(count, SEEN), min(count, READ)
-    rows = (_row(data[number * count // seen]) for number in range(seen))
+    samples = [data[number * count // seen] for number in range(seen)]
+    rows = [_row(sample, portable_metadata(sample.prompt)) for sample in samples]
+    old = [_row(sample, sample.prompt.metadata) for sample in samples]
     chosen = (data[number * count // read] for number in range(read))
     seen_images = ((*sample.images, sample.mask, source_image(sample.prompt)) for sample in chosen)
-    images = (_image(image) for own in seen_images for image in own if image is not None)
-    return of_bytes((str(count).encode(), *rows, *images))
+    images = [_image(image) for own in seen_images for image in own if image is not None]
+    found = of_bytes((str(count).encode(), *rows, *images))
+    return found if rows == old else {**found, WITH_PATHS: of_bytes((str(count).encode(), *old, *images))["content"]}
 
 
 def source_contents(prompts: Sequence[Prompt]) -> Fingerprints:
@@ -93,9 +97,9 @@ def check_sample_sources(model: DiffusionModel, data: Samples) -> None:
     check_sources(model, (data[number * count // read].prompt for number in range(read)))
 
 
-def _row(sample: Any) -> bytes:
+def _row(sample: Any, metadata: Mapping[str, Any]) -> bytes:
     labels = getattr(sample, "label", None), getattr(sample, "liked", None)
-    return json.dumps([sample.key, sample.prompt.text, sample.prompt.metadata, labels], default=str).encode()
+    return json.dumps([sample.key, sample.prompt.text, metadata, labels], default=str).encode()
 
 
 def _image(source: ImageSource) -> bytes:

@@ -25,7 +25,7 @@ from diffalign.runtime.ema import EMA
 from diffalign.runtime.interfaces import Metrics
 from diffalign.runtime.oom import batch_name
 from diffalign.runtime.products import portable
-from diffalign.runtime.provenance import commit, origin
+from diffalign.runtime.provenance import WITH_PATHS, commit, origin
 from diffalign.runtime.run import Run
 from diffalign.runtime.tracking import MetricsLog, Pictures
 from diffalign.trainers.algorithm import Algorithm, Evaluated
@@ -92,8 +92,9 @@ class Outputs:
 
     def origin(self) -> dict[str, Any]:
         """Describe the configuration, data and machine of the run, for its checkpoints."""
-        run, digest = self.run, self.algorithm.data_digest
-        return origin(run.config, digest, run.world, run.accelerator.device.type, self.commits, self.contents)
+        run, algorithm, device = self.run, self.algorithm, self.run.accelerator.device.type
+        found = origin(run.config, algorithm.data_digest, run.world, device, self.commits, self.contents)
+        return {**found, f"data_{WITH_PATHS}": algorithm.digest_with_paths}
 
     def about(self) -> dict[str, str]:
         """Return metadata for the header of the LoRA file: how it was trained."""

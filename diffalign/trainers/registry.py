@@ -39,8 +39,8 @@ class Entry:
         trial: Configuration of the two steps that ``diffalign doctor`` trains on the embedded world, besides its own
             defaults; "{assets}" stands for the folder of the embedded world.
         trainer_class: Import path of a trainer of its own; empty for the one of diffusion models.
-        plan: Import path of a function that prints what a run of a configuration does, instead of the forecast of
-            diffusion models; empty for that.
+        plan: Import path of a function of a configuration and a ``Place`` that prints what a run does and needs; empty:
+            the forecast of diffusion models.
     """
 
     name: str

@@ -11,7 +11,6 @@ from diffalign.rewards.support.probe import try_rewards
 from diffalign.rollout.collector import Collector, Rollout
 from diffalign.rollout.config import RolloutConfig
 from diffalign.runtime.interfaces import Metrics
-from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.trainers.algorithm import Algorithm
 from diffalign.trainers.inputs import Inputs, check_groups, dataset, evaluation_rewards, read_rewards
@@ -53,7 +52,7 @@ class RolloutAlgorithm(Algorithm[R, Rollout]):
     def __init__(self, run: Run[R], inputs: Inputs[R]) -> None:
         super().__init__(run, inputs)
         self.collector = Collector(run, inputs.data, inputs.rewards, inputs.weights, self.leaves_only)
-        self.data_digest = digest(self.collector.texts())
+        self.data_digest, self.digest_with_paths = self.collector.digests()
         self.updates_per_iteration = run.config.updates_per_rollout
 
     def sample(self, iteration: int) -> Rollout:

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from diffalign.cli import main
 from diffalign.commands.doctor import command, machine, probes
 from diffalign.commands.doctor.command import DoctorConfig
 from diffalign.commands.doctor.findings import Finding, run_check, verdict
-from diffalign.commands.doctor.trials import settings, trials
+from diffalign.commands.doctor.trials import check_judge, settings, trials
 from diffalign.config import from_dict
 from diffalign.trainers import registry
-from diffalign.trainers.registry import algorithm_names, find_algorithm
+from diffalign.trainers.registry import find_algorithm, trainer_names
 from tests.conftest import PIPELINE, ROOT
 
 ASSETS = ROOT / "assets"
@@ -104,7 +105,7 @@ def test_a_lora_that_loads_with_other_output_is_a_problem(monkeypatch):
     assert statuses(probes.lora_round_trip(PIPELINE)) == {"LoRA round trip": "problem"}
 
 
-@pytest.mark.parametrize("name", algorithm_names())
+@pytest.mark.parametrize("name", trainer_names())
 def test_every_trainer_has_a_trial_that_is_valid(name, tmp_path):
     entry = find_algorithm(name)
     assert entry.trial
@@ -127,6 +128,16 @@ def test_a_failing_trainer_is_a_problem_and_the_next_one_runs(monkeypatch):
     assert second.status == "ok", second.text
 
 
+@pytest.mark.slow
+def test_the_trial_of_a_reward_scores_with_what_it_trained(monkeypatch):
+    (found,) = trials(["reward"], ASSETS)
+    assert (found.name, found.status) == ("trainer reward", "ok"), found.text
+    assert "a judge" in found.text
+    monkeypatch.setattr("diffalign.commands.doctor.trials.get_reward", lambda *_, **__: lambda *_: torch.ones(1))
+    with pytest.raises(RuntimeError, match="the judge scores 1, and its backbone 1"):
+        check_judge(SimpleNamespace(backbone="b", output_dir="o"))
+
+
 @pytest.mark.parametrize(("broken", "code"), [(False, 0), (True, 1)])
 def test_the_exit_code_is_1_if_there_is_a_problem(broken, code, monkeypatch, capsys):
     found = [Finding("disk", "problem" if broken else "ok", "so much", "free some")]
@@ -145,4 +156,4 @@ def test_this_machine_passes(capsys):
     assert main(["doctor", "--output_dir", "nowhere/yet"]) == 0
     text = capsys.readouterr().out
     assert text.endswith("verdict: this machine can train.\n")
-    assert all(f"ok trainer {name}" in text for name in algorithm_names())
+    assert all(f"ok trainer {name}" in text for name in trainer_names())

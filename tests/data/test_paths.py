@@ -123,6 +123,23 @@ def test_a_path_does_not_leave_the_folder_unless_it_is_allowed(reader, way, cont
         assert reader(path, image_root=folder.parent) == encoded(9), "a folder that the user named holds it"
 
 
+@pytest.mark.parametrize("reader", [by_training, by_stream, by_score])
+@pytest.mark.parametrize("way", OUTSIDE)
+def test_the_source_of_an_edit_does_not_leave_the_folder_either(reader, way, folder):
+    (folder / "link.jpg").symlink_to(folder.parent / "secret.jpg")
+    (folder / "up").symlink_to(folder.parent)
+    (folder / "x").mkdir()
+    rows = [{**row(name), "metadata": {"image": image}}
+            for name, image in (("0.jpg", OUTSIDE[way](folder)), ("2.jpg", "2.jpg"))]  # fmt: skip
+    path = table_writers.json_lines(folder, rows)
+    if reader is by_stream:
+        assert reader(path) == encoded(2), "a stream leaves the row out, and counts it"
+    else:
+        with pytest.raises((ValueError, SampleError), match=r"image in metadata: lies outside .*allow_outside"):
+            reader(path)
+    assert reader(path, allow_outside=True) == encoded(0)
+
+
 @pytest.mark.parametrize("command", ["check", "relabel", "score"])
 def test_the_commands_say_how_to_allow_it(command, folder, tmp_path, capsys):
     path = str(table_writers.json_lines(folder, [row("../secret.jpg"), row("2.jpg")]))

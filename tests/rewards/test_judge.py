@@ -14,6 +14,7 @@ from diffalign.rewards.base import RewardUnavailable
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.judge_files import About, load_backbone, load_tokenizer, merged_state, save_judge
 from diffalign.rewards.support.judge_network import JudgeNetwork, preprocess_of, tokenize
+from diffalign.rewards.support.judge_raters import NETWORKS
 from tests.rewards import tiny_judges
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float() / 255
@@ -56,9 +57,13 @@ def test_each_rater_has_a_score_of_its_own_and_the_mean_rater_lies_at_the_mean_o
     torch.testing.assert_close(every["carl"], every["mean"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
 @torch.no_grad()
-def test_scores_of_the_network_in_training_are_those_of_the_saved_judge_of_each_rater(clip_folder, tmp_path):
-    network = JudgeNetwork(load_backbone(str(clip_folder)), raters=2, prototypes=3, seed=4)
+def test_scores_of_the_network_in_training_are_those_of_the_saved_judge_of_each_rater(kind, clip_folder, tmp_path):
+    network = NETWORKS[kind](load_backbone(str(clip_folder)), raters=2, prototypes=3, seed=4)
+    if kind == "pal_a":  # away from its start
+        for parameter in (network.points, *network.latent.parameters()):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     network.rater_logits.copy_(torch.tensor([[1.0, 2.0, -1.0], [0.0, -3.0, 2.0]]))
     save_judge(network, load_tokenizer(str(clip_folder)), tmp_path, About("x", ("a", "b")))
     pixels = preprocess_of(network.backbone.config)(IMAGES, quantize=True)[:, None].expand(-1, 2, -1, -1, -1)

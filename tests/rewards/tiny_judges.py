@@ -25,7 +25,7 @@ from diffalign.rewards.dina_lrm import Network
 from diffalign.rewards.evalmuse import FILE as EVALMUSE_FILE
 from diffalign.rewards.mps import Network as MpsNetwork
 from diffalign.rewards.support.judge_files import About, load_backbone, load_tokenizer, save_judge
-from diffalign.rewards.support.judge_network import JudgeNetwork
+from diffalign.rewards.support.judge_raters import NETWORKS
 from diffalign.rewards.support.mplug_owl2 import MplugOwl2, OwlConfig
 from tests.rewards.tiny_checkpoints import PIPELINE, WORDS, clip, linear, norm
 
@@ -170,11 +170,14 @@ def evalmuse(folder):
     return folder
 
 
-def own_judge(folder, backbone):
+def own_judge(folder, backbone, kind="pal_b"):
     """A judge of three raters, mixtures of two prototypes that differ."""
-    network = JudgeNetwork(load_backbone(str(backbone)), raters=3, prototypes=2)
+    network = NETWORKS[kind](load_backbone(str(backbone)), raters=3, prototypes=2)
     with torch.no_grad():
-        network.prototypes[1].weight.copy_(network.prototypes[1].weight.flip(0))
+        if kind == "pal_a":
+            network.points.mul_(20)
+        else:
+            network.prototypes[1].weight.copy_(network.prototypes[1].weight.flip(0))
         network.rater_logits.copy_(torch.tensor([[3.0, -3.0], [-3.0, 3.0], [0.0, 0.0]]))
     save_judge(network, load_tokenizer(str(backbone)), folder, About(str(backbone), ("ann", "bob", "carl")))
     return folder

@@ -4,12 +4,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from diffalign.runtime.provenance import check_origin
+from diffalign.data.pairs import load_pairs
+from diffalign.data.prompts import load_prompts
+from diffalign.rollout.collector import Collector
+from diffalign.runtime.provenance import WITH_PATHS, check_origin, origin
 from diffalign.structures import Prompt
+from diffalign.trainers.contents import sample_contents
 from tests.conftest import PIPELINE, PROMPTS
 from tests.reliability.trainers import TRAINERS, held_out, short
 
@@ -148,3 +153,55 @@ def test_the_source_images_of_edits_are_looked_at(tmp_path):
         found.append(source_contents(prompts))
     assert found[0] == found[1] != found[2]
     assert source_contents([Prompt("a red circle"), Prompt("a star", {"image": "cat-17"})]) == {}
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Two copies of pairs whose prompts edit an image beside them."""
+    for name in ("here", "moved"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = []
+        for number in range(3):
+            for side in "abs":
+                Image.new("RGB", (16, 16), (40 * number, 90, ord(side))).save(folder / f"{number}{side}.png")
+            images = {"image_0": f"{number}a.png", "image_1": f"{number}b.png"}
+            rows.append({"prompt": f"edit {number}", **images, "label": 1, "metadata": {"image": f"{number}s.png"}})
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": row["prompt"], **row["metadata"]}) + "\n" for row in rows)
+        )
+    return tmp_path / "here", tmp_path / "moved"
+
+
+def digests_in(folder, monkeypatch):
+    """What a run in a folder records of pairs and of prompts."""
+    monkeypatch.chdir(folder)
+    pairs, prompts = load_pairs("pairs.jsonl"), load_prompts("prompts.jsonl")
+    assert {Path(p.metadata["image"]).parent for p in (pairs[0].prompt, prompts[0])} == {folder}
+    own, old = Collector.digests(SimpleNamespace(prompts=prompts))
+    return {"data_sha256": own, "data_with_paths": old, "contents": {"samples": sample_contents(pairs)}}
+
+
+def test_data_that_moved_with_the_images_that_they_edit_are_the_same(edited, monkeypatch):
+    here, moved = (digests_in(folder, monkeypatch) for folder in edited)
+    assert here["data_sha256"] == moved["data_sha256"]
+    assert here["data_with_paths"] != moved["data_with_paths"]
+    assert here["contents"]["samples"]["content"] == moved["contents"]["samples"]["content"]
+    Image.new("RGB", (16, 16)).save(edited[1] / "1s.png")
+    assert digests_in(edited[1], monkeypatch)["contents"] != moved["contents"]
+
+
+def test_a_checkpoint_whose_digests_have_paths_is_resumed_where_the_data_lie(edited, monkeypatch):
+    args = short("flow_grpo", edited[0] / "run")
+    for folder, accepted in zip(edited, (True, False), strict=True):
+        then = {**origin(args, "", 1, "cpu"), **digests_in(edited[0], monkeypatch)}
+        then["data_sha256"] = then.pop("data_with_paths")  # as version 0.1 wrote them
+        samples = then["contents"]["samples"]
+        then["contents"] = {"samples": {**samples, "content": samples[WITH_PATHS]}}
+        now = {**origin(args, "", 1, "cpu"), **digests_in(folder, monkeypatch)}
+        if accepted:
+            assert not check_origin(then, now, args)
+        else:
+            with pytest.raises(ValueError, match="the training data have changed"):
+                check_origin(then, now, args)

@@ -1,12 +1,14 @@
 """Training a judge: data, split, resume, report and errors."""
 
 import dataclasses
+import io
 import json
 import re
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
 from diffalign import RewardTrainer, RewardTrainerConfig
@@ -70,6 +72,7 @@ def trained(pairs, folder, **changes):
     "changes",
     [{}, {"train": "lora", "lora": LoraConfig(rank=2)}, {"train": "full", "train_batch_size": 4},
      {"prototypes": 2}, {"tie_model": "davidson", "ema_decay": 0.5},
+     pytest.param({"prototypes": 2, "rater_model": "pal_a"}, marks=pytest.mark.slow),
      pytest.param({"tie_model": "rao_kupper"}, marks=pytest.mark.slow)],
     ids=lambda changes: "_".join(changes) or "head",
 )  # fmt: skip
@@ -106,9 +109,10 @@ def test_siglip_trains_too(train, pairs, tmp_path):
     assert moved == tower or train == "lora"
 
 
-def test_a_run_that_is_resumed_ends_with_the_same_weights(pairs, tmp_path):
+@pytest.mark.parametrize("kind", ["pal_b", pytest.param("pal_a", marks=pytest.mark.slow)])
+def test_a_run_that_is_resumed_ends_with_the_same_weights(kind, pairs, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
-    options = {"prototypes": 2, "checkpointing_steps": 2, "lr_scheduler": "constant"}
+    options = {"prototypes": 2, "rater_model": kind, "checkpointing_steps": 2, "lr_scheduler": "constant"}
     trained(pairs, once, **options)
     trained(pairs, twice, **options, max_train_steps=2)
     trained(pairs, twice, **options, resume_from_checkpoint="latest")
@@ -229,13 +233,26 @@ def test_figures_by_hand():
     json.dumps(found, allow_nan=False)
 
 
+def lighter(row):
+    """Whether the first image of a row is the lighter one."""
+    light = [from_pil(Image.open(io.BytesIO(row[f"jpg_{side}"])).convert("RGB")).mean() for side in range(2)]
+    return float(light[0] > light[1])
+
+
 @pytest.mark.slow
-def test_raters_who_disagree_are_told_apart(table, tmp_path):
-    """Ann judges as the verifier, bob the other way round: the mean rater is right about half, their own about most."""
+@pytest.mark.parametrize(
+    ("kind", "taste"), [("pal_b", lambda row: row["label_0"]), ("pal_a", lighter)], ids=["pal_b", "pal_a"]
+)
+def test_raters_who_disagree_are_told_apart(kind, taste, table, tmp_path):
+    """Ann and bob judge the other way round: the mean rater is right about half of them, their own about most.
+
+    In model A they differ in what they like in any image, as its ideal points do not depend on the prompt.
+    """
     rows = [{**row, "user_id": name, "label_0": label, "label_1": 1 - label, "best_image_uid": None}
-            for row in table for name, label in (("ann", row["label_0"]), ("bob", 1 - row["label_0"]))]  # fmt: skip
+            for row in table for name, label in (("ann", taste(row)), ("bob", 1 - taste(row)))]  # fmt: skip
     path = written(tmp_path / "pairs.parquet", rows)
-    _, result = trained(path, tmp_path / "judge", max_train_steps=30, num_pairs=64, prototypes=2)
+    options = {"max_train_steps": 30, "num_pairs": 64, "prototypes": 2, "rater_model": kind}
+    _, result = trained(path, tmp_path / "judge", **options)
     assert result.tuned["eval/accuracy"] == pytest.approx(0.5)
     assert result.tuned["eval/accuracy/own_rater"] > 0.65
 
@@ -257,8 +274,10 @@ def test_a_file_names_no_code_and_no_server_among_the_judges(judges, pairs, tmp_
         (["--backbone", "assets/prompts"], "has no config.json"),
         (["--train_data", "nowhere.parquet"], "no preference data at nowhere.parquet"),
         (["--judges", "pickscor"], "did you mean 'pickscore'"),
-        (["--dry_run", "--card", "h100"], "--card: the memory and time"),
+        (["--dry_run", "--card", "h1000"], "no card is named h1000"),
+        (["--dry_run", "--world", "3"], "num_pairs 64 do not divide over 3 processes"),
         (["--train", "heads"], "expected head|lora|full"),
+        (["--rater_model", "pal_a"], "rater_model: read only with prototypes above 1"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(words, message, pairs, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from diffalign.models.prompt_cache import PromptEmbeddingCache
 from diffalign.rng import KeyedRNG
 from diffalign.trainers.aspect_buckets import make_buckets, model_buckets
 from diffalign.trainers.diffusion_dpo.latents import LatentEncoder
+from tests.conftest import PIPELINE
 from tests.models import tiny_unet_pipelines as tiny
 from tests.phases import collect
 from tests.reliability.compare import same_checkpoint
@@ -185,6 +188,35 @@ def test_real_images_of_refl_have_buckets(refl, mixed, train_prompts, preset):
     assert len(found) > 1
     trainer.train()
     assert (shapes - {(64, 64)} != set()) == (preset == "imagerefl")
+
+
+@LATER
+def test_refl_noises_images_of_a_bucket_to_the_levels_of_its_size(refl, mixed, train_prompts, tmp_path):
+    """A scheduler that shifts with the number of tokens, as those of Qwen-Image and FLUX do."""
+    model = tmp_path / "model"
+    shutil.copytree(PIPELINE, model)
+    path = model / "scheduler/scheduler_config.json"
+    shift = {"base_image_seq_len": 4, "max_image_seq_len": 64, "base_shift": 0.1, "max_shift": 2.0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **shift, "use_dynamic_shifting": True}))
+    data = dataclasses.replace(refl("imagerefl").data, scan=4)
+    more = {"train_images": (str(mixed),), "data": data, "aspect_buckets": 16, "num_groups": 2}
+    args = refl("imagerefl", {}, model=str(model), **more)
+    trainer = made_refl.trainer_of(args, train_prompts)
+    algorithm, seen, predict = trainer.algorithm, [], trainer.model.predict
+
+    def watched(x, level, *rest):
+        seen.append(((8 * x.shape[-2], 8 * x.shape[-1]), level))
+        return predict(x, level, *rest)
+
+    trainer.model.predict = watched
+    for iteration in range(6):
+        batch = collect(trainer, iteration)
+        (minibatch,) = algorithm.minibatches(batch, iteration)
+        algorithm.loss(minibatch.micros[0])
+    steps, sizes = algorithm.recipe.num_steps, {size for size, _ in seen}
+    of = {size: trainer.model.levels(steps, args.schedule, size).sigma.double() for size in sizes}
+    assert len({tuple(sigmas.tolist()) for sigmas in of.values()}) > 1
+    assert all((level.sigma.double().flatten()[0] - of[size]).abs().min() == 0 for size, level in seen)
 
 
 @LATER

@@ -10,7 +10,7 @@ from diffalign.commands.doctor.findings import Check, Finding, run_check, verdic
 from diffalign.commands.doctor.machine import devices, disk, environment, packages
 from diffalign.commands.doctor.probes import attention, compiling, lora_round_trip
 from diffalign.commands.doctor.trials import trials
-from diffalign.trainers.registry import algorithm_names
+from diffalign.trainers.registry import trainer_names
 
 
 def run(config: DoctorConfig) -> int:
@@ -41,7 +41,7 @@ def checks(config: DoctorConfig) -> dict[str, Check]:
     return {
         **found,
         "LoRA": partial(lora_round_trip, world / PIPELINE),
-        "trainers": partial(trials, algorithm_names(), world),
+        "trainers": partial(trials, trainer_names(), world),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffalign import media
 from diffalign.atomic import replacing
-from diffalign.commands.label.answers import Answer
+from diffalign.commands.label.answers import Answer, identify
 from diffalign.commands.label.comparison import Comparison
 from diffalign.structures import ImageSource
 
@@ -110,6 +110,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     known = {pair.key: (number, pair) for number, pair in enumerate(pairs)}
     prompts = Counter(answer.prompt for answer in answers)
+    spelled = {identify(answer.rater): answer.rater for answer in reversed(answers)}  # as at first
     for answer in answers:
         if answer.value is None or (answer.choice == "bad" and both_bad == "drop"):
             made.unused["skipped" if answer.value is None else "both bad"] += 1
@@ -127,8 +128,14 @@ def _rows(
         if found != answer.content or answer.prompt != pair.prompt.text:
             made.unused["the images or the text changed since"] += 1
             continue
-        yield {**_judgement(pair, answer), "jpg_0": contents[0], "jpg_1": contents[1], "ranking_id": number,
-               "num_example_per_prompt": prompts[answer.prompt]}  # fmt: skip
+        yield {
+            **_judgement(pair, answer),
+            "user_id": spelled[identify(answer.rater)],
+            "jpg_0": contents[0],
+            "jpg_1": contents[1],
+            "ranking_id": number,
+            "num_example_per_prompt": prompts[answer.prompt],
+        }
 
 
 def _judgement(pair: Comparison, answer: Answer) -> dict[str, Any]:
@@ -146,7 +153,6 @@ def _judgement(pair: Comparison, answer: Answer) -> dict[str, Any]:
         "are_different": answer.content[0] != answer.content[1],
         "model_0": pair.models[0],
         "model_1": pair.models[1],
-        "user_id": answer.rater,
         "created_at": answer.at,
         "answer": answer.choice,
         "seconds": answer.seconds,

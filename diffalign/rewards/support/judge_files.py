@@ -1,6 +1,6 @@
 """Files of a judge: a model of its family in transformers' layout, with what it was trained on beside it.
 
-config.json, model.safetensors      the judge of the mean rater
+config.json, model.safetensors      the judge of the mean rater; without its ideal point in PAL's model A
 tokenizer.json, preprocessor_config.json ...
 judge.json                          format, names of raters, backbone and figures
 raters.safetensors                  prototypes and weights of raters, if there are several
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from diffalign.atomic import replacing, write_text
 from diffalign.config.sections import JUDGE_FILES
 from diffalign.files import read_text, some
 from diffalign.rewards.support.judge_network import MAX_LOGIT_SCALE, JudgeNetwork, layout_of
+from diffalign.rewards.support.judge_raters import NETWORKS, PrototypeMaps, network_class
 from diffalign.rewards.support.weights import Weights, check_report, weights_file
 
 ABOUT, RATERS, MODEL = "judge.json", "raters.safetensors", "model.safetensors"
-FORMAT = 1
 MEAN = "mean"  # name of the rater with the mean of the weights
 LARGEST = 16 << 20  # bytes of ABOUT
 
@@ -39,6 +39,7 @@ class About:
     Attributes:
         backbone: Model that was trained.
         raters: Names of raters, in the order of the weights; empty for one judge of all.
+        rater_model: How raters share the judge, a key of ``NETWORKS``; empty for one judge of all.
         tie_model: How the training modelled ties.
         tie: Its parameter.
         figures: Figures on held-out pairs.
@@ -49,6 +50,7 @@ class About:
     tie_model: str = "soft"
     tie: float = 0.0
     figures: Mapping[str, Any] | None = None
+    rater_model: str = ""
 
 
 def load_backbone(path: str, revision: str | None = None) -> PreTrainedModel:
@@ -81,10 +83,10 @@ def merged_state(backbone: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def save_judge(network: JudgeNetwork, tokenizer: Any, folder: Path, about: About) -> list[Path]:
-    """Write a judge, whose plain model is that of the mean rater; ``judge.json`` last. Return the files."""
+    """Write a judge; ``judge.json`` last. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     layout, tensors = network.layout, merged_state(network.backbone)
-    tensors |= {f"{layout.text_head}.{name}": _plain(value) for name, value in network.head_for().items()}
+    tensors |= {f"{layout.text_head}.{name}": _plain(value) for name, value in network.plain_head().items()}
     tensors["logit_scale"] = tensors["logit_scale"].clamp(max=MAX_LOGIT_SCALE)
     with replacing(folder / MODEL) as staged:
         save_file(tensors, staged, metadata={"format": "pt"})
@@ -99,11 +101,11 @@ def save_judge(network: JudgeNetwork, tokenizer: Any, folder: Path, about: About
     layout.processor(**sizes).save_pretrained(folder)
 
     (folder / RATERS).unlink(missing_ok=True)
-    if network.prototypes:
-        named = {f"prototypes.{name}": _plain(value) for name, value in network.prototypes.named_parameters()}
+    if network.raters:
         with replacing(folder / RATERS) as staged:
-            save_file({**named, "weights": _plain(network.rater_logits.softmax(-1))}, staged)
-    table = {"format": FORMAT, **{name: value for name, value in vars(about).items() if value is not None}}
+            save_file({name: _plain(value) for name, value in network.rater_state().items()}, staged)
+    about = replace(about, rater_model=network.name)
+    table = {"format": network.format, **{name: value for name, value in vars(about).items() if value is not None}}
     write_text(folder / ABOUT, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     return [folder / name for name in JUDGE_FILES if (folder / name).is_file()]
 
@@ -139,10 +141,12 @@ def read_about(weights: Weights) -> About:
     path = weights_file(weights, ABOUT)
     try:
         table = json.loads(read_text(path, LARGEST))
-        if table["format"] != FORMAT:
-            raise ValueError(f"format {table['format']}, and this version reads {FORMAT}")
         raters = tuple(str(name) for name in table.get("raters", ()))
-        return About(table.get("backbone", ""), raters, table.get("tie_model", "soft"), float(table.get("tie", 0)))
+        model = str(table.get("rater_model", PrototypeMaps.name if raters else ""))  # files of format 1 name none
+        if model not in ("", *NETWORKS) or table["format"] != network_class(model).format:
+            raise ValueError(f"format {table['format']} of model {model!r} is not one that this version reads")
+        tie_model, tie = table.get("tie_model", "soft"), float(table.get("tie", 0))
+        return About(table.get("backbone", ""), raters, tie_model, tie, rater_model=model)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} describes no judge ({str(error)[:200]}): train it again, or copy it again") from error
 
@@ -160,12 +164,12 @@ def check_rater(about: About, rater: str | None, path: str) -> int:
 @torch.no_grad()
 def load_judge(weights: Weights, rater: str | None = None) -> tuple[JudgeNetwork, Any]:
     """Load network and tokenizer of a rater's judge; None for the mean rater. ValueError: it cannot be."""
-    row = check_rater(read_about(weights), rater, weights.path)
-    network = JudgeNetwork(load_backbone(weights.path, weights.revision))
-    if row >= 0:
-        tensors = load_file(weights_file(weights, RATERS))
-        shares = tensors["weights"][row]
-        for name, parameter in network.text_head.named_parameters():
-            heads = torch.stack([tensors[f"prototypes.{k}.{name}"] for k in range(len(shares))])
-            parameter.copy_(torch.einsum("k,k...->...", shares, heads))
+    about = read_about(weights)
+    row = check_rater(about, rater, weights.path)
+    backbone = load_backbone(weights.path, weights.revision)
+    if about.rater_model:
+        state = load_file(weights_file(weights, RATERS))
+        network = NETWORKS[about.rater_model].of_rater(backbone, state, row)
+    else:
+        network = JudgeNetwork(backbone)
     return network, load_tokenizer(weights.path, weights.revision)

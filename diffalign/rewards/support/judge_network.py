@@ -1,20 +1,16 @@
-"""The network of a judge of one's own: a CLIP or SigLIP model, and a head per prototype of its raters.
+"""The network of a judge of one's own: a CLIP or SigLIP model whose heads, and towers if wanted, learn from labels.
 
 The score of an image x for a prompt c is PickScore's (arXiv 2305.01569), exp(logit_scale) cos(G t(c), V v(x)), with
-the pooled outputs t and v of the two towers and linear heads G and V. Several raters differ in G, as in model B of PAL
-(arXiv 2406.08469): rater i has the ideal point G_i t(c), G_i = sum_k w_ik G_k, a convex combination of K prototypes,
-and the score falls with the distance of the image from it (on the unit sphere, the cosine says the same). The mean
-rater has the mean of the weights. A combination of linear heads is one, so that the judge of any rater is a plain model
-of its family, which transformers loads.
+the pooled outputs t and v of the two towers and linear heads G and V. Networks of several raters are in
+``judge_raters.py``.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +26,6 @@ from transformers import (
 from diffalign.rewards.support.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, at_least_float32, short_side, stretch
 
 MAX_LOGIT_SCALE = math.log(100)  # of CLIP
-SPREAD = 0.02  # of the prototypes at the start, relative to the head that they start from
 
 
 @dataclass(frozen=True)
@@ -74,30 +69,31 @@ def layout_of(config: Any, path: str) -> Layout:
 
 
 class JudgeNetwork(nn.Module):
-    """Score images for prompts, for all raters or for one.
+    """Score images for prompts, as one judge of all raters.
 
     Attributes:
         backbone: The CLIP or SigLIP model.
-        prototypes: Text heads that raters combine; empty for one head, that of the backbone.
-        rater_logits: (raters, prototypes), whose softmax are the weights of raters.
+        raters: Number of raters that it tells apart; 0 for none.
         tie: 0-dim, the parameter of a model of ties.
+        name: Name of the model of raters; empty for one judge of all.
+        format: Format of the files of such a judge.
+        bounds: Lowest and highest score.
     """
 
-    def __init__(self, backbone: PreTrainedModel, raters: int = 0, prototypes: int = 1, seed: int = 0) -> None:
+    name: ClassVar[str] = ""
+    format: ClassVar[int] = 1
+    bounds: ClassVar[tuple[float, float]] = (-100.0, 100.0)
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
         self.backbone, self.layout = backbone, layout_of(backbone.config, "the backbone")
         self.tie = nn.Parameter(torch.zeros(()))
-        self.prototypes = nn.ModuleList()
-        if prototypes > 1:
-            generator = torch.Generator().manual_seed(seed)
-            for _ in range(prototypes):
-                head = copy.deepcopy(self.text_head)
-                noise = torch.randn(head.weight.shape, generator=generator).to(head.weight)
-                with torch.no_grad():
-                    head.weight += SPREAD * head.weight.std() * noise
-                self.prototypes.append(head)
-            # Equal weights would be a saddle point: no gradient tells prototypes apart that all raters use alike.
-            self.rater_logits = nn.Parameter(F.one_hot(torch.arange(raters) % prototypes, prototypes).float())
+        self.raters = 0
+
+    @classmethod
+    def single(cls, backbone: PreTrainedModel) -> JudgeNetwork:
+        """Build the untrained judge of one rater."""
+        return cls(backbone)
 
     @property
     def text_head(self) -> nn.Linear:
@@ -137,35 +133,19 @@ class JudgeNetwork(nn.Module):
             return torch.as_tensor(text(input_ids=ids).last_hidden_state[:, -1])
         return torch.as_tensor(text(input_ids=ids, attention_mask=mask).pooler_output)
 
-    # Raters ---------------------------------------------------------------------------------------------------------
-
-    def weights(self, rater: Tensor) -> Tensor:
-        """Return the weights (N, K) of raters (N,); -1 is the mean rater."""
-        every = self.rater_logits.softmax(-1)
-        every = torch.cat([every, every.mean(0, keepdim=True)])
-        return every[rater]
-
-    def head_for(self, rater: int = -1) -> dict[str, Tensor]:
-        """Return weight and bias of the text head of a rater; -1 is the mean rater."""
-        if not self.prototypes:
-            return dict(self.text_head.named_parameters())
-        weights = self.weights(torch.tensor([rater], device=self.rater_logits.device))[0]
-        heads = [dict(head.named_parameters()) for head in self.prototypes]
-        return {
-            name: torch.einsum("k,k...->...", weights, torch.stack([head[name] for head in heads])) for name in heads[0]
-        }
+    # Scores ---------------------------------------------------------------------------------------------------------
 
     def embed_texts(self, pooled: Tensor, rater: Tensor | None = None) -> Tensor:
-        """Map pooled texts (N, W) to ideal points (N, D) of unit length. rater: (N,); None for the mean rater."""
-        if not self.prototypes:
-            return F.normalize(at_least_float32(self.text_head(pooled)), dim=-1)
-        rater = torch.full((len(pooled),), -1, device=pooled.device) if rater is None else rater
-        points = torch.stack([head(pooled) for head in self.prototypes], 1)
-        return F.normalize((self.weights(rater)[..., None] * at_least_float32(points)).sum(1), dim=-1)
+        """Map pooled texts (N, W) to (N, D), of unit length. rater: (N,), of the texts; None for the mean rater."""
+        return F.normalize(at_least_float32(self.text_head(pooled)), dim=-1)
 
     def embed_images(self, pooled: Tensor) -> Tensor:
         """Map pooled images (N, W) to (N, D), of unit length."""
         return F.normalize(at_least_float32(self.image_head(pooled)), dim=-1)
+
+    def similarity(self, image: Tensor, text: Tensor, rater: Tensor | None = None) -> Tensor:
+        """Compare embeddings (B, N, D) of images with those of prompts (B, D) as a rater does: (B, N)."""
+        return (image * text[:, None]).sum(-1)
 
     def forward(
         self,
@@ -187,7 +167,22 @@ class JudgeNetwork(nn.Module):
         flat = images.flatten(0, 1)
         image = self.embed_images(flat if pooled else self.pool_images(flat)).unflatten(0, images.shape[:2])
         text = self.embed_texts(texts if pooled else self.pool_texts(texts, mask), rater)
-        return self.logit_scale * (image * text[:, None]).sum(-1)
+        return self.logit_scale * self.similarity(image, text, rater)
+
+    # Training and files ---------------------------------------------------------------------------------------------
+
+    def train_head(self) -> None:
+        """Let the heads train."""
+        for module in (self.image_head, self.text_head):
+            module.requires_grad_(True)
+
+    def plain_head(self) -> dict[str, Tensor]:
+        """Return weight and bias of the text head of a plain model with the scores of the mean rater."""
+        return dict(self.text_head.named_parameters())
+
+    def rater_state(self) -> dict[str, Tensor]:
+        """Return the tensors of raters, as files hold them; empty for one judge of all."""
+        return {}
 
 
 # Inputs -------------------------------------------------------------------------------------------------------------

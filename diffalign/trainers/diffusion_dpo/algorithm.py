@@ -33,7 +33,6 @@ from diffalign.rollout.sampler import micro_batches
 from diffalign.runtime.ema import EMA
 from diffalign.runtime.errors import CannotTrain
 from diffalign.runtime.interfaces import Metrics, MicroBatch, MiniBatch, State
-from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
 from diffalign.runtime.state import indexed, restore
 from diffalign.structures import Level
@@ -135,7 +134,7 @@ class DiffusionDPO(Algorithm[DiffusionDPOConfig, PreferenceBatch]):
         run, config, data = self.run, self.config, inputs.data
         if config.online:
             collector = Collector(run, data, inputs.rewards, inputs.weights)
-            self.data_digest = digest(collector.texts())
+            self.data_digest, self.digest_with_paths = collector.digests()
             if config.compares_children:
                 return SiblingSource(run, collector)
             return (PathSource if config.pairs == "siblings" else RolloutSource)(run, collector, self.kind)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.data.buckets import Size
 from diffalign.fsdp import FSDPConfig, is_sharded
 from diffalign.log import get_logger
 from diffalign.models import DiffusionModel
@@ -34,7 +35,7 @@ from diffalign.runtime.diagnosis import extremes
 from diffalign.runtime.interfaces import IterationBatch, Metrics, MicroBatch, MiniBatch, State
 from diffalign.runtime.provenance import digest
 from diffalign.runtime.run import Run
-from diffalign.structures import Input, Prompt
+from diffalign.structures import Input, Level, Prompt
 from diffalign.trainers.algorithm import Algorithm, Evaluated
 from diffalign.trainers.base import Trainer
 from diffalign.trainers.contents import check_sample_sources, sample_contents
@@ -152,10 +153,11 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
         self.judge = Judge(self.model, inputs.rewards, inputs.weights, bounds, recipe, size, dtype)
         self.recipe = recipe
         self.levels = self.model.levels(recipe.num_steps, config.schedule)
+        self._levels: dict[Size, Level] = {}  # of other sizes
         self.pictures = self._pictures()
         self.starts = self._starts(inputs.data)
         self.guidance = RecipeGuidance(run, recipe)
-        self.gradient = RewardGradient(run, self.judge, recipe, self.guidance, self.levels, self.pictures)
+        self.gradient = RewardGradient(run, self.judge, recipe, self.guidance, self.levels_at, self.pictures)
         self.monitor = HackingMonitor(run, inputs)
         if self.pictures is not None:
             check_sample_sources(run.model, self.pictures.data)
@@ -176,7 +178,7 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
             )
         if recipe.from_images:
             assert self.pictures is not None
-            return ImageStarts(self.pictures, self.levels, recipe.first)
+            return ImageStarts(self.pictures, self.levels_at, recipe.first)
         assert prompts is not None
         check_sources(self.model, prompts)
         return NoiseStarts(prompts, config.num_groups, rng, shape)
@@ -225,9 +227,17 @@ class ReFL(Algorithm[ReFLConfig, PathBatches]):
 
         keys, shape = NoiseKeys(self.run.rng, "refl", iteration, group, sample), tuple(start.x.shape[1:])
         draw = lambda index: keys.step(shape, index)  # noqa: E731
-        sampling = SamplingPlan(plan, self.levels, self.guidance.plain)
+        sampling = SamplingPlan(plan, self.levels_at(start.size), self.guidance.plain)
         advance(self.model, sampling, conditioning, start, buffer, draw)
-        return Batch(paths, samples, start.prompts, conditioning, buffer, iteration)
+        return Batch(paths, samples, start.prompts, conditioning, buffer, iteration, start.size)
+
+    def levels_at(self, size: Size | None) -> Level:
+        """Return the recipe's noise levels for images of a size: schedulers may shift with it. None: the model's."""
+        if size is None or size == self.model.default_resolution:
+            return self.levels
+        if size not in self._levels:
+            self._levels[size] = self.model.levels(self.recipe.num_steps, self.config.schedule, size)
+        return self._levels[size]
 
     def minibatches(self, batch: PathBatches, iteration: int) -> Iterator[MiniBatch]:
         """Yield the one optimizer step of an iteration: a pass per gradient path and part of a batch."""

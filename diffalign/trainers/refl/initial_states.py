@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffalign.data.buckets import Size
 from diffalign.data.crops import CropParams, SizeConditioning, frame
 from diffalign.data.epoch_order import take
 from diffalign.data.unpaired import LabelledData, load_labelled
@@ -183,8 +184,8 @@ class Pictures:
 class ImageStarts:
     """Start from real images, noised to a level: ImageReFL (arXiv 2505.22569)."""
 
-    def __init__(self, pictures: Pictures, levels: Level, place: int) -> None:
-        self.pictures, self.levels, self.place = pictures, levels, place
+    def __init__(self, pictures: Pictures, levels_at: Callable[[Size | None], Level], place: int) -> None:
+        self.pictures, self.levels_at, self.place = pictures, levels_at, place
 
     def __call__(self, iteration: int, samples: Samples, latest: int) -> Start:
         """Noise the image of each sample's group, with noise of its own per sample."""
@@ -192,7 +193,8 @@ class ImageStarts:
         noise = self.pictures.noise.normal_batch(
             latents.shape[1:], "refl/start", [(iteration, *own) for own in samples]
         )
-        return Start(add_noise(latents, noise, self.levels[self.place]), self.place, prompts, sizes[0].target_size)
+        level = self.levels_at(size := sizes[0].target_size)[self.place]
+        return Start(add_noise(latents, noise, level), self.place, prompts, size)
 
     def inputs_of(self, iteration: int, samples: Samples) -> list[Input]:
         """Return the captions of the images."""
@@ -215,6 +217,7 @@ class Batch:
         conditioning: A row per sample.
         buffer: A node per sample and stored step.
         iteration: Index of the iteration.
+        size: (height, width) of the images in pixels; None for the model's.
     """
 
     courses: tuple[GradientPath, ...]
@@ -223,6 +226,7 @@ class Batch:
     conditioning: Conditioning
     buffer: RolloutBuffer
     iteration: int = 0
+    size: Size | None = None
 
     def state(self, rows: Tensor, place: int) -> Tensor:
         """Return the latents of samples at a stored step: (b, C, h, w)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from diffalign.data.buckets import Size
 from diffalign.diffusion.reward_gradient_presets import Recipe
 from diffalign.diffusion.trajectory import Denoiser, GradientPath, Unrolled, unroll
 from diffalign.losses.leapalign import gap_weights
@@ -49,7 +50,7 @@ class RewardGradient:
         judge: Decodes latents and computes the loss of their rewards.
         recipe: Which calls carry the gradient, and the regulariser.
         guidance: Guidance of calls with and without gradient.
-        levels: The recipe's noise levels.
+        levels_at: The recipe's noise levels for images of a size.
         pictures: Real images, for the regulariser "pretraining".
     """
 
@@ -59,11 +60,11 @@ class RewardGradient:
         judge: Judge,
         recipe: Recipe,
         guidance: RecipeGuidance,
-        levels: Level,
+        levels_at: Callable[[Size | None], Level],
         pictures: Pictures | None,
     ) -> None:
         self.run, self.model, self.judge, self.recipe = run, run.model, judge, recipe
-        self.guidance, self.levels, self.pictures = guidance, levels, pictures
+        self.guidance, self.levels_at, self.pictures = guidance, levels_at, pictures
 
     def __call__(self, batch: Batch, rows: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss of some samples on gradient path ``number`` of their batch, and metrics."""
@@ -84,7 +85,7 @@ class RewardGradient:
         return unroll(
             self.denoiser(batch.conditioning[rows]),
             course,
-            self.levels,
+            self.levels_at(batch.size),
             start,
             parameterization=self.model.parameterization,
             noise=noise,
@@ -141,7 +142,7 @@ class RewardGradient:
         latents, _, sizes = self.pictures(batch.iteration, groups)
         keys = [(batch.iteration, *sample) for sample in samples]
         if self.recipe.from_images:
-            stream, level = "refl/start", self.levels[self.recipe.first]
+            stream, level = "refl/start", self.levels_at(sizes[0].target_size)[self.recipe.first]
         else:
             times = [rng.generator("refl/time", *key).random() for key in keys]
             stream = "refl/image"

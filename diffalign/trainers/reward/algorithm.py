@@ -23,6 +23,17 @@ from diffalign.trainers.reward.data import JudgeData
 from diffalign.trainers.reward.inputs import PairInputs
 
 TARGETS = ("q_proj", "k_proj", "v_proj")
+# A LoRA, because the outputs of frozen towers would be computed for all pairs of the table.
+TRIAL = {
+    "backbone": "{assets}/judges/pickscore",
+    "train": "lora",
+    "lora": {"rank": 2},
+    "train_data": ["{assets}/preferences/shapes.parquet"],
+    "data": {"scan": 8},
+    "held_out_share": 0.005,
+    "num_pairs": 4,
+    "label_next": 0,
+}
 PROBED = 8  # pairs whose scores the first update must change
 
 
@@ -77,14 +88,10 @@ def make_trainable(network: JudgeNetwork, config: RewardTrainerConfig) -> JudgeN
     network.requires_grad_(config.train == "full").eval()
     if config.train == "lora":
         inject(network.backbone, config.lora, TARGETS, config.seed)
-    for module in (network.image_head, *(network.prototypes or [network.text_head])):
-        module.requires_grad_(True)
+    network.train_head()
     scale: Any = network.backbone.logit_scale
     scale.requires_grad_(True)
     network.tie.requires_grad_(config.tie_model != "soft")
-    if network.prototypes:
-        network.text_head.requires_grad_(False)
-        network.rater_logits.requires_grad_(True)
     if hasattr(network.backbone, "logit_bias"):  # cancels in a comparison
         network.backbone.logit_bias.requires_grad_(False)
     return network
@@ -94,7 +101,8 @@ def make_trainable(network: JudgeNetwork, config: RewardTrainerConfig) -> JudgeN
     "reward",
     config=RewardTrainerConfig,
     trainer_class="diffalign.trainers.reward.trainer:RewardTrainer",
-    plan="diffalign.trainers.reward.trainer:print_plan",
+    plan="diffalign.forecast.judge:print_plan",
+    trial=TRIAL,
 )
 class RewardModelling:
     """Fit the judge's preferences to labels. An iteration is one optimizer step on ``num_pairs`` pairs."""

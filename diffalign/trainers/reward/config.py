@@ -74,6 +74,12 @@ class RewardTrainerConfig(TrainingConfig):
         ge=1,
         le=256,
     )
+    rater_model: Literal["pal_a", "pal_b"] = option(
+        "pal_b",
+        "how raters differ, PAL's models: pal_a: by an ideal point in a latent space, one for all prompts; pal_b: by a "
+        "map of the prompt to its ideal image",
+        section="model",
+    )
     tie_model: Literal["soft", "rao_kupper", "davidson"] = option(
         "soft",
         "how ties count: as soft labels of Bradley-Terry, or by a model with a learned probability of ties",
@@ -119,9 +125,13 @@ class RewardTrainerConfig(TrainingConfig):
         if self.train != "lora":
             found |= {"lora": NO_LORA}
         else:
-            found |= dict.fromkeys(("lora.init", "lora.reference"), "is for LoRAs of diffusion models")
+            found |= dict.fromkeys(
+                ("lora.init", "lora.reference", "lora.text_encoder"), "is for LoRAs of diffusion models"
+            )
         if self.eval_data:
             found["held_out_share"] = "is replaced by eval_data"
+        if self.prototypes == 1:
+            found["rater_model"] = "read only with prototypes above 1"
         if not self.label_next:
             found["label_data"] = "read only with label_next"
         if self.push_to_hub is not None:

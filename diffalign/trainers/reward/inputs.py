@@ -48,7 +48,7 @@ class PairInputs:
         return self.preprocess(from_pil(image)[None], quantize=True)
 
     def _raters(self, positions: Sequence[int], device: torch.device) -> Tensor | None:
-        if not self.network.prototypes:
+        if not self.network.raters:
             return None
         return torch.tensor([self.data.rater(position) for position in positions], device=device)
 

@@ -74,7 +74,7 @@ def probabilities(network: JudgeNetwork, arguments: dict[str, Any]) -> Tensor:
     if not arguments.get("pooled"):
         images = network.pool_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         texts = network.pool_texts(texts, arguments["mask"])
-    raters = range(min(len(network.rater_logits), MOST_RATERS)) if network.prototypes else [None]
+    raters = range(min(network.raters, MOST_RATERS)) if network.raters else [None]
     found = []
     for rater in raters:
         row = None if rater is None else torch.full((len(texts),), rater, device=texts.device)

@@ -146,12 +146,20 @@ class JudgeOutputs:
                 return []
             figures = judged.figures(others)
             about = About(
-                config.backbone, tuple(run.data.raters), config.tie_model, run.model.tie.item(), _short(figures)
+                config.backbone,
+                tuple(run.data.raters),
+                config.tie_model,
+                run.model.tie.item(),
+                _short(figures),
+                run.model.name,
             )
             written = save_judge(run.model, run.tokenizer, config.output_dir, about)
             chosen = choose(self._candidates(), config.label_next) if config.label_next else []
         table = write_table(config.output_dir / LABEL_NEXT, chosen)
-        return [*written, *self._report(figures, table)]  # without the table: exports may be published, data may not
+        return [
+            *written,
+            *self._report(about, figures, table),
+        ]  # without the table: exports may be published, data may not
 
     def _others(self) -> dict[str, Tensor]:
         positions = sorted(self.run.data.held_out)
@@ -170,13 +178,13 @@ class JudgeOutputs:
             found += [Candidate(run.data.pair(p), True, row) for p, row in zip(positions, rows, strict=True)]
         return found
 
-    def _report(self, figures: Figures, table: Path | None) -> list[Path]:
+    def _report(self, about: About, figures: Figures, table: Path | None) -> list[Path]:
         config, folder = self.run.config, self.run.config.output_dir
         write_text(folder / REPORT, json.dumps(figures, indent=1) + "\n")
         plot_curves(MetricsLog.read(folder / "metrics.jsonl"), folder / "curves.png")
         name = str(portable(config).output_dir)
         label = "" if table is None else f"diffalign label {shlex.quote(f'{name}/{LABEL_NEXT}')} --order given"
-        write_text(folder / CARD, card(folder.name, config.backbone, name, figures, self.run.data.raters, label))
+        write_text(folder / CARD, card(folder.name, about, name, figures, self.run.data.raters, label))
         rate = figures["accuracy"]
         logger.info(
             f"judge       {folder}: right about {100 * rate['rate']:.1f} % of {rate['pairs']} held-out pairs "

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffalign.files import some
 from diffalign.report.markdown import inert
-from diffalign.rewards.support.judge_files import MEAN
+from diffalign.rewards.support.judge_files import MEAN, About
 
 Figures = Mapping[str, Any]
 
@@ -40,12 +40,30 @@ def to_markdown(figures: Figures) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def card(title: str, backbone: str, folder: str, figures: Figures, raters: Sequence[str], label: str) -> str:
-    """Return the model card of a judge. label: command that labels the pairs it is least sure of; empty for none."""
+# Model of raters -> what a plain model of transformers makes of the folder; "" is one judge of all.
+PLAIN = {
+    "": "In transformers it is a plain model, whose `logits_per_image` are its scores.",
+    "pal_b": "In transformers it is a plain model, whose `logits_per_image` are the scores of the mean rater.",
+    "pal_a": "Its score falls with the distance from a rater's ideal point (PAL's model A), which `raters.safetensors` "
+    "holds beside a plain model of transformers.",
+}
+
+
+def card(title: str, about: About, folder: str, figures: Figures, raters: Sequence[str], label: str) -> str:
+    """Return the model card of a judge.
+
+    Args:
+        title: Of the card.
+        about: What was trained.
+        folder: Of the judge, as commands name it.
+        figures: On held-out pairs.
+        raters: Names of raters.
+        label: Command that labels the pairs it is least sure of; empty for none.
+    """
     metrics = [{"type": "accuracy", "value": round(figures["accuracy"]["rate"], 4), "name": "held-out pairs"}]
     result = {"task": {"type": "image-text-to-text", "name": "preference of pairs"},
               "dataset": {"type": "preferences", "name": "held-out pairs"}, "metrics": metrics}  # fmt: skip
-    head = {"library_name": "transformers", "tags": ["diffalign", "reward-model"], "base_model": backbone,
+    head = {"library_name": "transformers", "tags": ["diffalign", "reward-model"], "base_model": about.backbone,
             "model-index": [{"name": title, "results": [result]}]}  # fmt: skip
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
     one = f"`{{path: {folder}, options: {{rater: NAME}}}}`"
@@ -65,7 +83,7 @@ rewards:
 ```
 
 `diffalign score`, `eval`, `compare`, `label` and `relabel` take it with `--rewards mine --reward_options
-'{{mine: {{path: {folder}}}}}'`. In transformers it is a plain model, whose `logits_per_image` are its scores.{named}
+'{{mine: {{path: {folder}}}}}'`. {PLAIN[about.rater_model]}{named}
 
 ## Held-out pairs
 

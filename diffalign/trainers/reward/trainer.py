@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from transformers import PreTrainedModel
 
-from diffalign.config import to_yaml
+from diffalign.fsdp import FSDPConfig
 from diffalign.log import get_logger
 from diffalign.rewards.base import Reward, needs_groups
 from diffalign.rewards.config import build_rewards
 from diffalign.rewards.support.judge_files import load_backbone, load_tokenizer
 from diffalign.rewards.support.judge_network import JudgeNetwork
+from diffalign.rewards.support.judge_raters import NETWORKS
 from diffalign.rewards.support.probe import try_rewards
 from diffalign.rewards.support.weights import split
 from diffalign.rng import KeyedRNG
 from diffalign.runtime.callbacks import TrainerCallback
-from diffalign.runtime.lock import refuse_busy
 from diffalign.runtime.loop import Loop
-from diffalign.runtime.output_copy import OutputCopy, check_target
-from diffalign.runtime.processes import check_world, connect, wants_shards
-from diffalign.runtime.products import check_products
+from diffalign.runtime.output_copy import OutputCopy
 from diffalign.runtime.run import Heartbeat
 from diffalign.runtime.state import LoopState
-from diffalign.runtime.tracking import tracker_names
 from diffalign.runtime.watchdog import Watchdog
-from diffalign.trainers.hub import create_repository, hub_callbacks
+from diffalign.trainers.connect import connected
+from diffalign.trainers.hub import hub_callbacks
 from diffalign.trainers.result import TrainingResult, read_result
 from diffalign.trainers.reward.algorithm import JudgeRun, RewardModelling, make_trainable
 from diffalign.trainers.reward.config import RewardTrainerConfig
@@ -38,6 +36,7 @@ from diffalign.trainers.reward.inputs import PairInputs, PooledInputs
 from diffalign.trainers.reward.outputs import JudgeOutputs
 
 logger = get_logger(__name__)
+RATER_MODELS = {"pal_a": "with ideal points between {} prototypes", "pal_b": "mixtures of {} prototypes"}
 
 
 class RewardTrainer:
@@ -75,7 +74,7 @@ class RewardTrainer:
         judges = read_judges(config)
         data = read_judge_data(config, train_dataset)
         try_rewards(judges, [data.pair(i).prompt for i in data.held_out[:2]], leave=True)
-        accelerator = self._connect(config)
+        accelerator, _ = connected(config, partial(check_processes, config))
 
         network = make_trainable(build_network(config, data), config).to(accelerator.device)
         tokenizer = load_tokenizer(*split(config.tokenizer)) if config.tokenizer else _own_tokenizer(config)
@@ -104,31 +103,6 @@ class RewardTrainer:
         every = [*callbacks, *hub_callbacks(config), self.output_copy]
         self.loop: Loop[Any] = Loop(self.run, state, self.algorithm, self.outputs, every)
 
-    def _connect(self, config: RewardTrainerConfig) -> Accelerator:
-        """Start the processes, and check that batches divide over them."""
-        connect()
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=tracker_names(config.report_to) or None,
-            project_dir=config.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        check_world(accelerator.num_processes)
-        if wants_shards(accelerator.device) is not None:
-            raise ValueError("a judge trains whole on each process, without FSDP2: launch with ddp.yaml")
-        if config.num_pairs % accelerator.num_processes:
-            raise ValueError(
-                f"num_pairs {config.num_pairs} do not divide over {accelerator.num_processes} processes: make it a "
-                "multiple"
-            )
-        if accelerator.is_main_process:
-            refuse_busy(config.output_dir)
-            check_products(config.output_dir)
-            if config.push_to_hub is not None:
-                create_repository(config.push_to_hub, config.hub_private)
-            check_target(config)
-        return accelerator
-
     @property
     def args(self) -> RewardTrainerConfig:
         """The configuration of the run."""
@@ -154,6 +128,14 @@ class RewardTrainer:
         return read_result(run.config.output_dir, run.progress.step)
 
 
+def check_processes(config: RewardTrainerConfig, processes: int, shards: FSDPConfig | None) -> None:
+    """Raise ValueError where the run is to be sharded, or its pairs do not divide over the processes."""
+    if shards is not None:
+        raise ValueError("a judge trains whole on each process, without FSDP2: launch with ddp.yaml")
+    if config.num_pairs % processes:
+        raise ValueError(f"num_pairs {config.num_pairs} do not divide over {processes} processes: make it a multiple")
+
+
 def read_judges(config: RewardTrainerConfig) -> dict[str, Reward]:
     """Build the rewards to compare with. ValueError: one ranks images within a group."""
     judges, _ = build_rewards(config.judges, config.allow_reward_code)
@@ -168,7 +150,14 @@ def build_network(config: RewardTrainerConfig, data: JudgeData) -> JudgeNetwork:
         backbone = load_backbone(config.backbone, config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {config.backbone}: {str(error)[:500]}") from error
-    return JudgeNetwork(backbone, len(data.raters), config.prototypes, config.seed)
+    return new_network(backbone, config, len(data.raters))
+
+
+def new_network(backbone: PreTrainedModel, config: RewardTrainerConfig, raters: int) -> JudgeNetwork:
+    """Return the untrained judge of a configuration. raters: their number; 0 for one judge of all."""
+    if not raters:
+        return JudgeNetwork(backbone)
+    return NETWORKS[config.rater_model](backbone, raters, config.prototypes, config.seed)
 
 
 def _own_tokenizer(config: RewardTrainerConfig) -> Any:
@@ -190,21 +179,11 @@ def opening(config: RewardTrainerConfig, data: JudgeData, parameters: int | None
         "backbone": f"{config.backbone}, of which {kind[config.train]} train{size}",
         "data": f"{len(data.train)} pairs of {prompts[0]} prompts",
         "held out": f"{len(data.held_out)} pairs of {prompts[1]} other prompts",
-        "raters": f"{len(data.raters)}, mixtures of {config.prototypes} prototypes" if data.raters else "",
+        "raters": f"{len(data.raters)}, {RATER_MODELS[config.rater_model].format(config.prototypes)}"
+        if data.raters
+        else "",
         "judges": ", ".join(config.judges),
         "steps": f"{config.max_train_steps} optimizer steps, of {config.num_pairs} pairs each",
         "output": str(config.output_dir),
     }
     return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)
-
-
-def print_plan(config: RewardTrainerConfig) -> int:
-    """Print configuration and data of a run, for ``--dry_run``; load no weights, write nothing. Return 0.
-
-    ValueError: the run cannot start.
-    """
-    config.validate()
-    read_judges(config)
-    data = read_judge_data(config)
-    print(f"configuration\n{to_yaml(config)}\n{opening(config, data)}\nmemory and time of a judge are not forecast")
-    return 0

@@ -52,6 +52,15 @@ def test_each_rater_has_a_row(tmp_path):
     assert len(load_pairs(tmp_path / "p.parquet", settings=PreferenceDataConfig(ties="soft"))) == 8
 
 
+def test_two_spellings_of_a_name_are_one_rater_as_on_the_page(tmp_path):
+    """A reward for several raters would learn a mixture for each spelling."""
+    answers = [
+        replace(one, rater=name) for one, name in zip(answered(), ("Ada", "ada", "ADA", "Zoë", "Ada"), strict=True)
+    ]
+    export(tmp_path / "p.parquet", PAIRS, answers, "tie")
+    assert parquet.read_table(tmp_path / "p.parquet").column("user_id").to_pylist() == ["Ada", "Ada", "Ada", "Zoë"]
+
+
 @pytest.mark.parametrize(
     ("pairs", "reason"),
     [([comparison(0, images=(BLUE, RED))], "the images or the text changed since"),
