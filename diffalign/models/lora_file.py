@@ -127,8 +127,13 @@ def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
     diffusers converts kohya files of some models only, of some sizes or layers only, and drops what it does not know.
 
     Raises:
-        ValueError: The file cannot be read or converted.
+        ValueError: The file cannot be read or converted, or diffusers loads no LoRA into the pipeline.
     """
+    if not getattr(pipeline, "_lora_loadable_modules", ()):
+        kind = type(pipeline).__name__
+        raise ValueError(
+            f"{path}: diffusers loads no LoRA into a {kind}; give full weights, of a run with lora.rank: 0"
+        )
     raw = read_tensors(path)
     if any(name.startswith(PEFT_PREFIX) for name in raw):
         return _from_peft(pipeline, path, raw)

@@ -133,7 +133,7 @@ def test_plain_diffusers_reads_layers_of_several_ranks_from_kohyas_format(family
         torch.testing.assert_close(loaded[name].get_delta_weight("read"), update, rtol=rounded, atol=rounded / 100)
 
 
-@pytest.mark.parametrize("family", EDITS)
+@pytest.mark.parametrize("family", ["qwen_image_edit", pytest.param("flux_kontext", marks=pytest.mark.slow)])
 def test_editing_models_are_exported(family, tmp_path):
     """Their layers are those of the models that make images, whose files are sampled above."""
     tiny.write(EDITS[family], tmp_path / "base")

@@ -286,3 +286,14 @@ def test_modules_that_diffusers_converter_drops_are_read_or_named(tmp_path):
     other = {name.replace("single_stream", "triple_stream"): t.clone() for name, t in tensors.items()}
     save_file({**tensors, **other}, tmp_path / "more.safetensors")
     assert read_lora(pipeline, tmp_path / "more.safetensors").unused.keys() >= other.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["base_model.model.proj.lora_A.weight", "transformer.proj.lora_A.weight", "lora_unet_proj"]
+)
+def test_a_lora_for_a_pipeline_into_which_diffusers_loads_none_is_refused(tmp_path, name):
+    class PixArtSigmaPipeline(SimpleNamespace): ...
+
+    save_file({name: torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="loads no LoRA into a PixArtSigmaPipeline; give full weights"):
+        read_lora(PixArtSigmaPipeline(components={}), tmp_path / "lora.safetensors")
