@@ -1,10 +1,11 @@
 """Teach a judge with few labels, and train on it: does it agree with the verifier, and does Flow-GRPO gain?
 
     python scripts/studies/own_judge.py                 # three judges of 300 labels, seconds each
-    python scripts/studies/own_judge.py --iterations 50 # and Flow-GRPO on the first of them
+    python scripts/studies/own_judge.py --iterations 50 # and Flow-GRPO on each judge of the first backbone
 
 The labels are the verifier's, on the pipeline's own pictures (``assets/preferences/shapes.parquet``). Each seed draws
-300 pairs to learn from, and the pairs of 400 other prompts to be judged by. Writes ``assets/results/own_judge.json``.
+300 pairs to learn from, and the pairs of 400 other prompts to be judged by. Flow-GRPO on a judge never sees the
+verifier, which then scores images of the test prompts. Writes ``assets/results/own_judge.json``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from scripts import ROOT
 
 PAIRS, GRPO = ROOT / "assets/preferences/shapes.parquet", ROOT / "configs/flow_grpo/shapes.yaml"
 BACKBONES = {"clip": "assets/shapes-clip", "pickscore": "assets/judges/pickscore"}
+TEST = ROOT / "assets/prompts/shapes_test.jsonl"
 LABELS, PROMPTS = 300, 400
+KEPT = ("eval/accuracy", "eval/shapes", "eval/diversity")
 
 
 def split(seed: int, folder: Path) -> tuple[str, str]:
@@ -75,17 +78,18 @@ def judge(backbone: str, seed: int, root: Path) -> dict[str, Any]:
     }
 
 
-def train_on(folder: Path, iterations: int) -> dict[str, Any]:
-    """Train Flow-GRPO on a judge; return the verifier's figures on validation prompts, before and after."""
+def train_on(folder: Path, iterations: int, seed: int) -> dict[str, Any]:
+    """Train Flow-GRPO on a judge; return the verifier's figures on test prompts, before and after."""
     out = folder.parent / "grpo"
     command = [sys.executable, "-m", "diffalign", "train", "flow_grpo", "--config", str(GRPO), "--output_dir", str(out)]
     command += ["--rewards", f"{{mine: {{path: {folder}}}}}", "--max_train_steps", str(iterations)]
-    command += ["--eval_steps", str(iterations), "--resume_from_checkpoint", "latest"]
+    command += ["--eval_prompts", str(TEST), "--eval_steps", str(iterations), "--seed", str(seed)]
+    command += ["--resume_from_checkpoint", "latest"]
     command += ["--num_groups", "16", "--rollout_batch_size", "128", "--train_batch_size", "128"]  # half of its images
     subprocess.run(command, check=True, cwd=ROOT)
     rows = [row for row in MetricsLog.read(out / "metrics.jsonl") if "eval/accuracy" in row]
-    kept = ("eval/accuracy", "eval/shapes")
-    return {"iterations": iterations, "before": {k: rows[0][k] for k in kept}, "after": {k: rows[-1][k] for k in kept}}
+    figures = {name: {key: row[key] for key in KEPT} for name, row in (("before", rows[0]), ("after", rows[-1]))}
+    return {"seed": seed, "iterations": iterations, **figures}
 
 
 def main() -> None:
@@ -93,7 +97,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/own_judge"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
-    parser.add_argument("--iterations", type=int, default=0, help="of Flow-GRPO on the first judge; 0: none")
+    parser.add_argument("--iterations", type=int, default=0, help="of Flow-GRPO on each judge; 0: none")
     args = parser.parse_args()
     use_all_cores()
     root = args.work_dir.absolute()
@@ -103,7 +107,8 @@ def main() -> None:
     for backbone in args.backbones:
         known[backbone] = [judge(backbone, seed, root) for seed in args.seeds]
     if args.iterations:
-        known["flow_grpo"] = train_on(root / f"{args.backbones[0]}-{args.seeds[0]}/judge", args.iterations)
+        first = args.backbones[0]
+        known["flow_grpo"] = [train_on(root / f"{first}-{seed}/judge", args.iterations, seed) for seed in args.seeds]
     path.write_text(json.dumps({"labels": LABELS, **known}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(known, indent=1))
 
