@@ -130,8 +130,8 @@ def load_model(
             (``embedded.MODELS``); of a folder, an fp16 variant alone is enough.
         dtype: Dtype of the frozen weights; the VAE stays float32.
         revision: Branch, tag or commit of a hub id, of a single file's base.
-        in_float32: Other components whose weights stay float32.
         quantise: "8bit" or "4bit" loads the denoiser quantised, for a LoRA on it: see ``quantisation``.
+        in_float32: Other components whose weights stay float32.
         options: Options of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
 
     Raises:

@@ -247,6 +247,7 @@ def test_merged_weights_are_rounded_once(trained, tmp_path, dtype, bits):
         assert (error <= last_place / 2 * 1.01).all(), layer
 
 
+@pytest.mark.slow
 def test_a_merged_dora_is_rounded_once(family_pipelines, tmp_path):
     model = load_model(family_pipelines["sd15"])
     perturb(model, LoraConfig(rank=4, use_dora=True))
