@@ -21,7 +21,7 @@ STEPS = 2
 # Neither kohya's tools nor ComfyUI load LoRAs of these.
 UNNAMED = ("sana", "cogview4")
 # diffusers converts the published sizes of FLUX.1 and Chroma alone, and no kohya file of SD3 and Lumina.
-HARD_CODED = ("flux_dev", "flux_schnell", "chroma", "sd3", "lumina2")
+HARD_CODED = ("flux_dev", "flux_schnell", "chroma", "sd3", "sd35_medium", "lumina2")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 # Format -> file that is read back; the folder where it is empty.
 FORMATS = {"diffusers": WEIGHTS, "kohya": "kohya.safetensors", "peft": "adapter_model.safetensors", "merged": ""}
