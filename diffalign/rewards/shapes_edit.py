@@ -24,15 +24,17 @@ DIFFERENCE = "unedited_difference"
 
 @register("shapes_edit", RewardCard("share of an edit's objects, embedded world", 0.1), verdict="score")
 @register("shapes_edit_strict", RewardCard("exactly the edit asked for, embedded world", 1.0), verdict="correct")
+@register("shapes_edit_kept", RewardCard("pixels outside the edit as before, embedded world", 0.01), verdict="kept")
 @dataclass(frozen=True)
 class ShapesEditReward(VerdictReward):
     """Score images by one field of the verifier's ``EditVerdict``, of "edit" and "image" in each prompt's metadata.
 
-    Verdicts: "score", graded in [0, 1]; or "correct", 1 for exactly the edited source, else 0. The extra
-    "unedited_difference" is the mean absolute difference of the pixels that the edit must not change.
+    Verdicts: "score", graded in [0, 1]; "correct", 1 for exactly the edited source, else 0; or "kept", 1 minus the
+    mean absolute difference of the pixels that the edit must not change. This difference is also the extra
+    "unedited_difference".
     """
 
-    verdicts: ClassVar[tuple[str, ...]] = ("score", "correct")
+    verdicts: ClassVar[tuple[str, ...]] = ("score", "correct", "kept")
 
     @on_images(DIFFERENCE)
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Extras]:

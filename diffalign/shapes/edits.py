@@ -48,6 +48,11 @@ class EditVerdict:
     score: float
     difference: float
 
+    @property
+    def kept(self) -> float:
+        """1 minus the difference."""
+        return 1 - self.difference
+
 
 def phrase(edit: Edit, rng: random.Random) -> str:
     """Word an edit as an instruction, e.g. ``change the red circle to blue``."""

@@ -2,6 +2,7 @@
 
     python scripts/build/shapes_edit.py denoiser   # 36 minutes on one core
     python scripts/build/shapes_edit.py denoiser --go_on --seed 1 --lr 1.5e-3 --wrong 0.1 --minutes 15
+    python scripts/build/shapes_edit.py denoiser --go_on --seed 2 --lr 1.5e-3 --wrong 0.1 --minutes 18 --scenes 51200
     python scripts/build/shapes_edit.py prompts
 
 The pipeline has the VAE of ``assets/shapes-sd3``. Its transformer and text encoders learn from scenes, instructions and

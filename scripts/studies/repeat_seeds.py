@@ -7,10 +7,10 @@
 
 A finished run in ``--output_dir`` counts as it is; remove its folder to repeat it. Each run evaluates the base and the
 tuned weights on the validation prompts of its config, with the same noise, steps and guidance scale, and this script
-the last weights on ``--test_prompts``, which no setting is chosen on. Writes ``assets/results/NAME_seeds.csv``, a line
-per validation, and ``NAME_test.csv``, a line for base and tuned weights of each seed, where NAME is trainer and config,
-e.g. ``flow_grpo_shapes``; prints the table of either. More than three validations a run are drawn, task by task, in
-``assets/pictures/NAME_seeds.png``.
+the last weights on test prompts, which no setting is chosen on: ``--test_prompts``, or the file beside the validation
+prompts. Writes ``assets/results/NAME_seeds.csv``, a line per validation, and ``NAME_test.csv``, a line for base and
+tuned weights of each seed, where NAME is trainer and config, e.g. ``flow_grpo_shapes``; prints the table of either.
+More than three validations a run are drawn in ``assets/pictures/NAME_seeds.png``, if its prompts have tasks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from scripts import ROOT
 QUICKSTART = ROOT / "configs/flow_grpo/shapes.yaml"
 LEAST_GAIN = 0.12  # of a single run of the quickstart; seeds and machines differ a little
 TASKS = [f"accuracy/{tag}" for tag in TAGS]
-FIGURES = ("accuracy", *TASKS, "shapes", "pickscore", "hpsv2.1", "vqascore", "diversity")
+EDITS = ("shapes_edit", "shapes_edit_kept", "source_similarity")
+FIGURES = ("accuracy", *TASKS, "shapes", *EDITS, "pickscore", "hpsv2.1", "vqascore", "diversity")
 
 TIMES = (("collect", "update"), ("save",))
 
@@ -59,6 +60,11 @@ def evaluations(folder: Path) -> list[Row]:
             figures = {name: row[f"eval/{name}"] for name in FIGURES if f"eval/{name}" in row}
             found.append({"seed": seed, "step": row["step"], "training_seconds": seconds, **figures})
     return found
+
+
+def prompts_apart(config: Path) -> Path:
+    """Return the test prompts that belong to the validation prompts of a configuration."""
+    return ROOT / str(load_yaml(config)["eval_prompts"]).replace("validation", "test")
 
 
 def tested(folder: Path, prompts: Path) -> list[Row]:
@@ -152,13 +158,14 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, help="default: runs/NAME_seeds")
-    parser.add_argument("--test_prompts", type=Path, default=ROOT / "assets/prompts/shapes_test.jsonl")
+    parser.add_argument("--test_prompts", type=Path, help="default: those of the config's validation prompts")
     parser.add_argument("--check", type=Path, metavar="RUN")
     args, overrides = parser.parse_known_args()
     if args.check:
         return check(args.check)
     trainer = args.config.parent.name
     name = f"{trainer}_{args.config.stem}"
+    prompts = args.test_prompts or prompts_apart(args.config)
     runs, tests = [], []
     for seed in args.seeds:
         folder = (args.output_dir or Path("runs") / f"{name}_seeds") / f"seed-{seed}"
@@ -167,12 +174,12 @@ def main() -> int:
             script = ROOT / f"scripts/train_{trainer}.py"
             subprocess.run([sys.executable, str(script), *options], check=True)
         runs.append(evaluations(folder))
-        tests.append(tested(folder, args.test_prompts))
+        tests.append(tested(folder, prompts))
     write(ROOT / f"assets/results/{name}_seeds.csv", [row for run in runs for row in run])
     write(ROOT / f"assets/results/{name}_test.csv", [row for pair in tests for row in pair])
-    if len(runs[0]) > 3:
+    if len(runs[0]) > 3 and TASKS[0] in runs[0][0]:
         draw(runs, ROOT / f"assets/pictures/{name}_seeds.png")
-    print(f"validation prompts\n\n{table(runs)}\n\n{args.test_prompts.name}\n\n{table(tests)}")
+    print(f"validation prompts\n\n{table(runs)}\n\n{prompts.name}\n\n{table(tests)}")
     return 0
 
 

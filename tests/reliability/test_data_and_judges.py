@@ -35,6 +35,7 @@ ASKING = (
     "vlm_pairwise",
     "editscore",
     "shapes_edit",
+    "shapes_edit_kept",
     "shapes_edit_strict",
     "source_similarity",
 )  # networks, a server, other rewards, or the source of an edit

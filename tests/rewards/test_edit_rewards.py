@@ -51,6 +51,8 @@ def test_the_edited_scene_is_right_and_the_source_is_not(drawn, metadata):
         scores, extras = reward(images(drawn, 2), prompts, metadata)
         assert torch.equal(scores, torch.ones(len(drawn)))
         assert extras["unedited_difference"].max() < 0.01
+        kept, _ = get_reward("shapes_edit_kept")(images(drawn, 2), prompts, metadata)
+        torch.testing.assert_close(kept, 1 - extras["unedited_difference"])
         unedited, _ = reward(images(drawn, 0), prompts, metadata)
         assert unedited.max() < 1
     assert {edit["kind"] for _, edit, _ in drawn} == set(KINDS)

@@ -41,6 +41,7 @@ NAMES = [
     "shapes",
     "shapes_correct",
     "shapes_edit",
+    "shapes_edit_kept",
     "shapes_edit_strict",
     "shapes_strict",
     "sharpness",
