@@ -13,6 +13,7 @@ from diffalign.models import family_names
 from diffalign.preflight import inspect, not_needed_to_forecast
 from diffalign.rewards import get_reward
 from diffalign.rewards.config import build_rewards
+from diffalign.structures import EditInput
 from diffalign.trainers.registry import algorithm_names, config_class
 from tests.hub_stand_in import LAYOUTS, stand_in
 
@@ -26,6 +27,11 @@ HUB = {
     "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
     "stabilityai/stable-diffusion-3.5-medium": "StableDiffusion3Pipeline",
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "black-forest-labs/FLUX.1-Kontext-dev": "FluxKontextPipeline",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Flux2KleinPipeline",
+    "Qwen/Qwen-Image": "QwenImagePipeline",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "SanaPipeline",
+    "Tongyi-MAI/Z-Image-Turbo": "ZImagePipeline",
 }
 
 
@@ -64,6 +70,11 @@ def hub(tmp_path_factory):
         yield
 
 
+def content(prompt):
+    """A text, with the source image of an edit, whose instructions are often the same."""
+    return (prompt.text, Path(prompt.input.image).read_bytes() if isinstance(prompt.input, EditInput) else b"")
+
+
 REAL = [path for path in FILES if not path.stem.startswith("shapes")]
 
 
@@ -74,9 +85,9 @@ def test_prompts_of_a_real_model_s_preset_resolve_without_a_file_beside_it(path,
     test = load_prompts(args.eval_prompts)
     assert test
     if path.parent.name != "diffusion_dpo":
-        train = {prompt.text for prompt in load_prompts(args.train_prompts)}
+        train = {content(prompt) for prompt in load_prompts(args.train_prompts)}
         assert len(train) > len(test)
-        assert not train & {prompt.text for prompt in test}
+        assert not train & {content(prompt) for prompt in test}
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,21 @@ def run(config: ExportConfig) -> Path:
         load_family(family, config.allow_reward_code)
     base = config.model or _base_of(specs[0], record)
     revision = config.revision or (None if config.model or record is None else record.values.get("revision"))
-    merged, dtype = config.format == "merged", DTYPES[config.dtype]
-    model = load_model(base, revision=revision, dtype=dtype) if merged else model_on_meta(base, revision=revision)
+    model, dtype = model_on_meta(base, revision=revision), DTYPES[config.dtype]
+    load = partial(load_model, base, revision=revision, dtype=dtype)
     folder = config.output_dir or Path("runs/export") / f"{specs[0].folder_name}-{config.format}"
     files = [weights_file(model, spec.path) for spec in specs if spec.path is not None]
-    _check_folder(folder, [*files, Path(base)], merged)
+    _check_folder(folder, [*files, Path(base)], config.format == "merged")
 
     if full := next((file for file in files if file.is_dir()), None):
-        written = _full(config, model, full, folder)
+        written = _full(config, load, full, folder)
     else:
         updates, note = _updates(config, model, files, [spec.scale for spec in specs])
-        written = _write(config, model, updates, folder, base, {} if record is None else record.values)
+        if config.format == "merged":
+            # Rounded once, after the sum.
+            written = write_merged(load(in_float32=tuple(updates)), updates, folder, dtype)
+        else:
+            written = _write(config, model, updates, folder, base, {} if record is None else record.values)
         print(note)
     print(f"{written}: {config.format}, {config.dtype}")
     return written
@@ -97,13 +102,14 @@ def _header(file: Path) -> Mapping[str, str]:
         return {}
 
 
-def _full(config: ExportConfig, model: DiffusionModel, weights: Path, folder: Path) -> Path:
+def _full(config: ExportConfig, load: Callable[[], DiffusionModel], weights: Path, folder: Path) -> Path:
     """Write a pipeline with a fully trained denoiser. ValueError: the options are those of a LoRA."""
     if config.format != "merged" or config.rank or len(config.models) > 1 or config.specs()[0].scale != 1:
         raise ValueError(
             f"{weights} holds all weights of a denoiser, no LoRA: write --format merged, without --rank, a scale or "
             "further models"
         )
+    model = load()
     model.set_denoiser(load_full(model.raw_denoiser, weights, allow_partial=False))
     return save_pipeline(model.pipeline, folder, DTYPES[config.dtype])
 
@@ -130,8 +136,6 @@ def _write(
     config: ExportConfig, model: DiffusionModel, updates: Updates, folder: Path, base: str, record: Mapping[str, Any]
 ) -> Path:
     dtype = DTYPES[config.dtype]
-    if config.format == "merged":
-        return write_merged(model, updates, folder, dtype)
     if config.format == "kohya":
         return write_kohya(model.pipeline, updates, folder, dtype, _training(base, record))
     if config.format == "peft":

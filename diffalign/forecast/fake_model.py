@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoTokenizer, BatchEncoding
+from transformers import AutoProcessor, AutoTokenizer, BatchEncoding
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from diffalign.models import DiffusionModel
 from diffalign.models.meta_device import model_on_meta
@@ -54,6 +57,8 @@ def fake_model(
             make_fake(part, fake)
         elif part is None and name.startswith("tokenizer"):
             setattr(model.pipeline, name, _tokenizer(str(layout(config.model)), name))
+        elif part is None and name == "processor":
+            model.pipeline.processor = _processor(str(layout(config.model)), model.pipeline)
     if hasattr(model.pipeline, "tokenizer_max_length") and model.pipeline.tokenizer.model_max_length < UNBOUNDED:
         model.pipeline.tokenizer_max_length = model.pipeline.tokenizer.model_max_length  # unknown to the constructor
     if trained is None:
@@ -70,6 +75,13 @@ def _tokenizer(path: str, name: str) -> Any:
     if not (Path(path) / name).is_dir():
         return BlankTokenizer()
     return AutoTokenizer.from_pretrained(Path(path) / name, trust_remote_code=False)
+
+
+def _processor(path: str, pipeline: Any) -> Any:
+    """Load the processor of a local vision-language model; another model's has no vocabulary here."""
+    if not (Path(path) / "processor").is_dir():
+        return BlankProcessor(pipeline.text_encoder.config)
+    return AutoProcessor.from_pretrained(Path(path) / "processor", trust_remote_code=False)
 
 
 def make_fake(module: nn.Module, fake: FakeTensorMode) -> None:
@@ -146,6 +158,35 @@ class BlankTokenizer:
     def batch_decode(self, ids: Tensor, **_: Any) -> list[str]:
         """Return empty texts."""
         return [""] * len(ids)
+
+
+@dataclass(frozen=True)
+class BlankProcessor:
+    """A processor of Qwen2.5-VL with its published sizes and an unknown vocabulary: short texts of token 0.
+
+    Attributes:
+        config: Configuration of the vision-language model.
+        template: Tokens around a prompt, in Qwen-Image-Edit's template.
+        area: Smallest and largest number of pixels of an image.
+    """
+
+    config: Any
+    template: int = 69
+    area: tuple[int, int] = (56 * 56, 28 * 28 * 16384)
+
+    def __call__(self, text: Sequence[str], images: Sequence[Image.Image], **_: Any) -> BatchEncoding:
+        """Return ids and masks (B, L), patches of an image after each other, and grids (B, 3)."""
+        vision, rows, grids = self.config.vision_config, [], []
+        for image in images:
+            unit = vision.patch_size * vision.spatial_merge_size
+            height, width = smart_resize(image.height, image.width, unit, *self.area)
+            grids.append([1, height // vision.patch_size, width // vision.patch_size])
+            merged = grids[-1][1] * grids[-1][2] // vision.spatial_merge_size**2
+            rows.append([0] * self.template + [self.config.image_token_id] * merged + [0] * 8)
+        ids = torch.tensor(rows)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": torch.tensor(grids)}
+        return BatchEncoding({**found, "pixel_values": torch.zeros(sum(h * w for _, h, w in grids), width)})
 
 
 class _Dequantised(torch.autograd.Function):

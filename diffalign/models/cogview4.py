@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.transformers.transformer_cogview4 import CogView4TrainingAttnProcessor
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from diffalign.diffusion.schedule import flow_level_at, shift_sigmas
 from diffalign.models.base import check_schedule
@@ -23,6 +24,44 @@ from diffalign.models.registry import register_family
 from diffalign.structures import Conditioning, Level, Resolution
 
 BLOCK = 16  # tokens, of which the pipeline pads prompts to a multiple
+
+
+class MaskedKeys:
+    """Joint attention of text and image in which padding is masked as keys only.
+
+    diffusers' default processor adds a mask of 0 and 1 to attention scores. Its processor for training masks padding as
+    queries too, and some kernels give NaN for a query without any key.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        text_attn_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs of image (B, h w, D) and text (B, L, D), given a mask (B, L), 1 for text tokens."""
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        length = encoder_hidden_states.shape[1]
+        query, key, value = (
+            project(joint).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+
+        def placed(states: Tensor, norm: Any) -> Tensor:
+            states = states if norm is None else norm(states).to(joint.dtype)
+            image = apply_rotary_emb(states[:, :, length:], image_rotary_emb, use_real_unbind_dim=-2)
+            return torch.cat([states[:, :, :length], image], dim=2)
+
+        query, key = placed(query, attn.norm_q), placed(key, attn.norm_k)
+        keys = pad(text_attn_mask.bool(), (0, hidden_states.shape[1]), value=True)[:, None, None]
+        found = scaled_dot_product_attention(query, key, value, attn_mask=keys)
+        found = found.transpose(1, 2).flatten(2).to(query.dtype)
+        for layer in attn.to_out:
+            found = layer(found)
+        return found[:, length:], found[:, :length]
 
 
 @register_family("CogView4Pipeline")
@@ -46,9 +85,8 @@ class CogView4Model(FlowModel):
 
     def __init__(self, pipeline: DiffusionPipeline, max_sequence_length: int = 1024, resolution: Resolution = None):
         super().__init__(pipeline, max_sequence_length, resolution)
-        # The default processor adds its mask to attention scores as 0 and 1; this one masks.
         for block in self.raw_denoiser.transformer_blocks:
-            block.attn1.set_processor(CogView4TrainingAttnProcessor())
+            block.attn1.set_processor(MaskedKeys())
 
     @property
     def longest_sequence(self) -> int:

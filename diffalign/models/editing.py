@@ -40,14 +40,23 @@ def sized_input(model: DiffusionModel, prompt: Prompt, size: tuple[int, int] | N
     return given._replace(size=size)
 
 
-def source_pixels(given: EditInput, size: tuple[int, int]) -> Tensor:
-    """Read a source image, fitted to (height, width): (1, 3, H, W), float32, in [0, 1].
+def source_image(given: EditInput, size: tuple[int, int]) -> Image.Image:
+    """Read a source image in RGB, fitted to (height, width).
 
     Raises:
         ValueError: The file is missing or no image.
     """
     with _named(given):
-        image = media.fitted(read_bytes(Path(given.image)), size)
+        return media.fitted(read_bytes(Path(given.image)), size)
+
+
+def source_pixels(given: EditInput, size: tuple[int, int]) -> Tensor:
+    """Read a source image as ``source_image`` does: (1, 3, H, W), float32, in [0, 1]."""
+    return pixels_of(source_image(given, size))
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """Convert an image in RGB: (1, 3, H, W), float32, in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 

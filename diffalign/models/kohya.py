@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffalign.models.kohya_names import FUSED, SAME, SWAPPED, Table, sgm_name
+from diffalign.models.kohya_names import FUSED, SAME, SWAPPED, UNREAD, Table, sgm_name
 from diffalign.models.lora_factors import Factors, Updates, refuse_dora
 
 DENOISER = "lora_unet_"  # of UNets and transformers alike
@@ -63,7 +63,10 @@ def _of_denoiser(component: str, network: Any) -> list[Module]:
     if kind in FUSED:
         return _fused(component, network, layers, FUSED[kind])
     if kind not in SAME:
-        raise ValueError(f"no names of kohya's format are known here for a {kind}: use --format diffusers or peft")
+        why = (
+            "ComfyUI and kohya's tools load no LoRA" if kind in UNREAD else "no names of kohya's format are known here"
+        )
+        raise ValueError(f"{why} for a {kind}: use --format diffusers (or peft, or merged)")
     if getattr(network.config, "addition_embed_type", None) == "text_time":
         blocks = tuple("CrossAttn" in block for block in network.config.up_block_types)
         names = {name: sgm_name(name, network.config.layers_per_block, blocks) for name in layers}

@@ -1,7 +1,7 @@
 """Header of a kohya LoRA file: ModelSpec keys (github.com/Stability-AI/ModelSpec) and ``ss_`` keys.
 
 The values are those of kohya-ss/sd-scripts (library/sai_model_spec.py at 48d368f) and kohya-ss/musubi-tuner
-(utils/sai_model_spec.py); web UIs sort LoRAs by them.
+(utils/sai_model_spec.py, dataset/architectures.py at 30c658c); web UIs sort LoRAs by them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def header(pipeline: DiffusionPipeline, rank: int) -> dict[str, str]:
 STABILITY = "https://github.com/Stability-AI/generative-models"
 QWEN = "https://github.com/QwenLM/Qwen-Image"
 BFL = "https://github.com/black-forest-labs/flux"
+BFL_2 = "https://github.com/black-forest-labs/flux2"
+LUMINA = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
 # Kind -> architecture, implementation, resolution, ss_base_model_version, ss_network_module.
 KINDS = {
     "sd1": ("stable-diffusion-v1", "diffusers", 512, "sd_v1", "networks.lora"),
@@ -46,15 +48,21 @@ KINDS = {
     "flux_dev": ("flux-1-dev", BFL, 1024, "flux1", "networks.lora_flux"),
     "flux_schnell": ("flux-1-schnell", BFL, 1024, "flux1", "networks.lora_flux"),
     "chroma": ("chroma", "https://huggingface.co/lodestones/Chroma", 1024, "chroma", "networks.lora_flux"),
-    "qwen_image": (
-        "Qwen-Image",
-        "https://github.com/QwenLM/Qwen-Image",
-        1328,
-        "qwen_image",
-        "networks.lora_qwen_image",
-    ),
+    "flux2_dev": ("Flux.2-dev", BFL_2, 1024, "flux_2_dev", "networks.lora_flux_2"),
+    "flux2_klein_4b": ("Flux.2-klein-4b", BFL_2, 1024, "flux_2_klein_4b", "networks.lora_flux_2"),
+    "flux2_klein_9b": ("Flux.2-klein-9b", BFL_2, 1024, "flux_2_klein_9b", "networks.lora_flux_2"),
+    "lumina2": ("lumina-2", LUMINA, 1024, "lumina2", "networks.lora_lumina"),
+    "qwen_image": ("Qwen-Image", QWEN, 1328, "qwen_image", "networks.lora_qwen_image"),
     "qwen_image_edit": ("Qwen-Image-Edit", QWEN, 1024, "qwen_image_edit", "networks.lora_qwen_image"),
     "z_image": ("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", 1024, "z_image", "networks.lora_zimage"),
+}
+KLEIN_4B_HEADS = 24
+# Denoisers of one kind each.
+OTHERS = {
+    "ChromaTransformer2DModel": "chroma",
+    "Lumina2Transformer2DModel": "lumina2",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "ZImageTransformer2DModel": "z_image",
 }
 
 
@@ -72,11 +80,13 @@ def _kind(pipeline: DiffusionPipeline) -> str:
         return "sd3_large" if config.get("qk_norm") else "sd3"
     if name == "FluxTransformer2DModel":
         return "flux_dev" if config.get("guidance_embeds") else "flux_schnell"
-    if name == "ChromaTransformer2DModel":
-        return "chroma"
+    if name == "Flux2Transformer2DModel":
+        if config.get("guidance_embeds", True):
+            return "flux2_dev"
+        return "flux2_klein_9b" if config.num_attention_heads > KLEIN_4B_HEADS else "flux2_klein_4b"
     if name == "QwenImageTransformer2DModel" and "Edit" in type(pipeline).__name__:
         return "qwen_image_edit"
-    return "qwen_image" if name == "QwenImageTransformer2DModel" else "z_image"
+    return OTHERS[name]
 
 
 def _predicts_v(pipeline: DiffusionPipeline) -> bool:

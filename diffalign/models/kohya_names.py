@@ -1,7 +1,8 @@
 """Names of denoiser layers in the LoRA files of kohya's tools and ComfyUI, by diffusers' class.
 
-Sources: kohya-ss/sd-scripts at 48d368f (networks/lora.py, lora_sd3.py, lora_flux.py), kohya-ss/musubi-tuner, and
-Comfy-Org/ComfyUI at a125cd8 (``model_lora_keys_unet`` of comfy/lora.py), whose key maps the tests hold as data.
+Sources: kohya-ss/sd-scripts at 48d368f (networks/lora.py, lora_sd3.py, lora_flux.py, lora_lumina.py),
+kohya-ss/musubi-tuner at 30c658c (lora_flux_2.py) and Comfy-Org/ComfyUI at a125cd8 and 17358c8
+(``model_lora_keys_unet`` of comfy/lora.py), whose key maps the tests hold as data.
 
 A table maps a module of the original model to the diffusers layers that it fuses, in the order of its rows; ``{}`` is a
 number.
@@ -47,6 +48,34 @@ FLUX: Table = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+CHROMA: Table = {
+    **FLUX,
+    "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj",),
+    "distilled_guidance_layer.out_proj": ("distilled_guidance_layer.out_proj",),
+    "distilled_guidance_layer.layers.{}.in_layer": ("distilled_guidance_layer.layers.{}.linear_1",),
+    "distilled_guidance_layer.layers.{}.out_layer": ("distilled_guidance_layer.layers.{}.linear_2",),
+}
+_EMBED = "time_guidance_embed"
+FLUX_2: Table = {
+    **{name: layers for name, layers in FLUX.items() if "_attn." in name},
+    "double_blocks.{}.img_mlp.0": (f"{_DOUBLE}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": (f"{_DOUBLE}.ff.linear_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{_DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": (f"{_DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": (f"{_SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": (f"{_SINGLE}.attn.to_out",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": (f"{_EMBED}.timestep_embedder.linear_1",),
+    "time_in.out_layer": (f"{_EMBED}.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": (f"{_EMBED}.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": (f"{_EMBED}.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
 SD3: Table = {
     "joint_blocks.{}.x_block.attn.qkv": _fused(f"{_DOUBLE}.attn", *QKV),
     "joint_blocks.{}.x_block.attn2.qkv": _fused(f"{_DOUBLE}.attn2", *QKV),
@@ -69,26 +98,65 @@ SD3: Table = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+
+
+def _stacked(table: Table) -> Table:
+    """Repeat the names inside a block for the three stacks of Lumina's architecture, which Z-Image shares."""
+    return {
+        f"{stack}.{{}}.{theirs}": _fused(f"{stack}.{{}}", *ours)
+        for stack in ("layers", "noise_refiner", "context_refiner")
+        for theirs, ours in table.items()
+    }
+
+
 Z_IMAGE: Table = {
-    f"{stack}.{{}}.{theirs}": tuple(f"{stack}.{{}}.{name}" for name in ours)
-    for stack in ("layers", "noise_refiner", "context_refiner")
-    for theirs, ours in {
-        "attention.qkv": _fused("attention", *QKV),
-        "attention.out": ("attention.to_out.0",),
-        "feed_forward.w1": ("feed_forward.w1",),
-        "feed_forward.w2": ("feed_forward.w2",),
-        "feed_forward.w3": ("feed_forward.w3",),
-        "adaLN_modulation.0": ("adaLN_modulation.0",),
-    }.items()
+    **_stacked(
+        {
+            "attention.qkv": _fused("attention", *QKV),
+            "attention.out": ("attention.to_out.0",),
+            "feed_forward.w1": ("feed_forward.w1",),
+            "feed_forward.w2": ("feed_forward.w2",),
+            "feed_forward.w3": ("feed_forward.w3",),
+            "adaLN_modulation.0": ("adaLN_modulation.0",),
+        }
+    ),
+    "x_embedder": ("all_x_embedder.2-1",),
+    "t_embedder.mlp.0": ("t_embedder.mlp.0",),
+    "t_embedder.mlp.2": ("t_embedder.mlp.2",),
+    "cap_embedder.1": ("cap_embedder.1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+LUMINA_2: Table = {
+    **_stacked(
+        {
+            "attention.qkv": _fused("attn", *QKV),
+            "attention.out": ("attn.to_out.0",),
+            "feed_forward.w1": ("feed_forward.linear_1",),
+            "feed_forward.w2": ("feed_forward.linear_2",),
+            "feed_forward.w3": ("feed_forward.linear_3",),
+            "adaLN_modulation.1": ("norm1.linear",),
+        }
+    ),
+    "x_embedder": ("x_embedder",),
+    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+    "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+    "final_layer.linear": ("norm_out.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
 }
 FUSED: Mapping[str, Table] = {
     "FluxTransformer2DModel": FLUX,
-    "ChromaTransformer2DModel": FLUX,
+    "Flux2Transformer2DModel": FLUX_2,
+    "ChromaTransformer2DModel": CHROMA,
+    "Lumina2Transformer2DModel": LUMINA_2,
     "SD3Transformer2DModel": SD3,
     "ZImageTransformer2DModel": Z_IMAGE,
 }
 # Classes that kohya's tools train under diffusers' own names; SDXL's UNet is the exception.
 SAME = ("UNet2DConditionModel", "QwenImageTransformer2DModel")
+# Classes of which neither ComfyUI (17358c8) nor kohya's tools load a LoRA.
+UNREAD = ("SanaTransformer2DModel", "CogView4Transformer2DModel")
 # Original rows are (shift, scale), those of this class of diffusers (scale, shift).
 SWAPPED = "AdaLayerNormContinuous"
 

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import pairwise
@@ -120,6 +120,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     quantise: str = "no",
+    in_float32: Collection[str] = (),
     **options: Any,
 ) -> DiffusionModel:
     """Load a pipeline with diffusers and wrap it in the model of its family.
@@ -130,6 +131,7 @@ def load_model(
         dtype: Dtype of the frozen weights; the VAE stays float32.
         revision: Branch, tag or commit of a hub id, of a single file's base.
         quantise: "8bit" or "4bit" loads the denoiser quantised, for a LoRA on it: see ``quantisation``.
+        in_float32: Other components whose weights stay float32.
         options: Options of the family, e.g. ``max_sequence_length`` for SD3; None counts as not given.
 
     Raises:
@@ -150,8 +152,9 @@ def load_model(
         try:
             parts = {**absent_parts(base, family, revision), **family.load_options, **quantised}
             if (file := single_file(path)) is not None:
-                parts = _with_file(file, parts, family, revision, dtype)
-            pipeline = _from_pretrained(base, dtype=dtype, revision=revision, **parts)
+                parts = _with_file(file, parts, family, revision, torch.float32 if in_float32 else dtype)
+            dtypes = {"default": dtype, **dict.fromkeys(in_float32, torch.float32)} if in_float32 else dtype
+            pipeline = _from_pretrained(base, dtype=dtypes, revision=revision, **parts)
         except (RuntimeError, SafetensorError, ValueError) as error:
             elsewhere = isinstance(error, ValueError) and "expected shape" not in str(error)
             if elsewhere or isinstance(error, torch.OutOfMemoryError):

@@ -91,7 +91,11 @@ def write_peft(updates: Updates, folder: Path, dtype: torch.dtype, base: str) ->
 def write_merged(model: DiffusionModel, updates: Updates, folder: Path, dtype: torch.dtype) -> Path:
     """Merge updates into the pipeline's weights, in place, and save all of it in diffusers' layout.
 
-    Plain updates are added in float32 and rounded once.
+    Args:
+        model: The base; components with updates in float32, so that their sum is rounded once.
+        updates: One or more components'.
+        folder: Folder of the pipeline, which is replaced.
+        dtype: Of all its weights.
     """
     pipeline = model.pipeline
     plain: dict[str, dict[str, Factors]] = {component: {} for component in updates}

@@ -42,12 +42,14 @@ class Content:
     Attributes:
         state: Component and layer, such as ``transformer.<layer>.lora_A.weight`` -> tensor.
         metadata: Settings of peft by ``<component>.<key>``, of which alpha counts; None: alpha is the rank.
-        converted_here: Whether diffusers cannot convert the file itself.
+        converted_here: Whether the file is of a format that is converted by this package.
+        dropped: Tensors that the conversion left out without an error.
     """
 
     state: dict[str, Tensor]
     metadata: Mapping[str, Any] | None
     converted_here: bool = False
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def read_lora(pipeline: DiffusionPipeline, path: Path) -> LoraFile:
     foreign = {name: "no part of a LoRA that diffusers loads" for name in raw if not PART.search(_part_of(name))}
     content = convert(pipeline, path)
     state = content.state
+    foreign |= dict.fromkeys(content.dropped, "a module that this model lacks")
     misplaced = _misplaced(pipeline, state)
     unused = {**foreign, **{name: reason for name, reason in misplaced.items() if name not in foreign}}
     return LoraFile(path, frozenset(state.keys() - unused.keys()), unused)
@@ -119,30 +122,37 @@ def _misplaced(pipeline: DiffusionPipeline, state: Mapping[str, Tensor]) -> dict
 
 
 def convert(pipeline: DiffusionPipeline, path: Path) -> Content:
-    """Read a LoRA file under diffusers' names; for files that diffusers cannot convert, kohya's and peft's, do it here.
+    """Read a LoRA file under diffusers' names: kohya's and peft's formats here, others by diffusers.
+
+    diffusers converts kohya files of some models only, of some sizes or layers only, and drops what it does not know.
 
     Raises:
-        ValueError: The file cannot be read or converted.
+        ValueError: The file cannot be read or converted, or diffusers loads no LoRA into the pipeline.
     """
+    if not getattr(pipeline, "_lora_loadable_modules", ()):
+        kind = type(pipeline).__name__
+        raise ValueError(
+            f"{path}: diffusers loads no LoRA into a {kind}; give full weights, of a run with lora.rank: 0"
+        )
     raw = read_tensors(path)
     if any(name.startswith(PEFT_PREFIX) for name in raw):
         return _from_peft(pipeline, path, raw)
-    try:
-        state, metadata = _as_diffusers(pipeline, path)
-        problem: Exception | None = None
-    except Exception as error:  # diffusers' converters raise various types on unknown formats
-        state, metadata, problem = raw, None, error
     kohya = any(name.startswith(KOHYA) for name in raw) and not any("dora_scale" in name for name in raw)
-    # diffusers converts no file of SD3, of FLUX.1 its one size, and of text encoders not every choice of layers.
-    if kohya and (problem is not None or _misplaced(pipeline, state)):
+    read: dict[str, Tensor] = {}
+    if kohya:
         with suppress(ValueError):  # no names are published
             read = from_kohya(pipeline, raw)
-            if not any(name.startswith(KOHYA) for name in read):
-                return Content(read, None, converted_here=True)
-    if problem is not None:
+    rest = tuple(name for name in read if name.startswith(KOHYA))
+    if read and not rest:
+        return Content(read, None, converted_here=True)
+    try:
+        state, metadata = _as_diffusers(pipeline, path)
+    except Exception as error:  # diffusers' converters raise various types on unknown formats
         kind = type(pipeline).__name__
-        raise ValueError(f"{path} is no LoRA for a {kind}: {str(problem)[:300]}") from problem
-    return Content(state, metadata)
+        raise ValueError(f"{path} is no LoRA for a {kind}: {str(error)[:300]}") from error
+    # diffusers reads no more than was read here, so it drops the rest.
+    dropped = rest if len(state) <= len(read) - len(rest) else ()
+    return Content(state, metadata, dropped=dropped)
 
 
 def _from_peft(pipeline: DiffusionPipeline, path: Path, raw: Mapping[str, Tensor]) -> Content:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.transforms.functional import to_pil_image
 
-from diffalign.models.editing import SOURCE, edit_input, source_pixels
+from diffalign.models.editing import SOURCE, edit_input, pixels_of, source_image
 from diffalign.models.offload import TEXT_ENCODERS, needs
 from diffalign.models.qwen_image import QwenImageModel
 from diffalign.models.registry import register_family
@@ -43,21 +43,19 @@ class QwenImageEditModel(QwenImageModel):
         Embeddings (1, L, D) and masks (1, L) of both texts; "source", latents (1, C, h, w).
         """
         edit = edit_input(given)
-        pixels = source_pixels(edit, self.source_size(edit.size or self.default_resolution))
-        (embeds, mask), negative = self._seen(edit.text, pixels), self._seen(self.empty_text, pixels)
+        image = source_image(edit, self.source_size(edit.size or self.default_resolution))
+        (embeds, mask), negative = self._seen(edit.text, image), self._seen(self.empty_text, image)
         with torch.no_grad():
-            latents = self.encode_images(pixels.to(self.device))
+            latents = self.encode_images(pixels_of(image).to(self.device))
         own = {"embeds": embeds, "mask": mask, SOURCE: latents, **dict(zip(NEGATIVE, negative, strict=True))}
         return Conditioning(own).to(self.device)
 
     @needs(TEXT_ENCODERS)
     @torch.no_grad()
-    def _seen(self, text: str, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _seen(self, text: str, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Encode a text with an image by the pipeline; pad to ``max_sequence_length`` text tokens."""
         pipeline = self.pipeline
-        embeds, mask = pipeline.encode_prompt(
-            [text], image=[to_pil_image(pixels[0])], device=pipeline.text_encoder.device
-        )
+        embeds, mask = pipeline.encode_prompt([text], image=[image], device=pipeline.text_encoder.device)
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
         rest = self.max_sequence_length - self.count_tokens(text)
         end = embeds.shape[1] + min(rest, 0)

@@ -38,22 +38,22 @@ def key_map(family: str) -> dict[str, Target]:
 
 
 def deltas(family: str, tensors: dict[str, torch.Tensor], rows: dict[str, int]) -> dict[str, torch.Tensor]:
-    """What a file in kohya's or diffusers' format adds to each weight's output for two fixed inputs.
+    """What a file in kohya's or diffusers' format adds to each weight's output for two fixed inputs, in float64.
 
     KeyError: a key that is in no map.
     """
     found = {}
     for name in (n for n in tensors if n.endswith((".lora_down.weight", ".lora_A.weight"))):
         key = re.sub(r"\.lora_(down|A)\.weight$", "", name)
-        up = tensors[name.replace("lora_down", "lora_up").replace("lora_A", "lora_B")]
-        down = tensors[name]
+        up = tensors[name.replace("lora_down", "lora_up").replace("lora_A", "lora_B")].double()
+        down = tensors[name].double()
         alpha = float(tensors.get(f"{key}.alpha", len(down)))
         target = key_map(family)[key]
-        inputs = torch.randn(down[0].numel(), 2, generator=torch.Generator().manual_seed(0))
+        inputs = torch.randn(down[0].numel(), 2, generator=torch.Generator().manual_seed(0)).double()
         update = up.flatten(1) @ (down.flatten(1) @ inputs) * (alpha / len(down))
         if target.swapped:
             update = torch.cat(update.chunk(2)[::-1])
-        whole = found.setdefault(target.weight, torch.zeros(rows[target.weight], 2))
+        whole = found.setdefault(target.weight, torch.zeros(rows[target.weight], 2).double())
         part = whole[target.start : target.start + (target.rows or len(whole))]
         part += update
     return found

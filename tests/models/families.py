@@ -65,6 +65,12 @@ FAMILIES: dict[str, Family] = {
     "sd2": _unet(tiny.sd2),
     "sdxl": _unet(tiny.sdxl),
     "sd3": Family(None, {"max_sequence_length": 16}, {"guidance_scale": 1.0, "max_sequence_length": 16}),
+    "sd35_medium": Family(
+        tiny_flow.sd35_medium,
+        {"max_sequence_length": 16},
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        slow=True,
+    ),
     "flux_dev": Family(tiny_flow.flux_dev, SHORT, PACKED, _true_cfg("")),
     "flux_schnell": Family(tiny_flow.flux_schnell, SHORT, PACKED, _true_cfg("")),
     "qwen_image": Family(

@@ -26,6 +26,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -119,6 +121,13 @@ def t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     words = T5TokenizerFast.from_pretrained(PIPELINE / "tokenizer_3")
     small = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
     return T5EncoderModel(T5Config(**published.T5_XXL | small)), words
+
+
+def sd35_medium() -> StableDiffusion3Pipeline:
+    """The embedded pipeline with a transformer whose first layers have a second attention, as SD3.5-medium's."""
+    parts = StableDiffusion3Pipeline.from_pretrained(PIPELINE).components
+    config = {**parts["transformer"].config, "dual_attention_layers": (0, 1), "num_layers": 3}
+    return StableDiffusion3Pipeline(**{**parts, "transformer": SD3Transformer2DModel.from_config(config)})
 
 
 def flux_vae(blocks: int = 2) -> AutoencoderKL:
