@@ -22,6 +22,7 @@ from diffalign.remote import RemoteError, address, address_of, copy_path, ensure
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
 PROMPTS = ("prompt", "caption", "text")
+EXPORTED_SOURCE = "source_image"  # column of source images in tables of diffalign label
 MAX_PROMPT = 100_000  # characters; text encoders read at most a few thousand
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
@@ -117,7 +118,7 @@ class Row:
         root: Folder that relative image paths start from.
         masks: Column of masks; None if masks are not used.
         within: Folders that must contain the image files; None allows any.
-        sources: Column of the source images of edits; None: "metadata" names them.
+        sources: Column of the source images of edits; None: ``EXPORTED_SOURCE``, or "metadata" names them.
     """
 
     name: str
@@ -175,15 +176,15 @@ class Row:
         """Read the mapping in "metadata", completed by the cells of ``others``.
 
         Its "image", the source image of an edit, starts from ``root`` as other paths of a row do, or is that in the
-        column ``sources``.
+        column ``sources`` or ``EXPORTED_SOURCE``.
 
         Args:
             others: Further columns; "metadata" takes precedence.
             typeless: Cells are texts, as in CSV: empty ones are absent, and JSON lists and mappings are parsed.
 
         Raises:
-            SampleError: "bad_row": "metadata" is not a mapping, or the source is missing or no image; "unreadable": an
-                "image" in "metadata" lies outside ``within``.
+            SampleError: "bad_row": "metadata" is not a mapping, the source is missing or no image, or an "image" in
+                "metadata" lies outside ``within``.
         """
         value = self.values.get("metadata")
         try:
@@ -196,12 +197,15 @@ class Row:
         return {**beside, **own, **self._source()}
 
     def _source(self) -> dict[str, str]:
+        column = self.sources or EXPORTED_SOURCE
         if self.sources is None:
-            return {}
+            value = self.values.get(column)
+            if (value() if callable(value) else value) is None:
+                return {}
         try:
-            return {"image": str(self.source_image(self.sources))}
+            return {"image": str(self.source_image(column))}
         except media.BROKEN as error:
-            raise self.error("bad_row", self.sources, media.reason(error)) from error
+            raise self.error("bad_row", column, media.reason(error)) from error
 
     def source_image(self, column: str) -> Path:
         """Return the absolute path of the image in ``column``; an encoded one is written to the cache.
@@ -227,7 +231,7 @@ class Row:
         try:
             check_inside(Path(image), self.within)
         except ValueError as error:
-            raise self.error("unreadable", "image in metadata", str(error)) from error
+            raise self.error("bad_row", "image in metadata", str(error)) from error
 
     def image(self, column: str, identity: Any = None, index: int | None = None) -> ImageSource:
         """Return the image in ``column`` without reading it.

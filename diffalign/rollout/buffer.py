@@ -22,16 +22,16 @@ from torchvision.transforms.functional import to_pil_image
 from diffalign.atomic import replacing, write_text
 from diffalign.device import float64_device
 from diffalign.diffusion.plan import Plan
-from diffalign.files import read_text
 from diffalign.remote import local
 from diffalign.rewards.support.preprocess import to_bytes
 from diffalign.rollout import pinned_memory
 from diffalign.rollout.advantages import ADVANTAGE_RULES, Tree
+from diffalign.rollout.saved_prompts import FILE as PROMPTS
+from diffalign.rollout.saved_prompts import SOURCES, copy_sources, read_prompts, write_prompts
 from diffalign.rollout.tree import depths, path_table, paths, tree_parents
 from diffalign.structures import Prompt
 
 NODES = "nodes.safetensors"
-LARGEST = 1 << 30  # bytes of the prompts that are read
 COLUMNS = ("group", "sample", "parent", "step", "trained", "x", "log_prob", "advantage")
 
 
@@ -39,24 +39,14 @@ def clear_buffer(directory: Path) -> None:
     """Delete the files that ``RolloutBuffer.save`` wrote into a folder, and no others."""
     listing = directory / "metadata.jsonl"
     for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            name = Path(json.loads(line)["file_name"])
-            if name.parent == Path("images") and (directory / name).is_file():
-                (directory / name).unlink()
-    for path in (*directory.glob("nodes*.safetensors"), directory / "prompts.json", listing):
+        with suppress(AttributeError, ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            for name in (Path(entry["file_name"]), Path(str(entry.get("metadata", {}).get("image")))):
+                if name.parent in (Path("images"), Path(SOURCES)) and (directory / name).is_file():
+                    (directory / name).unlink()
+    for path in (*directory.glob("nodes*.safetensors"), directory / PROMPTS, listing):
         if path.is_file():
             path.unlink()
-
-
-def _read_prompts(path: Path) -> list[Prompt]:
-    """Read the prompts of a saved buffer. FileNotFoundError: no such file. ValueError: it is something else."""
-    try:
-        return [Prompt(**entry) for entry in json.loads(read_text(path, LARGEST))]
-    except FileNotFoundError:
-        raise
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {str(error)[:300]}"
-        raise ValueError(f"{path} holds no prompts of rollouts ({problem}): copy the folder again") from error
 
 
 def stored_steps(plan: Plan) -> tuple[int, ...]:
@@ -336,7 +326,8 @@ class RolloutBuffer:
         """Write the buffer as a preference data set.
 
         ``nodes.safetensors`` holds the columns; ``images/`` and ``metadata.jsonl`` (file_name, prompt, group, sample,
-        rewards, metadata, model, seed) can be read by ``datasets.load_dataset("imagefolder", ...)``.
+        rewards, metadata, model, seed) can be read by ``datasets.load_dataset("imagefolder", ...)``. Source images of
+        edits are copied to ``sources/``.
 
         Args:
             images: (L, 3, H, W), [0, 1], images of the leaves.
@@ -353,13 +344,13 @@ class RolloutBuffer:
         columns |= {"mean": self.mean.cpu()} if self.mean is not None else {}
         with replacing(directory / (f"nodes-{share:05d}.safetensors" if share else NODES)) as staged:
             save_file(columns, staged)
-        lines = [self._describe(row, model, seed) for row in self.leaves.tolist()]
+        saved = replace(self, prompts=copy_sources(self.prompts, directory))
+        lines = [saved._describe(row, model, seed) for row in self.leaves.tolist()]
         for line, image in zip(lines, images, strict=True):
             to_pil_image(to_bytes(image).cpu()).save(directory / line["file_name"])
         everyone = gather(lines)
         if share == 0:
-            prompts = [{"text": p.text, "metadata": dict(p.metadata)} for p in self.prompts]
-            write_text(directory / "prompts.json", json.dumps(prompts))
+            write_prompts(saved.prompts, directory)
             write_text(directory / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in everyone))
 
     def _describe(self, row: int, model: str, seed: int) -> dict[str, Any]:
@@ -388,13 +379,12 @@ class RolloutBuffer:
             begin += len(part["parent"])
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         columns["log_prob"] = columns["log_prob"].double()  # float32 up to version 0.1
-        prompts = _read_prompts(directory / "prompts.json")
         return cls(
             **{name: columns[name] for name in COLUMNS},
             path=columns.get("path", torch.empty(len(columns["step"]), 0, dtype=torch.int64)),
             depth=depths(columns["parent"]),
             leaf=columns["step"] == columns["step"].max(),
-            prompts=prompts,
+            prompts=read_prompts(directory),
             mean=columns.get("mean"),
             rewards={n.removeprefix("reward/"): t for n, t in columns.items() if n.startswith("reward/")},
         )

@@ -15,6 +15,8 @@ from diffalign import media
 from diffalign.atomic import replacing
 from diffalign.commands.label.answers import Answer, identify
 from diffalign.commands.label.comparison import Comparison
+from diffalign.data.images import source_image
+from diffalign.data.row import EXPORTED_SOURCE
 from diffalign.structures import ImageSource
 
 ROWS = 100  # per row group: both images of a row are read together
@@ -93,8 +95,10 @@ def export(path: Path, pairs: Sequence[Comparison], answers: Sequence[Answer], b
     first = next(rows, None)
     if first is None:
         return made
+    edits = any(source_image(pair.prompt) is not None for pair in pairs)
+    columns = {**COLUMNS, **({EXPORTED_SOURCE: "binary"} if edits else {})}
     schema = arrow.schema(
-        [(name, getattr(arrow, "bool_" if kind == "bool" else kind)()) for name, kind in COLUMNS.items()]
+        [(name, getattr(arrow, "bool_" if kind == "bool" else kind)()) for name, kind in columns.items()]
     )
     with replacing(path) as staged, parquet.ParquetWriter(staged, schema) as writer:
         rows = chain([first], rows)
@@ -119,8 +123,10 @@ def _rows(
         if pair is None:
             made.unused["their pairs are not among the sources of this command"] += 1
             continue
+        source = source_image(pair.prompt)
         try:
             contents = [read_image(image) for image in pair.images]
+            edited = None if source is None else read_image(source)
         except ValueError:
             made.unused["an image can no longer be read"] += 1
             continue
@@ -135,13 +141,17 @@ def _rows(
             "jpg_1": contents[1],
             "ranking_id": number,
             "num_example_per_prompt": prompts[answer.prompt],
+            EXPORTED_SOURCE: edited,
         }
 
 
 def _judgement(pair: Comparison, answer: Answer) -> dict[str, Any]:
     value = answer.value
     assert value is not None
-    metadata = json.dumps(dict(pair.prompt.metadata), default=str) if pair.prompt.metadata else None
+    own = dict(pair.prompt.metadata)
+    if source_image(pair.prompt) is not None:  # a column of its own holds it
+        del own["image"]
+    metadata = json.dumps(own, default=str) if own else None
     return {
         "caption": answer.prompt,
         "image_0_uid": answer.content[0],

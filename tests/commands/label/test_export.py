@@ -1,6 +1,7 @@
 """Answers as preference data."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
@@ -39,6 +40,20 @@ def test_it_has_the_columns_of_pick_a_pic(tmp_path):
     assert [row["best_image_uid"] for row in rows] == [*digest_images(PAIRS[0]), "tie", "tie"]
     assert {(row["user_id"], row["model_0"], row["model_1"]) for row in rows} == {("Ada", "base", "tuned")}
     assert [row["answer"] for row in rows] == list(CHOICES[:4])
+
+
+def test_the_source_of_an_edit_is_in_the_table(tmp_path, monkeypatch):
+    """So that training finds it wherever the table lies."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "elsewhere" / "source.png"
+    source.parent.mkdir()
+    source.write_bytes(BLUE)
+    pairs = [replace(pair, prompt=Prompt(pair.prompt.text, {"image": str(source), "n": 1})) for pair in PAIRS]
+    export(tmp_path / "p.parquet", pairs, answered(), "tie")
+    source.unlink()
+    found = load_pairs(tmp_path / "p.parquet")
+    assert [Path(pair.prompt.metadata["image"]).read_bytes() for pair in found] == [BLUE] * 2
+    assert [pair.prompt.metadata["n"] for pair in found] == [1, 1]
 
 
 def test_both_bad_may_be_left_out(tmp_path):
