@@ -181,7 +181,7 @@ def test_the_figures_of_the_readme_are_those_on_disk():
     long = [100 * run[-1]["accuracy"] for run in tables.evaluations("flow_grpo_shapes_long")]
     assert f"to {tables.repeat_seeds.spread(long)} %" in PROSE
     assert PROSE.count(tables.gain("refl_shapes_draft_k")) == 2
-    for name in ("forward_rl_shapes", "forward_rl_shapes_sd"):
+    for name in ("forward_rl_shapes", "forward_rl_shapes_sd", "forward_rl_shapes_edit"):
         nft = [100 * row["accuracy"] for row in tables.tests(name) if row["weights"] == "tuned"]
         assert f"to {tables.repeat_seeds.spread(nft)} %" in PROSE
     assert f"takes **{flow['ratio']:.2f}** times" in PROSE
