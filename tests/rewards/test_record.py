@@ -145,7 +145,7 @@ def test_a_run_is_repeated_from_its_record(name, tmp_path, capsys):
     args = short(name, tmp_path / "run", rewards={}, max_train_steps=1, checkpointing_steps=0, allow_reward_code=True)
     case.trainer(args=args, reward_funcs=f"{file}:red").train()
     written = load_yaml(tmp_path / "run/config.yaml")
-    assert written["rewards"] == {"red": {"weight": 1.0, "reward": f"{file}:red", "options": {}, "path": None}}
+    assert written["rewards"] == {"red": {"weight": 1.0, "reward": f"{file}:red", "options": {}}}
     card = (tmp_path / "run/README.md").read_text()
     assert f"--config {tmp_path}/run/config.yaml --allow_reward_code\n" in card
     trainer = {"online_dpo": "diffusion_dpo"}.get(name, name)

@@ -274,7 +274,7 @@ def test_a_file_names_no_code_and_no_server_among_the_judges(judges, pairs, tmp_
         (["--backbone", "assets/prompts"], "has no config.json"),
         (["--train_data", "nowhere.parquet"], "no preference data at nowhere.parquet"),
         (["--judges", "pickscor"], "did you mean 'pickscore'"),
-        (["--dry_run", "--card", "h1000"], "no card is named h1000"),
+        (["--dry_run", "--card", "h1000"], "no card is named 'h1000'"),
         (["--dry_run", "--world", "3"], "num_pairs 64 do not divide over 3 processes"),
         (["--train", "heads"], "expected head|lora|full"),
         (["--rater_model", "pal_a"], "rater_model: read only with prototypes above 1"),

@@ -95,6 +95,7 @@ def measured(bench, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_flow_grpo_is_measured_beside_other_code(measured, tmp_path):
     adapter = tmp_path / "adapter.py"
     (tmp_path / "other.py").write_text(OTHER)

@@ -86,6 +86,7 @@ def train(trial, root, cores, log, threads=None):
 BROKEN = "-0.001-1"  # the second seed of one rate
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_from_its_rows_and_passes_over_failures(module, small, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "planned", fixed(module, small))
     monkeypatch.setattr(module, "best_rate", lambda *_: 1e-3)
