@@ -192,6 +192,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "recipes": recipes,
     "losses": partial(study, "losses"),
     "refl": partial(study, "refl"),
+    "policy_methods": partial(study, "policy_methods"),
     "reliability": reliability,
     "reliability_short": partial(reliability, 4),
     "speed": speed,

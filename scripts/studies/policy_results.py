@@ -47,6 +47,12 @@ KEY = ("method", "settings", "budget", "learning_rate", "seed", "split")
 COLUMNS = (*KEY, "iterations", "images", "evaluations", "core_seconds", "minutes", *FIGURES, "complete")
 COMPLETE = "yes"
 Row = dict[str, Any]
+LEGEND = """\
+Test prompts. Accuracy and win rate over the base: mean of the seeds ± half of a 95 % interval, which covers new
+seeds and new prompts. All methods see the same prompts, so differences between methods are a little surer than
+these intervals. Tasks: mean ± deviation over seeds. Rate: learning rate, tuned on validation prompts. Distance:
+root mean square of the pixels' change from the base. Minutes: computed from an iteration's core-seconds, on 2
+cores."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,12 @@ def interval(runs: Sequence[Row], mean: str, low: str, high: str) -> tuple[float
     return statistics.mean(values), math.hypot(over_prompts, quantile * statistics.stdev(values) / len(values) ** 0.5)
 
 
+def title(budget: str) -> str:
+    """Return what a budget is."""
+    images = BUDGETS[budget].images
+    return f"{budget[:-3]} minutes on 2 cores" if images is None else f"{images:,} images"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Format a table per budget: test figures, most accurate method first."""
     parts = []
@@ -203,7 +215,7 @@ def table(rows: Sequence[Row]) -> str:
         ordered = sorted(found.items(), key=lambda item: -statistics.mean(float(r["accuracy"]) for r in item[1]))
         lines = [_header(budget, found), *(_line(name, runs) for name, runs in ordered)]
         parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n" if parts else ""
+    return "\n\n".join([LEGEND, *parts]) + "\n" if parts else ""
 
 
 def _header(budget: str, found: Mapping[str, list[Row]]) -> str:
@@ -213,7 +225,7 @@ def _header(budget: str, found: Mapping[str, list[Row]]) -> str:
         f"method | accuracy, % | {tags} | win rate, % | diversity | distance | minutes | evaluations | rate | seeds"
     )
     rule = "|---|" + "---:|" * (len(TAGS) + 8)
-    return f"**{budget}** (base {100 * statistics.mean(bases):.1f} %)\n\n| {columns} |\n{rule}"
+    return f"**{title(budget)}** (base {100 * statistics.mean(bases):.1f} %)\n\n| {columns} |\n{rule}"
 
 
 def _line(name: str, runs: Sequence[Row]) -> str:
@@ -240,10 +252,10 @@ def _plus_minus(mean: float, half: float) -> str:
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Plot test accuracy per method, a panel per budget: a dot per seed, a bar for the interval."""
     panels = {budget: found for budget in BUDGETS if (found := chosen(rows, budget))}
-    figure = Figure(figsize=(2.4 + 2.6 * len(panels), 1.0 + 0.26 * len(METHODS)), layout="constrained")
+    names = [name for name in METHODS if any(name in found for found in panels.values())]
+    figure = Figure(figsize=(2.4 + 2.6 * len(panels), 1.0 + 0.26 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     (axes_row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    names = list(METHODS)
     for axes, (budget, found) in zip(axes_row, panels.items(), strict=True):
         for name, runs in found.items():
             place, color = names.index(name), "#1f5fa8" if name.startswith(REFERENCE) else "#202327"
@@ -253,7 +265,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             axes.plot([100 * float(run["accuracy"]) for run in runs], [place] * len(runs), "o", color=color, ms=3.5)
         base = statistics.mean(float(run["base"]) for runs in found.values() for run in runs)
         axes.axvline(100 * base, color="#404040", linewidth=0.8, linestyle="--")
-        axes.set_title(budget, fontsize=9, loc="left")
+        axes.set_title(title(budget), fontsize=9, loc="left")
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
