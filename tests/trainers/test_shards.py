@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 from tests.trainers.short_shards import KINDS, SAVED, STEPS, flat_group, run, seen
 from tests.trainers.test_flow_grpo_processes import BIN, free_port
 
+pytestmark = pytest.mark.slow  # three trainings of several processes; tests/models/test_sharding.py is the fast part
+
 
 def assert_near(found, expected, *parts):
     """Weights to 1e-5; outputs, which are sums of many and larger than 1, to 1e-5 of their size too."""
@@ -97,7 +99,6 @@ def test_full_weights_load_as_the_class_that_they_are_of(one, two):
     )
 
 
-@pytest.mark.slow
 def test_it_goes_on_with_its_own_checkpoint_bit_for_bit_and_whole_weights_change_nothing(two, tmp_path):
     folder = launched(tmp_path, "resumed", two / "fresh", "zero2")
     for kind in KINDS:
@@ -105,7 +106,6 @@ def test_it_goes_on_with_its_own_checkpoint_bit_for_bit_and_whole_weights_change
             assert all(torch.equal(fresh[name], again[name]) for name in fresh)
 
 
-@pytest.mark.slow
 def test_processes_whose_data_differ_make_the_same_passes(tmp_path):
     folder = launched(tmp_path, "others", tmp_path)
     first, second = of(folder, "flat_group")
