@@ -22,7 +22,7 @@ from diffalign.remote import RemoteError, address, address_of, copy_path, ensure
 from diffalign.structures import ImageSource, Prompt, without_nulls
 
 PROMPTS = ("prompt", "caption", "text")
-EXPORTED_SOURCE = "source_image"  # column of source images in tables of diffalign label
+EXPORTED_SOURCE = "jpg_source"  # column of source images in tables of diffalign label
 MAX_PROMPT = 100_000  # characters; text encoders read at most a few thousand
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
@@ -198,12 +198,13 @@ class Row:
 
     def _source(self) -> dict[str, str]:
         column = self.sources or EXPORTED_SOURCE
-        if self.sources is None:
-            value = self.values.get(column)
-            if (value() if callable(value) else value) is None:
-                return {}
+        if self.sources is None and column not in self.values:
+            return {}
         try:
-            return {"image": str(self.source_image(column))}
+            content = self._content(column)
+            if content is None and self.sources is None:
+                return {}
+            return {"image": str(self._file(content))}
         except media.BROKEN as error:
             raise self.error("bad_row", column, media.reason(error)) from error
 
@@ -212,8 +213,13 @@ class Row:
 
         OSError or ValueError: there is none, it cannot be read, or it lies outside ``within``.
         """
+        return self._file(self._content(column))
+
+    def _content(self, column: str) -> Path | bytes | None:
         found = self.image(column)
-        content = found.content() if callable(found.content) else found.content
+        return found.content() if callable(found.content) else found.content
+
+    def _file(self, content: Path | bytes | None) -> Path:
         if content is None:
             raise ValueError("no image; fill it or delete the line")
         if not isinstance(content, Path):

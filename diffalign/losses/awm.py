@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from diffalign.diffusion.parameterization import widen
@@ -54,17 +57,23 @@ def surrogate(
     return region_loss(step.trust_region, log_rho, advantage, clip_range, divergence)
 
 
+# What an objective of ``surrogate`` needs.
+NEEDS: Mapping[str, Any] = {
+    "old": True,
+    "linear": True,
+    "regions": True,
+    "statistic": mean_log_ratio,
+    "statistic_over": "image",
+    "statistic_wanted": wants_mean,
+    "statistic_old": True,
+}
+
+
 @forward_objective(
     "awm",
     idea="policy gradient of the training loss",
     source="2509.25050",
-    old=True,
-    linear=True,
-    regions=True,
-    statistic=mean_log_ratio,
-    statistic_over="image",
-    statistic_wanted=wants_mean,
-    statistic_old=True,
+    **NEEDS,
 )
 def awm(step: ForwardStep, *, clip_range: float = 1.0, sum_first: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """max(-A rho, -A clip(rho, 1 - c, 1 + c)) with rho = exp(E - E_old): the loss per sample (B,), and metrics.

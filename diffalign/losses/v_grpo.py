@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffalign.losses.awm import mean_log_ratio, surrogate, wants_mean
+from diffalign.losses.awm import NEEDS, surrogate
 from diffalign.losses.forward import ForwardStep
 from diffalign.losses.registry import forward_objective
 
@@ -13,13 +13,7 @@ from diffalign.losses.registry import forward_objective
     "v_grpo",
     idea="clipped surrogate of the ELBO's ratio",
     source="2604.23380",
-    old=True,
-    linear=True,
-    regions=True,
-    statistic=mean_log_ratio,
-    statistic_over="image",
-    statistic_wanted=wants_mean,
-    statistic_old=True,
+    **NEEDS,
 )
 def v_grpo(
     step: ForwardStep, *, clip_range: float = 0.03, eta: float = 0.0, sum_first: float = 0.0

@@ -21,6 +21,7 @@ Departures from the paper, and from its published code:
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -34,7 +35,7 @@ from diffalign.rewards.support.preprocess import at_least_float32
 SPREAD = 0.02  # of prototypes at the start, relative to the head that they start from, or to unit length
 
 
-class MixtureNetwork(JudgeNetwork):
+class MixtureNetwork(JudgeNetwork, ABC):
     """A judge of several raters, each a mixture of prototypes.
 
     Attributes:
@@ -66,14 +67,14 @@ class MixtureNetwork(JudgeNetwork):
         """Return the tensors of prototypes and raters, as files hold them."""
         return {**self.prototype_state(), "weights": self.rater_logits.softmax(-1)}
 
+    @abstractmethod
     def prototype_state(self) -> dict[str, Tensor]:
         """Return the tensors of prototypes."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def of_rater(cls, backbone: PreTrainedModel, state: Mapping[str, Tensor], rater: int) -> JudgeNetwork:
         """Build the judge of a rater from what ``rater_state`` returned; -1 is the mean rater."""
-        raise NotImplementedError
 
 
 class IdealPoints(MixtureNetwork):
