@@ -14,7 +14,7 @@ from scripts import ROOT
 
 Changes = Mapping[str, object]
 RATES = (3.5e-4, 7e-4, 1.4e-3)
-STEPWISE = (5e-5, 1e-4, 2e-4)
+STEPWISE = (1e-4, 3.5e-4, 1.4e-3)
 # Fields that name or place a run, or that the study sets itself: no part of a method's settings.
 APART = frozenset(
     {"output_dir", "eval_prompts", "eval_steps", "eval_rewards", "checkpointing_steps", "max_train_steps", "seed"}
@@ -147,6 +147,9 @@ METHODS: dict[str, Method] = {
     "raft": online("shapes_raft", (5e-5, 1e-4, 2e-4)),
     "nft": forward("nft", "no anchor", reference_weight=0.0),
     "nft, anchored": forward("nft", "an anchor of 0.1 instead of 1e-4", reference_weight=0.1),
+    "nft, guided anchor": forward(
+        "nft", "an anchor of 0.3 to the base model at guidance 2.5", reference_weight=0.3, reference_guidance=2.5
+    ),
     "awm": forward("awm", "two times instead of six", **ON_POLICY, ema_lag="{kind: linear, slope: 0.01}"),
     "epg": forward("epg"),
     "pepg": forward("pepg"),

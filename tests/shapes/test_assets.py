@@ -33,6 +33,7 @@ def test_the_pipeline_is_small_and_in_half_precision():
 
 
 SPLIT = ("train", "train_long", "validation", "test")
+WEIGHTED = {"single_object": 140, "two_object": 420, "counting": 420, "colors": 140, "position": 280, "color_attr": 400}
 
 
 def prompts_of(part):
@@ -45,6 +46,12 @@ def test_prompt_files_cover_all_tasks(name):
     assert {tag: sum(p.metadata["tag"] == tag for p in prompts) >= 70 for tag in TAGS} == dict.fromkeys(TAGS, True)
     if name in ("validation", "test"):
         assert len({p.text for p in prompts}) == len(prompts) >= 420
+
+
+def test_the_weighted_prompts_are_those_of_the_long_set_with_more_of_the_hard_tasks():
+    prompts, every = prompts_of("train_weighted"), prompts_of("train_long")
+    assert {p.text for p in prompts} <= {p.text for p in every}
+    assert {tag: sum(p.metadata["tag"] == tag for p in prompts) for tag in TAGS} == WEIGHTED
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
