@@ -5,10 +5,11 @@
     python scripts/studies/compare_policy_methods.py --only_rates                  # learning rates alone, on validation
     python scripts/studies/compare_policy_methods.py --render                      # table and picture of what is there
 
-Methods and budgets are tables in ``policy_methods.py``: equal images, or equal core-seconds, which a short training of
-each method measures. A learning rate is tuned per method and budget: by accuracy on the validation prompts with seed 0,
-among the method's rates and at most two beyond them; the best one then runs with the other seeds. Figures are those on
-the test prompts, which nothing is chosen on. Runs evaluate nothing while they train and use one core.
+Methods and budgets are tables in ``policy_methods.py``: equal images, equal evaluations of the denoiser, or equal
+core-seconds, which a short training of each method measures. A learning rate is tuned per method and budget: by
+accuracy on the validation prompts with seed 0, among the method's rates and at most two beyond them; the best one then
+runs with the other seeds. Figures are those on the test prompts, which nothing is chosen on. Runs evaluate nothing
+while they train and use one core.
 
 Every finished run appends two rows to ``assets/results/policy_methods.csv``, for validation and test; the costs are in
 ``policy_methods_cost.csv``. A run whose rows are there is not repeated, on whatever machine, without its folder. A
@@ -46,6 +47,7 @@ from scripts.studies.policy_methods import BUDGETS, METHODS, MINUTES_PER_ITERATI
 TUNING_SEED = 0
 BEYOND = 2  # rates to try beyond a method's, by factors of two
 SHORT, LONGER = 2, 8  # iterations of the two trainings that measure what an iteration costs
+SAMPLE = 24  # iterations over which evaluations are averaged: their number may change from one to the next
 LOCK = threading.Lock()
 
 
@@ -132,6 +134,13 @@ class Run:
         """Build the command of the training from its start."""
         return train(self.method, self.budget, self.folder(root), self.iterations, self.rate, self.seed)
 
+    def evaluations(self) -> int:
+        """Count the training's evaluations of the denoiser."""
+        entry = find_algorithm(self.method.trainer)
+        config = parse(entry.config, self.fresh_command(self.study.root)[2:])
+        assert entry.cost is not None
+        return run_work(entry.cost, config, Share(), 0).evaluations
+
     def keyed(self, split: str) -> results.Row:
         """Return the columns that identify the run's row of a split."""
         values = (self.name, self.method.digest(self.budget), self.budget, self.rate, self.seed, split)
@@ -139,14 +148,11 @@ class Run:
 
     def row(self, root: Path) -> trials.Row:
         """Evaluate the finished run, and append its rows."""
-        entry = find_algorithm(self.method.trainer)
-        config = parse(entry.config, self.fresh_command(root)[2:])
-        assert entry.cost is not None
         images = self.iterations * self.method.images_per_iteration(self.budget)
         work = {
             "iterations": self.iterations,
             "images": images,
-            "evaluations": run_work(entry.cost, config, Share(), 0).evaluations,
+            "evaluations": self.evaluations(),
             "core_seconds": round(self.cost, 4),
             "minutes": round(self.minutes, 2),
         }
@@ -211,6 +217,8 @@ def planned(study: Study, name: str, budget: str) -> Callable[[float, int], Run]
     reference = cost(study, REFERENCE, "6144")
     if limits.images is not None:
         iterations = limits.images / METHODS[name].images_per_iteration(budget)
+    elif limits.evaluations is not None:
+        iterations = limits.evaluations * SAMPLE / Run(study, name, budget, 1e-5, 0, SAMPLE, 0, 0).evaluations()
     else:
         iterations = limits.reference * reference / each
     count = max(1, round(iterations * study.scale))

@@ -26,13 +26,15 @@ class Budget:
     """How long a method trains.
 
     Attributes:
-        images: Number of images to sample; None: as much compute as ``reference`` iterations of Flow-GRPO.
-        reference: Iterations of the reference method whose core-seconds are the budget.
+        images: Number of images to score.
+        evaluations: Number of passes of the denoiser, sampling and training.
+        reference: Iterations of Flow-GRPO whose core-seconds are the budget, if the two above are None.
         changes: Fields that every method changes under this budget.
         near: Budget whose best learning rate, and half of it, are the only ones to try; None: all of a method's.
     """
 
     images: int | None = None
+    evaluations: int | None = None
     reference: int = 0
     changes: Changes = field(default_factory=dict)
     near: str | None = None
@@ -42,6 +44,7 @@ class Budget:
 # iteration of each method, measured without other work, so that a budget does not depend on the load of a machine.
 BUDGETS: dict[str, Budget] = {
     "6144": Budget(images=6_144),
+    "evaluations": Budget(evaluations=56_640, near="6144"),  # those of Flow-GRPO for 6,144 images
     "38400": Budget(images=38_400),
     "6min": Budget(reference=150, near="38400"),
     "35min": Budget(

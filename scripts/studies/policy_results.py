@@ -201,8 +201,12 @@ def interval(runs: Sequence[Row], mean: str, low: str, high: str) -> tuple[float
 
 def title(budget: str) -> str:
     """Return what a budget is."""
-    images = BUDGETS[budget].images
-    return f"{budget[:-3]} minutes on 2 cores" if images is None else f"{images:,} images"
+    limits = BUDGETS[budget]
+    if limits.images is not None:
+        return f"{limits.images:,} images"
+    if limits.evaluations is not None:
+        return f"{limits.evaluations:,} evaluations of the denoiser"
+    return f"{budget[:-3]} minutes on 2 cores"
 
 
 def table(rows: Sequence[Row]) -> str:
