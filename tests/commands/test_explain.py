@@ -6,9 +6,11 @@ import pytest
 
 from diffalign.cli import COMMANDS, main
 from diffalign.commands.explain import explained
+from diffalign.config import load_yaml
 from diffalign.config.schema import leaves
 from diffalign.report.metrics import METRICS, describe
 from diffalign.trainers import registry
+from scripts import ROOT
 
 TRAINERS = registry.trainer_names()
 
@@ -34,7 +36,8 @@ def test_defaults_presets_and_configurations(capsys):
     assert found[0] == "reference_weight: float|null, at least 0; default null (forward_rl)"
     assert "  0.02    dgpo" in found
     assert "presets of methods:" in found
-    assert any(line.startswith("  0.1") and "shapes_long" in line for line in found)
+    weight = load_yaml(ROOT / "configs/forward_rl/shapes_long.yaml")["reference_weight"]
+    assert any(line.split()[0] == str(weight) and "shapes_long" in line for line in found)
     assert any(line.split() == ["5", "draft_k"] for line in lines(capsys, "recipe.gradient_steps"))
     assert any("flow_grpo_fast" in line for line in lines(capsys, "plan.window_size"))
 
