@@ -218,7 +218,8 @@ def planned(study: Study, name: str, budget: str) -> Callable[[float, int], Run]
     if limits.images is not None:
         iterations = limits.images / METHODS[name].images_per_iteration(budget)
     elif limits.evaluations is not None:
-        iterations = limits.evaluations * SAMPLE / Run(study, name, budget, 1e-5, 0, SAMPLE, 0, 0).evaluations()
+        low, high = (Run(study, name, budget, 1e-5, 0, n * SAMPLE, 0, 0).evaluations() for n in (1, 2))
+        iterations = SAMPLE + (limits.evaluations - low) * SAMPLE / (high - low)  # without what a run does once
     else:
         iterations = limits.reference * reference / each
     count = max(1, round(iterations * study.scale))
