@@ -187,7 +187,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{name: partial(seeds, name) for name in ("flow_grpo_shapes", "flow_grpo_shapes_long", "refl_shapes_draft_k")},
     **{
         f"{name}_test": partial(tested, name)
-        for name in ("forward_rl_shapes", "forward_rl_shapes_sd", "forward_rl_shapes_edit")
+        for name in ("forward_rl_shapes", "forward_rl_shapes_long", "forward_rl_shapes_sd", "forward_rl_shapes_edit")
     },
     "recipes": recipes,
     "losses": partial(study, "losses"),
