@@ -42,6 +42,31 @@ def resize(driver, width: int, height: int, dark: bool = False) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
 
 
+def scroll_panes(driver) -> list[list[list[int]]]:
+    """Scroll the first of two panes twice, before the second has followed; then the second; return the places."""
+    driver.set_script_timeout(10)
+    return driver.execute_async_script("""
+        const panes = [...document.querySelectorAll(".pane")], [first, second] = panes;
+        const places = [], done = arguments[0];
+        const place = () => panes.map(pane => [pane.scrollLeft, pane.scrollTop]);
+        const later = (then, frames = 4) => frames ? requestAnimationFrame(() => later(then, frames - 1)) : then();
+        const still = then => {  // keys scroll smoothly
+          const before = String(place());
+          later(() => String(place()) === before ? then() : still(then), 20);
+        };
+        still(() => {
+          first.addEventListener("scroll", () => {
+            first.scrollTo(7, 9);
+            later(() => {
+              places.push(place());
+              second.scrollTo(60, 9);
+              later(() => { second.scrollTo(7, 9); later(() => done([...places, place()])); });
+            });
+          }, { once: true });
+          first.scrollTo(30, 40);
+        });""")
+
+
 def serious(driver) -> list[str]:
     """Run axe-core on the page; return its findings of serious and critical impact."""
     from axe_core_python.selenium import Axe

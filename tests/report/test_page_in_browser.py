@@ -9,7 +9,7 @@ from PIL import Image
 from diffalign import Prompt
 from diffalign.evaluation.scored_images import ScoredImages
 from diffalign.report.html import write_page
-from tests.browser import chromium, resize, serious
+from tests.browser import chromium, resize, scroll_panes, serious
 
 LEFT, UP, RIGHT, DOWN, ESCAPE, ENTER, HOME, END, CONTROL = "\ue012\ue013\ue014\ue015\ue00c\ue007\ue011\ue010\ue009"
 TASKS = ("counting", "colors", "counting")
@@ -184,9 +184,7 @@ def test_views_enlarge_and_compare(page):
     assert wide
     assert again == [left, True]
     assert left > 100  # around the middle
-    page.execute_script("document.querySelector('.pane').scrollTo(7, 9)")
-    second = "return document.querySelectorAll('.pane')[1].scrollLeft"
-    WebDriverWait(page, 10).until(lambda page: page.execute_script(second) == 7)  # panes scroll together
+    assert scroll_panes(page) == [[[7, 9], [7, 9]]] * 2  # together, and a follower never takes the first one back
     press(page, "0")
     assert page.execute_script(sizes) == [[0, False], [0, False]]
 

@@ -15,13 +15,11 @@ const image = (row, column) => columns[column].model < 0 ? row.source : row.imag
 const size = (row, column) => row.sizes[Math.max(0, columns[column].model)];
 const score = (row, model, reward) => row.scores[model][reward];
 const gain = (row, model, reward) => {
-  const [now, before] = [score(row, model, reward), score(row, 0, reward)];
+  const now = score(row, model, reward), before = score(row, 0, reward);
   return finite(now) && finite(before) ? now - before : null;
 };
 
-function gainText(value) {
-  return value ? [make("span", signed(value), value > 0 ? "better" : "worse")] : [];
-}
+const gainText = value => value ? [make("span", signed(value), value > 0 ? "better" : "worse")] : [];
 
 function picture(row, column) {
   const found = make("img"), [width, height] = size(row, column);
@@ -305,10 +303,15 @@ function fit() {
   by("larger").disabled = zoom >= 16;
 }
 
+// A pane that follows another has a scroll event too, a frame later, when the other may have moved on.
+const followed = new WeakMap(), position = pane => `${pane.scrollLeft} ${pane.scrollTop}`;
 function together(moving) {
-  if (!moving.isConnected) return;  // of a drawing that has been replaced
+  if (!moving.isConnected || followed.get(moving) === position(moving)) return;  // replaced, or one that follows
+  followed.delete(moving);
   for (const pane of document.querySelectorAll(".pane")) {
-    if (pane !== moving) Object.assign(pane, { scrollLeft: moving.scrollLeft, scrollTop: moving.scrollTop });
+    if (pane === moving) continue;
+    Object.assign(pane, { scrollLeft: moving.scrollLeft, scrollTop: moving.scrollTop });
+    followed.set(pane, position(pane));
   }
 }
 

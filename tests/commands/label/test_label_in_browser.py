@@ -19,7 +19,7 @@ from diffalign.cli import main
 from diffalign.commands.label import command
 from diffalign.commands.label.answers import AnswerLog
 from diffalign.structures import Prompt
-from tests.browser import chromium, resize, serious
+from tests.browser import chromium, resize, scroll_panes, serious
 from tests.commands.label.kills import write_pairs
 from tests.commands.label.world import BLUE, RED, comparison, picture, serving, sitting_in
 from tests.conftest import ROOT
@@ -181,6 +181,7 @@ def test_zoom_shows_the_same_part_of_both_images(browser, tmp_path):
         panes = "return [...document.querySelectorAll('.pane')].map((p) => [p.scrollLeft, p.scrollTop])"
         until(lambda: browser.execute_script(panes)[0][0] > 0)
         until(lambda: len({tuple(place) for place in browser.execute_script(panes)}) == 1)
+        assert scroll_panes(browser) == [[[7, 9], [7, 9]]] * 2
         assert len(stored(tmp_path)) == 0  # arrows move what is seen
         answer(browser, "2")
         assert browser.find_element("id", "box").is_displayed()

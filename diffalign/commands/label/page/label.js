@@ -202,11 +202,16 @@ function zoom() {
   document.querySelector(".pane").focus();
 }
 
-// Both images show the same part.
-const panes = [...document.querySelectorAll(".pane")];
+// Both images show the same part. The pane that follows has a scroll event too, a frame later, when the other may have
+// moved on.
+const panes = [...document.querySelectorAll(".pane")], followed = ["", ""];
+const position = (pane) => `${pane.scrollLeft} ${pane.scrollTop}`;
 panes.forEach((pane, index) => pane.addEventListener("scroll", () => {
   const other = panes[1 - index];
-  if (other.scrollLeft !== pane.scrollLeft || other.scrollTop !== pane.scrollTop) other.scrollTo(pane.scrollLeft, pane.scrollTop);
+  if (followed[index] === position(pane)) return;
+  followed[index] = "";
+  other.scrollTo(pane.scrollLeft, pane.scrollTop);
+  followed[1 - index] = position(other);
 }));
 
 document.addEventListener("keydown", (event) => {
