@@ -22,6 +22,7 @@ from diffalign.models.registry import family_names
 from diffalign.rewards import base, get_reward
 from diffalign.trainers.registry import algorithm_names, config_class
 from scripts.build import hero, tables
+from scripts.studies.policy_methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -193,6 +194,15 @@ def test_the_figures_of_the_readme_are_those_on_disk():
     assert losses["| dpo"].split(" | ")[2] in PROSE
     assert losses["| kto"].split(" | ")[2] in PROSE
     assert f"{len(losses) - 2} variants of losses" in PROSE
+    images = tables.study("policy_methods").partition("**6,144 images**")[2].partition("\n**")[0]
+    methods = dict(line.split(" | ")[:2] for line in images.splitlines() if " | " in line)
+    for row, name in (("nft, guided anchor", "NFT with a guided anchor"), ("crd", "CRD"), ("awm", "AWM"),
+                      ("flow_grpo", "Flow-GRPO")):  # fmt: skip
+        assert f"{name} {methods[f'| {row}']} %" in PROSE
+    for group in (("branch_grpo", "tempflow_branch", "g2", "tree_rpo"), ("spo", "tailorpo", "d3po")):
+        means = sorted(methods[f"| {row}"].split()[0] for row in group)
+        assert f" {means[0]} to {means[-1]} %" in PROSE
+    assert f"{len(METHODS)} methods at 6,144 images" in PROSE
 
 
 def test_the_counts_of_the_readme_are_those_of_the_registries():
