@@ -18,6 +18,15 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs/flow_grpo/shapes.yaml")
 
 
+def test_a_missing_torch_is_said_in_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: no such file')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ran = subprocess.run([sys.executable, "-m", "diffalign", "doctor"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    said = "diffalign: torch cannot be imported: libcudart.so.12: no such file: try pip install torch\n"
+    assert ran.stderr == said
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
