@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,24 @@ from diffalign.diffusion.plan import PlanConfig
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "assets/shapes-sd3"
 PROMPTS = ROOT / "assets/prompts"
+
+
+PLOT = "diffalign.report.run_report.plot_curves"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plot_curves():
+    """Leave out the curves of finished runs, which take longer than the runs here; return what draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = import_module("diffalign.report.run_report").plot_curves
+        patch.setattr(PLOT, lambda *_, **__: None)
+        yield drawn
+
+
+@pytest.fixture
+def curves(plot_curves, monkeypatch):
+    """Draw the curves of finished runs in this test."""
+    monkeypatch.setattr(PLOT, plot_curves)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,6 @@ def assert_resumes_within_an_iteration(build: Callable[..., Any], monkeypatch: p
         build: Returns a trainer of four steps, two per iteration, for a folder's name and changes.
         monkeypatch: Of the test.
     """
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
     whole = build("whole")
     whole.train()
     stopped, on_step = build("parts"), type(whole.algorithm).on_step

@@ -22,7 +22,6 @@ SETS = {name: f"{PROMPTS}/shapes_edit_{name}.parquet?image=image" for name in ("
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def test_it_trains_without_float64(name, tmp_path):
     assert row.get("ratio_mean", 1.0) == 1.0
 
 
-@pytest.mark.parametrize("name", algorithm_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in algorithm_names()]
+)
 def test_a_checkpoint_of_the_device_goes_on_on_the_cpu(name, finished, tmp_path, monkeypatch):
     shutil.copytree(finished(name), tmp_path / "moved")
     with on("cpu", monkeypatch):

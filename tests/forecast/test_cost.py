@@ -21,12 +21,6 @@ ALONE = Share()
 PAIRS = str(ROOT / "assets/preferences/shapes.parquet")
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing them takes longer than such a run."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 def red(images, prompts, metadata):
     return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
 

@@ -30,7 +30,7 @@ SMALL = ["--rollout_batch_size", "8", "--train_batch_size", "4", "--lora.targets
     [
         [*GRPO, *SMALL, "--num_groups", "2"],
         [*DPO, *SMALL, "--data.scan", "4", "--num_pairs", "4"],
-        [*RENEG, *SMALL, "--num_groups", "8"],
+        pytest.param([*RENEG, *SMALL, "--num_groups", "8"], marks=pytest.mark.slow),
     ],
 )
 def test_a_dry_run_prints_the_forecast_and_writes_nothing(argv, tmp_path, monkeypatch, capsys):

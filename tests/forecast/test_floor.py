@@ -49,10 +49,10 @@ DDIM = {"plan": {"preset": "first_steps", "num_steps": 3, "window_size": 1, "sol
 QUICK = [
     ("flow_grpo", "flux", {"kl_beta": 0.1}),
     ("forward_rl", "sd35", {"reference_weight": 0.1, **GUIDED}),
-    ("diffusion_dpo", "sdxl", {}),
-    ("refl", "sd35", GUIDED),
 ]
 SLOW = [
+    ("diffusion_dpo", "sdxl", {}),
+    ("refl", "sd35", GUIDED),
     ("flow_grpo", "sd15", GUIDED | DDIM),
     ("flow_grpo", "sdxl", GUIDED | DDIM),
     ("flow_grpo", "qwen", GUIDED),

@@ -20,7 +20,7 @@ from diffalign.trainers.registry import find_algorithm
 from tests.conftest import PIPELINE, ROOT
 from tests.forecast.measured import measure
 from tests.models import tiny_unet_pipelines as tiny
-from tests.models.families import FAMILIES, NAMES
+from tests.models.families import FAMILIES
 
 JUDGE = {"options": {name: str(ROOT / "assets/judges/pickscore") for name in ("path", "tokenizer")}}
 PLAN = {"preset": "first_steps", "num_steps": 2, "window_size": 1}
@@ -124,7 +124,12 @@ def test_settings_of_files_and_evaluations_do_not_stop_a_rehearsal(trainer, more
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("sd3", "sdxl")  # a transformer and a UNet
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_the_rehearsed_peak_of_every_family_is_the_measured_one(name, tmp_path):
     family, folder = FAMILIES[name], PIPELINE
     if family.build is not None:
@@ -172,6 +177,7 @@ def test_a_process_of_several_has_its_share_of_the_work(tmp_path):
 HPS = {"hpsv2.1": {"options": {"path": str(ROOT / "assets/judges/hps")}}}
 
 
+@pytest.mark.slow
 def test_an_evaluation_holds_a_judge_and_a_batch_at_a_time_and_other_phases_hold_none(tmp_path):
     shared = {"eval_prompts": ONLINE["train_prompts"], "rollout_batch_size": 4}
     none, one, two = (

@@ -56,6 +56,7 @@ def test_sampling_and_training_run_the_same_graphs(trained):
     assert list(trained.raw_denoiser.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_another_attention_can_be_compiled_too(trained):
     predict = probe(trained)
     set_attention(trained.raw_denoiser, "_native_math")

@@ -55,7 +55,6 @@ def _small_sources(monkeypatch):
     """Qwen-Image-Edit's pipeline enlarges a source to a million pixels."""
     own = pipeline_qwenimage_edit.calculate_dimensions
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: own(32 * 32, ratio))
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -299,18 +299,15 @@ def wanted(request):
 def runs(wanted, family_pipelines, pairs, tmp_path_factory):
     """(family, trainer) -> a run of two updates, with images of its export drawn by plain diffusers."""
     root, jobs, found = tmp_path_factory.mktemp("runs"), [], {}
-    with pytest.MonkeyPatch.context() as patch:
-        # Plotting takes four fifths of such a run.
-        patch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-        for name, kind in wanted:
-            folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
-            trainer = TRAINERS[kind](name, folder, pipeline, pairs)
-            ratios = old_ratios(trainer) if kind == "flow_grpo" else None
-            trainer.train()
-            noise = noise_of(trainer.model, len(TEXTS))
-            save_file({"noise": noise}, folder / "noise.safetensors")
-            found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
-            jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
+    for name, kind in wanted:
+        folder, pipeline = root / f"{name}-{kind}", family_pipelines[name]
+        trainer = TRAINERS[kind](name, folder, pipeline, pairs)
+        ratios = old_ratios(trainer) if kind == "flow_grpo" else None
+        trainer.train()
+        noise = noise_of(trainer.model, len(TEXTS))
+        save_file({"noise": noise}, folder / "noise.safetensors")
+        found[name, kind] = Run(folder, images_of(FAMILIES[name], trainer.model, noise), ratios)
+        jobs.append([str(pipeline), str(folder), FAMILIES[name].scale, dict(FAMILIES[name].call)])
     draw_fresh(jobs, loras=sum(FAMILIES[name].lora for name, _ in wanted))
     return found
 

@@ -5,12 +5,6 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing curves takes longer than the runs here, and is tested where it is written."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
-@pytest.fixture(autouse=True)
 def hang_ups_arrive():
     """Tests may themselves run under nohup, which has their processes ignore SIGHUP."""
     before = signal.getsignal(signal.SIGHUP)

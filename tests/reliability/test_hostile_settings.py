@@ -49,7 +49,7 @@ def attempt(name, folder, path, value):
         return None, str(error)
 
 
-QUICK = [pytest.param(name, marks=() if name in ("flow_grpo", "forward_rl") else pytest.mark.slow) for name in TRAINERS]
+QUICK = [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in TRAINERS]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -290,7 +290,12 @@ def test_r26_the_folder_it_runs_in_and_the_order_of_hashes_change_nothing(tmp_pa
     assert found.keys() == TRAINERS.keys()
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+GOLDEN_QUICK = ("flow_grpo", "forward_rl")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in GOLDEN_QUICK else pytest.mark.slow) for name in TRAINERS]
+)
 def test_r27_fifty_steps_are_the_golden_ones(name, tmp_path):
     golden = json.loads(FILE.read_text())[name]
     found = trajectory(name, tmp_path)

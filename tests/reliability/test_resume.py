@@ -88,7 +88,7 @@ KINDS = {
 }
 
 
-DEFAULT = ("flow_grpo", "online_dpo")  # of the trainers that every run of the tests stops anywhere
+DEFAULT = ("flow_grpo",)  # of the trainers that every run of the tests stops anywhere
 ANYWHERE = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in TRAINERS]
 
 

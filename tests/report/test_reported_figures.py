@@ -82,7 +82,9 @@ def collect_texts(patch, drawn):
     patch.setattr(ImageDraw.ImageDraw, "text", write)
 
 
-@pytest.fixture(scope="module", params=[("zebra", "ape"), ("ape", "zebra")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("zebra", "ape"), pytest.param(("ape", "zebra"), marks=pytest.mark.slow)], ids="-".join
+)
 def reported(request, eval_prompts, tmp_path_factory):
     order, drawn = request.param, []
     folder = tmp_path_factory.mktemp("reported") / "run"

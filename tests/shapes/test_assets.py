@@ -91,6 +91,7 @@ def unordered(prompt):
     return tuple(sorted(json.dumps(entry, sort_keys=True) for entry in prompt.metadata["include"]))
 
 
+@pytest.mark.slow
 def test_the_base_is_good_but_improvable(frozen):
     """Without guidance, right on 30 to 60 % of held-out prompts, and above chance on every task."""
     prompts = load_prompts(PROMPTS / "shapes_validation.jsonl")

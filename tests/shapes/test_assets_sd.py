@@ -50,9 +50,8 @@ def test_the_model_is_of_the_families_kind(model):
     assert model.latent_shape() == (8, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("guidance", "lowest", "highest"), [(1.0, 0.5, 0.75), pytest.param(2.0, 0.65, 0.92, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("guidance", "lowest", "highest"), [(1.0, 0.5, 0.75), (2.0, 0.65, 0.92)])
 def test_the_base_is_good_but_improvable(model, guidance, lowest, highest):
     """On held-out prompts, and above chance on every task."""
     prompts = load_prompts(PROMPTS / "shapes_validation.jsonl")[::2]

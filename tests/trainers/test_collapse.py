@@ -18,11 +18,6 @@ ONLINE = [name for name in TRAINERS if name != "diffusion_dpo"]
 QUICK = CollapseConfig(window=2, significance=2.0)
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 def falling(reward_of_call):
     """A reward, differentiable and different for any two images, whose level is a function of the call."""
     calls = []

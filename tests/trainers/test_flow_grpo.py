@@ -329,6 +329,7 @@ def test_missing_prompts_are_refused(small):
 # The run folder -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_folder_answers_by_itself(small, train_prompts):
     args = small(ema_decay=0.5, eval_rewards=("shapes_strict", "shapes"), save_rollouts=True)
     result = FlowGRPOTrainer(args=args, train_dataset=train_prompts, eval_dataset=train_prompts).train()
@@ -370,6 +371,7 @@ def test_a_run_that_learned_nothing_says_so(small, train_prompts):
         FlowGRPOTrainer(args=small(adam_weight_decay=0.0), reward_funcs=constant, train_dataset=train_prompts).train()
 
 
+@pytest.mark.usefixtures("curves")
 def test_held_out_rewards_that_fail_leave_a_run_with_what_was_measured(small, train_prompts, recwarn):
     args = small()
 

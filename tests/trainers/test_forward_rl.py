@@ -20,12 +20,6 @@ def close(one, two):
     return (one - two).norm() <= 1e-5 * one.norm() and one.norm() > 0
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing them takes longer than such a run."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 # It learns ----------------------------------------------------------------------------------------------------------
 
 PIPELINES = {"flow": {}, "epsilon": {"model": str(EPSILON), "max_sequence_length": None}}

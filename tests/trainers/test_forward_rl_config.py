@@ -103,7 +103,7 @@ def test_the_committed_schema_is_up_to_date():
     assert text == schema_text(ForwardRLConfig), "run: diffalign schema forward_rl > configs/schema/forward_rl.json"
 
 
-@pytest.mark.parametrize("preset", ["nft", "dgpo"])
+@pytest.mark.parametrize("preset", [pytest.param("nft", marks=pytest.mark.slow), "dgpo"])
 def test_a_dry_run_prints_passes_per_image(preset, tmp_path, capsys):
     argv = ["--model", str(PIPELINE), "--max_sequence_length", "16", "--output_dir", str(tmp_path), "--preset", preset]
     argv += ["--train_prompts", str(PROMPTS / "shapes_train.jsonl"), "--rewards", "shapes", "--plan.preset", "ode"]

@@ -16,12 +16,6 @@ from tests.trainers.made_forward_rl import config, trainer_of
 COST = find_algorithm("forward_rl").cost
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing them takes longer than such a run."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 def counted(trainer):
     """Run it; return images through the denoiser, (with gradients, without)."""
     calls = {True: 0, False: 0}

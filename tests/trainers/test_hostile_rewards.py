@@ -75,7 +75,7 @@ def options(name, reward, folder):
     return {"eval_prompts": held_out(folder), "eval_rewards": (reward,)}
 
 
-QUICK = [pytest.param(name, marks=() if name in ("flow_grpo", "online_dpo") else pytest.mark.slow) for name in TRAINERS]
+QUICK = [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in TRAINERS]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -27,6 +27,7 @@ def train(small, train_prompts, **changes):
     return trainer, args
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_is_uploaded_with_its_card(hub, small, train_prompts, capfd):
     trainer, args = train(small, train_prompts, hub_strategy="checkpoints", checkpointing_steps=1, cache=True)
     assert hub.private == {NAME: True}

@@ -101,7 +101,7 @@ def test_only_what_they_show_counts(dpo, masked):
         assert (expected - residual.mean((1, 2, 3))).abs().min() > 1e-3 * expected.min()
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_masks_that_show_everything_change_nothing_and_others_do(dpo, masked, tmp_path, loss):
     found = {}
     for name, mask in {"none": None, "all": lambda _: np.full((64, 64), 255, np.uint8), "some": blot}.items():

@@ -29,6 +29,7 @@ def train(small, train_prompts):
     return train
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_run_is_copied_and_goes_on_elsewhere_bit_for_bit(store, train, tmp_path):
     args = train(max_train_steps=2, output_copy=WHERE)
     found = {name.removeprefix("/b/runs/x/") for name in store.find("/b/runs/x")}

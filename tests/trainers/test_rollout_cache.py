@@ -16,11 +16,6 @@ from tests.trainers.made_forward_rl import config, redness, trainer_of
 ALWAYS = RolloutCacheConfig(kind="first_block", threshold=1e9)
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flux")

@@ -31,11 +31,6 @@ SHAPES = ((64, 64), (96, 64), (64, 96), (40, 120))  # (width, height) of images
 redness = made_refl.REDNESS
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def mixed(pairs, tmp_path_factory):
     """The twelve pairs, stretched to four aspect ratios in turn; in Pick-a-Pic's columns."""

@@ -128,9 +128,7 @@ def test_a_run_computes_what_was_forecast(trained, method):
         calls[torch.is_grad_enabled()] += len(kwargs["hidden_states"])
 
     trainer.model.raw_denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
-        trainer.train()
+    trainer.train()
     work = run_work(find_algorithm("flow_grpo").cost, trainer.args, Share(), 0)
     assert calls == {True: work.training, False: work.evaluations - work.training}
 

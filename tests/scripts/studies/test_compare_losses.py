@@ -24,6 +24,7 @@ def losses(monkeypatch, tmp_path):
     return module
 
 
+@pytest.mark.slow
 def test_every_loss_is_compared_and_every_variant_is_valid(losses, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     runs = [losses.Run(name, 1.0, 0) for name in losses.VARIANTS]

@@ -61,7 +61,6 @@ def test_a_digest_is_of_settings_not_of_names(module):
 @pytest.fixture
 def small(module, monkeypatch, tmp_path):
     """A study of two methods with tiny rollouts that trains in this process; ``calls`` lists the trainings."""
-    monkeypatch.setattr("diffalign.report.run_report.plot_curves", lambda *_, **__: None)
     monkeypatch.setattr(module, "BEYOND", 0)
     lines = (PROMPTS / "shapes_train.jsonl").read_text().splitlines()
     (tmp_path / "two.jsonl").write_text("\n".join(lines[::210]) + "\n")
