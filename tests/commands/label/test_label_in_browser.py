@@ -178,7 +178,8 @@ def test_zoom_shows_the_same_part_of_both_images(browser, tmp_path):
         press(browser, "+", "+")
         assert browser.find_element("id", "left-large").size["width"] > 2 * width
         press(browser, "\ue014", "\ue014", "\ue015")
-        panes = "return [...document.querySelectorAll('.pane')].map((p) => [p.scrollLeft, p.scrollTop])"
+        assert not browser.find_element("id", "source-pane").is_displayed()
+        panes = "return [...document.querySelectorAll('.pane:not([hidden])')].map((p) => [p.scrollLeft, p.scrollTop])"
         until(lambda: browser.execute_script(panes)[0][0] > 0)
         until(lambda: len({tuple(place) for place in browser.execute_script(panes)}) == 1)
         assert scroll_panes(browser) == [[[7, 9], [7, 9]]] * 2
@@ -229,6 +230,14 @@ def test_an_edit_shows_its_source_beside_both_results(browser, tmp_path):
                     assert box["height"] > 60
                     assert browser.execute_script("return document.getElementById('source').naturalWidth") == 300
                     assert browser.execute_script(RECTANGLE, "choices")["bottom"] <= height
+                    press(browser, "z")  # enlarged, the three show the same part
+                    assert serious(browser) == []
+                    widths = "return [...document.querySelectorAll('.pane img')].map((image) => image.width)"
+                    assert len({*browser.execute_script(widths)}) == 1
+                    assert browser.find_element("id", "source-pane").is_displayed()
+                    press(browser, "+", "+", "+", "+", "+", "+")
+                    assert scroll_panes(browser) == [[[7, 9]] * 3] * 2
+                    press(browser, "z")
             answer(browser, "1")
     assert seen == [False, True, False]
 

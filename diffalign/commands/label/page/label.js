@@ -131,9 +131,9 @@ async function show() {
     for (const name of [side, `${side}-large`]) $(name).src = urls[index];
     await $(side).decode().catch(() => {});
   }));
-  $("source-view").hidden = !shown.source;
+  $("source-view").hidden = $("source-pane").hidden = !shown.source;
   if (shown.source) {
-    $("source").src = urls[2];
+    for (const name of ["source", "source-large"]) $(name).src = urls[2];
     await $("source").decode().catch(() => {});
   }
   for (const picture of document.querySelectorAll(".picture")) picture.classList.remove("chosen");
@@ -186,11 +186,12 @@ const undo = () => exclusively(async () => {
 
 function resize(step = 0) {
   const images = ["left-large", "right-large"].map($);
-  const pane = document.querySelector(".pane");
+  const pane = images[0].parentElement;
   const fit = Math.min(...images.map((i) => Math.min(pane.clientWidth / i.naturalWidth, pane.clientHeight / i.naturalHeight)));
   const least = Math.min(fit, 1);
   state.scale = step === 0 ? Math.max(fit, 1) : Math.max(least, Math.min(32, state.scale * STEP ** step));
   for (const image of images) image.width = Math.floor(image.naturalWidth * state.scale);
+  $("source-large").width = images[0].width;
   $("scale").textContent = `${Math.round(state.scale * 100)} %`;
 }
 
@@ -199,20 +200,22 @@ function zoom() {
   if (!state.shown) return;
   $("box").showModal();
   resize();
-  document.querySelector(".pane").focus();
+  $("left-large").parentElement.focus();
 }
 
-// Both images show the same part. The pane that follows has a scroll event too, a frame later, when the other may have
+// All images show the same part. A pane that follows has a scroll event too, a frame later, when the other may have
 // moved on.
-const panes = [...document.querySelectorAll(".pane")], followed = ["", ""];
+const panes = [...document.querySelectorAll(".pane")], followed = new WeakMap();
 const position = (pane) => `${pane.scrollLeft} ${pane.scrollTop}`;
-panes.forEach((pane, index) => pane.addEventListener("scroll", () => {
-  const other = panes[1 - index];
-  if (followed[index] === position(pane)) return;
-  followed[index] = "";
-  other.scrollTo(pane.scrollLeft, pane.scrollTop);
-  followed[1 - index] = position(other);
-}));
+for (const pane of panes) pane.addEventListener("scroll", () => {
+  if (followed.get(pane) === position(pane)) return;
+  followed.delete(pane);
+  for (const other of panes) {
+    if (other === pane) continue;
+    other.scrollTo(pane.scrollLeft, pane.scrollTop);
+    followed.set(other, position(other));
+  }
+});
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat && !event.key.startsWith("Arrow")) return;
