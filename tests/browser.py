@@ -43,7 +43,7 @@ def resize(driver, width: int, height: int, dark: bool = False) -> None:
 
 
 def scroll_panes(driver) -> list[list[list[int]]]:
-    """Scroll the first of the panes in view twice, before the second has followed; then the second; return the places."""
+    """Scroll the first pane in view twice, before the second has followed; then the second; return the places."""
     driver.set_script_timeout(10)
     return driver.execute_async_script("""
         const panes = [...document.querySelectorAll(".pane")].filter(pane => pane.clientWidth), [first, second] = panes;
