@@ -259,7 +259,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     names = [name for name in METHODS if any(name in found for found in panels.values())]
     figure = Figure(figsize=(2.4 + 2.6 * len(panels), 1.0 + 0.26 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    (axes_row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    (axes_row,) = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
     for axes, (budget, found) in zip(axes_row, panels.items(), strict=True):
         for name, runs in found.items():
             place, color = names.index(name), "#1f5fa8" if name.startswith(REFERENCE) else "#202327"
