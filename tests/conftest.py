@@ -133,8 +133,8 @@ def eval_prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, eval_prompts):
-    """A finished run of two steps, with a checkpoint of each."""
+def run_folder(tmp_path_factory, eval_prompts, plot_curves):
+    """A finished run of two steps, with a checkpoint of each and its curves."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     args = FlowGRPOConfig(
         model=str(PIPELINE),
@@ -154,7 +154,9 @@ def run_folder(tmp_path_factory, eval_prompts):
         checkpointing_steps=1,
         learning_rate=5e-2,
     )
-    FlowGRPOTrainer(args=args).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PLOT, plot_curves)
+        FlowGRPOTrainer(args=args).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 

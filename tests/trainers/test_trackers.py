@@ -77,6 +77,7 @@ def trackio(folder):
 READERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "tensorboard")) for n in TRACKERS])
 def test_everything_reaches_the_tracker(name, small, train_prompts, tmp_path, monkeypatch):
     from diffalign import FlowGRPOTrainer
