@@ -106,7 +106,7 @@ def command(case, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=[pytest.mark.slow] if "loss" in name else []) for name in CASES],
+    [pytest.param(name, marks=[] if name == "reward" else [pytest.mark.slow]) for name in CASES],
     indirect=True,
 )
 def test_it_trains_resumes_bit_exactly_and_is_named_in_the_run(case, command, tmp_path, capsys, monkeypatch):

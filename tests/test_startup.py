@@ -85,6 +85,7 @@ def test_every_public_name_can_be_imported_and_is_known_to_type_checkers(package
         _ = package.nothing_of_the_kind
 
 
+@pytest.mark.slow
 def test_submodules_are_attributes_as_before():
     done = run("import diffalign; print(diffalign.rewards.get_reward('shapes').name, diffalign.trainers.__name__)")
     assert done.stdout.split() == ["shapes", "diffalign.trainers"], done.stderr

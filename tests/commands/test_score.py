@@ -289,6 +289,7 @@ def test_user_errors_have_a_hint(arguments, message, folder, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rewards_are_served(folder):
     """The real command, in a process of its own."""
     command = [sys.executable, "-c", "from diffalign.cli import main; main()", "score", "--serve", "0"]

@@ -13,6 +13,9 @@ from tests.device import strict
 from tests.device.runs import VARIANTS, make, on, train, weights
 from tests.phases import collect
 
+# The default tests train with one of them, the slow ones with all.
+QUICK = [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in algorithm_names()]
+
 RUNS = [(name, variant) for name in algorithm_names() for variant in VARIANTS.get(name, {"trial": {}})]
 
 
@@ -58,7 +61,7 @@ def test_an_update_is_that_of_the_cpu(name, variant, tmp_path, monkeypatch):
     assert found[strict.NAME].get("ratio_mean", 1.0) == 1.0, "on policy, to the last bit"
 
 
-@pytest.mark.parametrize("name", algorithm_names())
+@pytest.mark.parametrize("name", QUICK)
 def test_it_trains_without_float64(name, tmp_path):
     strict.set_float64(False)
     try:
@@ -69,9 +72,7 @@ def test_it_trains_without_float64(name, tmp_path):
     assert row.get("ratio_mean", 1.0) == 1.0
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in algorithm_names()]
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_checkpoint_of_the_device_goes_on_on_the_cpu(name, finished, tmp_path, monkeypatch):
     shutil.copytree(finished(name), tmp_path / "moved")
     with on("cpu", monkeypatch):

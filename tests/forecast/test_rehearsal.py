@@ -160,6 +160,7 @@ def test_the_rehearsed_peak_of_100_million_parameters_is_within_8_percent(traine
     assert rehearsed == pytest.approx(found, rel=0.08)
 
 
+@pytest.mark.slow
 def test_shards_hold_a_share_of_the_denoiser(tmp_path):
     entry, config = settings("flow_grpo", PIPELINE, tmp_path, lora={"rank": 0})
     one, two = (rehearse(entry, config, 2, spread) for spread in (None, Spread(2)))
@@ -167,6 +168,7 @@ def test_shards_hold_a_share_of_the_denoiser(tmp_path):
     assert two.calls == one.calls
 
 
+@pytest.mark.slow
 def test_a_process_of_several_has_its_share_of_the_work(tmp_path):
     entry, config = settings("flow_grpo", PIPELINE, tmp_path)
     one, two = (rehearse(entry, config, world) for world in (1, 2))

@@ -241,9 +241,9 @@ def forward_rl(name, folder, pipeline, pairs):
 
 
 TRAINERS = {"flow_grpo": flow_grpo, "diffusion_dpo": diffusion_dpo, "refl": refl, "forward_rl": forward_rl}
-# The decoder's backward pass is slow: SDXL and a packed transformer represent the other families.
+# SDXL and a packed transformer represent the other families.
 DEFAULT = [name for name, family in FAMILIES.items() if not family.slow]
-QUICK = {"refl": ("sdxl", "flux_dev"), "forward_rl": ()}
+QUICK = {"diffusion_dpo": ("sdxl", "flux_dev"), "refl": ("sdxl", "flux_dev"), "forward_rl": ()}
 RUNS = [
     pytest.param(name, kind, marks=[] if name in QUICK.get(kind, DEFAULT) else pytest.mark.slow)
     for name, kind in product(FAMILIES, TRAINERS)

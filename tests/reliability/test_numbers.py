@@ -29,7 +29,7 @@ from tests.reliability.compare import rows
 from tests.reliability.forks import Child, several
 from tests.reliability.golden import FILE, STEPS, digests, trajectory, where
 from tests.reliability.null import run
-from tests.reliability.trainers import TRAINERS, short
+from tests.reliability.trainers import QUICK, TRAINERS, short
 
 
 def everything(loop):
@@ -64,7 +64,7 @@ def poisoned(trainer, steps, where):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r20_a_number_that_is_not_finite_moves_nothing(name, tmp_path, where):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run"))
     unmoved = poisoned(trainer, {1, 2}, where)
@@ -78,7 +78,7 @@ def test_r20_a_number_that_is_not_finite_moves_nothing(name, tmp_path, where):
     assert [row.get("skipped") for row in logged] == [None, 1.0, 2.0, None]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r20_three_in_a_row_end_the_run_with_a_good_checkpoint(name, tmp_path):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", max_train_steps=8))
     poisoned(trainer, {1, 2, 3, 4}, "gradient")
@@ -89,6 +89,7 @@ def test_r20_three_in_a_row_end_the_run_with_a_good_checkpoint(name, tmp_path):
     assert all(t.isfinite().all() for t in weights.values())
 
 
+@pytest.mark.slow
 def test_r20_the_exit_code_is_76(tmp_path):
     child = Child(tmp_path, faults.bad_on_one, str(tmp_path), [1, 2, 3])
     assert child.wait() == 76
@@ -223,7 +224,7 @@ def test_r24_flat_batches_move_nothing_and_are_an_alarm_after_five(name, tmp_pat
     assert [row["skipped"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", max_train_steps=20, checkpointing_steps=0))
     model = trainer.model
@@ -263,7 +264,7 @@ def test_r25_training_leaves_the_base_as_it_was(name, tmp_path):
         assert torch.equal(says(), after)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r26_one_pass_of_many_or_many_of_one_give_one_gradient(name, tmp_path):
     found = []
     for size in (1, 4):
@@ -290,12 +291,7 @@ def test_r26_the_folder_it_runs_in_and_the_order_of_hashes_change_nothing(tmp_pa
     assert found.keys() == TRAINERS.keys()
 
 
-GOLDEN_QUICK = ("flow_grpo", "forward_rl")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in GOLDEN_QUICK else pytest.mark.slow) for name in TRAINERS]
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_r27_fifty_steps_are_the_golden_ones(name, tmp_path):
     golden = json.loads(FILE.read_text())[name]
     found = trajectory(name, tmp_path)
@@ -314,7 +310,7 @@ def test_r27_a_trajectory_ends_in_weights_that_load(tmp_path):
     assert load_file(tmp_path / "pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_training_consumes_no_global_generator(name, tmp_path):
     def states():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

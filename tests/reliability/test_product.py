@@ -18,7 +18,7 @@ from diffalign.rollout.sampler import SamplingPlan, ode_plan, sample
 from diffalign.runtime.provenance import config_hash
 from tests.conftest import PIPELINE
 from tests.models.tiny_unet_pipelines import FAMILIES, build
-from tests.reliability.trainers import TRAINERS, held_out, short
+from tests.reliability.trainers import QUICK, TRAINERS, held_out, short
 
 TEXT = "a red circle"
 STEPS = 4
@@ -36,7 +36,7 @@ def drawn(pipe, noise, **kwargs):
     return pipe([TEXT], latents=noise, **options, **kwargs).images
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r36_every_saved_lora_draws_what_the_trainer_draws(name, tmp_path, plain, caplog):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", learning_rate=0.03, checkpointing_steps=1))
     model, noise = trainer.model, trainer.run.rng.normal((1, *trainer.model.latent_shape()), "probe")
@@ -109,7 +109,7 @@ def test_r36_a_fresh_process_without_this_package_loads_it(tmp_path):
     assert int(done.stdout.split()[-1]) == len(stored)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r37_the_file_says_what_it_is(name, tmp_path):
     trainer = TRAINERS[name].make(short(name, tmp_path / "run", seed=5, max_train_steps=2, checkpointing_steps=1))
     trainer.train()

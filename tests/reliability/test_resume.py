@@ -39,7 +39,7 @@ from tests.reliability.stops import (
     stop_at,
     watched,
 )
-from tests.reliability.trainers import TRAINERS, held_out, short
+from tests.reliability.trainers import QUICK, TRAINERS, held_out, short
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_r8_a_run_stopped_anywhere_goes_on_bit_for_bit(name, straight, tmp_path,
     assert len(points) >= 7
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r8_a_run_killed_without_a_word_goes_on_bit_for_bit(name, straight, tmp_path, record_property):
     args, places = straight(name)
     late = [place.number for place in places if place.step >= 3][:1]
@@ -242,6 +242,7 @@ def test_r12_a_checkpoint_of_every_released_version_loads(tmp_path):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_r13_two_runs_in_one_folder_are_refused_and_a_dead_owner_does_not_count(tmp_path):
     child = Child(tmp_path, faults.holds, str(tmp_path))
     child.until(lambda: "held" in child.text)
@@ -272,7 +273,7 @@ def worlds(name: str, folder: Path, counts: list[int], stops: list[int]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r14_one_process_two_and_one_again_train_what_one_trains(name, tmp_path):
     """One process stops within an iteration of Flow-GRPO, and two do its last update."""
     worlds(name, tmp_path / "one", [1], [6])

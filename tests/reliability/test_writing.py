@@ -12,7 +12,7 @@ from tests.reliability import faults, kills
 from tests.reliability.compare import same_checkpoint, same_run, tree
 from tests.reliability.forks import Child
 from tests.reliability.null import run, settings
-from tests.reliability.trainers import TRAINERS, short
+from tests.reliability.trainers import QUICK, TRAINERS, short
 
 
 def sound(folder):
@@ -139,7 +139,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_r5_no_damaged_checkpoint_is_accepted(name, tmp_path, caplog, record_property):
     args = short(name, tmp_path / "run", checkpointing_steps=1)
     TRAINERS[name].make(args).train()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from diffalign import (
     DiffusionDPOConfig,
     DiffusionDPOTrainer,
@@ -57,6 +59,10 @@ TRAINERS = {
     "forward_rl": Case(ForwardRLTrainer, ForwardRLConfig, ROLLOUTS | {"plan": ONLINE["plan"]}),
     "refl": Case(ReFLTrainer, ReFLConfig, REFL),
 }
+# Trainers of the default tests: one that samples, and one that reads pairs. The others are slow tests.
+QUICK = [
+    pytest.param(name, marks=() if name in ("flow_grpo", "diffusion_dpo") else pytest.mark.slow) for name in TRAINERS
+]
 
 
 def short(name: str, folder: Path, **changes: Any) -> Any:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -31,6 +33,7 @@ for script in scripts:
 """
 
 
+@pytest.mark.slow
 def test_every_script_prints_its_help_from_a_clone_without_an_installation(tmp_path):
     found = sorted(path for path in (ROOT / "scripts").rglob("*.py") if path.parent.name != "examples")
     scripts = [path for path in found if "__main__" in path.read_text()]

@@ -165,7 +165,7 @@ def test_the_models_own_images_make_examples(dpo, train_prompts, loss):
     "setting",
     [
         pytest.param({"reference_decay": 0.9, "ema_decay": 0.9}, marks=pytest.mark.slow),
-        {"auto_beta": 0.2, "streaming": True},
+        pytest.param({"auto_beta": 0.2, "streaming": True}, marks=pytest.mark.slow),
         {"loss": "bco", "random_crop": True},
     ],
     ids=str,

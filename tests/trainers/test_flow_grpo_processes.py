@@ -1,4 +1,4 @@
-"""The same training in one process and in two, started by both launchers."""
+"""The same training in one process and in two, forked or started by both launchers."""
 
 import json
 import os
@@ -56,9 +56,10 @@ def alone(tmp_path_factory):
     return finished(1, tmp_path_factory.mktemp("alone"), main)
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
 def test_two_processes_do_what_one_does(alone, tmp_path, launcher):
-    folder = train(launcher_command(launcher), tmp_path / "two")
+    two = tmp_path / "two"
+    folder = train(launcher_command(launcher), two) if launcher else finished(2, two, main)
     files = (alone / "0.safetensors", folder / "0.safetensors", folder / "1.safetensors")
     one, first, second = map(load_file, files)
     assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
