@@ -374,7 +374,7 @@ def _report(error: BaseException) -> int | None:
     if (text := explain(error)) is not None:
         print(f"diffalign: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
-    if isinstance(error, ImportError) and "torch" not in sys.modules:
+    if isinstance(error, ImportError) and (error.name or "torch") == "torch" and "torch" not in sys.modules:
         print(f"diffalign: torch cannot be imported: {error}: try pip install torch", file=sys.stderr)
         return 2
     if not load("diffalign.runtime.oom:is_out_of_memory")(error):

@@ -14,7 +14,7 @@ from diffalign.runtime.provenance import check_origin, origin
 from tests.reliability.compare import same_run
 from tests.reliability.hostile import NUMBERS, OTHERS, cases, from_python, made, with_value
 from tests.reliability.null import run
-from tests.reliability.trainers import TRAINERS, short
+from tests.reliability.trainers import TRAINERS, default, short
 
 LONGEST = 2000  # characters of a message
 
@@ -49,10 +49,7 @@ def attempt(name, folder, path, value):
         return None, str(error)
 
 
-QUICK = [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in TRAINERS]
-
-
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", default("flow_grpo"))
 def test_a_number_is_refused_by_name_or_comes_back_from_every_file(name, tmp_path, record_property):
     """Deterministic: it reads configurations and trains nothing."""
     refused = legal = 0

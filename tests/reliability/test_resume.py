@@ -39,7 +39,7 @@ from tests.reliability.stops import (
     stop_at,
     watched,
 )
-from tests.reliability.trainers import QUICK, TRAINERS, held_out, short
+from tests.reliability.trainers import QUICK, TRAINERS, default, held_out, short
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,7 @@ KINDS = {
 }
 
 
-DEFAULT = ("flow_grpo",)  # of the trainers that every run of the tests stops anywhere
-ANYWHERE = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in TRAINERS]
-
-
-@pytest.mark.parametrize("name", ANYWHERE)
+@pytest.mark.parametrize("name", default("flow_grpo"))
 def test_r8_a_run_stopped_anywhere_goes_on_bit_for_bit(name, straight, tmp_path, record_property):
     args, places = straight(name)
     assert {place.phase for place in places} == KINDS[name]

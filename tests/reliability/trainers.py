@@ -59,10 +59,14 @@ TRAINERS = {
     "forward_rl": Case(ForwardRLTrainer, ForwardRLConfig, ROLLOUTS | {"plan": ONLINE["plan"]}),
     "refl": Case(ReFLTrainer, ReFLConfig, REFL),
 }
-# Trainers of the default tests: one that samples, and one that reads pairs. The others are slow tests.
-QUICK = [
-    pytest.param(name, marks=() if name in ("flow_grpo", "diffusion_dpo") else pytest.mark.slow) for name in TRAINERS
-]
+
+
+def default(*names: str) -> list[Any]:
+    """All trainers as parameters: those named belong to the default tests, the others to the slow ones."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in TRAINERS]
+
+
+QUICK = default("flow_grpo", "diffusion_dpo")  # one that samples, and one that reads pairs
 
 
 def short(name: str, folder: Path, **changes: Any) -> Any:

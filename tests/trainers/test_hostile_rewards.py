@@ -15,7 +15,7 @@ from diffalign.config import save_yaml
 from diffalign.rewards.base import REWARDS, FunctionReward, register
 from diffalign.rollout.scoring import RewardWarning
 from diffalign.runtime.errors import Interrupted
-from tests.reliability.trainers import TRAINERS, held_out, short
+from tests.reliability.trainers import TRAINERS, default, held_out, short
 from tests.trainers.made_refl import config, gradients, trainer_of
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -75,10 +75,7 @@ def options(name, reward, folder):
     return {"eval_prompts": held_out(folder), "eval_rewards": (reward,)}
 
 
-QUICK = [pytest.param(name, marks=() if name == "flow_grpo" else pytest.mark.slow) for name in TRAINERS]
-
-
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", default("flow_grpo"))
 def test_a_hostile_reward_changes_nothing_of_a_run(name, tmp_path, registered):
     weights = []
     for function in (light, harmful):
